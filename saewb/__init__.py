@@ -1,0 +1,1 @@
+"""saewb: the workbench for sparse autoencoders of language models, in the notebook."""

@@ -1,0 +1,1 @@
+"""Panels on top of saewb, for Jupyter."""
