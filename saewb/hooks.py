@@ -1,0 +1,262 @@
+"""A model's hook points, by any of their names. Every difference between kinds and versions of models lives here.
+
+Three kinds of model are known, told apart by what they have, not by their class, so that transformer_lens is not
+imported here: TransformerBridge (transformer-lens 3.x and 4.x; points in `_hook_registry`, aliases computed),
+HookedTransformer and other HookedRootModules (points in `hook_dict` and `mod_dict`).
+
+Nothing here replaces a module or a method: hooks are added to the points that are there and taken away again.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from saewb.errors import explain, near
+
+Edit = Callable[[Tensor], "Tensor | None"]  # gets the activation; what it returns, unless None, is used on
+
+INNER = ".hook_sae_"  # in the name of every point that an attachment adds
+
+_tables: weakref.WeakKeyDictionary[nn.Module, dict[str, Point]] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One place in a model where an activation can be read and replaced."""
+
+    name: str  # the name the model itself uses
+    names: tuple[str, ...]  # every name that means this place, `name` first
+    module: nn.Module  # its HookPoint; or the MLP whose input it is, where the model has no HookPoint there
+
+    @property
+    def is_module_input(self) -> bool:
+        """Whether the place is the input of a module rather than a HookPoint."""
+        return not hasattr(self.module, "fwd_hooks")
+
+    def add(self, edit: Edit) -> Hook:
+        """Call `edit` with the activation whenever it is computed, after the hooks that are there already."""
+        return Hook(self, edit)
+
+
+class Hook:
+    """An `Edit` on a `Point`, until `remove`. Survives `model.reset_hooks()`."""
+
+    def __init__(self, point: Point, edit: Edit) -> None:
+        self._point, self._edit = point, edit
+        self.restore()
+
+    def restore(self) -> None:
+        """Put it (back) at the end of the point's hooks."""
+        if self._point.is_module_input:
+            self._handle = self._point.module.register_forward_pre_hook(lambda module, args: self._on_input(args))
+            return
+        self._point.module.add_hook(lambda activation, hook: self._edit(activation), is_permanent=True)
+        self._handle = self._point.module.fwd_hooks[-1]  # transformer-lens 3.x returns nothing
+
+    def _on_input(self, args: tuple) -> tuple | None:
+        edited = self._edit(args[0])
+        return None if edited is None else (edited, *args[1:])
+
+    @property
+    def is_on(self) -> bool:
+        """False after `remove`, and after `model.reset_hooks(including_permanent=True)`."""
+        if self._point.is_module_input:
+            return self._handle.id in self._point.module._forward_pre_hooks
+        return any(handle is self._handle for handle in self._point.module.fwd_hooks)
+
+    def remove(self) -> None:
+        """Take exactly this hook away; it may be gone already."""
+        if self._point.is_module_input:
+            self._handle.remove()
+            return
+        self._handle.hook.remove()
+        handles = self._point.module.fwd_hooks
+        handles[:] = [handle for handle in handles if handle is not self._handle]
+
+
+def lock(model: nn.Module) -> threading.RLock:
+    """The one re-entrant lock of this model, for whoever adds hooks, runs it and takes them away."""
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def resolve(model: nn.Module, name: str) -> Point:
+    """The point of that name, alias or canonical.
+
+    Args:
+        model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
+        name: e.g. "blocks.4.hook_resid_post"; on a HookedTransformer also "blocks.4.mlp.hook_in", the input of the MLP.
+    Raises:
+        TypeError: if `model` has no hook points.
+        ValueError: if it has none of that name, with the nearest; or if the point is switched off and cannot fire.
+    """
+    points = _registered(model)
+    point = _tables.get(model, {}).get(name)
+    if point is None or not (point.is_module_input or points.get(point.name) is point.module):
+        _tables[model] = _table(model)
+        point = _tables[model].get(name)
+    if point is None:
+        raise ValueError(_unknown(model, name))
+    _check_not_gated(model, point, name)
+    return point
+
+
+def point_names(model: nn.Module) -> list[str]:
+    """All names of all points of the model itself, aliases included, sorted; without those of attached SAEs."""
+    return sorted(_table(model))
+
+
+def new_point(model: nn.Module, name: str) -> nn.Module:
+    """A HookPoint of the class this model uses, not yet part of it."""
+    point = type(next(iter(_registered(model).values())))()
+    point.name = name
+    return point
+
+
+def publish(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
+    """Make these HookPoints visible to the model's run_with_cache, run_with_hooks, add_hook and hook_dict."""
+    for mapping in _mappings(model):
+        mapping.update(points)
+
+
+def unpublish(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
+    """Undo `publish`; names that by now mean another point are left alone."""
+    for mapping in _mappings(model):
+        for name, point in points.items():
+            if mapping.get(name) is point:
+                del mapping[name]
+
+
+def watch(model: nn.Module, start: Callable[[Tensor | None], None], end: Callable[[], None]) -> Callable[[], None]:
+    """Tell `start` (with the token ids `[batch, pos]`, or None if it was given embeddings) before each forward pass,
+    and `end` after each one that ran to its end, that is without `stop_at_layer` and without an exception.
+
+    Returns:
+        A function that ends the watch.
+    """
+
+    def on_start(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
+        start(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
+
+    def on_end(module: nn.Module, args: tuple, output: object) -> None:
+        end()
+
+    # `model.forward` is called directly by run_with_cache and run_with_hooks, past the hooks of `model` itself.
+    if _is_bridge(model):
+        first = last = model.original_model
+    else:
+        first, last = getattr(model, "embed", None), getattr(model, "unembed", None)
+    handles = [first.register_forward_pre_hook(on_start, with_kwargs=True)] if first is not None else []
+    handles += [last.register_forward_hook(on_end)] if last is not None else []
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return stop
+
+
+@contextmanager
+def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Hold the model's lock with these edits on it, by hook name; none of them is left on it afterwards.
+
+    Raises:
+        ValueError: for a name that does not exist or cannot fire.
+    """
+    with lock(model):
+        added: list[Hook] = []
+        try:
+            for name, edit in edits.items():
+                added.append(resolve(model, name).add(edit))
+            yield
+        finally:
+            for hook in reversed(added):
+                hook.remove()
+
+
+def _is_bridge(model: nn.Module) -> bool:
+    return "_hook_registry" in getattr(model, "__dict__", {})
+
+
+def _registered(model: nn.Module) -> dict[str, nn.Module]:
+    """The dictionary in which the model keeps its points: its own, to be changed by `publish` only."""
+    return _mappings(model)[0]
+
+
+def _mappings(model: nn.Module) -> Iterable[dict[str, nn.Module]]:
+    if _is_bridge(model):
+        return [model._hook_registry]
+    found = [getattr(model, name, None) for name in ("hook_dict", "mod_dict")]
+    if not all(isinstance(mapping, dict) for mapping in found):
+        raise TypeError(
+            explain(
+                f"{type(model).__name__} has no hook points.",
+                want="a TransformerBridge (transformer-lens 3.x, 4.x) or a HookedTransformer (3.x)",
+                fix="model = saewb.load_model(model, tokenizer=tokenizer)",
+            )
+        )
+    return found
+
+
+def _table(model: nn.Module) -> dict[str, Point]:
+    """Every name of the model, each with its point. Milliseconds on a Bridge, which computes its aliases anew."""
+    _registered(model)  # says what is wrong with an object that is no such model
+    names_of: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.hook_dict.items():
+        if INNER not in name:
+            names_of.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    table: dict[str, Point] = {}
+    for key, names in names_of.items():
+        own = modules[key].name if modules[key].name in names else names[0]
+        point = Point(own, (own, *(name for name in names if name != own)), modules[key])
+        table.update(dict.fromkeys(names, point))
+    return table if _is_bridge(model) else {**_mlp_inputs(model), **table}
+
+
+def _mlp_inputs(model: nn.Module) -> dict[str, Point]:
+    """`blocks.L.mlp.hook_in` of a HookedTransformer, which has no HookPoint there; published transcoders read it."""
+    mlps = {name: module for name, module in model.mod_dict.items() if name.endswith(".mlp")}
+    return {f"{name}.hook_in": Point(f"{name}.hook_in", (f"{name}.hook_in",), module) for name, module in mlps.items()}
+
+
+def _unknown(model: nn.Module, name: str) -> str:
+    names = point_names(model)
+    close = near(name, names)
+    what = f"no hook named {name!r} on this model ({len({id(p) for p in _tables[model].values()})} points)."
+    return explain(what, near=close, fix=f"saewb.attach(model, sae, hook={(close or names)[0]!r})")
+
+
+def _check_not_gated(model: nn.Module, point: Point, name: str) -> None:
+    switch = None if point.is_module_input else _switched_off_by(model, point)
+    if switch is None:
+        return
+    want = "a point that fires"
+    if switch == "use_hook_mlp_in":
+        want += f", e.g. {name.replace('.hook_mlp_in', '.mlp.hook_in')!r}, what the MLP itself reads"
+    what = f"hook {name!r} is switched off on this model and never fires."
+    raise ValueError(explain(what, want=want, fix=f"model.set_{switch}(True)"))
+
+
+def _switched_off_by(model: nn.Module, point: Point) -> str | None:
+    """The configuration flag that keeps the point from firing, or None."""
+    if _is_bridge(model):
+        return model._gated_hook_reason(point.name)
+    try:
+        model.check_hooks_to_add(point.module, point.name, None)
+    except AssertionError as refusal:
+        return re.sub(r".* if (use_\w+) is False.*", r"\1", str(refusal)).replace(
+            "use_attn_result_hook", "use_attn_result"
+        )
+    return None
