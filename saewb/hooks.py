@@ -115,25 +115,37 @@ def point_names(model: nn.Module) -> list[str]:
     return sorted(_table(model))
 
 
-def new_point(model: nn.Module, name: str) -> nn.Module:
-    """A HookPoint of the class this model uses, not yet part of it."""
-    point = type(next(iter(_registered(model).values())))()
-    point.name = name
-    return point
+def inner_points(model: nn.Module, point: Point, keys: Iterable[str]) -> dict[str, nn.Module]:
+    """HookPoints of the class this model uses, named `<point>.hook_sae_<key>`; not yet part of the model."""
+    made = {}
+    for key in keys:
+        made[key] = type(next(iter(_registered(model).values())))()
+        made[key].name = f"{point.name}{INNER}{key}"
+    return made
 
 
-def publish(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
-    """Make these HookPoints visible to the model's run_with_cache, run_with_hooks, add_hook and hook_dict."""
-    for mapping in _mappings(model):
-        mapping.update(points)
+def publish(model: nn.Module, point: Point, inner: Mapping[str, nn.Module]) -> None:
+    """Make `inner` visible to the model's run_with_cache, run_with_hooks, add_hook and hook_dict, under every name."""
+    for key, hook_point in inner.items():
+        # An attribute too: `add_hook` of a 3.x Bridge walks attributes. Past nn.Module, so that it is no submodule.
+        point.module.__dict__[INNER[1:] + key] = hook_point
+        for mapping in _mappings(model):
+            for name in point.names:
+                mapping[f"{name}{INNER}{key}"] = hook_point
 
 
-def unpublish(model: nn.Module, points: Mapping[str, nn.Module]) -> None:
+def unpublish(model: nn.Module, point: Point, inner: Mapping[str, nn.Module]) -> None:
     """Undo `publish`; names that by now mean another point are left alone."""
-    for mapping in _mappings(model):
-        for name, point in points.items():
-            if mapping.get(name) is point:
-                del mapping[name]
+    for key, hook_point in inner.items():
+        _forget(point.module.__dict__, INNER[1:] + key, hook_point)
+        for mapping in _mappings(model):
+            for name in point.names:
+                _forget(mapping, f"{name}{INNER}{key}", hook_point)
+
+
+def _forget(mapping: dict[str, object], name: str, value: object) -> None:
+    if mapping.get(name) is value:
+        del mapping[name]
 
 
 def watch(model: nn.Module, start: Callable[[Tensor | None], None], end: Callable[[], None]) -> Callable[[], None]:

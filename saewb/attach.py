@@ -1,0 +1,264 @@
+"""Attach SAEs and transcoders to a language model, and leave the model as it was.
+
+Nothing of the model is replaced: hooks go onto the HookPoints that are there, and exactly those come off again.
+What one attached SAE does in a forward pass is in `saewb.splice`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from saewb import hooks
+from saewb.errors import explain
+from saewb.splice import Splice
+from saewb.tokens import special_token_ids
+
+_attached: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    saes: nn.Module | Sequence[nn.Module],
+    hook: str | Sequence[str] | None = None,
+    *,
+    hook_out: str | Sequence[str] | None = None,
+    error_term: bool = False,
+    skip_special_tokens: bool | Sequence[int] = False,
+) -> Attachment:
+    """Run the model with the output of these SAEs in place of its activations, until `detach`.
+
+    Works like `open`: at once, and until the `with` block ends or `detach()` is called, across notebook cells.
+
+        SAE:         activation at hook  <-  sae(activation at hook)
+        transcoder:  activation at hook_out  <-  sae(activation at hook)
+
+    While attached, the inner points `<point>.hook_sae_input`, `.hook_sae_acts_pre`, `.hook_sae_acts_post`,
+    `.hook_sae_recons`, `.hook_sae_error`, `.hook_sae_output` can be cached, hooked and edited like any other, under every
+    name of the point that is written to. Hooks run in the order they were added: one added before sees the
+    model's own activation there, one added later (and `run_with_cache`) what the SAE made of it. A second attachment
+    writing to the same point overrides the first until it is detached. `model.reset_hooks()` does not detach.
+
+    Args:
+        model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
+        saes: one, or several that write to different points.
+        hook: where they read, instead of their own `cfg.hook`: one name, or one for each.
+        hook_out: where they write, instead of `cfg.hook_out`; for transcoders.
+        error_term: add what each SAE gets wrong, so that the model computes what it would without it. It is taken
+            from an undisturbed pass and detached: edits of latents, and their gradients, have their full effect.
+        skip_special_tokens: pass the model's own activation on at these tokens: True for the tokenizer's BOS, EOS, PAD
+            and the like, or a list of token ids.
+    Returns:
+        An Attachment: `.latents[sae]`, `.detach()`, and a context manager.
+    Raises:
+        ValueError: for an unknown or switched-off point (with near names), two SAEs writing to one point, an SAE that
+            has no hook; in the forward pass for a shape or device that does not fit, a point that is never reached, a
+            transcoder whose read point did not fire before its write point.
+        TypeError: if `model` has no hook points, or something in `saes` is no SAE.
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
+        >>> with saewb.attach(model, sae) as attached:
+        ...     logits = model("The Eiffel Tower is in")
+        >>> attached
+        Attachment(detached: blocks.2.hook_out)
+    """
+    attachment = Attachment(model, _splices(model, saes, hook, hook_out, error_term), skip_special_tokens)
+    attachment._install()
+    return attachment
+
+
+def attachments(model: nn.Module) -> list[Attachment]:
+    """What is attached to this model now, oldest first.
+
+    Example:
+        >>> import saewb
+        >>> attachments(saewb.load_model("tiny"))
+        []
+    """
+    return list(_attached.get(model, []))
+
+
+def detach_all(model: nn.Module) -> None:
+    """Detach everything from this model, newest first: for attachments whose variable is lost."""
+    for attachment in reversed(attachments(model)):
+        attachment.detach()
+
+
+class Attachment:
+    """SAEs on a model, until `detach` or the end of the `with` block. Made by `saewb.attach`."""
+
+    def __init__(self, model: nn.Module, splices: list[Splice], skip_special_tokens: bool | Sequence[int]) -> None:
+        self._model, self._lock = weakref.ref(model), hooks.lock(model)
+        self._splices = splices
+        self._stop_watching = None
+        self._tokens: Tensor | None = None
+        self._special = _special_ids(model, skip_special_tokens)
+        if self._special is not None:
+            for splice in splices:
+                splice.token_mask = self._token_mask
+
+    @property
+    def saes(self) -> list[nn.Module]:
+        """The attached SAEs, in the order given."""
+        return [splice.sae for splice in self._splices]
+
+    @property
+    def is_attached(self) -> bool:
+        """False once detached."""
+        return self._stop_watching is not None
+
+    @property
+    def latents(self) -> LatentsView:
+        """Latents of the last forward pass, by SAE or by hook name: `attached.latents[sae]`, `[batch, pos, d_sae]`.
+
+        After hooks on `hook_sae_acts_post`; part of the graph if the pass recorded one.
+        """
+        return LatentsView(self._splices)
+
+    def detach(self) -> None:
+        """Take the SAEs off; the model, and every hook on it, is as before. In any order, and again, without harm."""
+        with self._lock:
+            if not self.is_attached:
+                return
+            self._stop_watching()
+            self._stop_watching = None
+            for splice in reversed(self._splices):
+                splice.uninstall()
+            if (model := self._model()) is not None:
+                _attached[model].remove(self)
+
+    def __enter__(self) -> Attachment:
+        if not self.is_attached:
+            raise ValueError(explain(f"{self!r} is over.", fix="with saewb.attach(model, sae) as attached:"))
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.detach()
+        finally:
+            self._lock.release()
+
+    def __repr__(self) -> str:
+        places = [s.write.name if s.same_point else f"{s.read.name} => {s.write.name}" for s in self._splices]
+        hidden = [s.write.name for s in self._splices if self.is_attached and not s.is_top]
+        note = f"; overridden at {', '.join(hidden)}" if hidden else ""
+        return f"Attachment({'attached' if self.is_attached else 'detached'}: {', '.join(places)}{note})"
+
+    def _install(self) -> None:
+        installed: list[Splice] = []
+        model = self._model()
+        with self._lock:
+            try:
+                for splice in self._splices:
+                    splice.install()
+                    installed.append(splice)
+                self._stop_watching = hooks.watch(model, self._begin, self._end)
+            except BaseException:
+                for splice in reversed(installed):
+                    splice.uninstall()
+                raise
+            _attached.setdefault(model, []).append(self)
+
+    def _begin(self, tokens: Tensor | None) -> None:
+        self._tokens = tokens
+        for splice in self._splices:
+            splice.begin()
+
+    def _end(self) -> None:
+        for splice in self._splices:
+            if splice.is_top and not splice.fired:
+                raise ValueError(
+                    explain(
+                        f"{splice.write.name!r} did not fire in a whole forward pass: {splice.sae!r} had no effect.",
+                        want="a point that this model computes",
+                        fix="saewb.hooks.point_names(model)",
+                    )
+                )
+
+    def _token_mask(self, activation: Tensor) -> Tensor:
+        """`[batch, pos]`, True at special tokens."""
+        if self._tokens is None or self._tokens.shape != activation.shape[:2]:
+            seen = "no token ids" if self._tokens is None else f"token ids of shape {tuple(self._tokens.shape)}"
+            what = f"skip_special_tokens: the model got {seen}, the activation has shape {tuple(activation.shape)}."
+            raise ValueError(explain(what, want="one token id for each position", fix="skip_special_tokens=False"))
+        return torch.isin(self._tokens.to(activation.device), self._special.to(activation.device))
+
+
+class LatentsView:
+    """`view[sae]` or `view["blocks.4.hook_resid_post"]`: latents of the last forward pass, `[batch, pos, d_sae]`."""
+
+    def __init__(self, splices: list[Splice]) -> None:
+        self._splices = splices
+
+    def __getitem__(self, key: nn.Module | str) -> Tensor:
+        found = [s for s in self._splices if (key in s.write.names if isinstance(key, str) else s.sae is key)]
+        if len(found) != 1:
+            count = "more than once" if found else "not"
+            what = f"{key!r} is attached {count} here."
+            raise ValueError(explain(what, want="one of " + ", ".join(self)))
+        return found[0].latents()
+
+    def __iter__(self) -> Iterator[str]:
+        return (splice.write.name for splice in self._splices)
+
+    def __len__(self) -> int:
+        return len(self._splices)
+
+    def __repr__(self) -> str:
+        return f"LatentsView({', '.join(self)})"
+
+
+def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, error_term: bool) -> list[Splice]:
+    several = list(saes) if isinstance(saes, (list, tuple)) else [saes]
+    if not several:
+        raise ValueError(explain("attach got no SAE.", fix="saewb.attach(model, sae)"))
+    reads, writes = _one_each(hook, len(several), "hook"), _one_each(hook_out, len(several), "hook_out")
+    splices = []
+    for sae, read, write in zip(several, reads, writes, strict=True):
+        if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
+            raise TypeError(explain(f"attach got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
+        source, target = _places(sae, read, write)
+        splices.append(Splice(model, sae, hooks.resolve(model, source), hooks.resolve(model, target), error_term))
+    _check_distinct(splices)
+    return splices
+
+
+def _places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
+    source = hook or sae.cfg.hook
+    if source is None:
+        what = f"{sae!r} does not say where it belongs."
+        raise ValueError(explain(what, fix='saewb.attach(model, sae, hook="blocks.4.hook_resid_post")'))
+    # An SAE that is moved to another point reads and writes there; a transcoder keeps the point it writes to.
+    kept = sae.cfg.hook_out if sae.cfg.hook_out != sae.cfg.hook else None
+    target = hook_out or kept or source
+    if sae.cfg.is_transcoder and target == source:
+        what = f"{sae!r} is a transcoder and does not say where it writes."
+        raise ValueError(explain(what, fix='saewb.attach(model, sae, hook_out="blocks.4.hook_mlp_out")'))
+    return source, target
+
+
+def _one_each(names: object, n: int, argument: str) -> list[str | None]:
+    if names is None or (isinstance(names, str) and n == 1):
+        return [names] * n
+    if isinstance(names, (list, tuple)) and len(names) == n:
+        return list(names)
+    raise ValueError(explain(f"attach got {argument}={names!r} for {n} SAEs.", want=f"{n} names, in a list"))
+
+
+def _check_distinct(splices: list[Splice]) -> None:
+    seen: dict[nn.Module, Splice] = {}
+    for splice in splices:
+        if (other := seen.setdefault(splice.write.module, splice)) is not splice:
+            what = f"{other.sae!r} and {splice.sae!r} both write to {splice.write.name!r}."
+            raise ValueError(explain(what, want="one SAE for each point; nest a second `attach` to override the first"))
+
+
+def _special_ids(model: nn.Module, skip: bool | Sequence[int]) -> Tensor | None:
+    if skip is False:
+        return None
+    return torch.tensor(special_token_ids(model.tokenizer) if skip is True else list(skip), dtype=torch.long)

@@ -1,0 +1,210 @@
+"""One SAE at one place of one model: what happens there in a forward pass.
+
+1. The read point gives x, the write point gives what stands there now (the target; the same tensor for an SAE).
+2. x is flattened over heads where it has them, and passes `hook_sae_input`.
+3. The SAE encodes (`hook_sae_acts_pre`, `hook_sae_acts_post`) and decodes (`hook_sae_recons`).
+4. With the error term, `hook_sae_error` gets target - reconstruction of an undisturbed pass, detached, and is added;
+   so a hook that changes latents changes the output by just what it did to the reconstruction.
+5. At special tokens the target goes through as it is, with error 0.
+6. The result, in the target's shape, dtype and device, passes `hook_sae_output` and goes on through the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from saewb import hooks
+from saewb.errors import explain
+from saewb.sae import SAE, TopLatents
+
+_INNER = ("input", "acts_pre", "acts_post", "recons", "error", "output")
+
+# Who writes at a point, innermost attachment last: only that one runs. Weak, so that a forgotten model can go.
+_stacks: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Splice]]] = weakref.WeakKeyDictionary()
+# HookPoints that an earlier attachment at this point has given back: making one costs more than attaching.
+_spare: weakref.WeakKeyDictionary[nn.Module, list[dict[str, nn.Module]]] = weakref.WeakKeyDictionary()
+
+
+class Splice:
+    """An SAE on its read and write point. Made by `saewb.attach`; not for users."""
+
+    def __init__(
+        self, model: nn.Module, sae: nn.Module, read: hooks.Point, write: hooks.Point, error_term: bool
+    ) -> None:
+        self.sae, self.read, self.write, self.error_term = sae, read, write, error_term
+        self.same_point = read.module is write.module
+        self.fired = False
+        self.token_mask: Callable[[Tensor], Tensor] | None = None
+        self._model = weakref.ref(model)
+        self._latents: Tensor | TopLatents | None = None
+        self._x: Tensor | None = None
+        self._touched = False
+        self._hooks: list[hooks.Hook] = []
+
+    # -- on and off --------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put it on the model, on top of whoever writes there already."""
+        model, stack = self._model(), _stacks.setdefault(self.write.module, [])
+        spare = _spare.get(self.write.module)
+        self._inner = spare.pop() if spare else hooks.inner_points(model, self.write, _INNER)
+        if not self.same_point:
+            self._hooks.append(self.read.add(self._on_read))
+        self._hooks.append(self.write.add(self._on_write))
+        if (outer := top(self.write)) is not None:
+            hooks.unpublish(model, self.write, outer._inner)
+        stack.append(weakref.ref(self))
+        hooks.publish(model, self.write, self._inner)
+
+    def uninstall(self) -> None:
+        """Take it off again; whoever it was put on top of is back in force."""
+        model, stack = self._model(), _stacks.get(self.write.module, [])
+        for hook in self._hooks:
+            hook.remove()
+        was_top = self.is_top
+        stack[:] = [ref for ref in stack if ref() not in (None, self)]
+        if model is not None and was_top:
+            hooks.unpublish(model, self.write, self._inner)
+            if (outer := top(self.write)) is not None:
+                hooks.publish(model, self.write, outer._inner)
+        for point in self._inner.values():
+            point.remove_hooks(dir="both", including_permanent=True)
+        _spare.setdefault(self.write.module, []).append(self._inner)
+        self._latents = self._x = None
+
+    @property
+    def is_top(self) -> bool:
+        """Whether no later attachment writes at the same point."""
+        return top(self.write) is self
+
+    # -- in a forward pass -------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A forward pass starts."""
+        self.fired = False
+        self._latents = self._x = None
+        for hook in self._hooks:
+            if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
+                hook.restore()
+
+    def latents(self) -> Tensor:
+        """The latents of the last forward pass, `[..., d_sae]`."""
+        if self._latents is None:
+            overridden = "" if self.is_top else "; another SAE is attached on top of it"
+            raise ValueError(
+                explain(f"{self.sae!r} did not run in the last forward pass{overridden}.", fix="model(tokens)")
+            )
+        return self._latents.dense() if isinstance(self._latents, TopLatents) else self._latents
+
+    def _on_read(self, activation: Tensor) -> None:
+        self._x = activation
+
+    def _on_write(self, target: Tensor) -> Tensor | None:
+        if not self.is_top:
+            return None
+        x = target if self.same_point else self._x
+        if x is None:
+            raise ValueError(
+                explain(
+                    f"{self.read.name!r} did not fire before {self.write.name!r}, so the transcoder has nothing to read.",
+                    want="a read point that the model computes before the write point",
+                    fix="saewb.attach(model, sae, hook=<read point>, hook_out=<write point>)",
+                )
+            )
+        self.fired, self._x = True, None
+        return self._run(self._flat(x, self.sae.cfg.d_in, self.read), target)
+
+    def _run(self, x: Tensor, target: Tensor) -> Tensor:
+        self._check_device(x)
+        flat_target = self._flat(target, self.sae.cfg.d_out, self.write)
+        self._touched = False
+        given = x
+        if _hooked(self._inner["input"]):
+            x = self._pass("input", x.clone())  # an edit in place there must not reach the target
+        recon = self._reconstruct(x)
+        mask = None if self.token_mask is None else self._mask(target)
+        if recon is None:  # nobody looks inside and the error term makes it whole
+            out = flat_target
+        else:
+            out = self._with_error(recon, given, flat_target, mask) if self.error_term else recon
+            out = out.to(target.dtype)
+            if mask is not None:
+                out = torch.where(mask, flat_target, out)
+        return self._pass("output", self._unflat(out, target))
+
+    def _reconstruct(self, x: Tensor) -> Tensor | None:
+        """The reconstruction; or None if it is not needed, since the output is the target itself."""
+        if torch.is_grad_enabled() or any(_hooked(self._inner[k]) for k in _INNER[1:5]):
+            return self.sae.decode(self.sae.encode(x, tap=self._tap), x, tap=self._tap)
+        sparse = isinstance(self.sae, SAE) and self.sae.cfg.k is not None and self.sae.dtype == torch.float32
+        self._latents = self.sae.encode_topk(x) if sparse else self.sae.encode(x)
+        return None if self.error_term and not self._touched else self.sae.decode(self._latents, x)
+
+    def _with_error(self, recon: Tensor, given: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            clean = self.sae(given) if self._touched else recon.detach()
+            error = target.to(clean.dtype) - clean
+            if mask is not None:
+                error = torch.where(mask, torch.zeros_like(error), error)
+        return recon + self._pass("error", error)
+
+    def _tap(self, name: str, value: Tensor) -> Tensor:
+        value = self._pass(name, value)
+        if name == "acts_post":
+            self._latents = value
+        return value
+
+    def _pass(self, name: str, value: Tensor) -> Tensor:
+        """Send `value` through the inner point, and note whether a hook there may have changed it."""
+        point = self._inner[name]
+        if not _hooked(point):
+            return value
+        version = None if value.is_inference() else value._version
+        result = point(value)
+        self._touched |= result is not value or version is None or value._version != version
+        return result
+
+    # -- shapes ------------------------------------------------------------------------------------------------------
+
+    def _flat(self, activation: Tensor, width: int, point: hooks.Point) -> Tensor:
+        """`[..., width]`: one head of it, or all heads side by side, or as it is."""
+        head, shape = self.sae.cfg.head, tuple(activation.shape)
+        if head is not None and activation.ndim == 4 and head < shape[2] and shape[3] == width:
+            return activation[:, :, head]
+        if head is None and shape[-1] == width:
+            return activation
+        if head is None and activation.ndim == 4 and shape[2] * shape[3] == width:
+            return activation.flatten(2)
+        heads = "" if head is None else f", or [batch, pos, heads > {head}, {width}] for head {head}"
+        what = f"{point.name!r} gives activations of shape {shape}, which do not fit {self.sae!r}."
+        raise ValueError(explain(what, want=f"[batch, pos, {width}]{heads}"))
+
+    def _unflat(self, out: Tensor, target: Tensor) -> Tensor:
+        if self.sae.cfg.head is None:
+            return out.reshape(target.shape)
+        whole = target.clone()
+        whole[:, :, self.sae.cfg.head] = out
+        return whole
+
+    def _mask(self, target: Tensor) -> Tensor:
+        return self.token_mask(target)[..., None]
+
+    def _check_device(self, x: Tensor) -> None:
+        if x.device != self.sae.device:
+            what = f"{self.sae!r} is on {self.sae.device}, the activations of {self.read.name!r} on {x.device}."
+            raise ValueError(explain(what, fix=f"sae.to({str(x.device)!r})"))
+
+
+def top(point: hooks.Point) -> Splice | None:
+    """The splice in force at this write point."""
+    stack = _stacks.get(point.module, [])
+    return stack[-1]() if stack else None
+
+
+def _hooked(point: nn.Module) -> bool:
+    """Whether anything at all, of transformer-lens or of torch, is hooked to the point."""
+    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)

@@ -1,0 +1,33 @@
+"""Shapes in the signatures are checked while testing; no test reaches a hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(
+    ["saewb.sae", "saewb.metrics", "saewb.tokens", "saewb.pursuit", "saewb.temporal"], "beartype.beartype"
+)
+
+import pytest
+import small
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _own_randomness():
+    """Tests neither depend on the global random state nor leave one behind."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(params=["bridge", "hooked"])
+def model(request):
+    """The same three-layer model of random weights as each kind of model that this transformer-lens has."""
+    made = small.bridge() if request.param == "bridge" else small.hooked()
+    before = small.snapshot(made)
+    yield made
+    assert small.snapshot(made) == before, "a test left hooks on the model"
