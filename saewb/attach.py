@@ -37,8 +37,8 @@ def attach(
         transcoder:  activation at hook_out  <-  sae(activation at hook)
 
     While attached, the inner points `<point>.hook_sae_input`, `.hook_sae_acts_pre`, `.hook_sae_acts_post`,
-    `.hook_sae_recons`, `.hook_sae_error`, `.hook_sae_output` can be cached, hooked and edited like any other, under every
-    name of the point that is written to. Hooks run in the order they were added: one added before sees the
+    `.hook_sae_recons`, `.hook_sae_error`, `.hook_sae_output` can be cached, hooked and edited like any other, under
+    every name of the point that is written to. Hooks run in the order they were added: one added before sees the
     model's own activation there, one added later (and `run_with_cache`) what the SAE made of it. A second attachment
     writing to the same point overrides the first until it is detached. `model.reset_hooks()` does not detach.
 
@@ -96,6 +96,10 @@ class Attachment:
         self._splices = splices
         self._stop_watching = None
         self._tokens: Tensor | None = None
+        self._announced: tuple[Tensor | None] | None = None  # the tokens of a pass that has not begun
+        self._state = "over"  # of the last pass: "whole" or "partial" while it runs, or after it stopped early
+        for splice in splices:
+            splice.enter = self._enter
         self._special = _special_ids(model, skip_special_tokens)
         if self._special is not None:
             for splice in splices:
@@ -157,21 +161,35 @@ class Attachment:
                 for splice in self._splices:
                     splice.install()
                     installed.append(splice)
-                self._stop_watching = hooks.watch(model, self._begin, self._end)
+                self._stop_watching = hooks.watch(model, self._announce, self._enter, self._end)
             except BaseException:
                 for splice in reversed(installed):
                     splice.uninstall()
                 raise
             _attached.setdefault(model, []).append(self)
 
-    def _begin(self, tokens: Tensor | None) -> None:
-        self._tokens = tokens
+    def _announce(self, tokens: Tensor | None) -> None:
+        self._announced = (tokens,)
         for splice in self._splices:
-            splice.begin()
+            splice.restore()
+
+    def _enter(self) -> None:
+        """A pass is under way: if this is the first sign of it, forget the pass before.
+
+        One that was not announced starts at a later layer: it goes on with what the one before left, if that stopped
+        early.
+        """
+        if self._announced is not None or self._state == "over":
+            self._state = "whole" if self._announced is not None else "partial"
+            (self._tokens,) = self._announced or (None,)
+            self._announced = None
+            for splice in self._splices:
+                splice.clear()
 
     def _end(self) -> None:
+        state, self._state = self._state, "over"
         for splice in self._splices:
-            if splice.is_top and not splice.fired:
+            if state == "whole" and splice.is_top and not splice.fired:
                 raise ValueError(
                     explain(
                         f"{splice.write.name!r} did not fire in a whole forward pass: {splice.sae!r} had no effect.",

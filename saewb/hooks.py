@@ -148,28 +148,44 @@ def _forget(mapping: dict[str, object], name: str, value: object) -> None:
         del mapping[name]
 
 
-def watch(model: nn.Module, start: Callable[[Tensor | None], None], end: Callable[[], None]) -> Callable[[], None]:
-    """Tell `start` (with the token ids `[batch, pos]`, or None if it was given embeddings) before each forward pass,
-    and `end` after each one that ran to its end, that is without `stop_at_layer` and without an exception.
+def watch(
+    model: nn.Module,
+    announce: Callable[[Tensor | None], None],
+    begin: Callable[[], None],
+    end: Callable[[], None],
+) -> Callable[[], None]:
+    """Be told of forward passes.
 
+    Args:
+        model: any kind. `model.forward` itself is not watched: run_with_cache and run_with_hooks call it past the hooks
+            of the module.
+        announce: gets the token ids `[batch, pos]` of the pass to come, or None if the model was given embeddings. A
+            HookedTransformer announces where it embeds, which it also does outside of a pass; and says nothing about a
+            pass that starts at a later layer.
+        begin: called when the first block is reached; a HookedTransformer's embedding points have fired by then.
+        end: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
     Returns:
         A function that ends the watch.
     """
 
-    def on_start(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def on_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
-        start(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
+        announce(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
+
+    def on_begin(module: nn.Module, args: tuple) -> None:
+        begin()
 
     def on_end(module: nn.Module, args: tuple, output: object) -> None:
         end()
 
-    # `model.forward` is called directly by run_with_cache and run_with_hooks, past the hooks of `model` itself.
     if _is_bridge(model):
-        first = last = model.original_model
+        first = second = last = model.original_model
     else:
         first, last = getattr(model, "embed", None), getattr(model, "unembed", None)
-    handles = [first.register_forward_pre_hook(on_start, with_kwargs=True)] if first is not None else []
-    handles += [last.register_forward_hook(on_end)] if last is not None else []
+        second = model.blocks[0] if len(getattr(model, "blocks", ())) else None
+    handles = [] if first is None else [first.register_forward_pre_hook(on_tokens, with_kwargs=True)]
+    handles += [] if second is None else [second.register_forward_pre_hook(on_begin)]
+    handles += [] if last is None else [last.register_forward_hook(on_end)]
 
     def stop() -> None:
         for handle in handles:

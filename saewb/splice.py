@@ -38,6 +38,7 @@ class Splice:
         self.sae, self.read, self.write, self.error_term = sae, read, write, error_term
         self.same_point = read.module is write.module
         self.fired = False
+        self.enter: Callable[[], None] = lambda: None  # called whenever a point fires
         self.token_mask: Callable[[Tensor], Tensor] | None = None
         self._model = weakref.ref(model)
         self._latents: Tensor | TopLatents | None = None
@@ -83,13 +84,16 @@ class Splice:
 
     # -- in a forward pass -------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """A forward pass starts."""
+    def restore(self) -> None:
+        """Put hooks back that someone took off with reset_hooks(including_permanent=True)."""
+        for hook in self._hooks:
+            if not hook.is_on:
+                hook.restore()
+
+    def clear(self) -> None:
+        """Forget the last forward pass."""
         self.fired = False
         self._latents = self._x = None
-        for hook in self._hooks:
-            if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
-                hook.restore()
 
     def latents(self) -> Tensor:
         """The latents of the last forward pass, `[..., d_sae]`."""
@@ -101,16 +105,19 @@ class Splice:
         return self._latents.dense() if isinstance(self._latents, TopLatents) else self._latents
 
     def _on_read(self, activation: Tensor) -> None:
+        self.enter()
         self._x = activation
 
     def _on_write(self, target: Tensor) -> Tensor | None:
         if not self.is_top:
             return None
+        self.enter()
         x = target if self.same_point else self._x
         if x is None:
+            what = f"{self.read.name!r} did not fire before {self.write.name!r}: the transcoder has nothing to read."
             raise ValueError(
                 explain(
-                    f"{self.read.name!r} did not fire before {self.write.name!r}, so the transcoder has nothing to read.",
+                    what,
                     want="a read point that the model computes before the write point",
                     fix="saewb.attach(model, sae, hook=<read point>, hook_out=<write point>)",
                 )

@@ -15,6 +15,8 @@ import pytest
 import small
 import torch
 
+torch.set_num_threads(1)  # models this small are slower on two, and much slower on a busy machine
+
 
 @pytest.fixture(autouse=True)
 def _own_randomness():

@@ -9,15 +9,15 @@ LAYERS, D_MODEL, HEADS, D_MLP, VOCAB, BOS = 3, 16, 4, 24, 32, 1
 
 
 @functools.cache
-def hf_llama():
-    """A fresh state each process; nobody may change it."""
+def hf_llama(layers=LAYERS):
+    """The same in each process; nobody may change it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=D_MODEL,
         intermediate_size=D_MLP,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         head_dim=D_MODEL // HEADS,
@@ -56,16 +56,23 @@ def tokenizer():
     return made
 
 
-def new_bridge(dtype=torch.float32):
+def new_bridge(dtype=torch.float32, layers=LAYERS):
     """A Bridge of its own (the cached one is shared)."""
     import copy
 
     from transformer_lens.model_bridge import TransformerBridge
 
-    hf = copy.deepcopy(hf_llama()).to(dtype)
+    hf = copy.deepcopy(hf_llama(layers)).to(dtype)
     made = TransformerBridge.boot_transformers("small", hf_model=hf, tokenizer=tokenizer(), device="cpu", dtype=dtype)
     made.run_with_cache(tokens())  # the first one leaves traces of its own
     return made
+
+
+def new_hooked(layers=LAYERS):
+    """A HookedTransformer of its own, of the same weights; skips where transformer-lens has none."""
+    from models_on_3x import hooked_transformer
+
+    return hooked_transformer(hf_llama(layers), tokenizer())
 
 
 @functools.cache
@@ -75,9 +82,7 @@ def bridge():
 
 @functools.cache
 def hooked():
-    from models_on_3x import hooked_transformer
-
-    return hooked_transformer(hf_llama(), tokenizer())
+    return new_hooked()
 
 
 def tokens(rows=2, length=7, seed=0):

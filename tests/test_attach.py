@@ -106,7 +106,7 @@ def test_detached_also_after_an_exception(model):
 
 def by_hand_detached(model, sae, tokens):
     """`by_hand` on a model with an attachment: the splice already wrote, so run on an attachment-free twin."""
-    twin = small.new_bridge() if type(model).__name__ == "TransformerBridge" else small.hooked.__wrapped__()
+    twin = small.new_bridge() if type(model).__name__ == "TransformerBridge" else small.new_hooked()
     return by_hand(twin, sae, tokens)
 
 
