@@ -1,1 +1,56 @@
-"""saewb: the workbench for sparse autoencoders of language models, in the notebook."""
+"""saewb: the workbench for sparse autoencoders of language models, in the notebook.
+
+    import saewb
+
+    model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
+    with saewb.attach(model, sae) as attached:
+        logits = model("The Eiffel Tower is in")
+    saewb.evaluate(model, sae, saewb.embedded.held_out_texts())
+
+The public names are resolved on first use, so that `import saewb` takes milliseconds and does nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name: the module that has it
+    "FormatError": "errors",
+    "SAE": "sae",
+    "SAEConfig": "sae",
+    "TopLatents": "sae",
+    "PursuitConfig": "pursuit",
+    "PursuitSAE": "pursuit",
+    "TemporalConfig": "temporal",
+    "TemporalSAE": "temporal",
+    "Attachment": "attachment",
+    "attach": "attachment",
+    "attachments": "attachment",
+    "detach_all": "attachment",
+    "Evaluation": "evals",
+    "evaluate": "evals",
+    "load_model": "models",
+    "token_strings": "models",
+    "load_sae": "loading",
+    "save_sae": "loading",
+    "push_to_hub": "loading",
+    "pack": "tokens",
+}
+_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "sae", "tokens")
+
+__all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importing the module would hide it
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"saewb.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"saewb.{name}")
+    raise AttributeError(f"module 'saewb' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

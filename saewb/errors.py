@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class FormatError(ValueError):
-    """A folder or file that is not what its layout promises: a tensor missing, left over or misshapen, an unknown key."""
+    """A file that is not what its layout promises: a tensor missing, left over or misshapen, an unknown key."""
 
 
 def near(got: str, known: Iterable[str], n: int = 3) -> list[str]:

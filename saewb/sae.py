@@ -9,109 +9,19 @@ papers is a matter of reading a file (`saewb.formats`) or of training (`saewb.ob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Union, final, get_args
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from saewb.arithmetic import TILE, Latents, Tap, TopLatents, scaled, tapped, threshold_gate, top, unscaled
+from saewb.config import SAEConfig, describe, tensor_shapes
 from saewb.errors import FormatError, explain
 
-Gate = Literal["relu", "jumprelu", "topk", "abstopk"]
-Scaling = Literal["none", "layer_norm", "constant_norm"]
-PreBias = Literal["none", "tied", "own"]
-Latents = Union[int, slice, Sequence[int], Tensor]  # whatever may stand in `full[..., latents]`
-Tap = Callable[[str, Tensor], Tensor]
-
-# A top-k gate must see every latent of a token to know which ones to keep. It does so in row tiles of at most this
-# many pre-activations (64 MiB in float32), so that asking for a few latents stays small.
-_TILE = 2**24
-
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """What an SAE is, without its weights. Wrong or unknown fields raise; nothing is shared or changed afterwards."""
-
-    d_in: int  # width of what it reads
-    d_sae: int  # number of latents
-    gate: Gate = "relu"  # which latents survive
-    k: int | None = None  # latents kept per token; for the two top-k gates, and only there
-    d_out: int | None = None  # width of what it writes; None means d_in
-    skip: bool = False  # adds x @ W_skip to the output (skip transcoders)
-    pre_bias: PreBias = "none"  # subtracted before encoding: nothing, b_dec itself, or a b_pre of its own
-    scaling: Scaling = "none"  # per token, undone on the output; a constant factor is folded into the weights instead
-    hook: str | None = None  # the point of the model it reads
-    hook_out: str | None = None  # the point it writes; None means `hook`; another one makes it a transcoder
-    head: int | None = None  # reads and writes this attention head only; None means all
-    model: str | None = None  # name of the language model it was trained on
-    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # whatever else its file says, kept as read
-
-    def __post_init__(self) -> None:
-        if self.d_out is None:
-            object.__setattr__(self, "d_out", self.d_in)
-        object.__setattr__(self, "metadata", dict(self.metadata))
-        for name in ("d_in", "d_sae", "d_out"):
-            _check(
-                isinstance(getattr(self, name), int) and getattr(self, name) > 0,
-                name,
-                getattr(self, name),
-                "a positive integer",
-            )
-        for name, choices in (
-            ("gate", get_args(Gate)),
-            ("scaling", get_args(Scaling)),
-            ("pre_bias", get_args(PreBias)),
-        ):
-            _check(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
-        if self.gate in ("topk", "abstopk"):
-            _check(
-                isinstance(self.k, int) and 0 < self.k <= self.d_sae,
-                "k",
-                self.k,
-                f"1 to d_sae={self.d_sae} for gate {self.gate!r}",
-            )
-        else:
-            _check(self.k is None, "k", self.k, f"None, since gate {self.gate!r} keeps no fixed number of latents")
-        if self.d_out != self.d_in:
-            _check(
-                self.pre_bias != "tied",
-                "pre_bias",
-                self.pre_bias,
-                f"'none' or 'own', since b_dec has d_out={self.d_out}, not d_in={self.d_in} numbers",
-            )
-        if self.is_transcoder:
-            _check(
-                self.scaling == "none",
-                "scaling",
-                self.scaling,
-                "'none' for a transcoder, since the scale of its input says nothing about its output",
-            )
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it predicts something else than what it reads."""
-        return self.d_out != self.d_in or self.hook_out not in (None, self.hook)
-
-
-def _check(ok: bool, name: str, got: object, want: str) -> None:
-    if not ok:
-        raise ValueError(explain(f"SAEConfig got {name}={got!r}.", want=want, fix=f"SAEConfig(..., {name}=...)"))
-
-
-@dataclass(frozen=True)
-class TopLatents:
-    """The latents a top-k gate kept, without the zeros: k values and k indices per token."""
-
-    values: Float[Tensor, "tokens k"]  # activations, 0 where fewer than k were positive
-    indices: Int[Tensor, "tokens k"]  # which latent each value belongs to
-    shape: tuple[int, ...]  # of the dense tensor: leading axes of the input, then d_sae
-
-    def dense(self) -> Tensor:
-        """The same as one tensor `[..., d_sae]`."""
-        flat = self.values.new_zeros(len(self.values), self.shape[-1])
-        return flat.scatter_(1, self.indices, self.values).view(self.shape)
+__all__ = ["SAE", "SAEConfig", "TopLatents", "describe", "replace_config", "tensor_shapes"]
 
 
 @final
@@ -200,10 +110,12 @@ class SAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the parameters, and of what comes out."""
         return self.W_dec.dtype
 
     @property
     def device(self) -> torch.device:
+        """Of the parameters; inputs must be there."""
         return self.W_dec.device
 
     def encode(
@@ -213,8 +125,8 @@ class SAE(nn.Module):
 
             gate((scale(x) - b_pre) @ W_enc + b_enc)
 
-        ReLU keeps what is > 0, JumpReLU what is strictly > threshold (and > 0), TopK the k largest that are > 0, AbsTopK
-        the k largest in magnitude, with their sign.
+        ReLU keeps what is > 0, JumpReLU what is strictly > threshold (and > 0), TopK the k largest that are > 0,
+        AbsTopK the k largest in magnitude, with their sign.
 
         Args:
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
@@ -235,11 +147,11 @@ class SAE(nn.Module):
         h = self._centred(x)
         if latents is None:
             pre = h @ self.W_enc + self.b_enc
-            return _tapped(tap, "acts_post", self._gate(_tapped(tap, "acts_pre", pre)))
+            return tapped(tap, "acts_post", self._gate(tapped(tap, "acts_pre", pre)))
         if self.cfg.k is not None:
             return self._topk_subset(h, latents)
         threshold = self.threshold[latents] if self.cfg.gate == "jumprelu" else None
-        return _threshold_gate(h @ self.W_enc[:, latents] + self.b_enc[latents], threshold)
+        return threshold_gate(h @ self.W_enc[:, latents] + self.b_enc[latents], threshold)
 
     def encode_topk(self, x: Float[Tensor, "*batch d_in"]) -> TopLatents:
         """What a top-k gate keeps, as k values and indices per token: `encode(x)` without its zeros.
@@ -255,7 +167,7 @@ class SAE(nn.Module):
             )
         h = self._centred(x)
         pre = torch.addmm(self.b_enc, h.reshape(-1, h.shape[-1]), self.W_enc)
-        values, indices = _top(pre, self.cfg.k, signed=self.cfg.gate == "abstopk")
+        values, indices = top(pre, self.cfg.k, signed=self.cfg.gate == "abstopk")
         return TopLatents(values, indices, (*h.shape[:-1], self.cfg.d_sae))
 
     def decode(
@@ -278,7 +190,7 @@ class SAE(nn.Module):
         Raises:
             ValueError: if `x` is needed and missing.
         """
-        recon = _tapped(tap, "recons", self._decoded(latents))
+        recon = tapped(tap, "recons", self._decoded(latents))
         if self.cfg.scaling == "none" and not self.cfg.skip:
             return recon
         if x is None:
@@ -289,7 +201,7 @@ class SAE(nn.Module):
                 )
             )
         x = self._fitting(x)
-        recon = _unscaled(recon, x, self.cfg.scaling)
+        recon = unscaled(recon, x, self.cfg.scaling)
         return recon + x @ self.W_skip if self.cfg.skip else recon
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "..."]:
@@ -310,12 +222,9 @@ class SAE(nn.Module):
         norm = self.W_dec.norm(dim=1)
         norm = torch.where(norm == 0, torch.ones_like(norm), norm)
         if self.cfg.k is not None and not torch.allclose(norm, norm[:1].expand_as(norm), rtol=1e-4):
-            raise ValueError(
-                explain(
-                    f"decoder norms from {norm.min():.3g} to {norm.max():.3g} cannot be folded into a {self.cfg.gate!r} SAE: the k kept latents would change.",
-                    want="all rows of one norm, or gate 'relu' or 'jumprelu'",
-                )
-            )
+            span = f"decoder norms from {norm.min():.3g} to {norm.max():.3g}"
+            what = f"{span} cannot be folded into a {self.cfg.gate!r} SAE: other latents would be kept."
+            raise ValueError(explain(what, want="rows of one norm, or gate 'relu' or 'jumprelu'"))
         new = {"W_enc": self.W_enc * norm, "b_enc": self.b_enc * norm, "W_dec": self.W_dec / norm[:, None]}
         if self.cfg.gate == "jumprelu":
             new["threshold"] = self.threshold * norm
@@ -333,7 +242,8 @@ class SAE(nn.Module):
             factor: what its training inputs were multiplied with.
             factor_out: the same for a transcoder's targets; None means `factor`.
         Raises:
-            ValueError: if a factor is not positive, if this SAE also scales per token, or if b_pre is tied to b_dec and the factors differ.
+            ValueError: if a factor is not positive, if this SAE also scales per token, or if b_pre is tied to b_dec and
+                the factors differ.
         """
         out = factor if factor_out is None else factor_out
         if not (factor > 0 and out > 0):
@@ -341,12 +251,9 @@ class SAE(nn.Module):
                 explain(f"fold_scaling got factor={factor}, factor_out={factor_out}.", want="positive numbers")
             )
         if self.cfg.scaling != "none" or (self.cfg.pre_bias == "tied" and out != factor):
-            raise ValueError(
-                explain(
-                    f"a factor cannot be folded into {self!r} (scaling={self.cfg.scaling!r}, pre_bias={self.cfg.pre_bias!r}).",
-                    want="scaling 'none', and one factor where b_pre is b_dec",
-                )
-            )
+            fields = f"scaling={self.cfg.scaling!r}, pre_bias={self.cfg.pre_bias!r}"
+            what = f"a factor cannot be folded into {self!r} with {fields}."
+            raise ValueError(explain(what, want="scaling 'none'; and one factor, not two, where b_pre is b_dec"))
         new = {"W_enc": self.W_enc * factor, "W_dec": self.W_dec / out, "b_dec": self.b_dec / out}
         if self.cfg.pre_bias == "own":
             new["b_pre"] = self.b_pre / factor
@@ -365,18 +272,18 @@ class SAE(nn.Module):
         return x.to(self.dtype)
 
     def _centred(self, x: Tensor) -> Tensor:
-        h = _scaled(self._fitting(x), self.cfg.scaling)
+        h = scaled(self._fitting(x), self.cfg.scaling)
         return h if self.b_pre is None else h - self.b_pre
 
     def _gate(self, pre: Tensor) -> Tensor:
         if self.cfg.k is None:
-            return _threshold_gate(pre, self.threshold if self.cfg.gate == "jumprelu" else None)
-        values, indices = _top(pre, self.cfg.k, signed=self.cfg.gate == "abstopk")
+            return threshold_gate(pre, self.threshold if self.cfg.gate == "jumprelu" else None)
+        values, indices = top(pre, self.cfg.k, signed=self.cfg.gate == "abstopk")
         return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def _topk_subset(self, h: Tensor, latents: Latents) -> Tensor:
         rows = h.reshape(-1, h.shape[-1])
-        tiles = rows.split(max(1, _TILE // self.cfg.d_sae))
+        tiles = rows.split(max(1, TILE // self.cfg.d_sae))
         kept = torch.cat([self._gate(tile @ self.W_enc + self.b_enc)[:, latents] for tile in tiles])
         return kept.reshape(*h.shape[:-1], *kept.shape[1:])
 
@@ -388,42 +295,6 @@ class SAE(nn.Module):
 
     def __repr__(self) -> str:
         return describe(self, self.cfg.gate if self.cfg.k is None else f"{self.cfg.gate} k={self.cfg.k}")
-
-
-def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors an SAE of this configuration has, by name, with their shapes."""
-    d_in, d_sae, d_out = cfg.d_in, cfg.d_sae, cfg.d_out
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (d_in, d_sae),
-        "b_enc": (d_sae,),
-        "W_dec": (d_sae, d_out),
-        "b_dec": (d_out,),
-    }
-    if cfg.pre_bias == "own":
-        shapes["b_pre"] = (d_in,)
-    if cfg.gate == "jumprelu":
-        shapes["threshold"] = (d_sae,)
-    if cfg.skip:
-        shapes["W_skip"] = (d_in, d_out)
-    return shapes
-
-
-def describe(sae: nn.Module, kind: str) -> str:
-    """One line on any of the SAE classes: what it is, its widths, where it reads and writes, dtype and device."""
-    cfg = sae.cfg
-    widths = f"{cfg.d_in} -> {cfg.d_sae} latents" + (f" -> {cfg.d_out}" if cfg.is_transcoder else "")
-    place = cfg.hook if cfg.hook_out in (None, cfg.hook) else f"{cfg.hook} => {cfg.hook_out}"
-    extras = [
-        name
-        for name, on in (
-            ("skip", getattr(cfg, "skip", False)),
-            (getattr(cfg, "scaling", "none"), getattr(cfg, "scaling", "none") != "none"),
-            (f"head {cfg.head}", cfg.head is not None),
-        )
-        if on
-    ]
-    where = f"{str(sae.dtype).removeprefix('torch.')} on {sae.device}"
-    return f"{type(sae).__name__}({', '.join([kind, widths, *extras, *([place] if place else []), *([cfg.model] if cfg.model else []), where])})"
 
 
 def replace_config(sae: SAE, **changes: Any) -> SAE:
@@ -451,37 +322,3 @@ def _initial(cfg: SAEConfig, seed: int, dtype: torch.dtype, device: torch.device
     )
     made["W_enc"] = reads.T.contiguous()
     return {name: t.to(device=device, dtype=dtype) for name, t in made.items()}
-
-
-def _threshold_gate(pre: Tensor, threshold: Tensor | None) -> Tensor:
-    kept = torch.relu(pre)
-    return kept if threshold is None else kept * (pre > threshold)
-
-
-def _top(pre: Tensor, k: int, *, signed: bool) -> tuple[Tensor, Tensor]:
-    if signed:
-        indices = pre.abs().topk(k, dim=-1, sorted=False).indices
-        return pre.gather(-1, indices), indices
-    values, indices = pre.topk(k, dim=-1, sorted=False)
-    return torch.relu(values), indices
-
-
-def _scaled(x: Tensor, scaling: Scaling) -> Tensor:
-    if scaling == "layer_norm":
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.std(-1, keepdim=True) + 1e-5)
-    if scaling == "constant_norm":
-        return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
-    return x
-
-
-def _unscaled(recon: Tensor, x: Tensor, scaling: Scaling) -> Tensor:
-    if scaling == "layer_norm":
-        return recon * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
-    if scaling == "constant_norm":
-        return recon * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
-    return recon
-
-
-def _tapped(tap: Tap | None, name: str, value: Tensor) -> Tensor:
-    return value if tap is None else tap(name, value)

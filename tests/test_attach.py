@@ -6,7 +6,7 @@ import pytest
 import small
 import torch
 from saewb import hooks
-from saewb.attach import attach, attachments, detach_all
+from saewb.attachment import attach, attachments, detach_all
 from torch import nn
 
 RESID, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"

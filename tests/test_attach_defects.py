@@ -6,7 +6,7 @@ import pytest
 import small
 import torch
 from saewb import hooks
-from saewb.attach import attach
+from saewb.attachment import attach
 
 RESID = "blocks.1.hook_resid_post"
 

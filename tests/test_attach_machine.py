@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from saewb import hooks
-from saewb.attach import attach, attachments
+from saewb.attachment import attach, attachments
 
 PLACES = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"]
 ALIAS = {"blocks.0.hook_resid_post": "blocks.0.hook_out", "blocks.1.hook_mlp_out": "blocks.1.mlp.hook_out"}

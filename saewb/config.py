@@ -1,0 +1,115 @@
+"""What an SAE is, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from saewb.errors import explain
+
+Gate = Literal["relu", "jumprelu", "topk", "abstopk"]
+Scaling = Literal["none", "layer_norm", "constant_norm"]
+PreBias = Literal["none", "tied", "own"]
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE is, without its weights. Wrong or unknown fields raise; nothing is shared or changed afterwards."""
+
+    d_in: int  # width of what it reads
+    d_sae: int  # number of latents
+    gate: Gate = "relu"  # which latents survive
+    k: int | None = None  # latents kept per token; for the two top-k gates, and only there
+    d_out: int | None = None  # width of what it writes; None means d_in
+    skip: bool = False  # adds x @ W_skip to the output (skip transcoders)
+    pre_bias: PreBias = "none"  # subtracted before encoding: nothing, b_dec itself, or a b_pre of its own
+    scaling: Scaling = "none"  # per token, undone on the output; a constant factor is folded into the weights instead
+    hook: str | None = None  # the point of the model it reads
+    hook_out: str | None = None  # the point it writes; None means `hook`; another one makes it a transcoder
+    head: int | None = None  # reads and writes this attention head only; None means all
+    model: str | None = None  # name of the language model it was trained on
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # whatever else its file says, kept as read
+
+    def __post_init__(self) -> None:
+        if self.d_out is None:
+            object.__setattr__(self, "d_out", self.d_in)
+        object.__setattr__(self, "metadata", dict(self.metadata))
+        for name in ("d_in", "d_sae", "d_out"):
+            _check(
+                isinstance(getattr(self, name), int) and getattr(self, name) > 0,
+                name,
+                getattr(self, name),
+                "a positive integer",
+            )
+        for name, choices in (
+            ("gate", get_args(Gate)),
+            ("scaling", get_args(Scaling)),
+            ("pre_bias", get_args(PreBias)),
+        ):
+            _check(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
+        if self.gate in ("topk", "abstopk"):
+            _check(
+                isinstance(self.k, int) and 0 < self.k <= self.d_sae,
+                "k",
+                self.k,
+                f"1 to d_sae={self.d_sae} for gate {self.gate!r}",
+            )
+        else:
+            _check(self.k is None, "k", self.k, f"None, since gate {self.gate!r} keeps no fixed number of latents")
+        if self.d_out != self.d_in:
+            _check(
+                self.pre_bias != "tied",
+                "pre_bias",
+                self.pre_bias,
+                f"'none' or 'own', since b_dec has d_out={self.d_out}, not d_in={self.d_in} numbers",
+            )
+        if self.is_transcoder:
+            _check(
+                self.scaling == "none",
+                "scaling",
+                self.scaling,
+                "'none' for a transcoder, since the scale of its input says nothing about its output",
+            )
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts something else than what it reads."""
+        return self.d_out != self.d_in or self.hook_out not in (None, self.hook)
+
+
+def _check(ok: bool, name: str, got: object, want: str) -> None:
+    if not ok:
+        raise ValueError(explain(f"SAEConfig got {name}={got!r}.", want=want, fix=f"SAEConfig(..., {name}=...)"))
+
+
+def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors an SAE of this configuration has, by name, with their shapes."""
+    d_in, d_sae, d_out = cfg.d_in, cfg.d_sae, cfg.d_out
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
+    }
+    if cfg.pre_bias == "own":
+        shapes["b_pre"] = (d_in,)
+    if cfg.gate == "jumprelu":
+        shapes["threshold"] = (d_sae,)
+    if cfg.skip:
+        shapes["W_skip"] = (d_in, d_out)
+    return shapes
+
+
+def describe(sae: Any, kind: str) -> str:
+    """One line on any of the SAE classes: what it is, its widths, where it reads and writes, dtype and device."""
+    cfg, scaling = sae.cfg, getattr(sae.cfg, "scaling", "none")
+    facts = [kind, f"{cfg.d_in} -> {cfg.d_sae} latents" + (f" -> {cfg.d_out}" if cfg.is_transcoder else "")]
+    facts += ["skip"] if getattr(cfg, "skip", False) else []
+    facts += [scaling] if scaling != "none" else []
+    facts += [f"head {cfg.head}"] if cfg.head is not None else []
+    if cfg.hook is not None:
+        facts.append(cfg.hook if cfg.hook_out in (None, cfg.hook) else f"{cfg.hook} => {cfg.hook_out}")
+    facts += [cfg.model] if cfg.model else []
+    facts.append(f"{str(sae.dtype).removeprefix('torch.')} on {sae.device}")
+    return f"{type(sae).__name__}({', '.join(facts)})"

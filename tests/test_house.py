@@ -1,0 +1,121 @@
+"""The house: who may import whom, what an import costs, and that public names are what they say."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import saewb
+
+ROOT = Path(saewb.__file__).parent
+
+# Each room may import from saewb only what is on its right. Torch everywhere; transformer_lens in models only.
+ROOMS = {
+    "errors": "",
+    "sae": "errors",
+    "pursuit": "errors sae",
+    "temporal": "errors sae",
+    "metrics": "errors",
+    "tokens": "errors",
+    "spans": "errors",
+    "gguf": "errors",
+    "hooks": "errors",
+    "hub": "errors",
+    "splice": "errors sae hooks",
+    "attachment": "errors hooks splice tokens",
+    "formats": "errors formats sae pursuit temporal",
+    "gguf_llama": "errors gguf",
+    "models": "errors gguf_llama hub spans",
+    "loading": "errors formats hub sae pursuit temporal",
+    "evaluation": "errors",
+    "evals": "errors attachment evaluation hooks metrics sae tokens",
+    "embedded": "errors",
+    "embedded/make": "embedded errors evals loading metrics models sae tokens",
+    "cli": "saewb",
+}
+NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
+
+
+def rooms():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        room = parts[0]
+        if room == "embedded" and parts[1].startswith("make"):
+            room = "embedded/make"
+        yield room, path
+
+
+def imported(path):
+    """(module, at top level?) of each import in the file, saewb's as saewb.<room>."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "saewb":
+            names = [f"saewb.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module]
+        for name in names:
+            yield name, id(node) in top
+
+
+@pytest.mark.parametrize(("room", "path"), list(rooms()), ids=lambda v: v if isinstance(v, str) else v.stem)
+def test_who_imports_whom(room, path):
+    assert room in ROOMS, f"{room} is a new room: say in ROOMS what it may import"
+    allowed = set(ROOMS[room].split())
+    for name, at_top in imported(path):
+        package, _, rest = name.partition(".")
+        if package == "saewb":
+            target = rest.split(".")[0]
+            own = target == room.split("/")[0]
+            assert "saewb" in allowed or target in allowed or own, f"{path.name} may not import {name}"
+        assert package not in NEVER, f"{path.name} imports {name}"
+        if package == "transformer_lens":
+            assert room == "models", f"{path.name} imports {name}"
+            assert not at_top, f"{path.name} imports {name} at the top"
+        if package in ("transformers", "huggingface_hub", "pandas"):
+            assert not at_top, f"{path.name} imports {name} at the top"
+
+
+def test_import_is_quick_and_has_no_side_effect():
+    code = (
+        "import sys, time; t = time.perf_counter(); import saewb; took = time.perf_counter() - t;"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'pandas', 'numpy', 'huggingface_hub'} & set(sys.modules);"
+        "assert not heavy, heavy; print(took)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 0.1
+    assert out.stderr == ""
+
+
+@pytest.mark.parametrize("name", saewb.__all__)
+def test_public_names_resolve_and_stay(name):
+    first = getattr(saewb, name)
+    if name in saewb._HOME:
+        importlib.import_module(f"saewb.{saewb._HOME[name]}")
+    assert getattr(saewb, name) is first
+    assert first.__doc__, f"{name} has no docstring"
+    assert name in dir(saewb)
+
+
+def test_no_public_name_is_also_a_modules():
+    modules = {path.stem for path in ROOT.iterdir()}
+    assert not modules & set(saewb._HOME)
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(AttributeError, match=r"'atach'; it has .*attach"):
+        saewb.atach  # noqa: B018
+
+
+def test_modules_stay_small():
+    """350 lines is the ceiling."""
+    long = {path.name: n for path in ROOT.rglob("*.py") if (n := len(path.read_text().splitlines())) > 350}
+    assert not long
