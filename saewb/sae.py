@@ -253,7 +253,7 @@ class SAE(nn.Module):
         if self.cfg.scaling != "none" or (self.cfg.pre_bias == "tied" and out != factor):
             fields = f"scaling={self.cfg.scaling!r}, pre_bias={self.cfg.pre_bias!r}"
             what = f"a factor cannot be folded into {self!r} with {fields}."
-            raise ValueError(explain(what, want="scaling 'none'; and one factor, not two, where b_pre is b_dec"))
+            raise ValueError(explain(what, want="scaling 'none', and one factor where b_pre is b_dec"))
         new = {"W_enc": self.W_enc * factor, "W_dec": self.W_dec / out, "b_dec": self.b_dec / out}
         if self.cfg.pre_bias == "own":
             new["b_pre"] = self.b_pre / factor

@@ -1,0 +1,89 @@
+"""What an evaluation found, and how it shows itself: as a text table, in a notebook, in pandas."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def _is(unit: str, meaning: str) -> Any:
+    return field(metadata={"unit": unit, "meaning": meaning})
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Evaluation:
+    """What `evaluate` found. `print` it for a table; in a notebook it shows itself; `to_frame()` for pandas."""
+
+    ce_clean: float = _is("nats/token", "loss of the model as it is")
+    ce_with_sae: float = _is("nats/token", "loss with the SAE's output in place of the activation")
+    ce_zero_ablated: float = _is("nats/token", "loss with zeros there")
+    ce_mean_ablated: float = _is("nats/token", "loss with the mean activation there")
+    ce_recovered_zero: float = _is("fraction", "1: as the model itself, 0: as zeros")
+    ce_recovered_mean: float = _is("fraction", "1: as the model itself, 0: as the mean activation")
+    kl: float = _is("nats/token", "KL divergence of predictions, model to model with SAE")
+    l0: float = _is("latents/token", "active latents")
+    mse: float = _is("units²/token", "squared length of the error")
+    fvu: float = _is("fraction", "variance unexplained; 0: perfect, 1: as the mean")
+    explained_variance: float = _is("fraction", "1 - fvu")
+    cosine: float = _is("-1..1", "direction of the reconstruction; 1: right")
+    l2_ratio: float = _is("ratio", "length of the reconstruction; 1: right, less: shrinkage")
+    relative_reconstruction_bias: float = _is("ratio", "what it should be divided by; 1: unbiased")
+    dead_frac: float = _is("fraction", "latents that fire on fewer than `dead_below` of tokens")
+    dense_frac: float = _is("fraction", "latents that fire on more than `dense_above` of tokens")
+    n_tokens: int = _is("tokens", "that the SAE was used on")
+    n_predictions: int = _is("tokens", "whose prediction the losses are about")
+    dead_below: float = _is("fraction", "of tokens")
+    dense_above: float = _is("fraction", "of tokens")
+    hook: str = _is("", "where the SAE reads")
+    hook_out: str = _is("", "where it writes")
+    model: str = _is("", "name of the language model")
+    sae: str = _is("", "what was evaluated")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row, a column for each field; `pandas.concat` several to compare SAEs."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(self)])
+
+    def __repr__(self) -> str:
+        shown = ("ce_recovered_zero", "kl", "l0", "fvu", "n_tokens", "hook")
+        return f"Evaluation({', '.join(f'{name}={_shown(getattr(self, name))}' for name in shown)}, ...)"
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        name, value, unit = (max(len(row[i]) for row in rows) for i in range(3))
+        lines = [f"{a:<{name}}  {b:>{value}}  {c:<{unit}}  {d}".rstrip() for a, b, c, d in rows]
+        return "\n".join([self._title(), *lines])
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            "<tr>"
+            + "".join(
+                f'<td style="text-align:{side}">{html.escape(c)}</td>' for c, side in zip(row, _SIDES, strict=True)
+            )
+            + "</tr>"
+            for row in self._rows()
+        )
+        return f"<div><div>{html.escape(self._title())}</div><table>{cells}</table></div>"
+
+    def _title(self) -> str:
+        return f"{self.sae} on {self.model} at {self.hook}" + (
+            f" => {self.hook_out}" if self.hook_out != self.hook else ""
+        )
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        figures = [f for f in fields(self) if f.metadata["unit"]]
+        return [(f.name, _shown(getattr(self, f.name)), f.metadata["unit"], f.metadata["meaning"]) for f in figures]
+
+
+_SIDES = ("left", "right", "left", "left")
+
+
+def _shown(value: float | int | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

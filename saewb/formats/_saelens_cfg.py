@@ -1,0 +1,321 @@
+"""cfg.json of the SAELens layout, in all its generations, as one flat description that does not know about tensors.
+
+- 6.x: arithmetic at the top level, everything else in `metadata`.
+- 3 to 5: one flat dictionary; the gate may be spelled `activation_fn_str` with its arguments beside it.
+- 2 and before: the flat dump of a training run; hooks are spelled `hook_point`, there is no architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from saewb.errors import FormatError, explain, near
+
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+# sae-lens has no top-k transcoder and refuses these names; saewb writes them since others publish such weights.
+OWN = ("topk_transcoder", "topk_skip_transcoder", "abstopk_transcoder", "abstopk_skip_transcoder")
+UNFINISHED = ("batchtopk", "matryoshka_batchtopk")  # of training checkpoints only; published as jumprelu
+ARCHITECTURES = (
+    *("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal"),
+    *(TRANSCODERS + OWN + UNFINISHED),
+)
+_NORMALISATIONS = (
+    "none",
+    "layer_norm",
+    "constant_norm_rescale",
+    "constant_scalar_rescale",
+    "expected_average_only_in",
+    "covariance_whitening",
+)
+# Keys that decide what is computed, with what they mean when missing (formats.md A.4); `k` and the rest apply to some
+# architectures only.
+_ARITHMETIC = {
+    "architecture": "standard",
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "finetuning_scaling_factor": False,
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "topk": {"k": 100, "rescale_acts_by_decoder_norm": False},
+    "batchtopk": {"rescale_acts_by_decoder_norm": True},
+    "transcoder": {"d_out": 768},
+    "matching_pursuit": {"residual_threshold": 0.01, "max_iterations": None, "stop_on_duplicate_support": True},
+    "temporal": {
+        "n_heads": 8,
+        "n_attn_layers": 1,
+        "bottleneck_factor": 64,
+        "sae_diff_type": "topk",
+        "kval_topk": None,
+        "tied_weights": True,
+        "activation_normalization_factor": 1.0,
+    },
+}
+PLACES = {"hook_name": "hook", "hook_name_out": "hook_out", "hook_head_index": "head", "model_name": "model"}
+_NAMES, _INDICES = (
+    ("hook_name", "hook_name_out", "hook_point", "model_name"),
+    ("hook_head_index", "hook_point_head_index"),
+)
+_RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+# About the file, not about the SAE: written anew each time.
+_OF_THE_FILE = ("sae_lens_version", "saewb_version", "dtype", "device")
+# What the losses and optimisers of training checkpoints put at the top level of a 6.x file; none changes inference.
+_TRAINING = frozenset(
+    (
+        "decoder_init_norm",
+        "l1_coefficient",
+        "lp_norm",
+        "l1_warm_up_steps",
+        "use_sparse_activations",
+        "aux_loss_coefficient",
+        "jumprelu_init_threshold",
+        "jumprelu_bandwidth",
+        "jumprelu_sparsity_loss_mode",
+        "jumprelu_tanh_scale",
+        "jumprelu_ste_to_input",
+        "l0_coefficient",
+        "l0_warm_up_steps",
+        "pre_act_loss_coefficient",
+        "target_l0",
+        "topk_threshold_lr",
+        "matryoshka_widths",
+        "use_matryoshka_aux_loss",
+    )
+)
+# What belongs in `metadata` but is found at the top level of some 6.x files, where overrides have put it.
+_MISPLACED = frozenset(
+    (
+        "model_name",
+        "hook_name",
+        "model_class_name",
+        "hook_head_index",
+        "model_from_pretrained_kwargs",
+        "prepend_bos",
+        "exclude_special_tokens",
+        "neuronpedia_id",
+        "context_size",
+        "seqpos_slice",
+        "dataset_path",
+        "dataset_trust_remote_code",
+        "sae_lens_training_version",
+        "hook_name_out",
+        "hook_head_index_out",
+        "hf_hook_name",
+        "hf_hook_name_out",
+        "hook_layer",
+        "l0",
+        "num_dead_features",
+        "training_architecture",
+        "training_architecture_details",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a cfg.json says, in one spelling."""
+
+    architecture: str  # as in the file, but for `activation_fn: topk`
+    d_in: int
+    d_sae: int
+    d_out: int
+    tied: bool  # apply_b_dec_to_input
+    normalize: str  # normalize_activations
+    finetuned: bool  # a tensor `scaling_factor` is to be used
+    options: Mapping[str, Any]  # those of the architecture, defaults filled in
+    places: Mapping[str, Any]  # hook, hook_out, head, model: for the configuration classes
+    metadata: Mapping[str, Any]  # everything else
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the architecture's name says so."""
+        return self.architecture.endswith("transcoder")
+
+
+def understand(raw: Mapping[str, Any]) -> Described:
+    """The description in a cfg.json of any generation.
+
+    Raises:
+        FormatError: for an unknown architecture, gate or normalisation, a missing width, or (6.x) an unknown key.
+    """
+    if not isinstance(raw, Mapping):
+        raise FormatError(explain(f"cfg.json holds a {type(raw).__name__}.", want="an object"))
+    _check_types(raw)
+    known, metadata = _modern(raw) if _is_modern(raw) else _older(raw)
+    architecture = known.pop("architecture")
+    if architecture not in ARCHITECTURES:
+        raise FormatError(
+            explain(
+                f"unknown architecture {architecture!r}.",
+                near=near(str(architecture), ARCHITECTURES),
+                want=", ".join(ARCHITECTURES),
+            )
+        )
+    widths = {name: known.pop(name, None) for name in ("d_in", "d_sae")}
+    for name, width in widths.items():
+        if type(width) is not int:
+            raise FormatError(explain(f"cfg.json has {name}={width!r}.", want="an integer"))
+    options = {name: known.pop(name, default) for name, default in options_of(architecture).items()}
+    normalize = _normalisation(known.pop("normalize_activations"))
+    metadata |= {key: value for key, value in known.items() if key not in (*_ARITHMETIC, "reshape_activations")}
+    places = {ours: metadata.pop(theirs, None) for theirs, ours in PLACES.items()}
+    reshape = known.get("reshape_activations")
+    metadata = _metadata(metadata, reshape, reshape_of(places["hook"], places["head"], architecture))
+    described = Described(
+        architecture=architecture,
+        d_out=options.pop("d_out", widths["d_in"]),
+        tied=bool(known.pop("apply_b_dec_to_input")),
+        normalize=normalize,
+        finetuned=bool(known.pop("finetuning_scaling_factor")),
+        options=options,
+        places=places,
+        metadata=metadata,
+        **widths,
+    )
+    _refuse_transcoder_extras(described)
+    return described
+
+
+def options_of(architecture: str) -> dict[str, Any]:
+    """The keys that only this architecture has, with their defaults."""
+    options: dict[str, Any] = {}
+    if architecture.endswith("transcoder"):
+        options |= _OPTIONS["transcoder"]
+    if architecture.startswith(("topk", "abstopk")):
+        options |= _OPTIONS["topk"]
+    if architecture in UNFINISHED:
+        options |= _OPTIONS["batchtopk"]
+    return options | _OPTIONS.get(architecture, {})
+
+
+def reshape_of(hook: str | None, head: int | None, architecture: str) -> str:
+    """Whether sae-lens should flatten [n_heads, d_head] when nothing else says so: at a hook_z with all its heads."""
+    whole = bool(hook) and str(hook).endswith("hook_z") and head is None
+    return "hook_z" if whole and not architecture.endswith("transcoder") else "none"
+
+
+def _check_types(raw: Mapping[str, Any]) -> None:
+    metadata = raw.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise FormatError(explain(f"cfg.json has metadata={metadata!r}.", want="an object"))
+    defaults = {"apply_b_dec_to_input": True, "finetuning_scaling_factor": False, "activation_fn_kwargs": {}}
+    for options in _OPTIONS.values():
+        defaults |= {name: default for name, default in options.items() if isinstance(default, (bool, float))}
+    for name, default in defaults.items():
+        value = raw.get(name, default)
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if type(value) not in kinds and not (value is None and name == "activation_fn_kwargs"):
+            raise FormatError(explain(f"cfg.json has {name}={value!r}.", want=f"something like {default!r}"))
+    for name, kind in (*((name, str) for name in _NAMES), *((name, int) for name in _INDICES)):
+        for value in (raw.get(name), metadata.get(name)):
+            if value is not None and type(value) is not kind:
+                raise FormatError(explain(f"cfg.json has {name}={value!r}.", want=f"{kind.__name__} or null"))
+
+
+def _is_modern(raw: Mapping[str, Any]) -> bool:
+    version = raw.get("sae_lens_version") or (raw.get("metadata") or {}).get("sae_lens_version")
+    if not version:
+        return False
+    major = str(version).split(".")[0]
+    if not major.isdecimal():
+        raise FormatError(explain(f"cfg.json has sae_lens_version={version!r}.", want="a version such as '6.54.12'"))
+    return int(major) >= 6
+
+
+def _modern(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    # What decides the result and the rest stay apart: `metadata` may well hold a `k` or a `d_out` of its own.
+    architectural = {"d_in", "d_sae", "reshape_activations", "metadata", *_ARITHMETIC, *_OF_THE_FILE}
+    optional = {name for options in _OPTIONS.values() for name in options}
+    unknown = sorted(set(raw) - architectural - optional - _TRAINING - _MISPLACED)
+    if unknown:
+        raise FormatError(
+            explain(
+                f"cfg.json has keys that saewb does not know: {', '.join(unknown)}.",
+                want="only keys whose effect on the result is known; what has none belongs in `metadata`",
+            )
+        )
+    if "architecture" not in raw:
+        raise FormatError(explain("cfg.json of version 6 has no architecture.", want=", ".join(ARCHITECTURES)))
+    metadata = {**(raw.get("metadata") or {}), **{key: value for key, value in raw.items() if key in _MISPLACED}}
+    training = {key: value for key, value in raw.items() if key in _TRAINING}
+    if training:
+        metadata.setdefault("training_architecture", raw["architecture"])
+        metadata.setdefault("training_architecture_details", training)
+    return _ARITHMETIC | {
+        key: raw[key] for key in raw if key in architectural | optional and key != "metadata"
+    }, metadata
+
+
+def _older(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    flat = {**(raw.get("metadata") or {}), **{key: value for key, value in raw.items() if key != "metadata"}}
+    known = {_RENAMED.get(key, key): value for key, value in flat.items()}
+    known = {**_ARITHMETIC, "prepend_bos": True, **known}
+    gate, arguments = known.pop("activation_fn", "relu"), dict(known.pop("activation_fn_kwargs", None) or {})
+    if gate == "topk":
+        if "k" not in arguments:
+            raise FormatError(
+                explain(
+                    "cfg.json has activation_fn 'topk' and no k, which would compute a plain ReLU.",
+                    want='"activation_fn_kwargs": {"k": ...}',
+                )
+            )
+        known |= {"architecture": "topk", "k": arguments.pop("k")}
+    elif gate != "relu":
+        raise FormatError(
+            explain(f"cfg.json has activation_fn {gate!r}, which saewb cannot compute.", want="'relu' or 'topk'")
+        )
+    elif known["architecture"] in ("topk", "abstopk") and "k" in arguments:
+        known["k"] = arguments.pop("k")
+    if arguments:
+        raise FormatError(
+            explain(
+                f"cfg.json has activation_fn_kwargs that saewb does not know: {arguments}.", want='at most {"k": ...}'
+            )
+        )
+    if known["architecture"] in ("topk", "abstopk") and known.get("k") is None:
+        raise FormatError(explain(f"cfg.json has architecture {known['architecture']!r} and no k.", want='"k": ...'))
+    return known, {}
+
+
+def _normalisation(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return "expected_average_only_in" if value else "none"
+    if value not in _NORMALISATIONS:
+        raise FormatError(
+            explain(
+                f"cfg.json has normalize_activations {value!r}.",
+                near=near(str(value), _NORMALISATIONS),
+                want=", ".join(_NORMALISATIONS),
+            )
+        )
+    return str(value)
+
+
+def _metadata(metadata: Mapping[str, Any], reshape: object, default_reshape: str) -> dict[str, Any]:
+    kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
+    if kept.get("sae_lens_training_version", "") is None:
+        del kept["sae_lens_training_version"]
+    if reshape not in (None, "none", "hook_z"):
+        raise FormatError(explain(f"cfg.json has reshape_activations {reshape!r}.", want="'none' or 'hook_z'"))
+    # Said in `metadata` only where the hook's name does not say it already.
+    return kept if reshape in (None, default_reshape) else kept | {"reshape_activations": reshape}
+
+
+def _refuse_transcoder_extras(described: Described) -> None:
+    if not described.is_transcoder:
+        return
+    if described.tied:
+        raise FormatError(
+            explain(
+                f"a {described.architecture} with apply_b_dec_to_input (or without that key, which means true).",
+                want='"apply_b_dec_to_input": false, since b_dec belongs to the output',
+            )
+        )
+    if described.normalize not in ("none", "expected_average_only_in"):
+        raise FormatError(
+            explain(
+                f"a {described.architecture} with normalize_activations {described.normalize!r}.",
+                want="'none': the scale of its input says nothing about its output",
+            )
+        )

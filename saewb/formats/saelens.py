@@ -1,0 +1,350 @@
+"""The SAELens layout: `cfg.json` and `sae_weights.safetensors`, of every version and architecture; read and written.
+
+`read` makes one of saewb's classes of it, with whatever that class has no field for folded into the weights:
+
+- gated -> jumprelu:  W_enc exp(r_mag), threshold max(b_mag - exp(r_mag) b_gate, 0)
+- `scaling_factor` per latent -> W_dec;  `log_threshold` -> exp;  a scalar `topk_threshold` -> one per latent
+- an average-norm factor f -> W_enc f, W_dec / f, b_dec / f;  a whitening -> W_enc, W_dec, b_dec and a b_pre
+- `rescale_acts_by_decoder_norm` -> unit decoder rows, their norms in W_enc and b_enc
+
+`write` writes version 6. What sae-lens cannot express, a b_pre of its own, is folded into b_enc; top-k transcoders get
+architecture names of saewb's own, which sae-lens refuses. How often latents fire, if the folder says so, is not part
+of the SAE: `read_log_sparsity` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saewb.errors import FormatError, explain
+from saewb.formats._atomic import write_folder
+from saewb.formats._saelens_cfg import UNFINISHED, Described, understand
+from saewb.formats._saelens_fold import Whitening, scaled_down, ungated, unit_rows, whitened
+from saewb.formats._saelens_written import as_written, compose, own_memory
+from saewb.pursuit import PursuitConfig, PursuitSAE
+from saewb.sae import SAE, SAEConfig
+from saewb.temporal import TemporalConfig, TemporalSAE
+
+NAME = "SAELens"
+CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+MARKS = (CONFIG, WEIGHTS)  # what a folder is recognised by
+FILES = (CONFIG, WEIGHTS, SPARSITY, SCALER, WHITENING)  # all that may be read
+
+_SCALING = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def matches(folder: Path) -> bool:
+    """Whether the folder has the two files of this layout."""
+    return all((Path(folder) / name).is_file() for name in MARKS)
+
+
+def read(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    scaling_factor: float | None = None,
+) -> SAE | PursuitSAE | TemporalSAE:
+    """The SAE in a folder of this layout. Weights that need no folding are memory-mapped, not copied.
+
+    Args:
+        folder: has cfg.json and sae_weights.safetensors.
+        dtype: of the parameters; None means as stored.
+        device: of the parameters; None means the CPU.
+        scaling_factor: what training inputs were multiplied with, for a file that says `expected_average_only_in` and
+            has no activation_scaler.json beside it. It is folded, so the SAE reads the model's own units.
+    Raises:
+        FormatError: if anything in the folder is unknown, missing, left over or contradictory.
+    Example:
+        >>> import tempfile
+        >>> sae = SAE(SAEConfig(d_in=4, d_sae=9, gate="topk", k=2, hook="blocks.0.hook_resid_post"))
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     read(write(sae, Path(place) / "sae"))
+        SAE(topk k=2, 4 -> 9 latents, blocks.0.hook_resid_post, float32 on cpu)
+    """
+    folder = Path(folder)
+    try:
+        described = understand(_json(folder / CONFIG))
+        given = _input_scaling(folder, described, scaling_factor)
+        tensors = _tensors(folder / WEIGHTS)
+        stored = tensors["W_dec"].dtype if "W_dec" in tensors else torch.float32
+        if stored not in _DTYPES:
+            raise FormatError(explain(f"W_dec is stored as {stored}.", want=", ".join(map(str, _DTYPES))))
+        build = {"matching_pursuit": _pursuit, "temporal": _temporal}.get(described.architecture, _feed_forward)
+        cls, cfg, weights = build(described, tensors, given)
+        return cls.from_tensors(cfg, {n: t.to(device or "cpu", dtype or stored) for n, t in weights.items()})
+    except ValueError as error:
+        raise FormatError(f"cannot read {folder}: {error}") from error
+
+
+def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write an SAE in this layout, version 6; sae-lens reads it and computes the same. All of it or nothing.
+
+    Args:
+        sae: any of saewb's classes.
+        folder: a new or empty one; parents are made.
+        overwrite: replace an SAE that is there. A folder with any other files in it is never replaced.
+    Returns:
+        The folder's full path.
+    Raises:
+        FileExistsError: if there is something that may not be replaced.
+        ValueError: if the layout cannot express this SAE (a skip matrix together with scaling).
+        TypeError: if `cfg.metadata` holds what JSON does not.
+    """
+    architecture, tied, options, tensors = as_written(sae)
+    try:
+        text = json.dumps(compose(sae, architecture, tied, options), indent=1)
+    except TypeError as error:
+        raise TypeError(
+            explain(
+                f"cfg.metadata of {sae!r} cannot be written: {error}.", want="numbers, strings, lists, dictionaries"
+            )
+        ) from error
+
+    def fill(place: Path) -> None:
+        (place / CONFIG).write_text(text, encoding="utf-8")
+        save_file(own_memory(tensors), place / WEIGHTS)
+
+    return write_folder(Path(folder), fill, ours=(CONFIG, WEIGHTS, SPARSITY), overwrite=overwrite)
+
+
+def read_log_sparsity(folder: Path) -> Float[Tensor, " d_sae"]:
+    """How often each latent fired in training: log10(fraction of tokens + 1e-10), from -10 to 0.
+
+    Raises:
+        FileNotFoundError: if the folder does not say.
+    """
+    path = Path(folder) / SPARSITY
+    if not path.is_file():
+        raise FileNotFoundError(
+            explain(f"{folder} has no {SPARSITY}.", want="a folder that says how often latents fire")
+        )
+    return _tensors(path)["sparsity"]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(explain(f"{path.name} is not JSON: {error}.")) from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise FormatError(explain(f"{path.name} is damaged or not a safetensors file: {error}.")) from error
+
+
+def _input_scaling(folder: Path, described: Described, factor: float | None) -> float | Whitening | None:
+    if described.normalize != "expected_average_only_in" and factor is not None:
+        raise FormatError(
+            explain(
+                f"scaling_factor={factor} was given, but normalize_activations is {described.normalize!r}.",
+                want="a factor only for 'expected_average_only_in'",
+                fix=f"saewb.load_sae({str(folder)!r})",
+            )
+        )
+    scaler = _json(folder / SCALER) if (folder / SCALER).is_file() else {}
+    if described.normalize == "expected_average_only_in":
+        factor = scaler.get("scaling_factor") if factor is None else factor
+        if factor is None:
+            raise FormatError(
+                explain(
+                    "it was trained on activations scaled to norm sqrt(d_in), and the factor is not in the folder.",
+                    want="sqrt(d_in) / (mean norm of the model's activations), as its authors measured it",
+                    fix=f"saewb.load_sae({str(folder)!r}, scaling_factor=...)",
+                )
+            )
+        if not (math.isfinite(factor) and factor > 0):
+            raise FormatError(explain(f"scaling_factor is {factor}.", want="a positive number"))
+        return float(factor)
+    if described.normalize == "covariance_whitening":
+        if described.architecture in ("matching_pursuit", "temporal"):
+            raise FormatError(explain(f"a whitening cannot be folded into {described.architecture!r}."))
+        return _whitening(folder / WHITENING, described.d_in)
+    return None
+
+
+def _whitening(path: Path, d_in: int) -> Whitening:
+    if not path.is_file():
+        raise FormatError(
+            explain(
+                f"it was trained on whitened activations, and {path.name} is not in the folder.",
+                want="the checkpoint folder with that file, or the run's final export",
+            )
+        )
+    tensors = _tensors(path)
+    _fitting(tensors, {"mean": (d_in,), "matrix": (d_in, d_in), "inverse_matrix": (d_in, d_in)})
+    return Whitening(tensors["mean"], tensors["matrix"], tensors["inverse_matrix"])
+
+
+def _fitting(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[int, ...]]) -> None:
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = [f"{name} missing" for name in want if name not in got]
+    wrong += [f"{name} left over" for name in got if name not in want]
+    wrong += [f"{n} {got[n]} instead of {want[n]}" for n in want if n in got and got[n] != want[n]]
+    if wrong:
+        raise FormatError(explain("the tensors do not fit: " + ", ".join(wrong) + ".", want=", ".join(want)))
+
+
+def _stored_shapes(described: Described) -> dict[str, tuple[int, ...]]:
+    d_in, d_sae, d_out = described.d_in, described.d_sae, described.d_out
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    per_latent = ["b_gate", "b_mag", "r_mag"] if described.architecture == "gated" else ["b_enc"]
+    if described.architecture.startswith("jumprelu"):
+        per_latent.append("threshold")
+    shapes |= {name: (d_sae,) for name in per_latent}
+    if "skip" in described.architecture:
+        shapes["W_skip"] = (d_out, d_in)
+    if described.architecture in UNFINISHED:
+        shapes["topk_threshold"] = ()
+    return shapes
+
+
+def _feed_forward(
+    described: Described, tensors: dict[str, Tensor], given: float | Whitening | None
+) -> tuple[type[SAE], SAEConfig, dict[str, Tensor]]:
+    if described.normalize == "constant_scalar_rescale":
+        raise FormatError(
+            explain(f"a {described.architecture!r} SAE with 'constant_scalar_rescale'.", want="'temporal'")
+        )
+    w = _renamed(tensors)
+    finetuned = _finetuning(w, described)
+    _fitting(w, _stored_shapes(described))
+    if finetuned is not None:
+        w["W_dec"] = w["W_dec"].double() * finetuned.double()[:, None]
+    if described.architecture == "gated":
+        w = ungated(w)
+    if "topk_threshold" in w:
+        w["threshold"] = w.pop("topk_threshold").double().repeat(described.d_sae)
+    if "W_skip" in w:
+        w["W_skip"] = w["W_skip"].T.contiguous()
+    pre_bias = "tied" if described.tied else "none"
+    rescale = described.options.get("rescale_acts_by_decoder_norm", False)
+    if isinstance(given, Whitening):
+        w = whitened(unit_rows(w) if rescale else w, given, own=not described.tied)
+        pre_bias = "tied" if described.tied else "own"
+    else:
+        w = w if given is None else scaled_down(w, given, rescale)
+        w = unit_rows(w) if rescale else w
+    cfg = SAEConfig(
+        d_in=described.d_in,
+        d_sae=described.d_sae,
+        d_out=described.d_out,
+        gate=_gate(described.architecture),
+        k=_whole(described.options["k"]) if "k" in described.options else None,
+        skip="skip" in described.architecture,
+        pre_bias=pre_bias,
+        scaling=_SCALING.get(described.normalize, "none"),
+        metadata=described.metadata,
+        **described.places,
+    )
+    return SAE, cfg, w
+
+
+def _gate(architecture: str) -> str:
+    if architecture in ("gated", *UNFINISHED) or architecture.startswith("jumprelu"):
+        return "jumprelu"
+    first = architecture.split("_")[0]
+    return first if first in ("topk", "abstopk") else "relu"
+
+
+def _whole(k: object) -> object:
+    return int(k) if isinstance(k, float) and k.is_integer() else k
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    w = dict(tensors)
+    if "log_threshold" in w and "threshold" not in w:
+        w["threshold"] = w.pop("log_threshold").double().exp()
+    return w
+
+
+def _finetuning(w: dict[str, Tensor], described: Described) -> Tensor | None:
+    """Takes the per-latent factor out of `w`; None if there is none, or it changes nothing."""
+    found = [name for name in ("scaling_factor", "finetuning_scaling_factor") if name in w]
+    if not found:
+        if described.finetuned:
+            raise FormatError(explain("finetuning_scaling_factor is true, and there is no tensor `scaling_factor`."))
+        return None
+    factor = w.pop(found[0])
+    _fitting({found[0]: factor}, {found[0]: (described.d_sae,)})
+    if bool((factor == 1).all()):
+        return None
+    if not described.finetuned:
+        raise FormatError(
+            explain(
+                f"`{found[0]}` is not all ones, and cfg.json does not say finetuning_scaling_factor.",
+                want='"finetuning_scaling_factor": true if latents are to be multiplied with it',
+            )
+        )
+    return factor
+
+
+def _pursuit(
+    described: Described, tensors: dict[str, Tensor], given: float | Whitening | None
+) -> tuple[type[PursuitSAE], PursuitConfig, dict[str, Tensor]]:
+    if described.normalize == "constant_scalar_rescale":
+        raise FormatError(explain("a 'matching_pursuit' SAE with 'constant_scalar_rescale'.", want="'temporal'"))
+    options = described.options
+    factor = given if isinstance(given, float) else 1.0
+    cfg = PursuitConfig(
+        d_in=described.d_in,
+        d_sae=described.d_sae,
+        residual_threshold=float(options["residual_threshold"]) / factor,
+        max_iterations=options["max_iterations"],
+        stop_on_duplicate=options["stop_on_duplicate_support"],
+        pre_bias="tied" if described.tied else "none",
+        scaling=_SCALING.get(described.normalize, "none"),
+        metadata=described.metadata,
+        **_within(described.places),
+    )
+    _fitting(tensors, {"W_dec": (described.d_sae, described.d_in), "b_dec": (described.d_in,)})
+    return PursuitSAE, cfg, {**tensors, "b_dec": tensors["b_dec"] / factor}
+
+
+def _temporal(
+    described: Described, tensors: dict[str, Tensor], given: float | Whitening | None
+) -> tuple[type[TemporalSAE], TemporalConfig, dict[str, Tensor]]:
+    options = described.options
+    if options["sae_diff_type"] not in ("relu", "topk"):
+        raise FormatError(explain(f"sae_diff_type is {options['sae_diff_type']!r}.", want="'relu' or 'topk'"))
+    # A top-k without its k keeps all, as sae-lens computes it.
+    k = _whole(options["kval_topk"]) if options["sae_diff_type"] == "topk" else None
+    fixed = options["activation_normalization_factor"] if described.normalize == "constant_scalar_rescale" else 1.0
+    cfg = TemporalConfig(
+        d_in=described.d_in,
+        d_sae=described.d_sae,
+        gate="relu" if k is None else "topk",
+        k=k,
+        n_heads=options["n_heads"],
+        n_attn_layers=options["n_attn_layers"],
+        bottleneck_factor=options["bottleneck_factor"],
+        tied=options["tied_weights"],
+        pre_bias="tied" if described.tied else "none",
+        factor=given if isinstance(given, float) else float(fixed),
+        scaling=_SCALING.get(described.normalize, "none"),
+        metadata=described.metadata,
+        **_within(described.places),
+    )
+    return TemporalSAE, cfg, tensors
+
+
+def _within(places: Mapping[str, Any]) -> dict[str, Any]:
+    if places["hook_out"] not in (None, places["hook"]):
+        raise FormatError(explain(f"it reads {places['hook']!r} and writes {places['hook_out']!r}.", want="one hook"))
+    return {name: place for name, place in places.items() if name != "hook_out"}

@@ -1,0 +1,350 @@
+"""How good an SAE is, from tensors alone: pure functions, and the same figures from a stream of batches.
+
+Every figure takes one row per token. Sums are kept in float64 and about the running mean, so that activations far from
+zero (mean 1e4, standard deviation 1) lose nothing. A latent is active where it is not 0, whatever its sign.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saewb.errors import explain
+
+DEAD_BELOW = 1e-6  # of tokens; on fewer than a million tokens: latents that never fired
+DENSE_ABOVE = 0.1  # of tokens
+
+
+def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
+    """Active latents per token: 0 if none ever fires, d_sae if all always do.
+
+        mean over tokens of #{i : latents[i] != 0}
+
+    Negative latents (AbsTopK) count as active.
+
+    Args:
+        latents: activations as `sae.encode` gives them; only whether they are 0 matters.
+    Returns:
+        A scalar, in latents per token; unchanged when `latents` is scaled.
+    Raises:
+        ValueError: if there are no tokens.
+    Example:
+        >>> l0(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).item()
+        1.5
+    """
+    return density(latents).sum()
+
+
+def density(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, " d_sae"]:
+    """Per latent, the fraction of tokens on which it is active: 0 never, 1 always.
+
+        #{t : latents[t, i] != 0} / tokens
+
+    Args:
+        latents: activations as `sae.encode` gives them; only whether they are 0 matters.
+    Returns:
+        One number in 0..1 per latent; unchanged when `latents` is scaled.
+    Raises:
+        ValueError: if there are no tokens.
+    Example:
+        >>> density(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    _check_some(len(latents))
+    return float64(latents.count_nonzero(0)) / len(latents)
+
+
+def mse(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> Float[Tensor, ""]:
+    """Squared length of the error per token: 0 is perfect, `mean ||x||^2` is what writing zero scores.
+
+        mean over tokens of ||x - recon||^2      (summed, not averaged, over coordinates)
+
+    Args:
+        x: activations the SAE was given (a transcoder: should have written), in the model's own units.
+        recon: what it wrote, in the same units.
+    Returns:
+        A scalar, in squared units of the activations; c^2 times as large when `x` and `recon` are scaled by c.
+    Raises:
+        ValueError: if there are no tokens or the shapes differ.
+    Example:
+        >>> mse(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2)).item()
+        12.5
+    """
+    x, recon = _pair(x, recon)
+    return (x - recon).square().sum() / len(x)
+
+
+def fvu(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> Float[Tensor, ""]:
+    """Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean.
+
+        sum ||x - recon||^2 / sum ||x - mean(x)||^2      (mean over tokens, per coordinate)
+
+    Both sums come before the ratio; a constant offset counts as error.
+
+    Args:
+        x: activations the SAE was given, in the model's own units (before any input scaling).
+        recon: the SAE's reconstruction of `x`, in the same units.
+    Returns:
+        A scalar, unitless, >= 0; unchanged when `x` and `recon` are scaled together.
+    Raises:
+        ValueError: if every row of `x` is the same, so that there is no variance to explain; if the shapes differ.
+    Source:
+        Gao et al. 2024, arXiv:2406.04093 ("normalized MSE").
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+        >>> fvu(x, x).item(), fvu(x, x.mean(0).expand(2, 2)).item()
+        (0.0, 1.0)
+    """
+    x, recon = _pair(x, recon)
+    return (x - recon).square().sum() / _varied(_spread(x - x[0]), len(x))
+
+
+def explained_variance(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> Float[Tensor, ""]:
+    """Fraction of variance explained, `1 - fvu`: 1 is perfect, 0 is no better than the mean, less is worse than it.
+
+    Unlike scikit-learn's figure of this name, and like its `r2_score`, a constant offset counts as error.
+
+    Args:
+        x: activations the SAE was given, in the model's own units.
+        recon: the SAE's reconstruction of `x`, in the same units.
+    Returns:
+        A scalar, unitless, <= 1; unchanged when `x` and `recon` are scaled together.
+    Raises:
+        ValueError: as `fvu`.
+    Example:
+        >>> x = torch.tensor([[0.0], [2.0]])
+        >>> explained_variance(x, x).item(), explained_variance(x, x + 1).item()
+        (1.0, 0.0)
+    """
+    return 1 - fvu(x, recon)
+
+
+def cosine(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> Float[Tensor, ""]:
+    """Cosine between activation and reconstruction: 1 is the right direction, 0 is none of it.
+
+        mean over tokens with x != 0 of x . recon / (||x|| ||recon||)      (0 where recon is 0)
+
+    Args:
+        x: activations the SAE was given, in the model's own units.
+        recon: the SAE's reconstruction of `x`.
+    Returns:
+        A scalar in -1..1; unchanged when either argument is scaled.
+    Raises:
+        ValueError: if every row of `x` is 0, if there are no tokens, or if the shapes differ.
+    Example:
+        >>> cosine(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[5.0, 0.0], [0.0, 2.0]])).item()
+        0.5
+    """
+    cosines, _, counted = _per_token(*_pair(x, recon))
+    return cosines.sum() / _directed(counted.sum(), len(x))
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well activations were reconstructed; the first four are the functions of the same name."""
+
+    n_tokens: int  # tokens
+    mse: float  # squared units of the activations, per token; 0 is perfect
+    fvu: float  # fraction; 0 is perfect, 1 no better than the mean
+    explained_variance: float  # fraction, 1 - fvu
+    cosine: float  # -1..1; 1 is perfect
+    l2_ratio: float  # mean over tokens with x != 0 of ||recon|| / ||x||; 1 is perfect, less is shrinkage
+    # sum ||recon||^2 / sum x . recon, what recon would have to be divided by to fit x best: 1 is unbiased, less is
+    # shrinkage, nan where x . recon is 0 (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10)
+    relative_reconstruction_bias: float
+
+
+@dataclass(frozen=True, eq=False)
+class Firing:
+    """How often latents were active."""
+
+    n_tokens: int  # tokens
+    l0: float  # active latents per token
+    density: Float[Tensor, " d_sae"] = field(repr=False)  # per latent, fraction of tokens on which it is active
+    dead_frac: float  # fraction of latents whose density is below what was asked for
+    dense_frac: float  # fraction of latents whose density is above what was asked for
+
+
+class ReconstructionStream:
+    """`Reconstruction` of tokens that come in batches: the same, to float64 rounding, as of all of them at once.
+
+    Keeps 2 d_in + 7 numbers, on the device of the first batch, and never waits for the device before `result`.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]]); stream = ReconstructionStream()
+        >>> stream.update(x[:1], x[:1] + 1); stream.update(x[1:], x[1:] + 1)
+        >>> stream.result().fvu, fvu(x, x + 1).item()
+        (2.0, 2.0)
+    """
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self._origin: Tensor | None = None  # the first row of x
+        self._mean: Tensor | None = None  # of x - origin
+        self._sums: Tensor | None = None  # see `_reconstruction_sums`
+
+    def update(self, x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> None:
+        """Add these tokens; none is allowed.
+
+        Raises:
+            ValueError: if the shapes differ from one another or from earlier batches.
+        """
+        if len(x) or x.shape != recon.shape:
+            x, recon = _pair(x, recon)
+            self._add(len(x), x[0], (x - x[0]).mean(0), _reconstruction_sums(x, recon))
+
+    def merge(self, other: ReconstructionStream) -> None:
+        """Add the tokens that `other` has seen; it stays as it is."""
+        if other.n_tokens:
+            self._add(other.n_tokens, other._origin, other._mean, other._sums)
+
+    def mean(self) -> Float[Tensor, " d_in"]:
+        """The mean of `x` over the tokens so far, in float64. ValueError if there were none."""
+        _check_some(self.n_tokens)
+        return self._origin + self._mean
+
+    def result(self) -> Reconstruction:
+        """The figures of all tokens so far.
+
+        Raises:
+            ValueError: if there were none, or if `x` was the same, or 0, on every one of them.
+        """
+        _check_some(self.n_tokens)
+        error, spread, cosines, ratios, counted, recon_sq, dot = self._sums.tolist()
+        unexplained = error / _varied(spread, self.n_tokens)
+        counted = _directed(counted, self.n_tokens)
+        return Reconstruction(
+            n_tokens=self.n_tokens,
+            mse=error / self.n_tokens,
+            fvu=unexplained,
+            explained_variance=1 - unexplained,
+            cosine=cosines / counted,
+            l2_ratio=ratios / counted,
+            relative_reconstruction_bias=recon_sq / dot if dot else math.nan,
+        )
+
+    def _add(self, n: int, origin: Tensor, mean: Tensor, sums: Tensor) -> None:
+        if self.n_tokens == 0:
+            self.n_tokens, self._origin, self._mean, self._sums = n, origin.clone(), mean.clone(), sums.clone()
+            return
+        _check_same("d_in", len(mean), len(self._mean))
+        origin, mean, sums = (t.to(self._mean.device) for t in (origin, mean, sums))
+        # Chan, Golub and LeVeque 1979: spreads about two means add up to the spread about their common mean plus what
+        # lies between them. Sums of squares about 0 would cancel where the mean is large; and only about a row of its
+        # own is the mean of equal rows exact, so that no variance is exactly 0.
+        shift, share = (origin - self._origin) + (mean - self._mean), n / (self.n_tokens + n)
+        self._sums = self._sums + sums
+        self._sums[1] += shift.square().sum() * (self.n_tokens * share)
+        self.n_tokens, self._mean = self.n_tokens + n, self._mean + shift * share
+
+
+class FiringStream:
+    """`Firing` of tokens that come in batches: exactly the same as of all of them at once.
+
+    Keeps one integer per latent, on the device of the first batch, and never waits for the device before `result`.
+
+    Example:
+        >>> stream = FiringStream()
+        >>> stream.update(torch.tensor([[0.0, 2.0, -1.0]])); stream.update(torch.tensor([[0.0, 0.0, 3.0]]))
+        >>> stream.result().l0, stream.result().density.tolist()
+        (1.5, [0.0, 0.5, 1.0])
+    """
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self._counts: Int[Tensor, " d_sae"] | None = None
+
+    def update(self, latents: Float[Tensor, "tokens d_sae"]) -> None:
+        """Add these tokens; none is allowed.
+
+        Raises:
+            ValueError: if there are more or fewer latents than in earlier batches.
+        """
+        if len(latents):
+            self._add(len(latents), latents.count_nonzero(0))
+
+    def merge(self, other: FiringStream) -> None:
+        """Add the tokens that `other` has seen; it stays as it is."""
+        if other.n_tokens:
+            self._add(other.n_tokens, other._counts)
+
+    def result(self, dead_below: float = DEAD_BELOW, dense_above: float = DENSE_ABOVE) -> Firing:
+        """The figures of all tokens so far.
+
+        Args:
+            dead_below: a latent is dead if it fires on fewer than this fraction of tokens.
+            dense_above: a latent is dense if it fires on more than this fraction of tokens.
+        Raises:
+            ValueError: if there were no tokens.
+        """
+        _check_some(self.n_tokens)
+        rate = float64(self._counts) / self.n_tokens
+        dead, dense = (int(which.sum()) / len(rate) for which in (rate < dead_below, rate > dense_above))
+        return Firing(self.n_tokens, int(self._counts.sum()) / self.n_tokens, rate, dead, dense)
+
+    def _add(self, n: int, counts: Tensor) -> None:
+        if self._counts is not None:
+            _check_same("d_sae", len(counts), len(self._counts))
+            counts = self._counts + counts.to(self._counts.device)
+        self.n_tokens, self._counts = self.n_tokens + n, counts.clone()
+
+
+def float64(x: Tensor) -> Tensor:
+    """`x` in float64, on the CPU where its device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def _pair(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
+    if x.shape != recon.shape or x.ndim != 2:
+        got = f"x has shape {tuple(x.shape)}, recon {tuple(recon.shape)}."
+        raise ValueError(explain(got, want="[tokens, d_in], the same for both"))
+    _check_some(len(x))
+    return float64(x), float64(recon.to(x.device))
+
+
+def _per_token(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine and ratio of lengths of each token, 0 where they are not defined, and whether it counts (x != 0)."""
+    long, long_recon = x.norm(dim=1), recon.norm(dim=1)
+    counted = long > 0
+    # Each divided alone: the product of two lengths may overflow or vanish where neither does.
+    unit, unit_recon = (v / torch.where(n > 0, n, 1)[:, None] for v, n in ((x, long), (recon, long_recon)))
+    ratios = torch.where(counted, long_recon / torch.where(counted, long, 1), 0)
+    return (unit * unit_recon).sum(1), ratios, counted
+
+
+def _reconstruction_sums(x: Tensor, recon: Tensor) -> Tensor:
+    """Over tokens: squared error, spread of x, cosines, ratios of lengths, how many count, ||recon||^2, x . recon."""
+    cosines, ratios, counted = _per_token(x, recon)
+    parts = [(x - recon).square().sum(), _spread(x - x[0]), cosines.sum(), ratios.sum(), float64(counted).sum()]
+    return torch.stack([*parts, recon.square().sum(), (x * recon).sum()])
+
+
+def _spread(x: Tensor) -> Tensor:
+    return (x - x.mean(0)).square().sum()
+
+
+def _check_some(n_tokens: int) -> None:
+    if n_tokens == 0:
+        raise ValueError(explain("no tokens to measure.", want="at least one row"))
+
+
+def _check_same(name: str, got: int, before: int) -> None:
+    if got != before:
+        raise ValueError(explain(f"a batch has {name}={got}.", want=f"{name}={before}, as the batches before it"))
+
+
+def _varied(spread: Tensor | float, n_tokens: int) -> Tensor | float:
+    if spread == 0:
+        got = f"all {n_tokens} rows of x are the same: there is no variance to explain."
+        raise ValueError(explain(got, want="at least two different rows"))
+    return spread
+
+
+def _directed(counted: Tensor | float, n_tokens: int) -> Tensor | float:
+    if counted == 0:
+        raise ValueError(explain(f"all {n_tokens} rows of x are 0.", want="at least one row with a direction"))
+    return counted

@@ -1,0 +1,125 @@
+"""Texts into rows of tokens for a model, and which of those tokens are special."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saewb.errors import explain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SPECIAL = ("bos", "eos", "pad", "sep", "cls", "decoder_start")
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that frame text rather than say something: BOS, EOS, PAD, SEP, CLS, and the decoder's start token.
+
+    Only those that the tokenizer names as such. A chat marker counts where it is one of them (as `<|im_start|>` is
+    SmolLM2's BOS) and not otherwise; UNK stands for text and never counts.
+
+    Args:
+        tokenizer: of the model.
+    Returns:
+        Ids, each once, ascending; empty if the tokenizer names none.
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from saewb import embedded
+        >>> special_token_ids(AutoTokenizer.from_pretrained(embedded.folder("model")))
+        (0,)
+    """
+    # Most tokenizers have no decoder start of their own, hence the default.
+    ids = (getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL)
+    return tuple(sorted({i for i in ids if i is not None}))
+
+
+def special_mask(tokens: Int[Tensor, "*batch"], ids: Iterable[int]) -> Bool[Tensor, "*batch"]:
+    """True where a token is one of `ids`: the positions to leave out of statistics about text.
+
+    Args:
+        tokens: token ids, of any shape.
+        ids: as `special_token_ids` gives them; none means that no token is special.
+    Returns:
+        The shape and device of `tokens`.
+    Example:
+        >>> special_mask(torch.tensor([[0, 7, 0], [0, 5, 9]]), (0, 9)).int().tolist()
+        [[1, 0, 1], [1, 0, 1]]
+    """
+    return torch.isin(tokens, torch.tensor(sorted(set(ids)), dtype=tokens.dtype, device=tokens.device))
+
+
+def pack(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ctx_len: int, *, bos: bool = True
+) -> Int[Tensor, "rows ctx_len"]:
+    """Documents laid end to end and cut into full rows, with no padding.
+
+    With `bos`, the documents make one stream, BOS before each. The stream is cut from its start: where the next token
+    is a BOS (a document begins there) the row takes `ctx_len` tokens; elsewhere it takes `ctx_len - 1` and a BOS is put
+    in front. So every row begins with BOS, as a model sees a prompt; further ones mark where a document begins; and a
+    document that goes on in the next row goes on there without a token lost or repeated. What is left at the end and
+    does not fill a row is dropped.
+
+    Without it, no BOS is written: the stream has the tokenizer's EOS between documents where it has one (nothing where
+    it has none) and is cut every `ctx_len` tokens.
+
+    Texts are encoded as they are, without the special tokens the tokenizer would add. An empty text adds its BOS only.
+
+    Args:
+        texts: the documents, in the order they are to be packed.
+        tokenizer: of the model.
+        ctx_len: tokens in a row, BOS included; at least 2.
+        bos: whether rows and documents begin with BOS; wrong only for models that were trained without one.
+    Returns:
+        int64 token ids.
+    Raises:
+        TypeError: if `texts` is one string.
+        ValueError: if `texts` is empty or too short for one row, if ctx_len < 2, or if `bos` and there is no BOS token.
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from saewb import embedded
+        >>> rows = pack(["A cat.", "A dog sat."], AutoTokenizer.from_pretrained(embedded.folder("model")), 4)
+        >>> rows[:, 0].tolist(), rows.shape[1]
+        ([0, 0], 4)
+    """
+    if isinstance(texts, str):
+        raise TypeError(explain("pack got one string.", want="a list of documents", fix="pack([text], ...)"))
+    if ctx_len < 2:
+        raise ValueError(
+            explain(f"pack got ctx_len={ctx_len}.", want="at least 2: a BOS and a token", fix="ctx_len=128")
+        )
+    if len(texts) == 0:
+        raise ValueError(explain("pack got no texts.", want="at least one document"))
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError(explain("this tokenizer has no BOS token.", fix="pack(texts, tokenizer, ctx_len, bos=False)"))
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    mark = tokenizer.bos_token_id if bos else tokenizer.eos_token_id
+    stream = [token for ids in encoded for token in ([] if mark is None else [mark]) + ids]
+    # `mark` leads each document; without BOS it is a separator, and there is nothing to separate before the first.
+    rows = _cut(stream, ctx_len, mark) if bos else _chunks(stream[mark is not None :], ctx_len)
+    if not rows:
+        raise ValueError(
+            explain(
+                f"{len(texts)} texts of {len(stream)} tokens do not fill one row.", want=f"{ctx_len} tokens or more"
+            )
+        )
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _cut(stream: list[int], ctx_len: int, bos: int) -> list[list[int]]:
+    rows, at = [], 0
+    while at < len(stream):
+        front = [] if stream[at] == bos else [bos]
+        row = front + stream[at : at + ctx_len - len(front)]
+        at += ctx_len - len(front)
+        if len(row) == ctx_len:
+            rows.append(row)
+    return rows
+
+
+def _chunks(stream: list[int], ctx_len: int) -> list[list[int]]:
+    return [stream[at : at + ctx_len] for at in range(0, len(stream) - ctx_len + 1, ctx_len)]

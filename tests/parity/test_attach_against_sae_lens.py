@@ -1,0 +1,84 @@
+"""The same SAE attached by sae-lens and by saewb: the same values at every inner point, and the same logits."""
+
+import copy
+
+import pytest
+import small
+import torch
+
+from saewb.attachment import attach
+from saewb.loading import save_sae
+
+sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
+
+RESID = "blocks.1.hook_resid_post"
+KEYS = ["input", "acts_pre", "acts_post", "recons", "error", "output"]
+KINDS = {
+    "relu": lambda: small.sae(RESID, pre_bias="tied"),
+    "jumprelu": lambda: small.sae(RESID, "jumprelu"),
+    "topk": lambda: small.sae(RESID, "topk", k=5),
+    "abstopk": lambda: small.sae(RESID, "abstopk", k=5),
+    "layer norm": lambda: small.sae(RESID, scaling="layer_norm", pre_bias="tied"),
+    "constant norm": lambda: small.sae(RESID, scaling="constant_norm"),
+    "hook_z": lambda: small.sae("blocks.2.attn.hook_z", "topk", k=5),
+    "attn_out": lambda: small.sae("blocks.0.hook_attn_out"),
+    "transcoder": lambda: small.sae("blocks.1.hook_resid_pre", "jumprelu", hook_out="blocks.1.hook_mlp_out"),
+}
+
+
+@pytest.fixture(scope="module", params=["bridge", "hooked"])
+def peer(request):
+    """(their model, our model): one kind, one set of weights."""
+    if request.param == "bridge":
+        theirs = sae_lens.SAETransformerBridge.boot_transformers(
+            "small", hf_model=copy.deepcopy(small.hf_llama()), tokenizer=small.tokenizer(), device="cpu"
+        )
+        return theirs, small.bridge()
+    ours = small.hooked()
+    theirs = sae_lens.HookedSAETransformer(ours.cfg, tokenizer=ours.tokenizer)
+    weights = {name: ours.state_dict().get(name, value) for name, value in theirs.state_dict().items()}
+    theirs.load_state_dict(weights)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("error_term", [False, True])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_inner_point(peer, tmp_path, kind, error_term):
+    theirs, ours = peer
+    sae, tokens = KINDS[kind](), small.tokens()
+    their_sae = sae_lens.SAE.load_from_disk(save_sae(sae, tmp_path / "sae"))
+    with torch.no_grad():
+        want_logits, want = theirs.run_with_cache_with_saes(tokens, saes=[their_sae], use_error_term=error_term)
+        with attach(ours, sae, error_term=error_term):
+            logits, cache = ours.run_with_cache(tokens)
+    torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=1e-4)
+    their_points = {name.rpartition(".hook_sae_")[2]: name for name in want if ".hook_sae_" in name}
+    our_points = {name.rpartition(".hook_sae_")[2]: name for name in cache if ".hook_sae_" in name}
+    # The peer's cache drops a point that did not fire; the error fires only where there is an error term.
+    assert set(our_points) == {key for key in KEYS if error_term or key != "error"}
+    assert set(their_points) == set(our_points)
+    for key, name in our_points.items():
+        got, expected = cache[name], want[their_points[key]]
+        torch.testing.assert_close(got.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5, msg=f"{key} differs")
+
+
+def test_special_tokens_on_a_hooked_transformer(peer, tmp_path):
+    theirs, ours = peer
+    if type(theirs).__name__ != "HookedSAETransformer":
+        pytest.skip("the peer passes special tokens by on a HookedTransformer only")
+    sae, tokens = small.sae(RESID), small.tokens()
+    their_sae = sae_lens.SAE.load_from_disk(save_sae(sae, tmp_path / "sae"))
+    with torch.no_grad():
+        want = theirs.run_with_saes(tokens, saes=[their_sae], exclude_special_tokens=[small.BOS, 7])
+        with attach(ours, sae, skip_special_tokens=[small.BOS, 7]):
+            torch.testing.assert_close(ours(tokens), want, atol=1e-5, rtol=1e-5)
+
+
+def test_several_saes(peer, tmp_path):
+    theirs, ours = peer
+    saes = [small.sae("blocks.0.hook_resid_post"), small.sae("blocks.1.hook_mlp_out", "topk", k=4), small.sae(RESID)]
+    paths = [save_sae(sae, tmp_path / str(i)) for i, sae in enumerate(saes)]
+    with torch.no_grad():
+        want = theirs.run_with_saes(small.tokens(), saes=[sae_lens.SAE.load_from_disk(path) for path in paths])
+        with attach(ours, saes):
+            torch.testing.assert_close(ours(small.tokens()), want, atol=1e-4, rtol=1e-4)

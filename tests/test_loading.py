@@ -1,0 +1,231 @@
+"""From the package, from folders, from the hub; and back. The hub is a thread here, its client the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import activations, feed_forward
+from hub_stand_in import hub
+
+from saewb.errors import FormatError
+from saewb.loading import load_sae, push_to_hub, save_sae
+
+REPO = "some-one/their-saes"
+
+
+def _published(tmp_path, *names):
+    """The files of a repository with one SAE per folder."""
+    found = {"README.md": b"theirs"}
+    for seed, name in enumerate(names):
+        folder = save_sae(feed_forward(seed, gate="jumprelu"), tmp_path / "published" / name)
+        for file in folder.iterdir():
+            found[f"{name}/{file.name}"] = file.read_bytes()
+        found[f"{name}/optimizer.pt"] = b"never to be fetched"
+    return found
+
+
+def _client(code, endpoint, home, **environment):
+    """What a fresh interpreter prints as JSON: huggingface_hub reads its settings once, at import."""
+    before = "import json, saewb.loading as L, torch\ntorch.set_num_threads(1)\n"
+    caught = (
+        "def tried(*a, **k):\n    try:\n        return repr(L.load_sae(*a, **k))\n"
+        "    except Exception as e:\n        return f'{type(e).__name__}: {e}'\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", before + caught + code],
+        env={
+            **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))},
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_TOKEN": "hf_of_the_stand_in",
+            "NO_PROXY": "127.0.0.1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+# --- from the package and from folders
+
+
+def test_the_embedded_one():
+    sae = load_sae("tiny")
+    assert sae.cfg.hook
+    assert sae(torch.zeros(2, sae.cfg.d_in)).shape == (2, sae.cfg.d_in)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_from_a_folder_and_a_folder_in_it(kind, tmp_path):
+    folder = save_sae(feed_forward(), kind(tmp_path / "mine" / "layer_3"))
+    assert folder.is_absolute()
+    for sae in (
+        load_sae(kind(folder)),
+        load_sae(kind(tmp_path / "mine"), "layer_3"),
+        load_sae(tmp_path, "mine/layer_3"),
+    ):
+        assert torch.equal(sae(activations(3)), feed_forward()(activations(3)))
+
+
+def test_relative_folders_come_before_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_sae(feed_forward(), "some-one/their-saes")
+    assert load_sae(REPO).cfg == feed_forward().cfg
+    assert load_sae("./some-one", "their-saes").cfg == feed_forward().cfg
+
+
+def test_dtype_and_device(tmp_path):
+    folder = save_sae(feed_forward(), tmp_path / "sae")
+    sae = load_sae(folder, dtype=torch.bfloat16, device="meta")
+    assert (sae.dtype, sae.device.type) == (torch.bfloat16, "meta")
+
+
+def test_a_folder_that_is_missing_is_told_with_its_neighbours(tmp_path):
+    save_sae(feed_forward(), tmp_path / "layer_3")
+    (tmp_path / "layer_3.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"near: layer_3\n  fix:  saewb\.load_sae\('.*/layer_3'\)"):
+        load_sae(tmp_path / "layer_4")
+    with pytest.raises(FileNotFoundError, match=r"fix:  saewb\.load_sae\('.*', 'layer_3'\)"):
+        load_sae(tmp_path, "layer_33")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_sae(str(tmp_path / "no" / "such" / "place"))
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        load_sae(tmp_path / "layer_3.txt")
+
+
+def test_a_name_that_is_nothing_says_what_was_tried(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gemma-scope").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"neither the embedded one[\s\S]*near: gemma-scope[\s\S]*'owner/name'"):
+        load_sae("gemma-scop")
+    with pytest.raises(FileNotFoundError, match="near: tiny"):
+        load_sae("tinny")
+
+
+def test_a_folder_of_no_known_layout(tmp_path):
+    (tmp_path / "ae.bin").touch()
+    with pytest.raises(FormatError, match=r"ae\.bin"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("id", ["", "..", "a/../../b", "/etc", "a\\b"])
+def test_an_id_stays_inside(id, tmp_path):
+    with pytest.raises(ValueError, match="no folder inside"):
+        load_sae(tmp_path, id)
+    with pytest.raises(ValueError, match="no folder inside"):
+        push_to_hub(feed_forward(hook=None), REPO, id)
+
+
+@pytest.mark.parametrize("repo_id", ["name", "a/b/c", "", "owner/"])
+def test_push_wants_an_owner_and_a_name(repo_id):
+    with pytest.raises(ValueError, match="owner/name"):
+        push_to_hub(feed_forward(), repo_id)
+
+
+# --- the hub
+
+
+def test_from_the_hub_then_from_its_cache(tmp_path):
+    repos = {REPO: _published(tmp_path, "blocks.0.hook_mlp_out", "deep/blocks.1.hook_resid_mid")}
+    code = f"""
+import sys
+ids = ["blocks.0.hook_mlp_out", "deep/blocks.1.hook_resid_mid"]
+first = [tried({REPO!r}, id) for id in ids]
+wrong = [tried({REPO!r}, "blocks.0.hook_mlp_in"), tried({REPO!r}), tried({REPO!r}, ids[0], revision="v2")]
+none = [tried("some-one/nothing"), tried("some-one/closed")]
+again = tried({REPO!r}, ids[0], force_download=True, dtype=torch.float64)
+x = (torch.arange(24.0).reshape(3, 8) / 10 - 1)
+print(json.dumps([first, wrong, none, again, L.load_sae({REPO!r}, ids[1])(x).tolist()]))
+"""
+    with hub(repos, closed=frozenset({"some-one/closed"})) as (endpoint, log):
+        first, wrong, none, again, out = _client(code, endpoint, tmp_path / "home")
+        fetched = [line for line in log if line.startswith("GET") and "/resolve/" in line]
+    sae = feed_forward(1, gate="jumprelu")
+    x = torch.arange(24.0).reshape(3, 8) / 10 - 1
+    assert first == [repr(sae)] * 2
+    assert again == repr(sae).replace("float32", "float64")
+    torch.testing.assert_close(torch.tensor(out), sae(x).detach())
+    assert {Path(line).name for line in fetched} == {"cfg.json", "sae_weights.safetensors"}
+    assert sum("weights" in line for line in fetched) == 3  # each once, and one again by force
+    assert not any("optimizer" in line for line in log)
+
+    assert wrong[0].startswith("FileNotFoundError: the hub repository some-one/their-saes has no SAE in folder")
+    assert "fix:  saewb.load_sae('some-one/their-saes', 'blocks.0.hook_mlp_out')" in wrong[0]
+    assert "at its top (2 folders with one)" in wrong[1]
+    assert wrong[2].startswith("FileNotFoundError: some-one/their-saes on the hub has no revision 'v2'")
+    assert none[0].startswith("FileNotFoundError: no SAE at 'some-one/nothing'")
+    assert "accepted its terms" in none[1]
+
+    # The hub is gone: what was fetched is read, what was not is told apart from what does not exist.
+    code = f"""
+print(json.dumps([
+    tried({REPO!r}, "deep/blocks.1.hook_resid_mid"),
+    tried({REPO!r}, "blocks.9.hook_mlp_out"),
+    tried("some-one/else", "x"),
+]))
+"""
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {}):
+        there, not_there, unknown = _client(code, "http://127.0.0.1:9", tmp_path / "home", **environment)
+        assert there == repr(sae)
+        for message, name in ((not_there, REPO), (unknown, "some-one/else")):
+            assert message.startswith(f"FileNotFoundError: {name}, folder")
+            assert "is not in the hub's cache on this machine, and the hub cannot be reached" in message
+
+
+def test_push_and_load_again(tmp_path):
+    repos = {}
+    code = """
+from saewb.sae import SAE, SAEConfig
+sae = SAE(SAEConfig(d_in=4, d_sae=9, hook="blocks.0.hook_mlp_out", model="gpt2"), seed=3)
+urls = [L.push_to_hub(sae, "me/mine", private=True)]
+urls.append(L.push_to_hub(sae, "me/mine", "deep/two", commit_message="another"))
+x = torch.ones(2, 4)
+same = [torch.equal(L.load_sae("me/mine", id)(x), sae(x)) for id in ("blocks.0.hook_mlp_out", "deep/two")]
+print(json.dumps([urls, same]))
+"""
+    with hub(repos) as (endpoint, log):
+        urls, same = _client(code, endpoint, tmp_path / "home")
+    assert all(url.startswith(f"{endpoint}/me/mine/commit/") for url in urls)
+    assert same == [True, True]
+    assert "private" in log
+    assert sorted(repos["me/mine"]) == [
+        "README.md",
+        "blocks.0.hook_mlp_out/cfg.json",
+        "blocks.0.hook_mlp_out/sae_weights.safetensors",
+        "deep/two/cfg.json",
+        "deep/two/sae_weights.safetensors",
+    ]
+    card = repos["me/mine"]["README.md"].decode()
+    assert "saewb.load_sae('me/mine', 'blocks.0.hook_mlp_out')" in card  # the second push kept the first one's card
+    assert sum("/commit/main" in line for line in log) == 2  # each push is one commit
+
+
+def test_push_leaves_a_card_that_is_there_alone(tmp_path):
+    repos = {"me/mine": {"README.md": b"my own words"}}
+    code = """
+from saewb.sae import SAE, SAEConfig
+L.push_to_hub(SAE(SAEConfig(d_in=4, d_sae=9)), "me/mine", "x")
+print("[]")
+"""
+    with hub(repos) as (endpoint, _):
+        _client(code, endpoint, tmp_path / "home")
+    assert repos["me/mine"]["README.md"] == b"my own words"
+    assert "x/cfg.json" in repos["me/mine"]
+
+
+def test_loading_does_not_import_the_hub_until_it_is_needed():
+    code = "import saewb.loading, sys; print('huggingface_hub' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.strip() == "False"
