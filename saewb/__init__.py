@@ -5,7 +5,7 @@
     model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
     with saewb.attach(model, sae) as attached:
         logits = model("The Eiffel Tower is in")
-    saewb.evaluate(model, sae, saewb.embedded.held_out_texts())
+    saewb.evaluate(model, sae, [document.text for document in saewb.embedded.held_out_texts()])
 
 The public names are resolved on first use, so that `import saewb` takes milliseconds and does nothing else.
 """
@@ -13,7 +13,7 @@ The public names are resolved on first use, so that `import saewb` takes millise
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 

@@ -279,4 +279,10 @@ def _check_distinct(splices: list[Splice]) -> None:
 def _special_ids(model: nn.Module, skip: bool | Sequence[int]) -> Tensor | None:
     if skip is False:
         return None
-    return torch.tensor(special_token_ids(model.tokenizer) if skip is True else list(skip), dtype=torch.long)
+    if skip is True:
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            what = "skip_special_tokens=True on a model without a tokenizer, which would tell them."
+            raise ValueError(explain(what, want="their ids", fix="saewb.attach(model, sae, skip_special_tokens=[0])"))
+        skip = special_token_ids(tokenizer)
+    return torch.tensor(list(skip), dtype=torch.long)

@@ -37,7 +37,7 @@ class SAEConfig:
         object.__setattr__(self, "metadata", dict(self.metadata))
         for name in ("d_in", "d_sae", "d_out"):
             _check(
-                isinstance(getattr(self, name), int) and getattr(self, name) > 0,
+                type(getattr(self, name)) is int and getattr(self, name) > 0,
                 name,
                 getattr(self, name),
                 "a positive integer",
@@ -50,7 +50,7 @@ class SAEConfig:
             _check(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
         if self.gate in ("topk", "abstopk"):
             _check(
-                isinstance(self.k, int) and 0 < self.k <= self.d_sae,
+                type(self.k) is int and 0 < self.k <= self.d_sae,
                 "k",
                 self.k,
                 f"1 to d_sae={self.d_sae} for gate {self.gate!r}",

@@ -24,6 +24,7 @@ from saewb.attachment import attach, attachments
 from saewb.errors import explain
 from saewb.evaluation import Evaluation
 from saewb.metrics import DEAD_BELOW, DENSE_ABOVE, Firing, FiringStream, Reconstruction, ReconstructionStream, float64
+from saewb.splice import flat
 from saewb.tokens import pack, special_mask, special_token_ids
 
 # Probabilities of at most this many (token, word) pairs are held at a time (64 MiB in float32).
@@ -127,17 +128,6 @@ class _Place:
     read: str
     write: str
     skipped: list[int] | Literal[False]
-
-    def flat(self, activation: Tensor, width: int, name: str) -> Float[Tensor, "batch pos width"]:
-        """One head of it, or all heads side by side, or as it is."""
-        head = self.sae.cfg.head
-        found = (
-            activation if activation.ndim == 3 else activation.flatten(2) if head is None else activation[:, :, head]
-        )
-        if found.shape[-1] != width or found.device != self.sae.device:
-            what = f"{name!r} gives activations of shape {tuple(activation.shape)} on {activation.device}."
-            raise ValueError(explain(what, want=f"what fits {self.sae!r}"))
-        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,9 +252,7 @@ def _at_hook(
     written, fired = ReconstructionStream(), FiringStream()
     for batch in batches:
         x, target = _activations(place, batch)
-        latents = place.sae.encode(
-            x
-        )  # all positions, before special ones are left out: a temporal SAE looks back at them
+        latents = place.sae.encode(x)  # at all positions, special ones too: a temporal SAE looks back at them
         written.update(batch.keep(target), batch.keep(place.sae.decode(latents, x)))
         fired.update(batch.keep(latents))
     return written.result(), fired.result(dead_below, dense_above), written.mean()
@@ -278,8 +266,8 @@ def _activations(place: _Place, batch: _Batch) -> tuple[Tensor, Tensor]:
     for name in (place.read, place.write):
         if name not in seen:
             raise ValueError(explain(f"{name!r} did not fire.", want="a point that this model computes"))
-    x = place.flat(seen[place.read], place.sae.cfg.d_in, place.read)
-    return x, place.flat(seen[place.write], place.sae.cfg.d_out, place.write)
+    x = flat(place.sae, seen[place.read], place.sae.cfg.d_in, place.read)
+    return x, flat(place.sae, seen[place.write], place.sae.cfg.d_out, place.write)
 
 
 def _noting(seen: dict[str, Tensor], name: str) -> hooks.Edit:
@@ -313,7 +301,7 @@ def _in_model(place: _Place, batch: _Batch, mean: Float[Tensor, " d_out"]) -> Fl
 def _ablated(place: _Place, batch: _Batch, value: Float[Tensor, " d_out"]) -> Float[Tensor, "batch pos d_vocab"]:
     def edit(activation: Tensor) -> Tensor:
         new = activation.clone(memory_format=torch.contiguous_format)  # so that all heads side by side are a view of it
-        place.flat(new, place.sae.cfg.d_out, place.write)[:] = value
+        flat(place.sae, new, place.sae.cfg.d_out, place.write)[:] = value
         return torch.where(batch.plain.view(*batch.plain.shape, *[1] * (new.ndim - 2)), new, activation)
 
     with hooks.editing(place.model, {place.write: edit}):

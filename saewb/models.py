@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from saewb.errors import explain, near
-from saewb.gguf_llama import llama_from_gguf, prepend_bos
 from saewb.hub import HubAnswer, ask_hub, cached_models, first_line, hub_offline, is_cached
 from saewb.spans import token_strings
 
@@ -195,6 +194,8 @@ def _tokenizer_of(model: Any, name: str) -> Any:
 
 
 def _from_gguf(path: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, called: str) -> Any:
+    from saewb.gguf_llama import llama_from_gguf
+
     model, own = llama_from_gguf(path, dtype or torch.float32)
     model.config.name_or_path = called
     return _boot(called, hf_model=model.to(device), tokenizer=own if tokenizer is None else tokenizer)
@@ -231,6 +232,8 @@ def _boot(name: str, *, tokenizer: Any = None, hf_model: Any = None, **how: Any)
     if hf_model is not None:
         how = {"hf_model": hf_model, "dtype": hf_model.dtype, "device": hf_model.device}
     if tokenizer is not None:
+        from saewb.gguf_llama import prepend_bos
+
         tokenizer = copy.deepcopy(tokenizer)
         prepend_bos(tokenizer, name)
     return TransformerBridge.boot_transformers(name, tokenizer=tokenizer, **how).eval()

@@ -151,7 +151,7 @@ class SAE(nn.Module):
         if self.cfg.k is not None:
             return self._topk_subset(h, latents)
         threshold = self.threshold[latents] if self.cfg.gate == "jumprelu" else None
-        return threshold_gate(h @ self.W_enc[:, latents] + self.b_enc[latents], threshold)
+        return threshold_gate(torch.tensordot(h, self.W_enc[:, latents], 1) + self.b_enc[latents], threshold)
 
     def encode_topk(self, x: Float[Tensor, "*batch d_in"]) -> TopLatents:
         """What a top-k gate keeps, as k values and indices per token: `encode(x)` without its zeros.

@@ -73,7 +73,8 @@ class Splice:
             if (outer := top(self.write)) is not None:
                 hooks.publish(model, self.write, outer._inner)
         for point in self._inner.values():
-            point.remove_hooks(dir="both", including_permanent=True)
+            if _hooked(point):
+                point.remove_hooks(dir="both", including_permanent=True)
         _spare.setdefault(self.write.module, []).append(self._inner)
         self._latents = self._x = None
 
@@ -123,11 +124,10 @@ class Splice:
                 )
             )
         self.fired, self._x = True, None
-        return self._run(self._flat(x, self.sae.cfg.d_in, self.read), target)
+        return self._run(flat(self.sae, x, self.sae.cfg.d_in, self.read.name), target)
 
     def _run(self, x: Tensor, target: Tensor) -> Tensor:
-        self._check_device(x)
-        flat_target = self._flat(target, self.sae.cfg.d_out, self.write)
+        flat_target = flat(self.sae, target, self.sae.cfg.d_out, self.write.name)
         self._touched = False
         given = x
         if _hooked(self._inner["input"]):
@@ -175,21 +175,6 @@ class Splice:
         self._touched |= result is not value or version is None or value._version != version
         return result
 
-    # -- shapes ------------------------------------------------------------------------------------------------------
-
-    def _flat(self, activation: Tensor, width: int, point: hooks.Point) -> Tensor:
-        """`[..., width]`: one head of it, or all heads side by side, or as it is."""
-        head, shape = self.sae.cfg.head, tuple(activation.shape)
-        if head is not None and activation.ndim == 4 and head < shape[2] and shape[3] == width:
-            return activation[:, :, head]
-        if head is None and shape[-1] == width:
-            return activation
-        if head is None and activation.ndim == 4 and shape[2] * shape[3] == width:
-            return activation.flatten(2)
-        heads = "" if head is None else f", or [batch, pos, heads > {head}, {width}] for head {head}"
-        what = f"{point.name!r} gives activations of shape {shape}, which do not fit {self.sae!r}."
-        raise ValueError(explain(what, want=f"[batch, pos, {width}]{heads}"))
-
     def _unflat(self, out: Tensor, target: Tensor) -> Tensor:
         if self.sae.cfg.head is None:
             return out.reshape(target.shape)
@@ -200,10 +185,33 @@ class Splice:
     def _mask(self, target: Tensor) -> Tensor:
         return self.token_mask(target)[..., None]
 
-    def _check_device(self, x: Tensor) -> None:
-        if x.device != self.sae.device:
-            what = f"{self.sae!r} is on {self.sae.device}, the activations of {self.read.name!r} on {x.device}."
-            raise ValueError(explain(what, fix=f"sae.to({str(x.device)!r})"))
+
+def flat(sae: nn.Module, activation: Tensor, width: int, name: str) -> Tensor:
+    """An activation as an SAE takes it, `[batch, pos, width]`: its one head, or all heads side by side, or as it is.
+
+    Args:
+        sae: reads or writes it; its `cfg.head` says which head.
+        activation: of the model, `[batch, pos, width]` or `[batch, pos, heads, d_head]`.
+        width: `cfg.d_in` or `cfg.d_out`.
+        name: of the point, for the message.
+    Returns:
+        A view where there can be one.
+    Raises:
+        ValueError: if it does not fit, or is on another device than the SAE.
+    """
+    head, shape = sae.cfg.head, tuple(activation.shape)
+    if activation.device != sae.device:
+        what = f"{sae!r} is on {sae.device}, the activation at {name!r} on {activation.device}."
+        raise ValueError(explain(what, fix=f"sae.to({str(activation.device)!r})"))
+    if head is not None and len(shape) == 4 and head < shape[2] and shape[3] == width:
+        return activation[:, :, head]
+    if head is None and shape[-1] == width:
+        return activation
+    if head is None and len(shape) == 4 and shape[2] * shape[3] == width:
+        return activation.flatten(2)
+    one = "" if head is None else f", or [batch, pos, heads > {head}, {width}] for head {head}"
+    what = f"{name!r} gives activations of shape {shape}, which do not fit {sae!r}."
+    raise ValueError(explain(what, want=f"[batch, pos, {width}]{one}"))
 
 
 def top(point: hooks.Point) -> Splice | None:

@@ -26,7 +26,7 @@ def _own_randomness():
         yield
 
 
-@pytest.fixture(params=["bridge", "hooked"])
+@pytest.fixture(params=small.kinds())
 def model(request):
     """The same three-layer model of random weights as each kind of model that this transformer-lens has."""
     made = small.bridge() if request.param == "bridge" else small.hooked()

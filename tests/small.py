@@ -1,8 +1,9 @@
-"""A language model of random weights, small enough to be run thousands of times, as a Bridge and as a HookedTransformer."""
+"""A language model of random weights, small enough to be run thousands of times, as each kind of model."""
 
 import functools
 
 import torch
+
 from saewb.sae import SAE, SAEConfig
 
 LAYERS, D_MODEL, HEADS, D_MLP, VOCAB, BOS = 3, 16, 4, 24, 32, 1
@@ -68,8 +69,15 @@ def new_bridge(dtype=torch.float32, layers=LAYERS):
     return made
 
 
+def kinds():
+    """The kinds of model that this transformer-lens has."""
+    from models_on_3x import has_hooked_transformer
+
+    return ["bridge", "hooked"] if has_hooked_transformer() else ["bridge"]
+
+
 def new_hooked(layers=LAYERS):
-    """A HookedTransformer of its own, of the same weights; skips where transformer-lens has none."""
+    """A HookedTransformer of its own, of the same weights, on transformer-lens 3.x."""
     from models_on_3x import hooked_transformer
 
     return hooked_transformer(hf_llama(layers), tokenizer())
@@ -104,7 +112,7 @@ def sae(hook, gate="relu", d_in=D_MODEL, d_sae=40, seed=0, **fields):
 
 
 def snapshot(model):
-    """Everything attach might disturb: points, their identity, the hooks on them, torch's hooks on every module, modes."""
+    """Everything attach might disturb: points, their identity, the hooks on them, torch's hooks on modules, modes."""
     points = [
         (name, id(point), [id(h) for h in point.fwd_hooks], [id(h) for h in point.bwd_hooks])
         for name, point in sorted(model.hook_dict.items())

@@ -5,9 +5,10 @@ import threading
 import pytest
 import small
 import torch
+from torch import nn
+
 from saewb import hooks
 from saewb.attachment import attach, attachments, detach_all
-from torch import nn
 
 RESID, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
 POINTS = [RESID, "blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.2.attn.hook_z"]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import small
 import torch
+
 from saewb import hooks
 from saewb.attachment import attach
 

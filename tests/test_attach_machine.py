@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from saewb import hooks
 from saewb.attachment import attach, attachments
 
@@ -206,11 +207,10 @@ def models(kind):
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("kind", ["bridge", "hooked"])
+@pytest.mark.parametrize("kind", small.kinds())
 def test_any_order_of_everything(kind):
     from hypothesis.stateful import run_state_machine_as_test
 
-    models(kind)  # skips where there is none
     examples = int(os.environ.get("SAEWB_EXAMPLES", "500"))
     run_state_machine_as_test(
         type("Machine", (AttachMachine,), {"kind": kind}),

@@ -37,7 +37,7 @@ def models(kind):
     return hooked_transformer(*hf_model())
 
 
-@pytest.fixture(params=["bridge", "hooked"])
+@pytest.fixture(params=small.kinds())
 def model(request):
     made = models(request.param)
     made.run_with_cache(TEXT)
