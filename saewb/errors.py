@@ -14,7 +14,7 @@ def near(got: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The `n` known names most like `got`, best first (difflib's ratio, at least 0.5).
 
     Example:
-        >>> near("hook_resid_pots", ["hook_resid_post", "hook_embed", "hook_resid_pre"])
+        >>> near("hook_resid_pots", ["hook_resid_post", "hook_embed", "hook_resid_pre"], n=2)
         ['hook_resid_post', 'hook_resid_pre']
     """
     return difflib.get_close_matches(got, list(known), n=n, cutoff=0.5)

@@ -37,7 +37,7 @@ def models(kind):
     return hooked_transformer(*hf_model())
 
 
-@pytest.fixture(params=small.kinds())
+@pytest.fixture(scope="module", params=small.kinds())
 def model(request):
     made = models(request.param)
     made.run_with_cache(TEXT)
@@ -82,9 +82,10 @@ def reference(place, sae, tokens):
         handle.remove()
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("layer", [0, 15, 29])
-@pytest.mark.parametrize("gate", ["relu", "topk"])
+@pytest.mark.parametrize(
+    ("layer", "place", "gate"),
+    [(layer, place, "relu") for layer in (0, 15, 29) for place in PLACES] + [(15, place, "topk") for place in PLACES],
+)
 def test_same_as_plain_torch_hooks_on_the_hugging_face_model(model, layer, place, gate):
     name = f"blocks.{layer}.{place}"
     sae, tokens = sae_for(place, gate), model.to_tokens(TEXT)
@@ -96,8 +97,9 @@ def test_same_as_plain_torch_hooks_on_the_hugging_face_model(model, layer, place
         assert (got - clean).abs().max() > 1e-3
     assert (got - want).abs().max() < 1e-4
     assert torch.equal(model(tokens), clean)
-    assert list(points) == list(model.hook_dict)
-    assert all(model.hook_dict[key] is point for key, point in points.items())
+    left = model.hook_dict
+    assert list(points) == list(left)
+    assert all(left[key] is point for key, point in points.items())
 
 
 @pytest.mark.parametrize("place", PLACES)

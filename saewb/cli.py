@@ -1,0 +1,108 @@
+"""The command line: `saewb demo` does the main job on the embedded model; `saewb lab` opens the notebooks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import saewb
+
+PROMPT = "Marie Curie was a Polish physicist and chemist. She received two Nobel Prizes"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    parser = argparse.ArgumentParser(prog="saewb", description=saewb.__doc__.partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"saewb {saewb.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo_ = commands.add_parser("demo", help="load, attach, read latents, evaluate: offline, in seconds")
+    demo_.add_argument("--model", choices=["tiny", "smollm2-135m"], default="tiny", help="smollm2-135m: a random SAE")
+    demo_.add_argument("--prompt", default=PROMPT)
+    lab_ = commands.add_parser("lab", help="open JupyterLab on the notebooks")
+    lab_.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: saewb's own")
+    lab_.add_argument("rest", nargs=argparse.REMAINDER, help="passed on to jupyter lab")
+    options = parser.parse_args(arguments)
+    return demo(options.model, options.prompt) if options.command == "demo" else lab(options.folder, options.rest)
+
+
+def demo(model_name: str, prompt: str) -> int:
+    """The main job, end to end, each step shown as the line one would type. Needs no network for "tiny"."""
+    import torch
+
+    started = time.perf_counter()
+    _show(f'model = saewb.load_model("{model_name}")')
+    model = saewb.load_model(model_name)
+    print(f"{model.cfg.n_layers} layers of width {model.cfg.d_model}, on {model.cfg.device}")
+    sae = _sae(model, model_name)
+    texts = [document.text for document in saewb.embedded.held_out_texts()][: 300 if model_name == "tiny" else 20]
+
+    _show(f"with saewb.attach(model, sae) as attached:\n        model({prompt!r})\n    attached.latents[sae]")
+    tokens = model.to_tokens(prompt)
+    with torch.no_grad(), saewb.attach(model, sae) as attached:
+        with_sae = model(tokens)
+        latents = attached.latents[sae][0]
+    print(_table(saewb.token_strings(model, tokens[0]), latents))
+
+    _show(f"saewb.attach(model, sae, error_term=True)    # what comes after {prompt[-24:]!r}")
+    with torch.no_grad():
+        clean = model(tokens)
+        with saewb.attach(model, sae, error_term=True):
+            whole = model(tokens)
+    for name, logits in (("model", clean), ("with SAE", with_sae), ("with error term", whole)):
+        print(f"{name:<16} {_next_tokens(model, logits)}")
+
+    _show("saewb.evaluate(model, sae, held_out_texts)")
+    print(saewb.evaluate(model, sae, texts))
+    _show(f"# {time.perf_counter() - started:.0f} s. Next: saewb lab")
+    return 0
+
+
+def lab(folder: Path | None, rest: Sequence[str] = ()) -> int:
+    """Open JupyterLab on a folder of notebooks, saewb's own if none is given."""
+    if importlib.util.find_spec("jupyterlab") is None:
+        print('JupyterLab is not installed.\n  fix:  pip install "saewb[lab]"', file=sys.stderr)
+        return 1
+    own = Path(saewb.__file__).parents[1] / "notebooks"
+    chosen = folder or (own if own.is_dir() else Path.cwd())
+    if not chosen.is_dir():
+        print(f"no folder {str(chosen)!r}.\n  fix:  saewb lab", file=sys.stderr)
+        return 1
+    return subprocess.run([sys.executable, "-m", "jupyterlab", f"--notebook-dir={chosen}", *rest]).returncode
+
+
+def _sae(model, model_name: str):
+    if model_name == "tiny":
+        _show('sae = saewb.load_sae("tiny")')
+        sae = saewb.load_sae("tiny")
+    else:  # no SAE is published for it: random directions, to see the machinery at work on a real model
+        layer, d_in = model.cfg.n_layers // 2, model.cfg.d_model
+        hook = f"blocks.{layer}.hook_resid_post"
+        _show(f'sae = saewb.SAE(saewb.SAEConfig({d_in}, {8 * d_in}, gate="topk", k=32, hook="{hook}"))    # untrained')
+        sae = saewb.SAE(saewb.SAEConfig(d_in, 8 * d_in, gate="topk", k=32, hook=hook))
+    print(sae)
+    return sae
+
+
+def _show(code: str) -> None:
+    print(f"\n>>> {code}", flush=True)
+
+
+def _table(words: Sequence[str], latents) -> str:
+    """A line per token: its strongest latents, as index:activation."""
+    lines = []
+    for word, row in zip(words, latents, strict=True):
+        top = row.topk(4)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        lines.append(f"{word!r:<16} {'  '.join(f'{i:>5}:{value:<6.1f}' for i, value in pairs if value > 0)}")
+    return "\n".join(lines)
+
+
+def _next_tokens(model, logits) -> str:
+    top = logits[0, -1].softmax(-1).topk(4)
+    words = [model.to_single_str_token(int(i)) for i in top.indices]
+    return "  ".join(f"{word!r} {p:.0%}" for word, p in zip(words, top.values.tolist(), strict=True))
