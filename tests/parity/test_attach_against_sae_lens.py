@@ -6,8 +6,9 @@ import pytest
 import small
 import torch
 
+from saewb import hooks
 from saewb.attachment import attach
-from saewb.loading import save_sae
+from saewb.loading import load_sae, save_sae
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 
@@ -60,6 +61,78 @@ def test_every_inner_point(peer, tmp_path, kind, error_term):
     for key, name in our_points.items():
         got, expected = cache[name], want[their_points[key]]
         torch.testing.assert_close(got.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5, msg=f"{key} differs")
+
+
+THEIRS = {
+    "gated": ("GatedSAE", "GatedSAEConfig", {}),
+    "topk, rescaled": ("TopKSAE", "TopKSAEConfig", {"k": 5, "rescale_acts_by_decoder_norm": True}),
+    "matching_pursuit": ("MatchingPursuitSAE", "MatchingPursuitSAEConfig", {"max_iterations": 4}),
+    "temporal": ("TemporalSAE", "TemporalSAEConfig", {"n_heads": 2, "bottleneck_factor": 2, "kval_topk": 5}),
+    "skip_transcoder": ("SkipTranscoder", "SkipTranscoderConfig", {"d_out": 16, "apply_b_dec_to_input": False}),
+    "jumprelu_transcoder": (
+        "JumpReLUTranscoder",
+        "JumpReLUTranscoderConfig",
+        {"d_out": 16, "apply_b_dec_to_input": False},
+    ),
+}
+# What the peer's attachment leaves out of the output: the skip matrix, the predicted part.
+PARTIAL = {"temporal", "skip_transcoder"}
+
+
+def their_sae(kind, seed=3):
+    """One made by the peer, with random weights."""
+    from sae_lens.saes.sae import SAEMetadata
+
+    cls, cfg, options = THEIRS[kind]
+    places = {"hook_name": RESID}
+    if "transcoder" in kind:
+        places = {"hook_name": "blocks.1.hook_resid_pre", "hook_name_out": "blocks.1.hook_mlp_out"}
+    import sae_lens.saes as saes
+
+    config = getattr(saes, cfg)(d_in=16, d_sae=40, metadata=SAEMetadata(**places), **options)
+    made = getattr(saes, cls)(config)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.3)
+    return made
+
+
+@pytest.mark.parametrize("error_term", [False, True])
+@pytest.mark.parametrize("kind", list(THEIRS))
+def test_saes_of_the_peers_own_making(peer, tmp_path, kind, error_term):
+    theirs, ours = peer
+    made, tokens = their_sae(kind), small.tokens()
+    made.save_model(tmp_path)
+    sae = load_sae(tmp_path)
+    with torch.no_grad():
+        want_logits, want = theirs.run_with_cache_with_saes(tokens, saes=[made], use_error_term=error_term)
+        with attach(ours, sae, error_term=error_term):
+            logits, cache = ours.run_with_cache(tokens)
+    their_points = {name.rpartition(".hook_sae_")[2]: value for name, value in want.items() if ".hook_sae_" in name}
+    our_points = {name.rpartition(".hook_sae_")[2]: value for name, value in cache.items() if ".hook_sae_" in name}
+    if kind == "topk, rescaled":  # folded here, so that pre-activations are what the top k are chosen by
+        their_points["acts_pre"] = their_points["acts_pre"] * made.W_dec.norm(dim=-1)
+    same = {"input", "acts_pre", "acts_post"} if kind in PARTIAL else set(KEYS)
+    for key in same & set(our_points) & set(their_points):
+        got, expected = our_points[key], their_points[key]
+        torch.testing.assert_close(got.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5, msg=f"{key} differs")
+    assert {"input", "acts_post"} <= set(our_points)
+    assert kind in PARTIAL or {"input", "recons", "output"} <= set(their_points)
+    if kind not in PARTIAL:
+        torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=1e-4)
+    elif not error_term:
+        assert not torch.allclose(logits, want_logits)  # the peer's is the one that is incomplete:
+        with torch.no_grad():
+            read, write = sae.cfg.hook, sae.cfg.hook_out or sae.cfg.hook
+            seen = {}
+            edits = {read: lambda a: seen.update(x=a.clone())}
+            if write == read:
+                edits = {read: made}
+            else:
+                edits[write] = lambda a: made(seen["x"])
+            with hooks.editing(ours, edits):
+                torch.testing.assert_close(ours(tokens), logits, atol=1e-4, rtol=1e-4)
 
 
 def test_special_tokens_on_a_hooked_transformer(peer, tmp_path):
