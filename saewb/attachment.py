@@ -149,9 +149,14 @@ class Attachment:
 
     def __repr__(self) -> str:
         places = [s.write.name if s.same_point else f"{s.read.name} => {s.write.name}" for s in self._splices]
-        hidden = [s.write.name for s in self._splices if self.is_attached and not s.is_top]
-        note = f"; overridden at {', '.join(hidden)}" if hidden else ""
-        return f"Attachment({'attached' if self.is_attached else 'detached'}: {', '.join(places)}{note})"
+        notes = []
+        if self.is_attached:
+            hidden = [s.write.name for s in self._splices if not s.is_top]
+            hiding = [s.write.name for s in self._splices if s.is_top and s.overrides]
+            notes += [f"overridden at {', '.join(hidden)}"] if hidden else []
+            notes += [f"overrides an earlier one at {', '.join(hiding)}"] if hiding else []
+        state = "attached" if self.is_attached else "detached"
+        return f"Attachment({'; '.join([state + ': ' + ', '.join(places), *notes])})"
 
     def _install(self) -> None:
         installed: list[Splice] = []

@@ -83,6 +83,11 @@ class Splice:
         """Whether no later attachment writes at the same point."""
         return top(self.write) is self
 
+    @property
+    def overrides(self) -> bool:
+        """Whether another attachment that writes at the same point is still there."""
+        return len(_stacks.get(self.write.module, [])) > 1
+
     # -- in a forward pass -------------------------------------------------------------------------------------------
 
     def restore(self) -> None:

@@ -119,7 +119,8 @@ def test_nested_attachment_overrides_until_it_ends(model, order):
     outer = attach(model, outer_sae)
     inner = attach(model, inner_sae)
     torch.testing.assert_close(model(tokens), want_inner)
-    assert "overridden" in repr(outer)
+    assert "overridden at" in repr(outer)
+    assert "overrides an earlier one at" in repr(inner)
     with pytest.raises(ValueError, match="on top of it"):
         outer.latents[outer_sae]
     first, second, between = (inner, outer, want_outer) if order == "inner first" else (outer, inner, want_inner)
@@ -397,6 +398,31 @@ def test_model_and_sae_can_be_collected():
     del model, sae
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_bridge_in_compatibility_mode():
+    model = small.new_bridge()
+    model.enable_compatibility_mode(no_processing=True)
+    sae, tokens = small.sae(RESID), small.tokens()
+    clean, want = model(tokens), by_hand(model, sae, tokens)
+    points = dict(model.hook_dict)
+    with attach(model, sae) as attached:
+        logits, cache = model.run_with_cache(tokens)
+        torch.testing.assert_close(logits, want)
+        assert torch.equal(cache[f"{RESID}.hook_sae_acts_post"], attached.latents[sae])
+    assert torch.equal(model(tokens), clean)
+    assert {name: id(p) for name, p in points.items()} == {name: id(p) for name, p in model.hook_dict.items()}
+
+
+def test_compatibility_mode_switched_on_while_attached():
+    """The Bridge scans its points anew."""
+    model, sae, tokens = small.new_bridge(), small.sae(RESID), small.tokens()
+    want = by_hand(model, sae, tokens)
+    attached = attach(model, sae)
+    model.enable_compatibility_mode(no_processing=True)
+    torch.testing.assert_close(model(tokens), want)
+    attached.detach()
+    assert not any("hook_sae" in name for name in model.hook_dict)
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
