@@ -64,7 +64,7 @@ def attach(
         >>> with saewb.attach(model, sae) as attached:
         ...     logits = model("The Eiffel Tower is in")
         >>> attached
-        Attachment(detached: blocks.2.hook_out)
+        Attachment(detached: blocks.2.hook_resid_post)
     """
     attachment = Attachment(model, _splices(model, saes, hook, hook_out, error_term), skip_special_tokens)
     attachment._install()
@@ -148,11 +148,11 @@ class Attachment:
             self._lock.release()
 
     def __repr__(self) -> str:
-        places = [s.write.name if s.same_point else f"{s.read.name} => {s.write.name}" for s in self._splices]
+        places = [s.place for s in self._splices]
         notes = []
         if self.is_attached:
-            hidden = [s.write.name for s in self._splices if not s.is_top]
-            hiding = [s.write.name for s in self._splices if s.is_top and s.overrides]
+            hidden = [s.place for s in self._splices if not s.is_top]
+            hiding = [s.place for s in self._splices if s.is_top and s.overrides]
             notes += [f"overridden at {', '.join(hidden)}"] if hidden else []
             notes += [f"overrides an earlier one at {', '.join(hiding)}"] if hiding else []
         state = "attached" if self.is_attached else "detached"
@@ -246,7 +246,9 @@ def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, err
         if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
             raise TypeError(explain(f"attach got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
         source, target = _places(sae, read, write)
-        splices.append(Splice(model, sae, hooks.resolve(model, source), hooks.resolve(model, target), error_term))
+        place = source if source == target else f"{source} => {target}"
+        read, write = hooks.resolve(model, source), hooks.resolve(model, target)
+        splices.append(Splice(model, sae, read, write, place, error_term))
     _check_distinct(splices)
     return splices
 

@@ -33,9 +33,10 @@ class Splice:
     """An SAE on its read and write point. Made by `saewb.attach`; not for users."""
 
     def __init__(
-        self, model: nn.Module, sae: nn.Module, read: hooks.Point, write: hooks.Point, error_term: bool
+        self, model: nn.Module, sae: nn.Module, read: hooks.Point, write: hooks.Point, place: str, error_term: bool
     ) -> None:
         self.sae, self.read, self.write, self.error_term = sae, read, write, error_term
+        self.place = place  # as the user named it
         self.same_point = read.module is write.module
         self.fired = False
         self.enter: Callable[[], None] = lambda: None  # called whenever a point fires
