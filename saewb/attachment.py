@@ -56,7 +56,8 @@ def attach(
     Raises:
         ValueError: for an unknown or switched-off point (with near names), two SAEs writing to one point, an SAE that
             has no hook; in the forward pass for a shape or device that does not fit, a point that is never reached, a
-            transcoder whose read point did not fire before its write point.
+            transcoder whose read point did not fire before its write point, a temporal SAE in a generation with a
+            cache of keys and values.
         TypeError: if `model` has no hook points, or something in `saes` is no SAE.
     Example:
         >>> import saewb
@@ -166,7 +167,7 @@ class Attachment:
                 for splice in self._splices:
                     splice.install()
                     installed.append(splice)
-                self._stop_watching = hooks.watch(model, self._announce, self._enter, self._end)
+                self._stop_watching = hooks.watch(model, self._announce, self._begin, self._end)
             except BaseException:
                 for splice in reversed(installed):
                     splice.uninstall()
@@ -177,6 +178,13 @@ class Attachment:
         self._announced = (tokens,)
         for splice in self._splices:
             splice.restore()
+
+    def _begin(self, continues: bool) -> None:
+        self._enter()
+        for splice in self._splices:
+            if continues and splice.is_top and getattr(splice.sae, "looks_back", False):
+                what = f"{splice.sae!r} looks at earlier tokens, and this pass has them in its cache only."
+                raise ValueError(explain(what, fix="model.generate(..., use_past_kv_cache=False)"))
 
     def _enter(self) -> None:
         """A pass is under way: if this is the first sign of it, forget the pass before.

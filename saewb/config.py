@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,19 @@ from saewb.errors import explain
 Gate = Literal["relu", "jumprelu", "topk", "abstopk"]
 Scaling = Literal["none", "layer_norm", "constant_norm"]
 PreBias = Literal["none", "tied", "own"]
+
+
+def checker(owner: str) -> Callable[[bool, str, object, str], None]:
+    """What raises a ValueError for a wrong field of `owner`: called with (ok, name, got, want)."""
+
+    def check(ok: bool, name: str, got: object, want: str) -> None:
+        if not ok:
+            raise ValueError(explain(f"{owner} got {name}={got!r}.", want=want, fix=f"{owner}(..., {name}=...)"))
+
+    return check
+
+
+_check = checker("SAEConfig")
 
 
 @dataclass(frozen=True)
@@ -76,11 +89,6 @@ class SAEConfig:
     def is_transcoder(self) -> bool:
         """Whether it predicts something else than what it reads."""
         return self.d_out != self.d_in or self.hook_out not in (None, self.hook)
-
-
-def _check(ok: bool, name: str, got: object, want: str) -> None:
-    if not ok:
-        raise ValueError(explain(f"SAEConfig got {name}={got!r}.", want=want, fix=f"SAEConfig(..., {name}=...)"))
 
 
 def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:

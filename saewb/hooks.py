@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -151,7 +152,7 @@ def _forget(mapping: dict[str, object], name: str, value: object) -> None:
 def watch(
     model: nn.Module,
     announce: Callable[[Tensor | None], None],
-    begin: Callable[[], None],
+    begin: Callable[[bool], None],
     end: Callable[[], None],
 ) -> Callable[[], None]:
     """Be told of forward passes.
@@ -162,7 +163,8 @@ def watch(
         announce: gets the token ids `[batch, pos]` of the pass to come, or None if the model was given embeddings. A
             HookedTransformer announces where it embeds, which it also does outside of a pass; and says nothing about a
             pass that starts at a later layer.
-        begin: called when the first block is reached; a HookedTransformer's embedding points have fired by then.
+        begin: called when the first block is reached, with whether earlier tokens are in a cache of keys and values; a
+            HookedTransformer's embedding points have fired by then.
         end: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
     Returns:
         A function that ends the watch.
@@ -172,8 +174,8 @@ def watch(
         ids = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
         announce(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
 
-    def on_begin(module: nn.Module, args: tuple) -> None:
-        begin()
+    def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        begin(_continues(kwargs))
 
     def on_end(module: nn.Module, args: tuple, output: object) -> None:
         end()
@@ -184,7 +186,7 @@ def watch(
         first, last = getattr(model, "embed", None), getattr(model, "unembed", None)
         second = model.blocks[0] if len(getattr(model, "blocks", ())) else None
     handles = [] if first is None else [first.register_forward_pre_hook(on_tokens, with_kwargs=True)]
-    handles += [] if second is None else [second.register_forward_pre_hook(on_begin)]
+    handles += [] if second is None else [second.register_forward_pre_hook(on_begin, with_kwargs=True)]
     handles += [] if last is None else [last.register_forward_hook(on_end)]
 
     def stop() -> None:
@@ -192,6 +194,14 @@ def watch(
             handle.remove()
 
     return stop
+
+
+def _continues(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a Hugging Face model, or of a HookedTransformer's block, goes on from cached tokens."""
+    cache, entry = kwargs.get("past_key_values"), kwargs.get("past_kv_cache_entry")
+    if cache is not None:
+        return cache.get_seq_length() > 0
+    return entry is not None and entry.past_keys.shape[1] > 0
 
 
 @contextmanager

@@ -18,8 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.arithmetic import TILE, Latents, Tap, scaled, tapped, unscaled
-from saewb.config import Scaling, describe
+from saewb.config import Scaling, checker, describe
 from saewb.errors import FormatError, explain
+
+_check = checker("PursuitConfig")
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,6 @@ class PursuitConfig:
     def is_transcoder(self) -> bool:
         """Always False."""
         return False
-
-
-def _check(ok: bool, name: str, got: object, want: str) -> None:
-    if not ok:
-        raise ValueError(
-            explain(f"PursuitConfig got {name}={got!r}.", want=want, fix=f"PursuitConfig(..., {name}=...)")
-        )
 
 
 @final

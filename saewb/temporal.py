@@ -18,8 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.arithmetic import Latents, Tap, scaled, tapped, unscaled
-from saewb.config import Scaling, describe
+from saewb.config import Scaling, checker, describe
 from saewb.errors import FormatError, explain
+
+_check = checker("TemporalConfig")
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,6 @@ class TemporalConfig:
         return self.pre_bias == "tied" or not self.tied
 
 
-def _check(ok: bool, name: str, got: object, want: str) -> None:
-    if not ok:
-        raise ValueError(
-            explain(f"TemporalConfig got {name}={got!r}.", want=want, fix=f"TemporalConfig(..., {name}=...)")
-        )
-
-
 class _Attention(nn.Module):
     """Queries of each token's codes over the codes of the tokens before it; made empty, filled by `assign`."""
 
@@ -141,6 +136,7 @@ class TemporalSAE(nn.Module):
         (torch.Size([2, 5, 32]), torch.Size([2, 5, 8]), 3)
     """
 
+    looks_back = True  # the latents of a token depend on the tokens before it
     taps = ("acts_pre", "acts_post", "recons")  # the values `encode` and `decode` hand to `tap`, in this order
 
     W_dec: nn.Parameter

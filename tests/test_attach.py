@@ -9,6 +9,7 @@ from torch import nn
 
 from saewb import hooks
 from saewb.attachment import attach, attachments, detach_all
+from saewb.temporal import TemporalConfig, TemporalSAE
 
 RESID, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
 POINTS = [RESID, "blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.2.attn.hook_z"]
@@ -328,6 +329,20 @@ def test_generate_with_a_cache_of_keys_and_values(model):
         assert attached.latents[sae].shape[:2] == (1, 1)  # the last step of a generation sees one token
         step = prompt
         for _ in range(5):
+            step = torch.cat([step, model(step)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(out, step)
+
+
+def test_a_temporal_sae_generates_without_a_cache_only(model):
+    """From a cached step alone it would compute its latents as if the sentence began there."""
+    sae = TemporalSAE(TemporalConfig(d_in=small.D_MODEL, d_sae=40, n_heads=2, bottleneck_factor=2, hook=RESID))
+    prompt, how = small.tokens(1, 4), {"max_new_tokens": 4, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    with torch.no_grad(), attach(model, sae):
+        with pytest.raises(ValueError, match="use_past_kv_cache=False"):
+            model.generate(prompt, **how)
+        out = model.generate(prompt, use_past_kv_cache=False, **how)
+        step = prompt
+        for _ in range(4):
             step = torch.cat([step, model(step)[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(out, step)
 
