@@ -8,7 +8,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["saewb.sae", "saewb.metrics", "saewb.tokens", "saewb.pursuit", "saewb.temporal"], "beartype.beartype"
+    [
+        "saewb.sae",
+        "saewb.arithmetic",
+        "saewb.metrics",
+        "saewb.evals",
+        "saewb.tokens",
+        "saewb.pursuit",
+        "saewb.temporal",
+    ],
+    "beartype.beartype",
 )
 
 import pytest
