@@ -91,6 +91,27 @@ class SAEConfig:
         return self.d_out != self.d_in or self.hook_out not in (None, self.hook)
 
 
+class WritesWhereItReads:
+    """What the configuration of a class that is never a transcoder has in common with SAEConfig."""
+
+    d_in: int
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes: d_in."""
+        return self.d_in
+
+    @property
+    def hook_out(self) -> None:
+        """Always None: it writes where it reads."""
+        return None
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Always False."""
+        return False
+
+
 def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
     """The tensors an SAE of this configuration has, by name, with their shapes."""
     d_in, d_sae, d_out = cfg.d_in, cfg.d_sae, cfg.d_out

@@ -18,14 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.arithmetic import TILE, Latents, Tap, scaled, tapped, unscaled
-from saewb.config import Scaling, checker, describe
+from saewb.config import Scaling, WritesWhereItReads, checker, describe
 from saewb.errors import FormatError, explain
 
 _check = checker("PursuitConfig")
 
 
 @dataclass(frozen=True)
-class PursuitConfig:
+class PursuitConfig(WritesWhereItReads):
     """What a matching pursuit SAE is, without its weights. Wrong or unknown fields raise."""
 
     d_in: int  # width of what it reads and writes
@@ -54,21 +54,6 @@ class PursuitConfig:
             self.max_iterations,
             "a positive integer, or None for d_in",
         )
-
-    @property
-    def d_out(self) -> int:
-        """Width of what it writes: d_in, since its decoder is its encoder."""
-        return self.d_in
-
-    @property
-    def hook_out(self) -> None:
-        """Always None: it writes where it reads."""
-        return None
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Always False."""
-        return False
 
 
 @final

@@ -18,14 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.arithmetic import Latents, Tap, scaled, tapped, unscaled
-from saewb.config import Scaling, checker, describe
+from saewb.config import Scaling, WritesWhereItReads, checker, describe
 from saewb.errors import FormatError, explain
 
 _check = checker("TemporalConfig")
 
 
 @dataclass(frozen=True)
-class TemporalConfig:
+class TemporalConfig(WritesWhereItReads):
     """What a temporal SAE is, without its weights. Wrong or unknown fields raise."""
 
     d_in: int  # width of what it reads and writes
@@ -69,21 +69,6 @@ class TemporalConfig:
         _check(self.scaling in get_args(Scaling), "scaling", self.scaling, ", ".join(get_args(Scaling)))
         _check(self.factor > 0, "factor", self.factor, "a positive number")
         _check(self.factor == 1 or self.scaling == "none", "factor", self.factor, "1 together with a scaling")
-
-    @property
-    def d_out(self) -> int:
-        """Width of what it writes: d_in."""
-        return self.d_in
-
-    @property
-    def hook_out(self) -> None:
-        """Always None: it writes where it reads."""
-        return None
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Always False."""
-        return False
 
     @property
     def adds_bias(self) -> bool:
