@@ -148,6 +148,8 @@ def _from_object(model: nn.Module, dtype: torch.dtype | None, device: Any, token
     if isinstance(model, PreTrainedModel):
         _move(model, dtype, device)
         name = model.config.name_or_path or type(model).__name__
+        if not model.config.architectures:  # made from a configuration, not loaded; transformer-lens goes by this
+            model.config.architectures = [type(model).__name__]
         tokenizer = _tokenizer_of(model, name) if tokenizer is None else tokenizer
         return _boot(name, hf_model=model, tokenizer=tokenizer)
     if hasattr(model, "hook_dict") and hasattr(model, "run_with_cache"):
