@@ -40,7 +40,8 @@ def attach(
     `.hook_sae_recons`, `.hook_sae_error`, `.hook_sae_output` can be cached, hooked and edited like any other, under
     every name of the point that is written to. Hooks run in the order they were added: one added before sees the
     model's own activation there, one added later (and `run_with_cache`) what the SAE made of it. A second attachment
-    writing to the same point overrides the first until it is detached. `model.reset_hooks()` does not detach.
+    writing to the same point overrides the first until it is detached. `model.reset_hooks()` does not detach. A `with`
+    block holds the model's lock: whoever attaches to the model from another thread waits for its end.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
@@ -165,8 +166,8 @@ class Attachment:
         with self._lock:
             try:
                 for splice in self._splices:
-                    splice.install()
                     installed.append(splice)
+                    splice.install()
                 self._stop_watching = hooks.watch(model, self._announce, self._begin, self._end)
             except BaseException:
                 for splice in reversed(installed):

@@ -113,7 +113,7 @@ class Splice:
 
     def _on_read(self, activation: Tensor) -> None:
         self.enter()
-        self._x = activation
+        self._x = activation.clone()  # the model, or a hook of the user's, may change it in place before it is used
 
     def _on_write(self, target: Tensor) -> Tensor | None:
         if not self.is_top:
@@ -176,9 +176,9 @@ class Splice:
         point = self._inner[name]
         if not _hooked(point):
             return value
-        version = None if value.is_inference() else value._version
+        version = _version(value)
         result = point(value)
-        self._touched |= result is not value or version is None or value._version != version
+        self._touched |= result is not value or version is None or _version(value) != version
         return result
 
     def _unflat(self, out: Tensor, target: Tensor) -> Tensor:
@@ -224,6 +224,11 @@ def top(point: hooks.Point) -> Splice | None:
     """The splice in force at this write point."""
     stack = _stacks.get(point.module, [])
     return stack[-1]() if stack else None
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count."""
+    return None if x.is_inference() else x._version
 
 
 def _hooked(point: nn.Module) -> bool:

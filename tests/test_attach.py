@@ -301,6 +301,19 @@ def test_transcoder_reads_at_one_point_and_writes_at_another(model):
         torch.testing.assert_close(cache[f"{write}.hook_sae_error"], seen["y"] - coder(seen["x"]))
 
 
+def test_an_activation_changed_in_place_after_it_was_read(model):
+    read = "blocks.1.hook_resid_pre"
+    coder, tokens = small.sae(read, hook_out="blocks.1.hook_mlp_out"), small.tokens()
+    x = model.run_with_cache(tokens)[1][read].clone()
+
+    def double(activation, hook):
+        activation.mul_(2)  # what stands at the read point is this very tensor
+
+    with torch.no_grad(), attach(model, coder) as attached:
+        model.run_with_hooks(tokens, fwd_hooks=[(read, double)])
+        torch.testing.assert_close(attached.latents[coder], coder.encode(x))
+
+
 def test_transcoder_of_other_width(model):
     coder = small.sae("blocks.1.mlp.hook_post", d_in=small.D_MLP, d_out=small.D_MODEL, hook_out="blocks.1.hook_mlp_out")
     with attach(model, coder):
