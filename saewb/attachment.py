@@ -177,8 +177,10 @@ class Attachment:
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._announced = (tokens,)
+        first = hooks.first_layer(self._model())
         for splice in self._splices:
             splice.restore()
+            splice.first_layer = first
 
     def _begin(self, continues: bool) -> None:
         self._enter()
@@ -203,7 +205,8 @@ class Attachment:
     def _end(self) -> None:
         state, self._state = self._state, "over"
         for splice in self._splices:
-            if state == "whole" and splice.is_top and not splice.fired:
+            expected = state == "whole" and splice.is_top and not splice.is_early(splice.write)
+            if expected and not splice.fired:
                 raise ValueError(
                     explain(
                         f"{splice.write.name!r} did not fire in a whole forward pass: {splice.sae!r} had no effect.",

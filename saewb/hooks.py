@@ -39,6 +39,12 @@ class Point:
     module: nn.Module  # its HookPoint; or the MLP whose input it is, where the model has no HookPoint there
 
     @property
+    def layer(self) -> int | None:
+        """The block it is in; None outside of blocks."""
+        found = re.match(r"blocks\.(\d+)\.", self.name)
+        return int(found[1]) if found else None
+
+    @property
     def is_module_input(self) -> bool:
         """Whether the place is the input of a module rather than a HookPoint."""
         return not hasattr(self.module, "fwd_hooks")
@@ -194,6 +200,16 @@ def watch(
             handle.remove()
 
     return stop
+
+
+def first_layer(model: nn.Module) -> int:
+    """The block at which the pass under way starts: not 0 under `start_at_layer`.
+
+    A Bridge of transformer-lens 4 computes the blocks before it too, on something that is not their input, and throws
+    the result away.
+    """
+    blocks = getattr(model, "blocks", None)
+    return getattr(blocks[0], "_start_at_layer_idx", None) or 0 if blocks is not None and len(blocks) else 0
 
 
 def _continues(kwargs: Mapping[str, Any]) -> bool:

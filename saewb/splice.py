@@ -39,6 +39,7 @@ class Splice:
         self.place = place  # as the user named it
         self.same_point = read.module is write.module
         self.fired = False
+        self.first_layer = 0  # at which the pass under way starts
         self.enter: Callable[[], None] = lambda: None  # called whenever a point fires
         self.token_mask: Callable[[Tensor], Tensor] | None = None
         self._model = weakref.ref(model)
@@ -111,12 +112,18 @@ class Splice:
             )
         return self._latents.dense() if isinstance(self._latents, TopLatents) else self._latents
 
+    def is_early(self, point: hooks.Point) -> bool:
+        """Whether the point is in a block that the pass under way leaves out: what fires there is no activation."""
+        return self.first_layer > 0 and point.layer is not None and point.layer < self.first_layer
+
     def _on_read(self, activation: Tensor) -> None:
+        if self.is_early(self.read):
+            return
         self.enter()
         self._x = activation.clone()  # the model, or a hook of the user's, may change it in place before it is used
 
     def _on_write(self, target: Tensor) -> Tensor | None:
-        if not self.is_top:
+        if not self.is_top or self.is_early(self.write):
             return None
         self.enter()
         x = target if self.same_point else self._x
