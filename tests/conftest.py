@@ -12,7 +12,6 @@ install_import_hook(
         "saewb.sae",
         "saewb.arithmetic",
         "saewb.metrics",
-        "saewb.evals",
         "saewb.tokens",
         "saewb.pursuit",
         "saewb.temporal",
