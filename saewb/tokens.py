@@ -94,6 +94,9 @@ def pack(
         )
     if len(texts) == 0:
         raise ValueError(explain("pack got no texts.", want="at least one document"))
+    if other := next((type(text).__name__ for text in texts if not isinstance(text, str)), None):
+        fix = "[document.text for document in texts]" if other == "Document" else ""
+        raise TypeError(explain(f"pack got a {other} among the texts.", want="strings", fix=fix))
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(explain("this tokenizer has no BOS token.", fix="pack(texts, tokenizer, ctx_len, bos=False)"))
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

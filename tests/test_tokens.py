@@ -1,5 +1,6 @@
 """Packing, special tokens, masks: on a tokenizer of a dozen words, so that every row can be written down."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -91,3 +92,10 @@ def test_special_mask_by_hand_for_any_shape_and_for_no_ids():
     assert special_mask(tokens, (0,)).tolist() == [[[True, False], [False, True]]]
     assert special_mask(tokens, ()).tolist() == [[[False, False], [False, False]]]
     assert special_mask(tokens.int(), [5, 1]).tolist() == [[[False, True], [True, False]]]
+
+
+@pytest.mark.parametrize("text", [1, None, SimpleNamespace(text="a b")])
+def test_texts_that_are_no_strings(text):
+    unchecked = inspect.unwrap(pack)  # as a user has it: without the types checked first
+    with pytest.raises(TypeError, match=r"pack got a (int|NoneType|SimpleNamespace) among the texts"):
+        unchecked(["a b", text], words(**FRAMED), 4)
