@@ -23,11 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo_ = commands.add_parser("demo", help="load, attach, read latents, evaluate: offline, in seconds")
     demo_.add_argument("--model", choices=["tiny", "smollm2-135m"], default="tiny", help="smollm2-135m: a random SAE")
     demo_.add_argument("--prompt", default=PROMPT)
-    lab_ = commands.add_parser("lab", help="open JupyterLab on the notebooks")
+    lab_ = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to jupyter lab")
     lab_.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: saewb's own")
-    lab_.add_argument("rest", nargs=argparse.REMAINDER, help="passed on to jupyter lab")
-    options = parser.parse_args(arguments)
-    return demo(options.model, options.prompt) if options.command == "demo" else lab(options.folder, options.rest)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "lab":
+        return lab(options.folder, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return demo(options.model, options.prompt)
 
 
 def demo(model_name: str, prompt: str) -> int:

@@ -28,6 +28,12 @@ def test_version_and_help(capsys):
     assert "saewb 0.1.0" in capsys.readouterr().out
 
 
+def test_demo_takes_no_other_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--wrong"])
+    assert "unrecognized arguments: --wrong" in capsys.readouterr().err
+
+
 def test_a_command_is_needed(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([])
@@ -54,6 +60,7 @@ def test_lab_opens_the_notebooks(monkeypatch):
 
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(cli.subprocess, "run", run)
-    assert cli.main(["lab"]) == 0
+    assert cli.main(["lab", "--no-browser", "--port=8899"]) == 0
     assert started[0][:3] == [sys.executable, "-m", "jupyterlab"]
     assert started[0][3].endswith("notebooks")
+    assert started[0][4:] == ["--no-browser", "--port=8899"]
