@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saewb import hooks
 from saewb.errors import explain
 from saewb.splice import Splice
-from saewb.tokens import special_token_ids
+from saewb.tokens import special_ids
 
 _attached: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
 
@@ -296,12 +296,4 @@ def _check_distinct(splices: list[Splice]) -> None:
 
 
 def _special_ids(model: nn.Module, skip: bool | Sequence[int]) -> Tensor | None:
-    if skip is False:
-        return None
-    if skip is True:
-        tokenizer = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            what = "skip_special_tokens=True on a model without a tokenizer, which would tell them."
-            raise ValueError(explain(what, want="their ids", fix="saewb.attach(model, sae, skip_special_tokens=[0])"))
-        skip = special_token_ids(tokenizer)
-    return torch.tensor(list(skip), dtype=torch.long)
+    return None if skip is False else torch.tensor(special_ids(model, skip), dtype=torch.long)

@@ -9,23 +9,23 @@ Memory is bounded by one batch: its latents in the first part, two logits tensor
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saewb import hooks
+from saewb.activations import capture
 from saewb.attachment import attach, attachments
 from saewb.errors import explain
 from saewb.evaluation import Evaluation
 from saewb.metrics import DEAD_BELOW, DENSE_ABOVE, Firing, FiringStream, Reconstruction, ReconstructionStream, float64
 from saewb.splice import flat
-from saewb.tokens import pack, special_mask, special_token_ids
+from saewb.tokens import special_ids, special_mask, token_rows
 
 # Probabilities of at most this many (token, word) pairs are held at a time (64 MiB in float32).
 _TILE = 2**24
@@ -89,8 +89,8 @@ def evaluate(
         >>> found.n_tokens > 30, 0 < found.fvu < 1, found.ce_zero_ablated > found.ce_clean
         (True, True, True)
     """
-    ids = _ids(model, tokens, ctx_len)
-    special = _special(model, skip_special_tokens)
+    ids = token_rows(model, tokens, ctx_len)
+    special = special_ids(model, skip_special_tokens)
     place = _place(model, sae, hook, hook_out, special)
     batches = _Batches(ids, ~special_mask(ids, special), batch_size, next(model.parameters()).device)
     with torch.no_grad(), _eval_mode(model, sae), _bar(progress, 2 * len(batches)) as tick:
@@ -168,34 +168,6 @@ class _Batches:
             yield _Batch(ids, plain, kept, targets, predicts)
 
 
-def _ids(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -> Int[Tensor, "rows ctx"]:
-    if not isinstance(tokens, Tensor):
-        tokenizer = _tokenizer(model)
-        bos = tokenizer.bos_token_id is not None and model.cfg.default_prepend_bos is not False
-        return pack(tokens, tokenizer, ctx_len, bos=bos)
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(explain(f"evaluate got tokens of {tokens.dtype}.", want="integer token ids, [rows, ctx]"))
-    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
-        what = f"evaluate got tokens of shape {tuple(tokens.shape)}."
-        raise ValueError(
-            explain(what, want="[rows, ctx], with rows of at least two tokens: one to predict the next from")
-        )
-    return tokens.detach().long().cpu()
-
-
-def _tokenizer(model: nn.Module) -> Any:
-    if model.tokenizer is None:
-        what = "this model has no tokenizer, so neither text nor special tokens can be told."
-        raise ValueError(explain(what, fix="evaluate(model, sae, token_ids, skip_special_tokens=[0])"))
-    return model.tokenizer
-
-
-def _special(model: nn.Module, skip: bool | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(skip, bool):
-        return special_token_ids(_tokenizer(model)) if skip else ()
-    return tuple(int(i) for i in skip)
-
-
 def _place(
     model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, special: tuple[int, ...]
 ) -> _Place:
@@ -260,27 +232,9 @@ def _at_hook(
 
 def _activations(place: _Place, batch: _Batch) -> tuple[Tensor, Tensor]:
     """What the SAE reads, and what stands where it writes."""
-    seen: dict[str, Tensor] = {}
-    with hooks.editing(place.model, {name: _noting(seen, name) for name in {place.read, place.write}}):
-        place.model(batch.ids, return_type=None, stop_at_layer=_stop(place))
-    for name in (place.read, place.write):
-        if name not in seen:
-            raise ValueError(explain(f"{name!r} did not fire.", want="a point that this model computes"))
+    seen = capture(place.model, batch.ids, (place.read, place.write))
     x = flat(place.sae, seen[place.read], place.sae.cfg.d_in, place.read)
     return x, flat(place.sae, seen[place.write], place.sae.cfg.d_out, place.write)
-
-
-def _noting(seen: dict[str, Tensor], name: str) -> hooks.Edit:
-    def edit(activation: Tensor) -> None:
-        seen[name] = activation
-
-    return edit
-
-
-def _stop(place: _Place) -> int | None:
-    """The first layer that need not run; None if the points do not tell."""
-    layers = [re.match(r"blocks\.(\d+)\.", name) for name in (place.read, place.write)]
-    return max(int(found[1]) for found in layers) + 1 if all(layers) else None
 
 
 # -- in the model ----------------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from saewb.errors import explain
 
@@ -126,3 +126,48 @@ def _cut(stream: list[int], ctx_len: int, bos: int) -> list[list[int]]:
 
 def _chunks(stream: list[int], ctx_len: int) -> list[list[int]]:
     return [stream[at : at + ctx_len] for at in range(0, len(stream) - ctx_len + 1, ctx_len)]
+
+
+def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -> Int[Tensor, "rows ctx"]:
+    """What a function that takes `tokens` means by them: ids as they are, or texts packed for this model.
+
+    Args:
+        model: any; asked for its tokenizer if `tokens` are texts, and whether it was trained with BOS.
+        tokens: ids, `[rows, ctx]`, without padding; or texts, to be packed into rows of `ctx_len`.
+        ctx_len: tokens in a row, BOS included, if `tokens` are texts.
+    Returns:
+        int64 ids on the CPU, with rows of at least two tokens.
+    Raises:
+        TypeError: if `tokens` are neither integers nor texts.
+        ValueError: if they have another shape, or texts do not fill a row.
+    """
+    if not isinstance(tokens, Tensor):
+        tokenizer = _tokenizer(model)
+        bos = tokenizer.bos_token_id is not None and model.cfg.default_prepend_bos is not False
+        return pack(tokens, tokenizer, ctx_len, bos=bos)
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TypeError(explain(f"got tokens of {tokens.dtype}.", want="integer token ids, [rows, ctx]"))
+    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        what = f"got tokens of shape {tuple(tokens.shape)}."
+        raise ValueError(
+            explain(what, want="[rows, ctx], with rows of at least two tokens: one to predict the next from")
+        )
+    return tokens.detach().long().cpu()
+
+
+def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> tuple[int, ...]:
+    """The ids that `skip_special_tokens` means for this model: those of its tokenizer, none, or the ones listed.
+
+    Raises:
+        ValueError: for True on a model without a tokenizer.
+    """
+    if isinstance(skip_special_tokens, bool):
+        return special_token_ids(_tokenizer(model)) if skip_special_tokens else ()
+    return tuple(int(i) for i in skip_special_tokens)
+
+
+def _tokenizer(model: nn.Module) -> Any:
+    if getattr(model, "tokenizer", None) is None:
+        what = "this model has no tokenizer, so neither text nor special tokens can be told."
+        raise ValueError(explain(what, want="token ids, and the ids of special tokens", fix="skip_special_tokens=[0]"))
+    return model.tokenizer

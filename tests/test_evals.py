@@ -19,6 +19,7 @@ from saewb.evaluation import Evaluation
 from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.sae import SAE, SAEConfig
 from saewb.temporal import TemporalConfig, TemporalSAE
+from saewb.tokens import pack
 
 RESID, MLP, Z = "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"
 D, LOSSES = small.D_MODEL, ("ce_clean", "ce_with_sae", "ce_zero_ablated", "ce_mean_ablated")
@@ -398,7 +399,7 @@ def test_in_bfloat16():
 def test_texts_are_packed(model):
     texts = ["w1 w2 w3 w4 w5 w6 w7", "w8 w9 w10 w11 w12 w13 w14 w15 w16", "w3 w1 w4 w1 w5 w9 w2 w6"]
     found = evaluate(model, small.sae(RESID), texts, ctx_len=9)
-    ids = evals.pack(texts, model.tokenizer, 9)
+    ids = pack(texts, model.tokenizer, 9)
     assert ids[:, 0].tolist() == [small.BOS] * len(ids)
     assert found == evaluate(model, small.sae(RESID), ids)
     assert found.n_tokens == int((ids > 3).sum())
