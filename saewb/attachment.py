@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,15 @@ from saewb.errors import explain
 from saewb.splice import Splice
 from saewb.tokens import special_ids
 
-_attached: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
+# Everything of saewb that is on a model now, oldest first: attachments and interventions.
+_attached: weakref.WeakKeyDictionary[nn.Module, list[Detachable]] = weakref.WeakKeyDictionary()
+
+
+class Detachable(Protocol):
+    """Something on a model that can be taken off."""
+
+    def detach(self) -> None:
+        """Take it off; again without harm."""
 
 
 def attach(
@@ -81,13 +90,18 @@ def attachments(model: nn.Module) -> list[Attachment]:
         >>> attachments(saewb.load_model("tiny"))
         []
     """
-    return list(_attached.get(model, []))
+    return [found for found in on_model(model) if isinstance(found, Attachment)]
+
+
+def on_model(model: nn.Module) -> list[Detachable]:
+    """The list of what saewb has on this model, oldest first; whoever comes and goes keeps it."""
+    return _attached.setdefault(model, [])
 
 
 def detach_all(model: nn.Module) -> None:
-    """Detach everything from this model, newest first: for attachments whose variable is lost."""
-    for attachment in reversed(attachments(model)):
-        attachment.detach()
+    """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost."""
+    for found in reversed(list(on_model(model))):
+        found.detach()
 
 
 class Attachment:
@@ -135,7 +149,7 @@ class Attachment:
             for splice in reversed(self._splices):
                 splice.uninstall()
             if (model := self._model()) is not None:
-                _attached[model].remove(self)
+                on_model(model).remove(self)
 
     def __enter__(self) -> Attachment:
         if not self.is_attached:
@@ -173,7 +187,7 @@ class Attachment:
                 for splice in reversed(installed):
                     splice.uninstall()
                 raise
-            _attached.setdefault(model, []).append(self)
+            on_model(model).append(self)
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._announced = (tokens,)
@@ -182,10 +196,10 @@ class Attachment:
             splice.restore()
             splice.first_layer = first
 
-    def _begin(self, continues: bool) -> None:
+    def _begin(self, cached_tokens: int) -> None:
         self._enter()
         for splice in self._splices:
-            if continues and splice.is_top and getattr(splice.sae, "looks_back", False):
+            if cached_tokens and splice.is_top and getattr(splice.sae, "looks_back", False):
                 what = f"{splice.sae!r} looks at earlier tokens, and this pass has them in its cache only."
                 raise ValueError(explain(what, fix="model.generate(..., use_past_kv_cache=False)"))
 
@@ -257,7 +271,7 @@ def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, err
     for sae, read, write in zip(several, reads, writes, strict=True):
         if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
             raise TypeError(explain(f"attach got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
-        source, target = _places(sae, read, write)
+        source, target = places(sae, read, write)
         place = source if source == target else f"{source} => {target}"
         read, write = hooks.resolve(model, source), hooks.resolve(model, target)
         splices.append(Splice(model, sae, read, write, place, error_term))
@@ -265,7 +279,12 @@ def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, err
     return splices
 
 
-def _places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
+def places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
+    """The names of the points an SAE reads and writes, given what a caller says instead of its configuration.
+
+    Raises:
+        ValueError: if that leaves one of them open.
+    """
     source = hook or sae.cfg.hook
     if source is None:
         what = f"{sae!r} does not say where it belongs."
