@@ -93,7 +93,7 @@ def evaluate(
     special = special_ids(model, skip_special_tokens)
     place = _place(model, sae, hook, hook_out, special)
     batches = _Batches(ids, ~special_mask(ids, special), batch_size, next(model.parameters()).device)
-    with torch.no_grad(), _eval_mode(model, sae), _bar(progress, 2 * len(batches)) as tick:
+    with torch.no_grad(), hooks.eval_mode(model, sae), _bar(progress, 2 * len(batches)) as tick:
         written, fired, mean = _at_hook(place, tick(batches), dead_below, dense_above)
         sums = torch.stack([_in_model(place, batch, mean) for batch in tick(batches)]).sum(0).tolist()
     kl = sums.pop(2) / batches.n_tokens
@@ -183,18 +183,6 @@ def _place(
     names = hooks.resolve(model, write).names
     typed = next((name for name in (hook_out, sae.cfg.hook_out, read) if name in names), write)
     return _Place(model, sae, read, typed, list(special) or False)
-
-
-@contextmanager
-def _eval_mode(*modules: nn.Module) -> Iterator[None]:
-    training = [part for module in modules for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextmanager

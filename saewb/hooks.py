@@ -238,6 +238,19 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
                 hook.remove()
 
 
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """These modules in eval mode (no dropout), each part back in its own mode afterwards."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def _is_bridge(model: nn.Module) -> bool:
     return "_hook_registry" in getattr(model, "__dict__", {})
 
