@@ -48,9 +48,8 @@ def main() -> None:
             whole.append(_timed(lambda: saewb.evaluate_many(model, saes, tokens, at_once=64, losses=False)))
             parts.append(_timed(lambda: _parts(model, list(saes.values()), tokens)))
     ratio = statistics.median(w / p for w, p in zip(whole[1:], parts[1:], strict=True))
-    print(
-        f"{len(saes)} {options.gate} SAEs on {options.model}, {tokens.numel()} tokens, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{len(saes)} {options.gate} SAEs, {options.model}, {tokens.numel()} tokens, {threads} threads")
     print(f"evaluate_many {statistics.median(whole[1:]):.2f} s, forward + encode + decode "
           f"{statistics.median(parts[1:]):.2f} s, ratio {ratio:.2f}")  # fmt: skip
 
