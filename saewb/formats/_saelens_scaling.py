@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 from saewb.errors import FormatError, explain
-from saewb.formats._json import read_json
 from saewb.formats._saelens_cfg import Described
 from saewb.formats._saelens_fold import Whitening
 from saewb.formats._tensors import TensorFile, fit
+from saewb.formats._text import object_of, read_json
 
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 
@@ -28,7 +28,8 @@ def input_scaling(folder: Path, described: Described, factor: float | None) -> f
                 fix=f"saewb.load_sae({str(folder)!r})",
             )
         )
-    scaler = read_json(folder / SCALER) if (folder / SCALER).is_file() else {}
+    path = folder / SCALER
+    scaler = object_of(read_json(path), path) if path.is_file() else {}
     if described.normalize == "expected_average_only_in":
         factor = scaler.get("scaling_factor") if factor is None else factor
         if factor is None:
@@ -39,7 +40,7 @@ def input_scaling(folder: Path, described: Described, factor: float | None) -> f
                     fix=f"saewb.load_sae({str(folder)!r}, scaling_factor=...)",
                 )
             )
-        if not (math.isfinite(factor) and factor > 0):
+        if type(factor) not in (int, float) or not (math.isfinite(factor) and factor > 0):
             raise FormatError(explain(f"scaling_factor is {factor}.", want="a positive number"))
         return float(factor)
     if described.normalize == "covariance_whitening":

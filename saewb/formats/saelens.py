@@ -29,12 +29,12 @@ from torch import Tensor
 from saewb.errors import FormatError, explain
 from saewb.formats._atomic import write_folder
 from saewb.formats._facts import Facts
-from saewb.formats._json import read_json
 from saewb.formats._saelens_cfg import UNFINISHED, Described, understand
 from saewb.formats._saelens_fold import Whitening, scaled_down, ungated, unit_rows, whitened
 from saewb.formats._saelens_scaling import SCALER, WHITENING, input_scaling
 from saewb.formats._saelens_written import as_written, compose, own_memory
 from saewb.formats._tensors import FLOATS, TensorFile, fit
+from saewb.formats._text import read_json
 from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.sae import SAE, SAEConfig
 from saewb.temporal import TemporalConfig, TemporalSAE
