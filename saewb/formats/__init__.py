@@ -14,14 +14,34 @@ from typing import Any
 import torch
 
 from saewb.errors import FormatError, explain
-from saewb.formats import saelens
+from saewb.formats import (
+    deepseek_r1,
+    dictionary_learning,
+    gemma_scope_2_cross_layer,
+    mntss,
+    mwhanna,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from saewb.formats._facts import Facts
 from saewb.formats._tensors import TensorFile
 
 __all__ = ["FORMATS", "Facts", "TensorFile", "read", "recognise"]
 
 # The first that matches counts.
-FORMATS: list[ModuleType] = [saelens]
+FORMATS: list[ModuleType] = [
+    saelens,
+    sparsify,
+    dictionary_learning,
+    gemma_scope_2_cross_layer,
+    mntss,
+    mwhanna,
+    qwen_scope,
+    openai,
+    deepseek_r1,
+]
 
 
 def recognise(place: Path) -> ModuleType:

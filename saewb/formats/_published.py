@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from saewb.cross_layer import CrossLayerConfig, CrossLayerTranscoder
 from saewb.errors import FormatError, explain
+from saewb.formats._build import built
 from saewb.formats._facts import Facts
 from saewb.formats._tensors import FLOATS, TensorFile
 from saewb.sae import SAE, SAEConfig
 
 Kind = TypeVar("Kind")
 _PLACES = {"hook": "hook_name", "hook_out": "hook_name_out", "model": "model_name"}  # ours: in `Facts.overrides`
-
-
-@contextmanager
-def reading(place: Path) -> Iterator[None]:
-    """Inside, whatever is wrong with the content is a FormatError that says of what."""
-    try:
-        yield
-    except ValueError as error:
-        raise FormatError(f"cannot read {place}: {error}") from error
 
 
 def said(content: object, name: str, kind: type[Kind], where: str, default: Kind | None = None) -> Kind:
@@ -38,7 +31,7 @@ def said(content: object, name: str, kind: type[Kind], where: str, default: Kind
         raise FormatError(explain(f"{where} holds a {type(content).__name__}.", want=f"a mapping with {name!r}"))
     value = content.get(name, default)
     if type(value) is not kind:
-        got = f"{name}={str(value)[:80]!r}" if name in content else f"no {name!r}"
+        got = f"{name}={reprlib.repr(value)}" if name in content else f"no {name!r}"
         raise FormatError(explain(f"{where} has {got}.", want=f"{name} as {kind.__name__}"))
     return value
 
@@ -86,8 +79,41 @@ def published(
         fields["hook_out"] = None
     d_in, d_sae = weights["W_enc"].shape
     cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=weights["W_dec"].shape[1], metadata=extra, **fields)
-    dtype = dtype or weights["W_dec"].dtype
-    return SAE.from_tensors(cfg, {name: t.to(device or "cpu", dtype) for name, t in weights.items()})
+    return built(cfg, weights, weights["W_dec"].dtype, dtype, device)
+
+
+def across_layers(
+    layers: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None, device: torch.device | str | None, **fields: Any
+) -> CrossLayerTranscoder:
+    """A cross-layer transcoder of these layers; what is large in it stays as stored, and memory-mapped on the CPU.
+
+    Args:
+        layers: of each layer the tensors by the names of CrossLayerTranscoder.
+        dtype: to compute in; None means as stored.
+        device: of the parameters; None means the CPU.
+        fields: of CrossLayerConfig.
+    Raises:
+        FormatError: if there are no layers, or they have not the same tensors and widths.
+    """
+    names = [sorted(layer) for layer in layers]
+    if not layers or any(of != names[0] for of in names):
+        got = "; ".join(f"layer {i}: {', '.join(of)}" for i, of in enumerate(names) if of != names[0])
+        raise FormatError(
+            explain(f"its {len(layers)} layers differ in what they have: {got}.", want="the same in each")
+        )
+    d_in = layers[0]["W_enc"].shape[0]
+    cfg = CrossLayerConfig(
+        d_in=d_in,
+        d_sae=tuple(layer["W_enc"].shape[1] for layer in layers),
+        d_out=layers[0]["W_dec"].shape[2],
+        gate="jumprelu" if "threshold" in layers[0] else "relu",
+        skip="W_skip" in layers[0],
+        **fields,
+    )
+    dtype = dtype or layers[0]["b_dec"].dtype
+    cast = {name: dtype if name in ("b_enc", "b_dec", "threshold") else None for name in names[0]}
+    tensors = {name: [layer[name].to(device or "cpu", to) for layer in layers] for name, to in cast.items()}
+    return CrossLayerTranscoder.from_tensors(cfg, tensors)
 
 
 def turned(weight: Tensor) -> Tensor:

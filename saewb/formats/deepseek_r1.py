@@ -1,6 +1,6 @@
 """One .pt file with `encoder` and `decoder` of two linear layers: the SAE of DeepSeek-R1-Distill-Llama-8B.
 
-    relu(x @ encoder.weight.T + encoder.bias) @ decoder.weight.T + decoder.bias          (nothing is subtracted from x)
+relu(x @ encoder.weight.T + encoder.bias) @ decoder.weight.T + decoder.bias          (nothing is subtracted from x)
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from saewb.formats._build import reading
 from saewb.formats._facts import Facts
-from saewb.formats._published import opened, published, reading, turned
+from saewb.formats._published import opened, published, turned
 from saewb.formats._tensors import TensorFile
 from saewb.sae import SAE
 

@@ -4,7 +4,7 @@
 - AutoEncoderNew     relu, nothing subtracted
 - GatedAutoEncoder   gated: exactly a JumpReLU SAE, and read as one
 - AutoEncoderTopK    top-k, `b_dec` subtracted; its `threshold`, of newer files, is not used at inference
-- BatchTopKSAE, MatryoshkaBatchTopKSAE   JumpReLU with one `threshold` for all latents (-1, "not yet estimated", is ReLU)
+- BatchTopKSAE, MatryoshkaBatchTopKSAE   JumpReLU with one `threshold` for all latents; -1, "not yet known", is ReLU
 - JumpReluAutoEncoder   JumpReLU, nothing subtracted
 
 The library's own `AutoEncoder.from_pretrained` also scales decoder rows to norm 1, which changes the units of latents
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from saewb.errors import FormatError, explain, near
+from saewb.formats._build import reading
 from saewb.formats._facts import Facts
-from saewb.formats._json import read_json
-from saewb.formats._published import published, reading, said, turned
+from saewb.formats._published import published, said, turned
 from saewb.formats._saelens_fold import ungated
 from saewb.formats._tensors import TensorFile, fit
+from saewb.formats._text import read_json
 from saewb.sae import SAE
 
 NAME = "dictionary_learning"
@@ -57,6 +58,7 @@ _OURS = {
     "gate_bias": "b_gate",
     "mag_bias": "b_mag",
 }
+_WIDTHS = {"D": "activation_dim", "F": "dict_size"}
 _UNTIED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 _SITES = {"resid_post": "hook_resid_post", "resid_pre": "hook_resid_pre", "mlp": "hook_mlp_out", "att": "hook_attn_out"}
 
@@ -126,7 +128,7 @@ def _stored(file: TensorFile) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
 
 def _check_shapes(stored: Mapping[str, Tensor], kind: str, trainer: Mapping[str, Any]) -> None:
-    widths = {letter: said(trainer, n, int, "its trainer") for letter, n in (("D", "activation_dim"), ("F", "dict_size"))}
+    widths = {axis: said(trainer, name, int, "its trainer") for axis, name in _WIDTHS.items()}
     widths["G"] = stored["group_sizes"].numel() if "group_sizes" in stored else 0
     want = {
         name: tuple(widths[axis] for axis in axes.lstrip("?"))

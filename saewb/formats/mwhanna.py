@@ -18,16 +18,18 @@ from typing import Any
 import torch
 
 from saewb.errors import FormatError, explain
+from saewb.formats._build import reading
 from saewb.formats._facts import Facts
-from saewb.formats._published import opened, published, reading, said
+from saewb.formats._published import opened, published, said
 from saewb.formats._tensors import TensorFile, fit
-from saewb.formats._yaml import read_yaml
+from saewb.formats._text import object_of, read_yaml
 from saewb.sae import SAE
 
 NAME = "circuit-tracer transcoders"
 CONFIG, WIDTHS = "config.yaml", ("wandb-config.yaml", "wanb-config.yaml")
 MARKS = ("layer_<n>.safetensors with W_enc, W_dec, b_enc, b_dec",)
 _FILE = re.compile(r"layer_(\d+)\.safetensors")
+_CORPUS = {"model_from_pretrained_kwargs": {"fold_ln": False}, "dataset_path": "monology/pile-uncopyrighted"}
 _THRESHOLDS = ("activation_function.threshold", "threshold")
 
 
@@ -74,7 +76,7 @@ def read(
             weights["threshold"] = file.tensor(threshold)
         if "W_skip" in file:
             weights["W_skip"] = file.tensor("W_skip").T.contiguous()
-        config = read_yaml(place.with_name(CONFIG)) if place.with_name(CONFIG).is_file() else {}
+        config = _yaml(place.with_name(CONFIG))
         block = f"blocks.{_FILE.fullmatch(place.name)[1]}"
         return published(
             weights,
@@ -86,12 +88,19 @@ def read(
             hook=f"{block}.{said(config, 'feature_input_hook', str, CONFIG, 'mlp.hook_in')}",
             hook_out=f"{block}.{said(config, 'feature_output_hook', str, CONFIG, 'hook_mlp_out')}",
             model=_model(config, facts, place),
-            metadata={"model_from_pretrained_kwargs": {"fold_ln": False}, "dataset_path": "monology/pile-uncopyrighted"},
+            metadata={
+                "model_from_pretrained_kwargs": {"fold_ln": False},
+                "dataset_path": "monology/pile-uncopyrighted",
+            },
         )
 
 
 def _run(place: Path) -> Mapping[str, Any]:
-    return next((read_yaml(place.with_name(name)) for name in WIDTHS if place.with_name(name).is_file()), {})
+    return next((found for name in WIDTHS if (found := _yaml(place.with_name(name)))), {})
+
+
+def _yaml(path: Path) -> Mapping[str, Any]:
+    return object_of(read_yaml(path), path) if path.is_file() else {}
 
 
 def _check_tensors(file: TensorFile, threshold: str | None, run: Mapping[str, Any]) -> None:
@@ -107,8 +116,9 @@ def _check_tensors(file: TensorFile, threshold: str | None, run: Mapping[str, An
         want["k"] = file.shape("k")
     fit({name: file.shape(name) for name in file.names}, want, file.path.name)
     for name, width in (("d_model", d_in), ("d_feature", d_sae)):
-        if name in run and said(said(run, name, dict, WIDTHS[0]), "value", int, name) != width:
-            raise FormatError(explain(f"{WIDTHS[0]} has {name} {run[name]}.", want=f"{width}, as W_enc has"))
+        says = said(said(run, name, dict, WIDTHS[0]), "value", int, name) if name in run else width
+        if says != width:
+            raise FormatError(explain(f"{WIDTHS[0]} has {name} {says}.", want=f"{width}, as W_enc has"))
 
 
 def _model(config: Mapping[str, Any], facts: Facts, place: Path) -> str | None:

@@ -1,8 +1,8 @@
 """OpenAI's GPT-2 autoencoders: one .pt file each, .../gpt2-small/resid_post_mlp_v5_32k/autoencoders/<layer>.pt
 
-    x' = (x - mean(x)) / (std(x) + 1e-5)  per token, for TopK only, and undone on the output
-    z  = relu of the k largest of (x' - pre_bias) @ encoder.weight.T + latent_bias          (ReLU: of all)
-    y' = z @ decoder.weight.T + pre_bias
+x' = (x - mean(x)) / (std(x) + 1e-5)  per token, for TopK only, and undone on the output
+z  = relu of the k largest of (x' - pre_bias) @ encoder.weight.T + latent_bias          (ReLU: of all)
+y' = z @ decoder.weight.T + pre_bias
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from saewb.errors import FormatError, explain
+from saewb.formats._build import reading
 from saewb.formats._facts import Facts
-from saewb.formats._published import opened, published, reading, turned
+from saewb.formats._published import opened, published, turned
 from saewb.formats._tensors import TensorFile, fit
 from saewb.sae import SAE
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from saewb.errors import FormatError, explain
+from saewb.formats._build import reading
 from saewb.formats._facts import Facts
-from saewb.formats._json import read_json
-from saewb.formats._published import published, reading, said, turned
+from saewb.formats._published import published, said, turned
 from saewb.formats._tensors import TensorFile
+from saewb.formats._text import object_of, read_json
 from saewb.sae import SAE
 
 NAME = "Qwen Scope"
@@ -91,9 +92,9 @@ def read(
 
 def _config(place: Path) -> Mapping[str, Any]:
     path = place.with_name(CONFIG)
-    config = read_json(path) if path.is_file() else {}
+    config = object_of(read_json(path), path) if path.is_file() else {}
     for name, kind in (("k", int), ("d_model", int), ("d_sae", int), ("base_model", str), ("hook_point", str)):
-        if not isinstance(config, Mapping) or name in config:
+        if name in config:
             said(config, name, kind, CONFIG)
     return config
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from saewb.errors import FormatError, explain
+from saewb.formats._build import reading
 from saewb.formats._facts import Facts
-from saewb.formats._json import read_json
-from saewb.formats._published import published, reading, said
+from saewb.formats._published import published, said
 from saewb.formats._tensors import TensorFile
+from saewb.formats._text import object_of, read_json
 from saewb.sae import SAE
 
 NAME = "sparsify"
@@ -79,7 +80,8 @@ def read(
     with reading(place):
         cfg, file = _config(place / CONFIG), TensorFile(place / WEIGHTS)
         d_in, skip = said(cfg, "d_in", int, CONFIG), said(cfg, "skip_connection", bool, CONFIG, False)
-        _check_tensors(file, d_in, cfg.get("num_latents") or d_in * said(cfg, "expansion_factor", int, CONFIG, 32), skip)
+        d_sae = cfg.get("num_latents") or d_in * said(cfg, "expansion_factor", int, CONFIG, 32)
+        _check_tensors(file, d_in, d_sae, skip)
         run = _run(place)
         transcode = said(cfg, "transcode", bool, CONFIG, False)
         across = transcode or skip or run.get("transcode") is True
@@ -109,8 +111,7 @@ def read(
 
 
 def _config(path: Path) -> Mapping[str, Any]:
-    cfg = read_json(path)
-    said(cfg, "d_in", int, CONFIG)
+    cfg = object_of(read_json(path), path)
     unknown = sorted(set(cfg) - set(_KNOWN))
     if unknown:
         raise FormatError(explain(f"{CONFIG} has keys that saewb does not know: {unknown}.", want=", ".join(_KNOWN)))
@@ -137,8 +138,7 @@ def _gate(cfg: Mapping[str, Any]) -> str:
 def _run(place: Path) -> Mapping[str, Any]:
     """The training run's configuration, in the folder above; empty if there is none."""
     path = place.absolute().parent / RUN
-    run = read_json(path) if path.is_file() else {}
-    return run if isinstance(run, Mapping) else {}
+    return object_of(read_json(path), path) if path.is_file() else {}
 
 
 def _corpus(run: Mapping[str, Any]) -> dict[str, Any]:
