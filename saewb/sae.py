@@ -3,8 +3,9 @@
     latents = gate((scale(x) - b_pre) @ W_enc + b_enc)
     recon   = unscale(latents @ W_dec + b_dec) (+ x @ W_skip)
 
-The gate is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else differs between
-papers is a matter of reading a file (`saewb.formats`) or of training (`saewb.objectives`), not of another class here.
+The gate is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else
+differs between papers is a matter of reading a file (`saewb.formats`) or of training (`saewb.objectives`), not of
+another class here.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class SAE(nn.Module):
             raise ValueError(
                 explain(
                     f"encode_topk on a {self.cfg.gate!r} SAE.",
-                    want="gate 'topk', 'abstopk' or 'groupmax'",
+                    want="a top-k gate",
                     fix="sae.encode(x)",
                 )
             )

@@ -1,4 +1,4 @@
-"""Gemma Scope 2's cross-layer transcoders and crosscoders: `params_layer_<i>.safetensors` and `config.json` in a folder.
+"""Gemma Scope 2's cross-layer transcoders and crosscoders: a folder of `params_layer_<i>.safetensors`, `config.json`.
 
     z_i = relu(x_i @ w_enc_i + b_enc_i) where that is > threshold_i
     y_j = sum over i <= j of z_i @ w_dec_i[:, j]  +  b_dec_j  (+ x_j @ affine_skip_connection_j)
