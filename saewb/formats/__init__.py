@@ -15,15 +15,22 @@ import torch
 
 from saewb.errors import FormatError, explain
 from saewb.formats import (
+    attention_hook_z,
     deepseek_r1,
     dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
     gemma_scope_2_cross_layer,
+    goodfire,
+    llama_scope,
+    llama_scope_r1,
     mntss,
     mwhanna,
     openai,
     qwen_scope,
     saelens,
     sparsify,
+    temporal_conf,
 )
 from saewb.formats._facts import Facts
 from saewb.formats._tensors import TensorFile
@@ -41,6 +48,13 @@ FORMATS: list[ModuleType] = [
     qwen_scope,
     openai,
     deepseek_r1,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    llama_scope_r1,
+    temporal_conf,
+    attention_hook_z,
+    goodfire,
 ]
 
 
