@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from glob import escape
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -19,7 +18,7 @@ from typing import NoReturn
 import torch
 
 from saewb.errors import explain, near
-from saewb.formats import FORMATS, recognise, saelens
+from saewb.formats import FORMATS, Facts, read, saelens
 from saewb.hub import ask_hub
 from saewb.pursuit import PursuitSAE
 from saewb.sae import SAE
@@ -66,7 +65,7 @@ def load_sae(
     folder = _local(source, id)
     if folder is None:
         folder = _from_hub(str(source), id, revision, force_download)
-    return recognise(folder).read(folder, dtype=dtype, device=device, scaling_factor=scaling_factor)
+    return read(folder, Facts(scaling_factor=scaling_factor), dtype=dtype, device=device)
 
 
 def save_sae(sae: SAE | PursuitSAE | TemporalSAE, folder: str | Path, overwrite: bool = False) -> Path:
@@ -213,8 +212,7 @@ def _from_hub(repo_id: str, id: str | None, revision: str | None, force_download
         RevisionNotFoundError,
     )
 
-    prefix = f"{escape(_inside(id))}/" if id else ""
-    wanted = [f"{prefix}{name}" for layout in FORMATS for name in layout.FILES]
+    wanted = [pattern for layout in FORMATS for pattern in layout.files(_inside(id) if id else "")]
     call = f"saewb.load_sae({repo_id!r}{f', {id!r}' if id else ''})"
     try:
         root = snapshot_download(repo_id, allow_patterns=wanted, revision=revision, force_download=force_download)
