@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.stats._tiles import Asked, Found, pairs
 from saewb.stats._table import html_table, text_table
+from saewb.stats._tiles import Asked, Found, pairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,15 +28,15 @@ class Superposition:
     n_features: int  # directions
     d: int  # dimensions they live in
     max_abs_cos: Float[Tensor, " n"]  # per direction, the largest |cos| with another
-    percentile_abs_cos: Mapping[float, Float[Tensor, " n"]]  # per direction, of |cos| with all others
+    percentile_abs_cos: Mapping[float | int, Float[Tensor, " n"]]  # per direction, of |cos| with all others
     nearest: Int[Tensor, "n neighbours"]  # per direction, those with the largest |cos|, the nearest first
     nearest_cos: Float[Tensor, "n neighbours"]  # the cosines with them, with their sign
     mean_max_abs_cos: float  # mean over directions of `max_abs_cos`
-    mean_percentile_abs_cos: Mapping[float, float]  # means over directions of `percentile_abs_cos`
+    mean_percentile_abs_cos: Mapping[float | int, float]  # means over directions of `percentile_abs_cos`
     mean_abs_cos: float  # mean |cos| over pairs
     rms_cos: float  # root of the mean cos² over pairs
     welch_bound: float  # the least `rms_cos` that n directions in d dimensions can have
-    effective_dim: float  # 1..d: (sum of eigenvalues)² / sum of their squares, of sum u u^T; directions of length 0 add none
+    effective_dim: float  # 1..d: (sum of eigenvalues)² / sum of their squares, of the sum of u u^T
     n_zero: int  # directions of length 0, whose cosines count as 0
     histogram: Int[Tensor, " bins"]  # pairs, by cosine
     bin_edges: Float[Tensor, " edges"]  # of the histogram, -1..1; a bin holds its lower edge, the last one both
@@ -47,7 +47,7 @@ class Superposition:
         n, d = unit.shape
         moments = _moments(unit)
         largest = found.largest[:, 0].clamp(max=1)
-        by_p = {p: column.clamp(max=1) for p, column in zip(asked.percentiles, found.percentiles.unbind(1), strict=True)}
+        by_p = dict(zip(asked.percentiles, found.percentiles.clamp(max=1).unbind(1), strict=True))
         return cls(
             n_features=n,
             d=d,
@@ -115,7 +115,7 @@ class _Moments:
 
 def _moments(unit: Float[Tensor, "n d"]) -> _Moments:
     """Sums of cos² over all pairs from the d by d matrix sum u u^T: ||U U^T||² = ||U^T U||². In float64, block-wise."""
-    n, d = unit.shape
+    d = unit.shape[1]
     trace, fourth, n_zero = (torch.zeros((), dtype=torch.float64, device=unit.device) for _ in range(3))
     inner = torch.zeros(d, d, dtype=torch.float64, device=unit.device)
     for block in unit.split(max(1, 2**22 // d)):

@@ -25,7 +25,7 @@ class Asked:
     """What is wanted of each row of cosines."""
 
     n: int  # directions
-    percentiles: tuple[float, ...]  # 0..100
+    percentiles: tuple[float | int, ...]  # 0..100
     neighbours: int  # per direction, 1..n-1
     bins: int  # of the histogram
 
@@ -161,7 +161,7 @@ def _guess(size: np.ndarray, share: float) -> np.ndarray:
 
 
 def _nearest(large: _Large, kth: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k largest values of each row, largest first, of equal ones the first; `kth` is the k-th largest."""
+    """Columns of the k largest values of each row, of equal ones the first; `kth` is the k-th largest value."""
     hit = np.flatnonzero(large.value >= kth[large.row])
     row, column, value = large.row[hit], large.column[hit], large.value[hit]
     order = np.lexsort((column, -value, row))

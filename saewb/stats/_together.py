@@ -88,7 +88,7 @@ class Coactivation:
     def phi(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
         """Correlation of firing: 1 always together, 0 as often as by chance, -1 each exactly where the other does not.
 
-            (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
+        (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
         """
         n, (i, j) = self.n_tokens, self._chosen(rows, cols)
         fired_i, fired_j = self.a.fired[i].double(), self._second.fired[j].double()

@@ -133,7 +133,7 @@ class CoactivationStream:
         other._check_open()
         mine, others = self._shape(), other._shape()
         if mine != others:
-            raise ValueError(explain(f"a stream of {others} cannot be added to one of {mine}.", want="the same of both"))
+            raise ValueError(explain(f"a stream of {others} cannot go into one of {mine}.", want="the same of both"))
         self._check_countable(other.n_tokens)
         self._together += other._together.to(self._together.device)
         if self._products is not None:
@@ -265,7 +265,9 @@ def _rectangles(a: Int[Tensor, " tokens"], b: Int[Tensor, " tokens"]) -> Iterato
         at += n
 
 
-def _slots(width_a: int, width_b: int, square: bool, most: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _slots(
+    width_a: int, width_b: int, square: bool, most: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """All pairs of slots, i before j if both are of one SAE, at most about `most` at a time."""
     step = max(1, most // width_b)
     for start in range(0, width_a, step):

@@ -24,7 +24,7 @@ MAX_BYTES = 2**28
 @torch.no_grad()
 def superposition(
     directions: Float[Tensor, "n d"] | nn.Module,
-    percentiles: Sequence[float] = (95, 99),
+    percentiles: Sequence[float | int] = (95, 99),
     *,
     neighbours: int = 5,
     bins: int = 200,
