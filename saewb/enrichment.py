@@ -105,7 +105,8 @@ def enrichment_scores(
 
 def _scores(order: Int[Tensor, "n d_vocab"], members: Sequence[Bool[Tensor, " d_vocab"]]) -> Float[Tensor, "n sets"]:
     """Of each row, which has all tokens in its order."""
-    hits = (member.to(order.device)[order] for member in members)
+    flat = order.flatten()
+    hits = (member.to(order.device).index_select(0, flat).view(order.shape) for member in members)
     return torch.stack([_extreme(hit.nonzero()[:, 1].view(len(order), -1), order.shape[1]) for hit in hits], 1)
 
 
@@ -127,7 +128,7 @@ def _chance(sizes: Sequence[int], d_vocab: int, n: int, seed: int) -> Float[Tens
         # float64, in which no two numbers are ever equal
         numbers = torch.rand(min(step, n - start), d_vocab, generator=rng, dtype=torch.float64)
         found.append(_scores(numbers.argsort(dim=1), members))
-    return torch.cat(found).abs().T.sort(dim=1).values
+    return torch.cat(found).abs().T.contiguous().sort(dim=1).values
 
 
 def _p(scores: Float[Tensor, " latents"], chance: Float[Tensor, " n"]) -> Float[Tensor, " latents"]:

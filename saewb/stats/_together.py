@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -21,10 +21,9 @@ from saewb.stats.correlation import CorrelationStats
 if TYPE_CHECKING:
     import pandas as pd
 
-By = Literal["phi", "jaccard", "correlation"]
 
 _FORMAT = "saewb coactivation 1"
-_TILE = 2**21  # pairs looked at together
+_TILE = 2**20  # pairs looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +122,7 @@ class Coactivation:
         return _ratio(n * both - a.total[i][:, None] * b.total[j], spread_a.sqrt()[:, None] * spread_b.sqrt())
 
     def partners(
-        self, latents: Sequence[int] | Tensor, k: int = 10, *, by: By = "phi", min_together: int = 1
+        self, latents: Sequence[int] | Tensor, k: int = 10, *, by: str = "phi", min_together: int = 1
     ) -> tuple[Int[Tensor, "latents k"], Float[Tensor, "latents k"]]:
         """The latents that go with each of these most.
 
@@ -141,7 +140,7 @@ class Coactivation:
             return cols.new_empty(0, 0), self.a.total.new_empty(0, 0)
         return torch.cat([index for index, _ in found]), torch.cat([value for _, value in found])
 
-    def top_pairs(self, k: int = 20, *, by: By = "phi", min_together: int = 10) -> pd.DataFrame:
+    def top_pairs(self, k: int = 20, *, by: str = "phi", min_together: int = 10) -> pd.DataFrame:
         """The pairs of latents with the largest figure, each once: latent, partner, counts, phi, Jaccard, correlation.
 
         Args:
@@ -152,7 +151,7 @@ class Coactivation:
         latent, partner, value = self._largest(k, by, min_together)
         return self._described(latent[value.isfinite()], partner[value.isfinite()])
 
-    def stats(self, by: By = "phi") -> CorrelationStats:
+    def stats(self, by: str = "phi") -> CorrelationStats:
         """Root mean square and mean of a figure over all pairs of different latents for which it is defined."""
         figure, cols = self._figure(by), torch.arange(self.shape[1], device=self.together.device)
         sums = torch.zeros(3, dtype=torch.float64, device=cols.device)
@@ -229,12 +228,11 @@ class Coactivation:
         """These rows and columns of a table of pairs."""
         if self.b is not None:
             return table[i[:, None] * self.shape[1] + j]
-        same = i[:, None] == j
-        low, high = torch.minimum(i[:, None], j), torch.maximum(i[:, None], j)
-        at = low * (2 * self.shape[0] - low - 1) // 2 + high - low - 1
+        own = diagonal[i][:, None].to(table.dtype)
         if len(table) == 0:  # a single latent
-            return diagonal[i][:, None].expand(-1, len(j))
-        return torch.where(same, diagonal[i][:, None].to(table.dtype), table[torch.where(same, 0, at)])
+            return own.expand(-1, len(j))
+        same = i[:, None] == j
+        return torch.where(same, own, table[torch.where(same, 0, triangle(i[:, None], j, self.shape[0]))])
 
     def _figure(self, by: str) -> Callable[[Tensor, Tensor], Tensor]:
         known = {"phi": self.phi, "jaccard": self.jaccard, "correlation": self.correlation}
@@ -275,7 +273,7 @@ class Coactivation:
         import pandas as pd
 
         def each(figure: Callable) -> list:
-            pairs = zip(latent.split(1), partner.split(1), strict=True)
+            pairs = zip(latent, partner, strict=True)
             return [figure(i, j).item() for i, j in pairs]
 
         columns = {"latent": latent.tolist(), "partner": partner.tolist(), "together": each(self.counts)}
@@ -288,6 +286,12 @@ class Coactivation:
         named = {f"{s}.{k}": t for s, side in sides.items() for k, t in vars(side).items()}
         named |= {"together": self.together} | ({} if self.products is None else {"products": self.products})
         return {name: t.contiguous() for name, t in named.items()}
+
+
+def triangle(i: Int[Tensor, "..."], j: Int[Tensor, "..."], n: int) -> Int[Tensor, "..."]:
+    """Where the pair {i, j} is in a table of all pairs below `n`: row by row, the larger index running."""
+    low, high = torch.minimum(i, j), torch.maximum(i, j)
+    return low * (2 * n - low - 1) // 2 + high - low - 1
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saewb.arithmetic import TopLatents
 from saewb.errors import explain
-from saewb.stats._together import Coactivation, Side
+from saewb.stats._together import Coactivation, Side, triangle
 
 MAX_BYTES = 2 * 10**9
 _PAIRS = 2**19  # added at a time
@@ -212,12 +212,6 @@ def needed_bytes(d_sae: int, d_sae_b: int | None = None, products: bool = True) 
         (True, True)
     """
     return n_pairs(d_sae, d_sae_b) * (12 if products else 4) + 24 * (d_sae + (d_sae_b or 0)) + _WORK
-
-
-def triangle(i: Int[Tensor, "*n"], j: Int[Tensor, "*n"], n: int) -> Int[Tensor, "*n"]:
-    """Where the pair {i, j} is in a table of all pairs below `n`: row by row, the larger index running."""
-    low, high = torch.minimum(i, j), torch.maximum(i, j)
-    return low * (2 * n - low - 1) // 2 + high - low - 1
 
 
 # -- what fires ------------------------------------------------------------------------------------------------------

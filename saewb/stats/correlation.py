@@ -54,7 +54,8 @@ class LowRankCorrelation:
     @classmethod
     def of(cls, factor: Float[Tensor, "n rank"]) -> LowRankCorrelation:
         """With the diagonal that makes it a correlation matrix. ValueError if a row is longer than 1."""
-        return cls(factor, 1 - factor.square().sum(1))
+        own = 1 - factor.square().sum(1)
+        return cls(factor, torch.where(own > -1e-5, own.clamp(min=0), own))  # a row of length 1 may be a hair longer
 
     def dense(self) -> Float[Tensor, "n n"]:
         """All n * n entries."""
