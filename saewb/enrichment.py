@@ -87,7 +87,7 @@ def enrich(
 
 @torch.no_grad()
 def enrichment_scores(
-    effects: Float[Tensor, "latents d_vocab"], sets: Sequence[Int[Tensor, " tokens"]]
+    effects: Float[Tensor, "latents d_vocab"], sets: Sequence[Int[Tensor, "_"]]
 ) -> Float[Tensor, "latents sets"]:
     """Only the scores of `enrich`: the extreme of the running sum, with its sign, -1..1; in float64.
 
@@ -149,7 +149,8 @@ def _members(name: str, ids: Sequence[int] | Tensor, d_vocab: int) -> Int[Tensor
         what = f"the set {name!r} has {len(members)} of {d_vocab} tokens."
         raise ValueError(explain(what, want="some tokens, and not all"))
     if members[0] < 0 or members[-1] >= d_vocab:
-        raise ValueError(explain(f"the set {name!r} has id {members[-1]}, of {d_vocab} tokens.", want="ids of tokens"))
+        far = int(members[0] if members[0] < 0 else members[-1])
+        raise ValueError(explain(f"the set {name!r} has id {far}, of {d_vocab} tokens.", want=f"0..{d_vocab - 1}"))
     return members
 
 

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak import peak_bytes
 
 from saewb.arithmetic import TopLatents
 from saewb.errors import FormatError
@@ -262,27 +261,25 @@ def test_16k_latents_fit_into_2_gb_and_more_is_refused_beforehand():
 
 def test_memory_is_what_was_said():
     """4,000 latents, quiet tokens, one on which all fire, and a batch that is dense all over."""
-    code = """
-import resource, torch
+    before = """
 from saewb.stats.coactivation import CoactivationStream, needed_bytes
-torch.set_num_threads(1)
 rng = torch.Generator().manual_seed(0)
 x = torch.rand(512, 4000, generator=rng)
 x[x < .99] = 0
 x[100] = 1
-dense = torch.rand(40, 4000, generator=rng)
-CoactivationStream(20).update(torch.rand(50, 20, generator=rng))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dense = torch.rand(2, 4000, generator=rng)
+small = CoactivationStream(20)
+small.update(torch.rand(50, 20, generator=rng))
+small.result().top_pairs(1)
+"""
+    code = """
 stream = CoactivationStream(4000, max_bytes=needed_bytes(4000))
 stream.update(x)
-stream.update(dense[:3])
+stream.update(dense)
 stream.result().top_pairs(3)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, needed_bytes(4000))
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    took, said = map(int, out.stdout.split())
-    assert took < said
-    assert said < 2 * took  # and not out of all proportion
+    took = peak_bytes(before, code)
+    assert took < needed_bytes(4000) < 2 * took  # and not said out of all proportion
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """Correlation matrices: what they amount to, dense and low-rank alike; random ones; samples that have them."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak import peak_bytes
 
 from saewb.stats.correlation import (
     LowRankCorrelation,
@@ -86,19 +85,12 @@ def test_a_matrix_of_many_blocks_and_one_that_is_not_contiguous(monkeypatch):
 
 
 def test_dense_statistics_take_no_memory_of_the_size_of_the_matrix():
-    code = """
-import resource, torch
+    before = """
 from saewb.stats.correlation import correlation_stats
-torch.set_num_threads(1)
 matrix = torch.eye(6000)
 correlation_stats(matrix[:100, :100])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-correlation_stats(matrix)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, matrix.numel() * 4)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    extra, matrix = map(int, out.stdout.split())
-    assert extra < matrix / 10
+    assert peak_bytes(before, "correlation_stats(matrix)") < 6000 * 6000 * 4 / 8
 
 
 # -- random ones -------------------------------------------------------------------------------------------------------
