@@ -87,7 +87,7 @@ def enrich(
 
 @torch.no_grad()
 def enrichment_scores(
-    effects: Float[Tensor, "latents d_vocab"], sets: Sequence[Int[Tensor, "_"]]
+    effects: Float[Tensor, "latents d_vocab"], sets: Sequence[Int[Tensor, " _"]]
 ) -> Float[Tensor, "latents sets"]:
     """Only the scores of `enrich`: the extreme of the running sum, with its sign, -1..1; in float64.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _FORMAT = "saewb coactivation 1"
-_TILE = 2**20  # pairs looked at together
+_TILE = 2**19  # pairs looked at together
 
 
 @dataclass(frozen=True, eq=False)
