@@ -1,4 +1,4 @@
-"""What statistics cost: `python tests/benchmarks/statistics.py [--quick]`.
+"""What statistics cost: `python tests/benchmarks/stats.py [--quick]`.
 
 Superposition against the bare product of all directions with one another, correlation statistics against reading the
 matrix once, sampling and random matrices; and all of it against sae-lens, in the same run, where that is installed.
@@ -8,7 +8,7 @@ Prints medians and ratios; passes or fails nothing.
 import argparse
 import importlib.util
 import resource
-import statistics as st
+import statistics
 import time
 import warnings
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def medians(calls, rounds):
             call()
             if n:
                 times[name].append(time.perf_counter() - start)
-    return {name: st.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def show(title, found, limit):
@@ -42,9 +42,8 @@ def show(title, found, limit):
     print(f"\n{title}")
     ours = next(value for name, value in found.items() if name.startswith("saewb"))
     for name, seconds in found.items():
-        print(
-            f"  {name:<22} {seconds * 1e3:11.2f} ms   {seconds / ours:7.2f} x saewb   {seconds / found[limit]:7.2f} x {limit}"
-        )
+        ratios = f"{seconds / ours:7.2f} x saewb   {seconds / found[limit]:7.2f} x {limit}"
+        print(f"  {name:<22} {seconds * 1e3:11.2f} ms   {ratios}")
 
 
 def superposition_of(n, d, rounds):
