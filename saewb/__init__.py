@@ -62,7 +62,7 @@ _HOME = {  # public name: the module that has it
     "token_texts": "token_kinds",
     "tokens_where": "token_kinds",
 }
-_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "sae", "tokens")
+_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "sae", "synthetic", "tokens")
 
 __all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importing the module would hide it
 

@@ -39,6 +39,7 @@ ROOMS = {
     "interventions": "errors attachment change hooks positions tokens",
     "nodes": "arithmetic attachment errors hooks sae splice tokens",
     "attribution": "activations errors hooks nodes spans splice",
+    "synthetic": "errors metrics sae stats synthetic",
     "formats": "errors formats sae pursuit temporal cross_layer",
     "gguf_llama": "errors gguf",
     "models": "errors gguf_llama hub spans",
