@@ -30,6 +30,7 @@ ROOMS = {
     "activations": "errors hooks tokens",
     "attachment": "errors hooks splice tokens",
     "objectives": "config errors objectives pursuit sae",
+    "training": "arithmetic config errors metrics objectives pursuit sae training",
     "formats": "errors formats sae pursuit temporal",
     "gguf_llama": "errors gguf",
     "models": "errors gguf_llama hub spans",
