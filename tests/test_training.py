@@ -413,7 +413,7 @@ def test_whole_batches_only():
         ({"step": "fast"}, "'sparse'"),
         ({"b_dec": "median"}, "'zeros' or 'mean'"),
         ({"clip": 0}, "clip=0"),
-        ({"autocast": torch.float64}, "torch.bfloat16"),
+        ({"autocast": torch.float16}, "torch.bfloat16 or None; float16 loses"),
         ({"dense_above": 1.5}, "dense_above=1.5"),
         ({"dead_after_tokens": 0}, "dead_after_tokens=0.\n  want: a positive integer, or None"),
         ({"eval_every_tokens": 0.5}, "eval_every_tokens=0.5"),
