@@ -2,10 +2,10 @@
 
 A dense step makes six products of batch x d_in x d_sae. Here:
 
-1. One of them is left, the encoder's, in row tiles whose results are not kept; on hardware with bf16 it only selects, and
-   the winners are scored again in full precision (`selection`, `tiles`, `precision`).
-2. The latents that are on are kept as (token, latent) pairs; decoding is a sum of k decoder rows per token, the gradient
-   of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
+1. One of them is left, the encoder's, in row tiles whose results are not kept; on hardware with bf16 it only selects,
+   and the winners are scored again in full precision (`selection`, `tiles`, `precision`).
+2. The latents that are on are kept as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
+   gradient of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
 3. The gradient of b_dec follows from that of the encoder's bias (`backward`).
 4. Losses of dead latents are dense over the dead ones only (`auxiliary`).
 
@@ -18,12 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.objectives import AbsTopK, Losses, Objective, Params, State, TopK
+from saewb.objectives import Gated, JumpReLU, Losses, MatchingPursuit, Objective, Params, Standard, State
 from saewb.sparse_step.backward import Batch
+from saewb.sparse_step.gated import gated_step
 from saewb.sparse_step.precision import Precision, best_precision
 from saewb.sparse_step.topk import topk_step
+from saewb.sparse_step.thresholds import jumprelu_step, standard_step
 
-__all__ = ["MAX_DENSITY", "Precision", "best_precision", "sparse_step"]
+__all__ = ["MAX_DENSITY", "Precision", "best_precision", "has_sparse_step", "sparse_step"]
 
 MAX_DENSITY = 1 / 12  # of latents on per token: from about there on, dense products are quicker than pairs
 
@@ -43,8 +45,22 @@ def sparse_step(
     None, and nothing written, if more than `max_density` of the latents are on (found out from the first tile), or if
     the objective or dtype has no sparse step.
     """
+    if not has_sparse_step(objective, params) or not len(x):
+        return None
     limit = int(max_density * len(x) * params.d_sae)
     batch = Batch(params, x, params.centred(x), y, precision, limit)
-    if isinstance(objective, (TopK, AbsTopK)):
-        return topk_step(objective, batch, state) if objective.k <= max_density * params.d_sae else None
-    return None
+    if isinstance(objective, Standard):
+        return standard_step(objective, batch, state)
+    if isinstance(objective, JumpReLU):
+        return jumprelu_step(objective, batch, state)
+    if isinstance(objective, Gated):
+        return gated_step(objective, batch, state)
+    return topk_step(objective, batch, state)
+
+
+def has_sparse_step(objective: Objective, params: Params) -> bool:
+    """Whether there is one at all: not for matching pursuit, a pre-activation loss over all latents, or half weights."""
+    dense = isinstance(objective, MatchingPursuit) or (
+        isinstance(objective, JumpReLU) and objective.pre_act > 0 and objective.pre_act_on == "all"
+    )
+    return not dense and params.W_dec.dtype in (torch.float32, torch.float64)

@@ -55,6 +55,19 @@ def coded_gradients(
     }
 
 
+def per_token(pairs: Pairs, values: Float[Tensor, " pairs"]) -> Float[Tensor, " batch"]:
+    """Per token the sum of its values."""
+    return values.new_zeros(len(pairs.starts)).index_add_(0, pairs.tokens, values)
+
+
+def add_norm_gradient(
+    gradients: dict[str, Tensor], params: Params, norms: Float[Tensor, " d_sae"], d_norms: Float[Tensor, " d_sae"]
+) -> None:
+    """Adds to W_dec's gradient what comes through the lengths of its rows: `d_norms * W_dec / norms`, 0 for rows of 0."""
+    safe = torch.where(norms == 0, torch.ones_like(norms), norms)
+    gradients["W_dec"].addcmul_(params.W_dec, (d_norms / safe)[:, None])
+
+
 def leave(batch: Batch, gradients: Mapping[str, Tensor], d_recon: Tensor, d_bias: Tensor | None = None) -> None:
     """Writes all gradients to the parameters' `.grad`, replacing what is there, with those of b_dec and W_skip.
 

@@ -23,10 +23,10 @@ _CHUNK = 2**16  # pairs at a time where sampled dot products are done without th
 class Pairs:
     """Which latents are on for which tokens, without the zeros, tokens ascending."""
 
-    tokens: Int[Tensor, "pairs"]  # row of the batch
-    latents: Int[Tensor, "pairs"]  # which latent is on there
-    pre: Float[Tensor, "pairs"]  # its pre-activation, x_centred @ W_enc + b_enc, in the dtype of the parameters
-    starts: Int[Tensor, "batch"]  # where each token's pairs begin
+    tokens: Int[Tensor, " pairs"]  # row of the batch
+    latents: Int[Tensor, " pairs"]  # which latent is on there
+    pre: Float[Tensor, " pairs"]  # its pre-activation, x_centred @ W_enc + b_enc, in the dtype of the parameters
+    starts: Int[Tensor, " batch"]  # where each token's pairs begin
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -48,12 +48,12 @@ class Pairs:
 class ByLatent:
     """The same pairs sorted by latent (and by token within one): what gradients of weights are summed in."""
 
-    order: Int[Tensor, "pairs"]  # of the pairs as they were
-    tokens: Int[Tensor, "pairs"]
-    starts: Int[Tensor, "d_sae"]  # where each latent's pairs begin
+    order: Int[Tensor, " pairs"]  # of the pairs as they were
+    tokens: Int[Tensor, " pairs"]
+    starts: Int[Tensor, " d_sae"]  # where each latent's pairs begin
 
 
-def starts_of(sorted_ids: Int[Tensor, "pairs"], n: int) -> Int[Tensor, "n"]:
+def starts_of(sorted_ids: Int[Tensor, " pairs"], n: int) -> Int[Tensor, " n"]:
     """Where the run of each of 0 ... n-1 begins in an ascending list.
 
     Example:
@@ -82,7 +82,7 @@ def by_latent(pairs: Pairs, d_sae: int) -> ByLatent:
     return ByLatent(order, pairs.tokens[order], starts_of(latents, d_sae))
 
 
-def combine(pairs: Pairs, values: Float[Tensor, "pairs"], rows: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
+def combine(pairs: Pairs, values: Float[Tensor, " pairs"], rows: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
     """Per token the sum of its latents' rows, weighted; zeros for a token without any.
 
     Example:
@@ -98,7 +98,7 @@ def combine(pairs: Pairs, values: Float[Tensor, "pairs"], rows: Float[Tensor, "d
 
 
 def gather_rows(
-    sorted_pairs: ByLatent, values: Float[Tensor, "pairs"], rows: Float[Tensor, "batch d"]
+    sorted_pairs: ByLatent, values: Float[Tensor, " pairs"], rows: Float[Tensor, "batch d"]
 ) -> Float[Tensor, "d_sae d"]:
     """Per latent the sum of its tokens' rows, weighted: what `dense(values).T @ rows` would be."""
     if not len(sorted_pairs.order):
@@ -107,7 +107,7 @@ def gather_rows(
     return embedding_bag(sorted_pairs.tokens, rows, sorted_pairs.starts, per_sample_weights=weights, mode="sum")
 
 
-def per_latent(pairs: Pairs, values: Tensor, d_sae: int) -> Float[Tensor, "d_sae"]:
+def per_latent(pairs: Pairs, values: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:
     """Per latent the sum of its values."""
     return values.new_zeros(d_sae).index_add_(0, pairs.latents, values)
 
@@ -119,7 +119,7 @@ def has_sampled_dots() -> bool:
 
 def dots(
     pairs: Pairs, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"], private: bool | None = None
-) -> Float[Tensor, "pairs"]:
+) -> Float[Tensor, " pairs"]:
     """`left[token] . right[latent]` of each pair, without a dense product or a gathered copy.
 
     embedding_bag's gradient for its per-sample weights is exactly this, and is fused; it is private to torch. Without

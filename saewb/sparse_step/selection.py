@@ -6,8 +6,8 @@
 
 With a low-precision product (see `precision`) the product only selects: candidates with a margin are scored again in the
 parameters' own dtype, so values and gradients are as exact as without. How far the product was off is measured on the
-candidates themselves; where a token's margin is smaller than that, the token is selected again in full precision. So a
-batch for which 8 bits are too few costs time, not latents.
+candidates themselves; where a token's margin is smaller than that, the token is selected again in full precision: a
+batch for which bf16 is too coarse costs time, not latents.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Readout:
     """How pre-activations come from (centred) inputs, and how they are compared."""
 
     W: Float[Tensor, "d_sae d_in"]  # reading directions, one latent a contiguous row: W_enc.T
-    b: Float[Tensor, "d_sae"]
-    norms: Float[Tensor, "d_sae"] | None = None  # lengths of decoder rows: latents compete by pre * norm
+    b: Float[Tensor, " d_sae"]
+    norms: Float[Tensor, " d_sae"] | None = None  # lengths of decoder rows: latents compete by pre * norm
     precision: Precision = "full"
 
     def score(self, pre: Tensor, latents: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def top_per_token(x: Float[Tensor, "batch d_in"], readout: Readout, k: int, *, s
 
 
 def top_of_batch(x: Float[Tensor, "batch d_in"], readout: Readout, n: int, limit: int) -> Pairs | None:
-    """The n largest positive scores of the batch, or all positive ones if they are fewer; None if over `limit` are read.
+    """The n largest positive scores of the batch, or all positive ones if fewer; None if over `limit` must be read.
 
     A threshold that lets about 1.5 n pass is guessed from 64 tokens; the pairs above it are listed and the n best kept.
     If the guess was too high, a lower one is tried. The result does not depend on the guess.
@@ -129,7 +129,7 @@ def scored_tiles(x: Tensor, readout: Readout) -> Iterator[tuple[int, Tensor]]:
 
 def _rescored(
     x: Tensor, readout: Readout, latents: Int[Tensor, "batch wanted"], rough: Tensor, k: int, signed: bool
-) -> tuple[Tensor, Tensor, Int[Tensor, "unsure"]]:
+) -> tuple[Tensor, Tensor, Int[Tensor, " unsure"]]:
     """The k best candidates by their full scores, and the tokens whose margin does not cover the product's error."""
     pairs = rectangular(latents, rough)
     pre = (dots(pairs, x, readout.W) + readout.b[pairs.latents]).view_as(rough)

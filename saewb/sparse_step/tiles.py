@@ -48,21 +48,21 @@ def largest(
 def above(
     tile: Float[Tensor, "rows d_sae"], threshold: float, limit: int, *, slabs: int = _SLABS
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Row, column and value of each element strictly above the threshold, rows ascending; None if over `limit` groups hit.
+    """Row, column and value of each element strictly above the threshold, rows ascending; None if over `limit` of them.
 
     Looks at the maxima of groups first, so that the tile is read once and only groups with a hit again.
 
     Args:
         tile: pre-activations.
         threshold: one number for all; what differs per latent goes into the bias.
-        limit: of groups with a hit, so that memory is bounded where nothing is sparse.
+        limit: elements to list at most, so that memory is bounded where nothing is sparse.
         slabs: elements of a group.
     """
-    rows, d_sae = tile.shape
+    d_sae = tile.shape[1]
     slabs = slabs if d_sae % slabs == 0 else 1
     grouped = tile.unflatten(1, (slabs, d_sae // slabs))
     hit = (grouped.amax(1) > threshold).nonzero()
-    if len(hit) > limit:
+    if len(hit) > limit or (2 * len(hit) > limit and int((tile > threshold).sum()) > limit):
         return None
     row, group = hit.unbind(1)
     elements = grouped[row, :, group]
