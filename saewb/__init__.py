@@ -38,8 +38,16 @@ _HOME = {  # public name: the module that has it
     "save_sae": "loading",
     "push_to_hub": "loading",
     "pack": "tokens",
+    "Standard": "objectives",
+    "Gated": "objectives",
+    "TopK": "objectives",
+    "AbsTopK": "objectives",
+    "BatchTopK": "objectives",
+    "Matryoshka": "objectives",
+    "JumpReLU": "objectives",
+    "MatchingPursuit": "objectives",
 }
-_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "sae", "tokens")
+_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "objectives", "sae", "tokens")
 
 __all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importing the module would hide it
 

@@ -29,6 +29,7 @@ ROOMS = {
     "splice": "errors sae hooks",
     "activations": "errors hooks tokens",
     "attachment": "errors hooks splice tokens",
+    "objectives": "config errors objectives pursuit sae",
     "formats": "errors formats sae pursuit temporal",
     "gguf_llama": "errors gguf",
     "models": "errors gguf_llama hub spans",

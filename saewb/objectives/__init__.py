@@ -6,7 +6,7 @@
     objective.losses(params, x, y, state) -> Losses                         one batch; differentiable; the reference
     objective.latents(params, x, state) -> Tensor                           activations as after training
     objective.export(params, state) -> SAE                                  the result, with unit decoder rows
-    objective.coefficients() -> {term: weight}                              those that are warmed up or controlled
+    objective.coefficients() -> {term: Coefficient}                         weights that are warmed up or controlled
 
 `saewb.training.Training` does the rest: optimizer, schedules, dead latents, row lengths, many SAEs from one stream. For
 a transcoder `start` is given `d_out`, and `losses` another `y` than `x`.
@@ -16,21 +16,39 @@ from __future__ import annotations
 
 from typing import Union
 
+from saewb.objectives.batchtopk import BatchTopK, Matryoshka, next_threshold
+from saewb.objectives.coefficients import Coefficient, CoefficientWarning, coefficient_warnings, steered, warmed
+from saewb.objectives.gated import Gated
+from saewb.objectives.jumprelu import JumpReLU
 from saewb.objectives.losses import Losses, State, fresh_state, with_dead
+from saewb.objectives.pursuit import MatchingPursuit
+from saewb.objectives.standard import Standard
 from saewb.objectives.topk import AbsTopK, TopK
-from saewb.objectives.weights import Params, project_gradient, unit_rows
+from saewb.objectives.weights import Params, constrain, project_gradient
 
-Objective = Union[TopK, AbsTopK]
+Objective = Union[Standard, Gated, TopK, AbsTopK, BatchTopK, Matryoshka, JumpReLU, MatchingPursuit]
 
 __all__ = [
     "AbsTopK",
+    "BatchTopK",
+    "Coefficient",
+    "CoefficientWarning",
+    "Gated",
+    "JumpReLU",
     "Losses",
+    "MatchingPursuit",
+    "Matryoshka",
     "Objective",
     "Params",
+    "Standard",
     "State",
     "TopK",
+    "coefficient_warnings",
+    "constrain",
     "fresh_state",
+    "next_threshold",
     "project_gradient",
-    "unit_rows",
+    "steered",
+    "warmed",
     "with_dead",
 ]

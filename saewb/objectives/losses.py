@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from saewb.objectives.coefficients import Coefficient
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,23 @@ class Losses:
     extra: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)  # "kept_min", "in_band": see the objectives
 
 
-def fresh_state(d_sae: int, coefficients: Mapping[str, float], device: torch.device | str = "cpu") -> State:
-    """A state in which nothing is dead, for a first step, with these coefficients.
+def fresh_state(d_sae: int, coefficients: Mapping[str, Coefficient], device: torch.device | str = "cpu") -> State:
+    """A state in which nothing is dead and no coefficient is warmed up any more.
 
     Example:
-        >>> fresh_state(4, {"l1": 0.5}).coefficients["l1"].item()
+        >>> fresh_state(4, {"l1": Coefficient(0.5, warmup_tokens=10)}).coefficients["l1"].item()
         0.5
     """
     return State(
         dead=torch.zeros(d_sae, dtype=torch.bool, device=device),
         dead_rows=torch.zeros(0, dtype=torch.int64, device=device),
-        coefficients={name: torch.tensor(value, device=device) for name, value in coefficients.items()},
+        coefficients={name: torch.tensor(c.value, device=device) for name, c in coefficients.items()},
     )
 
 
 def with_dead(state: State, dead: Bool[Tensor, " d_sae"]) -> State:
     """The same state with exactly these latents dead."""
-    return State(dead, dead.nonzero()[:, 0], state.coefficients, state.threshold, state.n_thresholds)
+    return replace(state, dead=dead, dead_rows=dead.nonzero()[:, 0])
 
 
 def squared_error(recon: Float[Tensor, "tokens d_out"], y: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.objectives.checks import check_aux, checked
+from saewb.objectives.coefficients import Coefficient
 from saewb.objectives.dead import auxk
 from saewb.objectives.losses import Losses, State, fresh_state, measured, squared_error
 from saewb.objectives.weights import Params, Rows, exported, from_sae, started
@@ -48,8 +49,8 @@ class TopK:
     def __post_init__(self) -> None:
         _check(self)
 
-    def coefficients(self) -> dict[str, float]:
-        """Weights of the loss terms that may be warmed up or controlled: none."""
+    def coefficients(self) -> dict[str, Coefficient]:
+        """Weights of loss terms that are warmed up or controlled: none."""
         return {}
 
     def state(self, device: torch.device | str = "cpu") -> State:
@@ -112,8 +113,8 @@ class AbsTopK:
     def __post_init__(self) -> None:
         _check(self)
 
-    def coefficients(self) -> dict[str, float]:
-        """None: as TopK."""
+    def coefficients(self) -> dict[str, Coefficient]:
+        """Weights of loss terms that are warmed up or controlled: none."""
         return {}
 
     def state(self, device: torch.device | str = "cpu") -> State:

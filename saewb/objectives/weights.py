@@ -150,10 +150,23 @@ def project_gradient(params: Params) -> None:
 
 
 @torch.no_grad()
-def unit_rows(params: Params) -> None:
-    """Scales each decoder row to length 1, in place. Rows of length 0 stay."""
+def constrain(params: Params, rows: Rows) -> None:
+    """What must hold of the weights, made to hold again after an optimizer step, in place.
+
+    With "unit", each decoder row is scaled to length 1 (a row of zeros stays). A `threshold` is raised to at least 0:
+    projected, not clamped in the loss, where a latent that reached 0 would lose its gradient and stay there.
+    """
+    if rows == "unit":
+        params.W_dec.div_(safe_norms(params)[:, None])
+    if "threshold" in params._parameters:
+        params.threshold.clamp_(min=0)
+
+
+@torch.no_grad()
+def safe_norms(params: Params) -> Float[Tensor, " d_sae"]:
+    """Length of each decoder row, 1 where it is 0: what can be divided by."""
     norm = params.norms()
-    params.W_dec.div_(torch.where(norm == 0, torch.ones_like(norm), norm)[:, None])
+    return torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
 @torch.no_grad()
@@ -165,10 +178,10 @@ def exported(params: Params, gate: str, k: int | None = None, **own: Tensor) -> 
         gate: of the SAE.
         k: for the two top-k gates, which choose by activation times row length: for them the lengths are folded before
             anything is chosen, so that the SAE chooses what training chose.
-        own: tensors to use instead or in addition, before folding: `W_enc`, `b_enc`, `threshold`.
+        own: tensors to use instead or in addition: `W_enc` and `b_enc` as before folding, `threshold` as after it, in
+            units of z_i |W_dec[i]|.
     """
-    norm = params.norms()
-    norm = torch.where(norm == 0, torch.ones_like(norm), norm)
+    norm = safe_norms(params)
     tensors = {
         "W_enc": own.get("W_enc", params.W_enc) * norm,
         "b_enc": own.get("b_enc", params._parameters.get("b_enc")) * norm,
@@ -176,7 +189,7 @@ def exported(params: Params, gate: str, k: int | None = None, **own: Tensor) -> 
         "b_dec": params.b_dec.clone(),
     }
     if "threshold" in own:
-        tensors["threshold"] = own["threshold"] * norm
+        tensors["threshold"] = own["threshold"].to(norm.dtype)
     if params.skip:
         tensors["W_skip"] = params.W_skip.clone()
     cfg = SAEConfig(
