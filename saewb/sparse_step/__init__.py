@@ -22,8 +22,8 @@ from saewb.objectives import Gated, JumpReLU, Losses, MatchingPursuit, Objective
 from saewb.sparse_step.backward import Batch
 from saewb.sparse_step.gated import gated_step
 from saewb.sparse_step.precision import Precision, best_precision
-from saewb.sparse_step.topk import topk_step
 from saewb.sparse_step.thresholds import jumprelu_step, standard_step
+from saewb.sparse_step.topk import topk_step
 
 __all__ = ["MAX_DENSITY", "Precision", "best_precision", "has_sparse_step", "sparse_step"]
 
@@ -59,7 +59,7 @@ def sparse_step(
 
 
 def has_sparse_step(objective: Objective, params: Params) -> bool:
-    """Whether there is one at all: not for matching pursuit, a pre-activation loss over all latents, or half weights."""
+    """Whether there is one at all: not for matching pursuit, a pre-activation loss of all latents, half weights."""
     dense = isinstance(objective, MatchingPursuit) or (
         isinstance(objective, JumpReLU) and objective.pre_act > 0 and objective.pre_act_on == "all"
     )

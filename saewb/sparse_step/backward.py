@@ -50,7 +50,7 @@ def coded_gradients(
     """Gradients that go through the pairs: of W_enc (as `[d_sae, d_in]`), of its bias, and of W_dec."""
     return {
         "W_enc": gather_rows(order, d_pre, batch.x),
-        "b_enc": per_latent(pairs, d_pre, batch.params.d_sae),
+        "b_enc": per_latent(pairs, d_pre, len(order.starts)),
         "W_dec": gather_rows(order, acts, d_recon),
     }
 
@@ -63,7 +63,7 @@ def per_token(pairs: Pairs, values: Float[Tensor, " pairs"]) -> Float[Tensor, " 
 def add_norm_gradient(
     gradients: dict[str, Tensor], params: Params, norms: Float[Tensor, " d_sae"], d_norms: Float[Tensor, " d_sae"]
 ) -> None:
-    """Adds to W_dec's gradient what comes through the lengths of its rows: `d_norms * W_dec / norms`, 0 for rows of 0."""
+    """Adds to W_dec's gradient what comes through its rows' lengths: `d_norms * W_dec / norms`, 0 for rows of 0."""
     safe = torch.where(norms == 0, torch.ones_like(norms), norms)
     gradients["W_dec"].addcmul_(params.W_dec, (d_norms / safe)[:, None])
 

@@ -4,9 +4,9 @@
     top_of_batch    the n largest scores of the whole batch     (BatchTopK, Matryoshka)
     above_zero      every pre-activation above a threshold      (ReLU, JumpReLU, Gated)
 
-With a low-precision product (see `precision`) the product only selects: candidates with a margin are scored again in the
-parameters' own dtype, so values and gradients are as exact as without. How far the product was off is measured on the
-candidates themselves; where a token's margin is smaller than that, the token is selected again in full precision: a
+With a low-precision product (see `precision`) the product only selects: candidates with a margin are scored again in
+the parameters' own dtype, so values and gradients are as exact as without. How far the product was off is measured on
+the candidates themselves; where a token's margin is smaller than that, the token is selected again in full precision: a
 batch for which bf16 is too coarse costs time, not latents.
 """
 
@@ -93,8 +93,8 @@ def top_of_batch(x: Float[Tensor, "batch d_in"], readout: Readout, n: int, limit
         best = readout.score(pairs.pre, pairs.latents)
         n_kept = min(n, int((best > 0).sum()))
         kept = best.topk(n_kept, sorted=False)
-        # Everything above `threshold` was listed; what was not may score `off` more than the product said.
-        if threshold <= 0 or (n_kept == n and float(kept.values.min()) > threshold + off):
+        least = kept.values.min() if n_kept == n else best.new_zeros(())
+        if float(least) >= threshold + off:  # what was not listed scores at most that
             return pairs.where(kept.indices.sort().values)
         spare *= 2
         threshold = min(_guess(x, readout, n, spare), threshold - 2 * off)
