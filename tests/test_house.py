@@ -30,6 +30,7 @@ ROOMS = {
     "activations": "errors hooks tokens",
     "attachment": "errors hooks splice tokens",
     "objectives": "config errors objectives pursuit sae",
+    "sparse_step": "errors objectives",
     "formats": "errors formats sae pursuit temporal",
     "gguf_llama": "errors gguf",
     "models": "errors gguf_llama hub spans",

@@ -55,6 +55,11 @@ def coded_gradients(
     }
 
 
+def squared(values: Tensor) -> Float[Tensor, ""]:
+    """Sum of squares, without a tensor of squares."""
+    return torch.linalg.vector_norm(values).square()
+
+
 def per_token(pairs: Pairs, values: Float[Tensor, " pairs"]) -> Float[Tensor, " batch"]:
     """Per token the sum of its values."""
     return values.new_zeros(len(pairs.starts)).index_add_(0, pairs.tokens, values)
@@ -99,7 +104,7 @@ def figures(
     """Losses and the figures that every objective reports, as `saewb.objectives.losses.measured` has them."""
     on = (acts != 0).to(error.dtype)
     fired = per_latent(pairs, on, batch.params.d_sae).long()
-    spread = (batch.y - batch.y.mean(0)).square().sum()
+    spread = squared(batch.y - batch.y.mean(0))
     total = torch.stack(list(terms.values())).sum()
-    fvu = error.square().sum() / spread
+    fvu = squared(error) / spread
     return Losses(dict(terms), total, fired.sum() / len(error), fvu, fired, extra)

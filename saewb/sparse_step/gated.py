@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from saewb.objectives import Gated, Losses, State
-from saewb.sparse_step.backward import Batch, add_norm_gradient, figures, leave
+from saewb.sparse_step.backward import Batch, add_norm_gradient, figures, leave, squared
 from saewb.sparse_step.pairs import by_latent, combine, dots, gather_rows, per_latent
 from saewb.sparse_step.selection import above_zero
 
@@ -20,9 +20,9 @@ def gated_step(objective: Gated, batch: Batch, state: State) -> Losses | None:
     error = batch.error(combine(pairs, acts, params.W_dec))
     gate_error = batch.error(combine(pairs, gate, params.W_dec))
     terms = {
-        "mse": error.square().sum() / n,
+        "mse": squared(error) / n,
         "l1": weight * (gate * norms[pairs.latents]).sum() / n,
-        "gate_mse": gate_error.square().sum() / n,
+        "gate_mse": squared(gate_error) / n,
     }
     d_recon, d_gated = batch.d_error(error), batch.d_error(gate_error)
     d_act = dots(pairs, d_recon, params.W_dec) * (acts > 0)

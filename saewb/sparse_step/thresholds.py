@@ -11,7 +11,7 @@ from torch import Tensor
 from saewb.objectives import JumpReLU, Losses, Params, Standard, State
 from saewb.objectives.dead import pre_activation
 from saewb.sparse_step.auxiliary import add_dead_gradients
-from saewb.sparse_step.backward import Batch, add_norm_gradient, coded_gradients, figures, leave, per_token
+from saewb.sparse_step.backward import Batch, add_norm_gradient, coded_gradients, figures, leave, per_token, squared
 from saewb.sparse_step.pairs import Pairs, by_latent, combine, dots, per_latent
 from saewb.sparse_step.selection import above_zero
 
@@ -26,7 +26,7 @@ def standard_step(objective: Standard, batch: Batch, state: State) -> Losses | N
     error = batch.error(combine(pairs, acts, params.W_dec))
     penalty, d_length = _penalty(pairs, acts * norms[pairs.latents], objective.p)
     weight = state.coefficients["l1"]
-    terms = {"mse": error.square().sum() / len(error), "l1": weight * penalty}
+    terms = {"mse": squared(error) / len(error), "l1": weight * penalty}
     d_recon, d_length = batch.d_error(error), d_length * weight
     d_pre = dots(pairs, d_recon, params.W_dec) + d_length * norms[pairs.latents]
     made = coded_gradients(batch, pairs, by_latent(pairs, params.d_sae), acts, d_pre, d_recon)
@@ -60,7 +60,7 @@ def jumprelu_step(objective: JumpReLU, batch: Batch, state: State) -> Losses | N
     add_norm_gradient(made, params, norms, per_latent(pairs, d_length * acts, params.d_sae))
     d_theta = per_latent(pairs, -jump, params.d_sae)
     made |= {"log_threshold": d_theta * thetas} if objective.threshold == "log" else {"threshold": d_theta}
-    terms = {"mse": error.square().sum() / len(error), "l0": sparsity}
+    terms = {"mse": squared(error) / len(error), "l0": sparsity}
     if objective.pre_act:
         terms["pre_act"] = _dead(objective, batch, error, state, made)
     leave(batch, made, d_recon)

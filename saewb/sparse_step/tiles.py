@@ -62,7 +62,7 @@ def above(
     slabs = slabs if d_sae % slabs == 0 else 1
     grouped = tile.unflatten(1, (slabs, d_sae // slabs))
     hit = (grouped.amax(1) > threshold).nonzero()
-    if len(hit) > limit or (2 * len(hit) > limit and int((tile > threshold).sum()) > limit):
+    if len(hit) > limit or (slabs * len(hit) > limit and int((tile > threshold).sum()) > limit):
         return None
     row, group = hit.unbind(1)
     elements = grouped[row, :, group]

@@ -19,7 +19,7 @@ from torch import Tensor
 from saewb.objectives import AbsTopK, BatchTopK, Losses, Matryoshka, Params, State, TopK
 from saewb.objectives.dead import auxk
 from saewb.sparse_step.auxiliary import DeadLoss, add_dead_gradients
-from saewb.sparse_step.backward import Batch, coded_gradients, figures, leave
+from saewb.sparse_step.backward import Batch, coded_gradients, figures, leave, squared
 from saewb.sparse_step.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.sparse_step.selection import top_of_batch, top_per_token
 
@@ -44,7 +44,7 @@ def topk_step(objective: AnyTopK, batch: Batch, state: State) -> Losses | None:
         return None
     pairs = kept if signed else replace(kept, pre=kept.pre.clamp(min=0))
     levels = _levels(batch, pairs, (0, *getattr(objective, "widths", ()), objective.d_sae))
-    terms = {_name(level, objective): level.error.square().sum() / len(batch.y) for level in levels}
+    terms = {_name(level, objective): squared(level.error) / len(batch.y) for level in levels}
     made, d_recon = _gradients(batch, levels, signed)
     if objective.aux:
         terms["aux"] = _dead(objective, batch, levels, state, made)

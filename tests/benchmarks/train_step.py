@@ -1,10 +1,11 @@
 """What one training step costs: `python tests/benchmarks/train_step.py [--objective topk] [--d-sae 4608] [--memory]`.
 
 Whole steps (losses, gradients, clipping, Adam) on the same batch from the same weights, the candidates taken in turn so
-that a busy machine troubles all alike: saewb by sparse steps in full precision and with bf16 selecting, saewb by
-autograd, and sae-lens where it is installed. Prints a markdown table: median milliseconds, how many times faster than
-sae-lens (or autograd), the first step's squared error and loss against autograd's, and with --memory the peak memory of
-a fresh process above what importing and the data took (Linux). Passes or fails nothing.
+that a busy machine troubles all alike (processor time is the surer figure on one): saewb by sparse steps in full
+precision and with a low-precision product selecting, saewb by autograd, and sae-lens where it is installed. Prints a
+markdown table: median milliseconds, of the clock and of all processors; how many times less than sae-lens (or autograd)
+by either, paired; how far the first step's squared error and loss are from autograd's; and with --memory the peak
+memory of a fresh process above what importing and the data took (Linux). Passes or fails nothing.
 
 Latents of the objectives without a k get biases with which k are on per token, as after training.
 """
@@ -30,7 +31,7 @@ LR = 1e-5
 
 
 def activations(n, d_in, seed=0):
-    """Sparse sums of 8,192 random directions, some often and most seldom, with noise and a mean; length about 1 each."""
+    """Sparse sums of 8,192 random directions, some often and most seldom, with noise and a mean."""
     rng = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(8192, d_in, generator=rng), dim=1)
     weight = torch.arange(1, 8193).float() ** -0.5
@@ -156,16 +157,16 @@ def candidates(name, options, x):
 
 
 def medians(steps, x, repeats):
-    """Milliseconds of each step, (mse, loss) of the first, the steps taken in turn; the first round warms up."""
+    """(clock, processors) in milliseconds of each step and (mse, loss) of the first; the first round warms up."""
     times, first = {name: [] for name in steps}, {}
     for n in range(repeats + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             result = step(x)
             if x.is_cuda:
                 torch.cuda.synchronize()
             if n:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append(((time.perf_counter() - start[0]) * 1e3, (time.process_time() - start[1]) * 1e3))
             else:
                 first[name] = tuple(float(value) for value in result)
     return times, first
@@ -213,9 +214,12 @@ def report(name, options, x):
     base = "sae-lens" if "sae-lens" in times else "saewb, autograd" if "saewb, autograd" in times else "saewb"
     reference = first.get("saewb, autograd", first["saewb"])
     for label, values in times.items():
-        ratio = statistics.median(b / v for b, v in zip(times[base], values, strict=True))
+        clock, processors = (statistics.median(column) for column in zip(*values, strict=True))
+        ratios = [
+            statistics.median(b[i] / max(v[i], 1e-3) for b, v in zip(times[base], values, strict=True)) for i in (0, 1)
+        ]
         off = max(abs(a / b - 1) for a, b in zip(first[label], reference, strict=True))
-        row = f"| {name} | {label} | {statistics.median(values):.0f} | {ratio:.1f} | {off:.0e} |"
+        row = f"| {name} | {label} | {clock:.0f} | {processors:.0f} | {ratios[0]:.1f} | {ratios[1]:.1f} | {off:.0e} |"
         print(row + (f" {measured_alone(name, label, options):.0f} |" if options.memory else ""), flush=True)
 
 
@@ -244,7 +248,9 @@ def main():
         f"{options.batch} tokens x {options.d_in}, d_sae {options.d_sae}, k {options.k}, {options.rows} rows, "
         f"{options.dead_frac:.0%} dead, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
-    head = "| objective | step | ms | x faster | loss off by |" + (" peak MB |" if options.memory else "")
+    head = "| objective | step | ms | CPU ms | x faster | x less CPU | loss off by |" + (
+        " peak MB |" if options.memory else ""
+    )
     print(head + "\n" + "|--" * (head.count("|") - 1) + "|")
     for name in OBJECTIVES if options.objective == "all" else options.objective.split(","):
         report(name, options, x)
