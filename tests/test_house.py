@@ -31,6 +31,7 @@ ROOMS = {
     "attachment": "errors hooks splice tokens",
     "objectives": "config errors objectives pursuit sae",
     "sparse_step": "errors objectives",
+    "training": "arithmetic config errors metrics objectives pursuit sae sparse_step training",
     "formats": "errors formats sae pursuit temporal",
     "gguf_llama": "errors gguf",
     "models": "errors gguf_llama hub spans",

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives_list import OBJECTIVES as THE_LIST
+from objectives_list import InMemory, true_features
 
 import saewb
 from saewb.objectives import with_dead
-from saewb.sparse_step import best_precision, has_sparse_step, precision, sparse_step, tiles
-from saewb.sparse_step.adam import clipped_step, folds
+from saewb.sparse_step import best_precision, clipped_step, has_sparse_step, precision, sparse_step, tiles
+from saewb.sparse_step.adam import folds
 from saewb.sparse_step.pairs import by_latent, combine, dots, gather_rows, pairs_of, per_latent, rectangular
 from saewb.sparse_step.selection import Readout, above_zero, top_of_batch, top_per_token
 
@@ -32,7 +34,7 @@ OBJECTIVES = {
     ),
     "gated": saewb.Gated(D_SAE, l1=0.3),
     "gated free": saewb.Gated(D_SAE, l1=0.3, frozen=False, rows="free", init_norm=0.4),
-}
+} | {f"list: {name}": objective for name, objective in THE_LIST.items() if has_sparse_step(objective)}
 
 
 def problem(objective, tokens, d_in=7, d_out=None, seed=0, shift=0.0, dead=0.2, skip=False):
@@ -47,7 +49,7 @@ def problem(objective, tokens, d_in=7, d_out=None, seed=0, shift=0.0, dead=0.2, 
                 p.add_(shift)
     x = torch.randn(tokens, d_in, generator=rng, dtype=torch.float64)
     y = x if d_out is None else torch.randn(tokens, d_out, generator=rng, dtype=torch.float64)
-    state = with_dead(objective.state(), torch.rand(D_SAE, generator=rng) < dead)
+    state = with_dead(objective.state(), torch.rand(objective.d_sae, generator=rng) < dead)
     exact = {name: value.double() for name, value in state.coefficients.items()}
     return objective, params, x, y, replace(state, coefficients=exact)
 
@@ -213,10 +215,10 @@ def test_objectives_without_a_sparse_step():
     x = torch.randn(8, 16)
     for objective in (saewb.MatchingPursuit(32), saewb.JumpReLU(32, pre_act=1.0, pre_act_on="all")):
         params = objective.start(16)
-        assert not has_sparse_step(objective, params)
+        assert not has_sparse_step(objective)
         assert sparse_step(objective, params, x, x, objective.state()) is None
-    objective = saewb.TopK(32, k=2)
-    assert not has_sparse_step(objective, objective.start(16, dtype=torch.bfloat16))
+    half, x = saewb.TopK(32, k=2), x.bfloat16()
+    assert sparse_step(half, half.start(16, dtype=torch.bfloat16), x, x, half.state()) is None
 
 
 def test_gradients_replace_those_before():
@@ -227,6 +229,84 @@ def test_gradients_replace_those_before():
     sparse_step(objective, params, x, y, state, max_density=1.0)
     for before, p in zip(first, params.parameters(), strict=True):
         assert torch.equal(before, p.grad)
+
+
+# in training
+
+
+def trained(objective, steps=30, **config):
+    """(FVU of each step, the training) on a small stream."""
+    values = true_features(40, 16, 1000, p=0.1)[1]
+    settings = saewb.TrainConfig(n_tokens=100 * steps, batch_tokens=100, lr=3e-3, dead_after_tokens=500, **config)
+    training = saewb.Training(InMemory({"p": values.float()}, 100), objective, settings)
+    return [float(step.only.fvu) for step in training], training
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        saewb.TopK(96, k=4),
+        saewb.AbsTopK(96, k=4, rows="free", init_norm=0.3),
+        saewb.BatchTopK(96, k=4.0),
+        saewb.Matryoshka(96, k=4.0, widths=(10, 30)),
+        saewb.Standard(96, l1=0.1),
+        saewb.JumpReLU(96, l0=0.01),
+        saewb.Gated(96, l1=0.1),
+    ],
+    ids=lambda o: type(o).__name__,
+)
+def test_training_is_the_same_by_either_step(objective):
+    plain, sparse, auto = (trained(objective, step=step)[0] for step in ("plain", "sparse", "auto"))
+    assert sparse == pytest.approx(plain, rel=1e-2)
+    assert auto == pytest.approx(plain, rel=1e-2)
+    assert plain[-1] < plain[0]
+
+
+def test_sparse_training_resumes_bit_for_bit():
+    objective = saewb.BatchTopK(96, k=4.0)
+    values = true_features(40, 16, 1000, p=0.1)[1].float()
+    config = saewb.TrainConfig(n_tokens=2000, batch_tokens=100, step="sparse", dead_after_tokens=300)
+    through = saewb.Training(InMemory({"p": values}, 100), objective, config)
+    steps = iter(through)
+    for _ in range(9):
+        next(steps)
+    saved = through.state()
+    rest = [float(step.only.loss) for step in steps]
+    again = saewb.Training(InMemory({"p": values}, 100), objective, config)
+    again.restore(saved)
+    assert [float(step.only.loss) for step in again] == rest
+    ends = [t.state()["learners"]["sae"] for t in (through, again)]
+    for name, tensor in ends[0]["params"].items():
+        assert torch.equal(tensor, ends[1]["params"][name])
+        for moment, value in ends[0]["optimizer"][name].items():
+            assert torch.equal(value, ends[1]["optimizer"][name][moment])
+
+
+def test_auto_goes_from_dense_to_sparse(monkeypatch):
+    """ReLU from zero biases: by autograd while dense, by hand once few are on."""
+    taken = []
+
+    def watched(*given):
+        found = sparse_step(*given)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr("saewb.training.paths.sparse_step", watched)
+    trained(saewb.Standard(96, l1=5.0), steps=200)
+    assert not taken[0]
+    assert taken[-1]
+    taken.clear()
+    trained(saewb.TopK(96, k=4), steps=3)
+    assert taken == [True] * 3
+    trained(saewb.TopK(96, k=4), steps=3, step="plain")
+    assert len(taken) == 3
+
+
+def test_sparse_where_there_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"MatchingPursuit has no sparse step[\s\S]*step='auto'"):
+        trained(saewb.MatchingPursuit(96), step="sparse")
+    with pytest.raises(ValueError, match=r"step='sparse' with autocast=torch.bfloat16"):
+        trained(saewb.TopK(96, k=4), step="sparse", autocast=torch.bfloat16)
 
 
 # the pieces

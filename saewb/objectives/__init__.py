@@ -28,6 +28,14 @@ from saewb.objectives.weights import Params, constrain, project_gradient
 
 Objective = Union[Standard, Gated, TopK, AbsTopK, BatchTopK, Matryoshka, JumpReLU, MatchingPursuit]
 
+
+def revives(objective: Objective) -> bool:
+    """Whether a loss of this objective looks at the dead latents, so that somebody must count them."""
+    if isinstance(objective, JumpReLU):
+        return objective.pre_act > 0 and objective.pre_act_on == "dead"
+    return isinstance(objective, (TopK, AbsTopK, BatchTopK, Matryoshka)) and objective.aux > 0
+
+
 __all__ = [
     "AbsTopK",
     "BatchTopK",
@@ -48,6 +56,7 @@ __all__ = [
     "fresh_state",
     "next_threshold",
     "project_gradient",
+    "revives",
     "steered",
     "warmed",
     "with_dead",

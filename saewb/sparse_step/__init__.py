@@ -19,13 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.objectives import Gated, JumpReLU, Losses, MatchingPursuit, Objective, Params, Standard, State
+from saewb.sparse_step.adam import clipped_step
 from saewb.sparse_step.backward import Batch
 from saewb.sparse_step.gated import gated_step
 from saewb.sparse_step.precision import Precision, best_precision
 from saewb.sparse_step.thresholds import jumprelu_step, standard_step
 from saewb.sparse_step.topk import topk_step
 
-__all__ = ["MAX_DENSITY", "Precision", "best_precision", "has_sparse_step", "sparse_step"]
+__all__ = ["MAX_DENSITY", "Precision", "best_precision", "clipped_step", "has_sparse_step", "sparse_step"]
 
 MAX_DENSITY = 1 / 12  # of latents on per token: from about there on, dense products are quicker than pairs
 
@@ -45,7 +46,8 @@ def sparse_step(
     None, and nothing written, if more than `max_density` of the latents are on (found out from the first tile), or if
     the objective or dtype has no sparse step.
     """
-    if not has_sparse_step(objective, params) or not len(x):
+    exact = params.W_dec.dtype in (torch.float32, torch.float64) and x.dtype == y.dtype == params.W_dec.dtype
+    if not (len(x) and exact and has_sparse_step(objective)):
         return None
     limit = int(max_density * len(x) * params.d_sae)
     batch = Batch(params, x, params.centred(x), y, precision, limit)
@@ -58,9 +60,7 @@ def sparse_step(
     return topk_step(objective, batch, state)
 
 
-def has_sparse_step(objective: Objective, params: Params) -> bool:
-    """Whether there is one at all: not for matching pursuit, a pre-activation loss of all latents, half weights."""
-    dense = isinstance(objective, MatchingPursuit) or (
-        isinstance(objective, JumpReLU) and objective.pre_act > 0 and objective.pre_act_on == "all"
-    )
-    return not dense and params.W_dec.dtype in (torch.float32, torch.float64)
+def has_sparse_step(objective: Objective) -> bool:
+    """Whether there is one at all: not for matching pursuit, nor with a pre-activation loss of all latents."""
+    dense = isinstance(objective, JumpReLU) and objective.pre_act > 0 and objective.pre_act_on == "all"
+    return not dense and not isinstance(objective, MatchingPursuit)

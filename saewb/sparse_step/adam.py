@@ -37,7 +37,7 @@ def clipped_step(
         torch._foreach_div_(gradients, scale)
         optimizer.step()
         return length
-    optimizer.grad_scale = scale
+    optimizer.grad_scale = scale.float()  # whatever the dtype of the parameters
     try:
         optimizer.step()
     finally:

@@ -23,8 +23,7 @@ import warnings
 import torch
 
 import saewb
-from saewb.sparse_step import best_precision, sparse_step
-from saewb.sparse_step.adam import clipped_step
+from saewb.sparse_step import best_precision, clipped_step, sparse_step
 
 OBJECTIVES = ("topk", "abstopk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated")
 LR = 1e-5
