@@ -425,10 +425,41 @@ def test_clipped_step_is_clip_then_step(kind, fused, clip):
     torch.testing.assert_close(*ends)
 
 
+def test_gathered_rows_in_memory_that_is_there():
+    pairs, on = random_pairs(50, 2500, 0.01)
+    values, rows, out = torch.randn(len(pairs)), torch.randn(50, 6), torch.full((2500, 6), torch.nan)
+    dense = torch.zeros(50, 2500)
+    dense[on] = values
+    assert gather_rows(by_latent(pairs, 2500), values, rows, out) is out
+    torch.testing.assert_close(out, dense.T @ rows)
+
+
+@pytest.mark.parametrize("how", ["full", *precision.MARGIN])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_products_are_as_exact_as_they_say(how, scaled):
+    """Pins oneDNN's float32 and quantised products, which are private to torch."""
+    rng = torch.Generator().manual_seed(0)
+    W, b, x = (torch.randn(s, generator=rng) for s in ((2100, 32), (2100,), (300, 32)))
+    norms = torch.rand(2100, generator=rng) + 0.5 if scaled else None
+    want = (x @ W.T + b) * (1 if norms is None else norms)
+    scratch = torch.empty_like(W)
+    multiply = precision.multiplier(W, b, norms, x, how, scratch)
+    size = precision.tile_rows(2100, x.device)
+    got = torch.cat([multiply(rows).float() for rows in (x[:size], x[size:])] if size < 300 else [multiply(x).float()])
+    off = (got - want).abs().max() / want.std()
+    assert off < {"full": 1e-5, "bf16": 0.05, "int8": 0.15}[how]
+    if how == "full":
+        plain = precision._addmm(W.double(), b.double(), x.double())(x.double())
+        torch.testing.assert_close(plain, (x.double() @ W.double().T + b.double()))
+
+
 def test_best_precision_is_what_the_processor_says(monkeypatch):
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    assert best_precision(torch.device("cpu")) == "full"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert best_precision(torch.device("cpu")) == "bf16"
-    assert best_precision(torch.device("meta")) == "full"
+    cpu, said = torch.device("cpu"), set()
+    for name in ("_is_vnni_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in said, raising=False)
+    assert best_precision(cpu) == "full"
+    said.add("_is_amx_tile_supported")
+    assert best_precision(cpu) == precision.finer("int8", cpu) == "bf16"
+    said.add("_is_vnni_supported")
+    assert best_precision(cpu) == ("int8" if precision.has_int8() else "bf16")
+    assert precision.finer("bf16", cpu) == best_precision(torch.device("meta")) == "full"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saewb.objectives import Losses, Params
-from saewb.sparse_step.pairs import ByLatent, Pairs, gather_rows, per_latent
+from saewb.sparse_step.pairs import Pairs, by_latent, gather_rows, per_latent
 from saewb.sparse_step.precision import Precision
 from saewb.sparse_step.selection import Readout
 
@@ -25,15 +25,29 @@ class Batch:
     y: Float[Tensor, "batch d_out"]  # what the output should be
     precision: Precision  # of the product that selects
     limit: int  # pairs to list at most
+    _made: dict[str, Tensor] = field(default_factory=dict, repr=False)  # memory for gradients where there was none
 
     @property
     def W(self) -> Float[Tensor, "d_sae d_in"]:
         """Reading directions, one latent a contiguous row."""
         return self.params.W_enc.T
 
+    def memory(self, name: str) -> Tensor | None:
+        """Where the gradient of W_enc (as `[d_sae, d_in]`) or W_dec goes: the one's of the step before, on a CPU.
+
+        Its contents are no longer needed. None on other devices, whose allocators keep memory anyway.
+        """
+        parameter = self.params.get_parameter(name)
+        if parameter.device.type != "cpu" or name not in ("W_enc", "W_dec"):
+            return None
+        if parameter.grad is None or parameter.grad.stride() != parameter.stride():
+            return self._made.setdefault(name, torch.empty_like(self.W if name == "W_enc" else parameter))
+        return parameter.grad.T if name == "W_enc" else parameter.grad
+
     def readout(self, b: Tensor | None = None, norms: Tensor | None = None) -> Readout:
         """How pre-activations come from `x`, with `b_enc` unless another bias is given."""
-        return Readout(self.W, self.params.b_enc if b is None else b, norms, self.precision)
+        bias = self.params.b_enc if b is None else b
+        return Readout(self.W, bias, norms, self.precision, self.memory("W_enc"))
 
     def error(self, written: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
         """recon - y, in place of what the latents wrote."""
@@ -45,13 +59,30 @@ class Batch:
 
 
 def coded_gradients(
-    batch: Batch, pairs: Pairs, order: ByLatent, acts: Tensor, d_pre: Tensor, d_recon: Float[Tensor, "batch d_out"]
+    batch: Batch,
+    pairs: Pairs,
+    acts: Float[Tensor, " pairs"],
+    d_pre: Float[Tensor, " pairs"],
+    d_recon: Float[Tensor, "batch d_out"],
+    span: slice = slice(None),
 ) -> dict[str, Tensor]:
-    """Gradients that go through the pairs: of W_enc (as `[d_sae, d_in]`), of its bias, and of W_dec."""
+    """Gradients that go through the pairs: of W_enc (as `[d_sae, d_in]`), of its bias, and of W_dec.
+
+    Args:
+        batch: inputs and parameters.
+        pairs: which latents are on, counted from the first of `span`.
+        acts: their activations.
+        d_pre: gradient of their pre-activations.
+        d_recon: gradient of what they write to.
+        span: of the latents the pairs may have; the gradients are of these alone.
+    """
+    into = {name: batch.memory(name) for name in ("W_enc", "W_dec")}
+    into = {name: None if memory is None else memory[span] for name, memory in into.items()}
+    order = by_latent(pairs, len(batch.params.W_dec[span]))
     return {
-        "W_enc": gather_rows(order, d_pre, batch.x),
+        "W_enc": gather_rows(order, d_pre, batch.x, into["W_enc"]),
         "b_enc": per_latent(pairs, d_pre, len(order.starts)),
-        "W_dec": gather_rows(order, acts, d_recon),
+        "W_dec": gather_rows(order, acts, d_recon, into["W_dec"]),
     }
 
 

@@ -29,8 +29,8 @@ def gated_step(objective: Gated, batch: Batch, state: State) -> Losses | None:
     d_gate = dots(pairs, d_gated, params.W_dec) + norms[pairs.latents] * (weight / n)
     d_u, order = d_act * stretch + d_gate, by_latent(pairs, d_sae)
     made = {
-        "W_enc": gather_rows(order, d_u, batch.x),
-        "W_dec": gather_rows(order, acts, d_recon),
+        "W_enc": gather_rows(order, d_u, batch.x, batch.memory("W_enc")),
+        "W_dec": gather_rows(order, acts, d_recon, batch.memory("W_dec")),
         "b_gate": per_latent(pairs, d_gate, d_sae),
         "b_mag": per_latent(pairs, d_act, d_sae),
         "r_mag": per_latent(pairs, d_act * stretch * u, d_sae),

@@ -9,6 +9,7 @@ per_latent  d_b[j]    = sum over the pairs of latent j   of value
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 _SUM = 0  # embedding_bag's mode, as its backward spells it
+_LATENTS = 1024  # at a time where sums go to memory that is there already
 _CHUNK = 2**16  # pairs at a time where sampled dot products are done without the private operation
 
 
@@ -92,19 +94,34 @@ def combine(pairs: Pairs, values: Float[Tensor, " pairs"], rows: Float[Tensor, "
                 [0., 0.],
                 [0., 3.]])
     """
-    if not len(pairs):
-        return rows.new_zeros(len(pairs.starts), rows.shape[1])
-    return embedding_bag(pairs.latents, rows, pairs.starts, per_sample_weights=values, mode="sum")
+    return _summed(pairs.latents, rows, pairs.starts, values)
 
 
 def gather_rows(
-    sorted_pairs: ByLatent, values: Float[Tensor, " pairs"], rows: Float[Tensor, "batch d"]
+    order: ByLatent,
+    values: Float[Tensor, " pairs"],
+    rows: Float[Tensor, "batch d"],
+    out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
-    """Per latent the sum of its tokens' rows, weighted: what `dense(values).T @ rows` would be."""
-    if not len(sorted_pairs.order):
-        return rows.new_zeros(len(sorted_pairs.starts), rows.shape[1])
-    weights = values[sorted_pairs.order]
-    return embedding_bag(sorted_pairs.tokens, rows, sorted_pairs.starts, per_sample_weights=weights, mode="sum")
+    """Per latent the sum of its tokens' rows, weighted: what `dense(values).T @ rows` would be.
+
+    With `out`, 1,024 latents at a time are summed and copied there: a fresh result of the size of a weight matrix costs
+    more in page faults than the copy does.
+    """
+    weights, n = values[order.order], len(order.starts)
+    if out is None:
+        return _summed(order.tokens, rows, order.starts, weights)
+    bounds = [*order.starts[::_LATENTS].tolist(), len(weights)]
+    for first, (low, high) in zip(range(0, n, _LATENTS), pairwise(bounds), strict=True):
+        starts = order.starts[first : first + _LATENTS] - low
+        out[first : first + _LATENTS] = _summed(order.tokens[low:high], rows, starts, weights[low:high])
+    return out
+
+
+def _summed(indices: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    if not len(indices):
+        return rows.new_zeros(len(starts), rows.shape[1])
+    return embedding_bag(indices, rows, starts, per_sample_weights=weights, mode="sum")
 
 
 def per_latent(pairs: Pairs, values: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:

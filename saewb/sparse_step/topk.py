@@ -20,7 +20,7 @@ from saewb.objectives import AbsTopK, BatchTopK, Losses, Matryoshka, Params, Sta
 from saewb.objectives.dead import auxk
 from saewb.sparse_step.auxiliary import DeadLoss, add_dead_gradients
 from saewb.sparse_step.backward import Batch, coded_gradients, figures, leave, squared
-from saewb.sparse_step.pairs import Pairs, by_latent, combine, dots, pairs_of
+from saewb.sparse_step.pairs import Pairs, combine, dots, pairs_of
 from saewb.sparse_step.selection import top_of_batch, top_per_token
 
 AnyTopK = Union[TopK, AbsTopK, BatchTopK, Matryoshka]
@@ -83,16 +83,19 @@ def _between(pairs: Pairs, low: int, high: int) -> Pairs:
 
 def _gradients(batch: Batch, levels: list[Level], signed: bool) -> tuple[dict[str, Tensor], Tensor]:
     """Backward through the levels: gradients by parameter, and that of what every level's reconstruction contains."""
-    made, d_recon = [], torch.zeros((), device=batch.y.device)
+    parts, d_recon = [], torch.zeros((), device=batch.y.device)
     for level in reversed(levels):
+        span = slice(level.low, level.high)
         d_recon = batch.d_error(level.error).add_(d_recon)
-        d_pre = dots(level.pairs, d_recon, batch.params.W_dec[level.low : level.high])
+        d_pre = dots(level.pairs, d_recon, batch.params.W_dec[span])
         d_pre = d_pre if signed else d_pre * (level.pairs.pre > 0)
-        order = by_latent(level.pairs, level.high - level.low)
-        made.append(coded_gradients(batch, level.pairs, order, level.pairs.pre, d_pre, d_recon))
-    if len(made) == 1:
-        return made[0], d_recon
-    return {name: torch.cat([part[name] for part in reversed(made)]) for name in made[0]}, d_recon
+        parts.insert(0, coded_gradients(batch, level.pairs, level.pairs.pre, d_pre, d_recon, span))
+    return {name: _joined(batch.memory(name), [part[name] for part in parts]) for name in parts[0]}, d_recon
+
+
+def _joined(memory: Tensor | None, parts: list[Tensor]) -> Tensor:
+    """Gradients of all latents from those of each level: already together where they were put into memory."""
+    return torch.cat(parts) if memory is None else memory
 
 
 def _name(level: Level, objective: AnyTopK) -> str:
