@@ -139,7 +139,7 @@ def plain_losses(objective, w, pre_bias, x, y, coefficients):
     if kind == "Standard":
         p = objective.p
         sums = [sum((a * n) ** p for a, n in zip(row, length, strict=True) if a.item() > 0) for row in latents]
-        terms["l1"] = coefficients["l1"] * sum(s ** (1 / p) for s in sums if float(s) > 0) / len(x)
+        terms["l1"] = coefficients["l1"] * sum(s ** (1 / p) for s in sums if s.item() > 0) / len(x)
     if kind == "Gated":
         positive = torch.where(pre > 0, pre, 0)
         terms["l1"] = coefficients["l1"] * (positive * length).sum(1).mean()
