@@ -28,7 +28,8 @@ def clipped_step(
         Length of the whole gradient before clipping.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    length = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()
+    # Transposed where that is how it lies in memory: of another order vector_norm would make a copy.
+    length = torch.stack([torch.linalg.vector_norm(g if g.is_contiguous() else g.mT) for g in gradients]).norm()
     if clip is None:
         optimizer.step()
         return length

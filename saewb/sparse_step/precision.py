@@ -20,13 +20,12 @@ from torch import Tensor
 Precision = Literal["full", "bf16", "int8"]
 Multiply = Callable[[Tensor], Tensor]  # rows of inputs [rows, d_in] -> scores [rows, d_sae], overwritten by the next
 
-MARGIN = {"bf16": 12, "int8": 32}  # candidates per token beyond k
+MARGIN = {"bf16": 12, "int8": 24}  # candidates per token beyond k
 SPARE = {"full": 1.3, "bf16": 1.5, "int8": 2.0}  # candidates per pair that a whole batch keeps
 SLACK = {"full": 0.0, "bf16": 2**-5, "int8": 2**-3}  # first guess at the largest error, in typical scores
 
-_TILE_BYTES = (
-    20 * 2**20
-)  # of scores on a CPU: below what malloc hands out afresh each time (page faults), near its caches
+# Of scores on a CPU: less than malloc hands out afresh, page by page, each time.
+_TILE_BYTES = 20 * 2**20
 _CUDA_TILE_BYTES = 2**29
 _BLOCK = 1024  # latents whose weights are converted at a time
 
@@ -62,9 +61,9 @@ def has_int8() -> bool:
 
 
 def tile_rows(d_sae: int, device: torch.device) -> int:
-    """Tokens per tile, so that its scores take 20 MiB on a CPU, 512 MiB on a GPU, as float32."""
+    """Tokens per tile, whole 64s, so that its scores take 20 MiB on a CPU, 512 MiB on a GPU, as float32."""
     size = _TILE_BYTES if device.type == "cpu" else _CUDA_TILE_BYTES
-    return max(64, min(2048, size // (4 * d_sae)))
+    return max(64, min(2048, size // (256 * d_sae) * 64))
 
 
 def multiplier(
@@ -85,23 +84,26 @@ def multiplier(
         precision: of the factors and the result; sums are wider inside.
         scratch: memory for scaled weights in full precision; None makes some.
     """
+    if precision == "full" and norms is not None and len(x) < W.shape[1]:  # fewer scores than weights to scale
+        plain = _product(W, b, x)
+        return lambda rows: plain(rows).mul_(norms)
     b = b if norms is None else b * norms
     if precision == "int8":
         return _int8(W, b, norms, x)
     if precision == "full" and norms is None:
-        return _addmm(W, b, x)
+        return _product(W, b, x)
     weights = scratch if scratch is not None and precision == "full" else None
     if weights is None:
         weights = torch.empty_like(W, dtype=torch.bfloat16 if precision == "bf16" else W.dtype)
     for start, block in _blocks(W, norms):
         weights[start : start + len(block)] = block
-    return _addmm(weights, b.to(weights.dtype), x)
+    return _product(weights, b.to(weights.dtype), x)
 
 
-def _addmm(W: Tensor, b: Tensor, x: Tensor) -> Multiply:
-    if W.dtype == torch.float32 and W.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        # oneDNN's float32 product, a quarter quicker here than the BLAS that addmm calls
-        return lambda rows: torch.ops.mkldnn._linear_pointwise(rows.contiguous(), W, b, "none", [], "")
+def _product(W: Tensor, b: Tensor, x: Tensor) -> Multiply:
+    if W.dtype != torch.float64 and W.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # oneDNN's product: for float32 a quarter quicker here than the BLAS that addmm calls; biases cost no pass
+        return lambda rows: torch.ops.mkldnn._linear_pointwise(rows.to(W.dtype).contiguous(), W, b, "none", [], "")
     buffer = torch.empty(max(1, min(len(x), tile_rows(len(W), x.device))), len(W), dtype=W.dtype, device=x.device)
     return lambda rows: torch.addmm(b, rows.to(W.dtype), W.T, out=buffer[: len(rows)])
 

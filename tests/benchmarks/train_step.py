@@ -24,6 +24,7 @@ import torch
 
 import saewb
 from saewb.sparse_step import best_precision, clipped_step, sparse_step
+from saewb.sparse_step.precision import finer
 
 OBJECTIVES = ("topk", "abstopk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated")
 LR = 1e-5
@@ -83,8 +84,8 @@ def ours(name, options, how, x):
     optimizer = torch.optim.Adam(params.parameters(), lr=LR, fused=True)
 
     def step(batch):
-        params.zero_grad(set_to_none=True)
         if how == "plain":
+            params.zero_grad(set_to_none=True)
             losses = objective.losses(params, batch, batch, state)
             losses.total.backward()
         else:
@@ -146,8 +147,10 @@ def peer(name, options, x):
 def candidates(name, options, x):
     """The steps to compare, by name."""
     made = {"saewb": lambda: ours(name, options, "full", x)}
-    if best_precision(x.device) == "bf16":
-        made["saewb, bf16 selects"] = lambda: ours(name, options, "bf16", x)
+    best = best_precision(x.device)
+    for how in dict.fromkeys((finer(best, x.device), best)) if best != "full" else ():
+        if how != "full":
+            made[f"saewb, {how} selects"] = lambda how=how: ours(name, options, how, x)
     if not options.no_plain:
         made["saewb, autograd"] = lambda: ours(name, options, "plain", x)
     if importlib.util.find_spec("sae_lens") and name != "abstopk" and not options.no_peer:
