@@ -38,6 +38,15 @@ _HOME = {  # public name: the module that has it
     "save_sae": "loading",
     "push_to_hub": "loading",
     "pack": "tokens",
+    "TextFiles": "documents",
+    "stream_tokens": "token_streams",
+    "Activations": "activations",
+    "ActivationStream": "streams",
+    "stream_activations": "streams",
+    "stream_tensors": "streams",
+    "stream_iterable": "streams",
+    "stream_draws": "streams",
+    "norm_factor": "streams",
 }
 _MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "sae", "tokens")
 
