@@ -47,8 +47,20 @@ _HOME = {  # public name: the module that has it
     "stream_iterable": "streams",
     "stream_draws": "streams",
     "norm_factor": "streams",
+    "Standard": "objectives",
+    "Gated": "objectives",
+    "TopK": "objectives",
+    "AbsTopK": "objectives",
+    "BatchTopK": "objectives",
+    "Matryoshka": "objectives",
+    "JumpReLU": "objectives",
+    "MatchingPursuit": "objectives",
+    "TrainConfig": "training",
+    "Trainee": "training",
+    "Training": "training",
+    "TrainStep": "training",
 }
-_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "sae", "tokens")
+_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "objectives", "sae", "tokens", "training")
 
 __all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importing the module would hide it
 

@@ -15,6 +15,10 @@ install_import_hook(
         "saewb.tokens",
         "saewb.pursuit",
         "saewb.temporal",
+        "saewb.objectives.weights",
+        "saewb.objectives.losses",
+        "saewb.objectives.dead",
+        "saewb.objectives.straight_through",
     ],
     "beartype.beartype",
 )

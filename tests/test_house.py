@@ -37,6 +37,8 @@ ROOMS = {
     "prefetch": "errors activations buffer",
     "streams": "errors activations buffer prefetch sources token_streams tokens",
     "attachment": "errors hooks splice tokens",
+    "objectives": "config errors objectives pursuit sae",
+    "training": "arithmetic config errors metrics objectives pursuit sae training",
     "formats": "errors formats sae pursuit temporal",
     "gguf_llama": "errors gguf",
     "models": "errors gguf_llama hub spans",
