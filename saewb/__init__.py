@@ -47,6 +47,8 @@ _HOME = {  # public name: the module that has it
     "stream_iterable": "streams",
     "stream_draws": "streams",
     "norm_factor": "streams",
+    "ActivationCache": "activation_cache",
+    "cache_activations": "activation_cache",
     "Standard": "objectives",
     "Gated": "objectives",
     "TopK": "objectives",
