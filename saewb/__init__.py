@@ -57,12 +57,27 @@ _HOME = {  # public name: the module that has it
     "Matryoshka": "objectives",
     "JumpReLU": "objectives",
     "MatchingPursuit": "objectives",
+    "train": "launch",
+    "resume_run": "launch",
+    "Run": "runs",
     "TrainConfig": "training",
     "Trainee": "training",
     "Training": "training",
     "TrainStep": "training",
 }
-_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "objectives", "sae", "tokens", "training")
+_MODULES = (
+    "embedded",
+    "errors",
+    "evals",
+    "hooks",
+    "metrics",
+    "models",
+    "objectives",
+    "sae",
+    "sinks",
+    "tokens",
+    "training",
+)
 
 __all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importing the module would hide it
 
