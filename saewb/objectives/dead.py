@@ -56,7 +56,7 @@ def auxk(
     value = z.gather(1, best) * dead[best]
     value = torch.relu(value) if relu else value
     recon = torch.zeros_like(z).scatter(1, best, value) @ W
-    scale = (dead.sum() / k_aux).clamp(max=1.0)
+    scale = (dead.to(error.dtype).sum() / k_aux).clamp(max=1.0)
     return scale * (recon.to(error.dtype) - error).square().sum() / len(error)
 
 

@@ -281,7 +281,7 @@ def _check_init(trainee: Trainee, d_in: int, d_out: int) -> None:
     got = (trainee.init.cfg.d_in, trainee.init.cfg.d_sae, trainee.init.cfg.d_out)
     want = (d_in, trainee.objective.d_sae, d_out)
     if got != want:
-        text = "init has d_in, d_sae, d_out = {}, {}, {}".format(*got)
+        text = "init has d_in, d_sae, d_out = {}, {}, {}.".format(*got)
         raise ValueError(explain(text, want="{}, {}, {} of the stream and the objective".format(*want)))
 
 
