@@ -61,7 +61,7 @@ ROOMS = {
     "evaluation": "errors",
     "evals": "errors activations attachment evaluation hooks metrics splice tokens",
     "embedded": "errors",
-    "embedded/make": "embedded errors evals loading metrics models sae tokens",
+    "embedded/make": "embedded errors evals loading metrics models objectives sae streams tokens training",
     "cli": "saewb",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
