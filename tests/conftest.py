@@ -17,6 +17,10 @@ install_import_hook(
         "saewb.temporal",
         "saewb.stats",
         "saewb.enrichment",
+        "saewb.objectives.weights",
+        "saewb.objectives.losses",
+        "saewb.objectives.dead",
+        "saewb.objectives.straight_through",
     ],
     "beartype.beartype",
 )
