@@ -120,3 +120,11 @@ def test_files():
     assert "a/b/cfg.json" in saelens.files("a/b")
     assert all("trainer_state" not in name for name in saelens.files("a/b"))
     assert saelens.files("a[1]")[0] == "a[[]1]/cfg.json"
+
+
+def test_a_temporal_file_that_says_a_billion_layers_is_refused(tmp_path):
+    cfg = {"d_in": D, "d_sae": F, "architecture": "temporal", "n_attn_layers": 10**9, "n_heads": 2}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"bottleneck_factor": 1}))
+    save_file({"W_dec": torch.ones(F, D), "b_dec": torch.ones(D)}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(FormatError, match="n_attn_layers is 1000000000"):
+        read(tmp_path)

@@ -140,6 +140,8 @@ def test_where_it_belongs(tmp_path):
         (conf(kval_topk=99), "k=99"),
         (conf(n_heads=3), "n_heads"),
         (conf(tied_weights="yes"), "tied_weights 'yes'"),
+        (conf(n_attn_layers=1 << 60), "not so many"),
+        (conf(exp_factor=1e308), "bottleneck_factor|do not fit"),
         (conf(n_attn_layers=2), r"attn_layers\.1\.k_ctx\.weight missing"),
         (conf(tied_weights=False), "E missing"),
         ({**CONF, "sae": {k: v for k, v in CONF["sae"].items() if k != "scaling_factor"}}, r"no sae\.scaling_factor"),
