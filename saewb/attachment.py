@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,15 @@ from saewb.errors import explain
 from saewb.splice import Splice
 from saewb.tokens import special_ids
 
-_attached: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
+# Everything of saewb that is on a model now, oldest first: attachments and interventions.
+_attached: weakref.WeakKeyDictionary[nn.Module, list[Detachable]] = weakref.WeakKeyDictionary()
+
+
+class Detachable(Protocol):
+    """Something on a model that can be taken off."""
+
+    def detach(self) -> None:
+        """Take it off; again without harm."""
 
 
 def attach(
@@ -86,13 +95,18 @@ def attachments(model: nn.Module) -> list[Attachment]:
         >>> attachments(saewb.load_model("tiny"))
         []
     """
-    return list(_attached.get(model, []))
+    return [found for found in on_model(model) if isinstance(found, Attachment)]
+
+
+def on_model(model: nn.Module) -> list[Detachable]:
+    """The list of what saewb has on this model, oldest first; whoever comes and goes keeps it."""
+    return _attached.setdefault(model, [])
 
 
 def detach_all(model: nn.Module) -> None:
-    """Detach everything from this model, newest first: for attachments whose variable is lost."""
-    for attachment in reversed(attachments(model)):
-        attachment.detach()
+    """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost."""
+    for found in reversed(list(on_model(model))):
+        found.detach()
 
 
 class Attachment:
@@ -141,7 +155,7 @@ class Attachment:
             for splice in reversed(self._splices):
                 splice.uninstall()
             if (model := self._model()) is not None:
-                _attached[model].remove(self)
+                on_model(model).remove(self)
 
     def __enter__(self) -> Attachment:
         if not self.is_attached:
@@ -181,7 +195,7 @@ class Attachment:
                 for splice in reversed(installed):
                     splice.uninstall()
                 raise
-            _attached.setdefault(model, []).append(self)
+            on_model(model).append(self)
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._announced = (tokens,)
@@ -190,10 +204,10 @@ class Attachment:
             splice.restore()
             splice.first_layer = first
 
-    def _begin(self, continues: bool) -> None:
+    def _begin(self, cached_tokens: int) -> None:
         self._enter()
         for splice in self._splices:
-            if continues and splice.is_top and getattr(splice.sae, "looks_back", False):
+            if cached_tokens and splice.is_top and getattr(splice.sae, "looks_back", False):
                 what = f"{splice.sae!r} looks at earlier tokens, and this pass has them in its cache only."
                 raise ValueError(explain(what, fix="model.generate(..., use_past_kv_cache=False)"))
 
@@ -277,7 +291,10 @@ def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, err
 
 
 def _splice(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, error_term: bool) -> Splice:
-    source, target = _places(sae, hook, hook_out)
+    if getattr(sae.cfg, "metadata", {}).get("summed_over_layers"):
+        what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
+        raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
+    source, target = places(sae, hook, hook_out)
     place = source if source == target else f"{source} => {target}"
     return Splice(model, sae, hooks.resolve(model, source), hooks.resolve(model, target), place, error_term)
 
@@ -294,10 +311,12 @@ def _whole(splice: Splice) -> nn.Module:
     return getattr(splice.sae, "whole", splice.sae)
 
 
-def _places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
-    if getattr(sae.cfg, "metadata", {}).get("summed_over_layers"):
-        what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
-        raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
+def places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
+    """The names of the points an SAE reads and writes, given what a caller says instead of its configuration.
+
+    Raises:
+        ValueError: if that leaves one of them open.
+    """
     source = hook or sae.cfg.hook
     if source is None:
         what = f"{sae!r} does not say where it belongs."

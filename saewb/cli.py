@@ -25,12 +25,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo_.add_argument("--prompt", default=PROMPT)
     lab_ = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to jupyter lab")
     lab_.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: saewb's own")
+    _eval_options(commands.add_parser("eval", help="figures of one or many SAEs, as a table"))
     options, rest = parser.parse_known_args(arguments)
     if options.command == "lab":
         return lab(options.folder, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return demo(options.model, options.prompt)
+    try:
+        return evaluate(options) if options.command == "eval" else demo(options.model, options.prompt)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"saewb {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="what load_model takes: tiny, a name on the hub, a folder")
+    parser.add_argument("saes", nargs="+", metavar="sae", help="what load_sae takes: tiny, a folder, release::id")
+    parser.add_argument("--texts", type=Path, help="a text file, a document per line; default: the embedded texts")
+    parser.add_argument("--n-rows", type=int, default=128, help="rows of ctx-len tokens")
+    parser.add_argument("--ctx-len", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help="keep results there, and go on from those that are there")
+    parser.add_argument("--no-losses", action="store_true", help="reconstruction and sparsity only, much quicker")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`saewb eval`: load, evaluate, print; several SAEs as a table."""
+    model = saewb.load_model(options.model)
+    if options.texts is None:
+        texts = [document.text for document in saewb.embedded.held_out_texts()]
+    else:
+        texts = [line for line in options.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    tokens = saewb.tokens.token_rows(model, texts, options.ctx_len)[: options.n_rows]
+    saes = {name: tuple(name.split("::", 1)) if "::" in name else name for name in options.saes}
+    table = saewb.evaluate_many(
+        model,
+        saes,
+        tokens,
+        folder=options.folder,
+        batch_size=options.batch_size,
+        losses=not options.no_losses,
+        progress=sys.stderr.isatty(),
+    )
+    shown = table.drop(columns=["dead_below", "dense_above", "hook_out", "model", "sae"]).dropna(axis=1, how="all")
+    print(shown.T.to_string(float_format=lambda value: f"{value:.4g}"))
+    return 0
 
 
 def demo(model_name: str, prompt: str) -> int:

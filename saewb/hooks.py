@@ -158,7 +158,7 @@ def _forget(mapping: dict[str, object], name: str, value: object) -> None:
 def watch(
     model: nn.Module,
     announce: Callable[[Tensor | None], None],
-    begin: Callable[[bool], None],
+    begin: Callable[[int], None],
     end: Callable[[], None],
 ) -> Callable[[], None]:
     """Be told of forward passes.
@@ -169,7 +169,7 @@ def watch(
         announce: gets the token ids `[batch, pos]` of the pass to come, or None if the model was given embeddings. A
             HookedTransformer announces where it embeds, which it also does outside of a pass; and says nothing about a
             pass that starts at a later layer.
-        begin: called when the first block is reached, with whether earlier tokens are in a cache of keys and values; a
+        begin: called when the first block is reached, with how many earlier tokens are in a cache of keys and values; a
             HookedTransformer's embedding points have fired by then.
         end: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
     Returns:
@@ -181,7 +181,7 @@ def watch(
         announce(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
 
     def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        begin(_continues(kwargs))
+        begin(_cached_tokens(kwargs))
 
     def on_end(module: nn.Module, args: tuple, output: object) -> None:
         end()
@@ -212,12 +212,12 @@ def first_layer(model: nn.Module) -> int:
     return getattr(blocks[0], "_start_at_layer_idx", None) or 0 if blocks is not None and len(blocks) else 0
 
 
-def _continues(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a Hugging Face model, or of a HookedTransformer's block, goes on from cached tokens."""
+def _cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """How many cached tokens a call of a Hugging Face model, or of a HookedTransformer's block, goes on from."""
     cache, entry = kwargs.get("past_key_values"), kwargs.get("past_kv_cache_entry")
     if cache is not None:
-        return cache.get_seq_length() > 0
-    return entry is not None and entry.past_keys.shape[1] > 0
+        return int(cache.get_seq_length())
+    return 0 if entry is None else entry.past_keys.shape[1]
 
 
 @contextmanager
@@ -236,6 +236,19 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
         finally:
             for hook in reversed(added):
                 hook.remove()
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """These modules in eval mode (no dropout), each part back in its own mode afterwards."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _is_bridge(model: nn.Module) -> bool:

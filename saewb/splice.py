@@ -161,7 +161,7 @@ class Splice:
             out = out.to(target.dtype)
             if mask is not None:
                 out = torch.where(mask, flat_target, out)
-        return self._pass("output", self._unflat(out, target))
+        return self._pass("output", unflat(self.sae, out, target))
 
     def _reconstruct(self, x: Tensor) -> Tensor | None:
         """The reconstruction; or None if it is not needed, since the output is the target itself."""
@@ -195,13 +195,6 @@ class Splice:
         self._touched |= result is not value or version is None or _version(value) != version
         return result
 
-    def _unflat(self, out: Tensor, target: Tensor) -> Tensor:
-        if self.sae.cfg.head is None:
-            return out.reshape(target.shape)
-        whole = target.clone()
-        whole[:, :, self.sae.cfg.head] = out
-        return whole
-
     def _mask(self, target: Tensor) -> Tensor:
         return self.token_mask(target)[..., None]
 
@@ -232,6 +225,15 @@ def flat(sae: nn.Module, activation: Tensor, width: int, name: str) -> Tensor:
     one = "" if head is None else f", or [batch, pos, heads > {head}, {width}] for head {head}"
     what = f"{name!r} gives activations of shape {shape}, which do not fit {sae!r}."
     raise ValueError(explain(what, want=f"[batch, pos, {width}]{one}"))
+
+
+def unflat(sae: nn.Module, out: Tensor, activation: Tensor) -> Tensor:
+    """`out [batch, pos, width]` in the shape of the activation: the inverse of `flat`, other heads as they were."""
+    if sae.cfg.head is None:
+        return out.reshape(activation.shape)
+    whole = activation.clone()
+    whole[:, :, sae.cfg.head] = out
+    return whole
 
 
 def top(point: hooks.Point) -> Splice | None:
