@@ -291,6 +291,9 @@ def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, err
 
 
 def _splice(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, error_term: bool) -> Splice:
+    if getattr(sae.cfg, "metadata", {}).get("summed_over_layers"):
+        what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
+        raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
     source, target = places(sae, hook, hook_out)
     place = source if source == target else f"{source} => {target}"
     return Splice(model, sae, hooks.resolve(model, source), hooks.resolve(model, target), place, error_term)
@@ -314,9 +317,6 @@ def places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str,
     Raises:
         ValueError: if that leaves one of them open.
     """
-    if getattr(sae.cfg, "metadata", {}).get("part_of_cross_layer_transcoder"):
-        what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
-        raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
     source = hook or sae.cfg.hook
     if source is None:
         what = f"{sae!r} does not say where it belongs."

@@ -73,8 +73,7 @@ ROOMS = {
     "run_record": "errors memory training",
     "run_plan": "errors objectives run_folder run_record sae streams training",
     "runs": "errors feed memory run_folder run_record run_view sinks training",
-    "launch": "activation_cache activations errors feed memory run_folder run_plan run_record runs sinks sources "
-    "streams token_streams tokens training",
+    "launch": "activation_cache activations errors feed memory run_folder run_plan run_record runs sinks sources streams token_streams tokens training",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
 
@@ -117,8 +116,7 @@ def test_who_imports_whom(room, path):
             target = rest.split(".")[0]
             own = target == room.split("/")[0]
             assert "saewb" in allowed or target in allowed or own, f"{path.name} may not import {name}"
-        needed = (room, package) == ("sinks", "wandb") and not at_top  # only for who asks for that sink
-        assert package not in NEVER or needed, f"{path.name} imports {name}"
+        assert package not in NEVER, f"{path.name} imports {name}"
         if package == "transformer_lens":
             assert room == "models", f"{path.name} imports {name}"
             assert not at_top, f"{path.name} imports {name} at the top"
