@@ -34,12 +34,13 @@ _HOME = {  # public name: the module that has it
     "evaluate": "evals",
     "load_model": "models",
     "token_strings": "models",
+    "catalogue": "releases",
     "load_sae": "loading",
     "save_sae": "loading",
     "push_to_hub": "loading",
     "pack": "tokens",
 }
-_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "sae", "tokens")
+_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "releases", "sae", "tokens")
 
 __all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importing the module would hide it
 
