@@ -14,14 +14,32 @@ from typing import Any
 import torch
 
 from saewb.errors import FormatError, explain
-from saewb.formats import saelens
+from saewb.formats import (
+    attention_hook_z,
+    gemma_scope,
+    gemma_scope_2,
+    goodfire,
+    llama_scope,
+    llama_scope_r1,
+    saelens,
+    temporal_conf,
+)
 from saewb.formats._facts import Facts
 from saewb.formats._tensors import TensorFile
 
 __all__ = ["FORMATS", "Facts", "TensorFile", "read", "recognise"]
 
 # The first that matches counts.
-FORMATS: list[ModuleType] = [saelens]
+FORMATS: list[ModuleType] = [
+    saelens,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    llama_scope_r1,
+    temporal_conf,
+    attention_hook_z,
+    goodfire,
+]
 
 
 def recognise(place: Path) -> ModuleType:

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saewb.errors import explain
+from saewb.errors import FormatError, explain
+
+# Overrides that say where an SAE belongs, and those that would change what it computes: only SAELens files have these.
+_PLACES = {"model_name": "model", "hook_name": "hook", "hook_name_out": "hook_out", "hook_head_index": "head"}
+_ARITHMETIC = frozenset(
+    (
+        *("architecture", "d_in", "d_sae", "d_out", "k", "activation_fn", "apply_b_dec_to_input"),
+        *("normalize_activations", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor"),
+    )
+)
+_OF_THE_FILE = ("dtype", "device")
 
 
 @dataclass(frozen=True)
@@ -52,3 +62,36 @@ class Facts:
         """
         found = re.findall(pattern, self.where(place))
         return int(found[-1]) if found else None
+
+    def placed(
+        self, *, model: str | None, hook: str | None, hook_out: str | None = None, **said: Any
+    ) -> dict[str, Any]:
+        """Fields of a configuration class: where the SAE belongs, and what else is known about it, as `metadata`.
+
+        Args:
+            model: as the file or the name of its repository says; None if neither does, and then ours counts.
+            hook: likewise.
+            hook_out: likewise; None for an SAE that writes where it reads.
+            said: what the file says beside, by SAELens' keys. Overrides replace it.
+        Raises:
+            FormatError: if `overrides` would change what is computed.
+        """
+        wrong = sorted(_ARITHMETIC & set(self.overrides))
+        if wrong:
+            what = f"overrides {wrong} would change what the SAE computes."
+            raise FormatError(explain(what, want="a layout that says them in its own files"))
+        out = self.hook_out if hook_out is None and hook is None else hook_out
+        places = {"model": model or self.model, "hook": hook or self.hook, "hook_out": out}
+        places |= {ours: self.overrides[key] for key, ours in _PLACES.items() if key in self.overrides}
+        others = {k: v for k, v in self.overrides.items() if k not in (*_PLACES, *_OF_THE_FILE)}
+        return {**places, "metadata": {**{k: v for k, v in said.items() if v is not None}, **others}}
+
+    def no_factor(self, layout: str) -> None:
+        """Check that no `scaling_factor` was given, for a layout whose weights read the model's own units.
+
+        Raises:
+            FormatError: if there was.
+        """
+        if self.scaling_factor is not None:
+            what = f"scaling_factor={self.scaling_factor} was given, but {layout} reads the model's own units."
+            raise FormatError(explain(what, want="no factor"))

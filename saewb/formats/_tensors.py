@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -112,14 +112,18 @@ class TensorFile:
         """All of them."""
         return {name: self.tensor(name) for name in self.names}
 
-    def fit(self, want: Mapping[str, tuple[int, ...]]) -> None:
+    def fit(self, want: Mapping[str, tuple[int, ...]], ignore: Iterable[str] = ()) -> None:
         """Check that the file has exactly these tensors, of these shapes, all of floating point numbers.
 
+        Args:
+            want: shapes by name.
+            ignore: names of tensors that may be there and are not looked at.
         Raises:
             FormatError: naming each one that is missing, left over, of another shape or of integers.
         """
-        fit({name: entry.shape for name, entry in self._entries.items()}, want, self.path.name)
-        for name, entry in self._entries.items():
+        looked_at = {name: entry for name, entry in self._entries.items() if name not in set(ignore) - set(want)}
+        fit({name: entry.shape for name, entry in looked_at.items()}, want, self.path.name)
+        for name, entry in looked_at.items():
             if entry.dtype not in FLOATS:
                 raise FormatError(
                     explain(
