@@ -30,7 +30,7 @@ ROOMS = {
     "splice": "errors sae hooks",
     "activations": "errors hooks tokens",
     "attachment": "errors hooks splice tokens",
-    "formats": "errors formats sae pursuit temporal",
+    "formats": "config errors formats sae pursuit temporal",
     "gguf_llama": "errors gguf",
     "models": "errors gguf_llama hub spans",
     "loading": "errors formats hub releases sae pursuit temporal",

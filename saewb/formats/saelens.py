@@ -26,9 +26,11 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saewb.config import Scaling
 from saewb.errors import FormatError, explain
 from saewb.formats._atomic import write_folder
 from saewb.formats._facts import Facts
+from saewb.formats._saelens_centred import centred, reading_centred, reads_centred, without_flag
 from saewb.formats._saelens_cfg import UNFINISHED, Described, understand
 from saewb.formats._saelens_fold import Whitening, scaled_down, ungated, unit_rows, whitened
 from saewb.formats._saelens_scaling import SCALER, WHITENING, input_scaling
@@ -44,7 +46,7 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 MARKS = (CONFIG, WEIGHTS)  # what a folder is recognised by
 FILES = (CONFIG, WEIGHTS, SPARSITY, SCALER, WHITENING)  # all that may be read
 
-_SCALING = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+_SCALING: dict[str, Scaling] = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
 
 def files(path: str) -> list[str]:
@@ -196,6 +198,10 @@ def _feed_forward(
     else:
         w = w if given is None else scaled_down(w, given, rescale)
         w = unit_rows(w) if rescale else w
+    if described.is_transcoder and reads_centred(
+        described.metadata, described.places["hook"], described.places["model"]
+    ):
+        w = reading_centred(w)
     cfg = SAEConfig(
         d_in=described.d_in,
         d_sae=described.d_sae,
@@ -204,11 +210,18 @@ def _feed_forward(
         k=_whole(described.options["k"]) if "k" in described.options else None,
         skip="skip" in described.architecture,
         pre_bias=pre_bias,
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
-        **described.places,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
+        **places,
     )
     return SAE, cfg, w
+
+
+def _scaling(described: Described) -> Scaling:
+    scaling = _SCALING.get(described.normalize, "none")
+    if described.is_transcoder:
+        return scaling
+    return centred(scaling, described.metadata, described.places["hook"], described.places["model"])
 
 
 def _gate(architecture: str) -> str:
@@ -264,8 +277,8 @@ def _pursuit(
         max_iterations=options["max_iterations"],
         stop_on_duplicate=options["stop_on_duplicate_support"],
         pre_bias="tied" if described.tied else "none",
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
         **_within(described.places),
     )
     _fitting(tensors, {"W_dec": (described.d_sae, described.d_in), "b_dec": (described.d_in,)})
@@ -292,8 +305,8 @@ def _temporal(
         tied=options["tied_weights"],
         pre_bias="tied" if described.tied else "none",
         factor=given if isinstance(given, float) else float(fixed),
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
         **_within(described.places),
     )
     return TemporalSAE, cfg, tensors
