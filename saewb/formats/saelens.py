@@ -198,9 +198,8 @@ def _feed_forward(
     else:
         w = w if given is None else scaled_down(w, given, rescale)
         w = unit_rows(w) if rescale else w
-    if described.is_transcoder and reads_centred(
-        described.metadata, described.places["hook"], described.places["model"]
-    ):
+    places = described.places
+    if described.is_transcoder and reads_centred(described.metadata, places["hook"], places["model"]):
         w = reading_centred(w)
     cfg = SAEConfig(
         d_in=described.d_in,
