@@ -22,6 +22,8 @@ _HOME = {  # public name: the module that has it
     "SAE": "sae",
     "SAEConfig": "sae",
     "TopLatents": "sae",
+    "CrossLayerConfig": "cross_layer",
+    "CrossLayerTranscoder": "cross_layer",
     "PursuitConfig": "pursuit",
     "PursuitSAE": "pursuit",
     "TemporalConfig": "temporal",

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from saewb.errors import explain
 
-Gate = Literal["relu", "jumprelu", "topk", "abstopk"]
+Gate = Literal["relu", "jumprelu", "topk", "abstopk", "groupmax"]
 Scaling = Literal["none", "layer_norm", "constant_norm", "centred"]
 PreBias = Literal["none", "tied", "own"]
 
@@ -63,13 +63,15 @@ class SAEConfig:
             ("pre_bias", get_args(PreBias)),
         ):
             _check(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
-        if self.gate in ("topk", "abstopk"):
+        if self.gate in ("topk", "abstopk", "groupmax"):
             _check(
                 type(self.k) is int and 0 < self.k <= self.d_sae,
                 "k",
                 self.k,
                 f"1 to d_sae={self.d_sae} for gate {self.gate!r}",
             )
+            whole = self.gate != "groupmax" or self.d_sae % self.k == 0
+            _check(whole, "k", self.k, f"a divisor of d_sae={self.d_sae}, since groupmax makes k equal groups")
         else:
             _check(self.k is None, "k", self.k, f"None, since gate {self.gate!r} keeps no fixed number of latents")
         if self.d_out != self.d_in:

@@ -3,8 +3,9 @@
     latents = gate((scale(x) - b_pre) @ W_enc + b_enc)
     recon   = unscale(latents @ W_dec + b_dec) (+ x @ W_skip)
 
-The gate is a threshold per latent (ReLU, JumpReLU) or a top-k (by value or by magnitude). What else differs between
-papers is a matter of reading a file (`saewb.formats`) or of training (`saewb.objectives`), not of another class here.
+The gate is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else
+differs between papers is a matter of reading a file (`saewb.formats`) or of training (`saewb.objectives`), not of
+another class here.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class SAE(nn.Module):
             gate((scale(x) - b_pre) @ W_enc + b_enc)
 
         ReLU keeps what is > 0, JumpReLU what is strictly > threshold (and > 0), TopK the k largest that are > 0,
-        AbsTopK the k largest in magnitude, with their sign.
+        AbsTopK the k largest in magnitude, with their sign, GroupMax the largest of each of k groups that is > 0.
 
         Args:
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
@@ -162,12 +163,14 @@ class SAE(nn.Module):
         if self.cfg.k is None:
             raise ValueError(
                 explain(
-                    f"encode_topk on a {self.cfg.gate!r} SAE.", want="gate 'topk' or 'abstopk'", fix="sae.encode(x)"
+                    f"encode_topk on a {self.cfg.gate!r} SAE.",
+                    want="a top-k gate",
+                    fix="sae.encode(x)",
                 )
             )
         h = self._centred(x)
         pre = torch.addmm(self.b_enc, h.reshape(-1, h.shape[-1]), self.W_enc)
-        values, indices = top(pre, self.cfg.k, signed=self.cfg.gate == "abstopk")
+        values, indices = top(pre, self.cfg.k, self.cfg.gate)
         return TopLatents(values, indices, (*h.shape[:-1], self.cfg.d_sae))
 
     def decode(
@@ -279,7 +282,7 @@ class SAE(nn.Module):
     def _gate(self, pre: Tensor) -> Tensor:
         if self.cfg.k is None:
             return threshold_gate(pre, self.threshold if self.cfg.gate == "jumprelu" else None)
-        values, indices = top(pre, self.cfg.k, signed=self.cfg.gate == "abstopk")
+        values, indices = top(pre, self.cfg.k, self.cfg.gate)
         return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def _topk_subset(self, h: Tensor, latents: Latents) -> Tensor:

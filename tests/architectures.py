@@ -72,6 +72,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "topk": lambda: feed_forward(gate="topk", k=5, pre_bias="tied"),
     "topk_layer_norm": lambda: feed_forward(gate="topk", k=5, scaling="layer_norm", pre_bias="tied"),
     "abstopk": lambda: feed_forward(gate="abstopk", k=5, pre_bias="tied"),
+    "groupmax": lambda: feed_forward(gate="groupmax", k=6, pre_bias="tied"),
     "abstopk_own_b_pre": lambda: feed_forward(gate="abstopk", k=5, pre_bias="own", scaling="constant_norm"),
     "hook_z_head": lambda: feed_forward(hook="blocks.1.attn.hook_z", head=2),
     "skip_same_point": lambda: feed_forward(skip=True, pre_bias="tied"),

@@ -16,12 +16,20 @@ import torch
 from saewb.errors import FormatError, explain
 from saewb.formats import (
     attention_hook_z,
+    deepseek_r1,
+    dictionary_learning,
     gemma_scope,
     gemma_scope_2,
+    gemma_scope_2_cross_layer,
     goodfire,
     llama_scope,
     llama_scope_r1,
+    mntss,
+    mwhanna,
+    openai,
+    qwen_scope,
     saelens,
+    sparsify,
     temporal_conf,
 )
 from saewb.formats._facts import Facts
@@ -39,6 +47,14 @@ FORMATS: list[ModuleType] = [
     temporal_conf,
     attention_hook_z,
     goodfire,
+    sparsify,
+    dictionary_learning,
+    gemma_scope_2_cross_layer,
+    mntss,
+    mwhanna,
+    qwen_scope,
+    openai,
+    deepseek_r1,
 ]
 
 

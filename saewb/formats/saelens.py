@@ -227,7 +227,7 @@ def _gate(architecture: str) -> str:
     if architecture in ("gated", *UNFINISHED) or architecture.startswith("jumprelu"):
         return "jumprelu"
     first = architecture.split("_")[0]
-    return first if first in ("topk", "abstopk") else "relu"
+    return first if first in ("topk", "abstopk", "groupmax") else "relu"
 
 
 def _whole(k: object) -> object:
