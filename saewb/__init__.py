@@ -38,8 +38,9 @@ _HOME = {  # public name: the module that has it
     "token_strings": "models",
     "catalogue": "releases",
     "load_sae": "loading",
+    "load_config": "loading",
     "save_sae": "loading",
-    "push_to_hub": "loading",
+    "push_to_hub": "sharing",
     "pack": "tokens",
 }
 _MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "releases", "sae", "tokens")

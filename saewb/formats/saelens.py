@@ -100,6 +100,35 @@ def read(
         raise FormatError(f"cannot read {folder}: {error}") from error
 
 
+def read_config(place: Path, facts: Facts | None = None) -> SAEConfig | PursuitConfig | TemporalConfig:
+    """What `read(place, facts).cfg` would be, without the weights being there.
+
+    Args:
+        place: a folder with cfg.json (and activation_scaler.json, if the SAE needs it).
+        facts: as for `read`.
+    Raises:
+        FormatError: if anything in these files is unknown, missing or contradictory.
+    """
+    folder, facts = Path(place), facts or Facts()
+    try:
+        described = _with_facts(understand(_overridden(read_json(folder / CONFIG), facts)), facts)
+        d_in, d_sae = described.d_in, described.d_sae
+        if described.normalize == "covariance_whitening":
+            square = torch.empty(d_in, d_in, device="meta")
+            given: float | Whitening | None = Whitening(square[0], square, square)
+        else:
+            given = input_scaling(folder, described, facts.scaling_factor)
+        # The same path as the weights take, over tensors that are nothing but their shapes.
+        builds = {"matching_pursuit": _pursuit, "temporal": _temporal}
+        build = builds.get(described.architecture, _feed_forward)
+        pursued = {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+        shapes = pursued if build is _pursuit else _stored_shapes(described)
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return build(replace(described, finetuned=False), tensors, given)[1]
+    except ValueError as error:
+        raise FormatError(f"cannot read {folder}: {error}") from error
+
+
 def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool = False) -> Path:
     """Write an SAE in this layout, version 6; sae-lens reads it and computes the same. All of it or nothing.
 

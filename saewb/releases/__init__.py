@@ -19,7 +19,7 @@ from saewb.errors import explain, near
 from saewb.releases._expand import expand
 from saewb.releases._search import catalogue
 
-__all__ = ["Entry", "catalogue", "find", "ids", "lines", "releases"]
+__all__ = ["Entry", "at", "catalogue", "find", "ids", "lines", "releases"]
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,23 @@ def find(release: str, id: str) -> Entry:
                 fix=f"saewb.load_sae({release!r}, {(close or columns['id'])[0]!r})",
             )
         )
-    row = columns["id"].index(id)
-    shared = {name: spec[name] for name in _SHARED if name in spec}
-    return Entry(**_DEFAULTS | shared, **{name: values[row] for name, values in columns.items()})
+    return _entry(spec, columns, columns["id"].index(id))
+
+
+def at(repo: str, path: str) -> Entry | None:
+    """The entry of a place on the hub, if it is in the catalogue: the first of several that name it.
+
+    Example:
+        >>> at("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre").release
+        'gpt2-small-res-jb'
+    """
+    for line in lines():
+        if f'"repo":"{repo}"' in line:
+            spec = json.loads(line)
+            columns = expand(spec)
+            if path in columns["path"]:
+                return _entry(spec, columns, columns["path"].index(path))
+    return None
 
 
 _DEFAULTS = {"format": "sae_lens", "dtype": "float32"}
@@ -110,6 +124,11 @@ _SHARED = (
     *("release", "repo", "format", "model", "d_in", "dtype", "l0_is"),
     *("architecture", "overrides", "links", "note"),
 )
+
+
+def _entry(spec: Mapping[str, Any], columns: Mapping[str, list[Any]], row: int) -> Entry:
+    shared = {name: spec[name] for name in _SHARED if name in spec}
+    return Entry(**_DEFAULTS | shared, **{name: values[row] for name, values in columns.items()})
 
 
 def _name(line: str) -> str:
