@@ -294,6 +294,8 @@ def test_downloads_go_on_where_they_broke_off_and_damage_is_found(tmp_path):
     }
     code = f"""
 import logging, time
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 100  # bytes that it writes at once
 time.sleep = lambda seconds: None  # huggingface_hub waits between attempts
 logging.disable(logging.CRITICAL)
 first = {{name: tried({REPO!r}, name) for name in {names}}}
