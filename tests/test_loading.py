@@ -307,6 +307,7 @@ print(json.dumps([first, again, others]))
         first, again, others = _client(code, endpoint, tmp_path / "home")
     assert set(again.values()) == {repr(feed_forward(0, gate="jumprelu"))}, again
     assert first["dropped"] == first["busy"] == again["dropped"]
+    print(json.dumps([first, others], indent=1), [x for x in log if "from" in x])
     assert "from 700" in log
     assert first["wrong"].startswith("OSError: wrong/sae_weights.safetensors came damaged: its sha256 is")
     assert "It was thrown away" in first["wrong"]

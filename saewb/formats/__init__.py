@@ -40,13 +40,6 @@ __all__ = ["FORMATS", "Facts", "TensorFile", "read", "recognise"]
 # The first that matches counts.
 FORMATS: list[ModuleType] = [
     saelens,
-    gemma_scope,
-    gemma_scope_2,
-    llama_scope,
-    llama_scope_r1,
-    temporal_conf,
-    attention_hook_z,
-    goodfire,
     sparsify,
     dictionary_learning,
     gemma_scope_2_cross_layer,
@@ -55,6 +48,13 @@ FORMATS: list[ModuleType] = [
     qwen_scope,
     openai,
     deepseek_r1,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    llama_scope_r1,
+    temporal_conf,
+    attention_hook_z,
+    goodfire,
 ]
 
 

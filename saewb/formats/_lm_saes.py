@@ -11,7 +11,6 @@ norms of the decoder take no part. Latents are in the normalised space, as sae-l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,17 +64,6 @@ def refuse_variants(config: Mapping[str, Any], where: str) -> None:
         if config.get(name, known[0]) not in known:
             want = " or ".join(map(repr, known))
             raise FormatError(explain(f"{where} has {name}={config[name]!r}, which saewb cannot compute.", want=want))
-
-
-def positive(value: object, name: str) -> float:
-    """The number, checked.
-
-    Raises:
-        FormatError: if it is no positive number.
-    """
-    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-        raise FormatError(explain(f"{name} is {value!r}.", want="a positive number"))
-    return float(value)
 
 
 def folded(

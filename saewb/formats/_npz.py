@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saewb.errors import FormatError, explain
-from saewb.formats._zipped import members, refusing
+from saewb.formats._zipped import data_offset, members, refusing
 
 _DTYPES = {
     "<f8": torch.float64,
@@ -98,15 +98,7 @@ def _loader(member: _Member) -> Callable[[], Tensor]:
 
 
 def _stored(member: _Member) -> Tensor:
-    with open(member.path, "rb") as file:
-        file.seek(member.info.header_offset)
-        local = file.read(30)
-    if len(local) < 30 or local[:4] != b"PK\x03\x04":
-        raise FormatError(explain(f"{member.path.name} is damaged at {member.info.filename}."))
-    names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    offset, count = member.info.header_offset + 30 + names + member.skip, math.prod(member.shape)
-    if offset + member.n_bytes > member.path.stat().st_size:
-        raise FormatError(explain(f"{member.path.name} ends inside {member.info.filename}."))
+    offset, count = data_offset(member.path, member.info) + member.skip, math.prod(member.shape)
     kind = np.dtype(member.descr)
     # Numbers must lie at a multiple of their size to be mapped: compiled loops may rely on it.
     if offset % kind.itemsize or not count:

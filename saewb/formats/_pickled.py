@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saewb.errors import FormatError, explain
-from saewb.formats._zipped import members, refusing
+from saewb.formats._zipped import data_offset, members, refusing
 
 _MOST_PICKLE = 4 << 20  # bytes; numbers are not in it
 _MOST_DEPTH = 4  # dictionaries inside dictionaries
@@ -42,7 +42,7 @@ def open_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     with refusing(path, "a .pt file of torch 1.6 or later"):
         with zipfile.ZipFile(path) as archive:
-            _look_through(archive, path)
+            infos = _look_through(archive, path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
@@ -50,6 +50,7 @@ def open_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(content, Mapping):
             raise FormatError(explain(f"{path.name} holds a {type(content).__name__}.", want="a dictionary of tensors"))
         found = dict(_flat(content, path))
+        _check_storages([value for value in found.values() if isinstance(value, Tensor)], infos, path)
     for name, value in found.items():
         if isinstance(value, Tensor):
             _check(value, name, path)
@@ -57,7 +58,7 @@ def open_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {name: value for name, value in found.items() if name not in tensors}
 
 
-def _look_through(archive: zipfile.ZipFile, path: Path) -> None:
+def _look_through(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
     infos = members(archive, path)
     pickles = [info for info in infos if info.filename.endswith("/data.pkl")]
     if len(pickles) != 1 or any(info.compress_type != zipfile.ZIP_STORED for info in infos):
@@ -73,6 +74,7 @@ def _look_through(archive: zipfile.ZipFile, path: Path) -> None:
                     want="a file with tensors, numbers and strings only",
                 )
             )
+    return infos
 
 
 def _flat(content: Mapping[Any, Any], path: Path, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -91,3 +93,19 @@ def _check(tensor: Tensor, name: str, path: Path) -> None:
         raise FormatError(
             explain(f"{name} in {path.name} has shape {tuple(tensor.shape)}.", want=f"what {size} bytes can hold")
         )
+
+
+def _check_storages(tensors: list[Tensor], infos: list[zipfile.ZipInfo], path: Path) -> None:
+    """Each one's numbers must be one whole member: torch maps as many as the pickle says, from wherever it begins."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided
+    }
+    storages = {start: size for start, size in storages.items() if size}
+    if not storages:
+        return
+    sizes = {data_offset(path, info): info.file_size for info in infos if "/data/" in info.filename}
+    first = next(iter(storages))
+    for base in (first - offset for offset in sizes):
+        if all(sizes.get(start - base) == size for start, size in storages.items()):
+            return
+    raise FormatError(explain(f"{path.name} is damaged: its pickle and its numbers do not agree in size."))

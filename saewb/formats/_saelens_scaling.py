@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from saewb.errors import FormatError, explain
 from saewb.formats._saelens_cfg import Described
 from saewb.formats._saelens_fold import Whitening
 from saewb.formats._tensors import TensorFile, fit
-from saewb.formats._text import object_of, read_json
+from saewb.formats._text import object_of, positive, read_json
 
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 
@@ -40,9 +39,7 @@ def input_scaling(folder: Path, described: Described, factor: float | None) -> f
                     fix=f"saewb.load_sae({str(folder)!r}, scaling_factor=...)",
                 )
             )
-        if type(factor) not in (int, float) or not (math.isfinite(factor) and factor > 0):
-            raise FormatError(explain(f"scaling_factor is {factor}.", want="a positive number"))
-        return float(factor)
+        return positive(factor, "scaling_factor")
     if described.normalize == "covariance_whitening":
         if described.architecture in ("matching_pursuit", "temporal"):
             raise FormatError(explain(f"a whitening cannot be folded into {described.architecture!r}."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ def object_of(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(explain(f"{path.name} holds a {type(content).__name__}.", want="an object"))
     return content
+
+
+def positive(value: object, name: str) -> float:
+    """The number, checked.
+
+    Raises:
+        FormatError: if it is no positive, finite number.
+    """
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise FormatError(explain(f"{name} is {value!r}.", want="a positive number"))
+    return float(value)
 
 
 def _text(path: Path) -> str:

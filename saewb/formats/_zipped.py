@@ -59,3 +59,19 @@ def members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
                 )
             )
     return infos
+
+
+def data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where in the file a member's bytes begin.
+
+    Raises:
+        FormatError: if there is no member there, or it is longer than the file.
+    """
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        local = file.read(30)
+    # The lengths of name and extra field there need not be those of the directory at the file's end.
+    start = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    if len(local) < 30 or local[:4] != b"PK\x03\x04" or start + info.compress_size > path.stat().st_size:
+        raise FormatError(explain(f"{path.name} is damaged at {info.filename}."))
+    return start

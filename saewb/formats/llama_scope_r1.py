@@ -17,9 +17,9 @@ import torch
 from saewb.errors import FormatError, explain
 from saewb.formats._build import built, reading
 from saewb.formats._facts import Facts
-from saewb.formats._lm_saes import folded, positive, refuse_variants, shapes, sizes
+from saewb.formats._lm_saes import folded, refuse_variants, shapes, sizes
 from saewb.formats._tensors import TensorFile
-from saewb.formats._text import object_of, read_json
+from saewb.formats._text import object_of, positive, read_json
 from saewb.sae import SAE, SAEConfig
 
 NAME = "Llama Scope R1"

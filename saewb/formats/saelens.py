@@ -319,6 +319,9 @@ def _temporal(
     options = described.options
     if options["sae_diff_type"] not in ("relu", "topk"):
         raise FormatError(explain(f"sae_diff_type is {options['sae_diff_type']!r}.", want="'relu' or 'topk'"))
+    n_layers = options["n_attn_layers"]
+    if type(n_layers) is not int or n_layers > len(tensors):  # before a name is made for each
+        raise FormatError(explain(f"n_attn_layers is {n_layers!r}, and there are {len(tensors)} tensors."))
     # A top-k without its k keeps all, as sae-lens computes it.
     k = _whole(options["kval_topk"]) if options["sae_diff_type"] == "topk" else None
     fixed = options["activation_normalization_factor"] if described.normalize == "constant_scalar_rescale" else 1.0

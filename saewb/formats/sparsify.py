@@ -5,6 +5,7 @@
     y = z @ W_dec + b_dec (+ x @ W_skip.T)
 
 `transcode` is younger than the first published transcoders: where cfg.json does not say it, b_dec is subtracted.
+`multi_topk` is of the loss: k latents are kept all the same.
 """
 
 from __future__ import annotations

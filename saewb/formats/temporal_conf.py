@@ -17,13 +17,14 @@ from saewb.errors import FormatError, explain
 from saewb.formats._build import reading
 from saewb.formats._facts import Facts
 from saewb.formats._tensors import TensorFile
-from saewb.formats._text import object_of, read_yaml
+from saewb.formats._text import object_of, positive, read_yaml
 from saewb.temporal import TemporalConfig, TemporalSAE, temporal_shapes
 
 NAME = "temporal SAEs"
 CONFIG, WEIGHTS = "conf.yaml", "latest_ckpt.safetensors"
 MARKS = (CONFIG, WEIGHTS)
 
+_MOST = 1 << 32  # of a width
 _OURS = {"D": "W_dec", "b": "b_dec", "E": "W_enc"}
 
 
@@ -59,8 +60,10 @@ def read(
     facts, folder = facts or Facts(), Path(place)
     with reading(folder):
         said = _settings(folder / CONFIG)
-        cfg = TemporalConfig(**said, **_placed(facts, folder))
         file = TensorFile(folder / WEIGHTS)
+        if said["n_attn_layers"] > len(file.names):  # before a name is made for each
+            raise FormatError(explain(f"{CONFIG} has n_attn_layers {said['n_attn_layers']}, {file!r} not so many."))
+        cfg = TemporalConfig(**said, **_placed(facts, folder))
         theirs = {ours: name for name, ours in _OURS.items()}
         names = {name: theirs.get(name, name) for name in temporal_shapes(cfg)}
         file.fit({names[name]: shape for name, shape in temporal_shapes(cfg).items()})
@@ -74,27 +77,26 @@ def _settings(path: Path) -> dict[str, Any]:
     sae, d_in = _inner(conf, "sae"), _inner(conf, "llm").get("dimin")
     wanted = ("exp_factor", "n_heads", "n_attn_layers", "bottleneck_factor", "sae_diff_type", "kval_topk")
     missing = [name for name in (*wanted, "tied_weights", "scaling_factor") if name not in sae]
-    if missing or type(d_in) is not int:
+    if missing or type(d_in) is not int or not 0 < d_in < _MOST:
         what = f"{path.name} has llm.dimin={d_in!r} and no sae.{', sae.'.join(missing)}." if missing else ""
-        raise FormatError(explain(what or f"{path.name} has llm.dimin={d_in!r}.", want="both, llm.dimin an integer"))
+        raise FormatError(explain(what or f"{path.name} has llm.dimin={d_in!r}.", want="both, llm.dimin a width"))
     if sae["sae_diff_type"] not in ("relu", "topk"):
         raise FormatError(explain(f"{path.name} has sae_diff_type {sae['sae_diff_type']!r}.", want="'relu' or 'topk'"))
-    factors = {name: sae[name] for name in ("exp_factor", "scaling_factor")}
-    if type(sae["tied_weights"]) is not bool or any(type(f) not in (int, float) for f in factors.values()):
-        what = f"{path.name} has tied_weights {sae['tied_weights']!r}, {factors}."
-        raise FormatError(explain(what, want="true or false, and numbers"))
     k = sae["kval_topk"] if sae["sae_diff_type"] == "topk" else None  # a top-k without its k keeps all
+    counts = {name: sae[name] for name in ("n_heads", "n_attn_layers", "bottleneck_factor")}
+    wrong = [name for name, n in {**counts, "kval_topk": 1 if k is None else k}.items() if type(n) is not int]
+    if wrong or type(sae["tied_weights"]) is not bool:
+        what = f"{path.name} has tied_weights {sae['tied_weights']!r}, {', '.join(f'{n} {sae[n]!r}' for n in wrong)}."
+        raise FormatError(explain(what, want="true or false, and integers"))
     return {
         "d_in": d_in,
-        "d_sae": int(d_in * sae["exp_factor"]),
+        "d_sae": int(min(_MOST, d_in * positive(sae["exp_factor"], "exp_factor"))),
         "gate": "relu" if k is None else "topk",
         "k": k,
-        "n_heads": sae["n_heads"],
-        "n_attn_layers": sae["n_attn_layers"],
-        "bottleneck_factor": sae["bottleneck_factor"],
+        **counts,
         "tied": sae["tied_weights"],
         "pre_bias": "tied",
-        "factor": float(sae["scaling_factor"]),
+        "factor": positive(sae["scaling_factor"], "scaling_factor"),
     }
 
 
