@@ -94,7 +94,7 @@ def fetched(
         ConnectionError: if the connection broke; what came is kept, and the next call goes on from there.
         OSError: if a file is not what the hub says (it is then taken out of the cache), or if the disk is full.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError  # how it says that the hub stopped answering
 
     new = [name for name in names if force_download or not _cached(repo, name, listing.commit)]
@@ -112,6 +112,16 @@ def fetched(
             explain(
                 f"{repo}: the download of {size(missing)} broke off: {_status(error)}.",
                 want="to call it again: what came is kept, and it goes on from there",
+                fix=call,
+            )
+        ) from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a file of another length than the hub says; a full disk; a cache that is not ours
+        raise OSError(
+            explain(
+                f"{repo}: the download of {size(missing)} failed: {first_line(error).rstrip('.')}.",
+                want=f"room for it and leave to write in {constants.HF_HUB_CACHE}; then call it again",
                 fix=call,
             )
         ) from error

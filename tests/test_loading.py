@@ -307,14 +307,12 @@ print(json.dumps([first, again, others]))
         first, again, others = _client(code, endpoint, tmp_path / "home")
     assert set(again.values()) == {repr(feed_forward(0, gate="jumprelu"))}, again
     assert first["dropped"] == first["busy"] == again["dropped"]
-    print(json.dumps([first, others], indent=1), [x for x in log if "from" in x])
     assert "from 700" in log
     assert first["wrong"].startswith("OSError: wrong/sae_weights.safetensors came damaged: its sha256 is")
     assert "It was thrown away" in first["wrong"]
-    assert "gone" in first["gone"]
     assert first["gone"].startswith("ConnectionError: some-one/their-saes: the download of")
     assert "it goes on from there" in first["gone"]
-    assert first["short"] == again["short"] or first["short"].startswith(("ConnectionError", "OSError"))
+    assert first["short"].startswith("OSError: some-one/their-saes: the download of 2.4 kB failed: Consistency check")
     assert "too many requests for now (HTTP 429); try again in 1 s" in others[0]
     assert others[1].startswith("FileNotFoundError")
     assert "some-one/secret" in others[1]
