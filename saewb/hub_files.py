@@ -205,8 +205,9 @@ def refusals(repo: str, revision: str | None, call: str) -> Iterator[None]:
 def _network() -> tuple[type[BaseException], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Its bases are the errors of whichever HTTP library this huggingface_hub stands on (requests, httpx, ...).
-    return (ConnectionError, TimeoutError, HfHubHTTPError, *(b for b in HfHubHTTPError.__bases__ if b is not OSError))
+    # Among what it stands on is the error of whichever HTTP library this huggingface_hub uses (requests, httpx, ...).
+    below = [base for base in HfHubHTTPError.__mro__ if base.__module__ != "builtins"]
+    return (ConnectionError, TimeoutError, *below)
 
 
 def _code(error: BaseException) -> int | None:
