@@ -295,7 +295,7 @@ def _whole(splice: Splice) -> nn.Module:
 
 
 def _places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
-    if getattr(sae.cfg, "metadata", {}).get("part_of_cross_layer_transcoder"):
+    if getattr(sae.cfg, "metadata", {}).get("summed_over_layers"):
         what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
         raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
     source = hook or sae.cfg.hook

@@ -13,6 +13,7 @@ from saewb import hooks
 from saewb.attachment import attach
 from saewb.cross_layer import CrossLayerConfig, CrossLayerTranscoder, cross_layer_shapes
 from saewb.errors import FormatError
+from saewb.loading import save_sae
 
 READ, WRITE = "blocks.{}.hook_resid_mid", "blocks.{}.hook_mlp_out"
 WIDTHS = (20, 24, 28)
@@ -195,6 +196,12 @@ def test_every_tensor_is_accounted_for():
             CrossLayerTranscoder.from_tensors(cfg, {**tensors, name: tensors[name][::-1][1:]})
     with pytest.raises(FormatError, match=r"left over \['more'\]"):
         CrossLayerTranscoder.from_tensors(cfg, {**drawn(cfg), "more": []})
+
+
+def test_it_is_not_saved_as_what_it_is_not(tmp_path):
+    with pytest.raises(TypeError, match="the SAELens layout has no CrossLayerTranscoder"):
+        save_sae(made(), tmp_path / "clt")
+    assert not (tmp_path / "clt").exists()
 
 
 def test_repr_is_one_line():

@@ -18,7 +18,6 @@ from saewb.formats._tensors import FLOATS, TensorFile
 from saewb.sae import SAE, SAEConfig
 
 Kind = TypeVar("Kind")
-_PLACES = {"hook": "hook_name", "hook_out": "hook_name_out", "model": "model_name"}  # ours: in `Facts.overrides`
 
 
 def said(content: object, name: str, kind: type[Kind], where: str, default: Kind | None = None) -> Kind:
@@ -47,9 +46,13 @@ def opened(place: Path) -> TensorFile | None:
 def published(
     weights: Mapping[str, Tensor],
     facts: Facts,
+    layout: str,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    model: str | None,
+    hook: str | None,
+    hook_out: str | None = None,
     metadata: Mapping[str, Any],
     **fields: Any,
 ) -> SAE:
@@ -57,28 +60,30 @@ def published(
 
     Args:
         weights: by the names of `SAE`.
-        facts: `overrides` come before what the file says in `fields` and `metadata`; `hook`, `hook_out`, `model` count
-            where it says nothing.
+        facts: its overrides come before what the file says; `hook`, `hook_out`, `model` count where that says nothing.
+        layout: its name, for messages.
         dtype: of the parameters; None means that of W_dec.
         device: of the parameters; None means the CPU.
+        model: as the file says, None if it does not; `hook` and `hook_out` likewise.
+        hook: see `model`.
+        hook_out: see `model`; None for an SAE that writes where it reads.
         metadata: whatever else is known, by SAELens' names; None is left out.
         fields: of SAEConfig.
     Raises:
         FormatError: if weights do not fit each other, or are no floating point numbers.
     """
+    facts.no_factor(layout)
     for name, tensor in weights.items():
         if tensor.dtype not in FLOATS:
             raise FormatError(explain(f"{name} is stored as {tensor.dtype}.", want=", ".join(map(str, FLOATS))))
     for name, want in (("W_enc", 2), ("W_dec", 2)):
         if weights[name].ndim != want:
             raise FormatError(explain(f"{name} has shape {tuple(weights[name].shape)}.", want=f"{want} dimensions"))
-    extra = {key: value for key, value in {**metadata, **facts.overrides}.items() if value is not None}
-    for ours, theirs in _PLACES.items():
-        fields[ours] = extra.pop(theirs, None) or fields.get(ours) or getattr(facts, ours)
-    if fields["hook_out"] == fields["hook"]:
-        fields["hook_out"] = None
+    placed = facts.placed(model=model, hook=hook, hook_out=hook_out, **metadata)
+    if placed["hook_out"] == placed["hook"]:
+        placed["hook_out"] = None
     d_in, d_sae = weights["W_enc"].shape
-    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=weights["W_dec"].shape[1], metadata=extra, **fields)
+    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=weights["W_dec"].shape[1], **placed, **fields)
     return built(cfg, weights, weights["W_dec"].dtype, dtype, device)
 
 

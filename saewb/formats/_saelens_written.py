@@ -59,6 +59,9 @@ def _saewb_version() -> str:
 
 def as_written(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
     """Architecture, apply_b_dec_to_input, the architecture's own keys, and tensors as they stand in a file."""
+    if not isinstance(sae, (SAE, PursuitSAE, TemporalSAE)):
+        what = f"the SAELens layout has no {type(sae).__name__}: {sae!r}."
+        raise TypeError(explain(what, want="SAE, PursuitSAE or TemporalSAE"))
     tensors = {name: t.detach() for name, t in sae.state_dict().items()}
     cfg = sae.cfg
     if isinstance(sae, PursuitSAE):

@@ -10,6 +10,8 @@ from typing import Any
 from saewb.errors import FormatError, explain
 
 _MOST = 16 << 20  # bytes
+# A parser in Python needs a second for this many bytes; the configuration of a training run has some 5 kB.
+_MOST_YAML, _MOST_DEPTH = 1 << 17, 32
 
 
 def read_json(path: Path) -> Any:
@@ -28,12 +30,21 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds: plain values only, tags that make objects are refused.
 
     Raises:
-        FormatError: if it is not there, is not such YAML, is nested absurdly deep, or has more than 16 MiB.
+        FormatError: if it is not there, is not such YAML, has references, is nested deep, or has more than 128 KiB.
     """
     import yaml
 
     try:
-        return yaml.safe_load(_text(path))
+        text = _text(path, _MOST_YAML)
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # stops before depth costs time, and before any content
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MOST_DEPTH or isinstance(event, yaml.AliasEvent):
+                # References to references are short to write, and fill the memory when printed.
+                raise FormatError(explain(f"{path.name} has references, or is nested {_MOST_DEPTH} deep."))
+        return yaml.safe_load(text)
+    except FormatError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(explain(f"{path.name} is not YAML of plain values: {error}.")) from error
 
@@ -60,11 +71,11 @@ def positive(value: object, name: str) -> float:
     return float(value)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, most: int = _MOST) -> str:
     try:
         size = path.stat().st_size
-        if not path.is_file() or size > _MOST:
-            raise FormatError(explain(f"{path.name} has {size} bytes.", want=f"a file of at most {_MOST}"))
+        if not path.is_file() or size > most:
+            raise FormatError(explain(f"{path.name} has {size} bytes.", want=f"a file of at most {most}"))
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise FormatError(explain(f"{path.name} cannot be read in {path.parent}.")) from error

@@ -76,6 +76,7 @@ def read(
                 "b_dec": file.tensor("decoder.bias"),
             },
             facts,
+            NAME,
             dtype=dtype,
             device=device,
             hook=None if layer is None else f"blocks.{layer}.hook_resid_post",

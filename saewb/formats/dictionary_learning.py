@@ -27,7 +27,7 @@ from saewb.formats._build import reading
 from saewb.formats._facts import Facts
 from saewb.formats._published import published, said, turned
 from saewb.formats._saelens_fold import ungated
-from saewb.formats._tensors import TensorFile, fit
+from saewb.formats._tensors import FLOATS, TensorFile, fit
 from saewb.formats._text import read_json
 from saewb.sae import SAE
 
@@ -108,6 +108,7 @@ def read(
         return published(
             _weights(stored, kind),
             facts,
+            NAME,
             dtype=dtype,
             device=device,
             gate={"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk"}.get(kind, "jumprelu"),
@@ -136,6 +137,9 @@ def _check_shapes(stored: Mapping[str, Tensor], kind: str, trainer: Mapping[str,
         if name in stored or not axes.startswith("?")
     }
     fit({name: tuple(tensor.shape) for name, tensor in stored.items()}, want, WEIGHTS)
+    wrong = [name for name, t in stored.items() if name not in ("k", "group_sizes") and t.dtype not in FLOATS]
+    if wrong:
+        raise FormatError(explain(f"{wrong[0]} is stored as {stored[wrong[0]].dtype}.", want="floating point numbers"))
     if "group_sizes" in stored and int(stored["group_sizes"].sum()) != widths["F"]:
         raise FormatError(explain(f"group_sizes sum to {int(stored['group_sizes'].sum())}.", want=f"{widths['F']}"))
 

@@ -69,6 +69,7 @@ def read(
     """
     place, facts = Path(place), facts or Facts()
     with reading(place):
+        facts.no_factor(NAME)
         config = object_of(read_json(place / CONFIG), place / CONFIG) if (place / CONFIG).is_file() else {}
         if said(config, "architecture", str, CONFIG, "jump_relu") != "jump_relu":
             raise FormatError(explain(f"{CONFIG} has architecture={config['architecture']!r}.", want="'jump_relu'"))

@@ -71,6 +71,7 @@ def read(
     """
     place, facts = Path(place), facts or Facts()
     with reading(place):
+        facts.no_factor(NAME)
         folder, layer = _one(place)
         config = object_of(read_yaml(folder / CONFIG), folder / CONFIG) if (folder / CONFIG).is_file() else {}
         sides = [said(config, f"feature_{side}_hook", str, CONFIG, default) for side, default in _SIDES]
@@ -112,16 +113,20 @@ def _layer(folder: Path, i: int, n: int | None = None) -> dict[str, Tensor]:
 
 def _summed(folder: Path, layer: int, facts: Facts, dtype: Any, device: Any, **fields: Any) -> SAE:
     w = _layer(folder, layer)
-    stored = w["W_dec"].dtype
+    stored, targets = w["W_dec"].dtype, w["W_dec"].shape[1]
     if "W_skip" in w:  # of the layer written to; it has no part in the latents
         del w["W_skip"]
-    w["W_dec"] = w["W_dec"].sum(1, dtype=torch.float32).to(dtype or stored)
+    total = w["W_dec"][:, 0].float()
+    for target in range(1, targets):  # one at a time: a sum in another dtype copies all of it first
+        total += w["W_dec"][:, target]
+    w["W_dec"] = total.to(dtype or stored)
     return published(
         w,
         facts,
+        NAME,
         dtype=dtype,
         device=device,
         gate="jumprelu" if "threshold" in w else "relu",
-        metadata={**_METADATA, "part_of_cross_layer_transcoder": True},
+        metadata={**_METADATA, "summed_over_layers": targets},
         **fields,
     )

@@ -81,6 +81,7 @@ def read(
         return published(
             weights,
             facts,
+            NAME,
             dtype=dtype,
             device=device,
             gate="jumprelu" if threshold else "relu",

@@ -78,6 +78,7 @@ def read(
                 "b_dec": file.tensor("pre_bias"),
             },
             facts,
+            NAME,
             dtype=dtype,
             device=device,
             gate="topk" if activation == "TopK" else "relu",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -79,7 +80,8 @@ def read(
         weights = {"W_enc": file.tensor("W_enc").T, "W_dec": turned(file.tensor("W_dec"))}
         return published(
             {**weights, "b_enc": file.tensor("b_enc"), "b_dec": file.tensor("b_dec")},
-            Facts(**{**vars(facts), "overrides": overrides}),
+            replace(facts, overrides=overrides),
+            NAME,
             dtype=dtype,
             device=device,
             gate="topk",

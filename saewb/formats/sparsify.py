@@ -98,6 +98,7 @@ def read(
         return published(
             weights,
             facts,
+            NAME,
             dtype=dtype,
             device=device,
             gate=_gate(cfg),

@@ -76,11 +76,10 @@ def test_hooks_come_from_the_name_of_the_part(part, io, hook, tmp_path):
 
 def test_what_a_catalogue_says_comes_first(tmp_path):
     dictionary_learning(tmp_path, "AutoEncoder")
-    facts = Facts(overrides={"hook_name": "blocks.1.hook_mlp_out", "dataset_path": "other", "neuronpedia_id": None})
+    facts = Facts(overrides={"hook_name": "blocks.1.hook_mlp_out", "dataset_path": "other"})
     cfg = read(tmp_path, facts).cfg
     assert cfg.hook == "blocks.1.hook_mlp_out"
     assert cfg.metadata["dataset_path"] == "other"
-    assert "neuronpedia_id" not in cfg.metadata
 
 
 @pytest.mark.parametrize("kind", DICT_CLASSES)

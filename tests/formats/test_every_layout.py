@@ -4,6 +4,7 @@ import fnmatch
 import json
 import shutil
 
+import published_files
 import pytest
 import torch
 import yaml
@@ -22,34 +23,38 @@ from published import weights
 from saewb.errors import FormatError
 from saewb.formats import FORMATS, Facts, read, recognise
 
-# layout -> (path in its repository, writes it there, facts)
+# layout -> (writes it into a repository and says where in it, facts)
 LAYOUTS = {
-    "saelens": ("output/k4", lambda at: test_saelens_runs.checkpoint(at, weights()), Facts()),
-    "gemma_scope": (test_gemma_scope.PATH, test_gemma_scope.written, Facts(repo=test_gemma_scope.RES)),
-    "gemma_scope_2": (test_gemma_scope_2.PATHS["resid_post"], test_gemma_scope_2.written, Facts()),
+    "saelens": (lambda repo: test_saelens_runs.checkpoint(repo / "output/k4", weights()), Facts()),
+    "gemma_scope": (
+        lambda repo: test_gemma_scope.written(repo / test_gemma_scope.PATH),
+        Facts(repo=test_gemma_scope.RES),
+    ),
+    "gemma_scope_2": (
+        lambda repo: test_gemma_scope_2.written(repo / test_gemma_scope_2.PATHS["resid_post"]),
+        Facts(),
+    ),
     "llama_scope": (
-        test_llama_scope.PATH,
-        lambda at: test_llama_scope.written(at, test_llama_scope.made()),
+        lambda repo: test_llama_scope.written(repo / test_llama_scope.PATH, test_llama_scope.made()),
         Facts(),
     ),
     "llama_scope_r1": (
-        test_llama_scope.R1_PATH,
-        lambda at: test_llama_scope.written_r1(at, test_llama_scope.made_r1(0.5)),
+        lambda repo: test_llama_scope.written_r1(repo / test_llama_scope.R1_PATH, test_llama_scope.made_r1(0.5)),
         Facts(scaling_factor=0.5),
     ),
     "temporal_conf": (
-        test_temporal_conf.FACTS.path,
-        lambda at: test_temporal_conf.written(at, test_temporal_conf.weights()),
+        lambda repo: test_temporal_conf.written(repo / test_temporal_conf.FACTS.path, test_temporal_conf.weights()),
         test_temporal_conf.FACTS,
     ),
-    "attention_hook_z": (
-        test_single_files.HOOK_Z,
-        lambda at: test_single_files.written_hook_z(at.parent),
-        Facts(),
-    ),
-    "goodfire": (
-        test_single_files.GOODFIRE,
-        lambda at: test_single_files.written_goodfire(at.parent, weights()),
+    "attention_hook_z": (test_single_files.written_hook_z, Facts()),
+    "goodfire": (lambda repo: test_single_files.written_goodfire(repo, weights()), Facts()),
+    "deepseek_r1": (lambda repo: published_files.deepseek_r1(repo).place, Facts()),
+    "openai": (lambda repo: published_files.openai(repo).place, Facts()),
+    "qwen_scope": (lambda repo: published_files.qwen_scope(repo).place, Facts()),
+    "sparsify": (lambda repo: published_files.sparsify(repo, next(iter(published_files.SPARSIFY))).place, Facts()),
+    "mwhanna": (lambda repo: published_files.mwhanna(repo).place, Facts()),
+    "dictionary_learning": (
+        lambda repo: published_files.dictionary_learning(repo / "a", "BatchTopKSAE").place,
         Facts(),
     ),
 }
@@ -57,10 +62,10 @@ LAYOUTS = {
 
 def made(name, root):
     """The fixture of a layout in an own repository, and where in it."""
-    path, write, facts = LAYOUTS[name]
+    write, facts = LAYOUTS[name]
     (root / "repo").mkdir(parents=True)
-    place = write(root / "repo" / path)
-    return place, path, facts
+    place = write(root / "repo")
+    return place, place.relative_to(root / "repo").as_posix(), facts
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -133,7 +138,7 @@ def test_damaged_files_are_read_or_refused(name, data, tmp_path_factory):
     assert sae.W_dec.shape == (sae.cfg.d_sae, sae.cfg.d_out)
 
 
-CONFIGURED = [name for name in LAYOUTS if name not in ("gemma_scope", "goodfire")]
+CONFIGURED = [name for name in LAYOUTS if name not in ("gemma_scope", "goodfire", "deepseek_r1", "openai")]
 VALUES = st.recursive(
     st.none()
     | st.booleans()
