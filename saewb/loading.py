@@ -157,11 +157,8 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
     Raises:
         FileExistsError: if there is something that may not be replaced.
         ValueError: if the layout cannot express this SAE.
+        TypeError: for a CrossLayerTranscoder.
     """
-    if isinstance(sae, CrossLayerTranscoder):
-        raise ValueError(
-            explain(f"the SAELens layout has no cross-layer transcoders: {sae!r}.", want="one of its layers as an SAE")
-        )
     return saelens.write(sae, Path(folder), overwrite=overwrite)
 
 
