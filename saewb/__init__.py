@@ -46,7 +46,7 @@ _HOME = {  # public name: the module that has it
     "token_strings": "models",
     "load_sae": "loading",
     "save_sae": "loading",
-    "push_to_hub": "loading",
+    "push_to_hub": "sharing",
     "pack": "tokens",
     "superposition": "stats.superposition",
     "correlation_stats": "stats.correlation",
@@ -87,6 +87,8 @@ _HOME = {  # public name: the module that has it
     "Trainee": "training",
     "Training": "training",
     "TrainStep": "training",
+    "catalogue": "releases",
+    "load_config": "loading",
 }
 _MODULES = (
     "embedded",
@@ -96,6 +98,7 @@ _MODULES = (
     "metrics",
     "models",
     "objectives",
+    "releases",
     "sae",
     "sinks",
     "synthetic",

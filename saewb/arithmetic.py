@@ -63,6 +63,8 @@ def scaled(x: Tensor, scaling: Scaling) -> Tensor:
         return centred / (_std(centred) + 1e-5)
     if scaling == "constant_norm":
         return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+    if scaling == "centred":
+        return x - x.mean(-1, keepdim=True)
     return x
 
 
@@ -72,6 +74,8 @@ def unscaled(recon: Tensor, x: Tensor, scaling: Scaling) -> Tensor:
         return recon * _std(x) + x.mean(-1, keepdim=True)
     if scaling == "constant_norm":
         return recon * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
+    if scaling == "centred":
+        return recon + x.mean(-1, keepdim=True)
     return recon
 
 

@@ -186,7 +186,7 @@ class SAE(nn.Module):
         Args:
             latents: `[..., d_sae]`, or what `encode_topk` gave.
             x: the input they came from. Needed, and only used, where the output depends on it beyond the latents: with
-                layer_norm or constant_norm scaling (to undo it) and with a skip matrix.
+                a scaling (to undo it) and with a skip matrix.
             tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
         Returns:
             `[..., d_out]`.
@@ -245,18 +245,19 @@ class SAE(nn.Module):
             factor: what its training inputs were multiplied with.
             factor_out: the same for a transcoder's targets; None means `factor`.
         Raises:
-            ValueError: if a factor is not positive, if this SAE also scales per token, or if b_pre is tied to b_dec and
-                the factors differ.
+            ValueError: if a factor is not positive, if this SAE also scales per token by more than taking out a mean,
+                or if b_pre is tied to b_dec and the factors differ.
         """
         out = factor if factor_out is None else factor_out
         if not (factor > 0 and out > 0):
             raise ValueError(
                 explain(f"fold_scaling got factor={factor}, factor_out={factor_out}.", want="positive numbers")
             )
-        if self.cfg.scaling != "none" or (self.cfg.pre_bias == "tied" and out != factor):
+        linear = self.cfg.scaling in ("none", "centred")  # taking out a mean commutes with a factor
+        if not linear or (out != factor and (self.cfg.pre_bias == "tied" or self.cfg.scaling != "none")):
             fields = f"scaling={self.cfg.scaling!r}, pre_bias={self.cfg.pre_bias!r}"
             what = f"a factor cannot be folded into {self!r} with {fields}."
-            raise ValueError(explain(what, want="scaling 'none', and one factor where b_pre is b_dec"))
+            raise ValueError(explain(what, want="scaling 'none' or 'centred', one factor where b_pre is b_dec"))
         new = {"W_enc": self.W_enc * factor, "W_dec": self.W_dec / out, "b_dec": self.b_dec / out}
         if self.cfg.pre_bias == "own":
             new["b_pre"] = self.b_pre / factor

@@ -40,10 +40,10 @@ ROOMS = {
     "nodes": "arithmetic attachment errors hooks sae splice tokens",
     "attribution": "activations errors hooks nodes spans splice",
     "synthetic": "errors metrics sae stats synthetic",
-    "formats": "cross_layer errors formats pursuit sae temporal",
+    "formats": "config cross_layer errors formats pursuit sae temporal",
     "gguf_llama": "errors gguf",
     "models": "errors gguf_llama hub spans",
-    "loading": "errors formats hub pursuit sae temporal",
+    "loading": "config cross_layer errors formats hub_files places pursuit sae temporal",
     "evaluation": "errors",
     "firing": "arithmetic errors metrics",
     "eval_passes": "activations attachment errors firing hooks metrics sae splice",
@@ -73,7 +73,13 @@ ROOMS = {
     "run_record": "errors memory training",
     "run_plan": "errors objectives run_folder run_record sae streams training",
     "runs": "errors feed memory run_folder run_record run_view sinks training",
-    "launch": "activation_cache activations errors feed memory run_folder run_plan run_record runs sinks sources streams token_streams tokens training",
+    "launch": "activation_cache activations errors feed memory run_folder run_plan "
+    "run_record runs sinks sources streams token_streams tokens training",
+    "releases": "errors",
+    "hub_files": "errors hub",
+    "places": "errors formats hub_files releases",
+    "model_card": "",
+    "sharing": "errors loading model_card places pursuit sae temporal",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
 
@@ -116,7 +122,8 @@ def test_who_imports_whom(room, path):
             target = rest.split(".")[0]
             own = target == room.split("/")[0]
             assert "saewb" in allowed or target in allowed or own, f"{path.name} may not import {name}"
-        assert package not in NEVER, f"{path.name} imports {name}"
+        needed = (room, package) == ("sinks", "wandb") and not at_top  # only for who asks for that sink
+        assert package not in NEVER or needed, f"{path.name} imports {name}"
         if package == "transformer_lens":
             assert room == "models", f"{path.name} imports {name}"
             assert not at_top, f"{path.name} imports {name} at the top"

@@ -26,9 +26,11 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saewb.config import Scaling
 from saewb.errors import FormatError, explain
 from saewb.formats._atomic import write_folder
 from saewb.formats._facts import Facts
+from saewb.formats._saelens_centred import centred, reading_centred, reads_centred, without_flag
 from saewb.formats._saelens_cfg import UNFINISHED, Described, understand
 from saewb.formats._saelens_fold import Whitening, scaled_down, ungated, unit_rows, whitened
 from saewb.formats._saelens_scaling import SCALER, WHITENING, input_scaling
@@ -44,7 +46,7 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 MARKS = (CONFIG, WEIGHTS)  # what a folder is recognised by
 FILES = (CONFIG, WEIGHTS, SPARSITY, SCALER, WHITENING)  # all that may be read
 
-_SCALING = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+_SCALING: dict[str, Scaling] = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
 
 def files(path: str) -> list[str]:
@@ -94,6 +96,35 @@ def read(
         build = {"matching_pursuit": _pursuit, "temporal": _temporal}.get(described.architecture, _feed_forward)
         cls, cfg, weights = build(described, tensors, given)
         return cls.from_tensors(cfg, {n: t.to(device or "cpu", dtype or stored) for n, t in weights.items()})
+    except ValueError as error:
+        raise FormatError(f"cannot read {folder}: {error}") from error
+
+
+def read_config(place: Path, facts: Facts | None = None) -> SAEConfig | PursuitConfig | TemporalConfig:
+    """What `read(place, facts).cfg` would be, without the weights being there.
+
+    Args:
+        place: a folder with cfg.json (and activation_scaler.json, if the SAE needs it).
+        facts: as for `read`.
+    Raises:
+        FormatError: if anything in these files is unknown, missing or contradictory.
+    """
+    folder, facts = Path(place), facts or Facts()
+    try:
+        described = _with_facts(understand(_overridden(read_json(folder / CONFIG), facts)), facts)
+        d_in, d_sae = described.d_in, described.d_sae
+        if described.normalize == "covariance_whitening":
+            square = torch.empty(d_in, d_in, device="meta")
+            given: float | Whitening | None = Whitening(square[0], square, square)
+        else:
+            given = input_scaling(folder, described, facts.scaling_factor)
+        # The same path as the weights take, over tensors that are nothing but their shapes.
+        builds = {"matching_pursuit": _pursuit, "temporal": _temporal}
+        build = builds.get(described.architecture, _feed_forward)
+        pursued = {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+        shapes = pursued if build is _pursuit else _stored_shapes(described)
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return build(replace(described, finetuned=False), tensors, given)[1]
     except ValueError as error:
         raise FormatError(f"cannot read {folder}: {error}") from error
 
@@ -196,6 +227,9 @@ def _feed_forward(
     else:
         w = w if given is None else scaled_down(w, given, rescale)
         w = unit_rows(w) if rescale else w
+    places = described.places
+    if described.is_transcoder and reads_centred(described.metadata, places["hook"], places["model"]):
+        w = reading_centred(w)
     cfg = SAEConfig(
         d_in=described.d_in,
         d_sae=described.d_sae,
@@ -204,11 +238,18 @@ def _feed_forward(
         k=_whole(described.options["k"]) if "k" in described.options else None,
         skip="skip" in described.architecture,
         pre_bias=pre_bias,
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
-        **described.places,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
+        **places,
     )
     return SAE, cfg, w
+
+
+def _scaling(described: Described) -> Scaling:
+    scaling = _SCALING.get(described.normalize, "none")
+    if described.is_transcoder:
+        return scaling
+    return centred(scaling, described.metadata, described.places["hook"], described.places["model"])
 
 
 def _gate(architecture: str) -> str:
@@ -264,8 +305,8 @@ def _pursuit(
         max_iterations=options["max_iterations"],
         stop_on_duplicate=options["stop_on_duplicate_support"],
         pre_bias="tied" if described.tied else "none",
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
         **_within(described.places),
     )
     _fitting(tensors, {"W_dec": (described.d_sae, described.d_in), "b_dec": (described.d_in,)})
@@ -295,8 +336,8 @@ def _temporal(
         tied=options["tied_weights"],
         pre_bias="tied" if described.tied else "none",
         factor=given if isinstance(given, float) else float(fixed),
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
         **_within(described.places),
     )
     return TemporalSAE, cfg, tensors
