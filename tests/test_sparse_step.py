@@ -231,6 +231,17 @@ def test_gradients_replace_those_before():
         assert torch.equal(before, p.grad)
 
 
+def test_losses_of_large_batches_keep_their_digits():
+    """float32 sums over millions of elements."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 512, generator=rng)
+    objective = saewb.TopK(64, k=1, aux=0)
+    params = objective.start(512)
+    got = sparse_step(objective, params, x, x, objective.state())
+    want = float(objective.losses(params.double(), x.double(), x.double(), objective.state()).terms["mse"].detach())
+    assert float(got.terms["mse"]) == pytest.approx(want, rel=1e-6)
+
+
 # in training
 
 
