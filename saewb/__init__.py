@@ -38,6 +38,17 @@ _HOME = {  # public name: the module that has it
     "save_sae": "loading",
     "push_to_hub": "loading",
     "pack": "tokens",
+    "TextFiles": "documents",
+    "stream_tokens": "token_streams",
+    "Activations": "activations",
+    "ActivationStream": "streams",
+    "stream_activations": "streams",
+    "stream_tensors": "streams",
+    "stream_iterable": "streams",
+    "stream_draws": "streams",
+    "norm_factor": "streams",
+    "ActivationCache": "activation_cache",
+    "cache_activations": "activation_cache",
     "Standard": "objectives",
     "Gated": "objectives",
     "TopK": "objectives",
@@ -46,12 +57,27 @@ _HOME = {  # public name: the module that has it
     "Matryoshka": "objectives",
     "JumpReLU": "objectives",
     "MatchingPursuit": "objectives",
+    "train": "launch",
+    "resume_run": "launch",
+    "Run": "runs",
     "TrainConfig": "training",
     "Trainee": "training",
     "Training": "training",
     "TrainStep": "training",
 }
-_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "objectives", "sae", "tokens", "training")
+_MODULES = (
+    "embedded",
+    "errors",
+    "evals",
+    "hooks",
+    "metrics",
+    "models",
+    "objectives",
+    "sae",
+    "sinks",
+    "tokens",
+    "training",
+)
 
 __all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importing the module would hide it
 

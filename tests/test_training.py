@@ -19,8 +19,11 @@ from objectives_list import (
     recovered,
     true_features,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import saewb
+from saewb.objectives import revives
+from saewb.sparse_step import has_sparse_step
 from saewb.training import TrainConfig, Trainee, Training
 
 B = 50
@@ -218,7 +221,7 @@ def test_fine_tuning_starts_where_the_sae_is(name):
             run(go_on)
             assert go_on.saes["sae"].W_dec.allclose(sae.W_dec, atol=1e-5)
         else:
-            want, got = sae(values["x"]), go_on.saes["sae"](values["x"])
+            want, got = sae(values["x"]).detach(), go_on.saes["sae"](values["x"]).detach()
             assert float(((got - want).norm(dim=1) / want.norm(dim=1)).quantile(0.98)) < 1e-4, normalisation
 
 
@@ -280,6 +283,57 @@ def test_a_loss_that_is_no_number_is_reported():
     values = {"x": torch.full((200, D_IN), math.nan)}
     step = run(Training(stream(values), OBJECTIVES["topk"], replace(CONFIG, normalisation="none")), 1)[0]
     assert "the loss is nan" in str(step.only.warnings[0])
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations that on a GPU make the host wait for a result."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indexed = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if indexed or any(name.startswith(w) for w in self.WAITING):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "pursuit"])
+def test_a_step_does_not_wait_for_the_device(name):
+    """But where it counts the dead, every `look_every_steps`. (A pursuit waits: it stops when all tokens are done.)"""
+    config = replace(CONFIG, step="plain", n_tokens=20 * B, warmup_tokens=0, decay_tokens=0, look_every_steps=4)
+    training = Training(stream(), Trainee(OBJECTIVES[name], "x"), config)
+    steps = iter(training)
+    waits = []
+    for _ in range(20):
+        with Waits() as mode:
+            next(steps)
+        waits.append(len(mode.seen))
+    looking = [i for i, n in enumerate(waits) if n and i]  # the first step also estimates the factor
+    assert looking == ([8, 12, 16] if revives(OBJECTIVES[name]) else [])
+    assert max(waits[1:]) <= 1
+
+
+SPARSE = {name: Trainee(o, "x") for name, o in OBJECTIVES.items() if has_sparse_step(o)}
+
+
+def test_sparse_steps_resume_bit_for_bit_and_are_the_plain_ones():
+    def fresh(step):
+        config = replace(CONFIG, step=step, n_tokens=24 * B, warmup_tokens=0, decay_tokens=0)
+        return Training(stream(), SPARSE, config)
+
+    whole, plain, again = fresh("sparse"), fresh("plain"), fresh("sparse")
+    first = run(whole, 12)
+    again.restore(whole.state())
+    run(whole), run(again)
+    assert same(whole.state()["learners"], again.state()["learners"])
+    for a, b in zip(first[:6], run(plain, 6), strict=True):
+        for name in SPARSE:
+            assert a.saes[name].numbers() == pytest.approx(b.saes[name].numbers(), rel=2e-3, abs=1e-4), (name, a.step)
 
 
 def test_figures_are_read_at_once():
