@@ -66,11 +66,14 @@ def above(
     slabs = slabs if d_sae % slabs == 0 else 1
     grouped = tile.unflatten(1, (slabs, d_sae // slabs))
     hit = (grouped.amax(1) > threshold).nonzero()
-    if len(hit) > limit or (slabs * len(hit) > limit and int((tile > threshold).sum()) > limit):
+    if len(hit) > limit:
         return None
     row, group = hit.unbind(1)
     elements = grouped[row, :, group]
-    which, slab = (elements > threshold).nonzero().unbind(1)
+    on = elements > threshold
+    if slabs * len(hit) > limit and int(on.count_nonzero()) > limit:
+        return None
+    which, slab = on.nonzero().unbind(1)
     return row[which], group[which] + slab * (d_sae // slabs), elements[which, slab]
 
 
