@@ -285,6 +285,25 @@ def test_a_loss_that_is_no_number_is_reported():
     assert "the loss is nan" in str(step.only.warnings[0])
 
 
+def test_resume_over_a_shuffled_stream_of_tensors():
+    """The real stream, its state in a file."""
+
+    def fresh():
+        real = saewb.stream_tensors(data(), batch_tokens=B, repeat=True, shuffle_seed=4)
+        return Training(real, {"a": Trainee(OBJECTIVES["batchtopk"], "x", "y")}, CONFIG)
+
+    whole, again = fresh(), fresh()
+    run(whole, 15)
+    kept = io.BytesIO()
+    torch.save(whole.state(), kept)
+    run(whole)
+    kept.seek(0)
+    again.restore(torch.load(kept, weights_only=True))
+    run(again)
+    assert again.n_steps == 40
+    assert same(again.state()["learners"], whole.state()["learners"])
+
+
 class Waits(TorchDispatchMode):
     """Notes the operations that on a GPU make the host wait for a result."""
 
@@ -438,6 +457,17 @@ def test_schedules_in_closed_form():
     assert mixed[:2] == [0.5, 1.0]
     assert mixed[4] == round(0.5 + 0.5 * (1 + math.cos(math.pi / 2)) / 2, 6)
     assert mixed[6:] == [0.5, 0.375, 0.25, 0.125]
+
+
+def test_an_sae_may_have_its_own_rate_and_seed():
+    topk = OBJECTIVES["topk"]
+    made = {"a": Trainee(topk, "x"), "b": Trainee(topk, "x", lr=6e-3), "c": Trainee(topk, "x", seed=1)}
+    training = Training(stream(), made, replace(CONFIG, weight_decay=0.1))
+    step = run(training, 1)[0]
+    assert step.saes["b"].lr == pytest.approx(2 * step.saes["a"].lr)
+    assert float(step.saes["a"].loss) == float(step.saes["b"].loss) != float(step.saes["c"].loss)
+    run(training)
+    assert not torch.equal(training.saes["a"].W_dec, training.saes["b"].W_dec)
 
 
 def test_whole_batches_only():
