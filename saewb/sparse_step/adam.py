@@ -28,8 +28,7 @@ def clipped_step(
         Length of the whole gradient before clipping.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    # Transposed where that is how it lies in memory: of another order vector_norm would make a copy.
-    length = torch.stack([torch.linalg.vector_norm(g if g.is_contiguous() else g.mT) for g in gradients]).norm()
+    length = torch.stack([_length(g) for g in gradients]).norm()
     if clip is None:
         optimizer.step()
         return length
@@ -44,6 +43,12 @@ def clipped_step(
     finally:
         del optimizer.grad_scale
     return length
+
+
+def _length(gradient: Tensor) -> Float[Tensor, ""]:
+    """Of a gradient of one or two axes, row by row as it lies in memory: without a copy, and without loss of digits."""
+    rows = gradient if gradient.is_contiguous() else gradient.mT
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=-1))
 
 
 def folds(optimizer: torch.optim.Optimizer) -> bool:

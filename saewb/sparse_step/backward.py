@@ -87,8 +87,8 @@ def coded_gradients(
 
 
 def squared(values: Tensor) -> Float[Tensor, ""]:
-    """Sum of squares, without a tensor of squares."""
-    return torch.linalg.vector_norm(values).square()
+    """Sum of squares, without a tensor of squares; by rows, since over all elements at once float32 loses digits."""
+    return torch.linalg.vector_norm(values, dim=-1).square().sum()
 
 
 def per_token(pairs: Pairs, values: Float[Tensor, " pairs"]) -> Float[Tensor, " batch"]:

@@ -22,7 +22,7 @@ Multiply = Callable[[Tensor], Tensor]  # rows of inputs [rows, d_in] -> scores [
 
 MARGIN = {"bf16": 12, "int8": 24}  # candidates per token beyond k
 SPARE = {"full": 1.3, "bf16": 1.5, "int8": 2.0}  # candidates per pair that a whole batch keeps
-SLACK = {"full": 0.0, "bf16": 2**-5, "int8": 2**-3}  # first guess at the largest error, in typical scores
+SLACK = {"full": 0.0, "bf16": 1 / 16, "int8": 3 / 32}  # first guess at the largest error, in typical scores
 
 # Of scores on a CPU: less than malloc hands out afresh, page by page, each time.
 _TILE_BYTES = 20 * 2**20

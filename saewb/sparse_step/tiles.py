@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_SLABS = 16  # elements of a group; near sqrt(d_sae / k), so that the maxima and the candidates are about as many
+_SLABS = 16  # elements of a group where there is no k
 
 
 def largest(
-    tile: Float[Tensor, "rows d_sae"], k: int, *, signed: bool = False, slabs: int = _SLABS
+    tile: Float[Tensor, "rows d_sae"], k: int, *, signed: bool = False, slabs: int | None = None
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
     """The k largest of each row (by magnitude, if signed), exactly, several times faster than `topk` on the whole row.
 
@@ -22,7 +24,8 @@ def largest(
         tile: pre-activations, any float dtype.
         k: how many, 1 to d_sae.
         signed: compare magnitudes; the values keep their sign.
-        slabs: elements of a group.
+        slabs: elements of a group; None means the power of 2 near sqrt(d_sae / k), with which there are about as many
+            groups as candidates.
     Returns:
         Values and column indices.
     Example:
@@ -31,6 +34,7 @@ def largest(
         ([1, 3], [4.0, 5.0])
     """
     rows, d_sae = tile.shape
+    slabs = slabs or 2 ** round(math.log2(d_sae / k) / 2)
     groups = d_sae // slabs
     if groups < 2 * k:  # groups would not narrow it down
         return _top(tile, k, signed)
@@ -62,11 +66,14 @@ def above(
     slabs = slabs if d_sae % slabs == 0 else 1
     grouped = tile.unflatten(1, (slabs, d_sae // slabs))
     hit = (grouped.amax(1) > threshold).nonzero()
-    if len(hit) > limit or (slabs * len(hit) > limit and int((tile > threshold).sum()) > limit):
+    if len(hit) > limit:
         return None
     row, group = hit.unbind(1)
     elements = grouped[row, :, group]
-    which, slab = (elements > threshold).nonzero().unbind(1)
+    on = elements > threshold
+    if slabs * len(hit) > limit and int(on.count_nonzero()) > limit:
+        return None
+    which, slab = on.nonzero().unbind(1)
     return row[which], group[which] + slab * (d_sae // slabs), elements[which, slab]
 
 
