@@ -35,6 +35,8 @@ ROOMS = {
     "loading": "errors formats hub sae pursuit temporal",
     "evaluation": "errors",
     "evals": "errors activations attachment evaluation hooks metrics splice tokens",
+    "index": "errors activations attachment hooks report sae spans splice tokens",
+    "report": "errors",
     "embedded": "errors",
     "embedded/make": "embedded errors evals loading metrics models sae tokens",
     "cli": "saewb",

@@ -1,0 +1,195 @@
+"""One streamed pass over what latents do: everything an index knows that does not come from the weights.
+
+1. Where each latent is strongest: the strongest token of each row of text is a candidate for its top contexts; texts
+   that look alike in the window are kept once.
+2. Where it fires at all: a uniform sample of its firings, the smallest hashes of (seed, token's number, latent).
+3. Histogram, sum, firings by position.
+4. Which latents are active together: the active latents of a uniform sample of tokens, again the smallest hashes.
+
+Whether a token is sampled depends on its number among all tokens and the seed, so that the result is the same for any
+batches, in any order, in any number of parts that are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saewb.index.counts import Counts
+from saewb.index.firings import Firings
+from saewb.index.shelf import EMPTY, Entries, Shelf
+
+ACTIVE = 128  # active latents noted of a sampled token, the strongest
+_INFINITE = 0x7F800000  # bits of float32 infinity: above those of every number
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass gathers."""
+
+    d_sae: int  # latents
+    ctx_len: int  # tokens in a row
+    n_top: int  # strongest contexts kept of each latent
+    n_sample: int  # contexts sampled of each latent
+    before: int  # tokens of a context before the one it is about
+    after: int  # tokens of a context after it
+    coactive_tokens: int  # tokens whose active latents are noted
+    seed: int  # of the samples
+
+    @property
+    def window(self) -> int:
+        """Tokens in a context."""
+        return self.before + 1 + self.after
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept at most, in bytes; not what one batch adds."""
+        contexts = self.d_sae * (self.n_top + self.n_sample) * (8 * self.window + 24)
+        return contexts + self.d_sae * (64 * 8 + 8 * self.ctx_len.bit_length() + 28) + self.coactive_tokens * 528
+
+
+class Gathering:
+    """What has been gathered so far.
+
+    Example:
+        >>> from saewb.index.firings import Firings
+        >>> plan = Plan(d_sae=3, ctx_len=4, n_top=1, n_sample=2, before=1, after=1, coactive_tokens=8, seed=0)
+        >>> ids = torch.tensor([[5, 6, 7, 8]]); fires = torch.tensor([1, 2]); latent = torch.tensor([2, 2])
+        >>> gathered = Gathering(plan)
+        >>> gathered.update(Firings(ids, ids > 0, 0, fires, latent, torch.tensor([0.5, 4.0])))
+        >>> top = gathered.tensors()
+        >>> top["top.value"][2].tolist(), top["top.tokens"][2].tolist(), top["top.acts"][2].tolist()
+        ([4.0], [[6, 7, 8]], [[0.5, 4.0, 0.0]])
+    """
+
+    def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
+        self.plan = plan
+        self.top = Shelf(plan.d_sae, plan.n_top, plan.window, device)
+        self.sample = Shelf(plan.d_sae, plan.n_sample, plan.window, device)
+        self.counts = Counts(plan.d_sae, plan.ctx_len, device)
+        self.token_hash = torch.zeros(0, dtype=torch.int64, device=device)
+        self.token_position = torch.zeros(0, dtype=torch.int64, device=device)
+        self.token_active = torch.zeros(0, ACTIVE, dtype=torch.int32, device=device)
+        self._latent_hash = _mixed(torch.arange(plan.d_sae, device=device) + 1)
+
+    def update(self, seen: Firings) -> None:
+        """Add what latents did on some rows."""
+        self.counts.update(seen.latent, seen.value, seen.token % self.plan.ctx_len, seen.plain)
+        hashes = self._hashes(seen)
+        self._note_active(seen, hashes)
+        if len(seen.token):
+            content = self._content(seen)
+            self.top.add(self._entries(seen, content, *_strongest(seen, self.top.limit)))
+            order = _order(hashes[seen.token] ^ self._latent_hash[seen.latent])
+            kept = (order <= self.sample.limit[seen.latent]).nonzero()[:, 0]
+            self.sample.add(self._entries(seen, None, kept, order[kept]))
+
+    def _hashes(self, seen: Firings) -> Int[Tensor, " tokens"]:
+        n = seen.ids.numel()
+        position = seen.first_row * self.plan.ctx_len + torch.arange(n, device=seen.ids.device)
+        return _mixed(_mixed(position) + self.plan.seed)
+
+    def _content(self, seen: Firings) -> Int[Tensor, " tokens"]:
+        """A hash of the window around each token: of what stands where, and where the row ends."""
+        total = torch.zeros_like(seen.ids)
+        for offset in range(-self.plan.before, self.plan.after + 1):
+            there = torch.full_like(seen.ids, -1)
+            if abs(offset) < self.plan.ctx_len:
+                into = slice(max(0, -offset), self.plan.ctx_len - max(0, offset))
+                out = slice(max(0, offset), self.plan.ctx_len - max(0, -offset))
+                there[:, into] = seen.ids[:, out]
+            total += _mixed(there * (2 * self.plan.window) + offset + self.plan.before)
+        return _mixed(total.flatten())
+
+    def _entries(self, seen: Firings, content: Tensor | None, which: Tensor, order: Tensor) -> Entries:
+        token, latent = seen.token[which], seen.latent[which]
+        around, inside = seen.window(token, self.plan.before, self.plan.after)
+        position = token + seen.first_row * self.plan.ctx_len
+        return Entries(
+            latent,
+            order,
+            position,
+            position if content is None else content[token],
+            seen.value[which],
+            torch.where(inside, seen.ids.flatten()[around], -1).to(torch.int32),
+            torch.where(inside, seen.at(latent, around), 0) if len(which) else around.float(),
+        )
+
+    def _note_active(self, seen: Firings, hashes: Tensor) -> None:
+        hashed = _order(hashes)
+        wanted = seen.plain.flatten()
+        if len(self.token_hash) >= self.plan.coactive_tokens:
+            wanted = wanted & (hashed <= (self.token_hash[-1] if len(self.token_hash) else -1))
+        chosen = wanted.nonzero()[:, 0]
+        number = torch.full_like(hashes, -1).scatter_(0, chosen, torch.arange(len(chosen), device=chosen.device))
+        active = self.token_active.new_full((len(chosen), ACTIVE), -1)
+        which = (number[seen.token] >= 0).nonzero()[:, 0]
+        if len(which):
+            which = which[seen.value[which].abs().argsort(descending=True, stable=True)]
+            which = which[seen.token[which].argsort(stable=True)]
+            token = seen.token[which]
+            rank = torch.arange(len(token), device=token.device) - torch.searchsorted(token, token)
+            which, rank = which[rank < ACTIVE], rank[rank < ACTIVE]
+            active[number[seen.token[which]], rank] = seen.latent[which].to(torch.int32)
+        self._keep_active(hashed[chosen], seen.first_row * self.plan.ctx_len + chosen, active)
+
+    def _keep_active(self, hashed: Tensor, position: Tensor, active: Tensor) -> None:
+        hashed, position = torch.cat([self.token_hash, hashed]), torch.cat([self.token_position, position])
+        order = position.argsort(stable=True)
+        order = order[hashed[order].argsort(stable=True)][: self.plan.coactive_tokens]
+        self.token_hash, self.token_position = hashed[order], position[order]
+        self.token_active = torch.cat([self.token_active, active])[order]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was gathered, by name."""
+        parts = {"top": self.top, "sample": self.sample, "counts": self.counts}
+        named = {f"{part}.{k}": t for part, held in parts.items() for k, t in held.tensors().items()}
+        names = ("token_hash", "token_position", "token_active")
+        return named | {f"active.{name}": getattr(self, name) for name in names}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave; copied."""
+        for part in (self.top, self.sample, self.counts):
+            part.restore(_part(tensors, {self.top: "top", self.sample: "sample"}.get(part, "counts")))
+        for name, tensor in _part(tensors, "active").items():
+            setattr(self, name, tensor.to(self.token_hash.device, copy=True))
+
+    def merge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add what another one, over other rows of text, has gathered."""
+        self.top.merge(_part(tensors, "top"))
+        self.sample.merge(_part(tensors, "sample"))
+        self.counts.merge(_part(tensors, "counts"))
+        active = _part(tensors, "active")
+        self._keep_active(active["token_hash"], active["token_position"], active["token_active"])
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+
+
+def _strongest(seen: Firings, limit: Int[Tensor, " d_sae"]) -> tuple[Tensor, Tensor]:
+    """Of each latent and row the strongest firing, the first of equals, if it may be kept; and its order."""
+    rows, ctx = seen.ids.shape
+    order = _INFINITE - seen.value.abs().view(torch.int32).long()
+    may = (order <= limit[seen.latent]).nonzero()[:, 0]
+    cell = (seen.token[may] // ctx) * len(limit) + seen.latent[may]
+    best = torch.full((rows * len(limit),), EMPTY << 31, dtype=torch.int64, device=order.device)
+    best.scatter_reduce_(0, cell, order[may] << 31 | may, "amin")
+    found = best[best != EMPTY << 31]
+    return found & (2**31 - 1), found >> 31
+
+
+def _order(hashed: Tensor) -> Tensor:
+    """31 well mixed bits, below EMPTY."""
+    return ((_mixed(hashed) >> 32) & 0x7FFFFFFF).clamp_(max=EMPTY - 1)
+
+
+def _mixed(x: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Each bit of the result depends on all bits of `x`: the finaliser of SplitMix64, in wrapping int64."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
