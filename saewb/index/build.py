@@ -26,6 +26,7 @@ from saewb.index.gather import Gathering
 from saewb.index.loss_effects import loss_effects
 from saewb.index.weights import logit_effects, nearest, unembedding, written
 from saewb.index.words import Words, words_of
+from saewb.sae import SAE
 from saewb.splice import flat
 from saewb.tokens import special_ids, special_mask, token_rows
 
@@ -63,9 +64,9 @@ def build_index(
     """What every latent of an SAE does on text, from one pass over it: contexts, histogram, density, and the weights'.
 
     The model runs to the hook only, once for all SAEs. What is kept does not grow with the text: `d_sae * (n_top +
-    n_quantiles * per_quantile) * (8 * window + 24)` bytes of contexts, about 700 per latent and 528 per coactive token
-    beside them; a batch adds what fires on it, and at most 32 MiB of latents (or one row's). The result is the same for
-    any `batch_size` and any number of interruptions, up to rounding of the model's activations.
+    n_quantiles * per_quantile) * (8 * window + 32)` bytes of contexts, about 600 per latent and at most 528 per
+    coactive token beside them; a batch adds what fires on it, and at most 32 MiB of latents (or one row's). The result
+    is the same for any `batch_size` and any number of interruptions, up to rounding of the model's activations.
 
     A latent's top contexts are about its strongest token in each row of text, and texts with equal windows are there
     once. Its sampled contexts are firings chosen uniformly, sorted by size and cut into groups of equal size: the first
@@ -206,7 +207,8 @@ def _facts(model, sae, hook, ctx, n_top, n_q, per_q, before, after, coactive_tok
     names = hooks.resolve(model, write).names
     typed = next((name for name in (sae.cfg.hook_out, read) if name in names), write)
     page = neuronpedia or sae.cfg.metadata.get("neuronpedia_id") or sae.cfg.metadata.get("neuronpedia")
-    sizes = (sae.cfg.d_sae, ctx, n_top, n_q, per_q, before, after, coactive_tokens, seed)
+    l0_most = sae.cfg.k if isinstance(sae, SAE) and sae.cfg.k is not None else sae.cfg.d_sae
+    sizes = (sae.cfg.d_sae, ctx, n_top, n_q, per_q, before, after, coactive_tokens, l0_most, seed)
     return IndexFacts(
         *sizes, tuple(special), (), 0, repr(sae), str(model.cfg.model_name), read, typed, None, page or None
     )

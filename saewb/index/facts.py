@@ -10,6 +10,7 @@ from saewb.errors import FormatError, explain
 from saewb.index.gather import Plan
 
 VERSION = 1
+ACTIVE = 128  # active latents noted of a sampled token, at most
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class IndexFacts:
     before: int  # tokens of a context before the one it is about
     after: int  # tokens of a context after it
     coactive_tokens: int  # sampled tokens that say which latents fire together, at most
+    l0_most: int  # latents that can fire on one token: k of a top-k SAE, else all
     seed: int  # of the samples
     special: tuple[int, ...]  # token ids that were left out
     rows: tuple[tuple[int, int], ...]  # rows of text seen, as [first, last + 1)
@@ -40,7 +42,7 @@ class IndexFacts:
         """What a pass that adds to it gathers."""
         n_sample = self.n_quantiles * self.per_quantile
         sizes = (self.d_sae, self.ctx_len, self.n_top, n_sample, self.before, self.after)
-        return Plan(*sizes, self.coactive_tokens, self.seed)
+        return Plan(*sizes, self.coactive_tokens, min(ACTIVE, self.l0_most), self.l0_most, self.seed)
 
     @property
     def n_rows(self) -> int:

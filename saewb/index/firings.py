@@ -22,8 +22,9 @@ class Firings:
     ids: Int[Tensor, "rows ctx"]  # the tokens
     plain: Bool[Tensor, "rows ctx"]  # those that count: not special
     first_row: int  # the number of the first row among all rows of text
+    d_sae: int  # latents
     token: Int[Tensor, " firings"]  # counted through these rows, ascending
-    latent: Int[Tensor, " firings"]  # which latent
+    latent: Int[Tensor, " firings"]  # which latent; ascending among those of a token
     value: Float[Tensor, " firings"]  # its activation, float32
 
     def window(self, token: Int[Tensor, " n"], before: int, after: int) -> tuple[Tensor, Tensor]:
@@ -36,10 +37,10 @@ class Firings:
 
     def at(self, latent: Int[Tensor, " n"], token: Int[Tensor, "n window"]) -> Float[Tensor, "n window"]:
         """Activations of a latent at each of its tokens, 0 where it does not fire."""
-        key, order = (self.latent * self.ids.numel() + self.token).sort()
-        wanted = latent[:, None] * self.ids.numel() + token
+        key = self.token * self.d_sae + self.latent  # ascending
+        wanted = token * self.d_sae + latent[:, None]
         found = torch.searchsorted(key, wanted).clamp_(max=max(0, len(key) - 1))
-        return torch.where(key[found] == wanted, self.value[order[found]], 0)
+        return torch.where(key[found] == wanted, self.value[found], 0)
 
 
 def firings(
@@ -61,14 +62,16 @@ def firings(
     for begin in range(0, len(ids), rows):
         part = slice(begin, begin + rows)
         token, latent, value = _sparse(sae, x[part], plain[part])
-        yield Firings(ids[part], plain[part], first_row + begin, token, latent, value)
+        yield Firings(ids[part], plain[part], first_row + begin, sae.cfg.d_sae, token, latent, value)
 
 
 def _sparse(sae: nn.Module, x: Tensor, plain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(sae, SAE) and sae.cfg.k is not None:
         top = sae.encode_topk(x)
-        token, rank = ((top.values != 0) & plain.reshape(-1, 1)).nonzero(as_tuple=True)
-        return token, top.indices[token, rank], top.values[token, rank].float()
+        latents, order = top.indices.sort(1)
+        values = top.values.gather(1, order)
+        token, rank = ((values != 0) & plain.reshape(-1, 1)).nonzero(as_tuple=True)
+        return token, latents[token, rank], values[token, rank].float()
     dense = sae.encode(x).flatten(0, 1)
     token, latent = ((dense != 0) & plain.reshape(-1, 1)).nonzero(as_tuple=True)
     return token, latent, dense[token, latent].float()

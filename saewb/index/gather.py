@@ -23,7 +23,7 @@ from saewb.index.counts import Counts
 from saewb.index.firings import Firings
 from saewb.index.shelf import EMPTY, Entries, Shelf
 
-ACTIVE = 128  # active latents noted of a sampled token, the strongest
+_WAITING = 2**13  # tokens whose active latents are kept aside before they are merged
 _INFINITE = 0x7F800000  # bits of float32 infinity: above those of every number
 
 
@@ -38,6 +38,8 @@ class Plan:
     before: int  # tokens of a context before the one it is about
     after: int  # tokens of a context after it
     coactive_tokens: int  # tokens whose active latents are noted
+    active: int  # active latents noted of each, the strongest
+    l0_most: int  # latents that can fire on one token
     seed: int  # of the samples
 
     @property
@@ -46,10 +48,16 @@ class Plan:
         return self.before + 1 + self.after
 
     @property
+    def drops_active(self) -> bool:
+        """Whether more latents may fire on a token than are noted."""
+        return self.active < min(self.d_sae, self.l0_most)
+
+    @property
     def nbytes(self) -> int:
         """What is kept at most, in bytes; not what one batch adds."""
-        contexts = self.d_sae * (self.n_top + self.n_sample) * (8 * self.window + 24)
-        return contexts + self.d_sae * (64 * 8 + 8 * self.ctx_len.bit_length() + 28) + self.coactive_tokens * 528
+        contexts = self.d_sae * (self.n_top + self.n_sample) * (8 * self.window + 32)
+        figures = self.d_sae * (64 * 8 + 8 * (self.ctx_len.bit_length() + 1) + 20)
+        return contexts + figures + self.coactive_tokens * (4 * self.active + 16)
 
 
 class Gathering:
@@ -57,10 +65,10 @@ class Gathering:
 
     Example:
         >>> from saewb.index.firings import Firings
-        >>> plan = Plan(d_sae=3, ctx_len=4, n_top=1, n_sample=2, before=1, after=1, coactive_tokens=8, seed=0)
+        >>> plan = Plan(3, 4, n_top=1, n_sample=2, before=1, after=1, coactive_tokens=8, active=3, l0_most=3, seed=0)
         >>> ids = torch.tensor([[5, 6, 7, 8]]); fires = torch.tensor([1, 2]); latent = torch.tensor([2, 2])
         >>> gathered = Gathering(plan)
-        >>> gathered.update(Firings(ids, ids > 0, 0, fires, latent, torch.tensor([0.5, 4.0])))
+        >>> gathered.update(Firings(ids, ids > 0, 0, 3, fires, latent, torch.tensor([0.5, 4.0])))
         >>> top = gathered.tensors()
         >>> top["top.value"][2].tolist(), top["top.tokens"][2].tolist(), top["top.acts"][2].tolist()
         ([4.0], [[6, 7, 8]], [[0.5, 4.0, 0.0]])
@@ -73,7 +81,8 @@ class Gathering:
         self.counts = Counts(plan.d_sae, plan.ctx_len, device)
         self.token_hash = torch.zeros(0, dtype=torch.int64, device=device)
         self.token_position = torch.zeros(0, dtype=torch.int64, device=device)
-        self.token_active = torch.zeros(0, ACTIVE, dtype=torch.int32, device=device)
+        self.token_active = torch.zeros(0, plan.active, dtype=torch.int32, device=device)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._latent_hash = _mixed(torch.arange(plan.d_sae, device=device) + 1)
 
     def update(self, seen: Firings) -> None:
@@ -82,71 +91,64 @@ class Gathering:
         hashes = self._hashes(seen)
         self._note_active(seen, hashes)
         if len(seen.token):
-            content = self._content(seen)
-            self.top.add(self._entries(seen, content, *_strongest(seen, self.top.limit)))
+            self.top.add(self._entries(seen, *_strongest(seen, self.top.limit), distinct=True))
             order = _order(hashes[seen.token] ^ self._latent_hash[seen.latent])
             kept = (order <= self.sample.limit[seen.latent]).nonzero()[:, 0]
-            self.sample.add(self._entries(seen, None, kept, order[kept]))
+            self.sample.add(self._entries(seen, kept, order[kept], distinct=False))
 
     def _hashes(self, seen: Firings) -> Int[Tensor, " tokens"]:
         n = seen.ids.numel()
         position = seen.first_row * self.plan.ctx_len + torch.arange(n, device=seen.ids.device)
         return _mixed(_mixed(position) + self.plan.seed)
 
-    def _content(self, seen: Firings) -> Int[Tensor, " tokens"]:
-        """A hash of the window around each token: of what stands where, and where the row ends."""
-        total = torch.zeros_like(seen.ids)
-        for offset in range(-self.plan.before, self.plan.after + 1):
-            there = torch.full_like(seen.ids, -1)
-            if abs(offset) < self.plan.ctx_len:
-                into = slice(max(0, -offset), self.plan.ctx_len - max(0, offset))
-                out = slice(max(0, offset), self.plan.ctx_len - max(0, -offset))
-                there[:, into] = seen.ids[:, out]
-            total += _mixed(there * (2 * self.plan.window) + offset + self.plan.before)
-        return _mixed(total.flatten())
-
-    def _entries(self, seen: Firings, content: Tensor | None, which: Tensor, order: Tensor) -> Entries:
+    def _entries(self, seen: Firings, which: Tensor, order: Tensor, *, distinct: bool) -> Entries:
         token, latent = seen.token[which], seen.latent[which]
         around, inside = seen.window(token, self.plan.before, self.plan.after)
+        ids = torch.where(inside, seen.ids.flatten()[around], -1)
         position = token + seen.first_row * self.plan.ctx_len
         return Entries(
             latent,
             order,
             position,
-            position if content is None else content[token],
+            _content(ids) if distinct else position,
             seen.value[which],
-            torch.where(inside, seen.ids.flatten()[around], -1).to(torch.int32),
+            ids.to(torch.int32),
             torch.where(inside, seen.at(latent, around), 0) if len(which) else around.float(),
         )
 
     def _note_active(self, seen: Firings, hashes: Tensor) -> None:
-        hashed = _order(hashes)
-        wanted = seen.plain.flatten()
-        if len(self.token_hash) >= self.plan.coactive_tokens:
-            wanted = wanted & (hashed <= (self.token_hash[-1] if len(self.token_hash) else -1))
+        """The latents that fire on tokens which may be among those with the smallest hashes."""
+        hashed, wanted = _order(hashes), seen.plain.flatten()
+        if len(self.token_hash) >= self.plan.coactive_tokens > 0:
+            wanted = wanted & (hashed <= self.token_hash[-1])
         chosen = wanted.nonzero()[:, 0]
         number = torch.full_like(hashes, -1).scatter_(0, chosen, torch.arange(len(chosen), device=chosen.device))
-        active = self.token_active.new_full((len(chosen), ACTIVE), -1)
         which = (number[seen.token] >= 0).nonzero()[:, 0]
-        if len(which):
+        if self.plan.drops_active:
             which = which[seen.value[which].abs().argsort(descending=True, stable=True)]
             which = which[seen.token[which].argsort(stable=True)]
-            token = seen.token[which]
-            rank = torch.arange(len(token), device=token.device) - torch.searchsorted(token, token)
-            which, rank = which[rank < ACTIVE], rank[rank < ACTIVE]
-            active[number[seen.token[which]], rank] = seen.latent[which].to(torch.int32)
-        self._keep_active(hashed[chosen], seen.first_row * self.plan.ctx_len + chosen, active)
+        token = number[seen.token[which]]
+        fired = torch.bincount(token, minlength=len(chosen))
+        rank = torch.arange(len(token), device=token.device) - (fired.cumsum(0) - fired)[token]
+        kept = (rank < self.plan.active).nonzero()[:, 0]
+        active = self.token_active.new_full((len(chosen), self.plan.active), -1)
+        active[token[kept], rank[kept]] = seen.latent[which[kept]].to(torch.int32)
+        self._waiting.append((hashed[chosen], seen.first_row * self.plan.ctx_len + chosen, active))
+        if sum(len(part[0]) for part in self._waiting) >= _WAITING:
+            self._keep_active()
 
-    def _keep_active(self, hashed: Tensor, position: Tensor, active: Tensor) -> None:
-        hashed, position = torch.cat([self.token_hash, hashed]), torch.cat([self.token_position, position])
+    def _keep_active(self) -> None:
+        kept = (self.token_hash, self.token_position, self.token_active)
+        hashed, position, active = (torch.cat(parts) for parts in zip(kept, *self._waiting, strict=True))
         order = position.argsort(stable=True)
         order = order[hashed[order].argsort(stable=True)][: self.plan.coactive_tokens]
-        self.token_hash, self.token_position = hashed[order], position[order]
-        self.token_active = torch.cat([self.token_active, active])[order]
+        self.token_hash, self.token_position, self.token_active = hashed[order], position[order], active[order]
+        self._waiting = []
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was gathered, by name."""
         parts = {"top": self.top, "sample": self.sample, "counts": self.counts}
+        self._keep_active()
         named = {f"{part}.{k}": t for part, held in parts.items() for k, t in held.tensors().items()}
         names = ("token_hash", "token_position", "token_active")
         return named | {f"active.{name}": getattr(self, name) for name in names}
@@ -164,7 +166,8 @@ class Gathering:
         self.sample.merge(_part(tensors, "sample"))
         self.counts.merge(_part(tensors, "counts"))
         active = _part(tensors, "active")
-        self._keep_active(active["token_hash"], active["token_position"], active["token_active"])
+        self._waiting.append((active["token_hash"], active["token_position"], active["token_active"]))
+        self._keep_active()
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -181,6 +184,12 @@ def _strongest(seen: Firings, limit: Int[Tensor, " d_sae"]) -> tuple[Tensor, Ten
     best.scatter_reduce_(0, cell, order[may] << 31 | may, "amin")
     found = best[best != EMPTY << 31]
     return found & (2**31 - 1), found >> 31
+
+
+def _content(ids: Int[Tensor, "n window"]) -> Int[Tensor, " n"]:
+    """A hash of what stands where in each window, and where the row ends (-1)."""
+    width = ids.shape[1]
+    return _mixed(_mixed(ids * width + torch.arange(width, device=ids.device)).sum(1))
 
 
 def _order(hashed: Tensor) -> Tensor:

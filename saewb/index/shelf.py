@@ -89,7 +89,7 @@ def _mixed(x: Tensor) -> Tensor:
 class Shelf:
     """The n best contexts of each latent.
 
-    Keeps `d_sae * n * (8 window + 24)` bytes, and at most 32,768 candidates and what one batch adds beside them.
+    Keeps `d_sae * n * (8 window + 32)` bytes, and at most 32,768 candidates and what one batch adds beside them.
     """
 
     def __init__(self, d_sae: int, n: int, window: int, device: torch.device | str = "cpu") -> None:
