@@ -1,1 +1,0 @@
-"""One page about an index for anyone with a browser."""
