@@ -111,7 +111,7 @@ def build_index(
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
         >>> index = build_index(model, sae, ["The river flows through the city."] * 20, ctx_len=16)
         >>> index.n_tokens, index.latent(int(index.table().density.idxmax())).top[0].text[:14]
-        (141, '<|endoftext|>T')
+        (140, '<|endoftext|>T')
     """
     several = not isinstance(sae, nn.Module)
     saes = list(sae) if several else [sae]

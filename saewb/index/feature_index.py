@@ -34,7 +34,7 @@ class FeatureIndex:
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
         >>> index = saewb.build_index(model, sae, [d.text for d in saewb.embedded.held_out_texts()[:20]])
         >>> index
-        FeatureIndex(1024 latents on 2,731 tokens, blocks.2.hook_resid_post of tiny)
+        FeatureIndex(1024 latents on 2,649 tokens, blocks.2.hook_resid_post of tiny)
         >>> latent = index.latent(748)
         >>> latent.top[0].value == latent.max > 0, latent.logits_top[0].token
         (True, ' who')

@@ -23,7 +23,7 @@ class Words:
     spelled as a whole (`saewb.token_strings`).
 
     Example:
-        >>> Words({7: " sun"}, {(1, 2): ("", "🙂")}).spelled([7, 1, 2, 9])
+        >>> Words({7: " sun", 1: "\\ufffd", 2: "\\ufffd"}, {(1, 2): ("", "🙂")}).spelled([7, 1, 2, 9])
         [' sun', '', '🙂', '<9>']
     """
 
