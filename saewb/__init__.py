@@ -42,7 +42,7 @@ _HOME = {  # public name: the module that has it
     "push_to_hub": "loading",
     "pack": "tokens",
 }
-_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "sae", "tokens")
+_MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "neuronpedia", "sae", "tokens")
 
 __all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importing the module would hide it
 
