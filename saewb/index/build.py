@@ -246,18 +246,16 @@ def _pass(model: nn.Module, builds: list[_Build], text: _Text, progress: bool, s
         try:
             for row, ids, plain in text.batches(first):
                 seen = _captured(model, builds, ids)
-                if pending is not None:
-                    pending.result()
                 pending = aside.submit(_gather, builds, text, seen, row, ids, plain)
+                pending.result()  # at once: two threads that compute would only get in each other's way
                 advance(len(ids))
                 if time.monotonic() - saved > save_every_s:
+                    pending = aside.submit(_checkpoint, builds, text)
                     pending.result()
-                    _checkpoint(builds, text)
                     saved = time.monotonic()
         except KeyboardInterrupt:
-            pass  # what there is is kept; `is_complete` tells
-        if pending is not None:
-            pending.result()
+            if pending is not None:
+                pending.result()  # what there is is kept; `is_complete` tells
 
 
 def _next(build: _Build, text: _Text) -> int:
