@@ -15,6 +15,7 @@ install_import_hook(
         "saewb.tokens",
         "saewb.pursuit",
         "saewb.temporal",
+        *(f"saewb.index.{part}" for part in ("counts", "firings", "gather", "loss_effects", "shelf", "weights")),
     ],
     "beartype.beartype",
 )
