@@ -17,9 +17,10 @@ import torch
 
 import saewb
 from saewb.activations import capture
-from saewb.index.build import _Build, _pass, _Text
+from saewb.index.build import _Build, _pass
 from saewb.index.facts import IndexFacts
 from saewb.index.gather import Gathering
+from saewb.index.text import Text
 
 
 def median_seconds(calls, rounds):
@@ -80,7 +81,7 @@ def main():
             sae.cfg.d_sae, 128, 20, 5, 4, 20, 10, 2**16, sae.cfg.k, 0, (0,), (), 0, "", "", sae.cfg.hook, ""
         )
         build = _Build(sae, facts, Gathering(facts.plan), None)
-        _pass(model, [build], _Text(ids, (0,), 0, options.batch, "cpu"), False, float("inf"))
+        _pass(model, [build], Text(ids, (0,), 0, options.batch, "cpu"), False, float("inf"))
         build.gathering.tensors()
 
     calls = {"forward to the layer": forward, "  and encode_topk": with_encoding, "the index's pass": gathering}

@@ -310,6 +310,9 @@ def test_stopped_by_ctrl_c_and_gone_on_with(model, tmp_path, monkeypatch):
     whole = build(model, sae, ids)
     same(build(model, sae, ids, folder=tmp_path / "i"), whole)
     same(load_index(tmp_path / "i"), whole)
+    for other in (text(20, seed=1), ids[:4]):
+        with pytest.raises(ValueError, match="another text"):
+            build(model, sae, other, folder=tmp_path / "i")
     with pytest.raises(ValueError, match="n_top 4 and 5"):
         build(model, sae, ids, folder=tmp_path / "i", n_top=5)
 
