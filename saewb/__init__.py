@@ -89,6 +89,9 @@ _HOME = {  # public name: the module that has it
     "TrainStep": "training",
     "catalogue": "releases",
     "load_config": "loading",
+    "FeatureIndex": "index",
+    "build_index": "index",
+    "load_index": "index",
 }
 _MODULES = (
     "embedded",
@@ -97,6 +100,7 @@ _MODULES = (
     "hooks",
     "metrics",
     "models",
+    "neuronpedia",
     "objectives",
     "releases",
     "sae",

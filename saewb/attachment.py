@@ -296,7 +296,7 @@ def _splice(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | 
         raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
     source, target = places(sae, hook, hook_out)
     place = source if source == target else f"{source} => {target}"
-    return Splice(model, sae, hooks.resolve(model, source), hooks.resolve(model, target), place, error_term)
+    return Splice(model, sae, hooks.resolve(model, source), hooks.resolve_writable(model, target), place, error_term)
 
 
 def _check_not_moved(clt: CrossLayerTranscoder, hook: str | None, hook_out: str | None) -> None:

@@ -20,9 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="saewb", description=saewb.__doc__.partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"saewb {saewb.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo_ = commands.add_parser("demo", help="load, attach, read latents, evaluate: offline, in seconds")
+    demo_ = commands.add_parser("demo", help="load, attach, read latents, evaluate, index, write a page of features")
     demo_.add_argument("--model", choices=["tiny", "smollm2-135m"], default="tiny", help="smollm2-135m: a random SAE")
     demo_.add_argument("--prompt", default=PROMPT)
+    demo_.add_argument("--page", type=Path, default=Path("saewb_demo.html"), help="where to write it")
     lab_ = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to jupyter lab")
     lab_.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: saewb's own")
     _eval_options(commands.add_parser("eval", help="figures of one or many SAEs, as a table"))
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return evaluate(options) if options.command == "eval" else demo(options.model, options.prompt)
+        return evaluate(options) if options.command == "eval" else demo(options.model, options.prompt, options.page)
     except (ValueError, TypeError, OSError) as error:
         print(f"saewb {options.command}: {error}", file=sys.stderr)
         return 1
@@ -72,7 +73,7 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def demo(model_name: str, prompt: str) -> int:
+def demo(model_name: str, prompt: str, page: Path) -> int:
     """The main job, end to end, each step shown as the line one would type. Needs no network for "tiny"."""
     import torch
 
@@ -100,7 +101,14 @@ def demo(model_name: str, prompt: str) -> int:
 
     _show("saewb.evaluate(model, sae, held_out_texts)")
     print(saewb.evaluate(model, sae, texts))
-    _show(f"# {time.perf_counter() - started:.0f} s. Next: saewb lab")
+
+    _show("index = saewb.build_index(model, sae, held_out_texts)")
+    index = saewb.build_index(model, sae, texts)
+    print(index)
+    for i in index.ranking(10):
+        print(_feature(index.latent(i)))
+    _show(f"index.save_html({str(page)!r})    # {time.perf_counter() - started:.0f} s so far. Next: saewb lab")
+    print(f"The page of features is at {index.save_html(page)}")
     return 0
 
 
@@ -142,6 +150,14 @@ def _table(words: Sequence[str], latents) -> str:
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         lines.append(f"{word!r:<16} {'  '.join(f'{i:>5}:{value:<6.1f}' for i, value in pairs if value > 0)}")
     return "\n".join(lines)
+
+
+def _feature(latent) -> str:
+    """The strongest context of a feature around the token it is about, and the words it makes likelier."""
+    context = latent.top[0]
+    before, after = context.tokens[: context.at], context.tokens[context.at + 1 :]
+    text = f"{''.join(before)[-36:]:>36}[{context.token}]{''.join(after)[:20]:<20}".replace("\n", " ")
+    return f"{latent.index:>6}  {text}  {' '.join(repr(word.token) for word in latent.logits_top[:3])}"
 
 
 def _next_tokens(model, logits) -> str:

@@ -117,6 +117,23 @@ def resolve(model: nn.Module, name: str) -> Point:
     return point
 
 
+def resolve_writable(model: nn.Module, name: str) -> Point:
+    """The point of that name, where an activation that is replaced goes on through the model.
+
+    Raises:
+        ValueError: as `resolve`; and for `hook_resid_mid` of a TransformerBridge, which stands where the second norm is
+            read: what is written there reaches the MLP, and not the residual stream behind it.
+    """
+    point = resolve(model, name)
+    aside = [alias for alias in point.names[1:] if alias.endswith("hook_resid_mid")]
+    if aside and _is_bridge(model):
+        what = f"{name!r} of a TransformerBridge is what the MLP reads: written there, nothing reaches the stream."
+        want = f"a HookedTransformer (transformer-lens 3.x), whose {aside[0]!r} is in the stream; or another point"
+        fix = f"saewb.attach(model, sae, hook={aside[0].replace('resid_mid', 'resid_post')!r})"
+        raise ValueError(explain(what, want=want, fix=fix))
+    return point
+
+
 def point_names(model: nn.Module) -> list[str]:
     """All names of all points of the model itself, aliases included, sorted; without those of attached SAEs."""
     return sorted(_table(model))

@@ -245,7 +245,7 @@ def _change(
     if wrong := [v for v in values if v != v or abs(v) == float("inf")]:
         raise ValueError(explain(f"steer got the value {wrong[0]}.", want="finite numbers"))
     source, target = places(sae, hook, hook_out)
-    read, write = hooks.resolve(model, source), hooks.resolve(model, target)
+    read, write = hooks.resolve(model, source), hooks.resolve_writable(model, target)
     return Change(sae, read, write, target, numbers, values, how, mask)
 
 

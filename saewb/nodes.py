@@ -108,7 +108,7 @@ def _site(model: nn.Module, sae: nn.Module) -> Site:
     if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
         raise TypeError(explain(f"got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
     read, write = places(sae, None, None)
-    return Site(sae, hooks.resolve(model, read).name, hooks.resolve(model, write).name, write)
+    return Site(sae, hooks.resolve(model, read).name, hooks.resolve_writable(model, write).name, write)
 
 
 def _metric(model: nn.Module, metric: Metric) -> Callable[[Tensor], Tensor]:

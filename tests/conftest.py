@@ -21,6 +21,7 @@ install_import_hook(
         "saewb.objectives.losses",
         "saewb.objectives.dead",
         "saewb.objectives.straight_through",
+        *(f"saewb.index.{part}" for part in ("counts", "firings", "gather", "loss_effects", "shelf", "weights")),
     ],
     "beartype.beartype",
 )

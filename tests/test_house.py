@@ -80,6 +80,9 @@ ROOMS = {
     "places": "errors formats hub_files releases",
     "model_card": "",
     "sharing": "errors loading model_card places pursuit sae temporal",
+    "index": "activations attachment errors hooks report sae spans splice tokens",
+    "report": "errors index",
+    "neuronpedia": "errors index",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
 

@@ -1,0 +1,26 @@
+"""The feature index: what every latent of an SAE does, on text and by its weights, kept on disk.
+
+    index = saewb.build_index(model, sae, texts, folder="my.index")
+    index.latent(748); index.table(); index.search("physicist"); index.save_html("features.html")
+
+- `build` runs the pass, `firings` the SAE, `gather` keeps what an index is made of: `shelf` the best contexts of each
+  latent, `counts` what adds up. `weights` and `loss_effects` need no stream.
+- `feature_index` shows it, by `latent` (a page), `overview` (the table), `searching`; `words` and `store` keep it.
+"""
+
+from saewb.index.build import build_index
+from saewb.index.feature_index import FeatureIndex, load_index
+from saewb.index.latent import Coactive, Context, Histogram, Latent, Logit, Neighbour, PositionDensity
+
+__all__ = [
+    "Coactive",
+    "Context",
+    "FeatureIndex",
+    "Histogram",
+    "Latent",
+    "Logit",
+    "Neighbour",
+    "PositionDensity",
+    "build_index",
+    "load_index",
+]

@@ -1,0 +1,77 @@
+"""What an SAE's latents do on some rows of tokens, without the zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from saewb.sae import SAE
+
+# Pre-activations computed at a time, unless one row of tokens has more (32 MiB in float32).
+_TILE = 2**23
+
+
+@dataclass(frozen=True, eq=False)
+class Firings:
+    """Where latents are not 0 on whole rows of tokens; special tokens left out."""
+
+    ids: Int[Tensor, "rows ctx"]  # the tokens
+    plain: Bool[Tensor, "rows ctx"]  # those that count: not special
+    first_row: int  # the number of the first row among all rows of text
+    d_sae: int  # latents
+    token: Int[Tensor, " firings"]  # counted through these rows, ascending
+    latent: Int[Tensor, " firings"]  # which latent; ascending among those of a token
+    value: Float[Tensor, " firings"]  # its activation, float32
+
+    def window(self, token: Int[Tensor, " n"], before: int, after: int) -> tuple[Tensor, Tensor]:
+        """Tokens around each of these, counted through the rows, and which of them are in the same row."""
+        ctx = self.ids.shape[1]
+        offsets = torch.arange(-before, after + 1, device=token.device)
+        place = (token % ctx)[:, None] + offsets
+        inside = (place >= 0) & (place < ctx)
+        return torch.where(inside, token[:, None] + offsets, 0), inside
+
+    def at(self, latent: Int[Tensor, " n"], token: Int[Tensor, "n window"]) -> Float[Tensor, "n window"]:
+        """Activations of a latent at each of its tokens, 0 where it does not fire."""
+        key = self.token * self.d_sae + self.latent  # ascending
+        wanted = token * self.d_sae + latent[:, None]
+        found = torch.searchsorted(key, wanted).clamp_(max=max(0, len(key) - 1))
+        return torch.where(key[found] == wanted, self.value[found], 0)
+
+
+def firings(
+    sae: nn.Module, x: Float[Tensor, "rows ctx d_in"], ids: Tensor, plain: Tensor, first_row: int
+) -> Iterator[Firings]:
+    """Encode rows, a few at a time: what fires there.
+
+    A top-k SAE is asked for its k values per token; of others, at most 32 MiB of latents (or those of one row) are held
+    at a time.
+
+    Args:
+        sae: of any architecture.
+        x: what it reads.
+        ids: the tokens, `[rows, ctx]`, on the same device.
+        plain: those that count.
+        first_row: the number of the first row.
+    """
+    rows = max(1, _TILE // (ids.shape[1] * sae.cfg.d_sae))
+    for begin in range(0, len(ids), rows):
+        part = slice(begin, begin + rows)
+        token, latent, value = _sparse(sae, x[part], plain[part])
+        yield Firings(ids[part], plain[part], first_row + begin, sae.cfg.d_sae, token, latent, value)
+
+
+def _sparse(sae: nn.Module, x: Tensor, plain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(sae, SAE) and sae.cfg.k is not None:
+        top = sae.encode_topk(x)
+        latents, order = top.indices.sort(1)
+        values = top.values.gather(1, order)
+        token, rank = ((values != 0) & plain.reshape(-1, 1)).nonzero(as_tuple=True)
+        return token, latents[token, rank], values[token, rank].float()
+    dense = sae.encode(x).flatten(0, 1)
+    token, latent = ((dense != 0) & plain.reshape(-1, 1)).nonzero(as_tuple=True)
+    return token, latent, dense[token, latent].float()
