@@ -96,8 +96,13 @@ def test_only_needed_layers_run_and_the_lock_is_free_between_passes(model):
         point.remove()
     assert stream.stop_layer == 2
     assert not ran
-    free = []
-    thread = threading.Thread(target=lambda: free.append(hooks.lock(model).acquire(timeout=1)))
+    free, lock = [], hooks.lock(model)
+
+    def take():
+        free.append(lock.acquire(timeout=1))
+        lock.release()
+
+    thread = threading.Thread(target=take)
     thread.start()
     thread.join()
     assert free == [True]
