@@ -61,6 +61,7 @@ ROOMS = {
     "evals": "errors activations attachment evaluation hooks metrics splice tokens",
     "embedded": "errors",
     "embedded/make": "embedded errors evals loading metrics models sae tokens",
+    "train_file": "saewb",
     "cli": "saewb",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}

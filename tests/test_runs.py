@@ -545,3 +545,55 @@ def test_states_come_back_as_they_were(tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "s").read_bytes()[:-10])
     with pytest.raises(saewb.FormatError, match="cannot be read"):
         read_state(tmp_path / "cut")
+
+
+# -- on the command line ---------------------------------------------------------------------------------------------
+
+FILE = """
+model: tiny
+tokens: {embedded: true}
+held_out: {embedded: true}
+saes:
+  wide: {objective: TopK, d_sae: 64, k: 4, hook: blocks.0.hook_resid_post}
+  levels: {objective: Matryoshka, d_sae: 64, k: 4, widths: [8, 16], hook: blocks.0.hook_resid_post}
+n_tokens: 1024
+batch_tokens: 256
+buffer_tokens: 512
+held_out_tokens: 512
+lr: 3e-4
+folder: FOLDER
+"""
+
+
+def test_the_command_line_trains_from_a_file_and_goes_on(tmp_path, capsys, monkeypatch):
+    from saewb import cli, run_record
+
+    monkeypatch.setattr(run_record, "exit_on_sigterm", lambda: None)  # this process is pytest's
+    (tmp_path / "a.yaml").write_text(FILE.replace("FOLDER", str(tmp_path / "r")))
+    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "finished: 1,024 of 1,024 tokens (100%), 1 of 4 layers run" in out
+    assert saewb.load_sae(tmp_path / "r" / "saes" / "levels").cfg.d_sae == 64
+    (tmp_path / "a.yaml").write_text(FILE.replace("FOLDER", str(tmp_path / "r")).replace("1024", "1536"))
+    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 0
+    assert "1,536 of 1,536 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("TopK", "TopQ", "near: TopK"),
+        ("lr:", "learning_rate:", "no option 'learning_rate'"),
+        ("n_tokens: 1024", "", "no 'n_tokens'"),
+        ("embedded: true", "embeded: true", "one of files, embedded, cache"),
+        ("saes:", "saes: [", "no YAML"),
+    ],
+)
+def test_files_that_are_wrong(tmp_path, capsys, monkeypatch, old, new, says):
+    from saewb import cli, run_record
+
+    monkeypatch.setattr(run_record, "exit_on_sigterm", lambda: None)
+    (tmp_path / "a.yaml").write_text(FILE.replace("FOLDER", str(tmp_path / "r")).replace(old, new))
+    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 1
+    assert says in capsys.readouterr().err
+    assert cli.main(["train", str(tmp_path / "missing.yaml")]) == 1
