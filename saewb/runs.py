@@ -1,7 +1,8 @@
 """A training that runs in the background: a daemon thread that steps, logs, and keeps checkpoints.
 
 1. Between two steps the thread lets others in: pausing, stopping, exporting, reading. A step is never interrupted.
-2. The model's lock is held for one forward pass at a time, so other cells use the model between passes.
+2. It runs the same weights through hook points of its own (`saewb.hooks.twin`), so other cells use the model at any
+   time, and neither sees the other's hooks.
 3. On every way out (the end, `stop()`, an exception, the interpreter's exit) a checkpoint is written, if the run has a
    folder. An interrupt (Ctrl-C, the notebook's stop button) reaches the main thread alone: in `wait()` it stops the run
    cleanly, in another cell it does nothing to it. There are no signal handlers; a script that wants a checkpoint on

@@ -52,8 +52,8 @@ ROOMS = {
     "run_plan": "errors objectives run_folder run_record sae streams training",
     "runs": "errors feed memory run_folder run_record run_view sinks training",
     "launch": (
-        "activation_cache activations errors feed memory run_folder run_plan run_record runs sinks sources streams "
-        "token_streams tokens training"
+        "activation_cache activations attachment errors feed hooks memory run_folder run_plan run_record runs sinks "
+        "sources streams token_streams tokens training"
     ),
     "models": "errors gguf_llama hub spans",
     "loading": "errors formats hub sae pursuit temporal",
