@@ -58,9 +58,9 @@ def train(
 ) -> Run:
     """Train SAEs or transcoders in the background; returns at once.
 
-    One forward pass of the model, up to the last layer that is needed, serves all SAEs. The run has hook points of its own
-    on the same weights, so the model is free for other cells, and what they attach does not reach the run. What can be wrong is found
-    before it returns: names of hooks, sizes, options, the memory (a warning, with an estimate, see `run.memory`).
+    One forward pass of the model, up to the last layer that is needed, serves all SAEs. The run has hook points of its
+    own on the same weights, so the model is free for other cells, and what they attach does not reach the run. What can
+    be wrong is found before it returns: names of hooks, sizes, options, the memory (a warning, see `run.memory`).
 
     Args:
         model: any kind; None if `tokens` is a stream or a cache of activations.
@@ -106,6 +106,7 @@ def train(
         "saes": {name: told(trainee) for name, trainee in trainees.items()},
         "reading": {**asdict(reading), "skip_special_tokens": plain_skip(reading.skip_special_tokens)},
         "options": asdict(run_options),
+        "widths": widths,
         "model": _name(model),
     }
     return _launch(model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device)
