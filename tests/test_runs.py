@@ -529,11 +529,13 @@ def test_states_come_back_as_they_were(tmp_path):
         "a": [1, 2.5, None, True, "x\ny", {"t": x.T, "same": x}],
         "b": {"empty": [], "bf16": torch.ones(2, dtype=torch.bfloat16), "flag": torch.tensor(True), "": 1e-300},
         "rng": torch.Generator().get_state(),
+        "tuple": (1, [2, ()]),
     }
     write_state(tmp_path / "s", state)
     got = read_state(tmp_path / "s")
     assert torch.equal(got["a"][5]["t"], x.T)
     assert got["a"][:5] == state["a"][:5]
+    assert got["tuple"] == state["tuple"]
     assert got["b"]["bf16"].dtype == torch.bfloat16
     assert bool(got["b"]["flag"])
     assert got["b"][""] == 1e-300
