@@ -25,7 +25,7 @@ def write_state(path: Path, state: Any) -> None:
 
     Args:
         path: replaced if it is there.
-        state: None, booleans, numbers, strings, tensors; lists, tuples and dictionaries (by strings) of them. Tensors may be
+        state: None, booleans, numbers, strings, tensors; lists, tuples, dictionaries by strings of them. Tensors may be
             strided and on any device; they are read back contiguous and on the CPU.
     Raises:
         TypeError: for anything else.
