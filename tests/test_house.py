@@ -40,7 +40,8 @@ ROOMS = {
     "activation_cache": "errors activations buffer orders sources statefile streams tokens",
     "attachment": "errors hooks splice tokens",
     "objectives": "config errors objectives pursuit sae",
-    "training": "arithmetic config errors metrics objectives pursuit sae training",
+    "sparse_step": "errors objectives",
+    "training": "arithmetic config errors metrics objectives pursuit sae sparse_step training",
     "formats": "errors formats sae pursuit temporal",
     "gguf_llama": "errors gguf",
     "run_folder": "errors loading statefile",
@@ -60,7 +61,7 @@ ROOMS = {
     "evaluation": "errors",
     "evals": "errors activations attachment evaluation hooks metrics splice tokens",
     "embedded": "errors",
-    "embedded/make": "embedded errors evals loading metrics models sae tokens",
+    "embedded/make": "embedded errors evals loading metrics models objectives sae streams tokens training",
     "train_file": "saewb",
     "cli": "saewb",
 }

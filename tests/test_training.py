@@ -19,8 +19,11 @@ from objectives_list import (
     recovered,
     true_features,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import saewb
+from saewb.objectives import revives
+from saewb.sparse_step import has_sparse_step
 from saewb.training import TrainConfig, Trainee, Training
 
 B = 50
@@ -218,7 +221,7 @@ def test_fine_tuning_starts_where_the_sae_is(name):
             run(go_on)
             assert go_on.saes["sae"].W_dec.allclose(sae.W_dec, atol=1e-5)
         else:
-            want, got = sae(values["x"]), go_on.saes["sae"](values["x"])
+            want, got = sae(values["x"]).detach(), go_on.saes["sae"](values["x"]).detach()
             assert float(((got - want).norm(dim=1) / want.norm(dim=1)).quantile(0.98)) < 1e-4, normalisation
 
 
@@ -280,6 +283,76 @@ def test_a_loss_that_is_no_number_is_reported():
     values = {"x": torch.full((200, D_IN), math.nan)}
     step = run(Training(stream(values), OBJECTIVES["topk"], replace(CONFIG, normalisation="none")), 1)[0]
     assert "the loss is nan" in str(step.only.warnings[0])
+
+
+def test_resume_over_a_shuffled_stream_of_tensors():
+    """The real stream, its state in a file."""
+
+    def fresh():
+        real = saewb.stream_tensors(data(), batch_tokens=B, repeat=True, shuffle_seed=4)
+        return Training(real, {"a": Trainee(OBJECTIVES["batchtopk"], "x", "y")}, CONFIG)
+
+    whole, again = fresh(), fresh()
+    run(whole, 15)
+    kept = io.BytesIO()
+    torch.save(whole.state(), kept)
+    run(whole)
+    kept.seek(0)
+    again.restore(torch.load(kept, weights_only=True))
+    run(again)
+    assert again.n_steps == 40
+    assert same(again.state()["learners"], whole.state()["learners"])
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations that on a GPU make the host wait for a result."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indexed = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if indexed or any(name.startswith(w) for w in self.WAITING):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "pursuit"])
+def test_a_step_does_not_wait_for_the_device(name):
+    """But where it counts the dead, every `look_every_steps`. (A pursuit waits: it stops when all tokens are done.)"""
+    config = replace(CONFIG, step="plain", n_tokens=20 * B, warmup_tokens=0, decay_tokens=0, look_every_steps=4)
+    training = Training(stream(), Trainee(OBJECTIVES[name], "x"), config)
+    steps = iter(training)
+    waits = []
+    for _ in range(20):
+        with Waits() as mode:
+            next(steps)
+        waits.append(len(mode.seen))
+    looking = [i for i, n in enumerate(waits) if n and i]  # the first step also estimates the factor
+    assert looking == ([8, 12, 16] if revives(OBJECTIVES[name]) else [])
+    assert max(waits[1:]) <= 1
+
+
+SPARSE = {name: Trainee(o, "x") for name, o in OBJECTIVES.items() if has_sparse_step(o)}
+
+
+def test_sparse_steps_resume_bit_for_bit_and_are_the_plain_ones():
+    def fresh(step):
+        config = replace(CONFIG, step=step, n_tokens=24 * B, warmup_tokens=0, decay_tokens=0)
+        return Training(stream(), SPARSE, config)
+
+    whole, plain, again = fresh("sparse"), fresh("plain"), fresh("sparse")
+    first = run(whole, 12)
+    again.restore(whole.state())
+    run(whole), run(again)
+    assert same(whole.state()["learners"], again.state()["learners"])
+    for a, b in zip(first[:6], run(plain, 6), strict=True):
+        for name in SPARSE:
+            assert a.saes[name].numbers() == pytest.approx(b.saes[name].numbers(), rel=2e-3, abs=1e-4), (name, a.step)
 
 
 def test_figures_are_read_at_once():
@@ -386,6 +459,17 @@ def test_schedules_in_closed_form():
     assert mixed[6:] == [0.5, 0.375, 0.25, 0.125]
 
 
+def test_an_sae_may_have_its_own_rate_and_seed():
+    topk = OBJECTIVES["topk"]
+    made = {"a": Trainee(topk, "x"), "b": Trainee(topk, "x", lr=6e-3), "c": Trainee(topk, "x", seed=1)}
+    training = Training(stream(), made, replace(CONFIG, weight_decay=0.1))
+    step = run(training, 1)[0]
+    assert step.saes["b"].lr == pytest.approx(2 * step.saes["a"].lr)
+    assert float(step.saes["a"].loss) == float(step.saes["b"].loss) != float(step.saes["c"].loss)
+    run(training)
+    assert not torch.equal(training.saes["a"].W_dec, training.saes["b"].W_dec)
+
+
 def test_whole_batches_only():
     config = TrainConfig(n_tokens=119, batch_tokens=B)
     assert config.n_steps == 2
@@ -413,7 +497,7 @@ def test_whole_batches_only():
         ({"step": "fast"}, "'sparse'"),
         ({"b_dec": "median"}, "'zeros' or 'mean'"),
         ({"clip": 0}, "clip=0"),
-        ({"autocast": torch.float64}, "torch.bfloat16"),
+        ({"autocast": torch.float16}, "torch.bfloat16 or None; float16 loses"),
         ({"dense_above": 1.5}, "dense_above=1.5"),
         ({"dead_after_tokens": 0}, "dead_after_tokens=0.\n  want: a positive integer, or None"),
         ({"eval_every_tokens": 0.5}, "eval_every_tokens=0.5"),

@@ -29,7 +29,7 @@ class BatchTopK:
     then on, so that it does not creep up from 0 (SAELens' does: after n batches it is at 1 - 0.99^n of its value).
 
     Source:
-        Bussmann et al. 2024, arXiv:2412.06410, eqs. 4 to 6; AuxK as TopK.
+        Bussmann et al. 2024, arXiv:2412.06410 (gate, threshold); AuxK as TopK.
     """
 
     d_sae: int  # latents
@@ -105,7 +105,7 @@ class Matryoshka:
     latents and the error of its own reconstruction.
 
     Source:
-        Bussmann et al. 2025, arXiv:2503.17547, eq. 3 (nested losses, BatchTopK gate).
+        Bussmann et al. 2025, arXiv:2503.17547 (nested losses, BatchTopK gate).
     Example:
         >>> objective = Matryoshka(d_sae=32, k=4, widths=(4, 8))
         >>> params, x = objective.start(8), torch.ones(5, 8)

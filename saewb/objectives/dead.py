@@ -44,12 +44,11 @@ def auxk(
     Source:
         Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
-    rows, dead = state.dead_rows, state.dead
-    if low or high is not None:
-        rows = rows[(rows >= low) & (rows < (len(dead) if high is None else high))]
+    rows = state.dead_rows
     if not len(rows):
         return error.new_zeros(())
-    dead, W, z = dead[rows], params.W_dec[rows], pre[:, rows]
+    dead, W, z = state.dead[rows], params.W_dec[rows], pre[:, rows]
+    dead = dead & (rows >= low) & (rows < (params.d_sae if high is None else high))  # a mask: a selection would wait
     score = z.detach() * W.detach().norm(dim=1)
     score = torch.where(dead, score.abs() if signed else score, -torch.inf)
     best = score.topk(min(k_aux, len(rows)), dim=1, sorted=False).indices

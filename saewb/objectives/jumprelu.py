@@ -34,8 +34,9 @@ class JumpReLU:
     log theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all.
 
     Source:
-        Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 9 to 12 (step; appendix for the target L0); Conerly et al.
-        2025, Transformer Circuits, January 2025 (tanh, estimator also to the input, pre-activation loss).
+        Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 9, 11, 12 (loss, estimators; an appendix has a target L0);
+        Conerly et al. 2025, Transformer Circuits, January 2025 (tanh, estimator also to the input, pre-activation
+        loss). The quadratic loss is scaled as SAELens scales it.
     Example:
         >>> objective = JumpReLU(d_sae=32, l0=0.1, sparsity="quadratic", target_l0=4)
         >>> params, x = objective.start(8), torch.ones(5, 8)

@@ -99,7 +99,7 @@ class AbsTopK:
     Dead latents are chosen by magnitude too.
 
     Source:
-        Zhu et al. 2025, arXiv:2510.00404 (gate); Gao et al. 2024, arXiv:2406.04093 (the rest).
+        Zhu, Khalili and Zhu 2025, arXiv:2510.00404 (gate); Gao et al. 2024, arXiv:2406.04093 (the rest).
     """
 
     d_sae: int  # latents

@@ -39,7 +39,7 @@ class TrainConfig:
     warmup_tokens: int = 0  # learning rate rises linearly from 0
     decay_tokens: int = 0  # at the end: falls linearly to 0 from where the schedule has brought it
     clip: float | None = 1.0  # longest gradient, over all weights of an SAE; None does not clip
-    autocast: torch.dtype | None = None  # of products in the loss, e.g. torch.bfloat16; weights stay float32
+    autocast: torch.dtype | None = None  # of products in the plain losses: torch.bfloat16; weights stay float32
     compile: str | None = None  # backend of torch.compile for the plain losses, e.g. "inductor"
     step: Step = "auto"  # how gradients are computed: see `saewb.training.paths.choose`
     normalisation: Normalisation = "none"  # of activations: see `saewb.training.units`
@@ -81,8 +81,8 @@ class TrainConfig:
         end = self.lr_end
         _check(end is None or 0 <= end <= self.lr, "lr_end", end, f"0 to lr={self.lr}, or None for a tenth of it")
         _check(self.clip is None or self.clip > 0, "clip", self.clip, "a positive length, or None")
-        dtypes = (None, torch.bfloat16, torch.float16)
-        _check(self.autocast in dtypes, "autocast", self.autocast, "torch.bfloat16, torch.float16 or None")
+        want = "torch.bfloat16 or None; float16 loses small gradients, and nothing here rescales them"
+        _check(self.autocast in (None, torch.bfloat16), "autocast", self.autocast, want)
         _check(0 < self.dense_above < 1, "dense_above", self.dense_above, "a share of tokens, between 0 and 1")
 
     @property

@@ -15,7 +15,7 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from saewb.errors import explain
 from saewb.metrics import FiringStream, ReconstructionStream
@@ -36,6 +36,7 @@ from saewb.objectives import (
 from saewb.objectives.coefficients import SMOOTHING
 from saewb.pursuit import PursuitSAE
 from saewb.sae import SAE
+from saewb.sparse_step import clipped_step
 from saewb.training.config import TrainConfig
 from saewb.training.paths import choose
 from saewb.training.record import Figures, HeldOut
@@ -152,10 +153,8 @@ class Learner:
         for p in parameters:  # the fused Adam walks memory: a gradient in another order would be applied crosswise
             if p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
-        if self.config.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, self.config.clip)
         self._optimizer.param_groups[0]["lr"] = rate
-        self._optimizer.step()
+        clipped_step(self._optimizer, parameters, self.config.clip)
         constrain(self.params, rows)
 
     @torch.no_grad()

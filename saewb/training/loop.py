@@ -65,6 +65,13 @@ class Training:
         device: of weights and arithmetic; None means that of the first batch.
     Raises:
         ValueError: on a batch of another size, a point the stream does not have, or a stream that ends too early.
+    Example:
+        >>> import saewb
+        >>> x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+        >>> stream = saewb.stream_tensors({"hook": x}, batch_tokens=256, repeat=True)
+        >>> training = Training(stream, saewb.TopK(d_sae=32, k=4), TrainConfig(n_tokens=1024, batch_tokens=256))
+        >>> [step.n_tokens for step in training], training.saes["sae"]
+        ([256, 512, 768, 1024], SAE(topk k=4, 8 -> 32 latents, hook, float32 on cpu))
     """
 
     def __init__(
@@ -208,9 +215,9 @@ class Training:
             what = f"the state is of other SAEs: {state['trainees']}."
             raise ValueError(explain(what, want=str(self._signature)))
         mine = _plain(self.config)
-        changed = {k for k, v in state["config"].items() if mine[k] != v} - MAY_CHANGE
+        changed = {k for k, v in state["config"].items() if mine.get(k) != v} - MAY_CHANGE
         if changed:
-            text = ", ".join(f"{k}={state['config'][k]!r}, now {mine[k]!r}" for k in sorted(changed))
+            text = ", ".join(f"{k}={state['config'][k]!r}, now {mine.get(k)!r}" for k in sorted(changed))
             raise ValueError(explain(f"the state was made with {text}.", want="the same config"))
 
     def _begin(self) -> None:

@@ -1,0 +1,66 @@
+"""The fast training step: the numbers of `objective.losses(...)` and its backward pass, from the latents that are on.
+
+A dense step makes six products of batch x d_in x d_sae. Here:
+
+1. One of them is left, the encoder's, in row tiles whose results are not kept; on hardware with bf16 it only selects,
+   and the winners are scored again in full precision (`selection`, `tiles`, `precision`).
+2. The latents that are on are kept as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
+   gradient of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
+3. The gradient of b_dec follows from that of the encoder's bias (`backward`).
+4. Losses of dead latents are dense over the dead ones only (`auxiliary`).
+
+No autograd (but for 4), no `[batch, d_sae]` tensor. `sparse_step` says per batch whether it pays.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saewb.objectives import Gated, JumpReLU, Losses, MatchingPursuit, Objective, Params, Standard, State
+from saewb.sparse_step.adam import clipped_step
+from saewb.sparse_step.backward import Batch
+from saewb.sparse_step.gated import gated_step
+from saewb.sparse_step.precision import Precision, best_precision
+from saewb.sparse_step.thresholds import jumprelu_step, standard_step
+from saewb.sparse_step.topk import topk_step
+
+__all__ = ["MAX_DENSITY", "Precision", "best_precision", "clipped_step", "has_sparse_step", "sparse_step"]
+
+MAX_DENSITY = 1 / 12  # of latents on per token: from about there on, dense products are quicker than pairs
+
+
+@torch.no_grad()
+def sparse_step(
+    objective: Objective,
+    params: Params,
+    x: Float[Tensor, "batch d_in"],
+    y: Float[Tensor, "batch d_out"],
+    state: State,
+    precision: Precision = "full",
+    max_density: float = MAX_DENSITY,
+) -> Losses | None:
+    """Losses of one batch and, in each parameter's `.grad`, their gradients; None where a dense step is the right one.
+
+    None, and nothing written, if more than `max_density` of the latents are on (found out from the first tile), or if
+    the objective or dtype has no sparse step.
+    """
+    exact = params.W_dec.dtype in (torch.float32, torch.float64) and x.dtype == y.dtype == params.W_dec.dtype
+    if not (len(x) and exact and has_sparse_step(objective)):
+        return None
+    limit = int(max_density * len(x) * params.d_sae)
+    batch = Batch(params, x, params.centred(x), y, precision, limit)
+    if isinstance(objective, Standard):
+        return standard_step(objective, batch, state)
+    if isinstance(objective, JumpReLU):
+        return jumprelu_step(objective, batch, state)
+    if isinstance(objective, Gated):
+        return gated_step(objective, batch, state)
+    return topk_step(objective, batch, state)
+
+
+def has_sparse_step(objective: Objective) -> bool:
+    """Whether there is one at all: not for matching pursuit, nor with a pre-activation loss of all latents."""
+    dense = isinstance(objective, JumpReLU) and objective.pre_act > 0 and objective.pre_act_on == "all"
+    return not dense and not isinstance(objective, MatchingPursuit)
