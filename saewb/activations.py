@@ -6,7 +6,8 @@ what streams of them (`saewb.streams`) are made of: tokens by rows, at one or se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
@@ -118,3 +119,16 @@ def _noting(seen: dict[str, Tensor], name: str) -> hooks.Edit:
         seen[name] = activation
 
     return edit
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """These modules in eval mode (no dropout), each part back in its own mode afterwards."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saewb import hooks, splice
-from saewb.activations import stop_layer
+from saewb.activations import eval_mode, stop_layer
 from saewb.errors import explain
 from saewb.nodes import ERROR, Case, Metric, Nodes, ablated, case, gradients, integrated, nodes
 from saewb.spans import token_strings
@@ -144,7 +144,7 @@ def attribute(
     asked = case(model, prompt, saes, metric, skip_special_tokens)
     parts: list[Nodes] = []
     estimates, baselines = [], []
-    with hooks.lock(model), hooks.eval_mode(model, *(site.sae for site in asked.sites)):
+    with hooks.lock(model), eval_mode(model, *(site.sae for site in asked.sites)):
         value, seen = gradients(asked)
         for site, at in zip(asked.sites, seen, strict=True):
             found, baseline = nodes(asked, site, at), float("nan")
@@ -212,7 +212,7 @@ def attribute_edges(
 
     counted = metric if metric is not None else lambda logits: logits.sum()  # not looked at
     asked = case(model, prompt, [sae_from, sae_to], counted, skip_special_tokens)
-    with hooks.lock(model), hooks.eval_mode(model, sae_from, sae_to):
+    with hooks.lock(model), eval_mode(model, sae_from, sae_to):
         _, (start, end) = gradients(asked)
         chosen = _targets(asked, nodes(asked, asked.sites[1], end), targets, n_targets, by_effect=metric is not None)
         slopes = _slopes(asked, chosen)

@@ -1,4 +1,4 @@
-"""The command line: `saewb demo` does the main job on the embedded model; `saewb lab` opens the notebooks."""
+"""The command line: `saewb demo` does the main job, `saewb lab` opens notebooks, `saewb train` trains from a file."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lab_ = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to jupyter lab")
     lab_.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: saewb's own")
     _eval_options(commands.add_parser("eval", help="figures of one or many SAEs, as a table"))
+    train_ = commands.add_parser("train", help="train SAEs as a YAML file says; goes on with a run that was begun")
+    train_.add_argument("file", type=Path)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "lab":
         return lab(options.folder, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "train":
+        return train(options.file)
     try:
         return evaluate(options) if options.command == "eval" else demo(options.model, options.prompt, options.page)
     except (ValueError, TypeError, OSError) as error:
@@ -123,6 +127,29 @@ def lab(folder: Path | None, rest: Sequence[str] = ()) -> int:
         print(f"no folder {str(chosen)!r}.\n  fix:  saewb lab", file=sys.stderr)
         return 1
     return subprocess.run([sys.executable, "-m", "jupyterlab", f"--notebook-dir={chosen}", *rest]).returncode
+
+
+def train(file: Path) -> int:
+    """Train as a YAML file says, with a line of progress every few seconds; Ctrl-C and SIGTERM leave a checkpoint."""
+    from saewb.run_record import exit_on_sigterm
+    from saewb.train_file import train_file
+
+    exit_on_sigterm()
+    try:
+        run = train_file(file)
+        print(run.memory, flush=True)
+        while run.wait(timeout=5).state in ("running", "paused"):
+            print(run.progress, flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped; saewb train {file} goes on", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(run.progress)
+    for name in run.saes:
+        print(f"{name}: {run.folder / 'saes' / name}")
+    return 0
 
 
 def _sae(model, model_name: str):

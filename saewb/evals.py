@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from saewb import hooks
+from saewb.activations import eval_mode
 from saewb.errors import explain
 from saewb.eval_passes import AtHook, Batches, Losses, Place, at_hooks, bar, in_model, place
 from saewb.eval_store import Store, source_name
@@ -198,7 +198,7 @@ def _evaluated(
     places: list[Place], batches: Batches, dead_below: float, dense_above: float, losses: bool, progress: bool
 ) -> list[Evaluation]:
     saes = [where.sae for where in places]
-    with torch.no_grad(), hooks.eval_mode(places[0].model, *saes), bar(progress, (1 + losses) * len(batches)) as tick:
+    with torch.no_grad(), eval_mode(places[0].model, *saes), bar(progress, (1 + losses) * len(batches)) as tick:
         seen = at_hooks(places, tick(batches))
         whole = [_NO_LOSSES] * len(places)
         if losses:

@@ -9,6 +9,7 @@ Nothing here replaces a module or a method: hooks are added to the points that a
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 import weakref
@@ -255,17 +256,20 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
                 hook.remove()
 
 
-@contextmanager
-def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """These modules in eval mode (no dropout), each part back in its own mode afterwards."""
-    training = [part for module in modules for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
+def twin(model: nn.Module) -> nn.Module:
+    """The same model once more, for another thread: the same weights, not copied, and points of its own.
+
+    A pass keeps notes in the modules it runs through (where to stop, what was seen), so two threads cannot run one
+    model at a time. Hooks on the model's points are not on the twin's. Hooks on other modules are: the model's own.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tokenizer = getattr(model, "tokenizer", None)
+    memo[id(tokenizer)] = tokenizer
+    with lock(model):
+        for point in model.hook_dict.values():
+            for name in ("fwd_hooks", "bwd_hooks", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+                memo[id(getattr(point, name))] = type(getattr(point, name))()
+        return copy.deepcopy(model, memo)
 
 
 def _is_bridge(model: nn.Module) -> bool:

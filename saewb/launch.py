@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saewb import hooks
 from saewb.activation_cache import ActivationCache
 from saewb.activations import Activations, joined
+from saewb.attachment import attachments
 from saewb.errors import explain, near
 from saewb.feed import Feed
 from saewb.memory import MemoryEstimate, estimate_memory
@@ -56,8 +58,9 @@ def train(
 ) -> Run:
     """Train SAEs or transcoders in the background; returns at once.
 
-    One forward pass of the model, up to the last layer that is needed, serves all SAEs. What can be wrong is found
-    before it returns: names of hooks, sizes, options, the memory (a warning, with an estimate, see `run.memory`).
+    One forward pass of the model, up to the last layer that is needed, serves all SAEs. The run has hook points of its
+    own on the same weights, so the model is free for other cells, and what they attach does not reach the run. What can
+    be wrong is found before it returns: names of hooks, sizes, options, the memory (a warning, see `run.memory`).
 
     Args:
         model: any kind; None if `tokens` is a stream or a cache of activations.
@@ -95,7 +98,7 @@ def train(
     reading, run_options, config = sorted_out(options, n_tokens)
     reading = replace(reading, positions=(positions.start, positions.stop, positions.step))
     trainees = trainees_of(saes, hook, hook_out)
-    stream, widths = _stream(model, tokens, trainees, reading, config)
+    feed, widths = _feed(model, tokens, trainees, reading, config)
     trainees = with_points(trainees, widths)
     facts = {
         "saewb_run": 1,
@@ -103,11 +106,10 @@ def train(
         "saes": {name: told(trainee) for name, trainee in trainees.items()},
         "reading": {**asdict(reading), "skip_special_tokens": plain_skip(reading.skip_special_tokens)},
         "options": asdict(run_options),
+        "widths": widths,
         "model": _name(model),
     }
-    return _launch(
-        model, stream, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device
-    )
+    return _launch(model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device)
 
 
 def resume_run(
@@ -146,10 +148,10 @@ def resume_run(
         config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
         reading = Reading(**facts["reading"])
         trainees = {name: from_told(said, kept.init(name)) for name, said in facts["saes"].items()}
-        stream, widths = _stream(model, tokens, trainees, reading, config)
+        feed, widths = _feed(model, tokens, trainees, reading, config, facts["widths"])
         options = RunOptions(**facts["options"])
         return _launch(
-            model, stream, widths, trainees, config, reading, options, facts, kept, held_out, sinks, device, state
+            model, feed, widths, trainees, config, reading, options, facts, kept, held_out, sinks, device, state
         )
     except BaseException:
         kept.close()
@@ -158,7 +160,7 @@ def resume_run(
 
 def _launch(
     model: nn.Module | None,
-    stream: ActivationStream,
+    feed: Feed,
     widths: Mapping[str, int],
     trainees: Mapping[str, Trainee],
     config: TrainConfig,
@@ -177,7 +179,6 @@ def _launch(
         what = f"this training needs about {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
         warnings.warn(f"{what}:\n{memory}\n  fix:  a smaller batch_tokens, buffer_tokens or d_sae", stacklevel=3)
     measured = None if held_out is None else _held_out(model, held_out, widths, reading, config)
-    feed = Feed(stream)
     training = Training(feed, dict(trainees), config, held_out=measured, device=device)
     rows: list[dict[str, Any]] = []
     if state is not None:
@@ -200,7 +201,7 @@ def _launch(
         sinks=sinks,
         memory=memory,
         facts=facts,
-        layers=(stream.stop_layer, None if model is None else model.cfg.n_layers),
+        layers=(feed.stream.stop_layer, None if model is None else model.cfg.n_layers),
         rows=rows,
         seconds=0.0 if state is None else state["seconds"],
     )
@@ -209,32 +210,35 @@ def _launch(
 # -- the stream ------------------------------------------------------------------------------------------------------
 
 
-def _stream(
-    model: nn.Module | None, tokens: Any, trainees: Mapping[str, Trainee], reading: Reading, config: TrainConfig
-) -> tuple[ActivationStream, dict[str, int]]:
-    """The stream, and the width of each of its points; the model's are found by a pass of one token."""
-    buffer = reading.buffer(config)
+def _feed(
+    model: nn.Module | None,
+    tokens: Any,
+    trainees: Mapping[str, Trainee],
+    reading: Reading,
+    config: TrainConfig,
+    widths: Mapping[str, int] | None = None,
+) -> tuple[Feed, dict[str, int]]:
+    """The stream, and the width of each of its points, unless they are known: the model's by a pass of one row."""
+    how = {"batch_tokens": config.batch_tokens, "seed": config.seed, "prefetch": reading.prefetch}
+    how["buffer_tokens"] = reading.buffer(config)
     if isinstance(tokens, ActivationStream):
-        return tokens, _widths_of(tokens, trainees)
+        feed = Feed(tokens)
+        return feed, dict(widths) if widths is not None else _widths_of(feed, trainees)
     if isinstance(tokens, ActivationCache):
         points = points_of(trainees) or list(tokens.points)
-        how = {"batch_tokens": config.batch_tokens, "seed": config.seed, "buffer_tokens": buffer}
-        made = tokens.stream(**how, prefetch=reading.prefetch, points=points)
-        return made, {name: tokens.points[name] for name in points}
+        return Feed(tokens.stream(**how, points=points)), {name: tokens.points[name] for name in points}
     if model is None:
         what = "train got no model, and tokens that are no activations."
         raise ValueError(explain(what, want="a model; or an ActivationStream or ActivationCache for tokens"))
-    points = points_of(trainees)
     if any(t.read is None for t in trainees.values()):
         raise ValueError(explain("train got no hook.", want="where to read", fix='hook="blocks.4.hook_resid_post"'))
-    source = _source(model, tokens, points, reading, repeat=True)
-    one = stream_tokens(torch.zeros(1, 2, dtype=torch.int64))
-    first = next(ModelSource(model, one, points))
-    widths = {name: value.shape[1] for name, value in first.values.items()}
-    made = ActivationStream(
-        source, config.batch_tokens, buffer_tokens=buffer, seed=config.seed, prefetch=reading.prefetch
-    )
-    return made, widths
+    if attached := attachments(model):
+        what = f"SAEs are attached: {', '.join(map(repr, attached))}."
+        raise ValueError(explain(what, want="the model as it is", fix="saewb.detach_all(model)"))
+    own = hooks.twin(model)  # so that neither sees the other's passes
+    source = _source(own, tokens, points_of(trainees), reading, repeat=True)
+    first = next(ModelSource(own, stream_tokens(torch.zeros(1, 2, dtype=torch.int64)), source.points))
+    return Feed(ActivationStream(source, **how)), {name: value.shape[1] for name, value in first.values.items()}
 
 
 def _source(model: nn.Module, tokens: Any, points: Iterable[str], reading: Reading, *, repeat: bool) -> ModelSource:
@@ -243,13 +247,12 @@ def _source(model: nn.Module, tokens: Any, points: Iterable[str], reading: Readi
     return ModelSource(model, rows, points, positions=slice(*reading.positions), skipped=skipped)
 
 
-def _widths_of(stream: ActivationStream, trainees: Mapping[str, Trainee]) -> dict[str, int]:
-    """Looks at the first batch, and goes back."""
-    place = stream.state()
-    first = next(stream, None)
+def _widths_of(feed: Feed, trainees: Mapping[str, Trainee]) -> dict[str, int]:
+    """Looks at the first batch, and puts it back."""
+    first = next(feed, None)
     if first is None:
         raise ValueError(explain("the stream is empty.", want="one batch or more"))
-    stream.restore(place)
+    feed.put_back()
     for point in points_of(trainees):
         if point not in first.values:
             known = list(first.values)

@@ -1,7 +1,8 @@
 """A training that runs in the background: a daemon thread that steps, logs, and keeps checkpoints.
 
 1. Between two steps the thread lets others in: pausing, stopping, exporting, reading. A step is never interrupted.
-2. The model's lock is held for one forward pass at a time, so other cells use the model between passes.
+2. It runs the same weights through hook points of its own (`saewb.hooks.twin`), so other cells use the model at any
+   time, and neither sees the other's hooks.
 3. On every way out (the end, `stop()`, an exception, the interpreter's exit) a checkpoint is written, if the run has a
    folder. An interrupt (Ctrl-C, the notebook's stop button) reaches the main thread alone: in `wait()` it stops the run
    cleanly, in another cell it does nothing to it. There are no signal handlers; a script that wants a checkpoint on
@@ -12,12 +13,13 @@
 from __future__ import annotations
 
 import atexit
+import math
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from saewb.errors import explain
@@ -41,8 +43,8 @@ _live: weakref.WeakSet[Run] = weakref.WeakSet()  # to be stopped when the interp
 class Run:
     """A training in the background; made by `saewb.train` and `saewb.resume_run`.
 
-    `run.pause()`, `run.resume()`, `run.stop()`, `run.wait()`; `run.history`, `run.progress`, `run.sae`, `run.saes`,
-    `run.error`, `run.notes`, `run.folder`, `run.memory`. All of it at any time, from any thread.
+    All of it at any time, from any thread. `run.error` is what it failed of; `run.notes` what is worth knowing;
+    `run.memory` the estimate before it started.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Run:
         self._config = training.config
         self._gate = threading.Condition(threading.RLock())  # held during a step, and by whoever comes in between
         self._waiting = 0
+        self._ended = threading.Event()
         self._paused = self._stopping = False
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
@@ -110,7 +113,7 @@ class Run:
         """End after the step under way, with a checkpoint; returns when that is done. One that ended stays so."""
         self._stopping = True
         with self._between():
-            self._gate.notify_all()
+            pass
         self._join(None)
         return self
 
@@ -132,11 +135,13 @@ class Run:
         return self
 
     def _join(self, timeout: float | None) -> None:
-        until = None if timeout is None else time.monotonic() + timeout
-        while self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(0.2)  # in pieces, so that an interrupt comes through on every system
-            if until is not None and time.monotonic() >= until:
-                return
+        """Waits for an Event: an interrupt in `Thread.join` makes Pythons before 3.13 believe that the thread ended."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        if threading.current_thread() is not self._thread:
+            while not self._ended.wait(min(0.2, max(0.0, until - time.monotonic()))):  # in pieces, to be interruptible
+                if time.monotonic() >= until:
+                    return
+            self._thread.join()
 
     # -- to look at --------------------------------------------------------------------------------------------------
 
@@ -237,10 +242,8 @@ class Run:
     def _next(self, steps: Iterator[TrainStep]) -> TrainStep | None:
         with self._gate:
             self._gate.wait_for(lambda: self._stopping or not (self._paused or self._waiting))
-            if self._stopping:
-                return None
             began = time.monotonic()
-            step = next(steps, None)
+            step = None if self._stopping else next(steps, None)
             self._seconds += time.monotonic() - began
             if step is not None:
                 self._done = (step.step, step.n_tokens)
@@ -309,18 +312,16 @@ class Run:
                 error = error or out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
                 if error is not caught:
                     self.notes.append(f"no last checkpoint: {type(caught).__name__}: {caught}")
-            self.error = error
-            finished = self._done[0] >= self._config.n_steps
+            self.error, finished = error, self._done[0] >= self._config.n_steps
             self._final = "failed" if error is not None else "finished" if finished else "stopped"
-            self._recent.clear()
         self._tell("end")
-        with suppress(OSError):  # everything that matters is written by now
-            if self._folder is not None:
-                self._folder.close()
+        if self._folder is not None:
+            self._folder.close()
         self._feed.stream.close()
         if self._saes is not None:
             self._training = self._feed = None  # weights, moments and buffers go; the SAEs stay
         _live.discard(self)
+        self._ended.set()
 
     def _last(self, error: BaseException | None) -> None:
         if self._folder is None or self._done[0] == 0 or isinstance(error, FloatingPointError):

@@ -208,7 +208,14 @@ class IterableSource:
         return {"given": self._given}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take and forget as many chunks; the iterable has to be at its start and to give the same again."""
+        """Take and forget as many chunks; the iterable has to be at its start and to give the same again.
+
+        Raises:
+            ValueError: if it has already given more.
+        """
+        if state["given"] < self._given:
+            what = f"an iterable cannot go back: {self._given} chunks were taken, {state['given']} are asked for."
+            raise ValueError(explain(what, want="a new one, at its start"))
         for _ in itertools.islice(self._chunks, state["given"] - self._given):
             pass
         self._given = state["given"]

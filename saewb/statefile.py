@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saewb.errors import FormatError, explain
 
-_TENSOR = "__tensor__"
+_TENSOR, _TUPLE = "__tensor__", "__tuple__"
 _KEY = "saewb_state"
 
 
@@ -25,7 +25,7 @@ def write_state(path: Path, state: Any) -> None:
 
     Args:
         path: replaced if it is there.
-        state: None, booleans, numbers, strings, tensors; lists and dictionaries (by strings) of them. Tensors may be
+        state: None, booleans, numbers, strings, tensors; lists, tuples, dictionaries by strings of them. Tensors may be
             strided and on any device; they are read back contiguous and on the CPU.
     Raises:
         TypeError: for anything else.
@@ -39,7 +39,7 @@ def write_state(path: Path, state: Any) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """What `write_state` wrote, with lists for tuples.
+    """What `write_state` wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -93,11 +93,12 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # of its own, as safetensors wants it
         return {_TENSOR: name}
     if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value) or _TENSOR in value:
+        if not all(isinstance(key, str) for key in value) or {_TENSOR, _TUPLE} & set(value):
             raise TypeError(explain(f"a state got a dictionary by {list(value)[:3]}.", want="strings as keys"))
         return {key: _plain(item, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, tensors) for item in value]
+        items = [_plain(item, tensors) for item in value]
+        return items if isinstance(value, list) else {_TUPLE: items}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(
@@ -106,8 +107,12 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _filled(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if isinstance(value, dict) and _TENSOR in value:
+        return tensor(value[_TENSOR])
+    if isinstance(value, dict) and _TUPLE in value:
+        return tuple(_filled(item, tensor) for item in value[_TUPLE])
     if isinstance(value, dict):
-        return tensor(value[_TENSOR]) if _TENSOR in value else {k: _filled(v, tensor) for k, v in value.items()}
+        return {key: _filled(item, tensor) for key, item in value.items()}
     return [_filled(item, tensor) for item in value] if isinstance(value, list) else value
 
 

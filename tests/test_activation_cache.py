@@ -99,7 +99,9 @@ def test_goes_on_after_kill_9(tmp_path, ids):
         module.cache_activations(small.bridge(), small.tokens(60, 20), [{RESID!r}, {Z!r}], {str(tmp_path / "cut")!r},
                                  1000, shard_tokens=300)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd="tests", capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd="tests", capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == -9, done.stderr
     assert len(list((tmp_path / "cut").glob("shard_*"))) == 2
     cache = cached(tmp_path / "cut", ids)

@@ -48,7 +48,7 @@ ROOMS = {
     "firing": "arithmetic errors metrics",
     "eval_passes": "activations attachment errors firing hooks metrics sae splice",
     "eval_store": "errors",
-    "evals": "errors eval_passes eval_store evaluation firing hooks loading sae tokens",
+    "evals": "activations errors eval_passes eval_store evaluation firing hooks loading sae tokens",
     "embedded": "errors",
     "embedded/make": "embedded errors evals loading metrics models objectives sae streams tokens training",
     "cli": "saewb",
@@ -73,8 +73,8 @@ ROOMS = {
     "run_record": "errors memory training",
     "run_plan": "errors objectives run_folder run_record sae streams training",
     "runs": "errors feed memory run_folder run_record run_view sinks training",
-    "launch": "activation_cache activations errors feed memory run_folder run_plan "
-    "run_record runs sinks sources streams token_streams tokens training",
+    "launch": "activation_cache activations attachment errors feed hooks memory run_folder "
+    "run_plan run_record runs sinks sources streams token_streams tokens training",
     "releases": "errors",
     "hub_files": "errors hub",
     "places": "errors formats hub_files releases",
@@ -83,6 +83,7 @@ ROOMS = {
     "index": "activations attachment errors hooks report sae spans splice tokens",
     "report": "errors index",
     "neuronpedia": "errors index",
+    "train_file": "saewb",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
 

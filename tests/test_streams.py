@@ -96,8 +96,13 @@ def test_only_needed_layers_run_and_the_lock_is_free_between_passes(model):
         point.remove()
     assert stream.stop_layer == 2
     assert not ran
-    free = []
-    thread = threading.Thread(target=lambda: free.append(hooks.lock(model).acquire(timeout=1)))
+    free, lock = [], hooks.lock(model)
+
+    def take():
+        free.append(lock.acquire(timeout=1))
+        lock.release()
+
+    thread = threading.Thread(target=take)
     thread.start()
     thread.join()
     assert free == [True]
@@ -168,7 +173,8 @@ def test_mixing_reaches_over_the_whole_buffer_and_work_is_even():
     assert 780 < float(spread.mean()) < 860
     delay = torch.arange(200, 800)[:, None] * 10 - middle
     assert float(delay.abs().max()) <= 2000
-    assert torch.corrcoef(torch.stack([middle[:, 0], middle[:, 1]] - middle.mean(1)))[0, 1].abs() < 0.15
+    apart = middle - middle.mean(1, keepdim=True)
+    assert torch.corrcoef(apart[:, :2].T)[0, 1].abs() < 0.3  # tokens of a batch know nothing of each other (-1/9)
 
 
 def test_order_is_told_by_the_seed():
