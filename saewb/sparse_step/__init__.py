@@ -11,7 +11,7 @@ A dense step makes six products of batch x d_in x d_sae. Here:
 
 No autograd (but for 4), no `[batch, d_sae]` tensor. Memory beyond weights, gradients and Adam's moments: a tile
 of 20 MiB, the weights once in low precision, about six tensors of the batch's size, 60 bytes per pair. `sparse_step`
-says per batch whether it pays. Sums run in a fixed order: the same weights and batch give the same bits.
+says per batch whether it pays. On a CPU the same weights and batch give the same bits.
 """
 
 from __future__ import annotations
