@@ -2,14 +2,16 @@
 
 A dense step makes six products of batch x d_in x d_sae. Here:
 
-1. One of them is left, the encoder's, in row tiles whose results are not kept; on hardware with bf16 it only selects,
-   and the winners are scored again in full precision (`selection`, `tiles`, `precision`).
+1. One of them is left, the encoder's, in row tiles whose results are not kept; where the hardware multiplies int8 or
+   bf16 faster it only selects, and the winners are scored again in full precision (`selection`, `tiles`, `precision`).
 2. The latents that are on are kept as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
    gradient of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
 3. The gradient of b_dec follows from that of the encoder's bias (`backward`).
 4. Losses of dead latents are dense over the dead ones only (`auxiliary`).
 
-No autograd (but for 4), no `[batch, d_sae]` tensor. `sparse_step` says per batch whether it pays.
+No autograd (but for 4), no `[batch, d_sae]` tensor. Memory beyond weights, gradients and Adam's moments: a tile
+of 20 MiB, the weights once in low precision, about six tensors of the batch's size, 60 bytes per pair. `sparse_step`
+says per batch whether it pays. On a CPU the same weights and batch give the same bits.
 """
 
 from __future__ import annotations
@@ -43,8 +45,29 @@ def sparse_step(
 ) -> Losses | None:
     """Losses of one batch and, in each parameter's `.grad`, their gradients; None where a dense step is the right one.
 
-    None, and nothing written, if more than `max_density` of the latents are on (found out from the first tile), or if
-    the objective or dtype has no sparse step.
+    Equal to `objective.losses(params, x, y, state)` and its backward pass up to rounding, whatever the precision. A
+    pre-activation within rounding of a threshold, or two equal scores, may fall the other way.
+
+    Args:
+        objective: what is trained for.
+        params: its weights, float32 or float64. Gradients replace those before, in the same memory on a CPU.
+        x: inputs, in training units, of the weights' dtype.
+        y: what is to be written; `x` itself for an autoencoder.
+        state: as for `objective.losses`.
+        precision: of the product that selects: see `best_precision`.
+        max_density: share of latents on per token, from which on a dense step is the right one.
+    Returns:
+        The losses, without autograd's graph. None if more than `max_density` of the latents are on (the first tile of
+        tokens shows it), or if the objective or dtype has no sparse step; gradients from before are then void.
+    Example:
+        >>> from saewb.objectives import TopK
+        >>> objective, x = TopK(d_sae=512, k=4), torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+        >>> params = objective.start(16)
+        >>> by_hand = sparse_step(objective, params, x, x, objective.state())
+        >>> bool(torch.isclose(by_hand.total, objective.losses(params, x, x, objective.state()).total))
+        True
+        >>> params.W_enc.grad.shape
+        torch.Size([16, 512])
     """
     exact = params.W_dec.dtype in (torch.float32, torch.float64) and x.dtype == y.dtype == params.W_dec.dtype
     if not (len(x) and exact and has_sparse_step(objective)):

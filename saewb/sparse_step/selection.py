@@ -117,21 +117,22 @@ def top_of_batch(x: Float[Tensor, "batch d_in"], readout: Readout, n: int, limit
 
 
 def above_zero(x: Float[Tensor, "batch d_in"], readout: Readout, limit: int) -> Pairs | None:
-    """Every pair whose pre-activation is > 0; None if over `limit` are read. Thresholds belong into the bias.
+    """Every pair whose pre-activation is > 0; None if they are over `limit`. Thresholds belong into the bias.
 
     Args:
         x: centred inputs.
         readout: how they are read.
-        limit: pairs to list at most, which bounds memory.
+        limit: pairs at most, which bounds memory; of candidates up to twice as many are listed.
     """
     multiply, slack = readout.multiplier(x), _slack(x, readout)
     while True:
-        listed = _listed(x, readout, multiply, -slack, limit, slack)
+        listed = _listed(x, readout, multiply, -slack, int(limit * SPARE[readout.precision]), slack)
         if listed is None:
             return None
         pairs, off = listed
         if off <= slack:
-            return pairs if readout.precision == "full" else pairs.where(pairs.pre > 0)
+            pairs = pairs if readout.precision == "full" else pairs.where(pairs.pre > 0)
+            return pairs if len(pairs) <= limit else None
         if readout.precision == "int8":
             return above_zero(x, readout.better(), limit)
         slack = 2 * off

@@ -21,7 +21,10 @@ from saewb.objectives.dead import auxk
 from saewb.sparse_step.auxiliary import DeadLoss, add_dead_gradients
 from saewb.sparse_step.backward import Batch, coded_gradients, figures, leave, squared
 from saewb.sparse_step.pairs import Pairs, combine, dots, pairs_of
+from saewb.sparse_step.precision import MARGIN
 from saewb.sparse_step.selection import top_of_batch, top_per_token
+
+_PER_PAIR = 25  # scores that a low-precision product must save for each pair it has scored again, to be worth it
 
 AnyTopK = Union[TopK, AbsTopK, BatchTopK, Matryoshka]
 
@@ -60,6 +63,8 @@ def _kept(objective: AnyTopK, batch: Batch, signed: bool) -> Pairs | None:
     readout, n_pairs = batch.readout(norms=batch.params.norms()), int(objective.k * len(batch.x))
     if not 0 < n_pairs <= batch.limit:
         return None
+    if objective.k + MARGIN.get(batch.precision, 0) > objective.d_sae / _PER_PAIR:
+        readout = replace(readout, precision="full")
     if isinstance(objective, (BatchTopK, Matryoshka)):
         return top_of_batch(batch.x, readout, n_pairs, 4 * batch.limit)
     return top_per_token(batch.x, readout, objective.k, signed=signed)
