@@ -49,8 +49,8 @@ class SyntheticData:
     With a hierarchy and independent features, `probability` is what comes out (they are drawn more often beforehand,
     see `Hierarchy.compensated`), unless `compensate` is False. With a correlation as well, it is what goes in.
 
-    Called with a number of tokens and a generator it gives activations, which is what training takes:
-    `saewb.train(None, data, saewb.TopK(512, k=8), n_tokens=1_000_000)`.
+    Called with a number of tokens and a generator it gives activations, which is what a stream draws:
+    `saewb.train(None, saewb.stream_draws(data, seed=1), saewb.TopK(512, k=8), n_tokens=1_000_000)`.
 
     Raises:
         ValueError: if numbers of features differ, a probability is out of 0..1, or the hierarchy cannot have it so.
