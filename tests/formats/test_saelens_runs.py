@@ -99,10 +99,11 @@ def test_a_run_of_several_saes_names_them(tmp_path):
 
 def test_overrides_of_a_catalogue(tmp_path):
     folder = checkpoint(tmp_path / "c", weights())
-    overrides = {"dataset_path": "mine", "model_from_pretrained_kwargs": {"center_writing_weights": True}}
-    metadata = read(folder, Facts(overrides=overrides)).cfg.metadata
-    assert metadata["dataset_path"] == "mine"
-    assert metadata["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
+    kwargs = {"center_writing_weights": True, "fold_ln": False}
+    cfg = read(folder, Facts(overrides={"dataset_path": "mine", "model_from_pretrained_kwargs": kwargs})).cfg
+    assert cfg.metadata["dataset_path"] == "mine"
+    assert cfg.metadata["model_from_pretrained_kwargs"] == {"fold_ln": False}
+    assert cfg.scaling == "centred"  # what the other one means
     normed = read(folder, Facts(overrides={"normalize_activations": "constant_norm_rescale"}))
     assert normed.cfg.scaling == "constant_norm"
 
