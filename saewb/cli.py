@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo_ = commands.add_parser("demo", help="load, attach, read latents, evaluate, index, write a page of features")
     demo_.add_argument("--model", choices=["tiny", "smollm2-135m"], default="tiny", help="smollm2-135m: a random SAE")
     demo_.add_argument("--prompt", default=PROMPT)
+    demo_.add_argument("--train-tokens", type=int, default=300_000, help="of the small SAE it trains; 0: none")
     demo_.add_argument("--page", type=Path, default=Path("saewb_demo.html"), help="where to write it")
     lab_ = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to jupyter lab")
     lab_.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: saewb's own")
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "train":
         return train(options.file)
     try:
-        return evaluate(options) if options.command == "eval" else demo(options.model, options.prompt, options.page)
+        return evaluate(options) if options.command == "eval" else demo(options)
     except (ValueError, TypeError, OSError) as error:
         print(f"saewb {options.command}: {error}", file=sys.stderr)
         return 1
@@ -77,10 +78,11 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def demo(model_name: str, prompt: str, page: Path) -> int:
+def demo(options: argparse.Namespace) -> int:
     """The main job, end to end, each step shown as the line one would type. Needs no network for "tiny"."""
     import torch
 
+    model_name, prompt, page = options.model, options.prompt, options.page
     started = time.perf_counter()
     _show(f'model = saewb.load_model("{model_name}")')
     model = saewb.load_model(model_name)
@@ -105,6 +107,9 @@ def demo(model_name: str, prompt: str, page: Path) -> int:
 
     _show("saewb.evaluate(model, sae, held_out_texts)")
     print(saewb.evaluate(model, sae, texts))
+
+    if model_name == "tiny" and options.train_tokens:
+        _train_small(model, sae, texts, options.train_tokens)
 
     _show("index = saewb.build_index(model, sae, held_out_texts)")
     index = saewb.build_index(model, sae, texts)
@@ -163,6 +168,24 @@ def _sae(model, model_name: str):
         sae = saewb.SAE(saewb.SAEConfig(d_in, 8 * d_in, gate="topk", k=32, hook=hook))
     print(sae)
     return sae
+
+
+def _train_small(model, sae, held_out, n_tokens: int) -> None:
+    """Train a small SAE where the embedded one is, and measure both on the same texts."""
+    hook = sae.cfg.hook
+    _show(
+        f'run = saewb.train(model, texts, saewb.TopK(d_sae=512, k=16), hook="{hook}",\n'
+        f"        n_tokens={n_tokens:_}, batch_tokens=1024, lr=3e-3)    # at once: it trains in the background"
+    )
+    texts = [document.text for document in saewb.embedded.texts()]
+    run = saewb.train(
+        model, texts, saewb.TopK(d_sae=512, k=16), hook=hook, n_tokens=n_tokens, batch_tokens=1024, lr=3e-3
+    )
+    print(run, flush=True)
+    print(run.wait().progress)
+    _show('saewb.evaluate_many(model, {"embedded": sae, "mine": run.sae}, held_out_texts, losses=False)')
+    both = saewb.evaluate_many(model, {"embedded": sae, "mine": run.sae}, held_out, losses=False)
+    print(both[["l0", "fvu", "cosine", "dead_frac", "n_tokens"]].round(3).to_string())
 
 
 def _show(code: str) -> None:

@@ -10,8 +10,12 @@ from saewb import cli
 
 def test_demo_does_the_main_job_offline(capsys, tmp_path):
     page = tmp_path / "made" / "features.html"
-    assert cli.main(["demo", "--prompt", "Paris is the capital", "--page", str(page)]) == 0
+    arguments = ["--prompt", "Paris is the capital", "--page", str(page), "--train-tokens", "20_000"]
+    assert cli.main(["demo", *arguments]) == 0
     out = capsys.readouterr().out
+    assert "finished: 19,456 of 19,456 tokens (100%)" in out
+    mine = next(line for line in out.splitlines() if line.startswith("mine"))
+    assert 0.1 < float(mine.split()[2]) < 0.9  # fvu of an SAE trained for a second
     assert out.splitlines()[-1] == f"The page of features is at {page}"
     assert page.read_text().startswith("<!doctype html>")
     assert "FeatureIndex(1024 latents on 41,997 tokens" in out
