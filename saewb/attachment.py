@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from saewb import hooks
 from saewb.cross_layer import CrossLayerTranscoder
-from saewb.cross_layer_pass import layers_in_one_pass
 from saewb.errors import explain
+from saewb.placing import splices
 from saewb.splice import Splice
 from saewb.tokens import special_ids
 
@@ -82,7 +82,7 @@ def attach(
         >>> attached
         Attachment(detached: blocks.2.hook_resid_post)
     """
-    attachment = Attachment(model, _splices(model, saes, hook, hook_out, error_term), skip_special_tokens)
+    attachment = Attachment(model, splices(model, saes, hook, hook_out, error_term), skip_special_tokens)
     attachment._install()
     return attachment
 
@@ -272,78 +272,9 @@ class LatentsView:
         return f"LatentsView({', '.join(self)})"
 
 
-def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, error_term: bool) -> list[Splice]:
-    several = list(saes) if isinstance(saes, (list, tuple)) else [saes]
-    if not several:
-        raise ValueError(explain("attach got no SAE.", fix="saewb.attach(model, sae)"))
-    reads, writes = _one_each(hook, len(several), "hook"), _one_each(hook_out, len(several), "hook_out")
-    splices = []
-    for sae, read, write in zip(several, reads, writes, strict=True):
-        if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
-            raise TypeError(explain(f"attach got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
-        if isinstance(sae, CrossLayerTranscoder):
-            _check_not_moved(sae, read, write)
-            splices += [_splice(model, layer, None, None, error_term) for layer in layers_in_one_pass(sae)]
-        else:
-            splices.append(_splice(model, sae, read, write, error_term))
-    _check_distinct(splices)
-    return splices
-
-
-def _splice(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, error_term: bool) -> Splice:
-    if getattr(sae.cfg, "metadata", {}).get("summed_over_layers"):
-        what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
-        raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
-    source, target = places(sae, hook, hook_out)
-    place = source if source == target else f"{source} => {target}"
-    return Splice(model, sae, hooks.resolve(model, source), hooks.resolve_writable(model, target), place, error_term)
-
-
-def _check_not_moved(clt: CrossLayerTranscoder, hook: str | None, hook_out: str | None) -> None:
-    if hook is not None or hook_out is not None:
-        what = f"attach got hook={hook!r}, hook_out={hook_out!r} for {clt!r}, which has points for every layer."
-        fix = "CrossLayerTranscoder.from_tensors(dataclasses.replace(clt.cfg, hooks=...), ...)"
-        raise ValueError(explain(what, want="None: it reads cfg.hooks and writes cfg.hooks_out", fix=fix))
-
-
 def _whole(splice: Splice) -> nn.Module:
     """What was given to `attach`, of which this may be one layer."""
     return getattr(splice.sae, "whole", splice.sae)
-
-
-def places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
-    """The names of the points an SAE reads and writes, given what a caller says instead of its configuration.
-
-    Raises:
-        ValueError: if that leaves one of them open.
-    """
-    source = hook or sae.cfg.hook
-    if source is None:
-        what = f"{sae!r} does not say where it belongs."
-        raise ValueError(explain(what, fix='saewb.attach(model, sae, hook="blocks.4.hook_resid_post")'))
-    # An SAE that is moved to another point reads and writes there; a transcoder keeps the point it writes to.
-    kept = sae.cfg.hook_out if sae.cfg.hook_out != sae.cfg.hook else None
-    target = hook_out or kept or source
-    if sae.cfg.is_transcoder and target == source:
-        what = f"{sae!r} is a transcoder and does not say where it writes."
-        raise ValueError(explain(what, fix='saewb.attach(model, sae, hook_out="blocks.4.hook_mlp_out")'))
-    return source, target
-
-
-def _one_each(names: object, n: int, argument: str) -> list[str | None]:
-    if names is None or (isinstance(names, str) and n == 1):
-        return [names] * n
-    if isinstance(names, (list, tuple)) and len(names) == n:
-        return list(names)
-    raise ValueError(explain(f"attach got {argument}={names!r} for {n} SAEs.", want=f"{n} names, in a list"))
-
-
-def _check_distinct(splices: list[Splice]) -> None:
-    seen: dict[nn.Module, Splice] = {}
-    for splice in splices:
-        if (other := seen.setdefault(splice.write.module, splice)) is not splice:
-            what = f"{other.sae!r} and {splice.sae!r} both write to {splice.write.name!r}."
-            raise ValueError(explain(what, want="one SAE for each point; nest a second `attach` to override the first"))
 
 
 def _special_ids(model: nn.Module, skip: bool | Sequence[int]) -> Tensor | None:

@@ -25,6 +25,7 @@ from saewb.attachment import attach, attachments
 from saewb.errors import explain
 from saewb.firing import FiringStream
 from saewb.metrics import ReconstructionStream, float64
+from saewb.placing import places
 from saewb.sae import SAE, TopLatents
 from saewb.splice import flat
 
@@ -54,6 +55,7 @@ class Place:
 def place(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, special: Sequence[int]) -> Place:
     """Where the SAE belongs; whatever does not fit is said here."""
     # `attach` knows where an SAE goes and says what is wrong with it; its view of latents names the point it writes to.
+    places(sae, hook, hook_out)  # says what is wrong with an SAE of many points
     with hooks.lock(model):
         before = {name: found for found in attachments(model) for name in found.latents}
         with attach(model, sae, hook=hook, hook_out=hook_out) as attached:

@@ -17,9 +17,10 @@ from typing import get_args
 from torch import Tensor, nn
 
 from saewb import hooks
-from saewb.attachment import on_model, places
+from saewb.attachment import on_model
 from saewb.change import Change, How
 from saewb.errors import explain
+from saewb.placing import places
 from saewb.positions import Positions, Where, where
 from saewb.tokens import special_ids, special_mask
 
@@ -235,6 +236,7 @@ def _change(
 ) -> Change:
     if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
         raise TypeError(explain(f"steer got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
+    source, target = places(sae, hook, hook_out)
     if not isinstance(latents, Mapping) or not latents:
         what = f"steer got latents={latents!r}."
         raise TypeError(
@@ -244,7 +246,6 @@ def _change(
     values = [float(value) for value in latents.values()]
     if wrong := [v for v in values if v != v or abs(v) == float("inf")]:
         raise ValueError(explain(f"steer got the value {wrong[0]}.", want="finite numbers"))
-    source, target = places(sae, hook, hook_out)
     read, write = hooks.resolve(model, source), hooks.resolve_writable(model, target)
     return Change(sae, read, write, target, numbers, values, how, mask)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from saewb import hooks, splice
 from saewb.arithmetic import TILE
-from saewb.attachment import places
 from saewb.errors import explain
+from saewb.placing import places
 from saewb.sae import SAE
 from saewb.tokens import special_ids, special_mask
 

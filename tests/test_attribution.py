@@ -226,6 +226,7 @@ def test_what_is_wrong_is_said(model, change, says):
 def test_frozen_models_under_no_grad(model):
     sae = SAES["relu"]()
     want = attribute(model, PROMPT, sae, metric)
+    model.zero_grad(set_to_none=True)
     frozen = [p for p in model.parameters() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)

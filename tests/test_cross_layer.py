@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import saewb
 from saewb import hooks
 from saewb.attachment import attach
 from saewb.cross_layer import CrossLayerConfig, CrossLayerTranscoder, cross_layer_shapes
@@ -470,3 +471,14 @@ def test_beside_other_saes(model):
     twin = small_twin(model)
     with torch.no_grad(), attach(twin, sae):
         torch.testing.assert_close(got, by_hand(twin, clt, tokens)[0])
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "steer", "attribute"])
+def test_what_works_on_one_point_says_so(model, verb):
+    work = {
+        "evaluate": lambda clt: saewb.evaluate(model, clt, small.tokens()),
+        "steer": lambda clt: saewb.steer(model, clt, {1: 2.0}),
+        "attribute": lambda clt: saewb.attribute(model, small.tokens(1), clt, 5),
+    }[verb]
+    with pytest.raises(TypeError, match=r"reads and writes at every layer[\s\S]*saewb.attach"):
+        work(made())
