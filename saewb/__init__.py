@@ -41,6 +41,19 @@ _HOME = {  # public name: the module that has it
     "save_sae": "loading",
     "push_to_hub": "loading",
     "pack": "tokens",
+    "superposition": "stats.superposition",
+    "correlation_stats": "stats.correlation",
+    "random_correlation": "stats.correlation",
+    "random_low_rank_correlation": "stats.correlation",
+    "LowRankCorrelation": "stats.correlation",
+    "CorrelatedNormals": "stats.sampling",
+    "coactivation": "stats.coactivation",
+    "CoactivationStream": "stats.coactivation",
+    "Coactivation": "stats.coactivation",
+    "enrich": "enrichment",
+    "token_sets": "token_kinds",
+    "token_texts": "token_kinds",
+    "tokens_where": "token_kinds",
 }
 _MODULES = ("embedded", "errors", "evals", "hooks", "metrics", "models", "neuronpedia", "sae", "tokens")
 

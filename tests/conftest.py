@@ -15,6 +15,8 @@ install_import_hook(
         "saewb.tokens",
         "saewb.pursuit",
         "saewb.temporal",
+        "saewb.stats",
+        "saewb.enrichment",
     ],
     "beartype.beartype",
 )

@@ -1,0 +1,166 @@
+"""Which kinds of tokens a latent promotes: token-set enrichment analysis (TSEA).
+
+1. The vocabulary is put in the order of a latent's logit effects, the most promoted first.
+2. Along it a sum runs: up by 1 / hits at a token of the set, down by 1 / misses at any other. It ends at 0.
+3. The score is where it was farthest from 0: near 1 if the set is at the top, near -1 if at the bottom.
+4. Random sets of the same size say how far from 0 chance gets.
+
+The sum turns at tokens of the set only, so its extremes are read off the places of those, and no sum is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saewb.errors import explain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_TILE = 2**23  # effects sorted at a time, random numbers drawn at a time
+
+
+@torch.no_grad()
+def enrich(
+    effects: Float[Tensor, "latents d_vocab"],
+    sets: Mapping[str, Sequence[int] | Tensor],
+    *,
+    latents: Sequence[int] | None = None,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How far up or down the vocabulary each set of tokens is, in the order of each latent's logit effects.
+
+        score = the extreme of  #{hits so far} / hits - #{misses so far} / misses      (with its sign, -1..1)
+        p     = (1 + #{random sets of that size with |score| at least as large}) / (1 + n_permutations)
+        q     = least fraction of false discoveries among all tests if this one is called one (Benjamini-Hochberg)
+
+    1 is the whole set before all else, 0 is where chance leads for large sets. Tokens of equal effect are taken in the
+    order of their ids. A random set's score depends on its size only, so sets of one size share their permutations,
+    and so do latents; p is never 0, and never below 1 / (1 + n_permutations).
+
+    Args:
+        effects: what each latent adds to the logits: `sae.W_dec @ model.W_U`; any scale, only the order matters.
+        sets: token ids by name, as `token_sets` gives them; each must have some tokens of the vocabulary, and not all.
+        latents: what to call the rows of `effects`; None is 0, 1, ...
+        n_permutations: random sets for each size.
+        seed: of them.
+    Returns:
+        A row per latent and set, the most certain and then the largest scores first: latent, set, size, score, p, q.
+    Raises:
+        ValueError: for an empty or whole set, ids that are not there, effects that are not numbers, no permutations.
+    Source:
+        Subramanian et al. 2005, "Gene set enrichment analysis", with weight 0 (a Kolmogorov-Smirnov statistic).
+    Example:
+        >>> effects = torch.arange(10.0)[None].repeat(2, 1) * torch.tensor([[1.0], [-1.0]])
+        >>> found = enrich(effects, {"last three": [7, 8, 9]}, n_permutations=99)
+        >>> found.sort_values("latent").score.tolist()
+        [1.0, -1.0]
+    """
+    import pandas as pd
+
+    names = list(range(len(effects))) if latents is None else [int(i) for i in latents]
+    members = {name: _members(name, ids, effects.shape[1]) for name, ids in sets.items()}
+    _check(effects, names, members, n_permutations)
+    scores = enrichment_scores(effects, list(members.values()))
+    sizes = [len(ids) for ids in members.values()]
+    different = sorted(set(sizes))
+    chance = dict(zip(different, _chance(different, effects.shape[1], n_permutations, seed), strict=True))
+    p = torch.stack([_p(scores[:, i], chance[size]) for i, size in enumerate(sizes)], 1)
+    table = {
+        "latent": [name for name in names for _ in members],
+        "set": list(members) * len(names),
+        "size": sizes * len(names),
+        "score": scores.flatten().tolist(),
+        "p": p.flatten().tolist(),
+        "q": _false_discoveries(p.flatten()).tolist(),
+    }
+    found = pd.DataFrame(table)
+    order = found.assign(far=found.score.abs()).sort_values(["p", "far"], ascending=[True, False], kind="stable").index
+    return found.loc[order].reset_index(drop=True)
+
+
+@torch.no_grad()
+def enrichment_scores(
+    effects: Float[Tensor, "latents d_vocab"], sets: Sequence[Int[Tensor, " _"]]
+) -> Float[Tensor, "latents sets"]:
+    """Only the scores of `enrich`: the extreme of the running sum, with its sign, -1..1; in float64.
+
+    Args:
+        effects: of each latent on each token.
+        sets: ids, each once, at least one and not all.
+    Example:
+        >>> enrichment_scores(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), [torch.tensor([0, 2])]).tolist()
+        [[0.5]]
+    """
+    members = [torch.zeros(effects.shape[1], dtype=torch.bool).index_fill_(0, ids, True) for ids in sets]
+    tiles = effects.split(max(1, _TILE // effects.shape[1]))
+    return torch.cat([_scores(tile.argsort(dim=1, descending=True, stable=True), members) for tile in tiles]).cpu()
+
+
+def _scores(order: Int[Tensor, "n d_vocab"], members: Sequence[Bool[Tensor, " d_vocab"]]) -> Float[Tensor, "n sets"]:
+    """Of each row, which has all tokens in its order."""
+    flat = order.flatten()
+    hits = (member.to(order.device).index_select(0, flat).view(order.shape) for member in members)
+    return torch.stack([_extreme(hit.nonzero()[:, 1].view(len(order), -1), order.shape[1]) for hit in hits], 1)
+
+
+def _extreme(places: Int[Tensor, "n hits"], d_vocab: int) -> Float[Tensor, " n"]:
+    """Where the running sum is farthest from 0. It is highest at one of the hits, and lowest just before one."""
+    hits = places.shape[1]
+    so_far = torch.arange(hits, dtype=torch.float64, device=places.device)
+    below = (places - so_far) / (d_vocab - hits)  # misses passed when a hit comes
+    top, bottom = ((so_far + 1) / hits - below).amax(1), (so_far / hits - below).amin(1)
+    return torch.where(top >= -bottom, top, bottom)
+
+
+def _chance(sizes: Sequence[int], d_vocab: int, n: int, seed: int) -> Float[Tensor, "sizes n"]:
+    """Sorted |score| of `n` random sets of each size: the first so many of a random order of the vocabulary."""
+    rng = torch.Generator().manual_seed(seed)
+    members = [torch.arange(d_vocab) < size for size in sizes]
+    found, step = [], max(1, _TILE // d_vocab)
+    for start in range(0, n, step):
+        # float64, in which no two numbers are ever equal
+        numbers = torch.rand(min(step, n - start), d_vocab, generator=rng, dtype=torch.float64)
+        found.append(_scores(numbers.argsort(dim=1), members))
+    return torch.cat(found).abs().T.contiguous().sort(dim=1).values
+
+
+def _p(scores: Float[Tensor, " latents"], chance: Float[Tensor, " n"]) -> Float[Tensor, " latents"]:
+    # A hair below, so that equal scores are as large whatever the last place of their sums says.
+    at_least = len(chance) - torch.searchsorted(chance, scores.abs() - 1e-12)
+    return (1 + at_least).double() / (1 + len(chance))
+
+
+def _false_discoveries(p: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
+    value, order = p.sort(stable=True)
+    raised = value * len(p) / torch.arange(1, len(p) + 1)
+    return torch.empty_like(p).scatter_(0, order, raised.flip(0).cummin(0).values.flip(0).clamp(max=1))
+
+
+def _members(name: str, ids: Sequence[int] | Tensor, d_vocab: int) -> Int[Tensor, " tokens"]:
+    members = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long().unique()
+    if len(members) == 0 or len(members) >= d_vocab:
+        what = f"the set {name!r} has {len(members)} of {d_vocab} tokens."
+        raise ValueError(explain(what, want="some tokens, and not all"))
+    if members[0] < 0 or members[-1] >= d_vocab:
+        far = int(members[0] if members[0] < 0 else members[-1])
+        raise ValueError(explain(f"the set {name!r} has id {far}, of {d_vocab} tokens.", want=f"0..{d_vocab - 1}"))
+    return members
+
+
+def _check(effects: Tensor, names: list[int], members: Mapping[str, Tensor], n_permutations: int) -> None:
+    if len(names) != len(effects):
+        what = f"enrich got {len(names)} latents for {len(effects)} rows of effects."
+        raise ValueError(explain(what, want="a name per row", fix="enrich(effects[latents], sets, latents=latents)"))
+    if not members or len(effects) == 0:
+        raise ValueError(explain("enrich got no sets or no latents.", want="some", fix="token_sets(tokenizer)"))
+    if n_permutations < 1:
+        raise ValueError(explain(f"enrich got n_permutations={n_permutations}.", want="at least 1"))
+    if bool(effects.isnan().any()):
+        raise ValueError(explain("effects have nan in them, which is in no order.", want="numbers"))

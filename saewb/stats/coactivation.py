@@ -1,0 +1,282 @@
+"""Which latents fire together, counted over a stream of activations, exactly and in memory that is known beforehand.
+
+1. Of each batch only what fires is kept: (token, latent, value).
+2. Tokens of about equally many active latents are taken together, so that their pairs make full rectangles.
+3. Each pair has its place in a table of half of n * n counts (and sums of products); pairs are added there.
+
+Time goes with the pairs that fire, L0² per token, not with n². The tables are not sparse: over millions of tokens most
+pairs of an SAE's latents meet at least once, and 12 bytes each is less than any sparse form takes that also has to name
+the pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saewb.arithmetic import TopLatents
+from saewb.errors import explain
+from saewb.stats._together import Coactivation, Side, triangle
+
+MAX_BYTES = 2 * 10**9
+_PAIRS = 2**19  # added at a time
+_DENSE = 2**21  # activations looked through at a time
+_WORK = _PAIRS * 96 + _DENSE * 48  # bytes that steps 1 to 3 take, whatever comes in
+
+
+def coactivation(
+    batches: Iterable[Float[Tensor, "tokens d_sae"] | TopLatents], *, products: bool = True, max_bytes: int = MAX_BYTES
+) -> Coactivation:
+    """How often each two latents of an SAE fire on the same token, over all batches.
+
+    Args:
+        batches: activations as `sae.encode` or `sae.encode_topk` gives them; any number of tokens each.
+        products: whether to sum products of activations as well, for `Coactivation.correlation`.
+        max_bytes: of memory, beyond the batch: 4 bytes per pair of latents, 12 with products, and 0.2 GB.
+            The default is enough for 16,384 latents with products and 28,000 without.
+    Returns:
+        Counts of all pairs, exactly, with phi, Jaccard and correlation; for two SAEs see `CoactivationStream`.
+    Raises:
+        ValueError: if there are no tokens, or the tables do not fit into `max_bytes`.
+    Example:
+        >>> found = coactivation([torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])])
+        >>> found.counts([0, 1, 2], [0, 1, 2]).tolist()
+        [[2, 2, 0], [2, 3, 0], [0, 0, 0]]
+    """
+    stream = None
+    for batch in batches:
+        if stream is None:
+            place = batch.values.device if isinstance(batch, TopLatents) else batch.device
+            stream = CoactivationStream(batch.shape[-1], products=products, max_bytes=max_bytes, device=place)
+        stream.update(batch)
+    if stream is None:
+        raise ValueError(explain("coactivation got no batches.", want="at least one token"))
+    return stream.result()
+
+
+class CoactivationStream:
+    """Counts of latents that fire together, of tokens that come in batches; of one SAE's, or between two SAEs'.
+
+    Counts are exact, whatever the batches; sums of products are in float64. An activation other than 0 counts as
+    firing, whatever its sign. Each batch waits for its device once or twice, since how many latents fire decides
+    how much memory the next step takes.
+
+    Args:
+        d_sae: latents.
+        d_sae_b: latents of the second SAE; None counts pairs within the first.
+        products: whether to sum products of activations as well, for `Coactivation.correlation`.
+        max_bytes: of memory, beyond the batch.
+        device: of the tables.
+    Raises:
+        ValueError: if the tables do not fit into `max_bytes`.
+    Example:
+        >>> stream = CoactivationStream(2, 3)
+        >>> stream.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0, 5.0]]))
+        >>> stream.result().counts([0, 1], [0, 1, 2]).tolist()
+        [[0, 1, 1], [0, 0, 0]]
+    """
+
+    def __init__(
+        self,
+        d_sae: int,
+        d_sae_b: int | None = None,
+        *,
+        products: bool = True,
+        max_bytes: int = MAX_BYTES,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        _check_fits(d_sae, d_sae_b, products, max_bytes)
+        self.n_tokens = 0
+        self._a = Side.empty(d_sae, device)
+        self._b = self._a if d_sae_b is None else Side.empty(d_sae_b, device)
+        n = n_pairs(d_sae, d_sae_b)
+        # One place more than there are pairs, for what only fills up a rectangle.
+        self._together: Tensor | None = torch.zeros(n + 1, dtype=torch.int32, device=device)
+        self._products = torch.zeros(n + 1, dtype=torch.float64, device=device) if products else None
+
+    @torch.no_grad()
+    def update(
+        self,
+        latents: Float[Tensor, "tokens d_sae"] | TopLatents,
+        latents_b: Float[Tensor, "tokens d_sae_b"] | TopLatents | None = None,
+    ) -> None:
+        """Add these tokens; none is allowed.
+
+        Args:
+            latents: of the first SAE.
+            latents_b: of the second, on the same tokens, if there is one.
+        Raises:
+            ValueError: if the shapes do not fit, if a second SAE's latents are missing or too many, if `result` has
+                been called, or after 2**31 tokens, past which counts would not fit.
+        """
+        self._check(latents, latents_b)
+        sides = [(self._a, latents)] + ([] if latents_b is None else [(self._b, latents_b)])
+        step = max(1, _DENSE // max(_width(of_side) for _, of_side in sides))
+        for start in range(0, latents.shape[0], step):
+            fired = [_Fired.of(of_side, slice(start, start + step), self._together.device) for _, of_side in sides]
+            for (side, _), of_side in zip(sides, fired, strict=True):
+                side.add(of_side.latent, of_side.value)
+            self._add_pairs(fired[0], fired[-1])
+            self.n_tokens += len(fired[0].each)
+
+    def merge(self, other: CoactivationStream) -> None:
+        """Add the tokens that `other` has seen; it stays as it is.
+
+        Raises:
+            ValueError: if it counts other pairs, or the result of either has been taken.
+        """
+        self._check_open()
+        other._check_open()
+        mine, others = self._shape(), other._shape()
+        if mine != others:
+            raise ValueError(explain(f"a stream of {others} cannot go into one of {mine}.", want="the same of both"))
+        self._check_countable(other.n_tokens)
+        self._together += other._together.to(self._together.device)
+        if self._products is not None:
+            self._products += other._products.to(self._products.device)
+        self._a.merge(other._a)
+        if self._b is not self._a:
+            self._b.merge(other._b)
+        self.n_tokens += other.n_tokens
+
+    def result(self) -> Coactivation:
+        """All tokens so far. The tables are handed over, not copied, so the stream takes no more afterwards.
+
+        Raises:
+            ValueError: if there were no tokens, or it has been called before.
+        """
+        self._check_open()
+        if self.n_tokens == 0:
+            raise ValueError(explain("no tokens to measure.", want="at least one row"))
+        together, products = self._together, self._products
+        self._together = self._products = None
+        second = None if self._b is self._a else self._b
+        return Coactivation(self.n_tokens, self._a, second, together[:-1], None if products is None else products[:-1])
+
+    def _add_pairs(self, a: _Fired, b: _Fired) -> None:
+        for tokens, width_a, width_b in _rectangles(a.each, b.each):
+            latent_a, value_a, real_a = a.padded(tokens, width_a)
+            latent_b, value_b, real_b = (latent_a, value_a, real_a) if b is a else b.padded(tokens, width_b)
+            for i, j in _slots(width_a, width_b, a is b, _PAIRS // len(tokens), a.latent.device):
+                place = self._places(latent_a[:, i], latent_b[:, j])
+                place = torch.where(real_a[:, i] & real_b[:, j], place, len(self._together) - 1).flatten()
+                self._together.scatter_add_(0, place, place.new_ones((), dtype=torch.int32).expand(len(place)))
+                if self._products is not None:
+                    self._products.scatter_add_(0, place, (value_a[:, i] * value_b[:, j]).flatten())
+
+    def _places(self, i: Tensor, j: Tensor) -> Tensor:
+        return i * len(self._b.fired) + j if self._b is not self._a else triangle(i, j, len(self._a.fired))
+
+    def _shape(self) -> str:
+        second = "" if self._b is self._a else f" x {len(self._b.fired):,}"
+        return f"{len(self._a.fired):,}{second} latents {'with' if self._products is not None else 'without'} products"
+
+    def _check_open(self) -> None:
+        if self._together is None:
+            fix = "CoactivationStream(...), one per result; merge() adds streams"
+            raise ValueError(explain("the result of this stream has been taken, and its tables with it.", fix=fix))
+
+    def _check_countable(self, more: int) -> None:
+        if self.n_tokens + more >= 2**31:
+            raise ValueError(explain(f"{self.n_tokens + more:,} tokens are too many to count.", want="under 2**31"))
+
+    def _check(self, latents: Tensor | TopLatents, latents_b: Tensor | TopLatents | None) -> None:
+        self._check_open()
+        two = self._b is not self._a
+        if two != (latents_b is not None):
+            got, want = ("one SAE", "two") if two else ("two SAEs", "one")
+            raise ValueError(explain(f"update got the latents of {got}.", want=f"those of {want}, as at the start"))
+        d, n = len(self._a.fired), latents.shape[0]
+        shapes = [tuple(latents.shape)] + ([tuple(latents_b.shape)] if two else [])
+        wanted = [(n, d)] + ([(n, len(self._b.fired))] if two else [])
+        if shapes != wanted:
+            want = f"[tokens, {d}]" + (f" and [tokens, {len(self._b.fired)}], the same tokens" if two else "")
+            raise ValueError(explain(f"update got latents of shape {', '.join(map(str, shapes))}.", want=want))
+        self._check_countable(n)
+
+
+def n_pairs(d_sae: int, d_sae_b: int | None = None) -> int:
+    """Pairs of different latents of one SAE; of any latent of one with any of the other."""
+    return d_sae * (d_sae - 1) // 2 if d_sae_b is None else d_sae * d_sae_b
+
+
+def needed_bytes(d_sae: int, d_sae_b: int | None = None, products: bool = True) -> int:
+    """Memory that a CoactivationStream takes at most, beyond the batch it is given.
+
+    Example:
+        >>> needed_bytes(16_384) < 2 * 10**9, needed_bytes(32_768, products=False) < 2.4 * 10**9
+        (True, True)
+    """
+    return n_pairs(d_sae, d_sae_b) * (12 if products else 4) + 24 * (d_sae + (d_sae_b or 0)) + _WORK
+
+
+# -- what fires ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Fired:
+    """What fires on some tokens, one token after another."""
+
+    latent: Int[Tensor, " fired"]
+    value: Float[Tensor, " fired"]  # float64
+    each: Int[Tensor, " tokens"]  # how many of them are of each token
+    starts: Int[Tensor, " tokens"]  # where those of each token start
+
+    @classmethod
+    def of(cls, latents: Tensor | TopLatents, tokens: slice, device: torch.device) -> _Fired:
+        values = (latents.values if isinstance(latents, TopLatents) else latents)[tokens]
+        token, slot = values.nonzero(as_tuple=True)
+        latent = latents.indices[tokens][token, slot] if isinstance(latents, TopLatents) else slot
+        each = torch.bincount(token, minlength=len(values))
+        parts = latent.long(), values[token, slot].double(), each, each.cumsum(0) - each
+        return cls(*(part.to(device) for part in parts))
+
+    def padded(self, tokens: Int[Tensor, " some"], width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`[some, width]`: latents, values, and which of them are real."""
+        slot = torch.arange(width, device=tokens.device)
+        real = slot < self.each[tokens][:, None]
+        at = torch.where(real, self.starts[tokens][:, None] + slot, 0)
+        return self.latent[at], self.value[at], real
+
+
+def _width(latents: Tensor | TopLatents) -> int:
+    return (latents.values if isinstance(latents, TopLatents) else latents).shape[1]
+
+
+def _rectangles(a: Int[Tensor, " tokens"], b: Int[Tensor, " tokens"]) -> Iterator[tuple[Tensor, int, int]]:
+    """Tokens taken together, and the most that fires on one of them: few pairs too many, and at most `_PAIRS`."""
+    order = a.argsort(descending=True)
+    counts_a, most_b = a[order].tolist(), max(b.tolist(), default=0)
+    at = 0
+    while at < len(counts_a) and counts_a[at] and most_b:
+        wide = counts_a[at] if a is b else most_b
+        n = max(1, _PAIRS // (counts_a[at] * wide))
+        yield order[at : at + n], counts_a[at], wide
+        at += n
+
+
+def _slots(
+    width_a: int, width_b: int, square: bool, most: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs of slots, i before j if both are of one SAE, at most about `most` at a time."""
+    step = max(1, most // width_b)
+    for start in range(0, width_a, step):
+        rows = torch.arange(start, min(start + step, width_a), device=device)
+        i, j = rows.repeat_interleave(width_b), torch.arange(width_b, device=device).repeat(len(rows))
+        kept = j > i if square else slice(None)
+        yield i[kept], j[kept]
+
+
+def _check_fits(d_sae: int, d_sae_b: int | None, products: bool, max_bytes: int) -> None:
+    if d_sae < 1 or (d_sae_b is not None and d_sae_b < 1):
+        raise ValueError(explain(f"CoactivationStream got d_sae={d_sae}, d_sae_b={d_sae_b}.", want="at least 1"))
+    needed = needed_bytes(d_sae, d_sae_b, products)
+    if needed > max_bytes:
+        second = "" if d_sae_b is None else f" x {d_sae_b:,}"
+        what = f"pairs of {d_sae:,}{second} latents take {needed:,} bytes, and max_bytes is {max_bytes:,}."
+        want = "more memory, no products (a third), or latents[:, chosen] of the ones you ask about"
+        raise ValueError(explain(what, want=want, fix=f"max_bytes={needed}" + (", products=False" * products)))
