@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +121,23 @@ def _spelled(wanted: Any) -> str:
     return f"re.compile({wanted.pattern!r}, re.IGNORECASE)" if isinstance(wanted, re.Pattern) else repr(wanted)
 
 
-def checked(name: str, got: str, known: Any) -> str:
-    """`got`, if it is among those known.
+def check(name: str, got: Any, sorts: Iterable[str]) -> Any:
+    """`got`, if it is a value of this name (query, sort, show_only, density).
 
+    Args:
+        name: of what.
+        got: the value.
+        sorts: the orders that the index has.
     Raises:
         ValueError: if not, with near names.
     """
-    if got not in known:
+    if name == "query":
+        Listing(query=got).wanted()
+    elif name == "density":
+        if not 0 <= got[0] <= got[1] <= 1:
+            want = "(from, to), fractions of tokens in 0..1"
+            raise ValueError(errors.explain(f"density is {got}.", want=want, fix="density=(1e-4, 0.01)"))
+    elif got not in (known := list(sorts) if name == "sort" else SHOWN):
         near = errors.near(got, known)
         raise ValueError(errors.explain(f"{name} is {got!r}.", near=near, want=", ".join(known)))
     return got

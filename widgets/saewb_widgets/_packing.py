@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _QUARTERS = 24  # of decades of density, from 1e-6 to 1
-_BEFORE, _AFTER = 3, 6  # tokens of a row's snippet around the one it is about
+_BEFORE, _AFTER = 14, 6  # of a row's snippet: characters before the token it is about, tokens from it on
 
 
 def row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
@@ -22,7 +22,9 @@ def row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
         made["word"] = latent.logits_top[0].token
     if latent.top:
         c = latent.top[0]
-        begin, end = max(0, c.at - _BEFORE), c.at + _AFTER
+        begin, end, room = c.at, c.at + _AFTER, _BEFORE
+        while begin > 0 and (room := room - len(c.tokens[begin - 1])) >= 0:
+            begin -= 1
         pieces = zip(c.tokens[begin:end], c.ids[begin:end], c.acts[begin:end], strict=True)
         largest = max(map(abs, c.acts)) or 1.0
         # [text, share of the largest activation, 1 if special]

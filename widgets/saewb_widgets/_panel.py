@@ -14,8 +14,9 @@ import html
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
             return result
 
     return run
+
+
+class Refused(t.TraitError, ValueError):
+    """A value that a trait does not take: what came with it from the front end is taken back too."""
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """For validators: their ValueErrors as traitlets wants them, so that it takes the values back."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 class Panel(anywidget.AnyWidget):
@@ -89,11 +103,22 @@ class Panel(anywidget.AnyWidget):
         shown = f"<div style='font:13px/1.5 system-ui,sans-serif'>{head}{self.static_html()}</div>"
         return {**data, "text/plain": repr(self), "text/html": shown}, metadata
 
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take what the front end set; where that fails, say so there and what holds instead."""
+        try:
+            super().set_state(sync_data)
+        except Exception as error:
+            # Traitlets holds back, or takes back, what was changed on the way, `complaint` with it.
+            self.show(error)
+            self.send_state([*sync_data, "complaint"])
+            raise
+
     def show(self, error: Exception | None) -> None:
         """Show an error in the panel, or with None take it away."""
         self.error = error
         said = "" if error is None else str(error) or "no message"
-        self.complaint = f"{type(error).__name__}: {said}" if error is not None else ""
+        name = "ValueError" if isinstance(error, Refused) else type(error).__name__
+        self.complaint = f"{name}: {said}" if error is not None else ""
 
     def started(self, key: str, what: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Run `work` on a thread, and `then` with its result once asked for it; newer work of the same key wins.
@@ -108,6 +133,15 @@ class Panel(anywidget.AnyWidget):
         self._jobs[key] = (what, future, then)
         self.busy = what
         threading.Thread(target=_run, args=(future, work), daemon=True, name=f"saewb {key}").start()
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Say what it is busy with, in a callback that takes a moment."""
+        self.busy = what
+        try:
+            yield
+        finally:
+            self.busy = next((what for what, _, _ in self._jobs.values()), "")
 
     def dropped(self, key: str) -> None:
         """The result of this work is no longer wanted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import traitlets as t
 import saewb
 from saewb import errors
 from saewb_widgets import _bookmarks, _listing, _packing, _static
-from saewb_widgets._panel import Panel, guarded, source
+from saewb_widgets._panel import Panel, guarded, refused, source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ class FeatureBrowser(Panel):
         >>> panel = FeatureBrowser(index)
         >>> panel.query, panel.selected = "physicist", 748
         >>> panel
-        FeatureBrowser(latent 748, 11 of 1024 latents, blocks.2.hook_resid_post of tiny)
+        FeatureBrowser(latent 748, 9 of 1024 latents, blocks.2.hook_resid_post of tiny)
         >>> exec(panel.code(), shown := {"index": index})
         >>> shown["latent"].index, shown["latents"] == panel.latents
         (748, True)
@@ -107,7 +107,8 @@ class FeatureBrowser(Panel):
         self._found: tuple[str, pd.DataFrame] | None = None  # of the last search, and its query
         self._latents: Sequence[int] = range(len(self.index))
         self._list_number = 0  # tells the front end rows of one list from those of another
-        self._rows: OrderedDict[int, dict] = OrderedDict()
+        special = frozenset(self.index.facts.special)
+        self._rows = functools.lru_cache(_KEPT)(lambda i: _packing.row(self.index.latent(i), special))
         self._chosen = "selected" in traits
         self._ready = False
         super().__init__(**traits)
@@ -130,8 +131,8 @@ class FeatureBrowser(Panel):
             pins, notes = _bookmarks.read(self._notes_file)
             self.pins, self.notes = self._exist(pins), {i: notes[i] for i in self._exist(notes)}
         self._ready = True
-        self._list()
         self._turn()
+        self._list()
         if self.prompt:
             self._try()
 
@@ -214,40 +215,15 @@ class FeatureBrowser(Panel):
 
     # What is asked for is checked before anything changes
 
-    @t.validate("selected")
-    def _check_selected(self, proposal: dict) -> int:
-        return self._checked(lambda i: self.index.latent(i).index, proposal["value"])
-
-    @t.validate("sort")
-    def _check_sort(self, proposal: dict) -> str:
-        known = dict(self.facts.get("sorts") or _listing.SORTS.items())
-        return self._checked(lambda got: _listing.checked("sort", got, known), proposal["value"])
-
-    @t.validate("show_only")
-    def _check_show_only(self, proposal: dict) -> str:
-        return self._checked(lambda got: _listing.checked("show_only", got, _listing.SHOWN), proposal["value"])
-
-    @t.validate("density")
-    def _check_density(self, proposal: dict) -> tuple[float, float]:
-        def ordered(got: tuple[float, float]) -> tuple[float, float]:
-            if not 0 <= got[0] <= got[1] <= 1:
-                want = "(from, to), fractions of tokens in 0..1"
-                raise ValueError(errors.explain(f"density is {got}.", want=want, fix="density=(1e-4, 0.01)"))
-            return got
-
-        return self._checked(ordered, proposal["value"])
-
-    @t.validate("query")
-    def _check_query(self, proposal: dict) -> str:
-        def understood(got: str) -> str:
-            _listing.Listing(query=got).wanted()
-            return got
-
-        return self._checked(understood, proposal["value"])
-
+    @t.validate("selected", "sort", "show_only", "density", "query")
     @guarded
-    def _checked(self, check: Any, got: Any) -> Any:
-        return check(got)
+    def _check(self, proposal: dict) -> Any:
+        name, got = proposal["trait"].name, proposal["value"]
+        with refused():
+            if name == "selected":
+                n = len(self.index)
+                return got % n if -n <= got < n else self.index.latent(got).index  # which says what is wrong with it
+            return _listing.check(name, got, dict(self.facts.get("sorts") or _listing.SORTS))
 
     # What follows from it
 
@@ -296,10 +272,11 @@ class FeatureBrowser(Panel):
         listing = self._listing()
         if self._table is None:
             if len(self.index) > _AT_ONCE:
-                if "table" not in self._jobs:
-                    self.started("table", f"ranking {len(self.index):,} latents", self.index.table, self._tabled)
                 if not self.rows:
-                    self._arranged(range(len(self.index)))
+                    self._arranged(range(len(self.index)))  # by number, until it is known which are best
+                if "table" not in self._jobs:
+                    what = f"ranking {len(self.index):,} latents"
+                    self.started("table", what, self.index.table, lambda got: (self._keep(got), self._list()))
                 return
             self._keep(self.index.table())
         if listing.query and (self._found is None or self._found[0] != listing.query):
@@ -313,11 +290,8 @@ class FeatureBrowser(Panel):
             self.dropped("search")
         self._arranged(listing.arranged(self._table, self._found[1] if listing.query else None))
 
-    def _tabled(self, table: pd.DataFrame) -> None:
-        self._keep(table)
-        self._list()
-
     def _keep(self, table: pd.DataFrame) -> None:
+        """Have the table from now on."""
         self._table = table
         self.densities = _packing.densities(table.density)
 
@@ -343,15 +317,8 @@ class FeatureBrowser(Panel):
 
     def _send_rows(self) -> None:
         begin = max(0, min(self.offset, len(self._latents) - 1))
-        part = [self._row(int(i)) for i in self._latents[begin : begin + WINDOW]]
+        part = [self._rows(int(i)) for i in self._latents[begin : begin + WINDOW]]
         self.rows = {"list": self._list_number, "total": len(self._latents), "offset": begin, "rows": part}
-
-    def _row(self, i: int) -> dict[str, Any]:
-        if i not in self._rows:
-            self._rows[i] = _packing.row(self.index.latent(i), frozenset(self.index.facts.special))
-            if len(self._rows) > _KEPT:
-                self._rows.popitem(last=False)
-        return self._rows[i]
 
     def _turn(self) -> None:
         """Turn to the page of the selected latent."""
@@ -370,11 +337,8 @@ class FeatureBrowser(Panel):
         if self.model is None:
             fix = "FeatureBrowser(index, model, sae)"
             raise ValueError(errors.explain("a prompt needs the model and the SAE.", fix=fix))
-        self.busy = "running the model"
-        try:
+        with self.working("running the model"):
             ids = self.model.to_tokens(self.prompt)[0].tolist()
             found = self.index.find(self.model, self.sae, ids)
             marks = [place for place, i in enumerate(ids) if i in self.index.facts.special]
             self.tried = _packing.tried(saewb.token_strings(self.model, ids), marks, found)
-        finally:
-            self.busy = next((what for what, _, _ in self._jobs.values()), "")

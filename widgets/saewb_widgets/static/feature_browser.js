@@ -201,10 +201,11 @@ function pageOf({ body, model, on, set, ask }) {
   const cosine = (v) => v.toFixed(2).replace("-", "\u2212");
   const near = (title, list, text, tip) => { const e = make("div", "nears");
     e.hidden = !list.length;
-    e.append(make("h3", "", title));
+    const line = make("div", "line-of");
+    e.append(make("h3", "", title), line);
     list.slice(0, 8).forEach((x) => { const r = make("span", "near");
       const b = button(String(x[0]), "quiet link", () => set({ selected: x[0] }));
-      b._tip = () => tip(x); r.append(b, make("span", "", text(x))); e.append(r); }); return e; };
+      b._tip = () => tip(x); r.append(b, make("span", "", text(x))); line.append(r); }); return e; };
   const between = (h, x) => { const w = (h.high - h.low) / h.counts.length;
     return `${digits(h.low + x * w)} to ${digits(h.low + (x + 1) * w)}: ${count(h.counts[x])}`; };
 
