@@ -62,11 +62,11 @@ def need_chromium():
 
 @contextmanager
 def launched():
-    """A Chromium that resolves no name."""
+    """A Chromium that reaches nothing but this machine."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        options = [*FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND"]
+        options = [*FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
         opened = play.chromium.launch(executable_path=PROGRAM, args=options)
         yield opened
         opened.close()

@@ -67,7 +67,8 @@ const bars = (counts, { label, tip, cls = "", on = () => false }) => {
 function framed({ model, el }, name, build) {
   const root = make("div", "saewb " + name), frame = root.appendChild(make("div", "frame")), undo = new AbortController(), heard = [];
   root.setAttribute("role", "group");
-  root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own keys, such as d d for "delete the cell"
+  // JupyterLab's own keys, such as d d for "delete the cell", are off where this is on the very element in focus.
+  root.addEventListener("focusin", (e) => { e.target.dataset.lmSuppressShortcuts = "true"; });
   const on = (names, f) => names.split(" ").forEach((n) => { model.on("change:" + n, f); heard.push(["change:" + n, f]); });
   const ask = (what, how = {}) => model.send({ do: what, ...how });
   const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); };
