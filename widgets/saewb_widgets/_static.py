@@ -53,3 +53,10 @@ def _pieces(p: dict[str, Any], c: dict[str, Any]) -> str:
 def percent(share: float) -> str:
     """A fraction for people: 0.0123 is 1.23 %."""
     return "0 %" if share == 0 else f"{100 * share:.3g} %"
+
+
+def grid(head: Iterable[str], body: Iterable[Iterable[object]]) -> str:
+    """A small table of figures."""
+    top = "".join(f'<th style="{_CELL}">{html.escape(h)}</th>' for h in head)
+    lines = ("".join(f'<td style="{_CELL}">{html.escape(str(v))}</td>' for v in line) for line in body)
+    return f'<table style="border-collapse:collapse"><tr>{top}</tr>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'

@@ -197,7 +197,8 @@ class FeatureBrowser(Panel):
         elif what == "code":
             self.notice = self.code()
         elif what == "pin":
-            (self.unpin if how["latent"] in self.pins else self.pin)(how["latent"])
+            latent = how.get("latent", self.selected)
+            (self.unpin if latent in self.pins else self.pin)(latent)
         elif what == "note":
             self.note(**how)
         else:

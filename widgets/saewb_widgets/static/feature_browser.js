@@ -123,7 +123,7 @@ function table({ body, model, on, set, ask }) {
     else if (e.key === "Home") ask("move", { to: 0 });
     else if (e.key === "End") ask("move", { to: n - 1 });
     else if (e.key === "/") { input.focus(); input.select(); }
-    else if (e.key === "p") ask("pin", { latent: model.get("selected") });
+    else if (e.key === "p") ask("pin"); // whichever is selected once the keys before it are through
     else return;
     e.preventDefault();
   });
