@@ -30,9 +30,9 @@ class SuperpositionPanel(Panel):
         >>> import saewb
         >>> panel = SuperpositionPanel(saewb.load_sae("tiny"))
         >>> panel
-        SuperpositionPanel(direction 788, decoder, 1,024 directions in 128 dimensions)
-        >>> panel.neighbours[0]
-        (874, -0.936...)
+        SuperpositionPanel(direction 154, decoder, 1,024 directions in 128 dimensions)
+        >>> [(latent, round(cos, 2)) for latent, cos in panel.neighbours[:2]]
+        [(775, -0.87), (916, -0.21)]
     """
 
     _esm = source("frame.js", "superposition.js")
@@ -137,7 +137,7 @@ class SuperpositionPanel(Panel):
                     near = errors.near(got, SIDES)
                     raise ValueError(errors.explain(f"side is {got!r}.", near=near, want=", ".join(SIDES)))
                 self._matrix(got)
-            elif not 0 <= got < (n := len(self._matrix(self.side))):
+            elif not (n := len(self._matrix(self.side))) > got >= 0:
                 raise ValueError(errors.explain(f"direction {got} of {n}.", want=f"0 to {n - 1}"))
         return got
 
