@@ -85,7 +85,7 @@ def test_wrong_values(sae, directions):
         assert says in panel.complaint
     with pytest.raises(TypeError, match="near: selected"):
         SuperpositionPanel(directions, selcted=3)
-    with pytest.raises(TypeError, match="want: a tensor"):
+    with pytest.raises(TypeError, match="want: an SAE or a tensor"):
         SuperpositionPanel("a path")
     with pytest.raises(ValueError, match="at least 2"):
         SuperpositionPanel(directions[:1])

@@ -58,7 +58,7 @@ def refused() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise Refused(str(error)) from error
+        raise Refused(str(error)) from None
 
 
 class Panel(anywidget.AnyWidget):

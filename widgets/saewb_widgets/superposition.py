@@ -66,6 +66,9 @@ class SuperpositionPanel(Panel):
         self.result: Any = None  # of saewb.superposition, of the side shown
         self._results: dict[str, tuple[Any, pd.DataFrame]] = {}
         self._of_sae = hasattr(directions, "W_dec")
+        if not self._of_sae and not hasattr(directions, "ndim"):
+            what = f"SuperpositionPanel got a {type(directions).__name__}."
+            raise TypeError(errors.explain(what, want="an SAE or a tensor [n, d]", fix="SuperpositionPanel(sae)"))
         self._chosen, self._ready = "selected" in traits, False
         if traits.get("side") == "encoder":
             self._matrix("encoder")  # says if there is none
@@ -171,8 +174,6 @@ class SuperpositionPanel(Panel):
             self.dropped("cosines")
             self._arrive()
             return
-        if not self._of_sae and not hasattr(self.directions, "shape"):
-            saewb.superposition(self.directions)  # says what is wrong with it
         matrix, neighbours = self._matrix(side), self._neighbours
 
         def work() -> Any:
