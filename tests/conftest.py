@@ -17,6 +17,7 @@ install_import_hook(
         "saewb.temporal",
         "saewb.stats",
         "saewb.enrichment",
+        *(f"saewb.index.{part}" for part in ("counts", "firings", "gather", "loss_effects", "shelf", "weights")),
     ],
     "beartype.beartype",
 )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import overload
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from saewb import hooks
@@ -24,11 +23,12 @@ from saewb.index.feature_index import FeatureIndex, load_index
 from saewb.index.firings import firings
 from saewb.index.gather import Gathering
 from saewb.index.loss_effects import loss_effects
+from saewb.index.text import Text
 from saewb.index.weights import logit_effects, nearest, unembedding, written
 from saewb.index.words import Words, words_of
 from saewb.sae import SAE
 from saewb.splice import flat
-from saewb.tokens import special_ids, special_mask, token_rows
+from saewb.tokens import special_ids, token_rows
 
 
 @overload
@@ -120,7 +120,7 @@ def build_index(
     _check_sizes(sizes, before=before, after=after, first_row=first_row, coactive_tokens=coactive_tokens)
     ids = token_rows(model, tokens, ctx_len)
     special = special_ids(model, skip_special_tokens)
-    text = _Text(ids, special, first_row, batch_size, next(model.parameters()).device)
+    text = Text(ids, special, first_row, batch_size, next(model.parameters()).device)
     gathered = (n_top, n_quantiles, per_quantile, before, after, coactive_tokens, seed, special)
     plans = [_facts(model, s, hook, ids.shape[1], *gathered, neuronpedia) for s in saes]
     places = _places(folder, len(saes), several)
@@ -140,7 +140,7 @@ def extend_index(
     progress: bool = False,
 ) -> FeatureIndex:
     """See `FeatureIndex.extend`."""
-    text = _Text(
+    text = Text(
         token_rows(model, tokens, index.facts.ctx_len),
         index.facts.special,
         index.facts.next_row,
@@ -165,32 +165,6 @@ class _Build:
     gathering: Gathering
     folder: Path | None
     base: FeatureIndex | None = None  # what it goes on from
-
-
-class _Text:
-    """Rows of tokens and their numbers."""
-
-    def __init__(self, ids: Tensor, special: Sequence[int], first_row: int, batch_size: int, device: object) -> None:
-        self.ids, self.first_row, self.batch_size, self.device = ids, first_row, batch_size, device
-        self.plain = ~special_mask(ids, special)
-        if not self.plain.any():
-            what = f"all {ids.numel()} tokens are special."
-            raise ValueError(explain(what, want="text", fix="build_index(..., skip_special_tokens=False)"))
-
-    @property
-    def end(self) -> int:
-        """One more than the number of the last row."""
-        return self.first_row + len(self.ids)
-
-    def batches(self, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(number of the first row, ids, plain), from row number `first` on, on the device."""
-        for begin in range(first - self.first_row, len(self.ids), self.batch_size):
-            part = slice(begin, begin + self.batch_size)
-            yield self.first_row + begin, self.ids[part].to(self.device), self.plain[part].to(self.device)
-
-    def row(self, number: int) -> Int[Tensor, " ctx"]:
-        """A row by its number, on the CPU."""
-        return self.ids[number - self.first_row]
 
 
 def _check_sizes(positive: dict[str, int], **others: int) -> None:
@@ -231,13 +205,18 @@ def _started(sae: nn.Module, facts: IndexFacts, folder: Path | None) -> _Build:
     return build
 
 
-def _pass(model: nn.Module, builds: list[_Build], text: _Text, progress: bool, save_every_s: float) -> None:
+def _pass(model: nn.Module, builds: list[_Build], text: Text, progress: bool, save_every_s: float) -> None:
     """Run the model over what is still to be seen; stopped by Ctrl-C, between two batches' worth of gathering."""
     for build in builds:
         seen = build.facts.rows
         if seen and build.folder is not None and (len(seen) > 1 or seen[0][0] != text.first_row):
             what = f"{build.folder} has rows {seen}, which is no beginning of this text ({text.first_row} on)."
             raise ValueError(explain(what, fix="index.extend(model, sae, tokens)"))
+        if seen and build.folder is not None and not _same_text(build, text):
+            what = f"{build.folder} has an index of another text."
+            raise ValueError(
+                explain(what, want="the same text, or a new folder", fix="index.extend(model, sae, tokens)")
+            )
     first = min(_next(build, text) for build in builds)
     saved = time.monotonic()
     # Gathering runs on a thread of its own: an interrupt reaches the main thread only, so no batch is half counted.
@@ -246,21 +225,28 @@ def _pass(model: nn.Module, builds: list[_Build], text: _Text, progress: bool, s
         try:
             for row, ids, plain in text.batches(first):
                 seen = _captured(model, builds, ids)
-                if pending is not None:
-                    pending.result()
                 pending = aside.submit(_gather, builds, text, seen, row, ids, plain)
+                pending.result()  # at once: two threads that compute would only get in each other's way
                 advance(len(ids))
                 if time.monotonic() - saved > save_every_s:
+                    pending = aside.submit(_checkpoint, builds, text)
                     pending.result()
-                    _checkpoint(builds, text)
                     saved = time.monotonic()
         except KeyboardInterrupt:
-            pass  # what there is is kept; `is_complete` tells
-        if pending is not None:
-            pending.result()
+            if pending is not None:
+                pending.result()  # what there is is kept; `is_complete` tells
 
 
-def _next(build: _Build, text: _Text) -> int:
+def _same_text(build: _Build, text: Text) -> bool:
+    """Whether every token that a context found so far is about is the one in this text."""
+    top = build.gathering.top
+    place = (top.position[top.position >= 0] - text.first_row * build.facts.ctx_len).cpu()
+    there = top.tokens[..., build.facts.before][top.position >= 0].long().cpu()
+    inside = bool((place < text.ids.numel()).all())
+    return inside and torch.equal(text.ids.flatten()[place], there)
+
+
+def _next(build: _Build, text: Text) -> int:
     return max(text.first_row, build.facts.next_row)
 
 
@@ -277,7 +263,7 @@ def _captured(model: nn.Module, builds: list[_Build], ids: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def _gather(builds: list[_Build], text: _Text, seen: dict[str, Tensor], row: int, ids: Tensor, plain: Tensor) -> None:
+def _gather(builds: list[_Build], text: Text, seen: dict[str, Tensor], row: int, ids: Tensor, plain: Tensor) -> None:
     for build in builds:
         if row < _next(build, text):
             continue
@@ -287,7 +273,7 @@ def _gather(builds: list[_Build], text: _Text, seen: dict[str, Tensor], row: int
         build.facts = build.facts.with_rows([(row, row + len(ids))], int(plain.sum()))
 
 
-def _checkpoint(builds: list[_Build], text: _Text) -> None:
+def _checkpoint(builds: list[_Build], text: Text) -> None:
     for build in builds:
         if build.folder is not None:
             tensors = {k: t.cpu() for k, t in build.gathering.tensors().items()}
@@ -296,7 +282,7 @@ def _checkpoint(builds: list[_Build], text: _Text) -> None:
 
 
 def _finished(
-    model: nn.Module, build: _Build, text: _Text, n_logits: int, n_nearest: int, loss_effect_tokens: int
+    model: nn.Module, build: _Build, text: Text, n_logits: int, n_nearest: int, loss_effect_tokens: int
 ) -> FeatureIndex:
     figures = _weights(model, build, n_logits, n_nearest)
     build.base = FeatureIndex(build.facts, figures, Words())
@@ -309,7 +295,7 @@ def _finished(
     return index
 
 
-def _indexed(model: nn.Module, build: _Build, text: _Text) -> FeatureIndex:
+def _indexed(model: nn.Module, build: _Build, text: Text) -> FeatureIndex:
     complete = build.facts.next_row >= text.end
     facts = replace(build.facts, n_planned=None if complete else build.facts.n_rows + text.end - build.facts.next_row)
     made = build.base.with_gathered(facts, build.gathering, Words())

@@ -76,7 +76,7 @@ def readable(facts: IndexFacts, tensors: Mapping[str, Tensor], words: Words) -> 
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
-        >>> texts = [d.text for d in saewb.embedded.held_out_texts()[:100]]
+        >>> texts = [d.text for d in saewb.embedded.held_out_texts()[:12]]
         >>> len(saewb.build_index(model, sae, texts).ranking(10))
         10
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +31,9 @@ def written(model: nn.Module, sae: nn.Module, hook_out: str) -> Float[Tensor, "d
     return decoder if decoder.shape[1] == model.cfg.d_model and not inside else None
 
 
-def norm_gain(norm: nn.Module | None, like: Float[Tensor, " d_model"]) -> tuple[Float[Tensor, " d_model"], bool]:
+def norm_gain(
+    norm: Callable[[Tensor], Tensor] | None, like: Float[Tensor, " d_model"]
+) -> tuple[Float[Tensor, " d_model"], bool]:
     """What the final norm multiplies each coordinate with once it has divided by the length, and if it centres first.
 
     Found by asking it, so that it is right for norms whose weight is stored as w, as 1 + w, or not at all (folded):

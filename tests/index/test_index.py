@@ -16,7 +16,9 @@ from saewb.index.facts import IndexFacts
 from saewb.index.shelf import EMPTY
 from saewb.index.weights import N_LOGIT_BINS, logit_effects, nearest, norm_gain, unembedding
 from saewb.index.words import Words, words_of
+from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.splice import flat
+from saewb.temporal import TemporalConfig, TemporalSAE
 
 RESID, MLP, Z = "blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"
 D = small.D_MODEL
@@ -42,6 +44,10 @@ PLACES = {
     "transcoder": lambda: small.sae("blocks.1.hook_resid_mid", "topk", k=5, hook_out=MLP),
     "all heads": lambda: small.sae(Z),
     "one head": lambda: small.sae(Z, d_in=D // small.HEADS, head=2),
+    "pursuit": lambda: PursuitSAE(PursuitConfig(d_in=D, d_sae=40, hook=RESID, max_iterations=4)),
+    "temporal": lambda: TemporalSAE(
+        TemporalConfig(d_in=D, d_sae=32, hook=RESID, n_heads=2, bottleneck_factor=2, gate="topk", k=5)
+    ),
 }
 
 
@@ -304,6 +310,9 @@ def test_stopped_by_ctrl_c_and_gone_on_with(model, tmp_path, monkeypatch):
     whole = build(model, sae, ids)
     same(build(model, sae, ids, folder=tmp_path / "i"), whole)
     same(load_index(tmp_path / "i"), whole)
+    for other in (text(20, seed=1), ids[:4]):
+        with pytest.raises(ValueError, match="another text"):
+            build(model, sae, other, folder=tmp_path / "i")
     with pytest.raises(ValueError, match="n_top 4 and 5"):
         build(model, sae, ids, folder=tmp_path / "i", n_top=5)
 
