@@ -36,10 +36,10 @@ def test_a_context_of_plain_words_without_it_is_left_out():
     assert Likely("paris", words).contexts(ids).tolist() == [[True, False, False, False]]
 
 
-@pytest.mark.parametrize("text", ["w1", "w2w", "w", "x", "1w3"])
+@pytest.mark.parametrize("text", ["w1", "1 w2", "w", "x"])
 def test_the_search_is_the_same(text, monkeypatch):
     index = build_index(small.bridge(), small.sae("blocks.1.hook_resid_post"), small.tokens(8, 9))
     quick = index.search(text)
     monkeypatch.setattr(searching, "Likely", lambda *_: None)
     assert quick.equals(index.search(text))
-    assert len(quick) or text == "x"
+    assert (len(quick) == 0) == (text == "x")
