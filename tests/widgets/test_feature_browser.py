@@ -414,19 +414,20 @@ def test_work_that_fails_is_said_where_it_is_asked_for(monkeypatch, index):
 
 def test_65536_latents_are_shown_within_a_second_and_300_kb():
     index = panels.many()
-    start = time.process_time()
-    panel = FeatureBrowser(index, sort="latent")
+    start = time.thread_time()  # of this thread: the machine may be busy, and the ranking has its own
+    panel = FeatureBrowser(index)
     assert panels.sent(panel) < 300_000
-    began = time.process_time() - start
+    began = time.thread_time() - start
     panel.wait(120)
-    start = time.process_time()
+    start = time.thread_time()
     panel.selected = 60_000
-    turned = time.process_time() - start
+    turned = time.thread_time() - start
     panel.sort = "density"
     assert len(panel.latents) == 65_536
     assert len(panel.rows["rows"]) == feature_browser.WINDOW
     assert panels.sent(panel) < 300_000
-    print(f"first view {began * 1000:.0f} ms with its ranking's share, a latent {turned * 1000:.1f} ms")
+    print(f"first view {began * 1000:.0f} ms, a latent {turned * 1000:.1f} ms")
+    assert began < 1
     assert turned < 0.1
 
 
@@ -448,6 +449,7 @@ def test_a_saved_notebook_shows_a_view(panel, index):
     assert re.sub(r"<[^>]*>", "", bundle["text/html"]).count(index.latent(panel.selected).top[0].token.strip()) > 1
     assert not re.search(r"<script|<style|http", bundle["text/html"])
     assert len(bundle["text/html"]) < 50_000
+    assert panel.snapshot()._repr_html_() == bundle["text/html"]
 
 
 def test_hostile_tokens_are_text_where_no_kernel_runs():

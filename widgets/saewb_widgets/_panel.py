@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anywidget
 import traitlets as t
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 STATIC = Path(__file__).parent / "static"
 
@@ -99,9 +102,17 @@ class Panel(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict]:
         data, metadata = super()._repr_mimebundle_(**kwargs)
+        return {**data, "text/plain": repr(self), "text/html": self.snapshot().data}, metadata
+
+    def snapshot(self) -> HTML:
+        """What is shown now, as plain HTML: for a notebook that will be read without its kernel.
+
+        JupyterLab shows "model not found" for a reopened notebook's widgets, whatever else their output holds.
+        """
+        from IPython.display import HTML
+
         head = f"<b>{html.escape(self.title)}</b><div style='opacity:.65'>{html.escape(self.about)}</div>"
-        shown = f"<div style='font:13px/1.5 system-ui,sans-serif'>{head}{self.static_html()}</div>"
-        return {**data, "text/plain": repr(self), "text/html": shown}, metadata
+        return HTML(f"<div style='font:13px/1.5 system-ui,sans-serif'>{head}{self.static_html()}</div>")
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
         """Take what the front end set; where that fails, say so there and what holds instead."""
