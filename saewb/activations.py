@@ -1,17 +1,79 @@
 """A model's activations at its hook points.
 
-`capture` is one forward pass that stops after the last layer anybody asked for: no logits, no copies.
+`capture` is one forward pass that stops after the last layer anybody asked for: no logits, no copies. `Activations` is
+what streams of them (`saewb.streams`) are made of: tokens by rows, at one or several points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import final
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from saewb import hooks
 from saewb.errors import explain
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Tokens at one or several points of a model: row t of every tensor is the same token.
+
+    Raises:
+        ValueError: if a tensor is no matrix, or they have different numbers of rows.
+    Example:
+        >>> batch = Activations({"blocks.0.hook_resid_post": torch.zeros(5, 8)}, ids=torch.arange(5))
+        >>> len(batch), batch.rows(slice(0, 2)).ids.tolist(), batch
+        (5, [0, 1], Activations(5 tokens: blocks.0.hook_resid_post 8))
+    """
+
+    values: Mapping[str, Tensor]  # by point: [tokens, d], in the dtype and on the device they were made
+    ids: Tensor | None = None  # [tokens], which token of the vocabulary; integers, on the CPU; None: not known
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(value.shape) for name, value in self.values.items()}
+        counts = {shape[0] if len(shape) == 2 else None for shape in shapes.values()}
+        counts |= set() if self.ids is None else {self.ids.shape[0] if self.ids.ndim == 1 else None}
+        if len(counts) != 1 or None in counts:
+            ids = None if self.ids is None else tuple(self.ids.shape)
+            what = f"Activations got shapes {shapes}" + (f" and ids of shape {ids}." if ids else ".")
+            raise ValueError(explain(what, want="one or more [tokens, d], and ids [tokens], all with as many rows"))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def __repr__(self) -> str:
+        points = ", ".join(f"{name} {value.shape[1]}" for name, value in self.values.items())
+        return f"Activations({len(self)} tokens: {points})"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the rows take."""
+        tensors = [*self.values.values(), *([] if self.ids is None else [self.ids])]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def rows(self, which: slice | Tensor) -> Activations:
+        """Some of the tokens: views for a slice, copies for indices (int64, on the CPU)."""
+        if isinstance(which, slice):
+            return Activations(
+                {n: v[which] for n, v in self.values.items()}, None if self.ids is None else self.ids[which]
+            )
+        values = {n: v.index_select(0, which.to(v.device, non_blocking=True)) for n, v in self.values.items()}
+        return Activations(values, None if self.ids is None else self.ids.index_select(0, which))
+
+
+def joined(parts: Sequence[Activations]) -> Activations:
+    """The tokens of several, in order; of one part, itself. Ids are kept if all parts have them."""
+    if len(parts) == 1:
+        return parts[0]
+    values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
+    known = all(part.ids is not None for part in parts)
+    return Activations(values, torch.cat([part.ids for part in parts]) if known else None)
 
 
 def capture(model: nn.Module, tokens: Int[Tensor, "batch pos"], points: Iterable[str]) -> dict[str, Tensor]:
@@ -57,3 +119,16 @@ def _noting(seen: dict[str, Tensor], name: str) -> hooks.Edit:
         seen[name] = activation
 
     return edit
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """These modules in eval mode (no dropout), each part back in its own mode afterwards."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.config import Scaling
+from saewb.config import Gate, Scaling
 
 Latents = Union[int, slice, Sequence[int], Tensor]  # whatever may stand in `full[..., latents]`
 Tap = Callable[[str, Tensor], Tensor]  # (name, value) -> the value to go on with
@@ -40,9 +40,16 @@ def threshold_gate(pre: Tensor, threshold: Tensor | None) -> Tensor:
     return kept if threshold is None else kept * (pre > threshold)
 
 
-def top(pre: Tensor, k: int, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """The k largest of the last axis that are > 0 (others count 0); or, signed, the k largest in magnitude."""
-    if signed:
+def top(pre: Tensor, k: int, gate: Gate) -> tuple[Tensor, Tensor]:
+    """Values and indices along the last axis, those that are not > 0 as 0 ("abstopk": with their sign).
+
+    "topk" keeps the k largest, "abstopk" the k largest in magnitude, "groupmax" the largest of each of k equal groups
+    of neighbours.
+    """
+    if gate == "groupmax":
+        values, within = pre.unflatten(-1, (k, -1)).max(dim=-1)
+        return torch.relu(values), within + torch.arange(k, device=pre.device) * (pre.shape[-1] // k)
+    if gate == "abstopk":
         indices = pre.abs().topk(k, dim=-1, sorted=False).indices
         return pre.gather(-1, indices), indices
     values, indices = pre.topk(k, dim=-1, sorted=False)
@@ -56,6 +63,8 @@ def scaled(x: Tensor, scaling: Scaling) -> Tensor:
         return centred / (_std(centred) + 1e-5)
     if scaling == "constant_norm":
         return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+    if scaling == "centred":
+        return x - x.mean(-1, keepdim=True)
     return x
 
 
@@ -65,6 +74,8 @@ def unscaled(recon: Tensor, x: Tensor, scaling: Scaling) -> Tensor:
         return recon * _std(x) + x.mean(-1, keepdim=True)
     if scaling == "constant_norm":
         return recon * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
+    if scaling == "centred":
+        return recon + x.mean(-1, keepdim=True)
     return recon
 
 

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from saewb import hooks
+from saewb.cross_layer import CrossLayerTranscoder
+from saewb.cross_layer_pass import layers_in_one_pass
 from saewb.errors import explain
 from saewb.splice import Splice
 from saewb.tokens import special_ids
 
-_attached: weakref.WeakKeyDictionary[nn.Module, list[Attachment]] = weakref.WeakKeyDictionary()
+# Everything of saewb that is on a model now, oldest first: attachments and interventions.
+_attached: weakref.WeakKeyDictionary[nn.Module, list[Detachable]] = weakref.WeakKeyDictionary()
+
+
+class Detachable(Protocol):
+    """Something on a model that can be taken off."""
+
+    def detach(self) -> None:
+        """Take it off; again without harm."""
 
 
 def attach(
@@ -35,6 +46,8 @@ def attach(
 
         SAE:         activation at hook  <-  sae(activation at hook)
         transcoder:  activation at hook_out  <-  sae(activation at hook)
+        cross-layer transcoder, at each layer j:
+                     activation at hooks_out[j]  <-  what its layers 0 to j make of the activations at their hooks
 
     While attached, the inner points `<point>.hook_sae_input`, `.hook_sae_acts_pre`, `.hook_sae_acts_post`,
     `.hook_sae_recons`, `.hook_sae_error`, `.hook_sae_output` can be cached, hooked and edited like any other, under
@@ -49,7 +62,8 @@ def attach(
         hook: where they read, instead of their own `cfg.hook`: one name, or one for each.
         hook_out: where they write, instead of `cfg.hook_out`; for transcoders.
         error_term: add what each SAE gets wrong, so that the model computes what it would without it. It is taken
-            from an undisturbed pass and detached: edits of latents, and their gradients, have their full effect.
+            from an undisturbed pass and detached: edits of latents, and their gradients, have their full effect (those
+            of a cross-layer transcoder at every layer that the latent writes to).
         skip_special_tokens: pass the model's own activation on at these tokens: True for the tokenizer's BOS, EOS, PAD
             and the like, or a list of token ids.
     Returns:
@@ -81,13 +95,18 @@ def attachments(model: nn.Module) -> list[Attachment]:
         >>> attachments(saewb.load_model("tiny"))
         []
     """
-    return list(_attached.get(model, []))
+    return [found for found in on_model(model) if isinstance(found, Attachment)]
+
+
+def on_model(model: nn.Module) -> list[Detachable]:
+    """The list of what saewb has on this model, oldest first; whoever comes and goes keeps it."""
+    return _attached.setdefault(model, [])
 
 
 def detach_all(model: nn.Module) -> None:
-    """Detach everything from this model, newest first: for attachments whose variable is lost."""
-    for attachment in reversed(attachments(model)):
-        attachment.detach()
+    """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost."""
+    for found in reversed(list(on_model(model))):
+        found.detach()
 
 
 class Attachment:
@@ -110,7 +129,7 @@ class Attachment:
     @property
     def saes(self) -> list[nn.Module]:
         """The attached SAEs, in the order given."""
-        return [splice.sae for splice in self._splices]
+        return list(dict.fromkeys(_whole(splice) for splice in self._splices))
 
     @property
     def is_attached(self) -> bool:
@@ -121,6 +140,7 @@ class Attachment:
     def latents(self) -> LatentsView:
         """Latents of the last forward pass, by SAE or by hook name: `attached.latents[sae]`, `[batch, pos, d_sae]`.
 
+        Of a cross-layer transcoder a list, one for each layer; by the name of a point it writes to, that layer's.
         After hooks on `hook_sae_acts_post`; part of the graph if the pass recorded one.
         """
         return LatentsView(self._splices)
@@ -135,7 +155,7 @@ class Attachment:
             for splice in reversed(self._splices):
                 splice.uninstall()
             if (model := self._model()) is not None:
-                _attached[model].remove(self)
+                on_model(model).remove(self)
 
     def __enter__(self) -> Attachment:
         if not self.is_attached:
@@ -151,6 +171,8 @@ class Attachment:
 
     def __repr__(self) -> str:
         places = [s.place for s in self._splices]
+        if len(places) > 8:
+            places = [*places[:2], f"and {len(places) - 2} more"]
         notes = []
         if self.is_attached:
             hidden = [s.place for s in self._splices if not s.is_top]
@@ -173,7 +195,7 @@ class Attachment:
                 for splice in reversed(installed):
                     splice.uninstall()
                 raise
-            _attached.setdefault(model, []).append(self)
+            on_model(model).append(self)
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._announced = (tokens,)
@@ -182,10 +204,10 @@ class Attachment:
             splice.restore()
             splice.first_layer = first
 
-    def _begin(self, continues: bool) -> None:
+    def _begin(self, cached_tokens: int) -> None:
         self._enter()
         for splice in self._splices:
-            if continues and splice.is_top and getattr(splice.sae, "looks_back", False):
+            if cached_tokens and splice.is_top and getattr(splice.sae, "looks_back", False):
                 what = f"{splice.sae!r} looks at earlier tokens, and this pass has them in its cache only."
                 raise ValueError(explain(what, fix="model.generate(..., use_past_kv_cache=False)"))
 
@@ -230,8 +252,10 @@ class LatentsView:
     def __init__(self, splices: list[Splice]) -> None:
         self._splices = splices
 
-    def __getitem__(self, key: nn.Module | str) -> Tensor:
-        found = [s for s in self._splices if (key in s.write.names if isinstance(key, str) else s.sae is key)]
+    def __getitem__(self, key: nn.Module | str) -> Tensor | list[Tensor]:
+        found = [s for s in self._splices if (key in s.write.names if isinstance(key, str) else _whole(s) is key)]
+        if isinstance(key, CrossLayerTranscoder) and len(found) == key.cfg.n_layers:
+            return [splice.latents() for splice in found]
         if len(found) != 1:
             count = "more than once" if found else "not"
             what = f"{key!r} is attached {count} here."
@@ -257,15 +281,42 @@ def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, err
     for sae, read, write in zip(several, reads, writes, strict=True):
         if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
             raise TypeError(explain(f"attach got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
-        source, target = _places(sae, read, write)
-        place = source if source == target else f"{source} => {target}"
-        read, write = hooks.resolve(model, source), hooks.resolve(model, target)
-        splices.append(Splice(model, sae, read, write, place, error_term))
+        if isinstance(sae, CrossLayerTranscoder):
+            _check_not_moved(sae, read, write)
+            splices += [_splice(model, layer, None, None, error_term) for layer in layers_in_one_pass(sae)]
+        else:
+            splices.append(_splice(model, sae, read, write, error_term))
     _check_distinct(splices)
     return splices
 
 
-def _places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
+def _splice(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, error_term: bool) -> Splice:
+    if getattr(sae.cfg, "metadata", {}).get("summed_over_layers"):
+        what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
+        raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
+    source, target = places(sae, hook, hook_out)
+    place = source if source == target else f"{source} => {target}"
+    return Splice(model, sae, hooks.resolve(model, source), hooks.resolve_writable(model, target), place, error_term)
+
+
+def _check_not_moved(clt: CrossLayerTranscoder, hook: str | None, hook_out: str | None) -> None:
+    if hook is not None or hook_out is not None:
+        what = f"attach got hook={hook!r}, hook_out={hook_out!r} for {clt!r}, which has points for every layer."
+        fix = "CrossLayerTranscoder.from_tensors(dataclasses.replace(clt.cfg, hooks=...), ...)"
+        raise ValueError(explain(what, want="None: it reads cfg.hooks and writes cfg.hooks_out", fix=fix))
+
+
+def _whole(splice: Splice) -> nn.Module:
+    """What was given to `attach`, of which this may be one layer."""
+    return getattr(splice.sae, "whole", splice.sae)
+
+
+def places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
+    """The names of the points an SAE reads and writes, given what a caller says instead of its configuration.
+
+    Raises:
+        ValueError: if that leaves one of them open.
+    """
     source = hook or sae.cfg.hook
     if source is None:
         what = f"{sae!r} does not say where it belongs."

@@ -1,4 +1,4 @@
-"""The command line: `saewb demo` does the main job on the embedded model; `saewb lab` opens the notebooks."""
+"""The command line: `saewb demo` does the main job, `saewb lab` opens notebooks, `saewb train` trains from a file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo_.add_argument("--page", type=Path, default=Path("saewb_demo.html"), help="where to write it")
     lab_ = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to jupyter lab")
     lab_.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: saewb's own")
+    _eval_options(commands.add_parser("eval", help="figures of one or many SAEs, as a table"))
+    train_ = commands.add_parser("train", help="train SAEs as a YAML file says; goes on with a run that was begun")
+    train_.add_argument("file", type=Path)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "lab":
         return lab(options.folder, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return demo(options.model, options.prompt, options.page)
+    if options.command == "train":
+        return train(options.file)
+    try:
+        return evaluate(options) if options.command == "eval" else demo(options.model, options.prompt, options.page)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"saewb {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="what load_model takes: tiny, a name on the hub, a folder")
+    parser.add_argument("saes", nargs="+", metavar="sae", help="what load_sae takes: tiny, a folder, release::id")
+    parser.add_argument("--texts", type=Path, help="a text file, a document per line; default: the embedded texts")
+    parser.add_argument("--n-rows", type=int, default=128, help="rows of ctx-len tokens")
+    parser.add_argument("--ctx-len", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help="keep results there, and go on from those that are there")
+    parser.add_argument("--no-losses", action="store_true", help="reconstruction and sparsity only, much quicker")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`saewb eval`: load, evaluate, print; several SAEs as a table."""
+    model = saewb.load_model(options.model)
+    if options.texts is None:
+        texts = [document.text for document in saewb.embedded.held_out_texts()]
+    else:
+        texts = [line for line in options.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    tokens = saewb.tokens.token_rows(model, texts, options.ctx_len)[: options.n_rows]
+    saes = {name: tuple(name.split("::", 1)) if "::" in name else name for name in options.saes}
+    table = saewb.evaluate_many(
+        model,
+        saes,
+        tokens,
+        folder=options.folder,
+        batch_size=options.batch_size,
+        losses=not options.no_losses,
+        progress=sys.stderr.isatty(),
+    )
+    shown = table.drop(columns=["dead_below", "dense_above", "hook_out", "model", "sae"]).dropna(axis=1, how="all")
+    print(shown.T.to_string(float_format=lambda value: f"{value:.4g}"))
+    return 0
 
 
 def demo(model_name: str, prompt: str, page: Path) -> int:
@@ -84,6 +127,29 @@ def lab(folder: Path | None, rest: Sequence[str] = ()) -> int:
         print(f"no folder {str(chosen)!r}.\n  fix:  saewb lab", file=sys.stderr)
         return 1
     return subprocess.run([sys.executable, "-m", "jupyterlab", f"--notebook-dir={chosen}", *rest]).returncode
+
+
+def train(file: Path) -> int:
+    """Train as a YAML file says, with a line of progress every few seconds; Ctrl-C and SIGTERM leave a checkpoint."""
+    from saewb.run_record import exit_on_sigterm
+    from saewb.train_file import train_file
+
+    exit_on_sigterm()
+    try:
+        run = train_file(file)
+        print(run.memory, flush=True)
+        while run.wait(timeout=5).state in ("running", "paused"):
+            print(run.progress, flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped; saewb train {file} goes on", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(run.progress)
+    for name in run.saes:
+        print(f"{name}: {run.folder / 'saes' / name}")
+    return 0
 
 
 def _sae(model, model_name: str):

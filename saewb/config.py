@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from saewb.errors import explain
 
-Gate = Literal["relu", "jumprelu", "topk", "abstopk"]
-Scaling = Literal["none", "layer_norm", "constant_norm"]
+Gate = Literal["relu", "jumprelu", "topk", "abstopk", "groupmax"]
+Scaling = Literal["none", "layer_norm", "constant_norm", "centred"]
 PreBias = Literal["none", "tied", "own"]
 
 
@@ -37,7 +37,9 @@ class SAEConfig:
     d_out: int | None = None  # width of what it writes; None means d_in
     skip: bool = False  # adds x @ W_skip to the output (skip transcoders)
     pre_bias: PreBias = "none"  # subtracted before encoding: nothing, b_dec itself, or a b_pre of its own
-    scaling: Scaling = "none"  # per token, undone on the output; a constant factor is folded into the weights instead
+    # Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centred", for SAEs of models
+    # with centred writing weights). A constant factor is folded into the weights instead.
+    scaling: Scaling = "none"
     hook: str | None = None  # the point of the model it reads
     hook_out: str | None = None  # the point it writes; None means `hook`; another one makes it a transcoder
     head: int | None = None  # reads and writes this attention head only; None means all
@@ -61,13 +63,15 @@ class SAEConfig:
             ("pre_bias", get_args(PreBias)),
         ):
             _check(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
-        if self.gate in ("topk", "abstopk"):
+        if self.gate in ("topk", "abstopk", "groupmax"):
             _check(
                 type(self.k) is int and 0 < self.k <= self.d_sae,
                 "k",
                 self.k,
                 f"1 to d_sae={self.d_sae} for gate {self.gate!r}",
             )
+            whole = self.gate != "groupmax" or self.d_sae % self.k == 0
+            _check(whole, "k", self.k, f"a divisor of d_sae={self.d_sae}, since groupmax makes k equal groups")
         else:
             _check(self.k is None, "k", self.k, f"None, since gate {self.gate!r} keeps no fixed number of latents")
         if self.d_out != self.d_in:

@@ -1,34 +1,32 @@
-"""How good an SAE is in the model it belongs to.
+"""How good SAEs are in the model they belong to: one, or many over the same tokens.
 
-1. The model runs to the hook only, over all batches: reconstruction, firing, and the mean activation.
-2. Each batch then runs four times: as it is, with the SAE's output, with zeros, with the mean; losses and KL.
-
-Memory is bounded by one batch: its latents in the first part, two logits tensors in the second.
+The passes over the model are in `saewb.eval_passes`, what comes out in `saewb.evaluation`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from saewb import hooks
-from saewb.activations import capture
-from saewb.attachment import attach, attachments
+from saewb.activations import eval_mode
 from saewb.errors import explain
-from saewb.evaluation import Evaluation
-from saewb.metrics import DEAD_BELOW, DENSE_ABOVE, Firing, FiringStream, Reconstruction, ReconstructionStream, float64
-from saewb.splice import flat
+from saewb.eval_passes import AtHook, Batches, Losses, Place, at_hooks, bar, in_model, place
+from saewb.eval_store import Store, source_name
+from saewb.evaluation import Evaluation, LatentFigures
+from saewb.firing import DEAD_BELOW, DENSE_ABOVE
+from saewb.sae import SAE
 from saewb.tokens import special_ids, special_mask, token_rows
 
-# Probabilities of at most this many (token, word) pairs are held at a time (64 MiB in float32).
-_TILE = 2**24
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def evaluate(
@@ -43,12 +41,14 @@ def evaluate(
     skip_special_tokens: bool | Sequence[int] = True,
     dead_below: float = DEAD_BELOW,
     dense_above: float = DENSE_ABOVE,
+    losses: bool = True,
     progress: bool = False,
 ) -> Evaluation:
     """How good an SAE is, by its reconstruction and by what the model does with it: CE recovered 1 is perfect.
 
         ce_recovered = (ce_ablated - ce_with_sae) / (ce_ablated - ce_clean)
         kl           = mean over tokens of KL(p_clean || p_with_sae)
+        kl_recovered = (kl_ablated - kl) / kl_ablated
 
     Special tokens are no part of it: there the model's own activation goes on, under the SAE and under either ablation
     (where activations are often a hundred times as long as elsewhere, which no SAE is meant to write), and every figure
@@ -73,9 +73,12 @@ def evaluate(
         dead_below: a latent is dead that fires on fewer than this fraction of tokens. The default means "never" on
             fewer than a million tokens.
         dense_above: a latent is dense that fires on more than this fraction of tokens.
+        losses: run the whole model too; without, the model runs to the hook only, once, and the figures of its
+            predictions (ce_..., kl_...) are nan.
         progress: show a bar.
     Returns:
-        An Evaluation. ce_recovered is nan where ablating does not change the loss.
+        An Evaluation; figures per latent are in its `.latents`. ce_recovered is nan where ablating does not change the
+        loss.
     Raises:
         ValueError: if no tokens are left to evaluate, or rows have fewer than two; for a hook or SAE that does not fit,
             as `saewb.attach`; if another SAE writes to the same point; if the activation never varies.
@@ -89,204 +92,205 @@ def evaluate(
         >>> found.n_tokens > 30, 0 < found.fvu < 1, found.ce_zero_ablated > found.ce_clean
         (True, True, True)
     """
+    places, batches = _asked(model, [sae], tokens, [(hook, hook_out)], batch_size, ctx_len, skip_special_tokens)
+    (found,) = _evaluated(places, batches, dead_below, dense_above, losses, progress)
+    return found
+
+
+def evaluate_many(
+    model: nn.Module,
+    saes: Sequence[Any] | Mapping[str, Any],
+    tokens: Int[Tensor, "rows ctx"] | Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    at_once: int = 8,
+    batch_size: int = 8,
+    ctx_len: int = 128,
+    skip_special_tokens: bool | Sequence[int] = True,
+    dead_below: float = DEAD_BELOW,
+    dense_above: float = DENSE_ABOVE,
+    losses: bool = True,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Many SAEs on the same tokens, as a table: the figures of `evaluate`, a row each.
+
+    `at_once` SAEs share the passes over the model: to the hooks, as the model is, and with zeros or the mean at each
+    point; each SAE adds one pass, with its own output.
+
+    Args:
+        model: as for `evaluate`.
+        saes: SAEs; or what `load_sae` takes: a name or folder, or (release, id); in a list, or by name. What is named
+            rather than given is loaded when its turn comes and let go afterwards.
+        tokens: as for `evaluate`.
+        folder: keep each result in a file there as soon as it is known, and all of them in `evaluations.csv`; what is
+            there already, of the same SAE, tokens and options, is not computed again. None keeps nothing.
+        at_once: how many SAEs are held at a time.
+        batch_size: as for `evaluate`.
+        ctx_len: as for `evaluate`.
+        skip_special_tokens: as for `evaluate`.
+        dead_below: as for `evaluate`.
+        dense_above: as for `evaluate`.
+        losses: as for `evaluate`.
+        progress: show a bar.
+    Returns:
+        A row per SAE in the order given, by name (the index), a column for each field of Evaluation.
+    Raises:
+        ValueError: if two SAEs have one name, or none is given; as `evaluate`. What was finished is in `folder`.
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
+        >>> random = saewb.SAE(saewb.SAEConfig(128, 256, gate="topk", k=16, hook=sae.cfg.hook))
+        >>> texts = ["The river flows through the city."] * 8
+        >>> table = saewb.evaluate_many(model, {"trained": sae, "random": random}, texts, ctx_len=16, losses=False)
+        >>> bool(table.fvu["trained"] < table.fvu["random"])
+        True
+    """
+    import pandas as pd
+
+    if at_once < 1:
+        raise ValueError(explain(f"evaluate_many got at_once={at_once}.", want="1 or more"))
+    named = _named(saes)
+    ids = token_rows(model, tokens, ctx_len)
+    options = {
+        "special": special_ids(model, skip_special_tokens),
+        "dead_below": dead_below,
+        "dense_above": dense_above,
+        "losses": losses,
+        "model": str(model.cfg.model_name),
+        "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+    }
+    store = Store(folder, options)
+    found = {name: known for name, sae in named.items() if (known := store.read(name, sae)) is not None}
+    missing = [name for name in named if name not in found]
+    for names in (missing[i : i + at_once] for i in range(0, len(missing), at_once)):
+        some = [_loaded(named[name]) for name in names]
+        places, batches = _asked(
+            model, some, ids, [(None, None)] * len(some), batch_size, ctx_len, list(options["special"])
+        )
+        new = _evaluated(places, batches, dead_below, dense_above, losses, progress)
+        for name, evaluation in zip(names, new, strict=True):
+            found[name] = evaluation.figures()
+            store.write(name, named[name], found[name])
+    table = pd.DataFrame([found[name] for name in named], index=pd.Index(list(named), name="name"))
+    store.write_table(table)
+    return table
+
+
+# -- one evaluation --------------------------------------------------------------------------------------------------
+
+
+def _asked(
+    model: nn.Module,
+    saes: Sequence[nn.Module],
+    tokens: Tensor | Sequence[str],
+    at: Sequence[tuple[str | None, str | None]],
+    batch_size: int,
+    ctx_len: int,
+    skip_special_tokens: bool | Sequence[int],
+) -> tuple[list[Place], Batches]:
     ids = token_rows(model, tokens, ctx_len)
     special = special_ids(model, skip_special_tokens)
-    place = _place(model, sae, hook, hook_out, special)
-    batches = _Batches(ids, ~special_mask(ids, special), batch_size, next(model.parameters()).device)
-    with torch.no_grad(), _eval_mode(model, sae), _bar(progress, 2 * len(batches)) as tick:
-        written, fired, mean = _at_hook(place, tick(batches), dead_below, dense_above)
-        sums = torch.stack([_in_model(place, batch, mean) for batch in tick(batches)]).sum(0).tolist()
-    kl = sums.pop(2) / batches.n_tokens
-    clean, spliced, zero, mean_ablated = (total / batches.n_predictions for total in sums)
-    figures = {**asdict(written), "l0": fired.l0, "dead_frac": fired.dead_frac, "dense_frac": fired.dense_frac}
+    places = [place(model, sae, *where, special) for sae, where in zip(saes, at, strict=True)]
+    return places, Batches(ids, ~special_mask(ids, special), batch_size, next(model.parameters()).device)
+
+
+def _evaluated(
+    places: list[Place], batches: Batches, dead_below: float, dense_above: float, losses: bool, progress: bool
+) -> list[Evaluation]:
+    saes = [where.sae for where in places]
+    with torch.no_grad(), eval_mode(places[0].model, *saes), bar(progress, (1 + losses) * len(batches)) as tick:
+        seen = at_hooks(places, tick(batches))
+        whole = [_NO_LOSSES] * len(places)
+        if losses:
+            whole = in_model(places, [one.written.mean() for one in seen], batches, tick)
+        return [
+            _evaluation(where, one, loss, batches.n_predictions if losses else 0, dead_below, dense_above)
+            for where, one, loss in zip(places, seen, whole, strict=True)
+        ]
+
+
+_NO_LOSSES = Losses(*[math.nan] * 7)
+
+
+def _evaluation(
+    where: Place, seen: AtHook, loss: Losses, n_predictions: int, dead_below: float, dense_above: float
+) -> Evaluation:
+    fired = seen.fired.result(dead_below, dense_above)
     return Evaluation(
-        **figures,
-        ce_clean=clean,
-        ce_with_sae=spliced,
-        ce_zero_ablated=zero,
-        ce_mean_ablated=mean_ablated,
-        ce_recovered_zero=_recovered(zero, spliced, clean),
-        ce_recovered_mean=_recovered(mean_ablated, spliced, clean),
-        kl=kl,
-        n_predictions=batches.n_predictions,
+        **asdict(seen.written.result()),
+        l0=fired.l0,
+        l1=fired.l1,
+        dead_frac=fired.dead_frac,
+        ultra_low_frac=fired.ultra_low_frac,
+        dense_frac=fired.dense_frac,
+        ce_clean=loss.clean,
+        ce_with_sae=loss.with_sae,
+        ce_zero_ablated=loss.zero,
+        ce_mean_ablated=loss.mean,
+        ce_recovered_zero=_recovered(loss.zero, loss.with_sae, loss.clean),
+        ce_recovered_mean=_recovered(loss.mean, loss.with_sae, loss.clean),
+        kl=loss.kl_with_sae,
+        kl_zero_ablated=loss.kl_zero,
+        kl_mean_ablated=loss.kl_mean,
+        kl_recovered_zero=_recovered(loss.kl_zero, loss.kl_with_sae, 0.0),
+        kl_recovered_mean=_recovered(loss.kl_mean, loss.kl_with_sae, 0.0),
+        n_predictions=n_predictions,
         dead_below=dead_below,
         dense_above=dense_above,
-        hook=place.read,
-        hook_out=place.write,
-        model=str(model.cfg.model_name),
-        sae=repr(sae),
+        hook=where.read,
+        hook_out=where.write,
+        model=str(where.model.cfg.model_name),
+        sae=repr(where.sae),
+        latents=LatentFigures(
+            density=fired.density.cpu(),
+            mean_activation=fired.mean_activation.cpu(),
+            max_activation=fired.max_activation.cpu(),
+            consistent_activation=fired.consistent_activation.cpu(),
+            **_of_weights(where.sae),
+        ),
     )
 
 
-# -- what is evaluated, and on what ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    model: nn.Module
-    sae: nn.Module
-    read: str
-    write: str
-    skipped: list[int] | Literal[False]
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    ids: Int[Tensor, "batch pos"]
-    plain: Bool[Tensor, "batch pos"]  # not special
-    kept: Int[Tensor, " kept"] | None  # those tokens, counted through the batch; None if all are
-    targets: Int[Tensor, "batch pos"]  # the next token; 0 at the end of a row
-    predicts: Bool[Tensor, "batch pos"]  # neither it nor its target is special
-
-    def keep(self, per_token: Float[Tensor, "batch pos d"]) -> Float[Tensor, "kept d"]:
-        flat = per_token.flatten(0, 1)
-        return flat if self.kept is None else flat[self.kept]
-
-
-class _Batches:
-    """Rows of tokens, a batch at a time. Masks are made, and counted, on the CPU, so that nobody waits for a device."""
-
-    def __init__(self, ids: Tensor, plain: Tensor, batch_size: int, device: torch.device) -> None:
-        if batch_size < 1:
-            raise ValueError(explain(f"evaluate got batch_size={batch_size}.", want="at least 1", fix="batch_size=8"))
-        targets, predicts = torch.zeros_like(ids), torch.zeros_like(plain)
-        targets[:, :-1], predicts[:, :-1] = ids[:, 1:], plain[:, :-1] & plain[:, 1:]
-        self.n_tokens, self.n_predictions = int(plain.sum()), int(predicts.sum())
-        if self.n_predictions == 0:
-            what = f"of {ids.numel()} tokens {self.n_tokens} are not special, and no two of them follow one another."
-            raise ValueError(explain(what, want="text to predict", fix="evaluate(..., skip_special_tokens=False)"))
-        self._parts = [t.split(batch_size) for t in (ids, plain, targets, predicts)]
-        self._device = device
-
-    def __len__(self) -> int:
-        return len(self._parts[0])
-
-    def __iter__(self) -> Iterator[_Batch]:
-        for ids, plain, targets, predicts in zip(*self._parts, strict=True):
-            kept = None if plain.all() else plain.flatten().nonzero()[:, 0].to(self._device)
-            ids, plain, targets, predicts = (t.to(self._device) for t in (ids, plain, targets, predicts))
-            yield _Batch(ids, plain, kept, targets, predicts)
-
-
-def _place(
-    model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, special: tuple[int, ...]
-) -> _Place:
-    # `attach` knows where an SAE goes and says what is wrong with it; its view of latents names the point it writes to.
-    with hooks.lock(model):
-        before = {name: found for found in attachments(model) for name in found.latents}
-        with attach(model, sae, hook=hook, hook_out=hook_out) as attached:
-            (write,) = attached.latents
-    if write in before:
-        what = f"{before[write]!r} writes to {write!r} already, so the model there is not as it is."
-        raise ValueError(explain(what, fix="saewb.detach_all(model)"))
-    read = hook or sae.cfg.hook
-    names = hooks.resolve(model, write).names
-    typed = next((name for name in (hook_out, sae.cfg.hook_out, read) if name in names), write)
-    return _Place(model, sae, read, typed, list(special) or False)
-
-
-@contextmanager
-def _eval_mode(*modules: nn.Module) -> Iterator[None]:
-    training = [part for module in modules for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-@contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[[Iterable], Iterator]]:
-    """A function that counts what is taken from an iterable, on one bar of `total`."""
-    if not shown:
-        yield iter
-        return
-    from tqdm.auto import tqdm  # comes with transformers
-
-    with tqdm(total=total, desc="evaluate", unit="batch", leave=False) as bar:
-
-        def tick(items: Iterable) -> Iterator:
-            for item in items:
-                yield item
-                bar.update()
-
-        yield tick
-
-
-# -- at the hook -----------------------------------------------------------------------------------------------------
-
-
-def _at_hook(
-    place: _Place, batches: Iterable[_Batch], dead_below: float, dense_above: float
-) -> tuple[Reconstruction, Firing, Float[Tensor, " d_out"]]:
-    written, fired = ReconstructionStream(), FiringStream()
-    for batch in batches:
-        x, target = _activations(place, batch)
-        latents = place.sae.encode(x)  # at all positions, special ones too: a temporal SAE looks back at them
-        written.update(batch.keep(target), batch.keep(place.sae.decode(latents, x)))
-        fired.update(batch.keep(latents))
-    return written.result(), fired.result(dead_below, dense_above), written.mean()
-
-
-def _activations(place: _Place, batch: _Batch) -> tuple[Tensor, Tensor]:
-    """What the SAE reads, and what stands where it writes."""
-    seen = capture(place.model, batch.ids, (place.read, place.write))
-    x = flat(place.sae, seen[place.read], place.sae.cfg.d_in, place.read)
-    return x, flat(place.sae, seen[place.write], place.sae.cfg.d_out, place.write)
-
-
-# -- in the model ----------------------------------------------------------------------------------------------------
-
-
-def _in_model(place: _Place, batch: _Batch, mean: Float[Tensor, " d_out"]) -> Float[Tensor, "5"]:
-    """Sums over this batch: loss as it is, with the SAE, KL; loss with zeros, with the mean."""
-    with hooks.lock(place.model):
-        clean = place.model(batch.ids)
-        with attach(place.model, place.sae, place.read, hook_out=place.write, skip_special_tokens=place.skipped):
-            spliced = place.model(batch.ids)
-        compared = _compared(clean, spliced, batch)
-        del clean, spliced
-        ablated = [_loss(_ablated(place, batch, value), batch) for value in (torch.zeros_like(mean), mean)]
-    return torch.stack([*compared, *ablated])
-
-
-def _ablated(place: _Place, batch: _Batch, value: Float[Tensor, " d_out"]) -> Float[Tensor, "batch pos d_vocab"]:
-    def edit(activation: Tensor) -> Tensor:
-        new = activation.clone(memory_format=torch.contiguous_format)  # so that all heads side by side are a view of it
-        flat(place.sae, new, place.sae.cfg.d_out, place.write)[:] = value
-        return torch.where(batch.plain.view(*batch.plain.shape, *[1] * (new.ndim - 2)), new, activation)
-
-    with hooks.editing(place.model, {place.write: edit}):
-        return place.model(batch.ids)
-
-
-def _compared(clean: Tensor, spliced: Tensor, batch: _Batch) -> Float[Tensor, "3"]:
-    """Sums: loss of each where it counts, and KL(p_clean || p_spliced) over tokens that are not special."""
-    parts = []
-    for p, q, targets, predicts, plain in _tiles(clean, spliced, batch.targets, batch.predicts, batch.plain):
-        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        kl = torch.where(plain, (p.exp() * (p - q)).sum(-1), 0)
-        parts.append(torch.stack([_nll(p, targets, predicts), _nll(q, targets, predicts), kl]))
-    return float64(torch.cat(parts, 1)).sum(1)
-
-
-def _loss(logits: Float[Tensor, "batch pos d_vocab"], batch: _Batch) -> Float[Tensor, ""]:
-    """Sum of -log p(next token) where it counts."""
-    tiles = _tiles(logits, batch.targets, batch.predicts)
-    return float64(torch.cat([_nll(rows.float().log_softmax(-1), *what) for rows, *what in tiles])).sum()
-
-
-def _nll(logp: Float[Tensor, "tokens d_vocab"], targets: Tensor, counted: Tensor) -> Float[Tensor, " tokens"]:
-    return torch.where(counted, -logp.gather(1, targets[:, None])[:, 0], 0)
-
-
-def _tiles(logits: Tensor, *per_token: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same few tokens of each of these `[batch, pos, ...]`, until all have been given."""
-    n = max(1, _TILE // logits.shape[-1])
-    return zip(*(t.flatten(0, 1).split(n) for t in (logits, *per_token)), strict=True)
+def _of_weights(sae: nn.Module) -> dict[str, Tensor]:
+    """Figures per latent that need no activations; nan where the architecture has no such thing."""
+    W_dec = sae.W_dec.detach().double().cpu()
+    none = torch.full((sae.cfg.d_sae,), math.nan, dtype=torch.float64)
+    found = dict.fromkeys(("encoder_norm", "encoder_bias", "encoder_decoder_cosine"), none)
+    found["decoder_norm"] = W_dec.norm(dim=1)
+    if isinstance(sae, SAE):
+        W_enc = sae.W_enc.detach().double().cpu().T
+        found |= {"encoder_norm": W_enc.norm(dim=1), "encoder_bias": sae.b_enc.detach().double().cpu()}
+        if not sae.cfg.is_transcoder:
+            found["encoder_decoder_cosine"] = nn.functional.cosine_similarity(W_enc, W_dec, dim=1)
+    return found
 
 
 def _recovered(ablated: float, spliced: float, clean: float) -> float:
     return (ablated - spliced) / (ablated - clean) if ablated != clean else math.nan
+
+
+# -- many ------------------------------------------------------------------------------------------------------------
+
+
+def _named(saes: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(saes, Mapping):
+        named = dict(saes)
+    else:
+        named = {}
+        for i, sae in enumerate([saes] if isinstance(saes, (str, nn.Module)) else saes):
+            name = f"{i}: {sae!r}" if isinstance(sae, nn.Module) else source_name(sae)
+            if name in named:
+                fix = "evaluate_many(model, {'first': sae_a, 'second': sae_b}, tokens)"
+                raise ValueError(explain(f"evaluate_many got {name!r} twice.", fix=fix))
+            named[name] = sae
+    if not named:
+        raise ValueError(explain("evaluate_many got no SAE.", fix="evaluate_many(model, [sae], tokens)"))
+    return named
+
+
+def _loaded(sae: Any) -> nn.Module:
+    if isinstance(sae, nn.Module):
+        return sae
+    from saewb.loading import load_sae
+
+    return load_sae(*sae) if isinstance(sae, tuple) else load_sae(sae)

@@ -9,6 +9,7 @@ Nothing here replaces a module or a method: hooks are added to the points that a
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 import weakref
@@ -117,6 +118,23 @@ def resolve(model: nn.Module, name: str) -> Point:
     return point
 
 
+def resolve_writable(model: nn.Module, name: str) -> Point:
+    """The point of that name, where an activation that is replaced goes on through the model.
+
+    Raises:
+        ValueError: as `resolve`; and for `hook_resid_mid` of a TransformerBridge, which stands where the second norm is
+            read: what is written there reaches the MLP, and not the residual stream behind it.
+    """
+    point = resolve(model, name)
+    aside = [alias for alias in point.names[1:] if alias.endswith("hook_resid_mid")]
+    if aside and _is_bridge(model):
+        what = f"{name!r} of a TransformerBridge is what the MLP reads: written there, nothing reaches the stream."
+        want = f"a HookedTransformer (transformer-lens 3.x), whose {aside[0]!r} is in the stream; or another point"
+        fix = f"saewb.attach(model, sae, hook={aside[0].replace('resid_mid', 'resid_post')!r})"
+        raise ValueError(explain(what, want=want, fix=fix))
+    return point
+
+
 def point_names(model: nn.Module) -> list[str]:
     """All names of all points of the model itself, aliases included, sorted; without those of attached SAEs."""
     return sorted(_table(model))
@@ -158,7 +176,7 @@ def _forget(mapping: dict[str, object], name: str, value: object) -> None:
 def watch(
     model: nn.Module,
     announce: Callable[[Tensor | None], None],
-    begin: Callable[[bool], None],
+    begin: Callable[[int], None],
     end: Callable[[], None],
 ) -> Callable[[], None]:
     """Be told of forward passes.
@@ -169,7 +187,7 @@ def watch(
         announce: gets the token ids `[batch, pos]` of the pass to come, or None if the model was given embeddings. A
             HookedTransformer announces where it embeds, which it also does outside of a pass; and says nothing about a
             pass that starts at a later layer.
-        begin: called when the first block is reached, with whether earlier tokens are in a cache of keys and values; a
+        begin: called when the first block is reached, with how many earlier tokens are in a cache of keys and values; a
             HookedTransformer's embedding points have fired by then.
         end: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
     Returns:
@@ -181,7 +199,7 @@ def watch(
         announce(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
 
     def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        begin(_continues(kwargs))
+        begin(_cached_tokens(kwargs))
 
     def on_end(module: nn.Module, args: tuple, output: object) -> None:
         end()
@@ -212,12 +230,12 @@ def first_layer(model: nn.Module) -> int:
     return getattr(blocks[0], "_start_at_layer_idx", None) or 0 if blocks is not None and len(blocks) else 0
 
 
-def _continues(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a Hugging Face model, or of a HookedTransformer's block, goes on from cached tokens."""
+def _cached_tokens(kwargs: Mapping[str, Any]) -> int:
+    """How many cached tokens a call of a Hugging Face model, or of a HookedTransformer's block, goes on from."""
     cache, entry = kwargs.get("past_key_values"), kwargs.get("past_kv_cache_entry")
     if cache is not None:
-        return cache.get_seq_length() > 0
-    return entry is not None and entry.past_keys.shape[1] > 0
+        return int(cache.get_seq_length())
+    return 0 if entry is None else entry.past_keys.shape[1]
 
 
 @contextmanager
@@ -236,6 +254,22 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
         finally:
             for hook in reversed(added):
                 hook.remove()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same model once more, for another thread: the same weights, not copied, and points of its own.
+
+    A pass keeps notes in the modules it runs through (where to stop, what was seen), so two threads cannot run one
+    model at a time. Hooks on the model's points are not on the twin's. Hooks on other modules are: the model's own.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tokenizer = getattr(model, "tokenizer", None)
+    memo[id(tokenizer)] = tokenizer
+    with lock(model):
+        for point in model.hook_dict.values():
+            for name in ("fwd_hooks", "bwd_hooks", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+                memo[id(getattr(point, name))] = type(getattr(point, name))()
+        return copy.deepcopy(model, memo)
 
 
 def _is_bridge(model: nn.Module) -> bool:

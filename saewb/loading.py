@@ -1,31 +1,50 @@
-"""SAEs from a folder, from the hub or from the package itself; and back. With models.py, all that uses the network.
+"""SAEs by name, from a folder, from the hub or from the package itself. With models.py, all that reads the network.
 
 1. "tiny" is the SAE inside the package.
-2. An existing folder is read as it lies there; `id` is a folder in it.
-3. "owner/name" is a repository of the Hugging Face hub; `id` is a folder in it. What is in its cache is not fetched
-   again, and is all there is without a network.
+2. An existing folder or file is read as it lies there; `id` is a folder or file in it.
+3. A release of the catalogue and one of its ids stand for a place on the hub, and for what its files do not say.
+4. "owner/name" is a repository of the Hugging Face hub; `id` is a folder or file in it. What is in its cache is not
+   fetched again, and is all there is without a network. Places the catalogue knows are treated as in 3.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import tempfile
-from glob import escape
-from importlib.resources import files
-from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from saewb.errors import explain, near
-from saewb.formats import FORMATS, recognise, saelens
-from saewb.hub import ask_hub
-from saewb.pursuit import PursuitSAE
+from saewb.config import SAEConfig
+from saewb.cross_layer import CrossLayerTranscoder
+from saewb.errors import explain
+from saewb.formats import FORMATS, Facts, read, saelens
+from saewb.hub_files import Listing, Unreachable, fetched, hashes_of, in_cache, listed
+from saewb.places import Origin, local, not_in_repo, origin_of, unreachable
+from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.sae import SAE
-from saewb.temporal import TemporalSAE
+from saewb.temporal import TemporalConfig, TemporalSAE
 
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+AnySAE = SAE | PursuitSAE | TemporalSAE | CrossLayerTranscoder
+_Config = TypeVar("_Config", bound=Any)
+# The reader of each format of the catalogue, by the name of its module in saewb.formats.
+READERS = {
+    "sae_lens": "saelens",
+    "gemma_2": "gemma_scope",
+    "gemma_2_transcoder": "gemma_scope",
+    "gemma_3": "gemma_scope_2",
+    "llama_scope": "llama_scope",
+    "llama_scope_r1_distill": "llama_scope_r1",
+    "dictionary_learning_1": "dictionary_learning",
+    "deepseek_r1": "deepseek_r1",
+    "mwhanna_transcoder": "mwhanna",
+    "mntss_clt_layer_transcoder": "mntss",
+    "temporal": "temporal_conf",
+    "goodfire": "goodfire",
+    "qwen_scope": "qwen_scope",
+    "connor_rob_hook_z": "attention_hook_z",
+}
 
 
 def load_sae(
@@ -37,21 +56,31 @@ def load_sae(
     scaling_factor: float | None = None,
     revision: str | None = None,
     force_download: bool = False,
-) -> SAE | PursuitSAE | TemporalSAE:
+    token: str | None = None,
+) -> AnySAE:
     """An SAE by name, folder or hub repository; its layout is recognised by its files.
 
+    What comes from the hub says where from in `sae.cfg.metadata["source"]`: repo, path, revision, commit, the files
+    with their sha256, and release and id where the catalogue has them. Saving keeps that.
+
     Args:
-        source: "tiny", a folder, or "owner/name" on the hub. A folder of that name, if there is one, comes first.
-        id: the folder inside `source`, e.g. "blocks.8.hook_resid_pre"; None means `source` itself.
+        source: "tiny", a folder or file, a release of `saewb.catalogue()`, or "owner/name" on the hub. A folder of that
+            name, if there is one, comes first.
+        id: of the SAE in the release; or the folder or file inside `source`, e.g. "blocks.8.hook_resid_pre", None
+            meaning `source` itself.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
-        scaling_factor: what training inputs were multiplied with, for files that need it and do not have it.
+        scaling_factor: what training inputs were multiplied with, for files that need it and do not have it; comes
+            before the catalogue's.
         revision: branch, tag or commit of the hub repository; None means "main".
         force_download: fetch again what is in the hub's cache.
+        token: of the hub; None means the one logged in with.
     Returns:
-        An SAE; a PursuitSAE or TemporalSAE for those two architectures.
+        An SAE; a PursuitSAE, TemporalSAE or CrossLayerTranscoder for those architectures.
     Raises:
-        FileNotFoundError: if there is no such folder or repository, or it cannot be reached and is not in the cache.
+        FileNotFoundError: if there is no such folder, release or repository, or it cannot be reached and is not in the
+            cache.
+        ConnectionError: if a download broke off; calling again goes on from there.
         FormatError: if the files are of no known layout, or not what their layout promises.
     Example:
         >>> import tempfile
@@ -61,19 +90,66 @@ def load_sae(
         ...     load_sae(folder)
         SAE(relu, 4 -> 9 latents, float32 on cpu)
     """
-    if id is not None:
-        _inside(id)
-    folder = _local(source, id)
-    if folder is None:
-        folder = _from_hub(str(source), id, revision, force_download)
-    return recognise(folder).read(folder, dtype=dtype, device=device, scaling_factor=scaling_factor)
+    place = local(source, id)
+    if place is not None:
+        return read(place, Facts(scaling_factor=scaling_factor), dtype=dtype, device=device)
+    origin = origin_of(str(source), id)
+    root, names, listing = _on_disk(origin, _patterns(origin), _readable, revision, force_download, token)
+    facts = _facts(origin, scaling_factor)
+    sae = read(root / origin.path, facts, dtype=dtype, device=device)
+    sae.cfg = _with_source(sae.cfg, origin, _source(origin, revision, root, names, listing))
+    return sae
 
 
-def save_sae(sae: SAE | PursuitSAE | TemporalSAE, folder: str | Path, overwrite: bool = False) -> Path:
+def load_config(
+    source: str | Path,
+    id: str | None = None,
+    *,
+    revision: str | None = None,
+    force_download: bool = False,
+    token: str | None = None,
+) -> SAEConfig | PursuitConfig | TemporalConfig:
+    """The configuration of an SAE in the SAELens layout, from cfg.json alone: kilobytes, no weights.
+
+    Other layouts say part of it in their weights only; what is known of a published one without its files is
+    `saewb.releases.find(release, id)`.
+
+    Args:
+        source: as for `load_sae`.
+        id: as for `load_sae`.
+        revision: branch, tag or commit of the hub repository; None means "main".
+        force_download: fetch again what is in the hub's cache.
+        token: of the hub; None means the one logged in with.
+    Returns:
+        What `load_sae(source, id).cfg` would be, but for `metadata["source"]["files"]`, which has cfg.json alone.
+    Raises:
+        FileNotFoundError: as `load_sae`.
+        FormatError: if cfg.json is not what the layout promises.
+        ValueError: if it is not in the SAELens layout; with the line that loads it.
+    Example:
+        >>> load_config("tiny").d_sae
+        1024
+    """
+    call = f"saewb.load_sae({str(source)!r}{f', {id!r}' if id else ''}).cfg"
+    place = local(source, id)
+    if place is not None:
+        _only_saelens(_has_config(place), str(place), call)
+        return saelens.read_config(place)
+    origin = origin_of(str(source), id)
+    entry = origin.entry
+    _only_saelens(entry is None or entry.format == "sae_lens", f"{origin.repo}/{origin.path}", call)
+    patterns = [pattern for pattern in saelens.files(origin.path) if pattern.endswith((saelens.CONFIG, saelens.SCALER))]
+    root, names, listing = _on_disk(origin, patterns, _has_config, revision, force_download, token)
+    _only_saelens(_has_config(root / origin.path), f"{origin.repo}/{origin.path}", call)
+    cfg = saelens.read_config(root / origin.path, _facts(origin, None))
+    return _with_source(cfg, origin, _source(origin, revision, root, names, listing))
+
+
+def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
     """Write an SAE into a folder, in the SAELens layout: all of it or nothing. `load_sae(folder)` reads it back.
 
     Args:
-        sae: any of saewb's classes; a b_pre of its own is folded into b_enc.
+        sae: any of saewb's classes but a CrossLayerTranscoder; a b_pre of its own is folded into b_enc.
         folder: a new or empty one; parents are made.
         overwrite: replace an SAE that is there. A folder with any other files in it is never replaced.
     Returns:
@@ -81,196 +157,102 @@ def save_sae(sae: SAE | PursuitSAE | TemporalSAE, folder: str | Path, overwrite:
     Raises:
         FileExistsError: if there is something that may not be replaced.
         ValueError: if the layout cannot express this SAE.
+        TypeError: for a CrossLayerTranscoder.
     """
     return saelens.write(sae, Path(folder), overwrite=overwrite)
 
 
-def push_to_hub(
-    sae: SAE | PursuitSAE | TemporalSAE,
-    repo_id: str,
-    id: str | None = None,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-) -> str:
-    """Put an SAE into a repository of the hub, in one commit; `load_sae(repo_id, id)` reads it back, sae-lens too.
-
-    The repository is made if it is not there, and gets a short model card if it has none.
-
-    Args:
-        sae: any of saewb's classes.
-        repo_id: "owner/name".
-        id: the folder in it; None means its hook's name.
-        private: for a repository that is made now.
-        revision: an existing branch; None means "main".
-        token: of the hub; None means the one logged in with.
-        commit_message: None means one that names the SAE.
-    Returns:
-        The commit's address.
-    Raises:
-        ValueError: if `repo_id` or `id` is no such name, or there is neither an id nor a hook.
-        huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
-    """
-    from huggingface_hub import HfApi
-
-    if not _REPO.fullmatch(repo_id):
-        raise ValueError(explain(f"push_to_hub got repo_id={repo_id!r}.", want="'owner/name'"))
-    where = _inside(id or sae.cfg.hook or "")
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as place:
-        save_sae(sae, Path(place) / where)
-        if not api.file_exists(repo_id, "README.md", revision=revision):
-            (Path(place) / "README.md").write_text(_card(sae, repo_id, where), encoding="utf-8")
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=place, revision=revision, commit_message=commit_message or f"{where}: {sae!r}"
-        )
-    return commit.commit_url
+def _facts(origin: Origin, scaling_factor: float | None) -> Facts:
+    entry = origin.entry
+    if entry is None:
+        return Facts(repo=origin.repo, path=origin.path, scaling_factor=scaling_factor)
+    return Facts(
+        repo=entry.repo,
+        path=entry.path,
+        model=entry.model,
+        hook=entry.hook,
+        hook_out=entry.hook_out,
+        layer=entry.layer,
+        scaling_factor=entry.norm_factor if scaling_factor is None else scaling_factor,
+        overrides=entry.overrides,
+    )
 
 
-def _card(sae: SAE | PursuitSAE | TemporalSAE, repo_id: str, where: str) -> str:
-    return f"""---
-library_name: saewb
-tags: [sparse-autoencoder, saewb, saelens]
----
-# {repo_id.split("/")[1]}
-
-Sparse autoencoders of {sae.cfg.model or "a language model"}, one per folder, in the SAELens layout.
-
-```python
-import saewb
-sae = saewb.load_sae({repo_id!r}, {where!r})   # {sae!r}
-```
-"""
+def _patterns(origin: Origin) -> list[str]:
+    layouts = FORMATS
+    if origin.entry is not None:
+        layouts = [one for one in FORMATS if one.__name__.endswith(f".{READERS[origin.entry.format]}")]
+    return [pattern for layout in layouts for pattern in layout.files(origin.path)]
 
 
-def _inside(id: str) -> str:
-    parts = PurePosixPath(id).parts
-    if not parts or ".." in parts or PurePosixPath(id).is_absolute() or "\\" in id:
+def _on_disk(
+    origin: Origin,
+    patterns: list[str],
+    complete: Callable[[Path], bool],
+    revision: str | None,
+    force_download: bool,
+    token: str | None,
+) -> tuple[Path, list[str], Listing | None]:
+    """The repository's folder in the hub's cache, the names of the files, and the hub's own listing if it answered."""
+    listing = listed(origin.repo, revision, token, origin.call)
+    if isinstance(listing, Unreachable):
+        root = in_cache(origin.repo, revision, patterns)
+        if root is None or not complete(root / origin.path):
+            raise FileNotFoundError(unreachable(origin, listing.reason))
+        here = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*")) if file.is_file()]
+        return root, Listing("", dict.fromkeys(here, 0), {}).matching(patterns), None
+    names = listing.matching(patterns)
+    if not names:
+        not_in_repo(origin, listing)
+    root = fetched(
+        origin.repo,
+        listing,
+        names,
+        revision=revision,
+        force_download=force_download,
+        token=token,
+        call=origin.call,
+    )
+    return root, names, listing
+
+
+def _readable(place: Path) -> bool:
+    return any(layout.matches(place) for layout in FORMATS)
+
+
+def _has_config(place: Path) -> bool:
+    return (place / saelens.CONFIG).is_file()
+
+
+def _source(
+    origin: Origin, revision: str | None, root: Path, names: list[str], listing: Listing | None
+) -> dict[str, Any]:
+    named = {} if origin.entry is None else {"release": origin.entry.release, "id": origin.entry.id}
+    return {
+        **named,
+        "repo": origin.repo,
+        "path": origin.path,
+        "revision": revision or "main",
+        "commit": listing.commit if listing is not None else root.name,
+        "files": hashes_of(root, names, listing),
+    }
+
+
+def _with_source(cfg: _Config, origin: Origin, source: dict[str, Any]) -> _Config:
+    entry, changes = origin.entry, {"metadata": {**cfg.metadata, "source": source}}
+    if entry is not None:
+        changes["model"] = entry.model
+        if entry.neuronpedia is not None:
+            changes["metadata"]["neuronpedia_id"] = entry.neuronpedia
+    return replace(cfg, **changes)
+
+
+def _only_saelens(is_saelens: bool, what: str, call: str) -> None:
+    if not is_saelens:
         raise ValueError(
-            explain(f"id={id!r} is no folder inside a repository.", want="a name such as 'blocks.8.hook_resid_pre'")
-        )
-    return "/".join(parts)
-
-
-def _local(source: str | Path, id: str | None) -> Path | None:
-    """The folder meant, if it is one of this machine; None if `source` can only be a name."""
-    if source == "tiny":
-        source = Path(str(files("saewb.embedded") / "sae"))
-    root = Path(source).expanduser()
-    if root.is_dir():
-        folder = root / (id or "")
-        if folder.is_dir():
-            return folder
-        _no_folder(folder, f"saewb.load_sae({str(source)!r}, {{!r}})", folder.parent)
-    if isinstance(source, Path) or _looks_like_a_path(source):
-        _no_folder(root, "saewb.load_sae({!r})", root.parent)
-    if not _REPO.fullmatch(source):
-        raise FileNotFoundError(
             explain(
-                f"no SAE named {source!r}: neither the embedded one, nor a folder here, nor a hub repository's name.",
-                near=near(source, ["tiny", *_names(Path())]),
-                want="'tiny', a folder, or 'owner/name' on the hub",
-                fix=f"saewb.load_sae('owner/{source}', {id or 'folder in it'!r})",
-            )
-        )
-    return None
-
-
-def _looks_like_a_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1 or Path(source).exists()
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-
-
-def _no_folder(folder: Path, fix: str, parent: Path) -> NoReturn:
-    found = near(folder.name, _names(parent))
-    kind = "is a file, not a folder" if folder.exists() else "does not exist"
-    best = found[0] if found else ""
-    if best and fix.startswith("saewb.load_sae({"):
-        best = str(parent / best)
-    raise FileNotFoundError(
-        explain(
-            f"the folder {folder} {kind}.",
-            near=found,
-            want="" if found else f"one of {', '.join(_names(parent)[:12]) or f'nothing: {parent} has no folders'}",
-            fix=fix.format(best) if best else "",
-        )
-    )
-
-
-def _from_hub(repo_id: str, id: str | None, revision: str | None, force_download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    prefix = f"{escape(_inside(id))}/" if id else ""
-    wanted = [f"{prefix}{name}" for layout in FORMATS for name in layout.FILES]
-    call = f"saewb.load_sae({repo_id!r}{f', {id!r}' if id else ''})"
-    try:
-        root = snapshot_download(repo_id, allow_patterns=wanted, revision=revision, force_download=force_download)
-    except GatedRepoError as error:
-        raise FileNotFoundError(
-            explain(
-                f"{repo_id} on the hub is there for those only who accepted its terms.",
-                want=f"accept them at the repository's page, then log in: hf auth login ({error.__class__.__name__})",
+                f"{what} is not in the SAELens layout, and others keep part of their configuration in the weights.",
+                want="saewb.releases.find(release, id) for what is known without its files",
                 fix=call,
             )
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(explain(f"{repo_id} on the hub has no revision {revision!r}.", fix=call)) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            explain(
-                f"no SAE at {repo_id!r}: there is no such folder in {os.getcwd()} and no such repository on the hub "
-                "(or it is private and you are not logged in).",
-                want="'tiny', a folder, or 'owner/name' on the hub",
-            )
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(_unreachable(repo_id, id, call)) from error
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(explain(f"the hub did not give {repo_id}: {error}.", fix=call)) from error
-    folder = Path(root) / (id or "")
-    if not any(layout.matches(folder) for layout in FORMATS):
-        _not_in_repo(repo_id, id, revision, call)
-    return folder
-
-
-def _not_in_repo(repo_id: str, id: str | None, revision: str | None, call: str) -> NoReturn:
-    from huggingface_hub import HfApi
-
-    # Without a network a snapshot is whatever the cache has: one quick question tells that from a wrong `id`.
-    if ask_hub(repo_id, f"{id}/{saelens.CONFIG}" if id else saelens.CONFIG).state == "unreachable":
-        raise FileNotFoundError(_unreachable(repo_id, id, call))
-    listed = HfApi().list_repo_files(repo_id, revision=revision)
-    folders = sorted({str(PurePosixPath(name).parent) for name in listed if PurePosixPath(name).name in saelens.MARKS})
-    folders = [name for name in folders if name != "."]
-    found = near(id or "", folders) or folders[:3]
-    raise FileNotFoundError(
-        explain(
-            f"the hub repository {repo_id} has no SAE {f'in folder {id!r}' if id else 'at its top'} "
-            f"({len(folders)} folders with one).",
-            near=found,
-            want="" if found else "; ".join(f"{layout.NAME}: {' + '.join(layout.MARKS)}" for layout in FORMATS),
-            fix=f"saewb.load_sae({repo_id!r}, {found[0]!r})" if found else "",
         )
-    )
-
-
-def _unreachable(repo_id: str, id: str | None, call: str) -> str:
-    what = f"{repo_id}, folder {id!r}," if id else repo_id
-    return explain(
-        f"{what} is not in the hub's cache on this machine, and the hub cannot be reached.",
-        want="a network connection once (and no HF_HUB_OFFLINE); 'tiny' and folders need none",
-        fix=call,
-    )

@@ -7,16 +7,13 @@ zero (mean 1e4, standard deviation 1) lose nothing. A latent is active where it 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saewb.errors import explain
-
-DEAD_BELOW = 1e-6  # of tokens; on fewer than a million tokens: latents that never fired
-DENSE_ABOVE = 0.1  # of tokens
 
 
 def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
@@ -54,7 +51,7 @@ def density(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, " d_sae"]:
         >>> density(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).tolist()
         [0.0, 0.5, 1.0]
     """
-    _check_some(len(latents))
+    check_some(len(latents))
     return float64(latents.count_nonzero(0)) / len(latents)
 
 
@@ -152,27 +149,18 @@ class Reconstruction:
     fvu: float  # fraction; 0 is perfect, 1 no better than the mean
     explained_variance: float  # fraction, 1 - fvu
     cosine: float  # -1..1; 1 is perfect
+    l2_in: float  # mean ||x||, units of the activations
+    l2_out: float  # mean ||recon||, the same units
     l2_ratio: float  # mean over tokens with x != 0 of ||recon|| / ||x||; 1 is perfect, less is shrinkage
     # sum ||recon||^2 / sum x . recon, what recon would have to be divided by to fit x best: 1 is unbiased, less is
     # shrinkage, nan where x . recon is 0 (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10)
     relative_reconstruction_bias: float
 
 
-@dataclass(frozen=True, eq=False)
-class Firing:
-    """How often latents were active."""
-
-    n_tokens: int  # tokens
-    l0: float  # active latents per token
-    density: Float[Tensor, " d_sae"] = field(repr=False)  # per latent, fraction of tokens on which it is active
-    dead_frac: float  # fraction of latents whose density is below what was asked for
-    dense_frac: float  # fraction of latents whose density is above what was asked for
-
-
 class ReconstructionStream:
     """`Reconstruction` of tokens that come in batches: the same, to float64 rounding, as of all of them at once.
 
-    Keeps 2 d_in + 7 numbers, on the device of the first batch, and never waits for the device before `result`.
+    Keeps 2 d_in + 9 numbers, on the device of the first batch, and never waits for the device before `result`.
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]]); stream = ReconstructionStream()
@@ -204,7 +192,7 @@ class ReconstructionStream:
 
     def mean(self) -> Float[Tensor, " d_in"]:
         """The mean of `x` over the tokens so far, in float64. ValueError if there were none."""
-        _check_some(self.n_tokens)
+        check_some(self.n_tokens)
         return self._origin + self._mean
 
     def result(self) -> Reconstruction:
@@ -213,8 +201,8 @@ class ReconstructionStream:
         Raises:
             ValueError: if there were none, or if `x` was the same, or 0, on every one of them.
         """
-        _check_some(self.n_tokens)
-        error, spread, cosines, ratios, counted, recon_sq, dot = self._sums.tolist()
+        check_some(self.n_tokens)
+        error, spread, cosines, ratios, counted, recon_sq, dot, l2_in, l2_out = self._sums.tolist()
         unexplained = error / _varied(spread, self.n_tokens)
         counted = _directed(counted, self.n_tokens)
         return Reconstruction(
@@ -223,6 +211,8 @@ class ReconstructionStream:
             fvu=unexplained,
             explained_variance=1 - unexplained,
             cosine=cosines / counted,
+            l2_in=l2_in / self.n_tokens,
+            l2_out=l2_out / self.n_tokens,
             l2_ratio=ratios / counted,
             relative_reconstruction_bias=recon_sq / dot if dot else math.nan,
         )
@@ -231,7 +221,7 @@ class ReconstructionStream:
         if self.n_tokens == 0:
             self.n_tokens, self._origin, self._mean, self._sums = n, origin.clone(), mean.clone(), sums.clone()
             return
-        _check_same("d_in", len(mean), len(self._mean))
+        check_same("d_in", len(mean), len(self._mean))
         origin, mean, sums = (t.to(self._mean.device) for t in (origin, mean, sums))
         # Chan, Golub and LeVeque 1979: spreads about two means add up to the spread about their common mean plus what
         # lies between them. Sums of squares about 0 would cancel where the mean is large; and only about a row of its
@@ -240,57 +230,6 @@ class ReconstructionStream:
         self._sums = self._sums + sums
         self._sums[1] += shift.square().sum() * (self.n_tokens * share)
         self.n_tokens, self._mean = self.n_tokens + n, self._mean + shift * share
-
-
-class FiringStream:
-    """`Firing` of tokens that come in batches: exactly the same as of all of them at once.
-
-    Keeps one integer per latent, on the device of the first batch, and never waits for the device before `result`.
-
-    Example:
-        >>> stream = FiringStream()
-        >>> stream.update(torch.tensor([[0.0, 2.0, -1.0]])); stream.update(torch.tensor([[0.0, 0.0, 3.0]]))
-        >>> stream.result().l0, stream.result().density.tolist()
-        (1.5, [0.0, 0.5, 1.0])
-    """
-
-    def __init__(self) -> None:
-        self.n_tokens = 0
-        self._counts: Int[Tensor, " d_sae"] | None = None
-
-    def update(self, latents: Float[Tensor, "tokens d_sae"]) -> None:
-        """Add these tokens; none is allowed.
-
-        Raises:
-            ValueError: if there are more or fewer latents than in earlier batches.
-        """
-        if len(latents):
-            self._add(len(latents), latents.count_nonzero(0))
-
-    def merge(self, other: FiringStream) -> None:
-        """Add the tokens that `other` has seen; it stays as it is."""
-        if other.n_tokens:
-            self._add(other.n_tokens, other._counts)
-
-    def result(self, dead_below: float = DEAD_BELOW, dense_above: float = DENSE_ABOVE) -> Firing:
-        """The figures of all tokens so far.
-
-        Args:
-            dead_below: a latent is dead if it fires on fewer than this fraction of tokens.
-            dense_above: a latent is dense if it fires on more than this fraction of tokens.
-        Raises:
-            ValueError: if there were no tokens.
-        """
-        _check_some(self.n_tokens)
-        rate = float64(self._counts) / self.n_tokens
-        dead, dense = (int(which.sum()) / len(rate) for which in (rate < dead_below, rate > dense_above))
-        return Firing(self.n_tokens, int(self._counts.sum()) / self.n_tokens, rate, dead, dense)
-
-    def _add(self, n: int, counts: Tensor) -> None:
-        if self._counts is not None:
-            _check_same("d_sae", len(counts), len(self._counts))
-            counts = self._counts + counts.to(self._counts.device)
-        self.n_tokens, self._counts = self.n_tokens + n, counts.clone()
 
 
 def float64(x: Tensor) -> Tensor:
@@ -302,7 +241,7 @@ def _pair(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape != recon.shape or x.ndim != 2:
         got = f"x has shape {tuple(x.shape)}, recon {tuple(recon.shape)}."
         raise ValueError(explain(got, want="[tokens, d_in], the same for both"))
-    _check_some(len(x))
+    check_some(len(x))
     return float64(x), float64(recon.to(x.device))
 
 
@@ -317,22 +256,26 @@ def _per_token(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reconstruction_sums(x: Tensor, recon: Tensor) -> Tensor:
-    """Over tokens: squared error, spread of x, cosines, ratios of lengths, how many count, ||recon||^2, x . recon."""
+    """Over tokens: squared error, spread of x, cosines, ratios of lengths, how many count, ||recon||^2, x . recon, and
+    both lengths."""
     cosines, ratios, counted = _per_token(x, recon)
     parts = [(x - recon).square().sum(), _spread(x - x[0]), cosines.sum(), ratios.sum(), float64(counted).sum()]
-    return torch.stack([*parts, recon.square().sum(), (x * recon).sum()])
+    lengths = [x.norm(dim=1).sum(), recon.norm(dim=1).sum()]
+    return torch.stack([*parts, recon.square().sum(), (x * recon).sum(), *lengths])
 
 
 def _spread(x: Tensor) -> Tensor:
     return (x - x.mean(0)).square().sum()
 
 
-def _check_some(n_tokens: int) -> None:
+def check_some(n_tokens: int) -> None:
+    """ValueError if there are none."""
     if n_tokens == 0:
         raise ValueError(explain("no tokens to measure.", want="at least one row"))
 
 
-def _check_same(name: str, got: int, before: int) -> None:
+def check_same(name: str, got: int, before: int) -> None:
+    """ValueError if a batch does not fit those before it."""
     if got != before:
         raise ValueError(explain(f"a batch has {name}={got}.", want=f"{name}={before}, as the batches before it"))
 

@@ -179,7 +179,7 @@ class PursuitSAE(nn.Module):
 
         Args:
             latents: `[..., d_sae]`.
-            x: the input they came from; needed, and only used, with layer_norm or constant_norm scaling.
+            x: the input they came from; needed, and only used, with a scaling.
             tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
         Raises:
             ValueError: if `x` is needed and missing.
@@ -218,13 +218,13 @@ class PursuitSAE(nn.Module):
         cannot be scaled up as encoder and down as decoder. A new object; this one is not changed.
 
         Raises:
-            ValueError: if the factor is not positive, or if this SAE also scales per token.
+            ValueError: if the factor is not positive, or if this SAE also rescales per token.
         """
-        if not factor > 0 or self.cfg.scaling != "none":
+        if not factor > 0 or self.cfg.scaling not in ("none", "centred"):
             raise ValueError(
                 explain(
                     f"fold_scaling({factor}) on a PursuitSAE with scaling={self.cfg.scaling!r}.",
-                    want="a positive factor, and scaling 'none'",
+                    want="a positive factor, and scaling 'none' or 'centred'",
                 )
             )
         cfg = replace(self.cfg, residual_threshold=self.cfg.residual_threshold / factor)

@@ -3,8 +3,9 @@
     latents = gate((scale(x) - b_pre) @ W_enc + b_enc)
     recon   = unscale(latents @ W_dec + b_dec) (+ x @ W_skip)
 
-The gate is a threshold per latent (ReLU, JumpReLU) or a top-k (by value or by magnitude). What else differs between
-papers is a matter of reading a file (`saewb.formats`) or of training (`saewb.objectives`), not of another class here.
+The gate is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else
+differs between papers is a matter of reading a file (`saewb.formats`) or of training (`saewb.objectives`), not of
+another class here.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class SAE(nn.Module):
             gate((scale(x) - b_pre) @ W_enc + b_enc)
 
         ReLU keeps what is > 0, JumpReLU what is strictly > threshold (and > 0), TopK the k largest that are > 0,
-        AbsTopK the k largest in magnitude, with their sign.
+        AbsTopK the k largest in magnitude, with their sign, GroupMax the largest of each of k groups that is > 0.
 
         Args:
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
@@ -162,12 +163,14 @@ class SAE(nn.Module):
         if self.cfg.k is None:
             raise ValueError(
                 explain(
-                    f"encode_topk on a {self.cfg.gate!r} SAE.", want="gate 'topk' or 'abstopk'", fix="sae.encode(x)"
+                    f"encode_topk on a {self.cfg.gate!r} SAE.",
+                    want="a top-k gate",
+                    fix="sae.encode(x)",
                 )
             )
         h = self._centred(x)
         pre = torch.addmm(self.b_enc, h.reshape(-1, h.shape[-1]), self.W_enc)
-        values, indices = top(pre, self.cfg.k, signed=self.cfg.gate == "abstopk")
+        values, indices = top(pre, self.cfg.k, self.cfg.gate)
         return TopLatents(values, indices, (*h.shape[:-1], self.cfg.d_sae))
 
     def decode(
@@ -183,7 +186,7 @@ class SAE(nn.Module):
         Args:
             latents: `[..., d_sae]`, or what `encode_topk` gave.
             x: the input they came from. Needed, and only used, where the output depends on it beyond the latents: with
-                layer_norm or constant_norm scaling (to undo it) and with a skip matrix.
+                a scaling (to undo it) and with a skip matrix.
             tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
         Returns:
             `[..., d_out]`.
@@ -242,18 +245,19 @@ class SAE(nn.Module):
             factor: what its training inputs were multiplied with.
             factor_out: the same for a transcoder's targets; None means `factor`.
         Raises:
-            ValueError: if a factor is not positive, if this SAE also scales per token, or if b_pre is tied to b_dec and
-                the factors differ.
+            ValueError: if a factor is not positive, if this SAE also scales per token by more than taking out a mean,
+                or if b_pre is tied to b_dec and the factors differ.
         """
         out = factor if factor_out is None else factor_out
         if not (factor > 0 and out > 0):
             raise ValueError(
                 explain(f"fold_scaling got factor={factor}, factor_out={factor_out}.", want="positive numbers")
             )
-        if self.cfg.scaling != "none" or (self.cfg.pre_bias == "tied" and out != factor):
+        linear = self.cfg.scaling in ("none", "centred")  # taking out a mean commutes with a factor
+        if not linear or (out != factor and (self.cfg.pre_bias == "tied" or self.cfg.scaling != "none")):
             fields = f"scaling={self.cfg.scaling!r}, pre_bias={self.cfg.pre_bias!r}"
             what = f"a factor cannot be folded into {self!r} with {fields}."
-            raise ValueError(explain(what, want="scaling 'none', and one factor where b_pre is b_dec"))
+            raise ValueError(explain(what, want="scaling 'none' or 'centred', one factor where b_pre is b_dec"))
         new = {"W_enc": self.W_enc * factor, "W_dec": self.W_dec / out, "b_dec": self.b_dec / out}
         if self.cfg.pre_bias == "own":
             new["b_pre"] = self.b_pre / factor
@@ -278,7 +282,7 @@ class SAE(nn.Module):
     def _gate(self, pre: Tensor) -> Tensor:
         if self.cfg.k is None:
             return threshold_gate(pre, self.threshold if self.cfg.gate == "jumprelu" else None)
-        values, indices = top(pre, self.cfg.k, signed=self.cfg.gate == "abstopk")
+        values, indices = top(pre, self.cfg.k, self.cfg.gate)
         return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def _topk_subset(self, h: Tensor, latents: Latents) -> Tensor:

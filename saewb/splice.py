@@ -46,6 +46,7 @@ class Splice:
         self._latents: Tensor | TopLatents | None = None
         self._x: Tensor | None = None
         self._touched = False
+        self._carries_on = getattr(sae, "carries_on", False)  # later layers of the same object need its latents
         self._hooks: list[hooks.Hook] = []
 
     # -- on and off --------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ class Splice:
             if _hooked(point):
                 point.remove_hooks(dir="both", including_permanent=True)
         _spare.setdefault(self.write.module, []).append(self._inner)
-        self._latents = self._x = None
+        self.clear()
 
     @property
     def is_top(self) -> bool:
@@ -102,6 +103,8 @@ class Splice:
         """Forget the last forward pass."""
         self.fired = False
         self._latents = self._x = None
+        if self._carries_on:
+            self.sae.forget()
 
     def latents(self) -> Tensor:
         """The latents of the last forward pass, `[..., d_sae]`."""
@@ -123,7 +126,7 @@ class Splice:
         self._x = activation.clone()  # the model, or a hook of the user's, may change it in place before it is used
 
     def _on_write(self, target: Tensor) -> Tensor | None:
-        if not self.is_top or self.is_early(self.write):
+        if self.is_early(self.write) or not (self.is_top or self._carries_on):
             return None
         self.enter()
         x = target if self.same_point else self._x
@@ -137,11 +140,15 @@ class Splice:
                 )
             )
         self.fired, self._x = True, None
-        return self._run(flat(self.sae, x, self.sae.cfg.d_in, self.read.name), target)
+        x = flat(self.sae, x, self.sae.cfg.d_in, self.read.name)
+        if self.is_top:
+            return self._run(x, target)
+        self._latents = self.sae.encode(x)  # what it writes here is overridden, and its inner points with it
+        return None
 
     def _run(self, x: Tensor, target: Tensor) -> Tensor:
         flat_target = flat(self.sae, target, self.sae.cfg.d_out, self.write.name)
-        self._touched = False
+        self._touched = self._carries_on and self.sae.disturbed
         given = x
         if _hooked(self._inner["input"]):
             x = self._pass("input", x.clone())  # an edit in place there must not reach the target
@@ -154,7 +161,7 @@ class Splice:
             out = out.to(target.dtype)
             if mask is not None:
                 out = torch.where(mask, flat_target, out)
-        return self._pass("output", self._unflat(out, target))
+        return self._pass("output", unflat(self.sae, out, target))
 
     def _reconstruct(self, x: Tensor) -> Tensor | None:
         """The reconstruction; or None if it is not needed, since the output is the target itself."""
@@ -188,13 +195,6 @@ class Splice:
         self._touched |= result is not value or version is None or _version(value) != version
         return result
 
-    def _unflat(self, out: Tensor, target: Tensor) -> Tensor:
-        if self.sae.cfg.head is None:
-            return out.reshape(target.shape)
-        whole = target.clone()
-        whole[:, :, self.sae.cfg.head] = out
-        return whole
-
     def _mask(self, target: Tensor) -> Tensor:
         return self.token_mask(target)[..., None]
 
@@ -225,6 +225,15 @@ def flat(sae: nn.Module, activation: Tensor, width: int, name: str) -> Tensor:
     one = "" if head is None else f", or [batch, pos, heads > {head}, {width}] for head {head}"
     what = f"{name!r} gives activations of shape {shape}, which do not fit {sae!r}."
     raise ValueError(explain(what, want=f"[batch, pos, {width}]{one}"))
+
+
+def unflat(sae: nn.Module, out: Tensor, activation: Tensor) -> Tensor:
+    """`out [batch, pos, width]` in the shape of the activation: the inverse of `flat`, other heads as they were."""
+    if sae.cfg.head is None:
+        return out.reshape(activation.shape)
+    whole = activation.clone()
+    whole[:, :, sae.cfg.head] = out
+    return whole
 
 
 def top(point: hooks.Point) -> Splice | None:

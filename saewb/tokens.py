@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain
+from saewb.packing import Packer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,10 +65,11 @@ def pack(
     document that goes on in the next row goes on there without a token lost or repeated. What is left at the end and
     does not fill a row is dropped.
 
-    Without it, no BOS is written: the stream has the tokenizer's EOS between documents where it has one (nothing where
-    it has none) and is cut every `ctx_len` tokens.
+    Without it, no BOS is written: the tokenizer's EOS, if it has one, stands between two documents of a row; rows are
+    cut every `ctx_len` tokens.
 
-    Texts are encoded as they are, without the special tokens the tokenizer would add. An empty text adds its BOS only.
+    Texts are encoded as they are, without special tokens the tokenizer would add. An empty text leaves no trace. For
+    more than fits in memory, and for other documents than texts: `saewb.stream_tokens`, which makes the same rows.
 
     Args:
         texts: the documents, in the order they are to be packed.
@@ -88,10 +90,6 @@ def pack(
     """
     if isinstance(texts, str):
         raise TypeError(explain("pack got one string.", want="a list of documents", fix="pack([text], ...)"))
-    if ctx_len < 2:
-        raise ValueError(
-            explain(f"pack got ctx_len={ctx_len}.", want="at least 2: a BOS and a token", fix="ctx_len=128")
-        )
     if len(texts) == 0:
         raise ValueError(explain("pack got no texts.", want="at least one document"))
     if other := next((type(text).__name__ for text in texts if not isinstance(text, str)), None):
@@ -100,32 +98,12 @@ def pack(
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(explain("this tokenizer has no BOS token.", fix="pack(texts, tokenizer, ctx_len, bos=False)"))
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    mark = tokenizer.bos_token_id if bos else tokenizer.eos_token_id
-    stream = [token for ids in encoded for token in ([] if mark is None else [mark]) + ids]
-    # `mark` leads each document; without BOS it is a separator, and there is nothing to separate before the first.
-    rows = _cut(stream, ctx_len, mark) if bos else _chunks(stream[mark is not None :], ctx_len)
+    packer = Packer(ctx_len, *(tokenizer.bos_token_id,) * 2) if bos else Packer(ctx_len, None, tokenizer.eos_token_id)
+    rows = [row for ids in encoded for row in packer.rows(ids)]
     if not rows:
-        raise ValueError(
-            explain(
-                f"{len(texts)} texts of {len(stream)} tokens do not fill one row.", want=f"{ctx_len} tokens or more"
-            )
-        )
+        what = f"{len(texts)} texts of {sum(map(len, encoded))} tokens do not fill one row."
+        raise ValueError(explain(what, want=f"{ctx_len} tokens or more"))
     return torch.tensor(rows, dtype=torch.long)
-
-
-def _cut(stream: list[int], ctx_len: int, bos: int) -> list[list[int]]:
-    rows, at = [], 0
-    while at < len(stream):
-        front = [] if stream[at] == bos else [bos]
-        row = front + stream[at : at + ctx_len - len(front)]
-        at += ctx_len - len(front)
-        if len(row) == ctx_len:
-            rows.append(row)
-    return rows
-
-
-def _chunks(stream: list[int], ctx_len: int) -> list[list[int]]:
-    return [stream[at : at + ctx_len] for at in range(0, len(stream) - ctx_len + 1, ctx_len)]
 
 
 def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -> Int[Tensor, "rows ctx"]:

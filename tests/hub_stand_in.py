@@ -5,28 +5,52 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 Repos = dict[str, dict[str, bytes]]  # "owner/name" -> path -> content
+LARGE = re.compile(r".*\.(safetensors|npz|pt)")  # kept apart, under their sha256, behind a redirect
 
 
 def _sha(files: dict[str, bytes]) -> str:
     return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
 
 
+def _as_large(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sibling(name: str, content: bytes) -> dict[str, object]:
+    told: dict[str, object] = {"rfilename": name, "size": len(content), "blobId": _sha({"": content})}
+    if LARGE.fullmatch(name):
+        told["lfs"] = {"sha256": _as_large(content), "size": len(content), "pointerSize": 130}
+    return told
+
+
 @contextmanager
-def hub(repos: Repos, closed: frozenset[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
+def hub(
+    repos: Repos,
+    closed: Collection[str] = (),
+    secret: Collection[str] = (),
+    faults: dict[str, list[object]] | None = None,
+) -> Iterator[tuple[str, list[str]]]:
     """Serves `repos`, which pushes change. Yields the address and a growing log of "METHOD /path" lines.
 
     Args:
         repos: what is there.
         closed: names of repositories behind terms that nobody has accepted.
+        secret: names of those that answer 401.
+        faults: what goes wrong, by the end of a path, one after the other and then nothing more. A number: that many
+            bytes come, then the connection drops. "wrong": as many other bytes. "busy": 429, for one second. "broken":
+            500. "short": a complete answer with half of the content.
     """
     log: list[str] = []
+    faults = {} if faults is None else faults
+    put: dict[str, bytes] = {}  # what was uploaded apart, by its sha256
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -47,11 +71,45 @@ def hub(repos: Repos, closed: frozenset[str] = frozenset()) -> Iterator[tuple[st
             self._send(404 if what != "GatedRepo" else 403, b"{}", X_Error_Code=what)
 
         def _repo(self, name: str) -> dict[str, bytes] | None:
-            if name in closed:
+            if name in secret:
+                self._send(401, b"{}")
+            elif name in closed:
                 self._missing("GatedRepo")
             elif name not in repos:
                 self._missing("RepoNotFound")
-            return None if name in closed else repos.get(name)
+            return None if name in closed or name in secret else repos.get(name)
+
+        def _fault(self, path: str) -> object:
+            if self.command == "HEAD":
+                return None
+            return next((kinds.pop(0) for end, kinds in faults.items() if path.endswith(end) and kinds), None)
+
+        def _content(self, content: bytes, path: str, **headers: str) -> None:
+            """A file, or the rest of it, or what `faults` makes of it."""
+            fault, whole = self._fault(path), len(content)
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            first, status = (int(asked[1]), 206) if asked else (0, 200)
+            content = content[first : int(asked[2]) + 1 if asked and asked[2] else None]
+            if asked:
+                log.append(f"from {first}")
+                headers["Content_Range"] = f"bytes {first}-{first + len(content) - 1}/{whole}"
+            if fault == "busy":
+                self._send(429, b"{}", Retry_After="1")
+            elif fault == "broken":
+                self._send(500, b"{}")
+            elif fault == "wrong":
+                self._send(status, bytes(byte ^ 1 for byte in content), **headers)
+            elif fault == "short":
+                self._send(status, content[: len(content) // 2], **headers)
+            elif isinstance(fault, int):
+                self.send_response(status)
+                for key, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(key.replace("_", "-"), value)
+                self.end_headers()
+                self.wfile.write(content[:fault])
+                self.close_connection = True
+            else:
+                self._send(status, content, **headers)
 
         def do_HEAD(self) -> None:
             self.do_GET()
@@ -70,8 +128,10 @@ def hub(repos: Repos, closed: frozenset[str] = frozenset()) -> Iterator[tuple[st
                     self._json(
                         [{"type": "file", "oid": _sha({n: c}), "size": len(c), "path": n} for n, c in files.items()]
                     )
+                elif self._fault(path) == "busy":
+                    self._send(429, b"{}", Retry_After="1")
                 else:
-                    siblings = [{"rfilename": name} for name in files]
+                    siblings = [_sibling(name, content) for name, content in files.items()]
                     self._json({"id": "/".join(parts[2:4]), "sha": _sha(files), "siblings": siblings, "private": False})
             elif parts[2:3] == ["resolve"]:
                 files = self._repo("/".join(parts[:2]))
@@ -80,8 +140,16 @@ def hub(repos: Repos, closed: frozenset[str] = frozenset()) -> Iterator[tuple[st
                 content = files.get("/".join(parts[4:]))
                 if content is None:
                     self._missing("EntryNotFound")
+                elif LARGE.fullmatch(path):
+                    # Another host than the hub's, as it is: its client follows no redirect on the same one.
+                    apart = f"http://localhost:{server.server_port}/apart{path}"
+                    told = {"X_Linked_Etag": f'"{_as_large(content)}"', "X_Linked_Size": str(len(content))}
+                    self._send(302, b"", Location=apart, X_Repo_Commit=_sha(files), **told)
                 else:
-                    self._send(200, content, ETag=f'"{_sha({"": content})}"', X_Repo_Commit=_sha(files))
+                    self._content(content, path, ETag=f'"{_sha({"": content})}"', X_Repo_Commit=_sha(files))
+            elif parts[:1] == ["apart"]:
+                content = repos["/".join(parts[1:3])]["/".join(parts[5:])]
+                self._content(content, path, ETag=f'"{_as_large(content)}"', Accept_Ranges="bytes")
             else:
                 self._send(404)
 
@@ -101,14 +169,34 @@ def hub(repos: Repos, closed: frozenset[str] = frozenset()) -> Iterator[tuple[st
                 self._json({"warnings": [], "errors": []})
             elif parts[4:5] == ["preupload"]:
                 asked = json.loads(body)["files"]
+                mode = {True: "lfs", False: "regular"}
+                told = [
+                    {"path": f["path"], "uploadMode": mode[bool(LARGE.fullmatch(f["path"]))], "shouldIgnore": False}
+                    for f in asked
+                ]
+                self._json({"files": told})
+            elif parts[-3:] == ["lfs", "objects", "batch"]:
+                upload = f"http://{self.headers['Host']}/put/"
                 self._json(
-                    {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+                    {
+                        "transfer": "basic",
+                        "objects": [
+                            {
+                                "oid": one["oid"],
+                                "size": one["size"],
+                                "actions": {"upload": {"href": upload + one["oid"]}},
+                            }
+                            for one in json.loads(body)["objects"]
+                        ],
+                    }
                 )
             elif parts[4:5] == ["commit"]:
                 name = "/".join(parts[2:4])
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         repos[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "lfsFile":
+                        repos[name][line["value"]["path"]] = put[line["value"]["oid"]]
                 oid = _sha(repos[name])
                 self._json(
                     {
@@ -119,6 +207,12 @@ def hub(repos: Repos, closed: frozenset[str] = frozenset()) -> Iterator[tuple[st
                 )
             else:
                 self._send(404)
+
+        def do_PUT(self) -> None:
+            log.append(f"PUT {self.path}")
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            put[_as_large(content)] = content
+            self._send(200)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()

@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 
+import saewb
 from saewb import hooks
 from saewb.attachment import attach
 
@@ -218,3 +219,19 @@ def test_attached_twice_under_different_options_at_once(model):
     assert "blocks.0.hook_resid_post.hook_sae_error" not in cache
     one.detach()
     two.detach()
+
+
+@pytest.mark.parametrize("verb", ["attach", "steer", "attribute"])
+def test_hook_resid_mid_of_a_bridge_is_not_the_residual_stream(model, verb):
+    """Written there, only the MLP would see it: the SAE would seem to recover nearly everything."""
+    sae, tokens = small.sae("blocks.1.hook_resid_mid"), small.tokens(1)
+    work = {
+        "attach": lambda: attach(model, sae).detach(),
+        "steer": lambda: saewb.steer(model, sae, {1: 2.0}).detach(),
+        "attribute": lambda: saewb.attribute(model, tokens, sae, 5),
+    }[verb]
+    if hasattr(model, "original_model"):
+        with pytest.raises(ValueError, match=r"nothing reaches the stream[\s\S]*hook_resid_post"):
+            work()
+    else:
+        work()

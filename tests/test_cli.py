@@ -69,3 +69,20 @@ def test_lab_opens_the_notebooks(monkeypatch):
     assert started[0][:3] == [sys.executable, "-m", "jupyterlab"]
     assert started[0][3].endswith("notebooks")
     assert started[0][4:] == ["--no-browser", "--port=8899"]
+
+
+def test_eval_prints_a_table_and_keeps_it(tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The river flows through the city.\n\nMarie Curie was a Polish physicist.\n" * 20)
+    arguments = ["eval", "tiny", "tiny", "--texts", str(texts), "--ctx-len", "16", "--n-rows", "4", "--no-losses"]
+    assert cli.main([*arguments, "--folder", str(tmp_path / "kept")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.split()[0:2] == ["name", "tiny"]
+    assert "fvu" in printed
+    assert "ce_clean" not in printed
+    assert (tmp_path / "kept" / "evaluations.csv").exists()
+
+
+def test_eval_says_what_is_wrong_in_one_breath(capsys):
+    assert cli.main(["eval", "tiny", "./no_such_folder", "--n-rows", "2"]) == 1
+    assert "no_such_folder does not exist" in capsys.readouterr().err

@@ -11,10 +11,11 @@ import torch
 import tqdm
 from torch import nn
 
+import saewb.eval_passes as eval_passes
 import saewb.evals as evals
 from saewb import hooks
 from saewb.attachment import attach, attachments
-from saewb.evals import evaluate
+from saewb.evals import evaluate, evaluate_many
 from saewb.evaluation import Evaluation
 from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.sae import SAE, SAEConfig
@@ -264,9 +265,11 @@ def test_figures_do_not_depend_on_the_batches(model):
     whole = evaluate(model, sae, rows(), batch_size=10)
     for batch_size in (1, 3, 100):
         found = evaluate(model, sae, rows(), batch_size=batch_size)
-        for f in fields(Evaluation):
-            if not isinstance(getattr(whole, f.name), str):
-                assert getattr(found, f.name) == pytest.approx(getattr(whole, f.name), rel=1e-5), f.name
+        for name, value in whole.figures().items():
+            if not isinstance(value, str):
+                assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
+        for f in fields(whole.latents):
+            torch.testing.assert_close(getattr(found.latents, f.name), getattr(whole.latents, f.name), equal_nan=True)
 
 
 def test_special_tokens_have_no_part_in_any_figure(model):
@@ -277,6 +280,7 @@ def test_special_tokens_have_no_part_in_any_figure(model):
             super().__init__()
             self.inner = identity(RESID)
             self.cfg, self.dtype, self.device = self.inner.cfg, self.inner.dtype, self.inner.device
+            self.W_dec = self.inner.W_dec
 
         def encode(self, x, latents=None, tap=None):
             return self.inner.encode(x) * torch.where(torch.isin(rows(), torch.tensor([1, 2, 3])), 1e6, 1.0)[..., None]
@@ -355,9 +359,9 @@ def test_passes_and_memory(model, monkeypatch):
 
 def test_log_probabilities_are_taken_a_few_tokens_at_a_time(model, monkeypatch):
     sae, expected = small.sae(RESID), evaluate(model, small.sae(RESID), rows())
-    monkeypatch.setattr(evals, "_TILE", 5 * small.VOCAB)
-    seen, tiles = [], evals._tiles
-    monkeypatch.setattr(evals, "_tiles", lambda *t: (seen.append(len(part[0])) or part for part in tiles(*t)))
+    monkeypatch.setattr(eval_passes, "_TILE", 5 * small.VOCAB)
+    seen, tiles = [], eval_passes._tiles
+    monkeypatch.setattr(eval_passes, "_tiles", lambda *t: (seen.append(len(part[0])) or part for part in tiles(*t)))
     found = evaluate(model, sae, rows())
     assert max(seen) == 5
     for name in (*LOSSES, "kl"):
@@ -488,13 +492,19 @@ def test_it_is_frozen_and_each_field_says_what_it_is(found):
     with pytest.raises(FrozenInstanceError):
         found.fvu = 0
     assert all(f.metadata["meaning"] for f in fields(found))
-    assert [f.name for f in fields(found) if not f.metadata["unit"]] == ["hook", "hook_out", "model", "sae"]
+    assert [f.name for f in fields(found) if not f.metadata["unit"]] == [
+        "hook",
+        "hook_out",
+        "model",
+        "sae",
+        "latents",
+    ]
 
 
 def test_it_prints_as_an_aligned_table_with_units(found):
     title, *lines = str(found).splitlines()
     assert title == f"{found.sae} on {found.model} at {RESID}"
-    assert len(lines) == len(fields(found)) - 4
+    assert len(lines) == len(fields(found)) - 5
     column = lines[0].index("nats/token")
     assert all(line[column - 1] == " " and line[column] != " " and line[column - 3] != " " for line in lines)
     assert any(line.startswith(f"fvu{' ' * 10}") and f"{found.fvu:.4g}  fraction" in line for line in lines)
@@ -513,7 +523,7 @@ def test_html_is_escaped_and_without_colours(found):
     assert "&lt;script&gt;&amp; at &lt;b&gt; =&gt;" in shown
     assert "color" not in shown
     assert "background" not in shown
-    assert shown.count("<tr>") == len(fields(found)) - 4
+    assert shown.count("<tr>") == len(fields(found)) - 5
     assert html.escape("loss with the SAE's output in place of the activation") in shown
 
 
@@ -521,7 +531,7 @@ def test_frames_of_several_can_be_put_together(found):
     import pandas as pd
 
     both = pd.concat([found.to_frame(), found.to_frame()])
-    assert list(both.columns) == [f.name for f in fields(found)]
+    assert list(both.columns) == [f.name for f in fields(found) if f.name != "latents"]
     assert both["fvu"].tolist() == [found.fvu] * 2
     assert both["sae"].tolist() == [found.sae] * 2
 
@@ -535,3 +545,125 @@ def test_a_bar_only_if_asked_for(capfd, monkeypatch):
     (bar,) = bars
     assert (bar.n, bar.total, bar.leave) == (4, 4, False)  # two batches, to the hook and through the model
     assert "0/4" in capfd.readouterr().err
+
+
+# -- per latent, and many at once ------------------------------------------------------------------------------------
+
+
+def test_latent_figures_are_those_of_all_activations_in_memory(model):
+    sae, ids = small.sae(RESID, "topk", k=6), rows()
+    found = evaluate(model, sae, ids, batch_size=3, losses=False).latents
+    _, cache = model.run_with_cache(ids, names_filter=RESID)
+    plain = (ids > 3).numpy()
+    acts = sae.encode(cache[RESID]).detach().double().numpy()
+    kept, on = acts[plain], (acts != 0) & plain[..., None]
+    np.testing.assert_allclose(found.density.numpy(), (kept != 0).mean(0))
+    np.testing.assert_allclose(found.max_activation.numpy(), np.abs(kept).max(0), rtol=1e-6)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        np.testing.assert_allclose(found.mean_activation.numpy(), np.abs(kept).sum(0) / (kept != 0).sum(0), rtol=1e-6)
+        heuristic = on.sum((0, 1)) / on.any(1).sum(0)
+    np.testing.assert_allclose(found.consistent_activation.numpy(), heuristic)
+    cosine = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec).detach()
+    torch.testing.assert_close(found.encoder_decoder_cosine.float(), cosine)
+    frame = found.to_frame()
+    assert frame.shape == (40, 8)
+    assert frame.decoder_norm.to_numpy() == pytest.approx(sae.W_dec.norm(dim=1).detach().numpy(), rel=1e-6)
+    counts, edges = found.density_histogram(10)
+    assert counts.sum() == (found.density > 0).sum()
+    assert len(edges) == 11
+
+
+def test_without_losses_the_model_runs_to_the_hook_once(model, monkeypatch):
+    passes = []
+    forward = type(model).forward
+
+    def count(self, *args, **kwargs):
+        passes.append(kwargs.get("stop_at_layer"))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", count)
+    found = evaluate(model, small.sae(RESID), rows(), batch_size=5, losses=False)
+    assert passes == [2, 2]
+    assert math.isnan(found.ce_clean)
+    assert found.n_predictions == 0
+    assert "ce_" not in str(found)
+    assert "kl" not in repr(found)
+    passes.clear()
+    many = {"a": small.sae(RESID), "b": small.sae(MLP, seed=4), "c": small.sae(RESID, seed=9)}
+    evaluate_many(model, many, rows(), batch_size=10)
+    assert passes == [2] + [None] * (1 + 3 + 2 * 2)  # clean, three with an SAE, zeros and mean at two points
+
+
+@pytest.mark.parametrize("losses", [True, False])
+def test_many_at_once_are_each_as_alone(model, losses):
+    saes = {
+        "relu": small.sae(RESID),
+        "topk": small.sae(RESID, "topk", k=6, seed=3),
+        "transcoder": small.sae("blocks.1.hook_resid_mid", hook_out=MLP),
+        "heads": small.sae(Z),
+        "head": small.sae(Z, d_in=small.D_MODEL // small.HEADS, head=1),
+    }
+    table = evaluate_many(model, saes, rows(), at_once=3, losses=losses)
+    assert list(table.index) == list(saes)
+    for name, sae in saes.items():
+        alone = evaluate(model, sae, rows(), losses=losses).figures()
+        for figure, value in alone.items():
+            got = table.loc[name, figure]
+            assert got == (value if isinstance(value, str) else pytest.approx(value, rel=1e-9, nan_ok=True)), figure
+
+
+def test_kl_of_ablations_by_hand(model):
+    found, ids = evaluate(model, small.sae(RESID), rows(), batch_size=10), rows()
+    plain = ids > 3
+
+    def zero(x, hook):
+        return torch.where(plain[..., None], 0.0, x)
+
+    p = model(ids).double().log_softmax(-1)
+    q = model.run_with_hooks(ids, fwd_hooks=[(RESID, zero)]).double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)[plain].mean().item()
+    assert found.kl_zero_ablated == pytest.approx(kl, rel=1e-5)
+    assert found.kl_recovered_zero == pytest.approx((kl - found.kl) / kl, rel=1e-5)
+
+
+def test_what_is_in_the_folder_is_not_computed_again(model, tmp_path, monkeypatch):
+    saes = {"a": small.sae(RESID), "b": small.sae(RESID, seed=3)}
+    whole = evaluate_many(model, saes, rows())
+    asked = []
+    real = evals.at_hooks
+    monkeypatch.setattr(evals, "at_hooks", lambda places, b: asked.extend(p.sae for p in places) or real(places, b))
+    evaluate_many(model, {"a": saes["a"]}, rows(), folder=tmp_path)
+    table = evaluate_many(model, saes, rows(), folder=tmp_path)
+    assert asked == [saes["a"], saes["b"]]
+    assert table.equals(whole)
+    assert evaluate_many(model, saes, rows(), folder=tmp_path).equals(whole)
+    assert len(asked) == 2
+    evaluate_many(model, saes, rows(special=False), folder=tmp_path)  # other tokens
+    with torch.no_grad():
+        saes["a"].b_dec.add_(1)
+    evaluate_many(model, saes, rows(special=False), folder=tmp_path)  # another SAE of that name
+    assert asked[2:] == [saes["a"], saes["b"], saes["a"]]
+    assert (tmp_path / "evaluations.csv").read_text().startswith("name,")
+    assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".csv")]
+
+
+def test_a_failure_keeps_what_is_finished(model, tmp_path):
+    good, bad = small.sae(RESID), small.sae(RESID, d_in=12)
+    with pytest.raises(ValueError, match="do not fit"):
+        evaluate_many(model, {"good": good, "bad": bad}, rows(), folder=tmp_path, at_once=1)
+    assert len(list(tmp_path.glob("good.*.json"))) == 1
+
+
+def test_saes_by_name_are_loaded(tmp_path):
+    from saewb.loading import save_sae
+
+    sae = small.sae(RESID)
+    folder = save_sae(sae, tmp_path / "mine")
+    table = evaluate_many(small.bridge(), {"one": str(folder), "two": (str(tmp_path), "mine")}, rows(), losses=False)
+    assert table.fvu.tolist() == [evaluate(small.bridge(), sae, rows(), losses=False).fvu] * 2
+
+
+@pytest.mark.parametrize(("saes", "says"), [([], "got no SAE"), (["x", "x"], "'x' twice")])
+def test_many_say_what_is_wrong(saes, says):
+    with pytest.raises(ValueError, match=says):
+        evaluate_many(small.bridge(), saes, rows())

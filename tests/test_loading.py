@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,11 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import activations, feed_forward
+from architectures import ARCHITECTURES, activations, feed_forward
 from hub_stand_in import hub
 
+from saewb import releases
 from saewb.errors import FormatError
-from saewb.loading import load_sae, push_to_hub, save_sae
+from saewb.formats import FORMATS
+from saewb.loading import READERS, load_config, load_sae, save_sae
+from saewb.releases._expand import expand
+from saewb.sae import SAE
+from saewb.sharing import push_to_hub
 
 REPO = "some-one/their-saes"
 
@@ -32,7 +38,7 @@ def _published(tmp_path, *names):
 
 def _client(code, endpoint, home, **environment):
     """What a fresh interpreter prints as JSON: huggingface_hub reads its settings once, at import."""
-    before = "import json, saewb.loading as L, torch\ntorch.set_num_threads(1)\n"
+    before = "import json, saewb.loading as L, saewb.sharing as S, torch\ntorch.set_num_threads(1)\n"
     caught = (
         "def tried(*a, **k):\n    try:\n        return repr(L.load_sae(*a, **k))\n"
         "    except Exception as e:\n        return f'{type(e).__name__}: {e}'\n"
@@ -46,7 +52,7 @@ def _client(code, endpoint, home, **environment):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_TOKEN": "hf_of_the_stand_in",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             **environment,
         },
         capture_output=True,
@@ -101,7 +107,7 @@ def test_a_folder_that_is_missing_is_told_with_its_neighbours(tmp_path):
         load_sae(tmp_path, "layer_33")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_sae(str(tmp_path / "no" / "such" / "place"))
-    with pytest.raises(FileNotFoundError, match="is a file"):
+    with pytest.raises(FormatError, match="no layout that saewb knows: the file"):
         load_sae(tmp_path / "layer_3.txt")
 
 
@@ -189,8 +195,8 @@ def test_push_and_load_again(tmp_path):
     code = """
 from saewb.sae import SAE, SAEConfig
 sae = SAE(SAEConfig(d_in=4, d_sae=9, hook="blocks.0.hook_mlp_out", model="gpt2"), seed=3)
-urls = [L.push_to_hub(sae, "me/mine", private=True)]
-urls.append(L.push_to_hub(sae, "me/mine", "deep/two", commit_message="another"))
+urls = [S.push_to_hub(sae, "me/mine", private=True)]
+urls.append(S.push_to_hub(sae, "me/mine", "deep/two", commit_message="another"))
 x = torch.ones(2, 4)
 same = [torch.equal(L.load_sae("me/mine", id)(x), sae(x)) for id in ("blocks.0.hook_mlp_out", "deep/two")]
 print(json.dumps([urls, same]))
@@ -212,17 +218,187 @@ print(json.dumps([urls, same]))
     assert sum("/commit/main" in line for line in log) == 2  # each push is one commit
 
 
+def test_push_several_in_one_commit_with_a_card_of_figures(tmp_path):
+    repos = {}
+    code = """
+from saewb.sae import SAE, SAEConfig
+made = {
+    f"layer_{n}": SAE(
+        SAEConfig(4, 9, "topk", k=2, hook=f"blocks.{n}.hook_resid_pre", model="me/small",
+                  metadata={"training_tokens": 1000 * n, "dataset_path": "some/texts", "held_out": {"l0": 2.0}}),
+        seed=n,
+    )
+    for n in (1, 2)
+}
+S.push_to_hub(made, "me/mine", figures={"layer_2": {"fvu": 0.123456, "ce_recovered": 0.9}})
+x = torch.ones(2, 4)
+same = [torch.equal(L.load_sae("me/mine", id)(x), sae(x)) for id, sae in made.items()]
+print(json.dumps([same, L.load_sae("me/mine", "layer_1").cfg.metadata["source"]["files"]]))
+"""
+    with hub(repos) as (endpoint, log):
+        same, hashes = _client(code, endpoint, tmp_path / "home")
+    assert same == [True, True]
+    assert sum("/commit/main" in line for line in log) == 1
+    assert sum(line.startswith("PUT") for line in log) == 2  # the weights, each apart from the commit
+    weights = repos["me/mine"]["layer_1/sae_weights.safetensors"]
+    assert hashes["layer_1/sae_weights.safetensors"] == hashlib.sha256(weights).hexdigest()
+    card = repos["me/mine"]["README.md"].decode()
+    assert "base_model: me/small" in card
+    assert "| layer_2 | blocks.2.hook_resid_pre | blocks.2.hook_resid_pre | topk k=2 | 4 | 9 | float32 |" in card
+    assert "- data set: some/texts" in card
+    assert "- training tokens, layer_2: 2000" in card
+    assert "| layer_2 | 2.0 | 0.1235 | 0.9 |".replace("2.0", "2") in card
+    assert "saewb.load_sae('me/mine', 'layer_1')" in card
+    assert "SAE.from_pretrained(release='me/mine', sae_id='layer_1')" in card
+
+
+def test_push_checks_everything_before_anything_is_sent(tmp_path):
+    sae = feed_forward()
+    with pytest.raises(ValueError, match="figures for"):
+        push_to_hub({"a": sae}, REPO, figures={"b": {"l0": 1.0}})
+    with pytest.raises(ValueError, match="no id besides"):
+        push_to_hub({"a": sae}, REPO, "b")
+    with pytest.raises(ValueError, match="at least one"):
+        push_to_hub({}, REPO)
+    with pytest.raises(ValueError, match="no scaling 'centred'"):
+        push_to_hub({"a": sae, "b": feed_forward(scaling="centred", model="google/gemma-2-2b")}, REPO)
+
+
 def test_push_leaves_a_card_that_is_there_alone(tmp_path):
     repos = {"me/mine": {"README.md": b"my own words"}}
     code = """
 from saewb.sae import SAE, SAEConfig
-L.push_to_hub(SAE(SAEConfig(d_in=4, d_sae=9)), "me/mine", "x")
+S.push_to_hub(SAE(SAEConfig(d_in=4, d_sae=9)), "me/mine", "x")
 print("[]")
 """
     with hub(repos) as (endpoint, _):
         _client(code, endpoint, tmp_path / "home")
     assert repos["me/mine"]["README.md"] == b"my own words"
     assert "x/cfg.json" in repos["me/mine"]
+
+
+# --- what goes wrong on the way
+
+
+def test_downloads_go_on_where_they_broke_off_and_damage_is_found(tmp_path):
+    names = ["dropped", "wrong", "busy", "short", "gone"]
+    repos = {REPO: _published(tmp_path, *names), "some-one/busy": {}, "some-one/secret": {}}
+    weights = "/sae_weights.safetensors"
+    faults = {
+        f"dropped{weights}": [700],
+        f"wrong{weights}": ["wrong"],
+        f"busy{weights}": ["busy"],
+        f"short{weights}": ["short"],
+        f"gone{weights}": [200, 100] + [0] * 8,
+        "some-one/busy": ["busy"] * 20,
+    }
+    code = f"""
+import logging, time
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 100  # bytes that it writes at once
+time.sleep = lambda seconds: None  # huggingface_hub waits between attempts
+logging.disable(logging.CRITICAL)
+first = {{name: tried({REPO!r}, name) for name in {names}}}
+again = {{name: tried({REPO!r}, name) for name in {names}}}
+others = [tried("some-one/busy", "x"), tried("some-one/secret", "x")]
+print(json.dumps([first, again, others]))
+"""
+    with hub(repos, secret={"some-one/secret"}, faults=faults) as (endpoint, log):
+        first, again, others = _client(code, endpoint, tmp_path / "home")
+    assert set(again.values()) == {repr(feed_forward(0, gate="jumprelu"))}, again
+    assert first["dropped"] == first["busy"] == again["dropped"]
+    assert "from 700" in log
+    assert first["wrong"].startswith("OSError: wrong/sae_weights.safetensors came damaged: its sha256 is")
+    assert "It was thrown away" in first["wrong"]
+    assert first["gone"].startswith("ConnectionError: some-one/their-saes: the download of")
+    assert "it goes on from there" in first["gone"]
+    assert first["short"].startswith("OSError: some-one/their-saes: the download of 2.4 kB failed: Consistency check")
+    assert "too many requests for now (HTTP 429); try again in 1 s" in others[0]
+    assert others[1].startswith("FileNotFoundError")
+    assert "some-one/secret" in others[1]
+
+
+def test_a_release_of_the_catalogue_brings_what_its_files_do_not_say(tmp_path):
+    """gpt2-small-mlp-tm: a factor, centred weights, a path with a colon, and a data set, all from the catalogue."""
+    entry = releases.find("gpt2-small-mlp-tm", "blocks.3.hook_mlp_out")
+    plain = feed_forward(2, hook=entry.hook, model="gpt2-small", metadata={"dataset_path": "?"})
+    folder = save_sae(plain, tmp_path / "published")
+    raw = json.loads((folder / "cfg.json").read_text()) | {"normalize_activations": "expected_average_only_in"}
+    files = {f"{entry.path}/cfg.json": json.dumps(raw).encode()}
+    files[f"{entry.path}/sae_weights.safetensors"] = (folder / "sae_weights.safetensors").read_bytes()
+    code = f"""
+ids = ["gpt2-small-mlp-tm", "blocks.3.hook_mlp_out"]
+cfg = L.load_config(*ids)
+cached = tried({entry.repo!r}, {entry.path!r})
+x = (torch.arange(24.0).reshape(3, 8) / 10 - 1)
+sae = L.load_sae(*ids)
+same = L.load_sae({entry.repo!r}, {entry.path!r})
+kept = L.load_sae(L.save_sae(sae, {str(tmp_path / "kept")!r}))
+less = dict(cfg.metadata, source=sae.cfg.metadata["source"])
+facts = [cfg.model, cfg.scaling, cfg.metadata, sae.cfg.metadata["source"], kept.cfg == sae.cfg, same.cfg == sae.cfg]
+facts.append([{{**vars(cfg), "metadata": less}} == vars(sae.cfg)])
+print(json.dumps([facts, sae(x).tolist(), tried("gpt2-small-mlp-tm"), tried("gpt2-small-mlp-tm", "blocks.3.hook_mlp")]))
+"""
+    with hub({entry.repo: files}) as (endpoint, log):
+        facts, out, no_id, wrong_id = _client(code, endpoint, tmp_path / "home")
+    assert facts[:2] == ["gpt2", "centred"]
+    assert facts[2]["dataset_path"] == "Skylion007/openwebtext"
+    assert facts[2]["source"]["files"] == {f"{entry.path}/cfg.json": None}
+    sha = hashlib.sha256(files[f"{entry.path}/sae_weights.safetensors"]).hexdigest()
+    source = facts[3]
+    assert source["files"] == {f"{entry.path}/cfg.json": None, f"{entry.path}/sae_weights.safetensors": sha}
+    assert (source["release"], source["id"], source["repo"]) == (entry.release, entry.id, entry.repo)
+    assert len(source["commit"]) == 40
+    assert facts[4:] == [True, True, [True]]
+    x = torch.arange(24.0).reshape(3, 8) / 10 - 1
+    mean, f = x.mean(-1, keepdim=True), entry.norm_factor
+    torch.testing.assert_close(torch.tensor(out), plain(f * (x - mean)) / f + mean, atol=1e-5, rtol=1e-5)
+    assert "fix:  saewb.load_sae('gpt2-small-mlp-tm', 'blocks.0.hook_mlp_out')" in no_id
+    assert "near: blocks.3.hook_mlp_out" in wrong_id
+    assert sum("cfg.json" in line and line.startswith("GET") for line in log) == 1  # the second call has it cached
+
+
+def test_a_large_download_says_how_large(tmp_path):
+    repos = {REPO: _published(tmp_path, "a")}
+    code = f"""
+import contextlib, io, saewb.hub_files
+saewb.hub_files.LARGE = 1000
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    L.load_sae({REPO!r}, "a")
+    L.load_sae({REPO!r}, "a")
+print(json.dumps(said.getvalue()))
+"""
+    with hub(repos) as (endpoint, _):
+        said = _client(code, endpoint, tmp_path / "home")
+    total = sum(len(repos[REPO][f"a/{name}"]) for name in ("cfg.json", "sae_weights.safetensors"))
+    assert said.count("to download") == 1  # not for what is cached
+    assert f"some-one/their-saes: {total / 1000:.1f} kB to download (a/cfg.json, a/sae_weights.safetensors)" in said
+
+
+def test_every_format_of_the_catalogue_has_a_reader():
+    formats = {json.loads(line).get("format", "sae_lens") for line in releases.lines()}
+    assert formats == set(READERS)
+    modules = {layout.__name__.rpartition(".")[2]: layout for layout in FORMATS}
+    for line in releases.lines():
+        spec = json.loads(line)
+        layout = modules[READERS[spec.get("format", "sae_lens")]]
+        for path in expand(spec)["path"]:
+            assert layout.files(path), (spec["release"], path)
+
+
+def test_configuration_without_weights_is_that_with_weights(tmp_path):
+    for name, make in ARCHITECTURES.items():
+        sae = make()
+        if isinstance(sae, SAE) and sae.cfg.gate == "groupmax":
+            continue  # no file has it
+        folder = save_sae(sae, tmp_path / name)
+        want = load_sae(folder).cfg
+        (folder / "sae_weights.safetensors").unlink()
+        assert load_config(folder) == want, name
+    (tmp_path / "params.npz").touch()
+    with pytest.raises(ValueError, match="not in the SAELens layout"):
+        load_config(tmp_path)
 
 
 def test_loading_does_not_import_the_hub_until_it_is_needed():

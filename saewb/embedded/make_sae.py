@@ -2,17 +2,11 @@
 
 1. Run the model over the packed training text; keep the activations after block 2, those of BOS positions left out: the
    first position of a row has five times the norm of the others and would take up much of the error.
-2. Train on centred and scaled activations, y = factor (x - mean): Adam, unit decoder rows after every step, and an
-   auxiliary loss in which latents that have not fired for a while model what the others left over.
-3. Fold centring and scale into the weights. The SAE that is saved reads the model's own activations, its decoder rows
-   have norm 1, and a latent's value is therefore a length in the model's units, along its decoder row.
+2. Train on centred and scaled activations with `saewb.training`: `saewb.TopK`, unit decoder rows, and an auxiliary loss
+   in which latents that have not fired for a while model what the others left over.
+3. The SAE that comes out reads the model's own activations, its decoder rows have norm 1, and a latent's value is
+   therefore a length in the model's units, along its decoder row.
 4. Measure on the held-out documents and keep the figures in cfg.json, under metadata["held_out"].
-
-The training loss, with r the reconstruction of y, and e = y - r without gradient:
-
-    mean ||y - r||^2 / d_in  +  aux_weight * mean ||e - top_aux(dead latents) @ W_dec||^2 / d_in
-
-Source: Gao et al. 2024, arXiv:2406.04093 (TopK, section 2.3; AuxK, appendix A.2; here on top of other constants).
 """
 
 from __future__ import annotations
@@ -29,26 +23,29 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from saewb.loading import save_sae
-from saewb.sae import SAE, SAEConfig, replace_config
+from saewb.objectives import TopK
+from saewb.sae import SAE, replace_config
+from saewb.streams import stream_tensors
 from saewb.tokens import pack, special_mask, special_token_ids
+from saewb.training import TrainConfig, Training
 
 
 @dataclass(frozen=True)
 class SAERecipe:
-    """How large the SAE is and how long it is trained. The defaults made the embedded one."""
+    """How large the SAE is and how long it is trained. The defaults made the embedded one (by an earlier loop)."""
 
     layer: int = 2  # reads and writes blocks.{layer}.hook_resid_post
     d_sae: int = 1024  # latents
     k: int = 16  # latents kept per token
     ctx_len: int = 128  # tokens in a row, BOS included
     n_steps: int = 4000  # optimizer steps
-    batch: int = 2048  # tokens per step, drawn with replacement
+    batch: int = 2048  # tokens per step; the activations are gone through in another order each time round
     lr: float = 2e-3  # peak, of Adam
     warmup_steps: int = 100
     decay_frac: float = 0.3  # of n_steps, at the end: linear to 0
     dead_after_tokens: int = 300_000  # a latent that has not fired for so many takes part in the auxiliary loss
     k_aux: int = 64  # dead latents used per token
-    aux_weight: float = 1 / 32
+    aux_weight: float = 1 / 32  # of their loss
     seed: int = 0
 
 
@@ -92,36 +89,31 @@ def activations(
 
 def train_sae(x: Float[Tensor, "tokens d_in"], recipe: SAERecipe) -> SAE:
     """A TopK SAE trained on `x`, in the model's units (see the module's steps 2 and 3)."""
-    rng = torch.Generator().manual_seed(recipe.seed)
-    mean = x.mean(0)
-    factor = x.shape[1] ** 0.5 / (x - mean).norm(dim=1).mean().item()  # so that y has norm sqrt(d_in) on average
+    n_tokens = recipe.n_steps * recipe.batch
+    config = TrainConfig(
+        n_tokens=n_tokens,
+        batch_tokens=recipe.batch,
+        lr=recipe.lr,
+        betas=(0.9, 0.99),
+        warmup_tokens=min(recipe.warmup_steps, recipe.n_steps // 2) * recipe.batch,
+        decay_tokens=int(recipe.decay_frac * n_tokens),
+        clip=None,
+        normalisation="centred",
+        estimate_tokens=min(len(x), n_tokens),
+        dead_after_tokens=recipe.dead_after_tokens,
+        seed=recipe.seed,
+    )
+    objective = TopK(recipe.d_sae, k=recipe.k, aux=recipe.aux_weight, k_aux=recipe.k_aux, aux_relu=True)
     hook = f"blocks.{recipe.layer}.hook_resid_post"
-    cfg = SAEConfig(d_in=x.shape[1], d_sae=recipe.d_sae, gate="topk", k=recipe.k, pre_bias="tied", hook=hook)
-    sae = SAE(cfg, seed=recipe.seed)
-    optimizer = torch.optim.Adam(sae.parameters(), betas=(0.9, 0.99))
-    silent = torch.zeros(recipe.d_sae)  # tokens since each latent fired
-    for step in range(recipe.n_steps):
-        y = (x[torch.randint(len(x), (recipe.batch,), generator=rng)] - mean) * factor
-        loss, fired = _losses(sae, y, silent > recipe.dead_after_tokens, recipe)
-        silent = torch.where(fired, 0, silent + recipe.batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = recipe.lr * _schedule(step, recipe)
-        optimizer.step()
-        with torch.no_grad():
-            sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-        if (step + 1) % 500 == 0:
-            dead = int((silent > recipe.dead_after_tokens).sum())
-            print(f"sae step {step + 1}/{recipe.n_steps} loss {loss.item():.4f}, {dead} dead", flush=True)
-    return in_model_units(sae, mean, factor)
-
-
-def in_model_units(sae: SAE, mean: Float[Tensor, " d_in"], factor: float) -> SAE:
-    """An SAE trained on y = factor (x - mean), made to read x: same latents kept, values in units of x."""
-    folded = sae.fold_scaling(factor).fold_decoder_norm()
-    with torch.no_grad():
-        folded.b_dec.add_(mean)  # tied, so it is subtracted on the way in and added on the way out
-    return folded
+    stream = stream_tensors({hook: x}, batch_tokens=recipe.batch, repeat=True, shuffle_seed=recipe.seed)
+    training = Training(stream, objective, config)
+    for step in training:
+        if step.step % 500 == 0:
+            now = step.only.numbers()
+            print(
+                f"sae step {step.step}/{recipe.n_steps} fvu {now['fvu']:.4f}, {now['dead_frac']:.1%} dead", flush=True
+            )
+    return training.saes["sae"]
 
 
 def held_out_figures(
@@ -189,28 +181,3 @@ def mean_loss(
 
 def _predictions(counted: Bool[Tensor, "rows ctx_len"]) -> Bool[Tensor, "rows predictions"]:
     return counted[:, :-1] & counted[:, 1:]
-
-
-def _losses(
-    sae: SAE, y: Float[Tensor, "batch d_in"], dead: Bool[Tensor, " d_sae"], recipe: SAERecipe
-) -> tuple[Float[Tensor, ""], Bool[Tensor, " d_sae"]]:
-    """The loss of one batch, and which latents fired in it."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, value: Tensor) -> Tensor:
-        seen[name] = value
-        return value
-
-    latents = sae.encode(y, tap=keep)
-    error = y - sae.decode(latents)
-    loss = error.square().mean()
-    if dead.any():
-        best, which = seen["acts_pre"].relu()[:, dead].topk(min(recipe.k_aux, int(dead.sum())), dim=1)
-        auxiliary = torch.zeros(len(y), int(dead.sum())).scatter(1, which, best) @ sae.W_dec[dead]
-        loss = loss + recipe.aux_weight * (error.detach() - auxiliary).square().mean()
-    return loss, (latents.detach() != 0).any(0)
-
-
-def _schedule(step: int, recipe: SAERecipe) -> float:
-    left = (recipe.n_steps - step) / max(1.0, recipe.decay_frac * recipe.n_steps)
-    return min(1.0, (step + 1) / recipe.warmup_steps, left)

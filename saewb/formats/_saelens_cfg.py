@@ -14,8 +14,12 @@ from typing import Any
 from saewb.errors import FormatError, explain, near
 
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-# sae-lens has no top-k transcoder and refuses these names; saewb writes them since others publish such weights.
-OWN = ("topk_transcoder", "topk_skip_transcoder", "abstopk_transcoder", "abstopk_skip_transcoder")
+# sae-lens has no top-k transcoder, no groupmax, and refuses these names; saewb writes them since others publish such
+# weights.
+OWN = (
+    *("topk_transcoder", "topk_skip_transcoder", "abstopk_transcoder", "abstopk_skip_transcoder"),
+    *("groupmax", "groupmax_transcoder", "groupmax_skip_transcoder"),
+)
 UNFINISHED = ("batchtopk", "matryoshka_batchtopk")  # of training checkpoints only; published as jumprelu
 ARCHITECTURES = (
     *("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal"),
@@ -182,7 +186,7 @@ def options_of(architecture: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if architecture.endswith("transcoder"):
         options |= _OPTIONS["transcoder"]
-    if architecture.startswith(("topk", "abstopk")):
+    if architecture.startswith(("topk", "abstopk", "groupmax")):
         options |= _OPTIONS["topk"]
     if architecture in UNFINISHED:
         options |= _OPTIONS["batchtopk"]

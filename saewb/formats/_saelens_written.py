@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.formats._saelens_centred import said
 from saewb.formats._saelens_cfg import PLACES, reshape_of
 from saewb.pursuit import PursuitSAE
 from saewb.sae import SAE
@@ -16,7 +17,7 @@ from saewb.temporal import TemporalSAE
 
 # What is written is the form of this version. sae-lens reads files of version 6 by other rules than older ones.
 LAYOUT_VERSION = "6.54.12"
-_WRITTEN = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}
+_WRITTEN = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale", "centred": "none"}
 
 
 def compose(
@@ -31,7 +32,8 @@ def compose(
         options: the keys that only this architecture has.
     """
     cfg = sae.cfg
-    metadata = {key: value for key, value in cfg.metadata.items() if key != "reshape_activations"}
+    kept = {key: value for key, value in cfg.metadata.items() if key != "reshape_activations"}
+    metadata = kept if cfg.is_transcoder else said(kept, cfg.scaling, cfg.hook, cfg.model)
     default = reshape_of(cfg.hook, cfg.head, architecture)
     places = {theirs: getattr(cfg, ours) for theirs, ours in PLACES.items() if getattr(cfg, ours) is not None}
     return {
@@ -57,6 +59,9 @@ def _saewb_version() -> str:
 
 def as_written(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
     """Architecture, apply_b_dec_to_input, the architecture's own keys, and tensors as they stand in a file."""
+    if not isinstance(sae, (SAE, PursuitSAE, TemporalSAE)):
+        what = f"the SAELens layout has no {type(sae).__name__}: {sae!r}."
+        raise TypeError(explain(what, want="SAE, PursuitSAE or TemporalSAE"))
     tensors = {name: t.detach() for name, t in sae.state_dict().items()}
     cfg = sae.cfg
     if isinstance(sae, PursuitSAE):

@@ -15,56 +15,67 @@ of the SAE: `read_log_sparsity` reads it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
+from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saewb.config import Scaling
 from saewb.errors import FormatError, explain
 from saewb.formats._atomic import write_folder
+from saewb.formats._facts import Facts
+from saewb.formats._saelens_centred import centred, reading_centred, reads_centred, without_flag
 from saewb.formats._saelens_cfg import UNFINISHED, Described, understand
 from saewb.formats._saelens_fold import Whitening, scaled_down, ungated, unit_rows, whitened
+from saewb.formats._saelens_scaling import SCALER, WHITENING, input_scaling
 from saewb.formats._saelens_written import as_written, compose, own_memory
+from saewb.formats._tensors import FLOATS, TensorFile, fit
+from saewb.formats._text import read_json
 from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.sae import SAE, SAEConfig
 from saewb.temporal import TemporalConfig, TemporalSAE
 
 NAME = "SAELens"
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 MARKS = (CONFIG, WEIGHTS)  # what a folder is recognised by
 FILES = (CONFIG, WEIGHTS, SPARSITY, SCALER, WHITENING)  # all that may be read
 
-_SCALING = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SCALING: dict[str, Scaling] = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
 
-def matches(folder: Path) -> bool:
+def files(path: str) -> list[str]:
+    """Patterns of the repository's files that reading the folder `path` may need."""
+    prefix = f"{escape(path)}/" if path else ""
+    return [f"{prefix}{name}" for name in FILES]
+
+
+def matches(place: Path) -> bool:
     """Whether the folder has the two files of this layout."""
-    return all((Path(folder) / name).is_file() for name in MARKS)
+    return all((Path(place) / name).is_file() for name in MARKS)
 
 
 def read(
-    folder: Path,
+    place: Path,
+    facts: Facts | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    scaling_factor: float | None = None,
 ) -> SAE | PursuitSAE | TemporalSAE:
     """The SAE in a folder of this layout. Weights that need no folding are memory-mapped, not copied.
 
     Args:
-        folder: has cfg.json and sae_weights.safetensors.
+        place: a folder with cfg.json and sae_weights.safetensors.
+        facts: `scaling_factor` is for a file that says `expected_average_only_in` and has no activation_scaler.json
+            beside it; it is folded, so the SAE reads the model's own units. `overrides` replace keys of cfg.json;
+            `model` and `hook` count only where cfg.json has none.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
-        scaling_factor: what training inputs were multiplied with, for a file that says `expected_average_only_in` and
-            has no activation_scaler.json beside it. It is folded, so the SAE reads the model's own units.
     Raises:
         FormatError: if anything in the folder is unknown, missing, left over or contradictory.
     Example:
@@ -74,17 +85,46 @@ def read(
         ...     read(write(sae, Path(place) / "sae"))
         SAE(topk k=2, 4 -> 9 latents, blocks.0.hook_resid_post, float32 on cpu)
     """
-    folder = Path(folder)
+    folder, facts = Path(place), facts or Facts()
     try:
-        described = understand(_json(folder / CONFIG))
-        given = _input_scaling(folder, described, scaling_factor)
-        tensors = _tensors(folder / WEIGHTS)
+        described = _with_facts(understand(_overridden(read_json(folder / CONFIG), facts)), facts)
+        given = input_scaling(folder, described, facts.scaling_factor)
+        tensors = TensorFile(folder / WEIGHTS).tensors()
         stored = tensors["W_dec"].dtype if "W_dec" in tensors else torch.float32
-        if stored not in _DTYPES:
-            raise FormatError(explain(f"W_dec is stored as {stored}.", want=", ".join(map(str, _DTYPES))))
+        if stored not in FLOATS:
+            raise FormatError(explain(f"W_dec is stored as {stored}.", want=", ".join(map(str, FLOATS))))
         build = {"matching_pursuit": _pursuit, "temporal": _temporal}.get(described.architecture, _feed_forward)
         cls, cfg, weights = build(described, tensors, given)
         return cls.from_tensors(cfg, {n: t.to(device or "cpu", dtype or stored) for n, t in weights.items()})
+    except ValueError as error:
+        raise FormatError(f"cannot read {folder}: {error}") from error
+
+
+def read_config(place: Path, facts: Facts | None = None) -> SAEConfig | PursuitConfig | TemporalConfig:
+    """What `read(place, facts).cfg` would be, without the weights being there.
+
+    Args:
+        place: a folder with cfg.json (and activation_scaler.json, if the SAE needs it).
+        facts: as for `read`.
+    Raises:
+        FormatError: if anything in these files is unknown, missing or contradictory.
+    """
+    folder, facts = Path(place), facts or Facts()
+    try:
+        described = _with_facts(understand(_overridden(read_json(folder / CONFIG), facts)), facts)
+        d_in, d_sae = described.d_in, described.d_sae
+        if described.normalize == "covariance_whitening":
+            square = torch.empty(d_in, d_in, device="meta")
+            given: float | Whitening | None = Whitening(square[0], square, square)
+        else:
+            given = input_scaling(folder, described, facts.scaling_factor)
+        # The same path as the weights take, over tensors that are nothing but their shapes.
+        builds = {"matching_pursuit": _pursuit, "temporal": _temporal}
+        build = builds.get(described.architecture, _feed_forward)
+        pursued = {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+        shapes = pursued if build is _pursuit else _stored_shapes(described)
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return build(replace(described, finetuned=False), tensors, given)[1]
     except ValueError as error:
         raise FormatError(f"cannot read {folder}: {error}") from error
 
@@ -131,74 +171,20 @@ def read_log_sparsity(folder: Path) -> Float[Tensor, " d_sae"]:
         raise FileNotFoundError(
             explain(f"{folder} has no {SPARSITY}.", want="a folder that says how often latents fire")
         )
-    return _tensors(path)["sparsity"]
+    return TensorFile(path).tensor("sparsity")
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(explain(f"{path.name} is not JSON: {error}.")) from error
+def _overridden(raw: Any, facts: Facts) -> Any:
+    return {**raw, **facts.overrides} if isinstance(raw, Mapping) else raw
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise FormatError(explain(f"{path.name} is damaged or not a safetensors file: {error}.")) from error
-
-
-def _input_scaling(folder: Path, described: Described, factor: float | None) -> float | Whitening | None:
-    if described.normalize != "expected_average_only_in" and factor is not None:
-        raise FormatError(
-            explain(
-                f"scaling_factor={factor} was given, but normalize_activations is {described.normalize!r}.",
-                want="a factor only for 'expected_average_only_in'",
-                fix=f"saewb.load_sae({str(folder)!r})",
-            )
-        )
-    scaler = _json(folder / SCALER) if (folder / SCALER).is_file() else {}
-    if described.normalize == "expected_average_only_in":
-        factor = scaler.get("scaling_factor") if factor is None else factor
-        if factor is None:
-            raise FormatError(
-                explain(
-                    "it was trained on activations scaled to norm sqrt(d_in), and the factor is not in the folder.",
-                    want="sqrt(d_in) / (mean norm of the model's activations), as its authors measured it",
-                    fix=f"saewb.load_sae({str(folder)!r}, scaling_factor=...)",
-                )
-            )
-        if not (math.isfinite(factor) and factor > 0):
-            raise FormatError(explain(f"scaling_factor is {factor}.", want="a positive number"))
-        return float(factor)
-    if described.normalize == "covariance_whitening":
-        if described.architecture in ("matching_pursuit", "temporal"):
-            raise FormatError(explain(f"a whitening cannot be folded into {described.architecture!r}."))
-        return _whitening(folder / WHITENING, described.d_in)
-    return None
-
-
-def _whitening(path: Path, d_in: int) -> Whitening:
-    if not path.is_file():
-        raise FormatError(
-            explain(
-                f"it was trained on whitened activations, and {path.name} is not in the folder.",
-                want="the checkpoint folder with that file, or the run's final export",
-            )
-        )
-    tensors = _tensors(path)
-    _fitting(tensors, {"mean": (d_in,), "matrix": (d_in, d_in), "inverse_matrix": (d_in, d_in)})
-    return Whitening(tensors["mean"], tensors["matrix"], tensors["inverse_matrix"])
+def _with_facts(described: Described, facts: Facts) -> Described:
+    known = {"model": facts.model, "hook": facts.hook, "hook_out": facts.hook_out if described.is_transcoder else None}
+    return replace(described, places={n: known.get(n) if v is None else v for n, v in described.places.items()})
 
 
 def _fitting(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[int, ...]]) -> None:
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = [f"{name} missing" for name in want if name not in got]
-    wrong += [f"{name} left over" for name in got if name not in want]
-    wrong += [f"{n} {got[n]} instead of {want[n]}" for n in want if n in got and got[n] != want[n]]
-    if wrong:
-        raise FormatError(explain("the tensors do not fit: " + ", ".join(wrong) + ".", want=", ".join(want)))
+    fit({name: tuple(t.shape) for name, t in tensors.items()}, want)
 
 
 def _stored_shapes(described: Described) -> dict[str, tuple[int, ...]]:
@@ -241,6 +227,9 @@ def _feed_forward(
     else:
         w = w if given is None else scaled_down(w, given, rescale)
         w = unit_rows(w) if rescale else w
+    places = described.places
+    if described.is_transcoder and reads_centred(described.metadata, places["hook"], places["model"]):
+        w = reading_centred(w)
     cfg = SAEConfig(
         d_in=described.d_in,
         d_sae=described.d_sae,
@@ -249,18 +238,25 @@ def _feed_forward(
         k=_whole(described.options["k"]) if "k" in described.options else None,
         skip="skip" in described.architecture,
         pre_bias=pre_bias,
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
-        **described.places,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
+        **places,
     )
     return SAE, cfg, w
+
+
+def _scaling(described: Described) -> Scaling:
+    scaling = _SCALING.get(described.normalize, "none")
+    if described.is_transcoder:
+        return scaling
+    return centred(scaling, described.metadata, described.places["hook"], described.places["model"])
 
 
 def _gate(architecture: str) -> str:
     if architecture in ("gated", *UNFINISHED) or architecture.startswith("jumprelu"):
         return "jumprelu"
     first = architecture.split("_")[0]
-    return first if first in ("topk", "abstopk") else "relu"
+    return first if first in ("topk", "abstopk", "groupmax") else "relu"
 
 
 def _whole(k: object) -> object:
@@ -309,8 +305,8 @@ def _pursuit(
         max_iterations=options["max_iterations"],
         stop_on_duplicate=options["stop_on_duplicate_support"],
         pre_bias="tied" if described.tied else "none",
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
         **_within(described.places),
     )
     _fitting(tensors, {"W_dec": (described.d_sae, described.d_in), "b_dec": (described.d_in,)})
@@ -323,6 +319,9 @@ def _temporal(
     options = described.options
     if options["sae_diff_type"] not in ("relu", "topk"):
         raise FormatError(explain(f"sae_diff_type is {options['sae_diff_type']!r}.", want="'relu' or 'topk'"))
+    n_layers = options["n_attn_layers"]
+    if type(n_layers) is not int or n_layers > len(tensors):  # before a name is made for each
+        raise FormatError(explain(f"n_attn_layers is {n_layers!r}, and there are {len(tensors)} tensors."))
     # A top-k without its k keeps all, as sae-lens computes it.
     k = _whole(options["kval_topk"]) if options["sae_diff_type"] == "topk" else None
     fixed = options["activation_normalization_factor"] if described.normalize == "constant_scalar_rescale" else 1.0
@@ -337,8 +336,8 @@ def _temporal(
         tied=options["tied_weights"],
         pre_bias="tied" if described.tied else "none",
         factor=given if isinstance(given, float) else float(fixed),
-        scaling=_SCALING.get(described.normalize, "none"),
-        metadata=described.metadata,
+        scaling=_scaling(described),
+        metadata=without_flag(described.metadata, _scaling(described)),
         **_within(described.places),
     )
     return TemporalSAE, cfg, tensors

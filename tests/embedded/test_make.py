@@ -107,19 +107,6 @@ def test_muon_steps_are_orthogonal_for_wide_tall_and_square_matrices():
     assert torch.linalg.matrix_norm(p.detach(), 2).item() == pytest.approx(0.1 * (20 / 8) ** 0.5, rel=0.3)
 
 
-def test_the_sae_in_model_units_is_the_same_sae():
-    sae = SAE(SAEConfig(d_in=6, d_sae=20, gate="topk", k=4, pre_bias="tied"))
-    with torch.no_grad():
-        sae.b_enc.normal_()
-        sae.b_dec.normal_()
-    x, mean, factor = torch.randn(50, 6) * 7 + 3, torch.randn(6), 0.25
-    y = (x - mean) * factor
-    folded = make_sae.in_model_units(sae, mean, factor)
-    torch.testing.assert_close(folded(x), sae(y) / factor + mean, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(folded.encode(x), sae.encode(y) / factor, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(20))
-
-
 def test_the_sae_learns():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 5, generator=rng).relu() @ torch.randn(5, 16, generator=rng) + 4
@@ -130,21 +117,6 @@ def test_the_sae_learns():
 
     before, after = fvu(short), fvu(replace(short, n_steps=150))
     assert after < 0.2 < 0.5 * before, (before, after)
-
-
-@pytest.mark.parametrize(("dead", "extra"), [([], 0.0), ([0], 0.0), ([2], 4.5), ([0, 2], 0.0)])
-def test_the_auxiliary_loss_by_hand(dead, extra):
-    # One token y = (3, 4); latents read and write e1, e2, -e1; one is kept: e2 with 4. What is left over is (3, 0),
-    # which latent 0 models fully and latent 2, being off, not at all: mean of squares 9 / 2.
-    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    cfg = SAEConfig(d_in=2, d_sae=3, gate="topk", k=1, pre_bias="tied")
-    sae = SAE.from_tensors(cfg, {"W_enc": rows.T, "W_dec": rows, "b_enc": torch.zeros(3), "b_dec": torch.zeros(2)})
-    mask = torch.tensor([i in dead for i in range(3)])
-    loss, fired = make_sae._losses(sae, torch.tensor([[3.0, 4.0]]), mask, replace(SAES, aux_weight=0.25))
-    assert loss.item() == pytest.approx(4.5 + 0.25 * extra)
-    assert fired.tolist() == [False, True, False]
-    loss.backward()
-    assert bool(sae.W_dec.grad[2].any()) is False  # off, so nothing moves it
 
 
 def test_held_out_figures_of_an_sae_that_knows_only_the_mean(made, documents):

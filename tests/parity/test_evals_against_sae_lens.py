@@ -36,12 +36,26 @@ SHARED = {
     "ce_zero_ablated": "ce_loss_with_ablation",
     "ce_recovered_zero": "ce_loss_score",
     "kl": "kl_div_with_sae",
+    "kl_zero_ablated": "kl_div_with_ablation",
+    "kl_recovered_zero": "kl_div_score",
     "l0": "l0",
+    "l1": "l1",
     "mse": "mse",
     "explained_variance": "explained_variance",
     "cosine": "cossim",
+    "l2_in": "l2_norm_in",
+    "l2_out": "l2_norm_out",
     "l2_ratio": "l2_ratio",
     "relative_reconstruction_bias": "relative_reconstruction_bias",
+}
+
+OF_ABLATION = {"ce_zero_ablated", "ce_recovered_zero", "kl_zero_ablated", "kl_recovered_zero"}
+BY_LATENT = {
+    "density": "feature_density",
+    "consistent_activation": "consistent_activation_heuristic",
+    "encoder_norm": "encoder_norm",
+    "encoder_bias": "encoder_bias",
+    "encoder_decoder_cosine": "encoder_decoder_cosine_sim",
 }
 
 
@@ -95,6 +109,9 @@ def test_all_tokens(model, hook, gate, k):
     density = np.array(by_latent["feature_density"])
     assert found.dead_frac == (density == 0).mean()
     assert found.dense_frac == (density > 0.1).mean()
+    for name, their_name in BY_LATENT.items():
+        mine, want = getattr(found.latents, name).numpy(), np.array(by_latent[their_name], dtype=float)
+        np.testing.assert_allclose(mine, want, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
@@ -103,7 +120,7 @@ def test_special_tokens_masked(model, hook):
     ours, ids = small.sae(hook), small.tokens(12, 9)
     found = evaluate(model, ours, ids, batch_size=6)
     theirs, _ = theirs_on(model, ours, ids, special=[1, 2, 3])
-    for name in SHARED.keys() - {"ce_zero_ablated", "ce_recovered_zero"}:
+    for name in SHARED.keys() - OF_ABLATION:
         assert getattr(found, name) == pytest.approx(theirs[SHARED[name]], rel=1e-4, abs=1e-5), name
 
 
@@ -113,7 +130,7 @@ def test_special_tokens_in_the_middle_of_rows(model):
     ids[2, 4], ids[5, 8], ids[7, 1] = 1, 2, 3
     found = evaluate(model, ours, ids, batch_size=6)
     theirs, _ = theirs_on(model, ours, ids, special=[1, 2, 3])
-    for name in SHARED.keys() - {"ce_clean", "ce_with_sae", "ce_zero_ablated", "ce_recovered_zero"}:
+    for name in SHARED.keys() - {"ce_clean", "ce_with_sae"} - OF_ABLATION:
         assert getattr(found, name) == pytest.approx(theirs[SHARED[name]], rel=1e-4, abs=1e-5), name
     per_token = get_recons_loss(twin(ours), model, ActivationScaler(), ids, False, True, ignore_tokens=[1, 2, 3])
     text = ids > 3

@@ -1,0 +1,311 @@
+"""Starting a training run, and taking one up again: from what the user says to a stream, a Training and a Run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saewb import hooks
+from saewb.activation_cache import ActivationCache
+from saewb.activations import Activations, joined
+from saewb.attachment import attachments
+from saewb.errors import explain, near
+from saewb.feed import Feed
+from saewb.memory import MemoryEstimate, estimate_memory
+from saewb.run_folder import RunFolder
+from saewb.run_plan import (
+    Reading,
+    finisher,
+    from_told,
+    place_of,
+    plain_skip,
+    points_of,
+    sorted_out,
+    told,
+    trainees_of,
+    with_points,
+)
+from saewb.run_record import RunOptions
+from saewb.runs import Run
+from saewb.sinks import Sink
+from saewb.sources import ModelSource
+from saewb.streams import ActivationStream, model_tokens
+from saewb.token_streams import stream_tokens
+from saewb.tokens import special_ids
+from saewb.training import TrainConfig, Trainee, Training
+
+
+def train(
+    model: nn.Module | None,
+    tokens: Any,
+    saes: Any,
+    *,
+    n_tokens: int,
+    hook: str | None = None,
+    hook_out: str | None = None,
+    folder: str | Path | None = None,
+    held_out: Any = None,
+    sinks: Sequence[Sink] = (),
+    device: torch.device | str | None = None,
+    positions: slice = slice(None),
+    **options: Any,
+) -> Run:
+    """Train SAEs or transcoders in the background; returns at once.
+
+    One forward pass of the model, up to the last layer that is needed, serves all SAEs. The run has hook points of its
+    own on the same weights, so the model is free for other cells, and what they attach does not reach the run. What can
+    be wrong is found before it returns: names of hooks, sizes, options, the memory (a warning, see `run.memory`).
+
+    Args:
+        model: any kind; None if `tokens` is a stream or a cache of activations.
+        tokens: ids `[rows, ctx]`, texts, or whatever `saewb.stream_tokens` takes, or its result. Gone through again as
+            often as needed, unless they are an iterator. Or activations: an ActivationStream, an ActivationCache.
+        saes: an objective, e.g. `saewb.TopK(d_sae=4096, k=32)`; a `saewb.Trainee`, with its own hooks, learning rate
+            or SAE to start from; or a dictionary of either by name.
+        n_tokens: to train on, after special tokens and positions are left out.
+        hook: the point read, for SAEs that do not say; "blocks.0.attn.hook_z[3]" is one head.
+        hook_out: the point predicted; None or `hook` makes SAEs, another one transcoders.
+        folder: for history, checkpoints and SAEs; a new one. None keeps all in memory.
+        held_out: tokens or texts that are not trained on, or activations by point, to measure on.
+        sinks: called with each `saewb.sinks.Event`.
+        device: of the training; None means the model's.
+        positions: of each row of tokens, those trained on.
+        options: any field of `saewb.TrainConfig` (lr, batch_tokens, normalisation, eval_every_tokens, seed, ...); of
+            `saewb.run_record.RunOptions` (checkpoint_every_tokens, keep_saes, log_every_steps); of
+            `saewb.run_plan.Reading` (buffer_tokens, prefetch, ctx_len, pass_tokens, skip_special_tokens, ...).
+    Returns:
+        A Run: it shows itself; `run.wait()`, `run.stop()`, `run.sae`.
+    Raises:
+        TypeError: for an option that does not exist.
+        ValueError: for what does not fit.
+        FileExistsError: if the folder holds a run already.
+    Example:
+        >>> import saewb
+        >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.embedded.held_out_texts()]
+        >>> run = train(model, texts, saewb.TopK(d_sae=256, k=8), hook="blocks.2.hook_resid_post",
+        ...             n_tokens=2_048, batch_tokens=512, buffer_tokens=2_048)
+        >>> run.wait()
+        Run(finished, 2,048 of 2,048 tokens, blocks.2.hook_resid_post)
+        >>> run.sae.cfg.d_sae, len(run.history)
+        (256, 2)
+    """
+    reading, run_options, config = sorted_out(options, n_tokens)
+    reading = replace(reading, positions=(positions.start, positions.stop, positions.step))
+    trainees = trainees_of(saes, hook, hook_out)
+    feed, widths = _feed(model, tokens, trainees, reading, config)
+    trainees = with_points(trainees, widths)
+    facts = {
+        "saewb_run": 1,
+        "config": {**asdict(config), "autocast": None if config.autocast is None else str(config.autocast)},
+        "saes": {name: told(trainee) for name, trainee in trainees.items()},
+        "reading": {**asdict(reading), "skip_special_tokens": plain_skip(reading.skip_special_tokens)},
+        "options": asdict(run_options),
+        "widths": widths,
+        "model": _name(model),
+    }
+    return _launch(model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device)
+
+
+def resume_run(
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    tokens: Any = None,
+    held_out: Any = None,
+    n_tokens: int | None = None,
+    sinks: Sequence[Sink] = (),
+    device: torch.device | str | None = None,
+) -> Run:
+    """Go on with a run from its last checkpoint, bit for bit as if it had not ended.
+
+    Weights, optimizer, schedules, coefficients, mixing buffer and the place in the tokens are in the checkpoint. The
+    model and the tokens are not: pass the same. (The same bits also need the same machine, threads and versions.)
+
+    Args:
+        folder: of the run.
+        model: as for `train`.
+        tokens: as for `train`, equal to what was passed there; an iterator has to be at its start again.
+        held_out: as for `train`.
+        n_tokens: a new end; None keeps it.
+        sinks: as for `train`.
+        device: as for `train`.
+    Raises:
+        FileNotFoundError: if there is no run, or it never came to a checkpoint.
+        RuntimeError: if the run is going on.
+    """
+    kept = RunFolder(folder)
+    try:
+        facts, state = kept.facts(), kept.state()
+        config = facts["config"] | ({} if n_tokens is None else {"n_tokens": n_tokens})
+        autocast = config["autocast"]
+        config["autocast"] = None if autocast is None else getattr(torch, autocast.removeprefix("torch."))
+        config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+        reading = Reading(**facts["reading"])
+        trainees = {name: from_told(said, kept.init(name)) for name, said in facts["saes"].items()}
+        feed, widths = _feed(model, tokens, trainees, reading, config, facts["widths"])
+        options = RunOptions(**facts["options"])
+        return _launch(
+            model, feed, widths, trainees, config, reading, options, facts, kept, held_out, sinks, device, state
+        )
+    except BaseException:
+        kept.close()
+        raise
+
+
+def _launch(
+    model: nn.Module | None,
+    feed: Feed,
+    widths: Mapping[str, int],
+    trainees: Mapping[str, Trainee],
+    config: TrainConfig,
+    reading: Reading,
+    options: RunOptions,
+    facts: Mapping[str, Any],
+    folder: RunFolder | str | Path | None,
+    held_out: Any,
+    sinks: Sequence[Sink],
+    device: torch.device | str | None,
+    state: Mapping[str, Any] | None = None,
+) -> Run:
+    device = torch.device(device) if device is not None else _device(model)
+    memory = _memory(trainees, widths, model, config, reading, device)
+    if not memory.fits:
+        what = f"this training needs about {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
+        warnings.warn(f"{what}:\n{memory}\n  fix:  a smaller batch_tokens, buffer_tokens or d_sae", stacklevel=3)
+    measured = None if held_out is None else _held_out(model, held_out, widths, reading, config)
+    training = Training(feed, dict(trainees), config, held_out=measured, device=device)
+    rows: list[dict[str, Any]] = []
+    if state is not None:
+        training.restore(state["training"])
+        rows = folder.rows(training.n_tokens)
+    elif folder is not None:
+        folder = RunFolder(folder)
+        try:
+            folder.begin(facts, {name: t.init for name, t in trainees.items() if t.init is not None})
+        except BaseException:
+            folder.close()
+            raise
+    return Run(
+        training,
+        feed,
+        places={name: place_of(trainee) for name, trainee in trainees.items()},
+        finish=finisher(_name(model)),
+        folder=folder,
+        options=options,
+        sinks=sinks,
+        memory=memory,
+        facts=facts,
+        layers=(feed.stream.stop_layer, None if model is None else model.cfg.n_layers),
+        rows=rows,
+        seconds=0.0 if state is None else state["seconds"],
+    )
+
+
+# -- the stream ------------------------------------------------------------------------------------------------------
+
+
+def _feed(
+    model: nn.Module | None,
+    tokens: Any,
+    trainees: Mapping[str, Trainee],
+    reading: Reading,
+    config: TrainConfig,
+    widths: Mapping[str, int] | None = None,
+) -> tuple[Feed, dict[str, int]]:
+    """The stream, and the width of each of its points, unless they are known: the model's by a pass of one row."""
+    how = {"batch_tokens": config.batch_tokens, "seed": config.seed, "prefetch": reading.prefetch}
+    how["buffer_tokens"] = reading.buffer(config)
+    if isinstance(tokens, ActivationStream):
+        feed = Feed(tokens)
+        return feed, dict(widths) if widths is not None else _widths_of(feed, trainees)
+    if isinstance(tokens, ActivationCache):
+        points = points_of(trainees) or list(tokens.points)
+        return Feed(tokens.stream(**how, points=points)), {name: tokens.points[name] for name in points}
+    if model is None:
+        what = "train got no model, and tokens that are no activations."
+        raise ValueError(explain(what, want="a model; or an ActivationStream or ActivationCache for tokens"))
+    if any(t.read is None for t in trainees.values()):
+        raise ValueError(explain("train got no hook.", want="where to read", fix='hook="blocks.4.hook_resid_post"'))
+    if attached := attachments(model):
+        what = f"SAEs are attached: {', '.join(map(repr, attached))}."
+        raise ValueError(explain(what, want="the model as it is", fix="saewb.detach_all(model)"))
+    own = hooks.twin(model)  # so that neither sees the other's passes
+    source = _source(own, tokens, points_of(trainees), reading, repeat=True)
+    first = next(ModelSource(own, stream_tokens(torch.zeros(1, 2, dtype=torch.int64)), source.points))
+    return Feed(ActivationStream(source, **how)), {name: value.shape[1] for name, value in first.values.items()}
+
+
+def _source(model: nn.Module, tokens: Any, points: Iterable[str], reading: Reading, *, repeat: bool) -> ModelSource:
+    rows = model_tokens(model, tokens, ctx_len=reading.ctx_len, pass_tokens=reading.pass_tokens, repeat=repeat)
+    skipped = special_ids(model, reading.skip_special_tokens)
+    return ModelSource(model, rows, points, positions=slice(*reading.positions), skipped=skipped)
+
+
+def _widths_of(feed: Feed, trainees: Mapping[str, Trainee]) -> dict[str, int]:
+    """Looks at the first batch, and puts it back."""
+    first = next(feed, None)
+    if first is None:
+        raise ValueError(explain("the stream is empty.", want="one batch or more"))
+    feed.put_back()
+    for point in points_of(trainees):
+        if point not in first.values:
+            known = list(first.values)
+            raise ValueError(explain(f"the stream has no point {point!r}.", near=near(point, known), want=str(known)))
+    return {name: value.shape[1] for name, value in first.values.items()}
+
+
+def _held_out(
+    model: nn.Module | None, held_out: Any, widths: Mapping[str, int], reading: Reading, config: TrainConfig
+) -> dict[str, Tensor]:
+    if isinstance(held_out, (Mapping, Activations)):
+        return dict(held_out.values if isinstance(held_out, Activations) else held_out)
+    if model is None:
+        want = "activations by point, {name: [tokens, d]}"
+        raise ValueError(explain("held_out cannot be read without a model.", want=want))
+    parts: list[Activations] = []
+    for chunk in _source(model, held_out, widths, reading, repeat=False):
+        parts.append(chunk)
+        if sum(map(len, parts)) >= reading.held_out_tokens:
+            break
+    if not parts:
+        raise ValueError(explain("held_out gives no token.", want=f"a row of {reading.ctx_len} tokens or more"))
+    return dict(joined(parts).rows(slice(0, reading.held_out_tokens)).values)
+
+
+# -- around it -------------------------------------------------------------------------------------------------------
+
+
+def _memory(
+    trainees: Mapping[str, Trainee],
+    widths: Mapping[str, int],
+    model: nn.Module | None,
+    config: TrainConfig,
+    reading: Reading,
+    device: torch.device | None,
+) -> MemoryEstimate:
+    saes = [(widths[t.read], t.objective.d_sae, widths[t.write or t.read]) for t in trainees.values()]
+    return estimate_memory(
+        saes,
+        widths,
+        batch_tokens=config.batch_tokens,
+        buffer_tokens=reading.buffer(config),
+        prefetch=reading.prefetch,
+        pass_tokens=0 if model is None else reading.pass_tokens,
+        itemsize=4 if model is None else next(model.parameters()).element_size(),
+        model=model,
+        device=device or "cpu",
+    )
+
+
+def _device(model: nn.Module | None) -> torch.device | None:
+    return None if model is None else next(model.parameters()).device
+
+
+def _name(model: nn.Module | None) -> str | None:
+    return None if model is None else model.cfg.model_name

@@ -1,0 +1,168 @@
+"""What a training run leaves on the disk.
+
+    run.json                 what was asked for, as plain values
+    history.jsonl            a line per logged step
+    checkpoint.safetensors   everything a resumed run needs, as of the last checkpoint
+    saes/<name>/             the SAEs as of then, in the SAELens layout
+    saes_at/<tokens>/<name>/ those of every checkpoint, if they are to be kept
+    init/<name>/             what an SAE was started from, if from a trained one
+
+All but the history is written whole or not at all: a full disk or a kill leaves what was there before. The history is
+appended to; a last line that was cut off is dropped when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, final
+
+from saewb.errors import FormatError, explain
+from saewb.loading import load_sae, save_sae
+from saewb.statefile import read_state, write_state, write_text
+
+_RUN, _HISTORY, _CHECKPOINT, _LOCK = "run.json", "history.jsonl", "checkpoint.safetensors", ".lock"
+
+
+@final
+class RunFolder:
+    """The folder of one run, taken by one process at a time.
+
+    Args:
+        path: made if it is not there.
+    Raises:
+        RuntimeError: if a run is going on in it, in this process or another.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.path)
+        self._history: IO[str] | None = None
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The file of the last checkpoint."""
+        return self.path / _CHECKPOINT
+
+    def begin(self, facts: Mapping[str, Any], init: Mapping[str, Any]) -> None:
+        """Note what was asked for.
+
+        Raises:
+            FileExistsError: if there is a run in the folder.
+        """
+        if (self.path / _RUN).exists():
+            fix = f"saewb.resume_run({str(self.path)!r}, model=model, tokens=tokens)"
+            raise FileExistsError(explain(f"{str(self.path)!r} holds a run already.", want="a new folder", fix=fix))
+        for name, sae in init.items():
+            save_sae(sae, self.path / "init" / name, overwrite=True)
+        write_text(self.path / _RUN, json.dumps(facts, indent=1))
+
+    def facts(self) -> dict[str, Any]:
+        """What was asked for.
+
+        Raises:
+            FileNotFoundError: if there is no run in the folder.
+            FormatError: if the file is not ours.
+        """
+        if not (self.path / _RUN).is_file():
+            raise FileNotFoundError(explain(f"no run in {str(self.path)!r}.", want=f"a folder with {_RUN}"))
+        try:
+            facts = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FormatError(explain(f"{_RUN} in {str(self.path)!r} is no JSON: {error}.", want="ours")) from error
+        if not isinstance(facts, dict) or facts.get("saewb_run") != 1:
+            raise FormatError(explain(f"{_RUN} in {str(self.path)!r} is not a run of saewb's.", want='"saewb_run": 1'))
+        return facts
+
+    def init(self, name: str) -> Any:
+        """The SAE that one was started from, or None."""
+        path = self.path / "init" / name
+        return load_sae(path) if path.is_dir() else None
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append a line to the history."""
+        if self._history is None:
+            self._history = (self.path / _HISTORY).open("a", encoding="utf-8")
+        self._history.write(json.dumps(row) + "\n")
+        self._history.flush()
+
+    def rows(self, n_tokens: int) -> list[dict[str, Any]]:
+        """The history up to `n_tokens` tokens; what was logged after that is forgotten on the disk too."""
+        path = self.path / _HISTORY
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = [row for row in map(_parsed, lines) if row is not None and row["n_tokens"] <= n_tokens]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    def checkpoint(self, state: Mapping[str, Any], saes: Mapping[str, Any], keep: int | None) -> None:
+        """Put a state and its SAEs in place of the last ones.
+
+        Args:
+            state: for `resume_run`.
+            saes: by name.
+            keep: number of tokens, to keep these SAEs under; None keeps only the newest.
+        """
+        write_state(self.checkpoint_path, dict(state))
+        folders = [self.path / "saes"] + ([] if keep is None else [self.path / "saes_at" / f"{keep:012d}"])
+        for folder in folders:
+            for name, sae in saes.items():
+                save_sae(sae, folder / name, overwrite=True)
+
+    def state(self) -> dict[str, Any]:
+        """The last checkpoint.
+
+        Raises:
+            FileNotFoundError: if the run never came to one.
+        """
+        if not self.checkpoint_path.is_file():
+            what = f"the run in {str(self.path)!r} ended before its first checkpoint."
+            raise FileNotFoundError(explain(what, want="a run with a checkpoint", fix="saewb.train(...), anew"))
+        return read_state(self.checkpoint_path)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        for file in (self._history, self._lock):
+            if file is not None:
+                file.close()
+        self._history = self._lock = None
+
+
+def sae_names(names: Iterable[str]) -> None:
+    """Check that SAEs can be folders.
+
+    Raises:
+        ValueError: for a name that is no plain file name.
+    """
+    for name in names:
+        plain = name and all(c.isalnum() or c in "._-" for c in name) and not name.startswith(".")
+        if not plain:
+            raise ValueError(
+                explain(f"got an SAE named {name!r}.", want="letters, digits, '_', '-', '.'", fix="'sae_1'")
+            )
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "n_tokens" in row else None
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """An open file that nobody else can have open in this way; the system takes it back when the process ends."""
+    if os.name == "nt":
+        return None
+    import fcntl
+
+    file = (folder / _LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        what = f"a run is going on in {str(folder)!r}."
+        raise RuntimeError(explain(what, want="another folder, or the end of that run", fix="run.stop()")) from error
+    return file

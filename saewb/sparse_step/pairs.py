@@ -1,0 +1,152 @@
+"""(token, latent) pairs, and the four products a training step needs of them instead of dense ones.
+
+combine     recon[t]  = sum over the pairs of token t    of acts * W_dec[latent]           (embedding_bag)
+dots        d_acts    = per pair                         grad[token] . W_dec[latent]       (sampled dot products)
+gather_rows dW[j]     = sum over the pairs of latent j   of value * rows[token]            (embedding_bag, sorted)
+per_latent  d_b[j]    = sum over the pairs of latent j   of value
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+_SUM = 0  # embedding_bag's mode, as its backward spells it
+_LATENTS = 1024  # at a time where sums go to memory that is there already
+_CHUNK = 2**16  # pairs at a time where sampled dot products are done without the private operation
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which latents are on for which tokens, without the zeros, tokens ascending."""
+
+    tokens: Int[Tensor, " pairs"]  # row of the batch
+    latents: Int[Tensor, " pairs"]  # which latent is on there
+    pre: Float[Tensor, " pairs"]  # its pre-activation, x_centred @ W_enc + b_enc, in the dtype of the parameters
+    starts: Int[Tensor, " batch"]  # where each token's pairs begin
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def where(self, kept: Tensor, pre: Tensor | None = None) -> Pairs:
+        """Only the pairs where `kept` is true."""
+        tokens = self.tokens[kept]
+        pre = self.pre if pre is None else pre
+        return replace(
+            self,
+            tokens=tokens,
+            latents=self.latents[kept],
+            pre=pre[kept],
+            starts=starts_of(tokens, len(self.starts)),
+        )
+
+
+@dataclass(frozen=True)
+class ByLatent:
+    """The same pairs sorted by latent (and by token within one): what gradients of weights are summed in."""
+
+    order: Int[Tensor, " pairs"]  # of the pairs as they were
+    tokens: Int[Tensor, " pairs"]
+    starts: Int[Tensor, " d_sae"]  # where each latent's pairs begin
+
+
+def starts_of(sorted_ids: Int[Tensor, " pairs"], n: int) -> Int[Tensor, " n"]:
+    """Where the run of each of 0 ... n-1 begins in an ascending list.
+
+    Example:
+        >>> starts_of(torch.tensor([0, 0, 2]), 4)
+        tensor([0, 2, 2, 3])
+    """
+    return torch.searchsorted(sorted_ids, torch.arange(n, device=sorted_ids.device, dtype=sorted_ids.dtype))
+
+
+def pairs_of(tokens: Tensor, latents: Tensor, pre: Tensor, batch: int) -> Pairs:
+    """Pairs from lists whose tokens ascend."""
+    return Pairs(tokens, latents, pre, starts_of(tokens, batch))
+
+
+def rectangular(latents: Int[Tensor, "batch k"], pre: Float[Tensor, "batch k"]) -> Pairs:
+    """Pairs where every token has k of them."""
+    batch, k = latents.shape
+    starts = torch.arange(batch, device=latents.device) * k
+    tokens = torch.arange(batch, device=latents.device).repeat_interleave(k)
+    return Pairs(tokens, latents.reshape(-1), pre.reshape(-1), starts)
+
+
+def by_latent(pairs: Pairs, d_sae: int) -> ByLatent:
+    """Sort by latent; stable, so that sums do not depend on anything but the pairs."""
+    latents, order = torch.sort(pairs.latents.int(), stable=True)  # half the bytes to sort
+    return ByLatent(order, pairs.tokens[order], starts_of(latents, d_sae))
+
+
+def combine(pairs: Pairs, values: Float[Tensor, " pairs"], rows: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
+    """Per token the sum of its latents' rows, weighted; zeros for a token without any.
+
+    Example:
+        >>> pairs = pairs_of(torch.tensor([0, 0, 2]), torch.tensor([1, 0, 1]), torch.ones(3), batch=3)
+        >>> combine(pairs, torch.tensor([1.0, 2.0, 3.0]), torch.eye(2))
+        tensor([[2., 1.],
+                [0., 0.],
+                [0., 3.]])
+    """
+    return _summed(pairs.latents, rows, pairs.starts, values)
+
+
+def gather_rows(
+    order: ByLatent,
+    values: Float[Tensor, " pairs"],
+    rows: Float[Tensor, "batch d"],
+    out: Float[Tensor, "d_sae d"] | None = None,
+) -> Float[Tensor, "d_sae d"]:
+    """Per latent the sum of its tokens' rows, weighted: what `dense(values).T @ rows` would be.
+
+    With `out`, 1,024 latents at a time are summed and copied there: a fresh result of the size of a weight matrix costs
+    more in page faults than the copy does.
+    """
+    weights, n = values[order.order], len(order.starts)
+    if out is None:
+        return _summed(order.tokens, rows, order.starts, weights)
+    bounds = [*order.starts[::_LATENTS].tolist(), len(weights)]
+    for first, (low, high) in zip(range(0, n, _LATENTS), pairwise(bounds), strict=True):
+        starts = order.starts[first : first + _LATENTS] - low
+        out[first : first + _LATENTS] = _summed(order.tokens[low:high], rows, starts, weights[low:high])
+    return out
+
+
+def _summed(indices: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    if not len(indices):
+        return rows.new_zeros(len(starts), rows.shape[1])
+    return embedding_bag(indices, rows, starts, per_sample_weights=weights, mode="sum")
+
+
+def per_latent(pairs: Pairs, values: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:
+    """Per latent the sum of its values."""
+    return values.new_zeros(d_sae).index_add_(0, pairs.latents, values)
+
+
+def has_sampled_dots() -> bool:
+    """Whether this torch has the private operation that `dots` prefers (a test pins what it computes)."""
+    return hasattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward")
+
+
+def dots(
+    pairs: Pairs, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"], private: bool | None = None
+) -> Float[Tensor, " pairs"]:
+    """`left[token] . right[latent]` of each pair, without a dense product or a gathered copy.
+
+    embedding_bag's gradient for its per-sample weights is exactly this, and is fused; it is private to torch. Without
+    it the rows are gathered 65,536 pairs at a time: equal, and about ten times slower.
+    """
+    if not len(pairs):
+        return left.new_zeros(0)
+    if has_sampled_dots() if private is None else private:
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            left, right, pairs.latents, pairs.starts, pairs.tokens, _SUM
+        )
+    chunks = zip(pairs.tokens.split(_CHUNK), pairs.latents.split(_CHUNK), strict=True)
+    return torch.cat([torch.linalg.vecdot(left[tokens], right[latents]) for tokens, latents in chunks])

@@ -1,0 +1,235 @@
+"""Synthetic data: draw which features fire, how strongly, and make activations of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saewb.errors import FormatError, explain
+from saewb.stats.correlation import LowRankCorrelation
+from saewb.stats.sampling import CorrelatedNormals
+from saewb.synthetic.dictionary import FeatureDictionary
+from saewb.synthetic.firings import Firings, Magnitudes, independent, normal_threshold
+from saewb.synthetic.hierarchy import Hierarchy, Node
+
+_BLOCK = 2**24  # normal numbers drawn at a time (64 MiB), for correlated features
+VERSION = 1  # of the folder that `save` writes
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Some samples, with their truth."""
+
+    activations: Float[Tensor, "samples d"]
+    firings: Firings
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SyntheticData:
+    """Activations whose features are known.
+
+        activation = sum over firing features of magnitude * direction + bias (+ noise)
+
+    1. Features fire, each with its probability: independently, or together as `correlation` says (Gaussian copula).
+    2. Where `hierarchy` does not allow it, they do not.
+    3. What fires has a magnitude; one of 0 does not fire.
+
+    With a hierarchy and independent features, `probability` is what comes out (they are drawn more often beforehand,
+    see `Hierarchy.compensated`), unless `compensate` is False. With a correlation as well, it is what goes in.
+
+    Called with a number of tokens and a generator it gives activations, which is what a stream draws:
+    `saewb.train(None, saewb.stream_draws(data, seed=1), saewb.TopK(512, k=8), n_tokens=1_000_000)`.
+
+    Raises:
+        ValueError: if numbers of features differ, a probability is out of 0..1, or the hierarchy cannot have it so.
+    Example:
+        >>> from saewb.synthetic import random_dictionary, zipfian
+        >>> data = SyntheticData(random_dictionary(64, 32), zipfian(64, highest=0.1, lowest=0.01))
+        >>> sample = data.sample(1000, torch.Generator().manual_seed(0))
+        >>> sample.activations.shape, data
+        (torch.Size([1000, 32]), SyntheticData(64 features in 32 dimensions, 0.982 firing per sample))
+    """
+
+    dictionary: FeatureDictionary
+    probability: Float[Tensor, " features"]  # of firing, over all samples
+    magnitudes: Magnitudes = field(default_factory=Magnitudes)
+    correlation: Float[Tensor, "features features"] | LowRankCorrelation | None = None
+    hierarchy: Hierarchy | None = None
+    compensate: bool = True  # draw more often what the hierarchy will silence
+    noise: float = 0.0  # standard deviation of normal noise on each coordinate
+
+    def __post_init__(self) -> None:
+        n, device = self.dictionary.n_features, self.dictionary.directions.device
+        p = torch.as_tensor(self.probability, dtype=torch.float32).to(device).expand(n).contiguous()
+        object.__setattr__(self, "probability", p)
+        if not bool(((p >= 0) & (p <= 1)).all()):
+            raise ValueError(explain("a firing probability is not in 0..1.", want="0..1, for each feature"))
+        if self.noise < 0:
+            raise ValueError(explain(f"SyntheticData got noise={self.noise}.", want="0 or more"))
+        normals = None
+        if self.correlation is not None:
+            normals = CorrelatedNormals(self.correlation)
+            if normals.n_features != n:
+                what = f"the correlation is of {normals.n_features} features, the dictionary has {n}."
+                raise ValueError(explain(what, want=f"{n} rows"))
+        if self.hierarchy is not None and self.hierarchy.features and max(self.hierarchy.features) >= n:
+            what = f"the hierarchy has feature {max(self.hierarchy.features)}, the dictionary {n} features."
+            raise ValueError(explain(what, want=f"features 0..{n - 1}"))
+        drawn = p
+        if self.hierarchy is not None and self.compensate and normals is None:
+            drawn = self.hierarchy.compensated(p)
+        object.__setattr__(self, "_normals", normals)
+        object.__setattr__(self, "_drawn", drawn)
+
+    def sample(self, n_samples: int, generator: torch.Generator | None = None) -> Sample:
+        """Samples with their truth. The same generator state gives the same samples.
+
+        Args:
+            n_samples: how many. Memory is that of what fires, and 64 MiB more; with a dense correlation, the matrix.
+            generator: on the dictionary's device; None is a new one, with seed 0.
+        """
+        rng = generator or torch.Generator(self.dictionary.directions.device).manual_seed(0)
+        firings = self.fire(n_samples, rng)
+        activations = self.dictionary.embed(firings)
+        if self.noise:
+            drawn = torch.randn(activations.shape, generator=rng, device=activations.device, dtype=activations.dtype)
+            activations = activations.add_(drawn, alpha=self.noise)
+        return Sample(activations, firings)
+
+    def __call__(self, n_tokens: int, generator: torch.Generator) -> Float[Tensor, "tokens d"]:
+        """`sample(...).activations`."""
+        return self.sample(n_tokens, generator).activations
+
+    @torch.no_grad()
+    def fire(self, n_samples: int, generator: torch.Generator) -> Firings:
+        """Which features fire, and how strongly, without making activations of them."""
+        samples, features = self._places(n_samples, generator)
+        shape = (n_samples, self.dictionary.n_features)
+        firings = Firings(samples, features, self.magnitudes.sample(features, generator), shape)
+        if self.hierarchy is not None:
+            firings = self.hierarchy.apply(firings, generator)
+        return firings.where(firings.values > 0)
+
+    def _places(self, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if self._normals is None:
+            return independent(self._drawn, n_samples, generator)
+        limit, found = normal_threshold(self._drawn), []
+        step = max(1, _BLOCK // self.dictionary.n_features)
+        for start in range(0, n_samples, step):
+            above = self._normals.sample(min(step, n_samples - start), generator) > limit
+            samples, features = above.nonzero(as_tuple=True)
+            found.append((samples + start, features))
+        none = torch.zeros(0, dtype=torch.long, device=limit.device)
+        samples, features = zip(*found, strict=True) if found else ((none,), (none,))
+        return torch.cat(samples), torch.cat(features)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write it into a new folder, whole or not at all: `synthetic.json` and `synthetic.safetensors`.
+
+        Raises:
+            FileExistsError: if the folder is there and not empty.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder).expanduser().absolute()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(explain(f"{folder} is there already.", want="a new or empty folder"))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            save_file({name: t.contiguous().cpu() for name, t in self._tensors().items()}, place / _TENSORS)
+            (place / _FACTS).write_text(json.dumps(self._facts(), indent=1), encoding="utf-8")
+            if folder.exists():
+                folder.rmdir()
+            os.replace(place, folder)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return folder
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {"directions": self.dictionary.directions, "bias": self.dictionary.bias}
+        found["probability"] = self.probability
+        if isinstance(self.correlation, LowRankCorrelation):
+            found |= {"correlation_factor": self.correlation.factor, "correlation_diag": self.correlation.diag}
+        elif self.correlation is not None:
+            found["correlation"] = self.correlation
+        for name in ("mean", "std"):
+            if isinstance(value := getattr(self.magnitudes, name), Tensor):
+                found[f"magnitude_{name}"] = value
+        return found
+
+    def _facts(self) -> dict[str, Any]:
+        values = {name: getattr(self.magnitudes, name) for name in ("mean", "std")}
+        scalars = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        hierarchy = self.hierarchy and {
+            "scale_by_parent": self.hierarchy.scale_by_parent,
+            "roots": [root.to_dict() for root in self.hierarchy.roots],
+        }
+        return {
+            "version": VERSION,
+            "magnitudes": {"shape": self.magnitudes.shape, **scalars},
+            "hierarchy": hierarchy,
+            "compensate": self.compensate,
+            "noise": self.noise,
+        }
+
+    def __repr__(self) -> str:
+        n, d, fires = self.dictionary.n_features, self.dictionary.d, float(self.probability.sum())
+        extra = [f"correlated ({self.correlation!r})"] if isinstance(self.correlation, LowRankCorrelation) else []
+        extra += ["correlated"] if isinstance(self.correlation, Tensor) else []
+        extra += [repr(self.hierarchy)] if self.hierarchy is not None else []
+        parts = [f"{n:,} features in {d} dimensions", f"{fires:.3g} firing per sample", *extra]
+        return f"SyntheticData({', '.join(parts)})"
+
+
+_FACTS, _TENSORS = "synthetic.json", "synthetic.safetensors"
+
+
+def load_synthetic(folder: str | Path) -> SyntheticData:
+    """What `SyntheticData.save` wrote: draws the same samples.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        FormatError: if it is something else.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder).expanduser()
+    if not (folder / _FACTS).is_file() or not (folder / _TENSORS).is_file():
+        raise FileNotFoundError(explain(f"{folder} has no synthetic data.", want=f"{_FACTS} and {_TENSORS}"))
+    facts, tensors = json.loads((folder / _FACTS).read_text(encoding="utf-8")), load_file(folder / _TENSORS)
+    if facts.get("version") != VERSION:
+        what = f"{folder / _FACTS} is of version {facts.get('version')!r}."
+        raise FormatError(explain(what, want=f"version {VERSION}", fix="pip install -U saewb"))
+    try:
+        correlation = tensors.pop("correlation", None)
+        if "correlation_factor" in tensors:
+            correlation = LowRankCorrelation(tensors.pop("correlation_factor"), tensors.pop("correlation_diag"))
+        shape = dict(facts["magnitudes"])
+        for name in ("mean", "std"):
+            if f"magnitude_{name}" in tensors:
+                shape[name] = tensors.pop(f"magnitude_{name}")
+        trees = facts["hierarchy"]
+        hierarchy = trees and Hierarchy([Node.of(root) for root in trees["roots"]], trees["scale_by_parent"])
+        dictionary = FeatureDictionary(tensors.pop("directions"), tensors.pop("bias"))
+        probability = tensors.pop("probability")
+        kept = facts["compensate"], facts["noise"]
+    except KeyError as missing:
+        raise FormatError(
+            explain(f"{folder} lacks {missing}.", want=f"what save wrote, version {VERSION}")
+        ) from missing
+    if tensors:
+        raise FormatError(explain(f"{folder / _TENSORS} has {sorted(tensors)} left over.", want="what save wrote"))
+    return SyntheticData(dictionary, probability, Magnitudes(**shape), correlation, hierarchy, *kept)

@@ -1,0 +1,147 @@
+"""How much of the truth an SAE has found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saewb.errors import explain
+from saewb.metrics import ReconstructionStream
+from saewb.synthetic.data import Sample, SyntheticData
+from saewb.synthetic.matching import best_matches, mean_correlation_coefficient, uniqueness
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """What `recovery` found. A latent stands for the feature its decoder row is nearest to (largest |cosine|)."""
+
+    mcc: float  # mean |cosine| of latents and features matched one to one; 1: the dictionary was found
+    uniqueness: float  # fraction of latents that are not doubles of a feature; 1: none are
+    true_l0: float  # features firing per sample
+    l0: float  # latents active per sample
+    dead_frac: float  # fraction of latents that were never active
+    l2_ratio: float  # length of the reconstruction; 1: right, less: shrinkage
+    explained_variance: float  # fraction; 1 is perfect, 0 no better than the mean
+    precision: float  # mean over latents: of the samples on which it is active, those on which its feature fires
+    recall: float  # mean over latents: of the samples on which its feature fires, those on which it is active
+    f1: float  # mean over latents of their harmonic mean
+    accuracy: float  # mean over latents: samples on which both or neither are on
+    n_samples: int  # samples
+    feature: Int[Tensor, " d_sae"] = field(repr=False)  # per latent, the feature it stands for
+    cosine: Float[Tensor, " d_sae"] = field(repr=False)  # |cosine| with it
+    latent_precision: Float[Tensor, " d_sae"] = field(repr=False)  # 0 where the latent was never active
+    latent_recall: Float[Tensor, " d_sae"] = field(repr=False)  # 0 where its feature never fired
+    latent_f1: Float[Tensor, " d_sae"] = field(repr=False)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row of the figures, for comparing SAEs."""
+        import pandas as pd
+
+        return pd.DataFrame([{f.name: v for f in fields(self) if not isinstance(v := getattr(self, f.name), Tensor)}])
+
+    def latents(self) -> pd.DataFrame:
+        """A row per latent: its feature, cosine, precision, recall, f1."""
+        import pandas as pd
+
+        names = {"feature": "feature", "cosine": "cosine"} | {
+            f"latent_{name}": name for name in ("precision", "recall", "f1")
+        }
+        columns = {column: getattr(self, name).numpy() for name, column in names.items()}
+        return pd.DataFrame(columns, index=pd.RangeIndex(len(self.feature), name="latent"))
+
+
+class RecoveryStream:
+    """`Recovery` from samples that come in batches; keeps three numbers per latent.
+
+    Args:
+        sae: any of the SAE classes that writes where it reads.
+        directions: the true features', `[features, d]`.
+    """
+
+    def __init__(self, sae: nn.Module, directions: Float[Tensor, "features d"]) -> None:
+        if sae.cfg.d_out != directions.shape[1]:
+            what = f"{sae!r} writes {sae.cfg.d_out} dimensions, the features have {directions.shape[1]}."
+            raise ValueError(explain(what, want="the same"))
+        self.sae, self.directions = sae, directions.to(sae.device)
+        self.feature, self.cosine = best_matches(sae.W_dec.detach(), self.directions)
+        self._on, self._true, self._both = (torch.zeros_like(self.feature) for _ in range(3))
+        self._fired = 0
+        self._written = ReconstructionStream()
+
+    @torch.no_grad()
+    def update(self, sample: Sample) -> None:
+        """Add these samples."""
+        x = sample.activations.to(self.sae.device)
+        latents = self.sae.encode(x)
+        self._written.update(x, self.sae.decode(latents, x))
+        on, fires = latents != 0, (sample.firings.dense() > 0).to(self.sae.device)
+        self._on += on.sum(0)
+        self._true += fires.sum(0)[self.feature]
+        self._both += (on & fires[:, self.feature]).sum(0)
+        self._fired += len(sample.firings.values)
+
+    def result(self) -> Recovery:
+        """The figures of all samples so far. ValueError if there were none."""
+        written, n = self._written.result(), self._written.n_tokens
+        on, true, both = (t.double() for t in (self._on, self._true, self._both))
+        precision, recall = (torch.where(of > 0, both / of, 0.0) for of in (on, true))
+        f1 = torch.where(on + true > 0, 2 * both / (on + true), 0.0)
+        W_dec = self.sae.W_dec.detach()
+        return Recovery(
+            mcc=mean_correlation_coefficient(W_dec, self.directions),
+            uniqueness=uniqueness(W_dec, self.directions),
+            true_l0=self._fired / n,
+            l0=float(on.sum()) / n,
+            dead_frac=float((on == 0).double().mean()),
+            l2_ratio=written.l2_ratio,
+            explained_variance=written.explained_variance,
+            precision=float(precision.mean()),
+            recall=float(recall.mean()),
+            f1=float(f1.mean()),
+            accuracy=float((1 - (on + true - 2 * both) / n).mean()),
+            n_samples=n,
+            feature=self.feature.cpu(),
+            cosine=self.cosine.cpu(),
+            latent_precision=precision.cpu(),
+            latent_recall=recall.cpu(),
+            latent_f1=f1.cpu(),
+        )
+
+
+def recovery(
+    sae: nn.Module, data: SyntheticData, n_samples: int = 100_000, *, batch_size: int = 2048, seed: int = 0
+) -> Recovery:
+    """How much of the truth an SAE has found: mcc 1 is the whole dictionary, f1 1 each feature whenever it fires.
+
+    Args:
+        sae: any of the SAE classes that writes where it reads.
+        data: the truth.
+        n_samples: fresh samples to judge it on.
+        batch_size: samples at a time; memory is `batch_size * (features + 2 d_sae)` numbers.
+        seed: of the samples; take another one than training had.
+    Raises:
+        ValueError: if the widths differ, or numbers are below 1.
+    Source:
+        The figures of sae-lens' `eval_sae_on_synthetic_data`; MCC of arXiv:2505.20254.
+    Example:
+        >>> from saewb.sae import SAE, SAEConfig
+        >>> from saewb.synthetic import SyntheticData, constant, matched_sae, random_dictionary
+        >>> data = SyntheticData(random_dictionary(32, 32), constant(32, 0.05))
+        >>> found = recovery(matched_sae(SAE(SAEConfig(32, 32)), data.dictionary), data, 2000)
+        >>> round(found.mcc, 4), round(found.explained_variance, 4)
+        (1.0, 1.0)
+    """
+    if n_samples < 1 or batch_size < 1:
+        raise ValueError(explain(f"recovery got n_samples={n_samples}, batch_size={batch_size}.", want="1 or more"))
+    stream, rng = RecoveryStream(sae, data.dictionary.directions), torch.Generator(data.probability.device)
+    rng.manual_seed(seed)
+    for start in range(0, n_samples, batch_size):
+        stream.update(data.sample(min(batch_size, n_samples - start), rng))
+    return stream.result()

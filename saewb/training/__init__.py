@@ -1,0 +1,16 @@
+"""Training SAEs on streams of activations, one or many at once.
+
+    stream -> Training -> TrainStep, TrainStep, ...     and at any time    training.saes, training.state()
+
+`config` says how, `units` in which units, `learner` is one SAE's step, `paths` the two ways to its gradients, `loop`
+drives all SAEs over one stream, `record` is what a step reports.
+"""
+
+from __future__ import annotations
+
+from saewb.training.config import TrainConfig
+from saewb.training.learner import Trainee
+from saewb.training.loop import Batch, Stream, Training
+from saewb.training.record import Diverged, Figures, HeldOut, TrainStep
+
+__all__ = ["Batch", "Diverged", "Figures", "HeldOut", "Stream", "TrainConfig", "TrainStep", "Trainee", "Training"]

@@ -1,0 +1,262 @@
+"""What one training step costs: `python tests/benchmarks/train_step.py [--objective topk] [--d-sae 4608] [--memory]`.
+
+Whole steps (losses, gradients, clipping, Adam) on the same batch from the same weights, the candidates taken in turn so
+that a busy machine troubles all alike (processor time is the surer figure on one): saewb by sparse steps in full
+precision and with a low-precision product selecting, saewb by autograd, and sae-lens where it is installed. Prints a
+markdown table: median milliseconds, of the clock and of all processors; how many times less than sae-lens (or autograd)
+by either, paired; how far the first step's squared error and loss are from autograd's; and with --memory the peak
+memory of a fresh process above what importing and the data took (Linux). Passes or fails nothing.
+
+Latents of the objectives without a k get biases with which k are on per token, as after training.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+
+import saewb
+from saewb.sparse_step import best_precision, clipped_step, sparse_step
+from saewb.sparse_step.precision import finer
+
+OBJECTIVES = ("topk", "abstopk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated")
+LR = 1e-5
+
+
+def activations(n, d_in, seed=0):
+    """Sparse sums of 8,192 random directions, some often and most seldom, with noise and a mean."""
+    rng = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(8192, d_in, generator=rng), dim=1)
+    weight = torch.arange(1, 8193).float() ** -0.5
+    which = torch.multinomial(weight, n * 24, replacement=True, generator=rng).view(n, 24)
+    size = torch.exp(0.5 * torch.randn(n, 24, generator=rng))
+    x = torch.nn.functional.embedding_bag(which, directions, per_sample_weights=size, mode="sum")
+    x += 0.05 * torch.randn(n, d_in, generator=rng) + 0.3
+    return x * (d_in**0.5 / x.norm(dim=1).mean())
+
+
+def objective_for(name, d_sae, k, rows):
+    """The objective as sae-lens has it, with free rows unless told otherwise."""
+    free = {"rows": rows, "init_norm": 1.0 if rows == "unit" else 0.1}
+    return {
+        "topk": lambda: saewb.TopK(d_sae, k, aux=1.0, **free),
+        "abstopk": lambda: saewb.AbsTopK(d_sae, k, aux=1.0, **free),
+        "batchtopk": lambda: saewb.BatchTopK(d_sae, k, aux=1.0, **free),
+        "matryoshka": lambda: saewb.Matryoshka(d_sae, k, widths=(d_sae // 8, d_sae // 2), aux=1.0, **free),
+        "standard": lambda: saewb.Standard(d_sae, l1=1.0, **free),
+        "jumprelu": lambda: saewb.JumpReLU(d_sae, l0=1.0, **free),
+        "gated": lambda: saewb.Gated(d_sae, l1=1.0, frozen=False, **free),
+    }[name]()
+
+
+def sparse_bias(W_enc, x, k):
+    """With this bias each latent is on for its share of tokens, k per token together."""
+    pre = x[:1024] @ W_enc
+    return -pre.kthvalue(int(len(pre) * (1 - k / W_enc.shape[1])), dim=0).values
+
+
+def weights(name, objective, x, k):
+    """Weights to begin with."""
+    params = objective.start(x.shape[1])
+    if name in ("standard", "jumprelu", "gated"):
+        bias = sparse_bias(params.W_enc.detach(), x, k)
+        for bias_name in ("b_enc", "b_gate", "b_mag"):
+            if bias_name in params._parameters:
+                params.get_parameter(bias_name).data.copy_(bias)
+    return params
+
+
+def ours(name, options, how, x):
+    """A saewb step by `how`: "plain", or a precision of the sparse one."""
+    objective = objective_for(name, options.d_sae, options.k, options.rows)
+    params = weights(name, objective, x, options.k).to(x.device)
+    state = objective.state(x.device)
+    if options.dead_frac:
+        dead = torch.arange(objective.d_sae, device=x.device) % round(1 / options.dead_frac) == 0
+        state = saewb.objectives.with_dead(state, dead)
+    optimizer = torch.optim.Adam(params.parameters(), lr=LR, fused=True)
+
+    def step(batch):
+        if how == "plain":
+            params.zero_grad(set_to_none=True)
+            losses = objective.losses(params, batch, batch, state)
+            losses.total.backward()
+        else:
+            losses = sparse_step(objective, params, batch, batch, state, how)
+            assert losses is not None, "too dense"
+        if objective.rows == "unit":
+            saewb.objectives.project_gradient(params)
+        clipped_step(optimizer, params.parameters(), 1.0)
+        saewb.objectives.constrain(params, objective.rows)
+        return losses.terms["mse"].detach(), losses.total.detach()
+
+    return step
+
+
+def peer(name, options, x):
+    """A sae-lens step on the same weights."""
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    size = {"d_in": x.shape[1], "d_sae": options.d_sae, "device": str(x.device)}
+    kinds = {
+        "topk": ("TopK", {"k": options.k}),
+        "batchtopk": ("BatchTopK", {"k": options.k}),
+        "matryoshka": (
+            "MatryoshkaBatchTopK",
+            {"k": options.k, "matryoshka_widths": [options.d_sae // 8, options.d_sae // 2, options.d_sae]},
+        ),
+        "standard": ("Standard", {"l1_coefficient": 1.0}),
+        "jumprelu": ("JumpReLU", {"l0_coefficient": 1.0}),
+        "gated": ("Gated", {"l1_coefficient": 1.0}),
+    }
+    if name not in kinds:
+        return None
+    kind, own = kinds[name]
+    sae = getattr(sae_lens, f"{kind}TrainingSAE")(getattr(sae_lens, f"{kind}TrainingSAEConfig")(**size, **own))
+    params = weights(name, objective_for(name, options.d_sae, options.k, options.rows), x, options.k)
+    for key, value in params.state_dict().items():
+        if hasattr(sae, key):
+            getattr(sae, key).data.copy_(value)
+    del params
+    batches = itertools.repeat(x)
+    config = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=len(x), lr=LR, lr_end=LR, device=str(x.device)
+    )
+    trainer = SAETrainer(config, sae, batches)
+    dead = torch.arange(options.d_sae) % round(1 / options.dead_frac) == 0 if options.dead_frac else None
+
+    def step(batch):
+        if dead is not None:
+            trainer.n_forward_passes_since_fired[dead] = 10**6
+        output = trainer.step(batch)
+        trainer.n_training_steps += 1
+        return output.losses["mse_loss"].detach(), output.loss.detach()
+
+    return step
+
+
+def candidates(name, options, x):
+    """The steps to compare, by name."""
+    made = {"saewb": lambda: ours(name, options, "full", x)}
+    best = best_precision(x.device)
+    for how in dict.fromkeys((finer(best, x.device), best)) if best != "full" else ():
+        if how != "full":
+            made[f"saewb, {how} selects"] = lambda how=how: ours(name, options, how, x)
+    if not options.no_plain:
+        made["saewb, autograd"] = lambda: ours(name, options, "plain", x)
+    if importlib.util.find_spec("sae_lens") and name != "abstopk" and not options.no_peer:
+        made["sae-lens"] = lambda: peer(name, options, x)
+    return made
+
+
+def medians(steps, x, repeats):
+    """(clock, processors) in milliseconds of each step and (mse, loss) of the first; the first round warms up."""
+    times, first = {name: [] for name in steps}, {}
+    for n in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter(), time.process_time()
+            result = step(x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            if n:
+                times[name].append(((time.perf_counter() - start[0]) * 1e3, (time.process_time() - start[1]) * 1e3))
+            else:
+                first[name] = tuple(float(value) for value in result)
+    return times, first
+
+
+def peak_mb():
+    """Most memory this process has held since `reset_peak`, in MB."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+
+def reset_peak():
+    """Start measuring anew; returns what is held now, in MB."""
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")
+    return peak_mb()
+
+
+def measured_alone(name, candidate, options):
+    """Peak memory of three steps in a fresh process, above import and data, in MB."""
+    command = [sys.executable, __file__, "--objective", name, "--alone", candidate]
+    for key in ("d_in", "d_sae", "batch", "k", "rows", "dead_frac"):
+        command += ["--" + key.replace("_", "-"), str(getattr(options, key))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+def alone(options, x):
+    """The fresh process's part."""
+    if options.alone == "sae-lens":
+        import sae_lens  # noqa: F401
+    torch._dynamo  # noqa: B018  importing it is not the step's memory
+    held = reset_peak()
+    step = candidates(options.objective, options, x)[options.alone]()
+    for _ in range(3):
+        step(x)
+    print(json.dumps({"peak_mb": peak_mb() - held}))
+
+
+def report(name, options, x):
+    """One objective's rows."""
+    steps = {label: make() for label, make in candidates(name, options, x).items()}
+    times, first = medians(steps, x, options.repeats)
+    del steps
+    base = "sae-lens" if "sae-lens" in times else "saewb, autograd" if "saewb, autograd" in times else "saewb"
+    reference = first.get("saewb, autograd", first["saewb"])
+    for label, values in times.items():
+        clock, processors = (statistics.median(column) for column in zip(*values, strict=True))
+        ratios = [
+            statistics.median(b[i] / max(v[i], 1e-3) for b, v in zip(times[base], values, strict=True)) for i in (0, 1)
+        ]
+        off = max(abs(a / b - 1) for a, b in zip(first[label], reference, strict=True))
+        row = f"| {name} | {label} | {clock:.0f} | {processors:.0f} | {ratios[0]:.1f} | {ratios[1]:.1f} | {off:.0e} |"
+        print(row + (f" {measured_alone(name, label, options):.0f} |" if options.memory else ""), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", default="topk", help=f"one of {', '.join(OBJECTIVES)}, several with commas; all")
+    parser.add_argument("--d-in", type=int, default=576)
+    parser.add_argument("--d-sae", type=int, default=4608)
+    parser.add_argument("--batch", type=int, default=4096, help="tokens")
+    parser.add_argument("--k", type=int, default=32, help="latents on per token")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", choices=("unit", "free"), default="free")
+    parser.add_argument("--dead-frac", type=float, default=0.0, help="share of latents that are dead")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
+    parser.add_argument("--no-plain", action="store_true", help="without the autograd step")
+    parser.add_argument("--no-peer", action="store_true", help="without sae-lens")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    x = activations(options.batch, options.d_in).to(options.device)
+    if options.alone:
+        alone(options, x)
+        return
+    print(
+        f"{options.batch} tokens x {options.d_in}, d_sae {options.d_sae}, k {options.k}, {options.rows} rows, "
+        f"{options.dead_frac:.0%} dead, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    )
+    head = "| objective | step | ms | CPU ms | x faster | x less CPU | loss off by |" + (
+        " peak MB |" if options.memory else ""
+    )
+    print(head + "\n" + "|--" * (head.count("|") - 1) + "|")
+    for name in OBJECTIVES if options.objective == "all" else options.objective.split(","):
+        report(name, options, x)
+
+
+if __name__ == "__main__":
+    main()
