@@ -173,3 +173,21 @@ def test_modules_stay_small():
     """350 lines is the ceiling."""
     long = {path.name: n for path in ROOT.rglob("*.py") if (n := len(path.read_text().splitlines())) > 350}
     assert not long
+
+
+WIDGETS = Path(__file__).parents[1] / "widgets" / "saewb_widgets"
+
+
+@pytest.mark.parametrize("path", sorted(WIDGETS.rglob("*.py")), ids=lambda path: path.stem)
+def test_panels_use_public_names_and_do_no_mathematics(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                package, _, rest = alias.name.partition(".")
+                assert package != "saewb" or not rest, f"{path.name} imports {alias.name}"
+                assert package not in ("torch", "numpy", "scipy"), f"{path.name} imports {alias.name}"
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "saewb":
+            names = {alias.name for alias in node.names}
+            assert node.module == "saewb", f"{path.name} imports from {node.module}"
+            assert names <= set(saewb.__all__), f"{path.name} imports {names}"
+    assert len(path.read_text().splitlines()) <= 350

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saewb.activations import capture
 from saewb.errors import explain
 from saewb.index.facts import IndexFacts
+from saewb.index.likely import Likely
 from saewb.index.words import Words
 from saewb.spans import token_strings
 from saewb.splice import flat
@@ -29,11 +30,12 @@ def search(facts: IndexFacts, tensors: Mapping[str, Tensor], words: Words, what:
     import pandas as pd
 
     rows: dict[int, dict[str, Any]] = {}
+    likely = Likely(what, words) if isinstance(what, str) else None
     for shelf in _SHELVES:
         for begin in range(0, facts.d_sae, _ROWS):
             part = slice(begin, begin + _ROWS)
             ids, acts = tensors[f"{shelf}.tokens"][part], tensors[f"{shelf}.acts"][part]
-            for latent, slot, places in _matches(ids, words, what):
+            for latent, slot, places in _matches(ids, words, what, likely):
                 found = rows.setdefault(begin + latent, _nothing(begin + latent))
                 value = max((float(acts[latent, slot, p]) for p in places), key=abs, default=0.0)
                 found["contexts"] += 1
@@ -66,7 +68,7 @@ def _inside(ids: Tensor) -> list[int]:
     return [i for i in ids.tolist() if i >= 0]
 
 
-def _matches(ids: Tensor, words: Words, what: Any):
+def _matches(ids: Tensor, words: Words, what: Any, likely: Likely | None):
     """(latent, slot, places) of contexts that have it, `ids` being `[latents, slots, window]`."""
     if isinstance(what, int) and not isinstance(what, bool):
         found = ids == what
@@ -74,16 +76,14 @@ def _matches(ids: Tensor, words: Words, what: Any):
             yield latent, slot, found[latent, slot].nonzero()[:, 0].tolist()
         return
     pattern = _pattern(what)
-    for latent, contexts in enumerate(ids.tolist()):
-        for slot, row in enumerate(contexts):
-            inside = [p for p, i in enumerate(row) if i >= 0]
-            if not inside:
-                continue
-            spelled = words.spelled([row[p] for p in inside])
-            text = "".join(spelled)
-            spans = [match.span() for match in pattern.finditer(text) if match.end() > match.start()]
-            if spans:
-                yield latent, slot, [inside[p] for p in _covered(spelled, spans)]
+    worth = likely.contexts(ids) if likely is not None else (ids >= 0).any(2)
+    for (latent, slot), row in zip(worth.nonzero().tolist(), ids[worth].tolist(), strict=True):
+        inside = [p for p, i in enumerate(row) if i >= 0]
+        spelled = words.spelled([row[p] for p in inside])
+        text = "".join(spelled)
+        spans = [match.span() for match in pattern.finditer(text) if match.end() > match.start()]
+        if spans:
+            yield latent, slot, [inside[p] for p in _covered(spelled, spans)]
 
 
 def _covered(spelled: list[str], spans: list[tuple[int, int]]) -> list[int]:

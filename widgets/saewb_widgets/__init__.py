@@ -1,1 +1,31 @@
-"""Panels on top of saewb, for Jupyter."""
+"""Panels on top of saewb, for Jupyter: they show what saewb computes, and compute nothing themselves.
+
+    from saewb_widgets import FeatureBrowser
+
+    FeatureBrowser(saewb.load_index("my.index"))
+
+Every panel has `code()`, the Python that gives what it shows; `error`, the last exception of a callback; and traits
+that can be set from Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {  # public name: the module that has it
+    "FeatureBrowser": "feature_browser",
+    "SuperpositionPanel": "superposition",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"saewb_widgets.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'saewb_widgets' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,25 @@
+"""One Chromium for all tests of panels."""
+
+import chromium
+import pytest
+
+
+@pytest.fixture(scope="session")
+def browser():
+    chromium.need_chromium()
+    with chromium.launched() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser):
+    """An empty page, which must neither complain nor ask for anything."""
+    made = browser.new_page(viewport={"width": 1100, "height": 800})
+    made.set_default_timeout(10_000)
+    chromium.listen(made)
+    made.set_content("<!doctype html><style>body { background: white }</style><body></body>")
+    yield made
+    complaints, asked = made.complaints, made.asked
+    made.close()
+    assert complaints == []
+    assert asked == []

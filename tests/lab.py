@@ -1,0 +1,110 @@
+"""A real JupyterLab of its own, driven in Chromium: nothing of the user's settings, nothing from outside."""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import chromium
+
+ROOT = Path(__file__).parents[1]
+_READY = """() => { const w = window.jupyterapp?.shell.currentWidget;
+  return w?.sessionContext?.isReady && w.sessionContext.session?.kernel?.status === 'idle' }"""
+
+
+class Notebook:
+    """An open notebook: `page` is Playwright's."""
+
+    def __init__(self, page, path):
+        self.page, self.path = page, path
+
+    def run(self, cell):
+        """Run a cell to its end."""
+        js = """(i) => { const nb = jupyterapp.shell.currentWidget.content; nb.activeCellIndex = i; nb.deselectAll();
+          return jupyterapp.commands.execute('notebook:run-cell'); }"""
+        self.page.evaluate(js, cell)
+
+    def output(self, cell):
+        """What stands under a cell."""
+        return self.page.locator(f".jp-Notebook .jp-Cell >> nth={cell}").locator(".jp-OutputArea").first.inner_text()
+
+    def do(self, command, **how):
+        """Run a command of JupyterLab's."""
+        self.page.evaluate("([c, a]) => jupyterapp.commands.execute(c, a)", [command, how])
+
+    def save(self):
+        """Save, and read what was saved."""
+        self.do("docmanager:save")
+        return json.loads(self.path.read_text())
+
+
+@contextmanager
+def opened(browser, work, cells):
+    """A notebook of these cells in `work`, not yet run."""
+    import nbformat
+
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = work / "a.ipynb"
+    nbformat.write(book, path)
+    with _server(work) as (base, token):
+        page = browser.new_page(viewport={"width": 1300, "height": 1700})
+        page.set_default_timeout(60_000)
+        chromium.listen(page, home=(base,))
+        page.complaints.clear()
+        page.goto(f"{base}/doc/tree/a.ipynb?token={token}&reset")
+        page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+        page.wait_for_function(_READY)  # a notebook is there before its kernel
+        page.evaluate(
+            "() => { const nb = jupyterapp.shell.currentWidget.content;"
+            " nb.notebookConfig = { ...nb.notebookConfig, windowingMode: 'none' } }"
+        )
+        yield Notebook(page, path)
+        page.close()
+
+
+@contextmanager
+def _server(work):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home, token = work / ".jupyter", secrets.token_hex(16)
+    settings = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}))
+    names = {"JUPYTER_CONFIG_DIR": "cfg", "JUPYTER_RUNTIME_DIR": "rt", "JUPYTER_DATA_DIR": "data", "IPYTHONDIR": "ipy"}
+    names |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "ws"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "widgets")])
+    env = {**os.environ, **{k: str(home / v) for k, v in names.items()}, "PYTHONPATH": paths}
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    options += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={work}"]
+    options += ["--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
+    with open(work / "lab.log", "w") as log:
+        lab = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log, cwd=work
+        )
+    try:
+        base = f"http://127.0.0.1:{port}"
+        _wait(lab, f"{base}/api?token={token}", work / "lab.log")
+        yield base, token
+    finally:
+        lab.terminate()
+        lab.wait(30)
+
+
+def _wait(lab, url, log, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert lab.poll() is None, log.read_text()[-3000:]
+        try:
+            return urllib.request.urlopen(url, timeout=1).read()
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise AssertionError(f"JupyterLab did not start in {seconds} s: {log.read_text()[-3000:]}")

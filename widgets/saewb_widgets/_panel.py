@@ -1,0 +1,204 @@
+"""The frame that all panels share: title, what it is busy with, errors, a stable repr, a view without a kernel.
+
+1. Whatever the front end or a trait starts runs in a method marked `guarded`. An exception there is shown in the panel,
+   kept in `panel.error` and raised again: ipywidgets' `Button.click` would swallow it, a comm message hide it in a log.
+2. What takes long runs in `started` work, on a thread that touches no trait. The front end asks for its end while
+   `busy` says something (updates from threads are not shown everywhere); scripts call `wait`.
+3. With ipykernel 7 callbacks may run beside a cell, on a second thread: `guarded` holds the panel's lock.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import traitlets as t
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+
+STATIC = Path(__file__).parent / "static"
+
+
+def source(*names: str) -> str:
+    """Files of `static/`, one after another: no build step, and an ES module of a widget cannot import another one."""
+    return "\n".join((STATIC / name).read_text(encoding="utf-8") for name in names)
+
+
+def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A callback whose exceptions are shown in its panel, kept in `panel.error`, and raised again."""
+
+    @functools.wraps(method)
+    def run(self: Panel, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            try:
+                result = method(self, *args, **kwargs)
+            except Exception as error:
+                self.show(error)
+                raise
+            self.show(None)
+            return result
+
+    return run
+
+
+class Refused(t.TraitError, ValueError):
+    """A value that a trait does not take: what came with it from the front end is taken back too."""
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """For validators: their ValueErrors as traitlets wants them, so that it takes the values back."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
+class Panel(anywidget.AnyWidget):
+    """A panel, abstract: one line that says what it shows, `code()`, and a view for places without a kernel."""
+
+    title = t.Unicode("", help="what is shown, one line").tag(sync=True)
+    about = t.Unicode("", help="what it is of, one line under the title").tag(sync=True)
+    complaint = t.Unicode("", help="the last error, as shown; empty if the last callback went well").tag(sync=True)
+    notice = t.Unicode("", help="what was done, e.g. where a file was saved").tag(sync=True)
+    busy = t.Unicode("", help="what is being computed; empty if nothing is").tag(sync=True)
+
+    error: Exception | None = None  # of the last callback
+
+    def __init__(self, **traits: Any) -> None:
+        self._lock = threading.RLock()
+        self._jobs: dict[str, tuple[str, Future, Callable[[Any], None]]] = {}
+        super().__init__(**traits)
+        self.on_msg(self._on_message)
+
+    @abstractmethod
+    def summary(self) -> str:
+        """What it shows, for the repr: short, the same on every run."""
+
+    @abstractmethod
+    def code(self) -> str:
+        """Python that gives what is shown, to paste in a cell."""
+
+    @abstractmethod
+    def static_html(self) -> str:
+        """What is shown, as HTML without scripts: for a saved notebook, where no kernel runs."""
+
+    @abstractmethod
+    def asked(self, what: str, **how: Any) -> None:
+        """The front end pressed a button."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.summary()})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict]:
+        data, metadata = super()._repr_mimebundle_(**kwargs)
+        return {**data, "text/plain": repr(self), "text/html": self.snapshot().data}, metadata
+
+    def snapshot(self) -> HTML:
+        """What is shown now, as plain HTML: for a notebook that will be read without its kernel.
+
+        JupyterLab shows "model not found" for a reopened notebook's widgets, whatever else their output holds.
+        """
+        from IPython.display import HTML
+
+        head = f"<b>{html.escape(self.title)}</b><div style='opacity:.65'>{html.escape(self.about)}</div>"
+        return HTML(f"<div style='font:13px/1.5 system-ui,sans-serif'>{head}{self.static_html()}</div>")
+
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take what the front end set; where that fails, say so there and what holds instead."""
+        try:
+            super().set_state(sync_data)
+        except Exception as error:
+            # Traitlets holds back, or takes back, what was changed on the way, `complaint` with it.
+            self.show(error)
+            self.send_state([*sync_data, "complaint"])
+            raise
+
+    def show(self, error: Exception | None) -> None:
+        """Show an error in the panel, or with None take it away."""
+        self.error = error
+        said = "" if error is None else str(error) or "no message"
+        name = "ValueError" if isinstance(error, Refused) else type(error).__name__
+        self.complaint = f"{name}: {said}" if error is not None else ""
+
+    def started(self, key: str, what: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run `work` on a thread, and `then` with its result once asked for it; newer work of the same key wins.
+
+        Args:
+            key: which kind of work it is.
+            what: shown while it runs.
+            work: touches no trait.
+            then: shows the result.
+        """
+        future: Future = Future()
+        self._jobs[key] = (what, future, then)
+        self.busy = what
+        threading.Thread(target=_run, args=(future, work), daemon=True, name=f"saewb {key}").start()
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Say what it is busy with, in a callback that takes a moment."""
+        self.busy = what
+        try:
+            yield
+        finally:
+            self.busy = next((what for what, _, _ in self._jobs.values()), "")
+
+    def dropped(self, key: str) -> None:
+        """The result of this work is no longer wanted."""
+        self._jobs.pop(key, None)
+        self.busy = next((what for what, _, _ in self._jobs.values()), "")
+
+    @guarded
+    def collect(self) -> None:
+        """Show what has been computed since."""
+        for key, (_, future, then) in list(self._jobs.items()):
+            if future.done() and self._jobs.get(key, (None, None))[1] is future:
+                self.dropped(key)
+                then(future.result())
+
+    def wait(self, timeout: float = 600.0) -> None:
+        """Block until everything that was asked for is shown.
+
+        Args:
+            timeout: seconds.
+        Raises:
+            TimeoutError: if it takes longer.
+        """
+        end = time.monotonic() + timeout
+        while self._jobs:
+            _, future, _ = next(iter(self._jobs.values()))
+            future.exception(max(0.0, end - time.monotonic()))
+            self.collect()
+
+    def _on_message(self, _: Any, content: Any, buffers: Any = None) -> None:
+        what = content.get("do") if isinstance(content, dict) else None
+        if what == "collect":
+            if any(future.done() for _, future, _ in self._jobs.values()):
+                self.collect()
+        elif what == "dismiss":
+            self.show(None)
+            self.notice = ""
+        elif isinstance(what, str):
+            self._ask(what, {k: v for k, v in content.items() if k != "do"})
+
+    @guarded
+    def _ask(self, what: str, how: dict[str, Any]) -> None:
+        self.asked(what, **how)
+
+
+def _run(future: Future, work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # it is raised where the result is asked for
+        future.set_exception(error)

@@ -1,0 +1,62 @@
+"""A latent as HTML without scripts or style sheets: what is left of a panel where no kernel runs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from typing import Any
+
+_CELL = "padding:1px 10px 1px 0;text-align:right;white-space:nowrap;vertical-align:top"
+_WIDE = "padding:1px 0;text-align:left;white-space:pre-wrap"
+
+
+def token(text: str, share: float, special: bool, strong: bool) -> str:
+    """A token with its activation as its background, `share` being that of the largest one."""
+    shown = " ¶ " if special else html.escape(text.replace("\n", "↵").replace("\t", "⇥"))
+    style = f"background-color:rgba(240,148,40,{0.1 + 0.75 * min(1.0, share):.2f})" if share else ""
+    style += ";font-weight:600" if strong else ""
+    return f'<span style="{style}">{shown}</span>' if style else shown
+
+
+def rows(listed: Iterable[dict[str, Any]]) -> str:
+    """The table's rows."""
+    out = []
+    for r in listed:
+        pieces = "".join(token(s, a, bool(x), j == r.get("at")) for j, (s, a, x) in enumerate(r["tokens"]))
+        figures = "".join(f'<td style="{_CELL}">{v}</td>' for v in (r["latent"], percent(r["density"]), r["max"]))
+        out.append(f'<tr>{figures}<td style="{_WIDE}">{pieces or "never fires"}</td></tr>')
+    head = "".join(f'<th style="{_CELL}">{h}</th>' for h in ("latent", "fires on", "largest"))
+    where = f'<th style="{_WIDE}">where it is strongest</th>'
+    return f'<table style="border-collapse:collapse"><tr>{head}{where}</tr>{"".join(out)}</table>'
+
+
+def page(p: dict[str, Any], contexts: int = 8) -> str:
+    """One latent: figures, words, strongest contexts."""
+    words = ", ".join(f"<code>{html.escape(s.strip() or s)}</code> {v:+.2f}" for s, _, v in p["raised"][:6])
+    facts = f"fires on {percent(p['density'])} of tokens, largest {p['max']}, mean {p['mean']}"
+    lines = "".join(
+        f'<tr><td style="{_CELL}">{c["acts"][c["at"]]}</td>{_pieces(p, c)}</tr>' for c in p["top"][:contexts]
+    )
+    likelier = f"<div>makes likelier: {words}</div>" if words else ""
+    table = f'<table style="border-collapse:collapse">{lines}</table>'
+    return f"<div style='margin-top:8px'><b>Latent {p['latent']}</b>: {facts}</div>{likelier}{table}"
+
+
+def _pieces(p: dict[str, Any], c: dict[str, Any]) -> str:
+    shown = zip(c["words"], c["acts"], strict=True)
+    inside = (
+        token(p["words"][w], abs(a) / p["scale"], j in c["special"], j == c["at"]) for j, (w, a) in enumerate(shown)
+    )
+    return f'<td style="{_WIDE}">{"".join(inside)}</td>'
+
+
+def percent(share: float) -> str:
+    """A fraction for people: 0.0123 is 1.23 %."""
+    return "0 %" if share == 0 else f"{100 * share:.3g} %"
+
+
+def grid(head: Iterable[str], body: Iterable[Iterable[object]]) -> str:
+    """A small table of figures."""
+    top = "".join(f'<th style="{_CELL}">{html.escape(h)}</th>' for h in head)
+    lines = ("".join(f'<td style="{_CELL}">{html.escape(str(v))}</td>' for v in line) for line in body)
+    return f'<table style="border-collapse:collapse"><tr>{top}</tr>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'

@@ -1,0 +1,141 @@
+// What all panels share. Text reaches the page as textContent only, so that no token is ever markup.
+
+const make = (tag, cls, text) => {
+  const e = document.createElement(tag);
+  if (cls) e.className = cls;
+  if (text !== undefined) e.textContent = text;
+  return e;
+};
+const button = (label, cls, press, hint) => {
+  const b = make("button", cls, label);
+  b.type = "button";
+  if (hint) { b.title = hint; b.setAttribute("aria-label", hint); }
+  b.addEventListener("click", press);
+  return b;
+};
+const shown = (s) => s.replace(/\r?\n/g, "\u21b5").replace(/\t/g, "\u21e5");
+const digits = (v) => {
+  const a = Math.abs(v);
+  return a === 0 ? "0" : a >= 100 ? v.toFixed(0) : a >= 10 ? v.toFixed(1) : a >= 0.01 ? v.toFixed(2) : v.toExponential(1);
+};
+const signed = (v) => (v < 0 ? "\u2212" : "+") + digits(Math.abs(v));
+const percent = (v) => (v === 0 ? "0" : v >= 0.1 ? (100 * v).toFixed(0) : v >= 0.001 ? (100 * v).toFixed(2)
+  : (100 * v).toPrecision(1)) + " %";
+const count = (n) => n.toLocaleString("en");
+
+// Calls at most every `ms`, the last one for sure.
+const throttled = (f, ms) => {
+  let timer = null, again = false;
+  return function run() {
+    if (timer) { again = true; return; }
+    f();
+    timer = setTimeout(() => { timer = null; if (again) { again = false; run(); } }, ms);
+  };
+};
+// Calls once nothing has happened for `ms`.
+const settled = (f, ms) => { let timer; return () => { clearTimeout(timer); timer = setTimeout(f, ms); }; };
+
+// Dark or light is what the page around it is: notebooks differ in how they say so, but all of them paint it.
+const isDark = (el) => {
+  for (let e = el; e; e = e.parentElement) {
+    const found = getComputedStyle(e).backgroundColor.match(/[\d.]+/g);
+    if (found && (found.length < 4 || +found[3] > 0.5)) return 0.3 * found[0] + 0.6 * found[1] + 0.1 * found[2] < 128;
+  }
+  return matchMedia("(prefers-color-scheme: dark)").matches;
+};
+
+const bars = (counts, { label, tip, cls = "", on = () => false }) => {
+  const ns = "http://www.w3.org/2000/svg", svg = document.createElementNS(ns, "svg"), most = Math.max(1e-12, ...counts);
+  svg.setAttribute("viewBox", `0 0 ${counts.length || 1} 1`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", label);
+  svg.setAttribute("class", "bars " + cls);
+  counts.forEach((n, x) => {
+    const r = document.createElementNS(ns, "rect"), height = n ? Math.max(0.015, n / most) : 0;
+    for (const [k, v] of Object.entries({ x: x + 0.06, y: 1 - height, width: 0.88, height })) r.setAttribute(k, v);
+    if (on(x)) r.setAttribute("class", "on");
+    const hit = document.createElementNS(ns, "rect");
+    for (const [k, v] of Object.entries({ x, y: 0, width: 1, height: 1, class: "hit" })) hit.setAttribute(k, v);
+    hit._tip = () => tip(x);
+    svg.append(r, hit);
+  });
+  return svg;
+};
+
+// Title, what it is busy with, errors and notices; and the tip that follows the mouse. `build(body, say)` fills it.
+function framed({ model, el }, name, build) {
+  const root = make("div", "saewb " + name), frame = root.appendChild(make("div", "frame")), undo = new AbortController(), heard = [];
+  root.setAttribute("role", "group");
+  // JupyterLab's own keys, such as d d for "delete the cell", are off where this is on the very element in focus.
+  root.addEventListener("focusin", (e) => { e.target.dataset.lmSuppressShortcuts = "true"; });
+  const on = (names, f) => names.split(" ").forEach((n) => { model.on("change:" + n, f); heard.push(["change:" + n, f]); });
+  const ask = (what, how = {}) => model.send({ do: what, ...how });
+  const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); };
+
+  const head = make("header"), title = make("h2"), about = make("p"), busy = make("span", "busy");
+  busy.setAttribute("role", "status");
+  head.append(title, busy, about);
+  const errors = make("div", "complaint"), notice = make("div", "notice"), body = make("div", "body"), tip = make("div", "tip");
+  errors.setAttribute("role", "alert");
+  notice.setAttribute("role", "status");
+  frame.append(head, errors, notice, body);
+  root.append(tip);
+  el.append(root);
+
+  const said = (box, text) => {
+    box.replaceChildren();
+    box.hidden = !text;
+    if (text) box.append(make("pre", "", text), button("\u00d7", "quiet", () => ask("dismiss"), "Dismiss"));
+  };
+  const draw = () => {
+    title.textContent = model.get("title");
+    about.textContent = model.get("about");
+    root.setAttribute("aria-label", model.get("title"));
+    said(errors, model.get("complaint"));
+    said(notice, model.get("notice"));
+  };
+  on("title about complaint notice", draw);
+  draw();
+
+  let asking = null;
+  const wait = () => {
+    const what = model.get("busy");
+    busy.textContent = what ? what + "\u2026" : "";
+    root.setAttribute("aria-busy", String(!!what));
+    if (what && !asking) asking = setInterval(() => ask("collect"), 250);
+    if (!what && asking) { clearInterval(asking); asking = null; }
+  };
+  on("busy", wait);
+  wait();
+
+  const paint = () => { root.dataset.theme = isDark(el) ? "dark" : "light"; };
+  const watch = new MutationObserver(paint), scheme = matchMedia("(prefers-color-scheme: dark)");
+  for (const e of [document.documentElement, document.body])
+    watch.observe(e, { attributes: true, attributeFilter: ["class", "style", "theme", "data-jp-theme-light", "data-theme"] });
+  scheme.addEventListener("change", paint, { signal: undo.signal });
+  paint();
+  requestAnimationFrame(paint);
+
+  const point = (e) => {
+    const text = e.target._tip && e.target._tip();
+    tip.style.display = text ? "block" : "none";
+    if (!text) return;
+    tip.textContent = text;
+    // Inside the panel: what is around it may clip, or be what "fixed" is relative to.
+    const r = root.getBoundingClientRect(), x = e.clientX - r.left + 14, y = e.clientY - r.top + 18;
+    tip.style.left = Math.max(4, Math.min(x, r.width - tip.offsetWidth - 4)) + "px";
+    tip.style.top = (y + tip.offsetHeight > r.height ? y - tip.offsetHeight - 26 : y) + "px";
+  };
+  root.addEventListener("mousemove", point);
+  root.addEventListener("mouseleave", () => { tip.style.display = "none"; });
+  const stop = build({ root, body, model, on, ask, set, signal: undo.signal });
+  return () => {
+    undo.abort();
+    watch.disconnect();
+    if (asking) clearInterval(asking);
+    heard.forEach(([n, f]) => model.off(n, f));
+    if (stop) stop();
+    root.remove();
+  };
+}
