@@ -29,7 +29,7 @@ _WORK = _PAIRS * 96 + _DENSE * 48  # bytes that steps 1 to 3 take, whatever come
 
 
 def coactivation(
-    batches: Iterable[Float[Tensor, "tokens d_sae"] | TopLatents], *, products: bool = True, max_bytes: int = MAX_BYTES
+    batches: Iterable[Float[Tensor, "_ d_sae"] | TopLatents], *, products: bool = True, max_bytes: int = MAX_BYTES
 ) -> Coactivation:
     """How often each two latents of an SAE fire on the same token, over all batches.
 

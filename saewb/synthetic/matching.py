@@ -72,5 +72,23 @@ def best_ordering(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"])
     return by_cosine[feature[by_cosine].argsort(stable=True)]
 
 
+def ordered_cosines(
+    latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n m"]]:
+    """Latents in their best ordering, and the cosine of each with each feature, with its sign: row by row of the order.
+
+    Example:
+        >>> order, cosines = ordered_cosines(-torch.eye(2)[[1, 0]], torch.eye(2))
+        >>> order.tolist(), cosines.tolist()
+        ([1, 0], [[-1.0, 0.0], [0.0, -1.0]])
+    """
+    order = best_ordering(latents, features)
+    return order, _cosines(latents[order], features)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    return nn.functional.normalize(a, dim=1) @ nn.functional.normalize(b.to(a), dim=1).T
+
+
 def _abs_cosines(a: Tensor, b: Tensor) -> Tensor:
-    return (nn.functional.normalize(a, dim=1) @ nn.functional.normalize(b.to(a), dim=1).T).abs()
+    return _cosines(a, b).abs()
