@@ -12,10 +12,10 @@ SHAPES = {"W_dec": (F, D), "W_enc": (D, F), "b_dec": (D,), "b_enc": (F,), "thres
 LATENT = 77_777
 
 _ONE_ROW = """
-import resource, sys
+import re, sys
 import torch, safetensors.torch, saewb.sae, saewb.pursuit, saewb.temporal
 from pathlib import Path
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # kB; see tests/peak.py
 before = peak()
 from saewb.formats import read
 sae = read(Path(sys.argv[1]))
