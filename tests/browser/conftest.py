@@ -1,10 +1,10 @@
-"""One Chromium for all tests of panels."""
+"""A Chromium for each file of panels' tests: while one is open, its loop runs in this thread, and none may follow."""
 
 import chromium
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     chromium.need_chromium()
     with chromium.launched() as opened:
