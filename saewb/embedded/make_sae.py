@@ -32,7 +32,7 @@ from saewb.training import TrainConfig, Training
 
 @dataclass(frozen=True)
 class SAERecipe:
-    """How large the SAE is and how long it is trained. The defaults made the embedded one (by an earlier loop)."""
+    """How large the SAE is and how long it is trained. The defaults made the embedded one."""
 
     layer: int = 2  # reads and writes blocks.{layer}.hook_resid_post
     d_sae: int = 1024  # latents

@@ -30,9 +30,9 @@ class SuperpositionPanel(Panel):
         >>> import saewb
         >>> panel = SuperpositionPanel(saewb.load_sae("tiny"))
         >>> panel
-        SuperpositionPanel(direction 154, decoder, 1,024 directions in 128 dimensions)
+        SuperpositionPanel(direction 648, decoder, 1,024 directions in 128 dimensions)
         >>> [(latent, round(cos, 2)) for latent, cos in panel.neighbours[:2]]
-        [(775, -0.87), (916, -0.21)]
+        [(775, -0.9), (916, -0.26)]
     """
 
     _esm = source("frame.js", "superposition.js")
