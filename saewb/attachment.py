@@ -90,6 +90,10 @@ def attach(
 def attachments(model: nn.Module) -> list[Attachment]:
     """What is attached to this model now, oldest first.
 
+    Args:
+        model: any, with or without something attached.
+    Returns:
+        Attachments that have not been detached; steering is not among them.
     Example:
         >>> import saewb
         >>> attachments(saewb.load_model("tiny"))
@@ -104,7 +108,18 @@ def on_model(model: nn.Module) -> list[Detachable]:
 
 
 def detach_all(model: nn.Module) -> None:
-    """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost."""
+    """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost.
+
+    Args:
+        model: any; one with nothing attached stays as it is.
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> _ = saewb.attach(model, sae)
+        >>> detach_all(model)
+        >>> saewb.attachments(model)
+        []
+    """
     for found in reversed(list(on_model(model))):
         found.detach()
 

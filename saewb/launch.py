@@ -135,9 +135,17 @@ def resume_run(
         n_tokens: a new end; None keeps it.
         sinks: as for `train`.
         device: as for `train`.
+    Returns:
+        The Run, going on in the background.
     Raises:
         FileNotFoundError: if there is no run, or it never came to a checkpoint.
         RuntimeError: if the run is going on.
+    Example:
+        >>> resume_run("nowhere")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: no run in 'nowhere'.
+          want: a folder with run.json
     """
     kept = RunFolder(folder)
     try:

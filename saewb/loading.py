@@ -158,6 +158,12 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
         FileExistsError: if there is something that may not be replaced.
         ValueError: if the layout cannot express this SAE.
         TypeError: for a CrossLayerTranscoder.
+    Example:
+        >>> import saewb, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_sae(saewb.load_sae("tiny"), folder)
+        ...     saewb.load_sae(path).cfg.d_sae
+        1024
     """
     return saelens.write(sae, Path(folder), overwrite=overwrite)
 

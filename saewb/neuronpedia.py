@@ -65,6 +65,8 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
         latent: its index.
         source: "model/source" on the site, instead of the one the SAE names.
         site: another one that is laid out alike.
+    Returns:
+        A NeuronpediaPage: `.url`, and the page itself where a notebook shows it.
     Raises:
         ValueError: if the SAE names no page and `source` is not given, or is not of that form.
     Example:
@@ -77,8 +79,16 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
 def source_of(of: Any, source: str | None = None) -> str:
     """The "model/source" of an SAE or index on Neuronpedia.
 
+    Args:
+        of: an SAE of the catalogue, or an index of one.
+        source: "model/source", which wins.
+    Returns:
+        "model/source", such as "gpt2-small/6-res-jb".
     Raises:
         ValueError: if it has none, or one of another form.
+    Example:
+        >>> source_of(None, "gpt2-small/6-res-jb")
+        'gpt2-small/6-res-jb'
     """
     from saewb.index.feature_index import FeatureIndex
 
@@ -130,6 +140,9 @@ def explanations(
         ConnectionError: in one line, if the site cannot be reached and the cache has no answer.
         FormatError: if the answer is not what the site's API gives.
         ValueError: as `page`.
+    Example:
+        >>> explanations(None, [], source="gpt2-small/6-res-jb")  # asks for none
+        {}
     """
     place = source_of(of, source)
     return {i: _explained(i, _fetched(site, place, i, timeout, cache, max_age_days)) for i in map(_checked, latents)}
@@ -138,6 +151,16 @@ def explanations(
 def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None = None, site: str = SITE) -> str:
     """The address of a page on Neuronpedia with these latents side by side; opened in a browser, it makes the list.
 
+    Args:
+        of: an SAE of the catalogue, an index of one, or None where `source` is given.
+        latents: their indices, in the order to show.
+        name: of the list.
+        source: "model/source", instead of the one the SAE names.
+        site: another one that is laid out alike.
+    Returns:
+        The address; nobody is asked anything.
+    Raises:
+        ValueError: as `page`; if there are no latents.
     Example:
         >>> quick_list(None, [7, 9], "two", source="gpt2-small/6-res-jb").split("?")[0]
         'https://www.neuronpedia.org/quick-list/'
@@ -172,10 +195,18 @@ def make_list(
         source: "model/source", instead of the one the SAE names.
         site: where to ask.
         timeout: seconds.
+    Returns:
+        The list's address.
     Raises:
         ConnectionError: if the site cannot be reached or refuses.
         FormatError: if it answers without an address.
         ValueError: as `page`; if there are no latents.
+    Example:
+        >>> make_list(None, [], "none", "key", source="gpt2-small/6-res-jb")
+        Traceback (most recent call last):
+        ...
+        ValueError: make_list got no latents.
+          want: at least one
     """
     model, _, layer = source_of(of, source).partition("/")
     said = dict(latents) if isinstance(latents, Mapping) else dict.fromkeys(latents, "")
@@ -207,8 +238,18 @@ def export_json(
         path: of the file.
         latents: which; None means all.
         source: "model/source" to say in it; None: what the index names, else its model and hook.
+    Returns:
+        The full path.
     Raises:
         ValueError: if there is no such latent.
+    Example:
+        >>> import saewb, tempfile
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> index = saewb.build_index(model, sae, ["The river flows through the city."] * 20, ctx_len=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_json(index, f"{folder}/features.json", [748])
+        ...     [feature["index"] for feature in json.loads(path.read_text())]
+        ['748']
     """
     target = Path(path).expanduser()
     named = source or index.facts.neuronpedia

@@ -116,6 +116,8 @@ def stream_activations(
         repeat: goes through the tokens again and again, if they are packed here and are no iterator.
         device: where activations are put; None leaves them on the model's.
         dtype: of activations; None keeps the model's.
+    Returns:
+        A stream: an iterator of Activations that can be saved and resumed.
     Raises:
         TypeError: for tokens that are none.
         ValueError: for a point that does not exist or cannot fire; for sizes that make no sense.
@@ -162,6 +164,10 @@ def stream_tensors(
         repeat: goes through them again and again.
         shuffle_seed: of a random order of all tokens, another one each time round; None keeps their order.
         point: name for a plain tensor.
+    Returns:
+        A stream that can be gone through once, saved and resumed; it ends with the tensors unless `repeat`.
+    Raises:
+        ValueError: if the numbers of rows differ, or sizes make no sense.
     Example:
         >>> next(stream_tensors(torch.eye(4), batch_tokens=2)).values["activations"].tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
@@ -190,6 +196,14 @@ def stream_iterable(
         seed: of the mixing.
         prefetch: batches taken ahead in a thread; 0 for no thread.
         point: name for plain tensors.
+    Returns:
+        A stream that ends with the iterable.
+    Raises:
+        TypeError: for a chunk that is none of these.
+    Example:
+        >>> chunks = (torch.full((3, 2), float(i)) for i in range(4))
+        >>> [batch.values["activations"][0, 0].item() for batch in stream_iterable(chunks, batch_tokens=6)]
+        [0.0, 2.0]
     """
     source = IterableSource(chunks, point)
     return ActivationStream(source, batch_tokens, buffer_tokens=buffer_tokens, seed=seed, prefetch=prefetch)
@@ -212,6 +226,8 @@ def stream_draws(
         batch_tokens: tokens of a batch.
         prefetch: batches drawn ahead in a thread; 0 for no thread.
         point: name for plain tensors.
+    Returns:
+        A stream without end, the same for the same seed and batch size.
     Example:
         >>> draw = lambda n, rng: torch.randn(n, 8, generator=rng)
         >>> next(stream_draws(draw, seed=0, batch_tokens=16))

@@ -118,6 +118,11 @@ def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -
     Raises:
         TypeError: if `tokens` are neither integers nor texts.
         ValueError: if they have another shape, or texts do not fill a row.
+    Example:
+        >>> import saewb
+        >>> model, texts = saewb.load_model("tiny", device="cpu"), ["The river flows."] * 9
+        >>> token_rows(model, texts, 16).shape
+        torch.Size([2, 16])
     """
     if not isinstance(tokens, Tensor):
         tokenizer = _tokenizer(model)
@@ -136,8 +141,17 @@ def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -
 def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> tuple[int, ...]:
     """The ids that `skip_special_tokens` means for this model: those of its tokenizer, none, or the ones listed.
 
+    Args:
+        model: asked for its tokenizer.
+        skip_special_tokens: as everywhere: True, False, or a list of token ids.
+    Returns:
+        Token ids, ascending where they are the tokenizer's.
     Raises:
         ValueError: for True on a model without a tokenizer.
+    Example:
+        >>> import saewb
+        >>> special_ids(saewb.load_model("tiny", device="cpu"), True), special_ids(None, False), special_ids(None, [3, 1])
+        ((0,), (), (3, 1))
     """
     if isinstance(skip_special_tokens, bool):
         return special_token_ids(_tokenizer(model)) if skip_special_tokens else ()

@@ -181,6 +181,8 @@ def load_index(path: str | Path) -> FeatureIndex:
 
     Args:
         path: the folder.
+    Returns:
+        A FeatureIndex.
     Raises:
         FileNotFoundError: if there is no index in it.
         FormatError: if it is damaged or of a newer saewb.
