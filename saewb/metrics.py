@@ -32,7 +32,7 @@ def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
     Raises:
         ValueError: if there are no tokens.
     Source:
-        Cunningham et al. 2023, arXiv:2309.08600; "L0" of Bricken et al. 2023, transformer-circuits.pub/2023/monosemantic-features.
+        Cunningham et al. 2023, arXiv:2309.08600.
     Example:
         >>> l0(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).item()
         1.5

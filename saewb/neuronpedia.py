@@ -16,16 +16,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from saewb.errors import FormatError, explain
+from saewb.feature_json import feature_row
 
 if TYPE_CHECKING:
     from saewb.index.feature_index import FeatureIndex
-    from saewb.index.latent import Context, Latent
 
 SITE = "https://www.neuronpedia.org"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -260,54 +259,13 @@ def export_json(
     try:
         with fresh.open("w", encoding="utf-8") as out:  # a feature at a time: the file may be larger than memory
             for n, i in enumerate(chosen):
-                feature = {"modelId": model, "layer": layer, **_feature(index.latent(i))}
+                feature = {"modelId": model, "layer": layer, **feature_row(index.latent(i))}
                 out.write(("[\n" if n == 0 else ",\n") + json.dumps(feature, ensure_ascii=False))
             out.write("[]" if not len(chosen) else "\n]\n")
         os.replace(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
     return target
-
-
-def _feature(latent: Latent) -> dict[str, Any]:
-    histogram, logits = latent.histogram, latent.logit_histogram
-    made = [_activation(c, 0.0, latent.max, -1.0) for c in latent.top]
-    for group in latent.quantiles:
-        values = [abs(c.value) for c in group]
-        made += [_activation(c, min(values), max(values), 1 / len(latent.quantiles)) for c in group]
-    return {
-        "index": str(latent.index),
-        "maxActApprox": latent.max,
-        "frac_nonzero": latent.density,
-        "freq_hist_data_bar_heights": list(histogram.counts),
-        "freq_hist_data_bar_values": _centres(histogram.edges),
-        "logits_hist_data_bar_heights": list(logits.counts) if logits else [],
-        "logits_hist_data_bar_values": _centres(logits.edges) if logits else [],
-        "pos_str": [w.token for w in latent.logits_top],
-        "pos_values": [w.effect for w in latent.logits_top],
-        "neg_str": [w.token for w in latent.logits_bottom],
-        "neg_values": [w.effect for w in latent.logits_bottom],
-        "topkCosSimIndices": [n.latent for n in latent.nearest_by_decoder],
-        "topkCosSimValues": [n.cosine for n in latent.nearest_by_decoder],
-        "activations": made,
-    }
-
-
-def _centres(edges: Sequence[float]) -> list[float]:
-    return [(a + b) / 2 for a, b in pairwise(edges)]
-
-
-def _activation(context: Context, low: float, high: float, share: float) -> dict[str, Any]:
-    largest = max(range(len(context.acts)), key=lambda j: abs(context.acts[j]))
-    return {
-        "tokens": list(context.tokens),
-        "values": list(context.acts),
-        "maxValue": context.acts[largest],
-        "maxValueTokenIndex": largest,
-        "binMin": low,
-        "binMax": high,
-        "binContains": share,
-    }
 
 
 def _checked(latent: int) -> int:

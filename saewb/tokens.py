@@ -150,7 +150,8 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
         ValueError: for True on a model without a tokenizer.
     Example:
         >>> import saewb
-        >>> special_ids(saewb.load_model("tiny", device="cpu"), True), special_ids(None, False), special_ids(None, [3, 1])
+        >>> model = saewb.load_model("tiny", device="cpu")
+        >>> special_ids(model, True), special_ids(model, False), special_ids(model, [3, 1])
         ((0,), (), (3, 1))
     """
     if isinstance(skip_special_tokens, bool):

@@ -83,7 +83,8 @@ ROOMS = {
     "sharing": "errors loading model_card places pursuit sae temporal",
     "index": "activations attachment errors hooks report sae spans splice tokens",
     "report": "errors index",
-    "neuronpedia": "errors index",
+    "feature_json": "index",
+    "neuronpedia": "errors feature_json index",
     "train_file": "saewb",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
