@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {  # public name: the module that has it
     "FormatError": "errors",
+    "doctor": "checkup",
     "SAE": "sae",
     "SAEConfig": "sae",
     "TopLatents": "sae",

@@ -1,4 +1,4 @@
-"""The command line: `saewb demo` does the main job, `saewb lab` opens notebooks, `saewb train` trains from a file."""
+"""The command line: `saewb demo` does the main job, `lab` opens notebooks, `eval`, `train`; `doctor` looks around."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _eval_options(commands.add_parser("eval", help="figures of one or many SAEs, as a table"))
     train_ = commands.add_parser("train", help="train SAEs as a YAML file says; goes on with a run that was begun")
     train_.add_argument("file", type=Path)
+    doctor_ = commands.add_parser("doctor", help="versions, devices, folders: what is missing, and how to mend it")
+    doctor_.add_argument("--network", action="store_true", help="ask the hub whether it answers")
     options, rest = parser.parse_known_args(arguments)
     if options.command == "lab":
         return lab(options.folder, rest)
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "train":
         return train(options.file)
+    if options.command == "doctor":
+        return doctor(options.network)
     try:
         return evaluate(options) if options.command == "eval" else demo(options)
     except (ValueError, TypeError, OSError) as error:
@@ -155,6 +159,13 @@ def train(file: Path) -> int:
     for name in run.saes:
         print(f"{name}: {run.folder / 'saes' / name}")
     return 0
+
+
+def doctor(network: bool) -> int:
+    """Print what `saewb.doctor` finds; 1 if something is wrong."""
+    found = saewb.doctor(network)
+    print(found)
+    return 0 if found.ok else 1
 
 
 def _sae(model, model_name: str):

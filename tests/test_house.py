@@ -15,6 +15,7 @@ ROOT = Path(saewb.__file__).parent
 # Each room may import from saewb only what is on its right. Torch everywhere; transformer_lens in models only.
 ROOMS = {
     "errors": "",
+    "checkup": "embedded errors",
     "config": "errors",
     "arithmetic": "config",
     "sae": "arithmetic config errors",
