@@ -119,7 +119,10 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"saewb.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"saewb.{name}")
-    raise AttributeError(f"module 'saewb' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from saewb.errors import near
+
+    close = ", ".join(near(name, __all__))
+    raise AttributeError(f"module 'saewb' has no attribute {name!r}; {f'near: {close}' if close else 'see dir(saewb)'}")
 
 
 def __dir__() -> list[str]:

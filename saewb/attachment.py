@@ -193,9 +193,17 @@ class Attachment:
             hidden = [s.place for s in self._splices if not s.is_top]
             hiding = [s.place for s in self._splices if s.is_top and s.overrides]
             notes += [f"overridden at {', '.join(hidden)}"] if hidden else []
+            notes += [f"made for {name}, which this is not" for name in self._strangers()]
             notes += [f"overrides an earlier one at {', '.join(hiding)}"] if hiding else []
         state = "attached" if self.is_attached else "detached"
         return f"Attachment({'; '.join([state + ': ' + ', '.join(places), *notes])})"
+
+    def _strangers(self) -> list[str]:
+        """Models that SAEs here name and that have another name than this one: a fine-tuned one may be meant."""
+        own = str(getattr(getattr(self._model(), "cfg", None), "model_name", None) or "").lower()
+        made_for = [getattr(_whole(splice).cfg, "model", None) for splice in self._splices]
+        named = {name.lower().rpartition("/")[2] for name in made_for if name}
+        return sorted(name for name in named if own and name not in own and own.rpartition("/")[2] not in name)
 
     def _install(self) -> None:
         installed: list[Splice] = []

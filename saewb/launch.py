@@ -15,6 +15,7 @@ from saewb import hooks
 from saewb.activation_cache import ActivationCache
 from saewb.activations import Activations, joined
 from saewb.attachment import attachments
+from saewb.devices import usable
 from saewb.errors import explain, near
 from saewb.feed import Feed
 from saewb.memory import MemoryEstimate, estimate_memory
@@ -60,7 +61,8 @@ def train(
 
     One forward pass of the model, up to the last layer that is needed, serves all SAEs. The run has hook points of its
     own on the same weights, so the model is free for other cells, and what they attach does not reach the run. What can
-    be wrong is found before it returns: names of hooks, sizes, options, the memory (a warning, see `run.memory`).
+    be wrong is found before it returns: names of hooks, sizes, options, the memory (an error if weights and
+    moments cannot fit, else a warning, see `run.memory`).
 
     Args:
         model: any kind; None if `tokens` is a stream or a cache of activations.
@@ -181,8 +183,11 @@ def _launch(
     device: torch.device | str | None,
     state: Mapping[str, Any] | None = None,
 ) -> Run:
-    device = torch.device(device) if device is not None else _device(model)
+    device = usable(device) if device is not None else _device(model)
     memory = _memory(trainees, widths, model, config, reading, device)
+    if not memory.weights_fit:
+        what = f"the weights alone need {memory.weights / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
+        raise ValueError(explain(f"{what}:\n{memory}", fix="a smaller d_sae, or fewer SAEs at a time"))
     if not memory.fits:
         what = f"this training needs about {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
         warnings.warn(f"{what}:\n{memory}\n  fix:  a smaller batch_tokens, buffer_tokens or d_sae", stacklevel=3)

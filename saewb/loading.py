@@ -18,6 +18,7 @@ import torch
 
 from saewb.config import SAEConfig
 from saewb.cross_layer import CrossLayerTranscoder
+from saewb.devices import usable
 from saewb.errors import explain
 from saewb.formats import FORMATS, Facts, read, saelens
 from saewb.hub_files import Listing, Unreachable, fetched, hashes_of, in_cache, listed
@@ -90,6 +91,7 @@ def load_sae(
         ...     load_sae(folder)
         SAE(relu, 4 -> 9 latents, float32 on cpu)
     """
+    device = usable(device or "cpu")
     place = local(source, id)
     if place is not None:
         return read(place, Facts(scaling_factor=scaling_factor), dtype=dtype, device=device)

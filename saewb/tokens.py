@@ -160,6 +160,9 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
 
 
 def _tokenizer(model: nn.Module) -> Any:
+    if hasattr(getattr(model, "cfg", None), "d_sae"):
+        what = f"got {type(model).__name__} where the model goes."
+        raise TypeError(explain(what, want="the model first, then the SAE", fix="saewb.evaluate(model, sae, tokens)"))
     if getattr(model, "tokenizer", None) is None:
         what = "this model has no tokenizer, so neither text nor special tokens can be told."
         raise ValueError(explain(what, want="token ids, and the ids of special tokens", fix="skip_special_tokens=[0]"))

@@ -15,7 +15,8 @@ ROOT = Path(saewb.__file__).parent
 # Each room may import from saewb only what is on its right. Torch everywhere; transformer_lens in models only.
 ROOMS = {
     "errors": "",
-    "checkup": "embedded errors",
+    "devices": "errors",
+    "checkup": "saewb",
     "config": "errors",
     "arithmetic": "config",
     "sae": "arithmetic config errors",
@@ -44,8 +45,8 @@ ROOMS = {
     "synthetic": "errors metrics sae stats synthetic",
     "formats": "config cross_layer errors formats pursuit sae temporal",
     "gguf_llama": "errors gguf",
-    "models": "errors gguf_llama hub spans",
-    "loading": "config cross_layer errors formats hub_files places pursuit sae temporal",
+    "models": "devices errors gguf_llama hub spans",
+    "loading": "config cross_layer devices errors formats hub_files places pursuit sae temporal",
     "evaluation": "errors",
     "firing": "arithmetic errors metrics",
     "eval_passes": "activations attachment errors firing hooks metrics placing sae splice",
@@ -75,7 +76,7 @@ ROOMS = {
     "run_record": "errors memory training",
     "run_plan": "errors objectives run_folder run_record sae streams training",
     "runs": "errors feed memory run_folder run_record run_view sinks training",
-    "launch": "activation_cache activations attachment errors feed hooks memory run_folder "
+    "launch": "activation_cache activations attachment devices errors feed hooks memory run_folder "
     "run_plan run_record runs sinks sources streams token_streams tokens training",
     "releases": "errors",
     "hub_files": "errors hub",
@@ -166,8 +167,8 @@ def test_no_public_name_is_also_a_modules():
     assert not modules & set(saewb._HOME)
 
 
-def test_unknown_name_lists_the_known():
-    with pytest.raises(AttributeError, match=r"'atach'; it has .*attach"):
+def test_unknown_name_has_near_ones():
+    with pytest.raises(AttributeError, match=r"'atach'; near: attach"):
         saewb.atach  # noqa: B018
 
 
