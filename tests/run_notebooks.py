@@ -15,10 +15,11 @@ import chromium
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
+WIDTH, HEIGHT = 700, 450  # of a figure that does not say
 
-_DRAW = """figure => Plotly.toImage(
+_DRAW = """([figure, width, height]) => Plotly.toImage(
   { data: figure.data, layout: { ...figure.layout, paper_bgcolor: "white", plot_bgcolor: "white" } },
-  { format: "png", width: figure.layout.width || 700, height: figure.layout.height || 450, scale: 1.5 })"""
+  { format: "png", width: figure.layout.width || width, height: figure.layout.height || height, scale: 1.5 })"""
 
 
 def run(path: Path, draw) -> None:
@@ -58,6 +59,8 @@ def pictured(output, draw):
     data.pop(WIDGET, None)
     if PLOTLY in data:
         data["image/png"] = draw(data[PLOTLY])
+        layout = data[PLOTLY]["layout"]
+        output.metadata["image/png"] = {"width": layout.get("width", WIDTH), "height": layout.get("height", HEIGHT)}
     return output
 
 
@@ -70,7 +73,7 @@ def main(paths: list[str]) -> None:
         page.add_script_tag(path=script)
 
         def draw(figure):
-            picture = page.evaluate(_DRAW, figure).partition(",")[2]
+            picture = page.evaluate(_DRAW, [figure, WIDTH, HEIGHT]).partition(",")[2]
             return base64.encodebytes(base64.b64decode(picture)).decode()
 
         for path in map(Path, paths or sorted(map(str, FOLDER.glob("*.ipynb")))):
