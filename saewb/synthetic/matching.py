@@ -41,7 +41,15 @@ def mean_correlation_coefficient(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"
 
 
 def best_matches(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """For each of `a` the row of `b` with the largest |cosine|, and that; block by block."""
+    """For each direction of `a` the nearest one of `b`: its row, and their |cosine|, 0..1; block by block.
+
+    Many may have the same nearest one. Random directions have one too, at about sqrt(2 log m / d): compare with that.
+
+    Example:
+        >>> row, cosine = best_matches(torch.tensor([[1.0, 0.0], [0.0, -2.0]]), torch.eye(2))
+        >>> row.tolist(), cosine.tolist()
+        ([0, 1], [1.0, 1.0])
+    """
     found = [_abs_cosines(block, b).max(1) for block in a.split(max(1, _BLOCK // max(len(b), 1)))]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
