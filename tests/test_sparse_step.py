@@ -328,7 +328,7 @@ def test_sparse_where_there_is_none_is_refused():
     d_sae=st.integers(1, 200),
     k=st.integers(1, 12),
     signed=st.booleans(),
-    slabs=st.sampled_from([None, 1, 3, 8, 16]),
+    slabs=st.sampled_from([2, 3, 4, 16]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=50, deadline=None)
