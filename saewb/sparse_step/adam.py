@@ -85,5 +85,6 @@ def _length(gradient: Tensor) -> Float[Tensor, ""]:
 
 def folds(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is an Adam or AdamW whose fused step divides gradients itself."""
-    fused = all(group.get("fused") and not group["amsgrad"] for group in optimizer.param_groups)
-    return fused and isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return False
+    return all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
