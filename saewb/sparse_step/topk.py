@@ -20,7 +20,7 @@ from saewb.objectives import AbsTopK, BatchTopK, Losses, Matryoshka, Params, Sta
 from saewb.objectives.dead import auxk
 from saewb.sparse_step.auxiliary import DeadLoss, add_dead_gradients
 from saewb.sparse_step.backward import Batch, coded_gradients, figures, leave, squared
-from saewb.sparse_step.pairs import Pairs, combine, dots, pairs_of
+from saewb.sparse_step.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.sparse_step.precision import MARGIN
 from saewb.sparse_step.selection import top_of_batch, top_per_token
 
@@ -92,9 +92,10 @@ def _gradients(batch: Batch, levels: list[Level], signed: bool) -> tuple[dict[st
     for level in reversed(levels):
         span = slice(level.low, level.high)
         d_recon = batch.d_error(level.error).add_(d_recon)
+        order = by_latent(level.pairs, level.high - level.low)
         d_pre = dots(level.pairs, d_recon, batch.params.W_dec[span])
         d_pre = d_pre if signed else d_pre * (level.pairs.pre > 0)
-        parts.insert(0, coded_gradients(batch, level.pairs, level.pairs.pre, d_pre, d_recon, span))
+        parts.insert(0, coded_gradients(batch, level.pairs, order, level.pairs.pre, d_pre, d_recon, span))
     return {name: _joined(batch.memory(name), [part[name] for part in parts]) for name in parts[0]}, d_recon
 
 
