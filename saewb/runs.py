@@ -68,17 +68,16 @@ class Run:
         self._team = team
         self.memory = memory
         self.notes: list[str] = []
-        self._warned: set[tuple[str, str]] = set()
         self.error: BaseException | None = None
+        self._warned: set[tuple[str, str]] = set()
         self._training, self._feed, self._places, self._finish = training, feed, dict(places), finish
         self._folder, self._options, self._sinks, self._facts = folder, options, Sinks(sinks), facts
         self._rows = [dict(row) for row in rows]
-        self._layers = layers
-        self._config = training.config
+        self._layers, self._config = layers, training.config
         self._gate = threading.Condition(threading.RLock())  # held during a step, and by whoever comes in between
         self._waiting = 0
         self._ended = threading.Event()
-        self._paused = self._stopping = False
+        self._paused, self._stopping = False, False
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
         self._done = (training.n_steps, training.n_tokens)
@@ -270,8 +269,8 @@ class Run:
                     self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
 
     def _log(self, step: TrainStep) -> None:
-        row = row_of(step, self._seconds)
         self._warn(step)
+        row = row_of(step, self._seconds)
         self._rows.append(row)
         if self._folder is not None:
             self._folder.log(row)

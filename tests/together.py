@@ -30,11 +30,12 @@ HOW = {
     "normalisation": "centred",
     "b_dec": "mean",
     "estimate_tokens": 2 * B,
-    "dead_after_tokens": 4 * B,
+    "dead_after_tokens": B // 2,  # whoever is silent for a batch
     "density_tokens": 10 * B,
+    "control_tokens": 5 * B,
     "seed": 3,
 }
-STEPS = 40
+STEPS, HALF = 25, 11
 
 
 def train(folder, step="sparse", n_steps=STEPS, saes=None, **more):
@@ -71,8 +72,9 @@ def main(what, folder):
         torch.save({n: s.state_dict() for n, s in run.saes.items()}, folder / f"saes_{team.rank}.pt")
         torch.save(numbers(from_tensors(team)), folder / f"tensors_{team.rank}.pt")
         resumed(folder / "alone_first").wait()
-        train(folder / "together_first", n_steps=17).wait()
-    elif what == "stop":
+        train(folder / "together_first", n_steps=HALF).wait()
+        kept = folder / "together_first" / "checkpoint.safetensors"
+        (folder / f"{team.rank}_folder.json").write_text(json.dumps([str(run.folder), kept.exists(), len(run.history)]))
         run = train(folder / "stopped", n_steps=10**6)
         while run.progress.step < 5:
             time.sleep(0.01)
