@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from saewb.errors import explain, near
-from saewb.objectives import Objective
+from saewb.objectives import MatchingPursuit, Objective
 from saewb.team import ALONE, Team
 from saewb.training.config import TrainConfig
 from saewb.training.learner import Learner, Trainee, described
 from saewb.training.record import TrainStep
-from saewb.training.units import AnySAE, Units, estimated, from_estimates
+from saewb.training.units import AnySAE, Units, estimated, from_estimates, whitening_units
 
 PROBE_ROWS = 256  # of the last batch, that an export is proved on
 MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # when training is resumed
@@ -176,7 +176,7 @@ class Training:
         It can be written with torch.save and read with `weights_only=True` if the stream's own state can.
         """
         self.begin()
-        units = {p: {"factor": u.factor, "mean": u.mean, "scaling": u.scaling} for p, u in self._units.items()}
+        units = {p: u.snapshot() for p, u in self._units.items()}
         return {
             "config": _plain(self.config),
             "trainees": self._signature,
@@ -201,10 +201,7 @@ class Training:
         self._device = self._device or torch.device(state["device"])
         for name, (read, write) in state["points"].items():
             self._trainees[name] = replace(self._trainees[name], read=read, write=write)
-        self._units = {
-            point: Units(u["factor"], None if u["mean"] is None else self._placed(u["mean"]), u["scaling"])
-            for point, u in state["units"].items()
-        }
+        self._units = {point: Units.restored(saved, self._device) for point, saved in state["units"].items()}
         self._probe = dict(state["probe"])
         self._make_learners({point: rows.shape[1] for point, rows in self._probe.items()}, {})
         for name, learner in self._learners.items():
@@ -236,7 +233,7 @@ class Training:
             return
         config = self.config
         self._place, self._iterator = self._stream.state(), iter(self._stream)
-        estimates = config.normalisation in ("constant", "centred") or config.b_dec == "mean"
+        estimates = config.normalisation in ("constant", "centred", "whitened") or config.b_dec == "mean"
         tokens = min(config.n_tokens, config.estimate_tokens or 8 * config.batch_tokens) if estimates else 1
         self._pending.extend(islice(self._iterator, -(-tokens // config.batch_tokens)))
         if not self._pending:
@@ -278,7 +275,10 @@ class Training:
         """Units of a point, and its mean in them, from the pending batches."""
         batches = [self._placed(batch.values[point]) for batch in self._pending]
         factor, mean = estimated(point, batches, centred=self.config.normalisation == "centred")
-        units = from_estimates(self.config.normalisation, factor, mean)
+        if self.config.normalisation == "whitened":
+            units = whitening_units(point, batches, mean, self.config.shrinkage)
+        else:
+            units = from_estimates(self.config.normalisation, factor, mean)
         return units, torch.cat([units.apply(x).mean(0, keepdim=True) for x in batches]).mean(0)
 
     def _make_learners(self, widths: Mapping[str, int], means: Mapping[str, Tensor | None]) -> None:
@@ -316,6 +316,9 @@ def _check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
     if per_token and (skip or trainee.is_transcoder):
         what = f"normalisation={config.normalisation!r} with {name!r}, a transcoder or with a skip matrix."
         raise ValueError(explain(what, want="'none', 'constant' or 'centred': a scale per token says nothing about y"))
+    if config.normalisation == "whitened" and isinstance(trainee.objective, MatchingPursuit):
+        what = f"normalisation='whitened' with {name!r}, which does matching pursuit."
+        raise ValueError(explain(what, want="'constant' or 'centred': its encoder is its decoder, whitened it is not"))
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
