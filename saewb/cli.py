@@ -141,20 +141,24 @@ def lab(folder: Path | None, rest: Sequence[str] = ()) -> int:
 def train(file: Path) -> int:
     """Train as a YAML file says, with a line of progress every few seconds; Ctrl-C and SIGTERM leave a checkpoint."""
     from saewb.run_record import exit_on_sigterm
+    from saewb.team import Team
     from saewb.train_file import train_file
 
     exit_on_sigterm()
     try:
+        leads = Team.joined().leads  # of several processes, one speaks
         run = train_file(file)
-        print(run.memory, flush=True)
+        print(run.memory, flush=True) if leads else None
         while run.wait(timeout=5).state in ("running", "paused"):
-            print(run.progress, flush=True)
+            print(run.progress, flush=True) if leads else None
     except KeyboardInterrupt:
         print(f"stopped; saewb train {file} goes on", file=sys.stderr)
         return 130
     except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    if not leads:
+        return 0
     print(run.progress)
     for name in run.saes:
         print(f"{name}: {run.folder / 'saes' / name}")
@@ -225,3 +229,7 @@ def _next_tokens(model, logits) -> str:
     top = logits[0, -1].softmax(-1).topk(4)
     words = [model.to_single_str_token(int(i)) for i in top.indices]
     return "  ".join(f"{word!r} {p:.0%}" for word, p in zip(words, top.values.tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

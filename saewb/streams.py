@@ -8,6 +8,7 @@ come from: `stream_activations` (a model), `stream_tensors`, `stream_iterable`, 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from saewb.activations import Activations
-from saewb.buffer import Exact, Mixed, Source
+from saewb.buffer import Exact, Mixed, Source, packed, unpacked
 from saewb.errors import explain
 from saewb.prefetch import Prefetched
 from saewb.sources import DrawnSource, IterableSource, ModelSource, TensorSource
@@ -49,12 +50,13 @@ class ActivationStream:
         self.source, self.batch_tokens = source, batch_tokens
         batches = Mixed(source, batch_tokens, buffer_tokens, seed) if buffer_tokens else Exact(source, batch_tokens)
         self._batches = Prefetched(batches, prefetch) if prefetch else batches
+        self._ahead: deque[Activations] = deque()  # of a state with a thread, restored without one
 
     def __iter__(self) -> Iterator[Activations]:
         return self
 
     def __next__(self) -> Activations:
-        return next(self._batches)
+        return self._ahead.popleft() if self._ahead else next(self._batches)
 
     @property
     def stop_layer(self) -> int | None:
@@ -62,12 +64,19 @@ class ActivationStream:
         return self.source.stop_layer if isinstance(self.source, ModelSource) else None
 
     def state(self) -> dict[str, Any]:
-        """Plain values, lists, dictionaries and tensors on the host, copied."""
-        return self._batches.state()
+        """Plain values, lists, dictionaries and tensors on the host, copied; the same with a thread as without."""
+        state = self._batches.state()
+        if isinstance(self._batches, Prefetched):
+            return state
+        return {"source": state, "ahead": [packed(batch) for batch in self._ahead]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
-        self._batches.restore(state)
+        if isinstance(self._batches, Prefetched):
+            self._batches.restore(state)
+            return
+        self._batches.restore(state["source"])
+        self._ahead = deque(unpacked(batch) for batch in state["ahead"])
 
     def close(self) -> None:
         """End the thread that computes ahead, if there is one; the stream gives nothing more."""
