@@ -1,4 +1,4 @@
-"""What one training step costs: `python tests/benchmarks/train_step.py [--objective topk] [--d-sae 4608] [--memory]`.
+"""What one training step costs: `python -m tests.benchmarks.train_step [--objective topk] [--d-sae 4608] [--memory]`.
 
 Whole steps (losses, gradients, clipping, Adam) on the same batch from the same weights, the candidates taken in turn so
 that a busy machine troubles all alike (processor time is the surer figure on one): saewb by sparse steps in full
