@@ -87,7 +87,7 @@ def run(name: str, device: str, options: argparse.Namespace) -> Result:
             module = f"tests.benchmarks.{job.module}"
             command = [python, "-W", "ignore", "-m", module, "--device", device, "--json", written, *size]
             failed = _finished(command, options.timeout)
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
             failed = str(error).strip().splitlines()[-1]
         saved = json.loads(written.read_text()) if written.exists() else {"tables": [], "facts": {}}
     failed = failed or ("" if saved["tables"] else "it wrote no table")

@@ -78,11 +78,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--times", type=int, default=7)
     options = parser.parse_args()
-    report = Report(options)
-    for name, d_sae in [("4k", 4096)] if options.quick else WIDTHS.items():
+    report, times = Report(options), 2 if options.quick else options.times
+    for name, d_sae in [("1k", 1024)] if options.quick else WIDTHS.items():
         with tempfile.TemporaryDirectory() as place:
             calls = readers(write(Path(place) / "sae", d_sae))
-            found = {reader: timed(call, options.times) for reader, call in calls.items()}
+            found = {reader: timed(call, times) for reader, call in calls.items()}
         title = f"load an SAE of {name} latents, {D_IN} wide, float32, from disk"
         notes = {reader: f"peak +{grew:.0f} MB" for reader, (_, grew) in found.items()}
         took = {reader: took for reader, (took, _) in found.items()}
