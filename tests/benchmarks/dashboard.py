@@ -104,29 +104,33 @@ class Agreement:
     firings: int  # number of tokens it fires on
     logits: int  # ten largest and ten smallest effects on logits
     largest_off: float  # largest difference of an effect
+    differ: tuple[int, ...] = ()  # latents whose top contexts are not the same
 
     def __str__(self) -> str:
         return (
             f"top contexts agree on {self.contexts} of {self.n} latents, numbers of firings on {self.firings}, "
             f"logit effects on {self.logits} (largest difference {self.largest_off:.1e})"
+            + (f"; other contexts: latents {', '.join(map(str, self.differ[:10]))}" if self.differ else "")
         )
 
 
 def agreement(index, theirs: dict[str, torch.Tensor], compared: list[int], ids: torch.Tensor) -> Agreement:
     """Compare pages with what the peer found on the same latents."""
-    contexts = firings = logits = 0
-    largest = 0.0
+    firings = logits = 0
+    largest, differ = 0.0, []
     for j, i in enumerate(compared):
         page = index.latent(i)
         ours = [(c.row * ids.shape[1] + c.position, c.value) for c in page.top]
         their_top = reduced(theirs["position"][j].tolist(), theirs["value"][j].tolist(), ids, index.facts.n_top)
-        contexts += same_contexts(ours, their_top)
+        if not same_contexts(ours, their_top):
+            differ.append(i)
         firings += page.n_active == int(theirs["n_active"][j])
         mine = torch.tensor([[x.effect for x in page.logits_top], [x.effect for x in page.logits_bottom]])
         other = torch.stack([theirs["logits_top"][j], theirs["logits_bottom"][j]])
         off = float((mine - other).abs().max())
         logits, largest = logits + (off < 1e-3), max(largest, off)
-    return Agreement(len(compared), contexts, firings, logits, largest)
+    n = len(compared)
+    return Agreement(n, n - len(differ), firings, logits, largest, tuple(differ))
 
 
 def compare(options, report: Report) -> Agreement:

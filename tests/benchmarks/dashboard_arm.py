@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from .measure import facts, peak_mb, reset_peak
 
+AT_ONCE = 8  # latents compared in a run: thousands of contexts of each, as lists of numbers, take gigabytes
+
 
 def hooked(folder: Path):
     """The model as a HookedTransformer, final norm folded and unembedding centred, as the peer's users have it."""
@@ -115,8 +117,12 @@ def main() -> None:
             held, start = reset_peak(), time.perf_counter()
             run(folder, model, ids, job, features=list(range(job["n_features"])), cache=cache)
             told[name] = {"seconds": time.perf_counter() - start, "peak_mb": peak_mb() - held}
-    compared = run(folder, model, ids, job, features=job["compared"], group=job["group"])
-    save_file(found(compared, ids.shape[1]), folder / "theirs.safetensors")
+        parts = []
+        for start in range(0, len(job["compared"]), AT_ONCE):
+            features = job["compared"][start : start + AT_ONCE]
+            data = run(folder, model, ids, job, features=features, cache=Path(place), group=job["group"])
+            parts.append(found(data, ids.shape[1]))
+    save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, folder / "theirs.safetensors")
     (folder / "theirs.json").write_text(json.dumps(told))
 
 
