@@ -40,7 +40,7 @@ class Entries(ABC):
         """Multiplications that so many entries take, about."""
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """`a [n, d], b [m, d]` with entries `a_i . b_j` off the diagonal, if it is made of such; a nan row is undefined."""
+        """`a [n, d], b [m, d]` with entries `a_i . b_j` off the diagonal, if it has such; nan rows are undefined."""
         return None
 
     def means(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import final
 
 import torch
@@ -122,28 +123,15 @@ class Fired(Entries):
     ) -> Float[Tensor, "blocks_r blocks_c"]:
         """sum_ij r_ij = sum_t (sum_i z_ti) (sum_j z_tj) / N, where z is standardised; less the diagonal."""
         n_r, n_c = -(-len(rows) // step), -(-len(cols) // step)
-        total = self.mean.new_zeros(n_r, n_c)
         in_row, in_col = self._block_of(rows, step), self._block_of(cols, step)
-        at = max(1, _MEANS // max(n_r, n_c, 1))
-        for first in range(0, self.n_tokens, at):
-            last = min(self.n_tokens, first + at)
-            total += (self._by_block(first, last, in_row, n_r).T @ self._by_block(first, last, in_col, n_c)).double()
-        known = ~self.spread.isnan()
-        away = (self.mean / self.spread).nan_to_num(0)
-        away_r, away_c = (
-            away.new_zeros(k).index_add_(0, b, away[i]) for k, b, i in self._members(in_row, in_col, n_r, n_c)
-        )
-        each_r, each_c = (
-            torch.zeros(k, device=self.device).index_add_(0, b, known[i].float())
-            for k, b, i in self._members(in_row, in_col, n_r, n_c)
-        )
-        total = total / self.n_tokens - away_r[:, None] * away_c
-        count = each_r[:, None] * each_c
+        known, away = (~self.spread.isnan()).double(), (self.mean / self.spread).nan_to_num(0)
+        total = self._met(in_row, in_col, n_r, n_c) / self.n_tokens
+        total -= _by_block(away, in_row, n_r)[:, None] * _by_block(away, in_col, n_c)
+        count = _by_block(known, in_row, n_r)[:, None] * _by_block(known, in_col, n_c)
         here, there = diagonal(rows, cols, len(self.mean))
-        here, there = (x[known[rows[here]]] for x in (here, there))  # their entry is 1
-        place = (here // step) * n_c + there // step
-        total.view(-1).index_add_(0, place, -torch.ones_like(place, dtype=total.dtype))
-        count.view(-1).index_add_(0, place, -torch.ones_like(place, dtype=count.dtype))
+        own = known[rows[here]]  # the entry of a feature with itself is 1
+        for table in (total, count):
+            table.view(-1).index_add_(0, (here // step) * n_c + there // step, -own)
         return torch.where(count > 0, total / count, torch.nan).float()
 
     def means_cost(self, n_rows: int, n_cols: int, step: int) -> float:
@@ -204,12 +192,18 @@ class Fired(Entries):
         block[chosen] = torch.arange(len(chosen), device=self.device) // step
         return block
 
-    def _members(self, in_row: Tensor, in_col: Tensor, n_r: int, n_c: int) -> list[tuple[int, Tensor, Tensor]]:
-        """For rows and columns: blocks, the block of each latent that is in one, and that latent."""
-        return [(k, b[b >= 0], (b >= 0).nonzero()[:, 0]) for k, b in ((n_r, in_row), (n_c, in_col))]
+    def _met(self, in_row: Tensor, in_col: Tensor, n_r: int, n_c: int) -> Float[Tensor, "blocks_r blocks_c"]:
+        """Sums over tokens of products of blocks' activations, in units of their spread."""
+        total = self.mean.new_zeros(n_r, n_c)
+        at = max(1, _MEANS // max(n_r, n_c))
+        for first in range(0, self.n_tokens, at):
+            last = min(self.n_tokens, first + at)
+            a = self._in_blocks(first, last, in_row, n_r)
+            total += (a.T @ (a if in_col is in_row else self._in_blocks(first, last, in_col, n_c))).double()
+        return total
 
-    def _by_block(self, first: int, last: int, block: Tensor, n: int) -> Tensor:
-        """`[tokens, blocks]`: sums of activations in units of their spread."""
+    def _in_blocks(self, first: int, last: int, block: Tensor, n: int) -> Float[Tensor, "tokens blocks"]:
+        """Of some tokens, sums over blocks of activations in units of their spread."""
         begin, end = int(self.by_token.starts[first]), int(self.by_token.starts[last])
         item, value = self.by_token.item[begin:end], self.by_token.value[begin:end]
         each = self.by_token.starts[first : last + 1].diff()
@@ -217,15 +211,18 @@ class Fired(Entries):
         scaled = (value / self.spread[item]).nan_to_num(0).float()
         kept = block[item] >= 0
         out = torch.zeros((last - first) * n, device=self.device)
-        out.index_add_(0, (token * n + block[item])[kept], scaled[kept])
-        return out.view(last - first, n)
+        return out.index_add_(0, (token * n + block[item])[kept], scaled[kept]).view(last - first, n)
+
+
+def _by_block(x: Float[Tensor, " n"], block: Int[Tensor, " n"], n: int) -> Float[Tensor, " blocks"]:
+    """Sums over the members of each block; -1 is none."""
+    inside = block >= 0
+    return x.new_zeros(n).index_add_(0, block[inside], x[inside])
 
 
 def _runs(ends: Tensor, most: int) -> list[slice]:
     """Slices whose lengths, of which `ends` are the running sums, add up to about `most`."""
-    if len(ends) == 0:
-        return []
-    total = int(ends[-1])
-    cuts = torch.searchsorted(ends, torch.arange(most, total, most, device=ends.device)).tolist()
-    edges = [0, *sorted(set(cuts) - {0}), len(ends)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    total = int(ends[-1]) if len(ends) else 0
+    limits = most * torch.arange(1, 1 + total // most, device=ends.device)
+    edges = [0, *sorted(set(torch.searchsorted(ends, limits).tolist()) - {0}), len(ends)]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]

@@ -1,4 +1,4 @@
-"""A large matrix to look at: any window of it at once, as cells of a few numbers each, and the whole looked through once.
+"""A large matrix to look at: any window of it at once, as cells, and the whole of it looked through once.
 
 1. A window that is small is exact: its entries are made.
 2. A larger one is of cells of 2, 4, 8, ... entries a side: their strongest entry, if they are few enough to be made or

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saewb.errors import explain, near
 from saewb.stats._entries import Counted, Dense, Entries, Factors, unit
 from saewb.stats._ordering import by_clusters
-from saewb.stats._overview import Cells, Overview, Pair, pooled
+from saewb.stats._overview import Overview, Pair, pooled
 from saewb.stats._together import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation
 
@@ -77,7 +77,7 @@ class MatrixView:
 
     @torch.no_grad()
     def pooled(
-        self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor, step: int, cells: Cells = "strongest"
+        self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor, step: int, cells: str = "strongest"
     ) -> Float[Tensor, "cells_r cells_c"]:
         """The same as cells of `step * step` entries: of each the strongest, with its sign, or the mean.
 
@@ -124,10 +124,10 @@ class MatrixView:
         return self._matched() if by == "matched" else torch.arange(self.shape[0])
 
     def overview(self, rows: Int[Tensor, " n"] | None = None, n_pairs: int = 100) -> Overview:
-        """All of it to look at, with rows (and columns, if they are the same features) in this order; None: as they are.
+        """All of it to look at, with rows (and columns, if they are the same features) in this order.
 
         Args:
-            rows: a permutation, e.g. `order("clusters")`.
+            rows: a permutation, e.g. `order("clusters")`; None leaves them as they are.
             n_pairs: strongest pairs to keep.
         """
         every = [torch.arange(n) for n in self.shape]
@@ -197,7 +197,7 @@ class MatrixView:
 
 
 def matrix_view(
-    of: Tensor | LowRankCorrelation | Coactivation | nn.Module,
+    of: Any,
     other: Any = None,
     *,
     by: str | None = None,
