@@ -59,7 +59,7 @@ _HOME = {  # public name: the module that has it
     "Coactivation": "stats.coactivation",
     "MatrixView": "stats.matrix_view",
     "matrix_view": "stats.matrix_view",
-    "latent_matrix": "latent_matrix",
+    "latent_matrix": "latent_pairs",
     "enrich": "enrichment",
     "token_sets": "token_kinds",
     "token_texts": "token_kinds",

@@ -81,7 +81,7 @@ ROOMS = {
     "places": "errors formats hub_files releases",
     "model_card": "",
     "sharing": "errors loading model_card places pursuit sae temporal",
-    "latent_matrix": "activations arithmetic errors sae splice stats tokens",
+    "latent_pairs": "activations arithmetic errors sae splice stats tokens",
     "index": "activations attachment errors hooks report sae spans splice stats tokens",
     "report": "errors index",
     "neuronpedia": "errors index",

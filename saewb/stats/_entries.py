@@ -36,8 +36,8 @@ class Entries(ABC):
         """The matrix times `x`, where what is not defined counts as 0."""
 
     @abstractmethod
-    def cost(self, n_rows: int, n_cols: int) -> float:
-        """Multiplications that so many entries take, about."""
+    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
+        """Multiplications that making these entries takes, about."""
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """`a [n, d], b [m, d]` with entries `a_i . b_j` off the diagonal, if it has such; nan rows are undefined."""
@@ -98,9 +98,9 @@ class Factors(Entries):
         """See Entries."""
         return self.a.nan_to_num(0) @ (self.b.nan_to_num(0).T @ x)
 
-    def cost(self, n_rows: int, n_cols: int) -> float:
+    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
         """See Entries."""
-        return float(n_rows) * n_cols * (self.a.shape[1] + 32)
+        return float(len(rows)) * len(cols) * (self.a.shape[1] + 32)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """See Entries."""
@@ -160,9 +160,9 @@ class Dense(Entries):
         parts = self.matrix.split(max(1, 2**22 // len(self.matrix)))
         return torch.cat([part.float().nan_to_num(0) @ x for part in parts])
 
-    def cost(self, n_rows: int, n_cols: int) -> float:
+    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
         """See Entries."""
-        return float(n_rows) * n_cols * 16
+        return float(len(rows)) * len(cols) * 16
 
 
 @final
@@ -199,9 +199,9 @@ class Counted(Entries):
         rows, cols = (torch.arange(size, device=self.device) for size in (n, m))
         return torch.cat([self.tile(part, cols).nan_to_num(0) @ x for part in rows.split(max(1, 2**20 // m))])
 
-    def cost(self, n_rows: int, n_cols: int) -> float:
+    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
         """See Entries."""
-        return float(n_rows) * n_cols * 16 * _COUNTED
+        return float(len(rows)) * len(cols) * 16 * _COUNTED
 
     def fires(self) -> Int[Tensor, " n"]:
         """See Entries."""

@@ -37,6 +37,14 @@ class Ragged:
         starts = torch.cat([ends.new_zeros(1), ends])
         return cls(starts, item[order], value[order])
 
+    def matrix(self, n_items: int, like: Tensor) -> Tensor:
+        """`[lists, n_items]`, sparse."""
+        of = torch.arange(len(self.starts) - 1, device=self.item.device).repeat_interleave(self.starts.diff())
+        places, shape = torch.stack([of, self.item]), (len(self.starts) - 1, n_items)
+        return torch.sparse_coo_tensor(
+            places, self.value.to(like.dtype), shape, is_coalesced=True, check_invariants=False
+        )
+
     def chosen(self, lists: Int[Tensor, " some"]) -> tuple[Tensor, Tensor, Tensor]:
         """Of some lists: the place in `lists`, item and value of each entry."""
         at, place = expand(self.starts[lists], self.starts[lists + 1] - self.starts[lists])
@@ -58,12 +66,14 @@ def expand(starts: Int[Tensor, " runs"], lengths: Int[Tensor, " runs"]) -> tuple
 @final
 @dataclass(frozen=True, eq=False)
 class Fired(Entries):
-    """Correlation over tokens: of activations, or, where all values are 1, of firing (phi)."""
+    """Correlation over tokens: of activations, or, where all values are 1, of firing (phi).
 
-    by_latent: Ragged  # tokens, and values, of each latent
-    by_token: Ragged  # latents, and values, of each token
-    mean: Float[Tensor, " n"]  # of each latent over all tokens, float64
-    spread: Float[Tensor, " n"]  # standard deviation over all tokens, float64; nan where there is too little to go by
+    r_ij = sum_t z_ti z_tj / N - away_i away_j,    z = activation / its standard deviation,    away = mean of z
+    """
+
+    by_latent: Ragged  # tokens, and z / N, of each latent
+    by_token: Ragged  # latents, and z, of each token
+    away: Float[Tensor, " n"]  # float64; nan where there is too little to go by, and z is 0 there
     what: str
     same: bool = True
 
@@ -78,19 +88,20 @@ class Fired(Entries):
         variance = (square / n_tokens - mean.square()).clamp(min=0)
         fires = torch.bincount(latent, minlength=d_sae)
         known = (fires >= max(1, least)) & (variance > 1e-12 * (square / n_tokens))
-        spread = torch.where(known, variance.sqrt(), torch.nan)
-        by_token = Ragged.of(token, latent, value, n_tokens)
-        return cls(Ragged.of(latent, token, value, d_sae), by_token, mean, spread, what)
+        scale = torch.where(known, variance.rsqrt(), 0)
+        z = value * scale[latent]
+        by_latent = Ragged.of(latent, token, z / n_tokens, d_sae)
+        return cls(by_latent, Ragged.of(token, latent, z, n_tokens), torch.where(known, mean * scale, torch.nan), what)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Latents, twice."""
-        return len(self.mean), len(self.mean)
+        return len(self.away), len(self.away)
 
     @property
     def device(self) -> torch.device:
         """Of the firings."""
-        return self.mean.device
+        return self.away.device
 
     @property
     def n_tokens(self) -> int:
@@ -98,25 +109,21 @@ class Fired(Entries):
         return len(self.by_token.starts) - 1
 
     def tile(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        """See Entries. Takes 10 bytes per entry, and 50 MB."""
-        found = self._products(rows, cols).div_(self.n_tokens)
-        found -= self.mean[rows][:, None] * self.mean[cols]
-        found /= self.spread[rows][:, None]
-        found /= self.spread[cols]
-        return found.float()
+        """See Entries. Takes 12 bytes per entry, and 100 MB."""
+        return self._products(rows, cols).addr_(self.away[rows], self.away[cols], alpha=-1).float()
 
     def times(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-        """See Entries."""
-        scale = self.spread.reciprocal().nan_to_num(0)[:, None]
-        y = x.double() * scale
-        seen = self._gathered(self.by_token, y)
-        back = self._gathered(self.by_latent, seen) / self.n_tokens - self.mean[:, None] * (self.mean @ y)
-        return (back * scale).to(x.dtype)
+        """See Entries. Sums in float32."""
+        away = self.away.nan_to_num(0).to(x.dtype)
+        back = self.by_latent.matrix(self.n_tokens, x) @ (self.by_token.matrix(len(away), x) @ x)
+        return back - away[:, None] * (away @ x)
 
-    def cost(self, n_rows: int, n_cols: int) -> float:
-        """See Entries. As if all latents fired equally often; about 200 for a pair that fires."""
-        n, pairs = len(self.mean), float(len(self.by_token.item)) ** 2 / max(1, self.n_tokens)
-        return float(n_rows) * n_cols * (32 + 200 * pairs / n**2) + 10 * len(self.by_token.item) * min(1, n_cols / n)
+    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
+        """See Entries. As if latents fired independently of one another."""
+        fires = self.fires().double()
+        a, b = fires[rows].sum(), fires[cols].sum()
+        setting_up = 20 * b if 2 * len(cols) < len(fires) else 0
+        return float(16 * len(rows) * len(cols) + 400 * a * b / max(1, self.n_tokens) + setting_up)
 
     def means(
         self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int
@@ -124,11 +131,11 @@ class Fired(Entries):
         """sum_ij r_ij = sum_t (sum_i z_ti) (sum_j z_tj) / N, where z is standardised; less the diagonal."""
         n_r, n_c = -(-len(rows) // step), -(-len(cols) // step)
         in_row, in_col = self._block_of(rows, step), self._block_of(cols, step)
-        known, away = (~self.spread.isnan()).double(), (self.mean / self.spread).nan_to_num(0)
+        known, away = (~self.away.isnan()).double(), self.away.nan_to_num(0)
         total = self._met(in_row, in_col, n_r, n_c) / self.n_tokens
         total -= _by_block(away, in_row, n_r)[:, None] * _by_block(away, in_col, n_c)
         count = _by_block(known, in_row, n_r)[:, None] * _by_block(known, in_col, n_c)
-        here, there = diagonal(rows, cols, len(self.mean))
+        here, there = diagonal(rows, cols, len(self.away))
         own = known[rows[here]]  # the entry of a feature with itself is 1
         for table in (total, count):
             table.view(-1).index_add_(0, (here // step) * n_c + there // step, -own)
@@ -137,7 +144,7 @@ class Fired(Entries):
     def means_cost(self, n_rows: int, n_cols: int, step: int) -> float:
         """See Entries."""
         n_r, n_c = -(-n_rows // step), -(-n_cols // step)
-        return float(self.n_tokens) * (n_r * n_c + 8 * (n_r + n_c)) + 100 * len(self.by_token.item)
+        return float(self.n_tokens) * (n_r * n_c + 8 * (n_r + n_c)) + 200 * len(self.by_token.item)
 
     def fires(self) -> Int[Tensor, " n"]:
         """See Entries."""
@@ -153,48 +160,39 @@ class Fired(Entries):
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _products(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """Sums over tokens of products of activations."""
-        out = self.mean.new_zeros(len(rows) * len(cols))
+    def _products(self, rows: Tensor, cols: Tensor) -> Float[Tensor, "rows cols"]:
+        """sum_t z_ti z_tj / N, float64."""
         row, token, value = self.by_latent.chosen(rows)
-        met = self._restricted(cols)
+        met, column = self._columns(cols)
+        out = self.away.new_zeros(len(rows) * len(cols))
         each = met.starts[token + 1] - met.starts[token]
-        ends = each.cumsum(0)
-        for part in _runs(ends, _PAIRS):
+        for part in _runs(each.cumsum(0), _PAIRS):
             run, place = expand(met.starts[token[part]], each[part])
-            at = row[part][run] * len(cols) + met.item[place]
-            out.index_add_(0, at, value[part][run] * met.value[place])
+            col = met.item[place] if column is None else column[met.item[place]]
+            found = value[part][run] * met.value[place]
+            if column is not None:
+                found = torch.where(col >= 0, found, 0)
+            out.index_add_(0, row[part][run] * len(cols) + col.clamp_(min=0), found)
         return out.view(len(rows), len(cols))
 
-    def _restricted(self, cols: Tensor) -> Ragged:
-        """Of each token, the columns that fire."""
-        if 2 * len(cols) < len(self.mean):
+    def _columns(self, cols: Tensor) -> tuple[Ragged, Tensor | None]:
+        """Of each token, the columns that fire; or, if there are many, all latents, and the column of each or -1."""
+        if 2 * len(cols) < len(self.away):
             col, token, value = self.by_latent.chosen(cols)
-            return Ragged.of(token, col, value, self.n_tokens)
-        place = torch.full((len(self.mean),), -1, device=self.device)
-        place[cols] = torch.arange(len(cols), device=self.device)
-        col = place[self.by_token.item]
-        kept = col >= 0
-        before = torch.cat([kept.new_zeros(1, dtype=torch.long), kept.cumsum(0)])
-        return Ragged(before[self.by_token.starts], col[kept], self.by_token.value[kept])
-
-    def _gathered(self, lists: Ragged, x: Tensor) -> Tensor:
-        """Per list, the sum over its items of value * x[item]."""
-        out = x.new_zeros(len(lists.starts) - 1, x.shape[1])
-        of = torch.arange(len(out), device=x.device).repeat_interleave(lists.starts.diff())
-        for part in torch.arange(len(of), device=x.device).split(max(1, 2**23 // x.shape[1])):
-            out.index_add_(0, of[part], x[lists.item[part]] * lists.value[part][:, None])
-        return out
+            return Ragged.of(token, col, value * self.n_tokens, self.n_tokens), None
+        column = torch.full((len(self.away),), -1, device=self.device)
+        column[cols] = torch.arange(len(cols), device=self.device)
+        return self.by_token, column
 
     def _block_of(self, chosen: Tensor, step: int) -> Tensor:
         """Which block each latent is in, -1 for none."""
-        block = torch.full((len(self.mean),), -1, device=self.device)
+        block = torch.full((len(self.away),), -1, device=self.device)
         block[chosen] = torch.arange(len(chosen), device=self.device) // step
         return block
 
     def _met(self, in_row: Tensor, in_col: Tensor, n_r: int, n_c: int) -> Float[Tensor, "blocks_r blocks_c"]:
         """Sums over tokens of products of blocks' activations, in units of their spread."""
-        total = self.mean.new_zeros(n_r, n_c)
+        total = self.away.new_zeros(n_r, n_c)
         at = max(1, _MEANS // max(n_r, n_c))
         for first in range(0, self.n_tokens, at):
             last = min(self.n_tokens, first + at)
@@ -203,15 +201,14 @@ class Fired(Entries):
         return total
 
     def _in_blocks(self, first: int, last: int, block: Tensor, n: int) -> Float[Tensor, "tokens blocks"]:
-        """Of some tokens, sums over blocks of activations in units of their spread."""
-        begin, end = int(self.by_token.starts[first]), int(self.by_token.starts[last])
-        item, value = self.by_token.item[begin:end], self.by_token.value[begin:end]
-        each = self.by_token.starts[first : last + 1].diff()
-        token = torch.arange(last - first, device=self.device).repeat_interleave(each)
-        scaled = (value / self.spread[item]).nan_to_num(0).float()
-        kept = block[item] >= 0
-        out = torch.zeros((last - first) * n, device=self.device)
-        return out.index_add_(0, (token * n + block[item])[kept], scaled[kept]).view(last - first, n)
+        """Of some tokens, sums of z over blocks."""
+        starts = self.by_token.starts[first : last + 1]
+        begin, end = int(starts[0]), int(starts[-1])
+        token = torch.arange(last - first, device=self.device).repeat_interleave(starts.diff())
+        of = block[self.by_token.item[begin:end]]
+        place = torch.where(of >= 0, token * n + of, (last - first) * n)  # one place more, for those in no block
+        out = torch.zeros((last - first) * n + 1, device=self.device)
+        return out.index_add_(0, place, self.by_token.value[begin:end].float())[:-1].view(last - first, n)
 
 
 def _by_block(x: Float[Tensor, " n"], block: Int[Tensor, " n"], n: int) -> Float[Tensor, " blocks"]:

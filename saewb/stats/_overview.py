@@ -94,7 +94,7 @@ class Overview:
             return self._made(window, 1, "exact")
         if (kept := self._kept(window, step, cells)) is not None:
             return kept
-        if self._entries.cost(window[1] - window[0], window[3] - window[2]) <= QUICK:
+        if self._entries.cost(self._at[0][window[0] : window[1]], self._at[1][window[2] : window[3]]) <= QUICK:
             return self._made(window, step, cells)
         if cells == "strongest" and (coarse := self._kept(window, self.step, cells)) is not None:
             return replace(coarse, is_final=False)

@@ -8,7 +8,7 @@ import small
 import torch
 
 import saewb
-from saewb import latent_matrix as module
+from saewb import latent_pairs as module
 from saewb.activations import capture
 
 HOOK = "blocks.1.hook_resid_post"
@@ -29,16 +29,8 @@ def test_it_is_the_correlation_of_activations(by, gate, monkeypatch):
     monkeypatch.setattr(module, "_DENSE", 400)
     sae = small.sae(HOOK, gate=gate, **({"k": 9} if gate == "topk" else {}))
     ids, seen = small.tokens(14, 10), []
-    view = saewb.latent_matrix(
-        small.bridge(),
-        sae,
-        ids,
-        by=by,
-        skip_special_tokens=[small.BOS],
-        n_tokens=100,
-        min_fires=1,
-        progress=seen.append,
-    )
+    how = {"by": by, "skip_special_tokens": [small.BOS], "n_tokens": 100, "min_fires": 1, "progress": seen.append}
+    view = saewb.latent_matrix(small.bridge(), sae, ids, **how)
     acts = dense(sae, ids, ids != small.BOS, 100).double()
     acts = acts if by == "correlation" else (acts != 0).double()
     with np.errstate(all="ignore"):
