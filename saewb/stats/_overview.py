@@ -40,6 +40,17 @@ class View:
     cells: str  # "exact", "strongest" or "mean"
     is_final: bool  # False: as good as can be had at once; a finer or truer one takes `Overview.refined`, or the scan
 
+    @property
+    def scale(self) -> float:
+        """A magnitude that few cells pass (the largest 0.5 %), two digits: for colours."""
+        size = self.values.abs()[~self.values.isnan()]
+        return max(1e-6, float(f"{size.quantile(0.995).item():.2g}")) if len(size) else 1.0
+
+    def levels(self, scale: float) -> bytes:
+        """A byte per cell, row by row: 0 not defined, else 1..255 for -scale..scale, 128 for 0."""
+        level = (self.values / scale).clamp(-1, 1).mul(127).round().add(128)
+        return level.nan_to_num(0).to(torch.uint8).numpy().tobytes()
+
 
 @dataclass(frozen=True)
 class Pair:
