@@ -115,7 +115,7 @@ class CorrelationPanel(Panel):
         return f"{self.matrix.what}, {n} x {m}, by {self.order}, rows {r0}:{r1}, columns {c0}:{c1}"
 
     def code(self) -> str:
-        """Python that makes `matrix`, `rows`, `columns` and `values`, the cells in view, of what the panel was given."""
+        """Python that makes `matrix`, `rows`, `columns` and `values`, the cells in view, of what was given."""
         shown = self.shown
         r0, r1, c0, c1 = shown.window
         columns = "order" if self.matrix.same else f"range({self.matrix.shape[1]})"
