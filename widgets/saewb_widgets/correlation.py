@@ -86,7 +86,7 @@ class CorrelationPanel(Panel):
         self.index = of if isinstance(of, saewb.FeatureIndex) else index
         self.matrix = _matrix(of, other, model, tokens, by)
         self.overview: Any = None
-        self._stop = threading.Event()
+        self._stop, self._given_up = threading.Event(), False
         self._ready = False
         n, m = self.matrix.shape
         if self.index is not None and len(self.index) != n:
@@ -148,6 +148,7 @@ class CorrelationPanel(Panel):
             self.progress = 1.0 if self._overview_done() else getattr(self.overview, "done_frac", 0.0)
         elif what == "stop":
             self._stop.set()
+            self._given_up = True  # also where the looking has not begun
         elif what == "code":
             self.notice = self.code()
         else:
@@ -197,6 +198,7 @@ class CorrelationPanel(Panel):
     def _arrange(self) -> None:
         """Have the order, then look through all entries."""
         self._stop.set()
+        self._given_up = False
         matrix, by = self.matrix, self.order
         self.dropped("scan")
 
@@ -213,6 +215,8 @@ class CorrelationPanel(Panel):
         self.overview, stop = overview, threading.Event()
         self._stop = stop
         self.version += 1
+        if self._given_up:
+            return
 
         def work() -> Any:
             for _ in overview.scan():
