@@ -159,14 +159,20 @@ class CorrelationPanel(Panel):
     def _check(self, proposal: dict) -> Any:
         name, got, (n, m) = proposal["trait"].name, proposal["value"], self.matrix.shape
         with refused():
-            if name == "view" and not (0 <= got[0] < got[1] <= n and 0 <= got[2] < got[3] <= m):
-                raise ValueError(errors.explain(f"view is {got}.", want=f"row0 < row1 <= {n}, col0 < col1 <= {m}"))
+            if name == "view":
+                self._window(got)
             if name == "pair" and got != (-1, -1) and not (0 <= got[0] < n and 0 <= got[1] < m):
                 raise ValueError(errors.explain(f"pair is {got}.", want=f"features below {n} and {m}"))
             known = {"order": self.matrix.orders, "cells": CELLS}.get(name)
             if known and got not in known:
                 near = errors.near(got, known)
                 raise ValueError(errors.explain(f"{name} is {got!r}.", near=near, want=", ".join(known)))
+        return got
+
+    def _window(self, got: tuple) -> tuple:
+        n, m = self.matrix.shape
+        if len(got) != 4 or not (0 <= got[0] < got[1] <= n and 0 <= got[2] < got[3] <= m):
+            raise ValueError(errors.explain(f"view is {got}.", want=f"row0 < row1 <= {n}, col0 < col1 <= {m}"))
         return got
 
     @t.observe("order")
@@ -244,8 +250,10 @@ class CorrelationPanel(Panel):
         self.figures = {"figures": [*stats, *strongest], "pairs": pairs}
         self.version += 1
 
-    def _send_tile(self, seq: int, plain: bool = False) -> None:
-        shown = self.shown
+    def _send_tile(self, seq: int, view: Any = None, plain: bool = False) -> None:
+        """Of a view that the front end names, since its messages may overtake its traits."""
+        window = self.view if view is None else self._window(tuple(view))
+        shown = self._overview().view(window, PIXELS, self.cells)
         levels, (high, wide) = shown.levels(shown.scale), shown.values.shape
         head = {"tile": seq, "window": list(shown.window), "shape": [high, wide], "scale": shown.scale}
         head |= {"step": shown.step, "said": self._said(shown)}

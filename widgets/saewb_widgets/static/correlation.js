@@ -22,7 +22,7 @@ function map({ root, model, on, ask, set }, side) {
   side.append(box);
   let tile = null, seq = 0, waiting = 0, again = false, plain = false, at = null, drag = null, began = 0;
   const words = new Map(), view = () => model.get("view");
-  const request = () => { if (waiting) { again = true; return; } waiting = ++seq; began = performance.now(); ask("tile", { seq: waiting, plain }); };
+  const request = () => { if (waiting) { again = true; return; } waiting = ++seq; began = performance.now(); ask("tile", { seq: waiting, view: view(), plain }); };
   const draw = () => {
     if (!tile) return;
     const table = colours(root.dataset.theme), [h, w] = tile.shape, image = new ImageData(w, h), off = document.createElement("canvas");
