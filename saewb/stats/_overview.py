@@ -26,7 +26,7 @@ from saewb.stats.correlation import CorrelationStats
 Window = tuple[int, int, int, int]  # row0, row1, col0, col1: places in the order
 Cells = Literal["strongest", "mean"]
 
-QUICK = 1.5 * 2**30  # multiplications made while one waits: about 100 ms on two cores
+QUICK = 2.0**29  # multiplications made while one waits: under 100 ms on one free core
 _SIDE = 4096  # blocks a side that a scan keeps at most: 67 MB, and a third more for coarser ones
 
 

@@ -204,7 +204,7 @@ class CorrelationPanel(Panel):
     def _arrange(self) -> None:
         """Have the order, then look through all entries."""
         self._stop.set()
-        self._given_up = False
+        self._given_up, self.progress = False, 0.0
         matrix, by = self.matrix, self.order
         self.dropped("scan")
 

@@ -8,7 +8,7 @@ const colours = (theme) => {
     made[4 * k + 3] = 255; }
   return made;
 };
-const number = (v) => (v < 0 ? "\u2212" : "") + Math.abs(v).toFixed(3);
+const number = (v) => { const a = Math.abs(v); return (v < 0 ? "\u2212" : "") + (a && a < 0.001 ? a.toExponential(1) : a.toFixed(3)); };
 const unpacked = (s) => Uint8Array.from(atob(s), (c) => c.charCodeAt(0));
 
 function map({ root, model, on, ask, set }, side) {
@@ -139,7 +139,7 @@ function correlation(parts) {
           r.append(t); }); e.append(r); }); }
     else if (s.fires !== null) e.append(make("p", "none", `fires on ${count(s.fires)} tokens`));
     const near = make("p", "none", "strongest with ");
-    s.near.forEach(([j, v]) => near.append(`${j} (${number(v)}) `));
+    near.append(s.near.map(([j, v]) => `${j} (${number(v)})`).join(", "));
     if (s.near.length) e.append(near);
     return e; };
   const pair = () => { const p = model.get("page");
