@@ -42,7 +42,7 @@ class MatrixView:
     Entries that are not defined (a feature that never fires, a direction of length 0) are nan.
     """
 
-    entries: Entries
+    entries: Entries  # where its numbers come from: a matrix, factors, directions, firings
     density: Float[Tensor, " n"] | None = None  # of the rows' features, fractions of tokens; None: not known
 
     @property
@@ -212,6 +212,8 @@ def matrix_view(
         by: of an SAE "decoder" (default) or "encoder"; of counts "phi" (default), "jaccard" or "correlation"; "cosine"
             for directions.
         density: of each feature, as a fraction of tokens: for an order. Counts bring their own.
+    Returns:
+        A MatrixView; nothing is computed yet.
     Raises:
         TypeError: for anything else.
         ValueError: for a matrix that is not square or not symmetric, or widths that differ.

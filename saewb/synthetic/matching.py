@@ -45,6 +45,11 @@ def best_matches(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> tuple[Int[
 
     Many may have the same nearest one. Random directions have one too, at about sqrt(2 log m / d): compare with that.
 
+    Args:
+        a: one set of directions, of any lengths.
+        b: the other set.
+    Returns:
+        For each row of `a`, the row number in `b`, and |cosine| with it.
     Example:
         >>> row, cosine = best_matches(torch.tensor([[1.0, 0.0], [0.0, -2.0]]), torch.eye(2))
         >>> row.tolist(), cosine.tolist()
