@@ -1,25 +1,31 @@
-"""Training end to end, from texts to SAE: `python tests/benchmarks/train.py [--model smollm2-135m] [--steps 40]`.
+"""Training end to end, from texts to SAE: python -m tests.benchmarks.train [--model smollm2-135m] [--steps 40]
 
-Tokens per second of the same job (a language model's activations at one point, mixed, and a TopK SAE trained on them)
-by saewb's `Training` over `stream_activations` with the model in float32 and in bfloat16, and, where it is installed,
-by sae-lens' activations store and trainer in float32. Each candidate in a fresh process, after a warm-up of two batches
-over a full buffer; the stores mix over the same number of tokens. Prints a markdown table: tokens per second, by the
-clock and by processor time, and how many times sae-lens' rate. Passes or fails nothing.
+The same job (a language model's activations at one point, mixed, and a TopK SAE trained on them) by saewb's `Training`
+over `stream_activations` with the model in float32 and bfloat16, and, where it is installed, by sae-lens' activations
+store and trainer in float32. Each in a fresh process, after a warm-up of two batches over a full buffer; the stores mix
+over the same number of tokens, and `steps` is a multiple of it, so that all pay for what they read ahead. Prints the
+time of a batch, and tokens per second by the clock and by processor time.
 """
 
+from __future__ import annotations
+
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
 import saewb
 
+from .measure import Report, Table, arguments, has
+
+ROOT = Path(__file__).parents[2]
 CANDIDATES = {"saewb, float32": torch.float32, "saewb, bfloat16 model": torch.bfloat16, "sae-lens": torch.float32}
+SIZES = ("model", "hook", "d_sae", "k", "batch", "ctx_len", "buffer", "steps", "threads", "device")
 
 
 def token_rows(model, options):
@@ -64,12 +70,12 @@ def peers(model, rows, options):
         train_batch_size_tokens=options.batch,
         prepend_bos=False,
         normalize_activations="none",
-        device=torch.device("cpu"),
+        device=torch.device(options.device),
         dtype="float32",
     )
     how = {"total_training_samples": 10**9, "train_batch_size_samples": options.batch, "lr": 3e-4, "lr_end": 3e-5}
     batches = iter(store.get_data_loader()) if hasattr(store, "get_data_loader") else iter(store)
-    trainer = SAETrainer(SAETrainerConfig(**how, device="cpu"), sae, batches)
+    trainer = SAETrainer(SAETrainerConfig(**how, device=options.device), sae, batches)
 
     def steps():
         while True:
@@ -82,7 +88,7 @@ def peers(model, rows, options):
 
 def alone(options):
     """The fresh process's part: seconds by the clock and by all processors, for `steps` steps."""
-    model = saewb.load_model(options.model, CANDIDATES[options.alone])
+    model = saewb.load_model(options.model, CANDIDATES[options.alone], device=options.device)
     rows = token_rows(model, options)
     steps = (peers if options.alone == "sae-lens" else ours)(model, rows, options)
     for _ in range(2):
@@ -95,17 +101,18 @@ def alone(options):
 
 def measured(name, options):
     """(clock, processors) in seconds, by a fresh process."""
-    command = [sys.executable, __file__, "--alone", name]
-    for key in ("model", "hook", "d_sae", "k", "batch", "ctx_len", "buffer", "steps", "threads"):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.train", "--alone", name]
+    for key in SIZES:
         command += ["--" + key.replace("_", "-"), str(getattr(options, key))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """Measure and print."""
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="what saewb.load_model takes")
     parser.add_argument("--hook", default="blocks.10.hook_resid_post")
     parser.add_argument("--d-sae", type=int, default=4608)
@@ -113,27 +120,27 @@ def main():
     parser.add_argument("--batch", type=int, default=4096, help="tokens of a step")
     parser.add_argument("--ctx-len", type=int, default=128, help="tokens of a row")
     parser.add_argument("--buffer", type=int, default=8, help="batches that are mixed")
-    parser.add_argument("--steps", type=int, default=20, help="measured, after two of warm-up")
+    parser.add_argument("--steps", type=int, default=16, help="measured, after two of warm-up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--alone", choices=list(CANDIDATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        options.model, options.hook, options.d_sae, options.k = "tiny", "blocks.2.hook_resid_post", 256, 8
+        options.batch, options.buffer, options.steps = 256, 2, 4
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     if options.alone:
         alone(options)
         return
-    names = [name for name in CANDIDATES if name != "sae-lens" or importlib.util.find_spec("sae_lens")]
-    print(
-        f"{options.model} at {options.hook}, {options.steps} batches of {options.batch} tokens, context "
-        f"{options.ctx_len}, d_sae {options.d_sae}, k {options.k}, {options.threads} threads, torch {torch.__version__}"
-        "\n"
+    times = {name: measured(name, options) for name in CANDIDATES if name != "sae-lens" or has("sae_lens")}
+    n = options.steps * options.batch
+    notes = {name: f"{n / clock:,.0f} tokens/s, {n / cpu:,.0f} per CPU second" for name, (clock, cpu) in times.items()}
+    title = (
+        f"train from texts: {options.model} to {options.hook}, batches of {options.batch:,}, d_sae {options.d_sae:,}"
     )
-    print("| training | tokens/s | tokens per CPU second | x sae-lens | x by CPU |\n|--|--|--|--|--|")
-    times = {name: measured(name, options) for name in names}
-    base, n = times.get("sae-lens", [float("nan")] * 2), options.steps * options.batch
-    for name, (clock, processors) in times.items():
-        row = f"| {name} | {n / clock:,.0f} | {n / processors:,.0f} "
-        print(row + f"| {base[0] / clock:.1f} | {base[1] / processors:.1f} |", flush=True)
+    took = {name: clock / options.steps for name, (clock, _) in times.items()}
+    of = "sae-lens" if "sae-lens" in times else "saewb, float32"
+    Report(options).add(Table.made(f"{title}, k {options.k}: one batch", took, of, notes))
 
 
 if __name__ == "__main__":
