@@ -104,3 +104,10 @@ def test_one_text_instead_of_a_list(model, sae):
 def test_a_name_that_is_nearly_right():
     with pytest.raises(AttributeError, match="'load_models'; near: load_model"):
         saewb.load_models  # noqa: B018
+
+
+def test_latents_read_too_late(model, sae):
+    with saewb.attach(model, sae) as attached:
+        model("A cat")
+    with pytest.raises(ValueError, match="is detached[\\s\\S]*inside the with block"):
+        attached.latents[sae]

@@ -57,7 +57,7 @@ class Trainee:
     read: str | None = None  # point of the stream it reads; None means the only one
     write: str | None = None  # point it predicts; None, or `read`: an autoencoder; another: a transcoder
     lr: float | None = None  # its own peak learning rate; None means the config's
-    seed: int | None = None  # its own seed; None means the config's
+    seed: int | None = None  # its own; None means the config's, and SAEs of one seed and size begin alike
     init: AnySAE | None = None  # a trained SAE to go on from, in the model's units; None means random weights
 
     @property
