@@ -39,6 +39,7 @@ ROOMS = {
     "attachment": "cross_layer errors hooks placing splice tokens",
     "positions": "errors",
     "change": "arithmetic errors hooks sae splice",
+    "generation": "errors hooks",
     "interventions": "attachment change errors hooks placing positions tokens",
     "nodes": "arithmetic errors hooks placing sae splice tokens",
     "attribution": "activations errors hooks nodes spans splice",
