@@ -31,9 +31,9 @@ Intervene = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class NewToken:
-    """One generated token."""
+    """One token of a generation, as `generate_tokens` gives it."""
 
-    token_id: int
+    token_id: int  # of the vocabulary
     text: str  # all that was generated so far, this token included
     probability: float  # of this token, at temperature 1, under the intervention
 
