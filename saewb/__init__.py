@@ -38,7 +38,7 @@ _HOME = {  # public name: the module that has it
     "Attribution": "attribution",
     "attribute": "attribution",
     "attribute_edges": "attribution",
-    "PromptReading": "reading",
+    "PromptReading": "prompt_reading",
     "read_prompt": "reading",
     "NextTokens": "predictions",
     "next_tokens": "predictions",

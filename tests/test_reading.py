@@ -96,7 +96,7 @@ def test_latents_of_a_cross_layer_transcoder_count_with_all_they_write(model, sk
     _, *xs, final = seen(model, *clt.cfg.hooks, LAST)
     latents, _ = formula(clt, xs)
     assert reading.saes[1] == "blocks.1.hook_resid_pre => blocks.1.hook_mlp_out"
-    assert reading.d_sae == (20, 24, 28)
+    assert (reading.d_sae, reading.owner) == ((20, 24, 28), (0, 0, 0))
     for i in range(3):
         own = reading.sae == i
         got = torch.zeros(7, reading.d_sae[i]).index_put(
@@ -184,6 +184,30 @@ def test_tables(model):
     assert once.set_index("latent").activation.to_dict() == largest.to_dict()
     assert repr(reading) == f"PromptReading({len(reading)} rows on 6 tokens: {RESID}, toward 'w5')"
     assert "<table" in reading._repr_html_()
+
+
+def test_what_an_index_knows(model):
+    several = [small.sae(RESID), small.sae(LAST, seed=4)]
+    index = saewb.build_index(model, several[0], small.tokens(8, 9))
+    reading = read_prompt(model, PROMPT, several)
+    frame = reading.to_frame(by="of_max", index=[index, None])
+    own = frame[frame.sae == RESID]
+    for row in own.head(20).itertuples():
+        latent = index.latent(row.latent)
+        assert row.density == pytest.approx(latent.density)
+        assert row.of_max == pytest.approx(row.activation / latent.max, rel=1e-4)
+    assert own.of_max.tolist() == sorted(own.of_max, reverse=True)
+    assert frame[frame.sae == LAST].of_max.isna().all()
+    few = reading.to_frame(index=[index, None], max_density=0.3)
+    assert few[few.sae == RESID].density.max() <= 0.3
+    assert 0 < len(few[few.sae == RESID]) < len(own)
+    assert len(few[few.sae == LAST]) == len(frame[frame.sae == LAST])
+    with pytest.raises(ValueError, match="1 indexes for 2 SAEs"):
+        reading.to_frame(index=index)
+    with pytest.raises(ValueError, match="which has 40 latents"):
+        reading.to_frame(index=[None, saewb.build_index(model, small.sae(RESID, d_sae=9), small.tokens(8, 9))])
+    with pytest.raises(ValueError, match="no of_max"):
+        reading.to_frame(by="of_max")
 
 
 def test_nothing_to_read(model):
