@@ -27,6 +27,7 @@ class Part:
     """What has one list of latents: an SAE, or one layer of a cross-layer transcoder."""
 
     sae: nn.Module
+    owner: int  # which of those given it is, or is a layer of
     layer: int | None  # of a cross-layer transcoder, from 0
     name: str  # "point read" or "point read => point written"
     read: str  # the point it reads

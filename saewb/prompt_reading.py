@@ -1,4 +1,4 @@
-"""What was read of a prompt: active latents as rows, to be weighed with a word, looked up in an index, put in tables."""
+"""What was read of a prompt: active latents as rows, to be weighed with a word, looked up, put in tables."""
 
 from __future__ import annotations
 
@@ -71,10 +71,12 @@ class PromptReading:
     def toward(self, target: str | int) -> PromptReading:
         """The same rows with `logit_effect`: what each adds to this word's logit, directly, at its own position.
 
+        nan for SAEs that do not write into the residual stream, and for crosscoders.
+
         Args:
             target: one token, as text or id.
         Raises:
-            ValueError: for a word that is several tokens; if none of the SAEs writes into the residual stream.
+            ValueError: for a word that is several tokens.
         """
         kept = self.kept
         token = token_id(kept.model, target)
@@ -83,14 +85,9 @@ class PromptReading:
                 direct_effects(kept.model, part, x, self._rows(k), token, kept.final)
                 for k, (part, x) in enumerate(zip(kept.parts, kept.inputs, strict=True))
             ]
-        effect = torch.cat(found)
-        if len(effect) and bool(effect.isnan().all()):
-            what = f"no direct effects on logits are known of {', '.join(self.saes)}."
-            want = "an SAE that writes into the residual stream"
-            raise ValueError(explain(what, want=want, fix='reading.attributed(word, method="gradient")'))
         same = self.target == token
         keep = {"attribution": self.attribution, "at": self.at} if same else {"attribution": None, "at": None}
-        return replace(self, target=token, logit_effect=effect, **keep)
+        return replace(self, target=token, logit_effect=torch.cat(found), **keep)
 
     def attributed(
         self, target: str | int, at: int = -1, method: Literal["gradient", "integrated"] = "gradient"
@@ -242,6 +239,10 @@ class PromptReading:
             verbs = {"logit_effect": 'reading.toward(" Paris")', "attribution": 'reading.attributed(" Paris")'}
             fix = verbs.get(by, f"reading.to_frame(by={by!r}, index=index)")
             raise ValueError(explain(f"this reading has no {by}.", fix=fix))
+        if by == "logit_effect" and len(self) and bool(weights[by].isnan().all()):
+            what = f"no direct effects on logits are known of {', '.join(self.saes)}."
+            want = "an SAE or transcoder that writes into the residual stream"
+            raise ValueError(explain(what, want=want, fix='reading.attributed(" Paris")'))
         return weights[by]
 
 

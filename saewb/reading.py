@@ -3,7 +3,7 @@
 1. `read_prompt` runs the clean model once and keeps what each SAE reads and the final residual stream.
 2. Each SAE encodes that, 64 MiB of latents at a time; what is not 0 becomes a row.
 3. `PromptReading.toward` weighs the rows with a word: what each adds to its logit directly (`saewb.direct_effects`).
-4. `PromptReading.attributed` weighs them with `saewb.attribute`: what each does for the word by every way through the model.
+4. `PromptReading.attributed` weighs them with `saewb.attribute`: what each does for the word by every way.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def read_prompt(
         ids=tuple(ids[0].tolist()),
         special=special.cpu(),
         saes=_names(parts),
-        owner=tuple(next(k for k, sae in enumerate(several) if sae is part.sae) for part in parts),
+        owner=tuple(part.owner for part in parts),
         d_sae=tuple(part.d_sae for part in parts),
         sae=which,
         position=torch.cat([r.position for r in rows]),
@@ -113,21 +113,21 @@ def _parts(model: nn.Module, saes: Sequence[nn.Module]) -> tuple[Part, ...]:
     if not saes:
         raise ValueError(explain("got no SAE.", fix="saewb.read_prompt(model, prompt, sae)"))
     made: list[Part] = []
-    for sae in saes:
+    for owner, sae in enumerate(saes):
         if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
             raise TypeError(explain(f"got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
         if isinstance(sae, CrossLayerTranscoder):
             pairs = zip(sae.cfg.hooks, sae.cfg.hooks_out, strict=True)
-            made += [_part(model, sae, layer, read, write) for layer, (read, write) in enumerate(pairs)]
+            made += [_part(model, sae, owner, layer, read, write) for layer, (read, write) in enumerate(pairs)]
         else:
-            made.append(_part(model, sae, None, *places(sae, None, None)))
+            made.append(_part(model, sae, owner, None, *places(sae, None, None)))
     return tuple(made)
 
 
-def _part(model: nn.Module, sae: nn.Module, layer: int | None, read: str, write: str) -> Part:
+def _part(model: nn.Module, sae: nn.Module, owner: int, layer: int | None, read: str, write: str) -> Part:
     for name in (read, write):
         hooks.resolve(model, name)  # says if there is none
-    return Part(sae, layer, read if read == write else f"{read} => {write}", read, write)
+    return Part(sae, owner, layer, read if read == write else f"{read} => {write}", read, write)
 
 
 def _read(part: Part, activation: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def test_a_crosscoder_has_no_direct_effects(model):
     clt = made(read="blocks.{}.hook_resid_post", write=None)
     assert len(read_prompt(model, PROMPT, clt)) > 0
     with pytest.raises(ValueError, match="no direct effects on logits are known"):
-        read_prompt(model, PROMPT, clt, target=9)
+        read_prompt(model, PROMPT, clt, target=9).to_frame(by="logit_effect")
     both = read_prompt(model, PROMPT, [clt, small.sae(RESID)], target=9)
     known = ~both.logit_effect.isnan()
     assert set(both.sae[known].tolist()) == {3}
@@ -142,6 +142,8 @@ def test_attribution_is_that_of_attribute(model, sae, at):
 def test_several_at_once_are_those_one_by_one(model):
     several = [SAES["relu"](), SAES["transcoder"](), SAES["topk"]()]
     both = read_prompt(model, PROMPT, several, target=9, attribution="integrated")
+    assert both.owner == (0, 1, 2)
+    assert read_prompt(model, PROMPT, [several[0]] * 2).owner == (0, 1)
     assert both.saes == (RESID, "blocks.1.hook_resid_mid => blocks.1.hook_mlp_out", f"{RESID} (2)")
     for k, one in enumerate(several):
         alone = read_prompt(model, PROMPT, one, target=9, attribution="integrated").to_frame(by="logit_effect")
