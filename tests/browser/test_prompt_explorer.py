@@ -87,7 +87,7 @@ def test_effects_on_the_next_token_that_is_chosen(page):
     page.fill("input[aria-label='Next token that effects are on']", "two words")
     page.keyboard.press("Enter")
     page.locator(".complaint", has_text="of this model").wait_for()
-    assert [type(e) for e in page.raised] == [ValueError]
+    assert isinstance(panel.error, ValueError)
     page.get_by_role("button", name="Dismiss").first.click()
     page.get_by_role("button", name="The likeliest again").click()
     page.wait_for_function("() => document.querySelector('.next .word[aria-pressed=true]') !== null")
@@ -154,17 +154,17 @@ def test_errors_a_long_prompt_and_none(page):
 
 
 def test_a_busy_kernel_is_said(page, monkeypatch):
-    panel = explorer(prompt="A cat")
+    panel = explorer(prompt="A dog")
     flush = chromium.mount(page, panel)
     with monkeypatch.context() as patched:
         patched.setattr(panel, "set_state", lambda values: None)  # a cell is running: nobody answers
-        page.fill("textarea", "A dog")
+        page.fill("textarea", "A cat")
         page.keyboard.press("Enter")
         page.locator(".waiting", has_text="waiting for the kernel").wait_for()
-    panel.set_state({"prompt": "A dog"})
+    panel.set_state({"prompt": "A cat"})
     panel.wait(60)
     flush()
-    page.locator(".token", has_text="dog").wait_for()
+    page.locator(".token", has_text="cat").wait_for()
     assert page.inner_text(".waiting") == ""
 
 

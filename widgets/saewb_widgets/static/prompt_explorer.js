@@ -189,7 +189,6 @@ function latents({ model, on, set, ask }) {
     e.setAttribute("aria-label", `latent ${r.latent}, ${names[by]} ${value(by, r[by])}` + (r.density ? `, fires on ${percent(r.density)}` : ""));
     e._tip = () => f.saes[r.sae] + (r.density === undefined || r.density === null ? "" : `\nfires on ${percent(r.density)} of tokens`)
       + (r.token === undefined ? "" : `\nat ${r.position} ${JSON.stringify(r.token)}`);
-    for (const inner of e.querySelectorAll("*")) if (!inner._tip) inner._tip = e._tip;
     e.addEventListener("click", () => { pick(r); rows.focus({ preventScroll: true }); });
     return e;
   };
@@ -268,7 +267,6 @@ function next({ model, on, set }) {
       e.append(seen(make("span", "t"), text), two, make("span", "num", share(p)), make("span", "num dim", q === null ? "" : share(q)));
       e.setAttribute("aria-pressed", String(id === w.target_id && model.get("facts").weighed.includes(model.get("rank"))));
       e._tip = () => `${JSON.stringify(text)}   token ${id}\n${(100 * p).toPrecision(3)} %` + (q === null ? "" : `, with the SAEs ${(100 * q).toPrecision(3)} %`) + "\nclick: which latents make it likelier";
-      for (const inner of e.querySelectorAll("*")) inner._tip = e._tip;
       box.append(e);
     });
     card.append(h, legend);
