@@ -213,7 +213,7 @@ function latents({ model, on, set, ask }) {
     const names_ = make("div", "sub row");
     names_.style.gridTemplateColumns = columnsOf(columns);
     names_.append(make("span"), make("span", "", "latent"), make("span", "", f.has_index ? "where it is strongest \u2192 makes likelier" : ""), make("span"),
-      ...columns.map((c) => make("span", "num", names[c])));
+      ...columns.map((c) => make("span", c === by ? "num by" : "num", names[c])));
     made.push(names_);
     l.rows.forEach((r) => made.push(row(r, by, columns, l.largest, false)));
     if (!l.rows.length) made.push(make("div", "none", "No latent is active here."));
