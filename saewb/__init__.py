@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {  # public name: the module that has it
     "FormatError": "errors",
+    "doctor": "checkup",
     "SAE": "sae",
     "SAEConfig": "sae",
     "TopLatents": "sae",
@@ -35,6 +36,9 @@ _HOME = {  # public name: the module that has it
     "Steering": "interventions",
     "steer": "interventions",
     "ablate": "interventions",
+    "NewToken": "generation",
+    "generate_tokens": "generation",
+    "next_token_changes": "generation",
     "Attribution": "attribution",
     "attribute": "attribution",
     "attribute_edges": "attribution",
@@ -61,6 +65,9 @@ _HOME = {  # public name: the module that has it
     "coactivation": "stats.coactivation",
     "CoactivationStream": "stats.coactivation",
     "Coactivation": "stats.coactivation",
+    "MatrixView": "stats.matrix_view",
+    "matrix_view": "stats.matrix_view",
+    "latent_matrix": "latent_pairs",
     "enrich": "enrichment",
     "token_sets": "token_kinds",
     "token_texts": "token_kinds",
@@ -122,7 +129,10 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"saewb.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"saewb.{name}")
-    raise AttributeError(f"module 'saewb' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from saewb.errors import near
+
+    close = ", ".join(near(name, __all__))
+    raise AttributeError(f"module 'saewb' has no attribute {name!r}; {f'near: {close}' if close else 'see dir(saewb)'}")
 
 
 def __dir__() -> list[str]:

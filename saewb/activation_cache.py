@@ -73,6 +73,12 @@ def cache_activations(
         ValueError: if a row is longer than `n_tokens`; if the tokens end before; if the folder holds another cache.
         FileExistsError: if the folder holds other things.
         OSError: if the disk is full; what was written stays, and goes on from there.
+    Example:
+        >>> import saewb, tempfile
+        >>> model, texts = saewb.load_model("tiny", device="cpu"), ["The river flows through the city."] * 40
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache_activations(model, texts, "blocks.1.hook_resid_post", folder, 200, ctx_len=16)
+        ActivationCache(200 tokens: blocks.1.hook_resid_post 128)
     """
     folder, names = Path(folder).expanduser(), [points] if isinstance(points, str) else list(points)
     rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat)

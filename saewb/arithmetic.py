@@ -18,6 +18,7 @@ Tap = Callable[[str, Tensor], Tensor]  # (name, value) -> the value to go on wit
 # A top-k gate must see every latent of a token to know which ones to keep. It does so in row tiles of at most this
 # many pre-activations (64 MiB in float32), so that asking for a few latents stays small.
 TILE = 2**24
+BLOCK = 2**23  # pre-activations of a block of latents (32 MiB in float32)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,30 @@ def top(pre: Tensor, k: int, gate: Gate) -> tuple[Tensor, Tensor]:
         return pre.gather(-1, indices), indices
     values, indices = pre.topk(k, dim=-1, sorted=False)
     return torch.relu(values), indices
+
+
+@torch.no_grad()
+def top_of_product(
+    h: Float[Tensor, "tokens d_in"], W: Float[Tensor, "d_in d_sae"], b: Float[Tensor, " d_sae"], k: int, gate: Gate
+) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+    """`top(h @ W + b, k, gate)` for "topk" and "abstopk", a block of latents at a time; no gradients.
+
+    Holds at most 32 MiB of pre-activations (or those of 1,024 latents), in one buffer: new memory for each product
+    would cost as much time as the product of a wide SAE.
+    """
+    width = max(1024, k, BLOCK // max(1, len(h)))
+    buffer = h.new_empty(len(h), min(width, W.shape[1]))
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, W.shape[1], width):
+        columns = slice(start, start + width)
+        pre = torch.mm(h, W[:, columns], out=buffer[:, : W[:, columns].shape[1]]).add_(b[columns])
+        values, indices = top(pre, min(k, pre.shape[1]), gate)
+        found.append((values, indices + start))
+    values, indices = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    if len(found) > 1:
+        values, which = top(values, k, gate)
+        indices = indices.gather(1, which)
+    return values, indices
 
 
 def scaled(x: Tensor, scaling: Scaling) -> Tensor:

@@ -90,6 +90,10 @@ def attach(
 def attachments(model: nn.Module) -> list[Attachment]:
     """What is attached to this model now, oldest first.
 
+    Args:
+        model: any, with or without something attached.
+    Returns:
+        Attachments that have not been detached; steering is not among them.
     Example:
         >>> import saewb
         >>> attachments(saewb.load_model("tiny"))
@@ -104,7 +108,18 @@ def on_model(model: nn.Module) -> list[Detachable]:
 
 
 def detach_all(model: nn.Module) -> None:
-    """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost."""
+    """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost.
+
+    Args:
+        model: any; one with nothing attached stays as it is.
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> _ = saewb.attach(model, sae)
+        >>> detach_all(model)
+        >>> saewb.attachments(model)
+        []
+    """
     for found in reversed(list(on_model(model))):
         found.detach()
 
@@ -178,9 +193,17 @@ class Attachment:
             hidden = [s.place for s in self._splices if not s.is_top]
             hiding = [s.place for s in self._splices if s.is_top and s.overrides]
             notes += [f"overridden at {', '.join(hidden)}"] if hidden else []
+            notes += [f"made for {name}, which this is not" for name in self._strangers()]
             notes += [f"overrides an earlier one at {', '.join(hiding)}"] if hiding else []
         state = "attached" if self.is_attached else "detached"
         return f"Attachment({'; '.join([state + ': ' + ', '.join(places), *notes])})"
+
+    def _strangers(self) -> list[str]:
+        """Models that SAEs here name and that have another name than this one: a fine-tuned one may be meant."""
+        own = str(getattr(getattr(self._model(), "cfg", None), "model_name", None) or "").lower()
+        made_for = [getattr(_whole(splice).cfg, "model", None) for splice in self._splices]
+        named = {name.lower().rpartition("/")[2] for name in made_for if name}
+        return sorted(name for name in named if own and name not in own and own.rpartition("/")[2] not in name)
 
     def _install(self) -> None:
         installed: list[Splice] = []

@@ -37,7 +37,7 @@ Method = Literal["gradient", "integrated", "ablation"]
 class Attribution:
     """Effects on a metric: one per latent that is active at a position, and per position's error. See `attribute`."""
 
-    method: Method
+    method: Method  # how effects were found
     metric: float  # of the model as it is
     baselines: tuple[float, ...]  # per SAE, the metric with decode(0) at its point; nan unless integrated
     tokens: tuple[str, ...]  # the prompt, token by token
@@ -207,6 +207,14 @@ def attribute_edges(
         ValueError: if `sae_to` does not read after `sae_from` writes; for targets that are not active; as `attribute`.
     Source:
         Marks et al. 2024, arXiv:2403.19647, section 3.1; Ge et al. 2024, arXiv:2405.13868.
+    Example:
+        >>> import saewb
+        >>> from saewb.sae import SAE, SAEConfig
+        >>> model, later = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> earlier = SAE(SAEConfig(128, 256, gate="topk", k=8, hook="blocks.0.hook_resid_post"))
+        >>> edges = attribute_edges(model, "Marie Curie was a physicist", earlier, later, n_targets=1)
+        >>> edges[["from_position", "to_position"]].max().tolist(), edges.to_latent.nunique()
+        ([9, 9], 1)
     """
     import pandas as pd
 

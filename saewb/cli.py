@@ -1,4 +1,4 @@
-"""The command line: `saewb demo` does the main job, `saewb lab` opens notebooks, `saewb train` trains from a file."""
+"""The command line: `saewb demo` does the main job, `lab` opens notebooks, `eval`, `train`; `doctor` looks around."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _eval_options(commands.add_parser("eval", help="figures of one or many SAEs, as a table"))
     train_ = commands.add_parser("train", help="train SAEs as a YAML file says; goes on with a run that was begun")
     train_.add_argument("file", type=Path)
+    doctor_ = commands.add_parser("doctor", help="versions, devices, folders: what is missing, and how to mend it")
+    doctor_.add_argument("--network", action="store_true", help="ask the hub whether it answers")
     options, rest = parser.parse_known_args(arguments)
     if options.command == "lab":
         return lab(options.folder, rest)
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "train":
         return train(options.file)
+    if options.command == "doctor":
+        return doctor(options.network)
     try:
         return evaluate(options) if options.command == "eval" else demo(options)
     except (ValueError, TypeError, OSError) as error:
@@ -137,24 +141,35 @@ def lab(folder: Path | None, rest: Sequence[str] = ()) -> int:
 def train(file: Path) -> int:
     """Train as a YAML file says, with a line of progress every few seconds; Ctrl-C and SIGTERM leave a checkpoint."""
     from saewb.run_record import exit_on_sigterm
+    from saewb.team import Team
     from saewb.train_file import train_file
 
     exit_on_sigterm()
     try:
+        leads = Team.joined().leads  # of several processes, one speaks
         run = train_file(file)
-        print(run.memory, flush=True)
+        print(run.memory, flush=True) if leads else None
         while run.wait(timeout=5).state in ("running", "paused"):
-            print(run.progress, flush=True)
+            print(run.progress, flush=True) if leads else None
     except KeyboardInterrupt:
         print(f"stopped; saewb train {file} goes on", file=sys.stderr)
         return 130
     except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    if not leads:
+        return 0
     print(run.progress)
     for name in run.saes:
         print(f"{name}: {run.folder / 'saes' / name}")
     return 0
+
+
+def doctor(network: bool) -> int:
+    """Print what `saewb.doctor` finds; 1 if something is wrong."""
+    found = saewb.doctor(network)
+    print(found)
+    return 0 if found.ok else 1
 
 
 def _sae(model, model_name: str):
@@ -214,3 +229,7 @@ def _next_tokens(model, logits) -> str:
     top = logits[0, -1].softmax(-1).topk(4)
     words = [model.to_single_str_token(int(i)) for i in top.indices]
     return "  ".join(f"{word!r} {p:.0%}" for word, p in zip(words, top.values.tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -13,13 +13,15 @@ import fnmatch
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from saewb.errors import explain
 from saewb.hub import first_line
 
+Progress = Callable[[int, int], None]  # bytes that came, bytes in all; raises to cancel
 LARGE = 50_000_000  # bytes; from here on a download says how large it is before it begins
 
 
@@ -78,6 +80,7 @@ def fetched(
     force_download: bool,
     token: str | None,
     call: str,
+    progress: Progress | None = None,
 ) -> Path:
     """The folder in the hub's cache with these files of the repository, those that were not there fetched and checked.
 
@@ -89,8 +92,10 @@ def fetched(
         force_download: fetch again what is there.
         token: of the hub; None means the one logged in with.
         call: the line to paste, for errors.
+        progress: called with (bytes that came, bytes in all) while files come, from the threads that fetch them.
     Raises:
         FileNotFoundError: if the hub refuses.
+        Exception: what `progress` raises, if that is no OSError: it cancels, and no file is taken for whole.
         ConnectionError: if the connection broke; what came is kept, and the next call goes on from there.
         OSError: if a file is not what the hub says (it is then taken out of the cache), or if the disk is full.
     """
@@ -102,10 +107,11 @@ def fetched(
     if missing >= LARGE:
         print(f"{repo}: {size(missing)} to download ({', '.join(new[:3])}{', ...' * (len(new) > 3)})", file=sys.stderr)
     patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
+    how: dict[str, Any] = {} if progress is None else {"tqdm_class": _told(progress, missing)}
     try:
         with refusals(repo, revision, call):
             root = snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, force_download=force_download, token=token
+                repo, revision=revision, allow_patterns=patterns, force_download=force_download, token=token, **how
             )
     except (LocalEntryNotFoundError, *_network()) as error:
         raise ConnectionError(
@@ -200,6 +206,24 @@ def refusals(repo: str, revision: str | None, call: str) -> Iterator[None]:
                 )
             ) from error
         raise
+
+
+def _told(progress: Progress, total: int) -> type:
+    """A bar for huggingface_hub that shows nothing and tells `progress` of bytes (its other bars count files)."""
+    from tqdm.auto import tqdm
+
+    class Told(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.came, self.counts_bytes = 0, kwargs.get("unit") == "B"
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self.came += int(n or 0)
+            if self.counts_bytes:
+                progress(min(self.came, total), total)
+
+    return Told
 
 
 def _network() -> tuple[type[BaseException], ...]:

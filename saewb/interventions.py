@@ -104,7 +104,7 @@ def ablate(
     Args:
         model: as for `steer`.
         sae: whose latents; or several SAEs with the latents of each, `{sae: [latents]}`.
-        latents: which.
+        latents: their indices, one or several.
         positions: as for `steer`.
         skip_special_tokens: as for `steer`.
         hook: as for `steer`.

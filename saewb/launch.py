@@ -15,6 +15,7 @@ from saewb import hooks
 from saewb.activation_cache import ActivationCache
 from saewb.activations import Activations, joined
 from saewb.attachment import attachments
+from saewb.devices import usable
 from saewb.errors import explain, near
 from saewb.feed import Feed
 from saewb.memory import MemoryEstimate, estimate_memory
@@ -36,6 +37,7 @@ from saewb.runs import Run
 from saewb.sinks import Sink
 from saewb.sources import ModelSource
 from saewb.streams import ActivationStream, model_tokens
+from saewb.team import ALONE, Team
 from saewb.token_streams import stream_tokens
 from saewb.tokens import special_ids
 from saewb.training import TrainConfig, Trainee, Training
@@ -60,7 +62,11 @@ def train(
 
     One forward pass of the model, up to the last layer that is needed, serves all SAEs. The run has hook points of its
     own on the same weights, so the model is free for other cells, and what they attach does not reach the run. What can
-    be wrong is found before it returns: names of hooks, sizes, options, the memory (a warning, see `run.memory`).
+    be wrong is found before it returns: names of hooks, sizes, options, the memory (an error if weights and
+    moments cannot fit, else a warning, see `run.memory`).
+
+    In a script that torchrun or `accelerate launch` started in several processes, all train together (`saewb.team`):
+    call it in each with the same arguments, and `run.wait()`; the first one alone writes the folder and calls sinks.
 
     Args:
         model: any kind; None if `tokens` is a stream or a cache of activations.
@@ -98,7 +104,9 @@ def train(
     reading, run_options, config = sorted_out(options, n_tokens)
     reading = replace(reading, positions=(positions.start, positions.stop, positions.step))
     trainees = trainees_of(saes, hook, hook_out)
-    feed, widths = _feed(model, tokens, trainees, reading, config)
+    team = Team.joined()
+    with team.agreed():
+        feed, widths = _feed(model, tokens, trainees, reading, config, team)
     trainees = with_points(trainees, widths)
     facts = {
         "saewb_run": 1,
@@ -109,7 +117,9 @@ def train(
         "widths": widths,
         "model": _name(model),
     }
-    return _launch(model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device)
+    return _launch(
+        model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device, team
+    )
 
 
 def resume_run(
@@ -135,11 +145,21 @@ def resume_run(
         n_tokens: a new end; None keeps it.
         sinks: as for `train`.
         device: as for `train`.
+    Returns:
+        The Run, going on in the background.
     Raises:
         FileNotFoundError: if there is no run, or it never came to a checkpoint.
         RuntimeError: if the run is going on.
+    Example:
+        >>> resume_run("nowhere")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: no run in 'nowhere'.
+          want: a folder with run.json
     """
-    kept = RunFolder(folder)
+    team = Team.joined()
+    with team.agreed():
+        kept = RunFolder(folder, writes=team.leads)
     try:
         facts, state = kept.facts(), kept.state()
         config = facts["config"] | ({} if n_tokens is None else {"n_tokens": n_tokens})
@@ -148,10 +168,10 @@ def resume_run(
         config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
         reading = Reading(**facts["reading"])
         trainees = {name: from_told(said, kept.init(name)) for name, said in facts["saes"].items()}
-        feed, widths = _feed(model, tokens, trainees, reading, config, facts["widths"])
+        feed, widths = _feed(model, tokens, trainees, reading, config, team, facts["widths"])
         options = RunOptions(**facts["options"])
         return _launch(
-            model, feed, widths, trainees, config, reading, options, facts, kept, held_out, sinks, device, state
+            model, feed, widths, trainees, config, reading, options, facts, kept, held_out, sinks, device, team, state
         )
     except BaseException:
         kept.close()
@@ -171,40 +191,53 @@ def _launch(
     held_out: Any,
     sinks: Sequence[Sink],
     device: torch.device | str | None,
+    team: Team,
     state: Mapping[str, Any] | None = None,
 ) -> Run:
-    device = torch.device(device) if device is not None else _device(model)
+    device = usable(device) if device is not None else _device(model)
     memory = _memory(trainees, widths, model, config, reading, device)
+    if not memory.weights_fit:
+        what = f"the weights alone need {memory.weights / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
+        raise ValueError(explain(f"{what}:\n{memory}", fix="a smaller d_sae, or fewer SAEs at a time"))
     if not memory.fits:
         what = f"this training needs about {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
         warnings.warn(f"{what}:\n{memory}\n  fix:  a smaller batch_tokens, buffer_tokens or d_sae", stacklevel=3)
     measured = None if held_out is None else _held_out(model, held_out, widths, reading, config)
-    training = Training(feed, dict(trainees), config, held_out=measured, device=device)
     rows: list[dict[str, Any]] = []
+    with team.agreed():
+        training = Training(feed, dict(trainees), config, held_out=measured, device=device, team=team)
+        if state is None and folder is not None and team.leads:
+            folder = _begun(folder, facts, trainees)
     if state is not None:
         training.restore(state["training"])
         rows = folder.rows(training.n_tokens)
-    elif folder is not None:
-        folder = RunFolder(folder)
-        try:
-            folder.begin(facts, {name: t.init for name, t in trainees.items() if t.init is not None})
-        except BaseException:
-            folder.close()
-            raise
+    if team.size > 1:
+        training.begin()
     return Run(
         training,
         feed,
         places={name: place_of(trainee) for name, trainee in trainees.items()},
         finish=finisher(_name(model)),
-        folder=folder,
+        folder=folder if team.leads else None,
         options=options,
-        sinks=sinks,
+        sinks=sinks if team.leads else (),
         memory=memory,
         facts=facts,
         layers=(feed.stream.stop_layer, None if model is None else model.cfg.n_layers),
         rows=rows,
         seconds=0.0 if state is None else state["seconds"],
+        team=team,
     )
+
+
+def _begun(path: str | Path, facts: Mapping[str, Any], trainees: Mapping[str, Trainee]) -> RunFolder:
+    folder = RunFolder(path)
+    try:
+        folder.begin(facts, {name: t.init for name, t in trainees.items() if t.init is not None})
+    except BaseException:
+        folder.close()
+        raise
+    return folder
 
 
 # -- the stream ------------------------------------------------------------------------------------------------------
@@ -216,6 +249,7 @@ def _feed(
     trainees: Mapping[str, Trainee],
     reading: Reading,
     config: TrainConfig,
+    team: Team,
     widths: Mapping[str, int] | None = None,
 ) -> tuple[Feed, dict[str, int]]:
     """The stream, and the width of each of its points, unless they are known: the model's by a pass of one row."""
@@ -236,15 +270,18 @@ def _feed(
         what = f"SAEs are attached: {', '.join(map(repr, attached))}."
         raise ValueError(explain(what, want="the model as it is", fix="saewb.detach_all(model)"))
     own = hooks.twin(model)  # so that neither sees the other's passes
-    source = _source(own, tokens, points_of(trainees), reading, repeat=True)
+    source = _source(own, tokens, points_of(trainees), reading, repeat=True, team=team)
+    how["prefetch"] = reading.prefetch if team.size == 1 else 0  # exchanges in two threads would be out of order
     first = next(ModelSource(own, stream_tokens(torch.zeros(1, 2, dtype=torch.int64)), source.points))
     return Feed(ActivationStream(source, **how)), {name: value.shape[1] for name, value in first.values.items()}
 
 
-def _source(model: nn.Module, tokens: Any, points: Iterable[str], reading: Reading, *, repeat: bool) -> ModelSource:
+def _source(
+    model: nn.Module, tokens: Any, points: Iterable[str], reading: Reading, *, repeat: bool, team: Team = ALONE
+) -> ModelSource:
     rows = model_tokens(model, tokens, ctx_len=reading.ctx_len, pass_tokens=reading.pass_tokens, repeat=repeat)
     skipped = special_ids(model, reading.skip_special_tokens)
-    return ModelSource(model, rows, points, positions=slice(*reading.positions), skipped=skipped)
+    return ModelSource(model, rows, points, positions=slice(*reading.positions), skipped=skipped, team=team)
 
 
 def _widths_of(feed: Feed, trainees: Mapping[str, Trainee]) -> dict[str, int]:

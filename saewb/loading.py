@@ -18,9 +18,10 @@ import torch
 
 from saewb.config import SAEConfig
 from saewb.cross_layer import CrossLayerTranscoder
+from saewb.devices import usable
 from saewb.errors import explain
 from saewb.formats import FORMATS, Facts, read, saelens
-from saewb.hub_files import Listing, Unreachable, fetched, hashes_of, in_cache, listed
+from saewb.hub_files import Listing, Progress, Unreachable, fetched, hashes_of, in_cache, listed
 from saewb.places import Origin, local, not_in_repo, origin_of, unreachable
 from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.sae import SAE
@@ -57,6 +58,7 @@ def load_sae(
     revision: str | None = None,
     force_download: bool = False,
     token: str | None = None,
+    progress: Progress | None = None,
 ) -> AnySAE:
     """An SAE by name, folder or hub repository; its layout is recognised by its files.
 
@@ -75,6 +77,8 @@ def load_sae(
         revision: branch, tag or commit of the hub repository; None means "main".
         force_download: fetch again what is in the hub's cache.
         token: of the hub; None means the one logged in with.
+        progress: called with (bytes that came, bytes in all) as a download goes on, from other threads; what it raises
+            (no OSError) cancels the download. What came is kept apart, and the next call goes on from there.
     Returns:
         An SAE; a PursuitSAE, TemporalSAE or CrossLayerTranscoder for those architectures.
     Raises:
@@ -90,11 +94,12 @@ def load_sae(
         ...     load_sae(folder)
         SAE(relu, 4 -> 9 latents, float32 on cpu)
     """
+    device = usable(device or "cpu")
     place = local(source, id)
     if place is not None:
         return read(place, Facts(scaling_factor=scaling_factor), dtype=dtype, device=device)
     origin = origin_of(str(source), id)
-    root, names, listing = _on_disk(origin, _patterns(origin), _readable, revision, force_download, token)
+    root, names, listing = _on_disk(origin, _patterns(origin), _readable, revision, force_download, token, progress)
     facts = _facts(origin, scaling_factor)
     sae = read(root / origin.path, facts, dtype=dtype, device=device)
     sae.cfg = _with_source(sae.cfg, origin, _source(origin, revision, root, names, listing))
@@ -158,6 +163,12 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
         FileExistsError: if there is something that may not be replaced.
         ValueError: if the layout cannot express this SAE.
         TypeError: for a CrossLayerTranscoder.
+    Example:
+        >>> import saewb, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_sae(saewb.load_sae("tiny"), folder)
+        ...     saewb.load_sae(path).cfg.d_sae
+        1024
     """
     return saelens.write(sae, Path(folder), overwrite=overwrite)
 
@@ -192,6 +203,7 @@ def _on_disk(
     revision: str | None,
     force_download: bool,
     token: str | None,
+    progress: Progress | None = None,
 ) -> tuple[Path, list[str], Listing | None]:
     """The repository's folder in the hub's cache, the names of the files, and the hub's own listing if it answered."""
     listing = listed(origin.repo, revision, token, origin.call)
@@ -212,6 +224,7 @@ def _on_disk(
         force_download=force_download,
         token=token,
         call=origin.call,
+        progress=progress,
     )
     return root, names, listing
 

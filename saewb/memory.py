@@ -33,6 +33,11 @@ class MemoryEstimate:
         """Whether that much is free, as far as can be told."""
         return self.available is None or self.total <= self.available
 
+    @property
+    def weights_fit(self) -> bool:
+        """Whether the part that is exact is free; without it, training cannot begin."""
+        return self.available is None or self.weights <= self.available
+
     def __str__(self) -> str:
         rows = [(name, getattr(self, name)) for name in ("weights", "step", "buffer", "checkpoint", "forward", "total")]
         rows += [] if self.available is None else [("available", self.available)]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from saewb.errors import explain
 
+__all__ = ["Reconstruction", "ReconstructionStream", "cosine", "density", "explained_variance", "fvu", "l0", "mse"]
+
 
 def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
     """Active latents per token: 0 if none ever fires, d_sae if all always do.
@@ -29,6 +31,8 @@ def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
         A scalar, in latents per token; unchanged when `latents` is scaled.
     Raises:
         ValueError: if there are no tokens.
+    Source:
+        Cunningham et al. 2023, arXiv:2309.08600.
     Example:
         >>> l0(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).item()
         1.5
@@ -47,6 +51,8 @@ def density(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, " d_sae"]:
         One number in 0..1 per latent; unchanged when `latents` is scaled.
     Raises:
         ValueError: if there are no tokens.
+    Source:
+        "Feature density" of Bricken et al. 2023, transformer-circuits.pub/2023/monosemantic-features.
     Example:
         >>> density(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).tolist()
         [0.0, 0.5, 1.0]
@@ -67,6 +73,8 @@ def mse(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) ->
         A scalar, in squared units of the activations; c^2 times as large when `x` and `recon` are scaled by c.
     Raises:
         ValueError: if there are no tokens or the shapes differ.
+    Source:
+        Gao et al. 2024, arXiv:2406.04093, section 2.1: the loss of TopK SAEs.
     Example:
         >>> mse(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2)).item()
         12.5
@@ -112,6 +120,8 @@ def explained_variance(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "to
         A scalar, unitless, <= 1; unchanged when `x` and `recon` are scaled together.
     Raises:
         ValueError: as `fvu`.
+    Source:
+        1 less the "normalized MSE" of Gao et al. 2024, arXiv:2406.04093.
     Example:
         >>> x = torch.tensor([[0.0], [2.0]])
         >>> explained_variance(x, x).item(), explained_variance(x, x + 1).item()
@@ -132,6 +142,8 @@ def cosine(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"])
         A scalar in -1..1; unchanged when either argument is scaled.
     Raises:
         ValueError: if every row of `x` is 0, if there are no tokens, or if the shapes differ.
+    Source:
+        Karvonen et al. 2025, arXiv:2503.09532 (SAEBench): "cossim".
     Example:
         >>> cosine(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[5.0, 0.0], [0.0, 2.0]])).item()
         0.5

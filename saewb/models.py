@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saewb.devices import usable
 from saewb.errors import explain, near
 from saewb.hub import HubAnswer, ask_hub, cached_models, first_line, hub_offline, is_cached
 from saewb.spans import token_strings
@@ -69,7 +70,7 @@ def load_model(
         FileNotFoundError: no such file, folder, embedded model or name on the hub; or the cache holds only a part.
         ConnectionError: the hub cannot be reached, and the model is not in the cache. Says what can be loaded.
         PermissionError: the model is gated or private, and this machine's token does not open it.
-        ValueError: no tokenizer for a Hugging Face model; an unknown dtype.
+        ValueError: no tokenizer for a Hugging Face model; an unknown dtype; a device that is not there.
         TypeError: source is nothing of the above.
         FormatError: a GGUF file that is not read.
     Example:
@@ -139,7 +140,7 @@ def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _chosen_device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return usable(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _from_object(model: nn.Module, dtype: torch.dtype | None, device: Any, tokenizer: Any) -> Any:
@@ -161,15 +162,15 @@ def _from_object(model: nn.Module, dtype: torch.dtype | None, device: Any, token
 def _move(model: nn.Module, dtype: torch.dtype | None, device: Any) -> None:
     """Moves parameters and buffers, casts only parameters: rotary frequencies lose their meaning in 8 bits."""
     if device is not None:
-        model.to(torch.device(device))
+        model.to(usable(device))
     for parameter in model.parameters() if dtype is not None else ():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
 def _moved_booted(model: Any, dtype: torch.dtype | None, device: Any) -> Any:
-    if device is not None and torch.device(device) != next(model.parameters()).device:
-        model.to(torch.device(device), print_details=False)
+    if device is not None and usable(device) != next(model.parameters()).device:
+        model.to(usable(device), print_details=False)
     if dtype is not None and dtype != model.cfg.dtype:
         frequencies = {name: b.clone() for name, b in model.named_buffers() if "inv_freq" in name}
         model.to(dtype, print_details=False)

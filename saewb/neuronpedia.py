@@ -16,16 +16,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from saewb.errors import FormatError, explain
+from saewb.feature_json import feature_row
 
 if TYPE_CHECKING:
     from saewb.index.feature_index import FeatureIndex
-    from saewb.index.latent import Context, Latent
 
 SITE = "https://www.neuronpedia.org"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,6 +64,8 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
         latent: its index.
         source: "model/source" on the site, instead of the one the SAE names.
         site: another one that is laid out alike.
+    Returns:
+        A NeuronpediaPage: `.url`, and the page itself where a notebook shows it.
     Raises:
         ValueError: if the SAE names no page and `source` is not given, or is not of that form.
     Example:
@@ -77,8 +78,16 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
 def source_of(of: Any, source: str | None = None) -> str:
     """The "model/source" of an SAE or index on Neuronpedia.
 
+    Args:
+        of: an SAE of the catalogue, or an index of one.
+        source: "model/source", which wins.
+    Returns:
+        "model/source", such as "gpt2-small/6-res-jb".
     Raises:
         ValueError: if it has none, or one of another form.
+    Example:
+        >>> source_of(None, "gpt2-small/6-res-jb")
+        'gpt2-small/6-res-jb'
     """
     from saewb.index.feature_index import FeatureIndex
 
@@ -130,6 +139,9 @@ def explanations(
         ConnectionError: in one line, if the site cannot be reached and the cache has no answer.
         FormatError: if the answer is not what the site's API gives.
         ValueError: as `page`.
+    Example:
+        >>> explanations(None, [], source="gpt2-small/6-res-jb")  # asks for none
+        {}
     """
     place = source_of(of, source)
     return {i: _explained(i, _fetched(site, place, i, timeout, cache, max_age_days)) for i in map(_checked, latents)}
@@ -138,6 +150,16 @@ def explanations(
 def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None = None, site: str = SITE) -> str:
     """The address of a page on Neuronpedia with these latents side by side; opened in a browser, it makes the list.
 
+    Args:
+        of: an SAE of the catalogue, an index of one, or None where `source` is given.
+        latents: their indices, in the order to show.
+        name: of the list.
+        source: "model/source", instead of the one the SAE names.
+        site: another one that is laid out alike.
+    Returns:
+        The address; nobody is asked anything.
+    Raises:
+        ValueError: as `page`; if there are no latents.
     Example:
         >>> quick_list(None, [7, 9], "two", source="gpt2-small/6-res-jb").split("?")[0]
         'https://www.neuronpedia.org/quick-list/'
@@ -172,10 +194,18 @@ def make_list(
         source: "model/source", instead of the one the SAE names.
         site: where to ask.
         timeout: seconds.
+    Returns:
+        The list's address.
     Raises:
         ConnectionError: if the site cannot be reached or refuses.
         FormatError: if it answers without an address.
         ValueError: as `page`; if there are no latents.
+    Example:
+        >>> make_list(None, [], "none", "key", source="gpt2-small/6-res-jb")
+        Traceback (most recent call last):
+        ...
+        ValueError: make_list got no latents.
+          want: at least one
     """
     model, _, layer = source_of(of, source).partition("/")
     said = dict(latents) if isinstance(latents, Mapping) else dict.fromkeys(latents, "")
@@ -207,8 +237,18 @@ def export_json(
         path: of the file.
         latents: which; None means all.
         source: "model/source" to say in it; None: what the index names, else its model and hook.
+    Returns:
+        The full path.
     Raises:
         ValueError: if there is no such latent.
+    Example:
+        >>> import saewb, tempfile
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> index = saewb.build_index(model, sae, ["The river flows through the city."] * 20, ctx_len=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_json(index, f"{folder}/features.json", [748])
+        ...     [feature["index"] for feature in json.loads(path.read_text())]
+        ['748']
     """
     target = Path(path).expanduser()
     named = source or index.facts.neuronpedia
@@ -219,54 +259,13 @@ def export_json(
     try:
         with fresh.open("w", encoding="utf-8") as out:  # a feature at a time: the file may be larger than memory
             for n, i in enumerate(chosen):
-                feature = {"modelId": model, "layer": layer, **_feature(index.latent(i))}
+                feature = {"modelId": model, "layer": layer, **feature_row(index.latent(i))}
                 out.write(("[\n" if n == 0 else ",\n") + json.dumps(feature, ensure_ascii=False))
             out.write("[]" if not len(chosen) else "\n]\n")
         os.replace(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
     return target
-
-
-def _feature(latent: Latent) -> dict[str, Any]:
-    histogram, logits = latent.histogram, latent.logit_histogram
-    made = [_activation(c, 0.0, latent.max, -1.0) for c in latent.top]
-    for group in latent.quantiles:
-        values = [abs(c.value) for c in group]
-        made += [_activation(c, min(values), max(values), 1 / len(latent.quantiles)) for c in group]
-    return {
-        "index": str(latent.index),
-        "maxActApprox": latent.max,
-        "frac_nonzero": latent.density,
-        "freq_hist_data_bar_heights": list(histogram.counts),
-        "freq_hist_data_bar_values": _centres(histogram.edges),
-        "logits_hist_data_bar_heights": list(logits.counts) if logits else [],
-        "logits_hist_data_bar_values": _centres(logits.edges) if logits else [],
-        "pos_str": [w.token for w in latent.logits_top],
-        "pos_values": [w.effect for w in latent.logits_top],
-        "neg_str": [w.token for w in latent.logits_bottom],
-        "neg_values": [w.effect for w in latent.logits_bottom],
-        "topkCosSimIndices": [n.latent for n in latent.nearest_by_decoder],
-        "topkCosSimValues": [n.cosine for n in latent.nearest_by_decoder],
-        "activations": made,
-    }
-
-
-def _centres(edges: Sequence[float]) -> list[float]:
-    return [(a + b) / 2 for a, b in pairwise(edges)]
-
-
-def _activation(context: Context, low: float, high: float, share: float) -> dict[str, Any]:
-    largest = max(range(len(context.acts)), key=lambda j: abs(context.acts[j]))
-    return {
-        "tokens": list(context.tokens),
-        "values": list(context.acts),
-        "maxValue": context.acts[largest],
-        "maxValueTokenIndex": largest,
-        "binMin": low,
-        "binMax": high,
-        "binContains": share,
-    }
 
 
 def _checked(latent: int) -> int:

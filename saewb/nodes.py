@@ -84,11 +84,12 @@ def case(
     skip_special_tokens: bool | Sequence[int],
 ) -> Case:
     """Settle what is asked; whatever does not fit is said here."""
+    special = special_ids(model, skip_special_tokens)
     tokens = prompt_ids(model, prompt)
     several = tuple(saes) if isinstance(saes, (list, tuple)) else (saes,)
     if not several:
         raise ValueError(explain("got no SAE.", fix="saewb.attribute(model, prompt, sae, metric)"))
-    plain = ~special_mask(tokens, special_ids(model, skip_special_tokens))
+    plain = ~special_mask(tokens, special)
     return Case(model, tokens, plain, tuple(_site(model, sae) for sae in several), _metric(model, metric))
 
 

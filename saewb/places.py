@@ -102,7 +102,11 @@ def _looks_like_a_path(source: str) -> bool:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return (
+        sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        if folder.is_dir()
+        else []
+    )
 
 
 def _no_folder(folder: Path, fix: str, parent: Path) -> NoReturn:

@@ -32,14 +32,17 @@ class RunFolder:
 
     Args:
         path: made if it is not there.
+        writes: False only to read what is there while another process writes.
     Raises:
         RuntimeError: if a run is going on in it, in this process or another.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path)
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        self.path, self._writes = Path(path).expanduser(), writes
+        self._lock: IO[str] | None = None
+        if writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path)
         self._history: IO[str] | None = None
 
     @property
@@ -94,7 +97,8 @@ class RunFolder:
         path = self.path / _HISTORY
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = [row for row in map(_parsed, lines) if row is not None and row["n_tokens"] <= n_tokens]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        if self._writes:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
     def checkpoint(self, state: Mapping[str, Any], saes: Mapping[str, Any], keep: int | None) -> None:

@@ -67,6 +67,9 @@ def trainees_of(saes: Any, hook: str | None, hook_out: str | None) -> dict[str, 
     made = {}
     for name, sae in named.items():
         trainee = sae if isinstance(sae, Trainee) else Trainee(sae)
+        if isinstance(trainee.objective, type):
+            kind = trainee.objective.__name__
+            raise TypeError(explain(f"train got the class {kind}.", want="one of it", fix=f"saewb.{kind}(d_sae=4096)"))
         if not hasattr(trainee.objective, "losses"):
             what = f"train got a {type(trainee.objective).__name__} for {name!r}."
             raise TypeError(explain(what, want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))

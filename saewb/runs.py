@@ -29,6 +29,7 @@ from saewb.run_folder import RunFolder
 from saewb.run_record import RunOptions, out_of_memory, row_of
 from saewb.run_view import Progress, line, page
 from saewb.sinks import Event, Sink, Sinks
+from saewb.team import ALONE, Team
 from saewb.training import Diverged, Training, TrainStep
 
 if TYPE_CHECKING:
@@ -62,20 +63,21 @@ class Run:
         layers: tuple[int | None, int | None],
         rows: Sequence[Mapping[str, Any]] = (),
         seconds: float = 0.0,
+        team: Team = ALONE,
     ) -> None:
+        self._team = team
         self.memory = memory
         self.notes: list[str] = []
-        self._warned: set[tuple[str, str]] = set()
         self.error: BaseException | None = None
+        self._warned: set[tuple[str, str]] = set()
         self._training, self._feed, self._places, self._finish = training, feed, dict(places), finish
         self._folder, self._options, self._sinks, self._facts = folder, options, Sinks(sinks), facts
         self._rows = [dict(row) for row in rows]
-        self._layers = layers
-        self._config = training.config
+        self._layers, self._config = layers, training.config
         self._gate = threading.Condition(threading.RLock())  # held during a step, and by whoever comes in between
         self._waiting = 0
         self._ended = threading.Event()
-        self._paused = self._stopping = False
+        self._paused, self._stopping = False, False
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
         self._done = (training.n_steps, training.n_tokens)
@@ -194,15 +196,16 @@ class Run:
         return None if self._folder is None else self._folder.path
 
     def checkpoint(self) -> Run:
-        """Write a checkpoint now, between two steps.
+        """Write a checkpoint now, between two steps; of several processes, the first does.
 
         Raises:
             ValueError: if the run has no folder, or has ended.
         """
+        if not self._team.leads:
+            return self
         if self._folder is None or self._final is not None:
-            raise ValueError(
-                explain(f"{self!r} has nothing to write.", want="a run with a folder", fix="folder='runs/a'")
-            )
+            what = f"{self!r} has nothing to write."
+            raise ValueError(explain(what, want="a run with a folder", fix="folder='runs/a'"))
         with self._between():
             self._keep()
         return self
@@ -211,15 +214,14 @@ class Run:
         return line(self.progress, list(self._places.values()))
 
     def _repr_html_(self) -> str:
-        rows = self._rows[-1:]
+        last = self._rows[-1] if self._rows else {}
         error = [] if self.error is None else [f"{type(self.error).__name__}: {self.error}"]
-        return page(self.progress, self._places, rows[0] if rows else {}, [*self.notes, *error])
+        return page(self.progress, self._places, last, [*self.notes, *error])
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _between(self) -> Iterator[None]:
-        """Between two steps, from any thread."""
         self._waiting += 1  # the thread gives way to those who wait
         with self._gate:
             self._waiting -= 1
@@ -243,7 +245,7 @@ class Run:
         with self._gate:
             self._gate.wait_for(lambda: self._stopping or not (self._paused or self._waiting))
             began = time.monotonic()
-            step = None if self._stopping else next(steps, None)
+            step = None if self._team.any(self._stopping) else next(steps, None)
             self._seconds += time.monotonic() - began
             if step is not None:
                 self._done = (step.step, step.n_tokens)
@@ -258,11 +260,8 @@ class Run:
         if step.step == 1 or last or measured or step.step % self._options.log_every_steps == 0:
             self._log(step)
         every = self._options.checkpoint_every_tokens
-        if (
-            every is not None
-            and not last
-            and step.n_tokens // every != (step.n_tokens - self._config.batch_tokens) // every
-        ):
+        before = step.n_tokens - self._config.batch_tokens
+        if every is not None and not last and self._team.leads and step.n_tokens // every != before // every:
             with self._gate:
                 try:
                     self._keep()
@@ -270,8 +269,8 @@ class Run:
                     self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
 
     def _log(self, step: TrainStep) -> None:
-        row = row_of(step, self._seconds)
         self._warn(step)
+        row = row_of(step, self._seconds)
         self._rows.append(row)
         if self._folder is not None:
             self._folder.log(row)
@@ -281,9 +280,8 @@ class Run:
         for name, warnings in step.warnings.items():
             for warning in warnings:
                 if isinstance(warning, Diverged):
-                    raise FloatingPointError(
-                        explain(f"{name!r} diverged: {warning}.", fix=f"lr={self._config.lr / 10:g}")
-                    )
+                    fix = f"lr={self._config.lr / 10:g}"
+                    raise FloatingPointError(explain(f"{name!r} diverged: {warning}.", fix=fix))
                 if (name, warning.name) not in self._warned:
                     self._warned.add((name, warning.name))
                     self.notes.append(f"{name}: {warning}")
@@ -304,6 +302,8 @@ class Run:
         return saes
 
     def _end(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._team.leave()  # the others must not wait for this process
         with self._gate:
             try:
                 if error is None or self._done[0] > 0:

@@ -18,7 +18,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saewb.arithmetic import TILE, Latents, Tap, TopLatents, scaled, tapped, threshold_gate, top, unscaled
+from saewb.arithmetic import (
+    BLOCK,
+    TILE,
+    Latents,
+    Tap,
+    TopLatents,
+    scaled,
+    tapped,
+    threshold_gate,
+    top,
+    top_of_product,
+    unscaled,
+)
 from saewb.config import SAEConfig, describe, tensor_shapes
 from saewb.errors import FormatError, explain
 
@@ -157,6 +169,9 @@ class SAE(nn.Module):
     def encode_topk(self, x: Float[Tensor, "*batch d_in"]) -> TopLatents:
         """What a top-k gate keeps, as k values and indices per token: `encode(x)` without its zeros.
 
+        On a CPU, without gradients, it takes a block of latents at a time: twice as quick as the product with all of a
+        wide SAE, and 32 MiB of pre-activations at most.
+
         Raises:
             ValueError: if the gate is a threshold, which keeps no fixed number.
         """
@@ -169,9 +184,11 @@ class SAE(nn.Module):
                 )
             )
         h = self._centred(x)
-        pre = torch.addmm(self.b_enc, h.reshape(-1, h.shape[-1]), self.W_enc)
-        values, indices = top(pre, self.cfg.k, self.cfg.gate)
-        return TopLatents(values, indices, (*h.shape[:-1], self.cfg.d_sae))
+        rows, shape = h.reshape(-1, h.shape[-1]), (*h.shape[:-1], self.cfg.d_sae)
+        in_blocks = rows.device.type == "cpu" and len(rows) * self.cfg.d_sae > BLOCK and self.cfg.gate != "groupmax"
+        if in_blocks and not torch.is_grad_enabled():
+            return TopLatents(*top_of_product(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.gate), shape)
+        return TopLatents(*top(torch.addmm(self.b_enc, rows, self.W_enc), self.cfg.k, self.cfg.gate), shape)
 
     def decode(
         self,

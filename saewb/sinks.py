@@ -19,7 +19,7 @@ from typing import Any, Literal, final
 class Event:
     """Something that happened in a run."""
 
-    kind: Literal["begin", "step", "checkpoint", "end"]
+    kind: Literal["begin", "step", "checkpoint", "end"]  # of the run
     step: int  # steps done
     n_tokens: int  # trained on
     row: Mapping[str, Any] = field(default_factory=dict)  # "step": the history's row; "begin": what was asked for
@@ -66,6 +66,11 @@ _OWN = {"held_out/fvu", "held_out/l0", "held_out/mse"}
 def saelens_keys(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
     """A row of the history under SAELens' names for Weights & Biases, the SAE's name first where there are several.
 
+    Args:
+        row: of `run.history`.
+        names: of the run's SAEs; with one only, its name is left out.
+    Returns:
+        Numbers by SAELens' names; quantities it has no name for keep ours.
     Example:
         >>> saelens_keys({"step": 1, "n_tokens": 64, "fvu": 0.25, "losses/mse": 2.0}, ("sae",))
         {'details/n_training_samples': 64, 'metrics/explained_variance': 0.75, 'losses/mse_loss': 2.0}

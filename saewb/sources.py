@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, final
 
@@ -17,6 +18,7 @@ from saewb import hooks
 from saewb.activations import Activations, capture, stop_layer
 from saewb.errors import explain
 from saewb.orders import shuffled
+from saewb.team import ALONE, Team
 from saewb.tokens import special_mask
 
 _HEAD = re.compile(r"(.+)\[(\d+)\]")
@@ -52,6 +54,8 @@ class ModelSource:
         skipped: ids whose tokens are left out.
         device: where activations are put; None leaves them where the model computed them.
         dtype: of activations; None keeps the model's.
+        team: processes that share the passes: of as many batches of rows as there are processes, each computes one and
+            hands it to the others. All give the same chunks, those of one process, and their `state()` is its too.
     Raises:
         ValueError: for a point that does not exist, is switched off, did not fire, or has no token axis.
     """
@@ -66,8 +70,11 @@ class ModelSource:
         skipped: Sequence[int] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self.model, self._tokens = model, tokens
+        self.model, self._tokens, self._team = model, tokens, team
+        self._round: deque[tuple[dict[str, Any], Activations | None]] = deque()  # place before each chunk; the chunk
+        self._unsure: dict[str, Any] | None = None  # place before a round that was begun and not ended
         self.points = {name: _parsed(name) for name in points}
         if not self.points:
             raise ValueError(explain("got no points.", want="one or more names of hook points"))
@@ -87,16 +94,59 @@ class ModelSource:
 
     def __next__(self) -> Activations:
         for _ in range(1000):
-            if self._ids is None:
-                self._ids = next(self._tokens)
-            chunk = self._computed(self._ids)
-            self._ids = None
+            chunk = self._alone() if self._team.size == 1 else self._shared()
             if chunk is not None:
                 return chunk
         what = (
             f"1000 batches of rows gave no token that is kept (positions {self._positions}, skipped {self._skipped})."
         )
         raise ValueError(explain(what, want="rows with other tokens", fix="positions=slice(1, None)"))
+
+    def _alone(self) -> Activations | None:
+        if self._ids is None:
+            self._ids = next(self._tokens)
+        chunk = self._computed(self._ids)
+        self._ids = None
+        return chunk
+
+    def _shared(self) -> Activations | None:
+        if not self._round:
+            rows = list(self._rounds())
+            if not rows:
+                raise StopIteration
+            self._unsure = rows[0][0]
+            chunks = self._handed_round([ids for _, ids in rows])
+            self._unsure = None
+            self._round.extend((place, chunk) for (place, _), chunk in zip(rows, chunks, strict=True))
+        return self._round.popleft()[1]
+
+    def _rounds(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """A batch of rows for each process, fewer at the end, each with the place before it."""
+        if self._ids is not None:  # from a state
+            yield {"tokens": self._tokens.state(), "ids": self._ids}, self._ids
+            self._ids = None
+        for _ in range(self._team.size):
+            place = {"tokens": self._tokens.state(), "ids": None}
+            ids = next(self._tokens, None)
+            if ids is None:
+                return
+            yield place, ids
+
+    def _handed_round(self, rows: list[Tensor]) -> list[Activations | None]:
+        """The chunks of these rows: one computed here, the others handed over. Too few for all: all computed here."""
+        kept = [self._kept(ids) for ids in rows]
+        if len(rows) != self._team.size or not all(map(len, kept)):
+            return [self._computed(ids) for ids in rows]
+        own = self._computed(rows[self._team.rank])
+        chunks: list[Activations | None] = []
+        for rank, (ids, where) in enumerate(zip(rows, kept, strict=True)):
+            mine = rank == self._team.rank
+            values = {
+                name: self._team.handed(x.contiguous() if mine else x.new_empty(len(where), x.shape[1]), rank)
+                for name, x in own.values.items()
+            }
+            chunks.append(Activations(values, ids.flatten()[where].to(torch.int32)))
+        return chunks
 
     @torch.no_grad()
     def _computed(self, ids: Tensor) -> Activations | None:
@@ -128,12 +178,16 @@ class ModelSource:
 
     def state(self) -> dict[str, Any]:
         """With the rows that were taken and are not computed yet: there are some after a failure."""
-        return {"tokens": self._tokens.state(), "ids": self._ids}
+        if self._round:
+            return dict(self._round[0][0])
+        return dict(self._unsure or {"tokens": self._tokens.state(), "ids": self._ids})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
         self._tokens.restore(state["tokens"])
         self._ids = state["ids"]
+        self._round.clear()
+        self._unsure = None
 
 
 @final

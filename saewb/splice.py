@@ -108,6 +108,9 @@ class Splice:
 
     def latents(self) -> Tensor:
         """The latents of the last forward pass, `[..., d_sae]`."""
+        if self._latents is None and not any(ref() is self for ref in _stacks.get(self.write.module, [])):
+            what = f"{self.sae!r} is detached, and its latents are forgotten."
+            raise ValueError(explain(what, fix="read attached.latents inside the with block"))
         if self._latents is None:
             overridden = "" if self.is_top else "; another SAE is attached on top of it"
             raise ValueError(

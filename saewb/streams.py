@@ -8,6 +8,7 @@ come from: `stream_activations` (a model), `stream_tensors`, `stream_iterable`, 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from saewb.activations import Activations
-from saewb.buffer import Exact, Mixed, Source
+from saewb.buffer import Exact, Mixed, Source, packed, unpacked
 from saewb.errors import explain
 from saewb.prefetch import Prefetched
 from saewb.sources import DrawnSource, IterableSource, ModelSource, TensorSource
@@ -49,12 +50,13 @@ class ActivationStream:
         self.source, self.batch_tokens = source, batch_tokens
         batches = Mixed(source, batch_tokens, buffer_tokens, seed) if buffer_tokens else Exact(source, batch_tokens)
         self._batches = Prefetched(batches, prefetch) if prefetch else batches
+        self._ahead: deque[Activations] = deque()  # of a state with a thread, restored without one
 
     def __iter__(self) -> Iterator[Activations]:
         return self
 
     def __next__(self) -> Activations:
-        return next(self._batches)
+        return self._ahead.popleft() if self._ahead else next(self._batches)
 
     @property
     def stop_layer(self) -> int | None:
@@ -62,12 +64,19 @@ class ActivationStream:
         return self.source.stop_layer if isinstance(self.source, ModelSource) else None
 
     def state(self) -> dict[str, Any]:
-        """Plain values, lists, dictionaries and tensors on the host, copied."""
-        return self._batches.state()
+        """Plain values, lists, dictionaries and tensors on the host, copied; the same with a thread as without."""
+        state = self._batches.state()
+        if isinstance(self._batches, Prefetched):
+            return state
+        return {"source": state, "ahead": [packed(batch) for batch in self._ahead]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
-        self._batches.restore(state)
+        if isinstance(self._batches, Prefetched):
+            self._batches.restore(state)
+            return
+        self._batches.restore(state["source"])
+        self._ahead = deque(unpacked(batch) for batch in state["ahead"])
 
     def close(self) -> None:
         """End the thread that computes ahead, if there is one; the stream gives nothing more."""
@@ -116,6 +125,8 @@ def stream_activations(
         repeat: goes through the tokens again and again, if they are packed here and are no iterator.
         device: where activations are put; None leaves them on the model's.
         dtype: of activations; None keeps the model's.
+    Returns:
+        A stream: an iterator of Activations that can be saved and resumed.
     Raises:
         TypeError: for tokens that are none.
         ValueError: for a point that does not exist or cannot fire; for sizes that make no sense.
@@ -162,6 +173,10 @@ def stream_tensors(
         repeat: goes through them again and again.
         shuffle_seed: of a random order of all tokens, another one each time round; None keeps their order.
         point: name for a plain tensor.
+    Returns:
+        A stream that can be gone through once, saved and resumed; it ends with the tensors unless `repeat`.
+    Raises:
+        ValueError: if the numbers of rows differ, or sizes make no sense.
     Example:
         >>> next(stream_tensors(torch.eye(4), batch_tokens=2)).values["activations"].tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
@@ -190,6 +205,14 @@ def stream_iterable(
         seed: of the mixing.
         prefetch: batches taken ahead in a thread; 0 for no thread.
         point: name for plain tensors.
+    Returns:
+        A stream that ends with the iterable.
+    Raises:
+        TypeError: for a chunk that is none of these.
+    Example:
+        >>> chunks = (torch.full((3, 2), float(i)) for i in range(4))
+        >>> [batch.values["activations"][0, 0].item() for batch in stream_iterable(chunks, batch_tokens=6)]
+        [0.0, 2.0]
     """
     source = IterableSource(chunks, point)
     return ActivationStream(source, batch_tokens, buffer_tokens=buffer_tokens, seed=seed, prefetch=prefetch)
@@ -212,6 +235,8 @@ def stream_draws(
         batch_tokens: tokens of a batch.
         prefetch: batches drawn ahead in a thread; 0 for no thread.
         point: name for plain tensors.
+    Returns:
+        A stream without end, the same for the same seed and batch size.
     Example:
         >>> draw = lambda n, rng: torch.randn(n, 8, generator=rng)
         >>> next(stream_draws(draw, seed=0, batch_tokens=16))

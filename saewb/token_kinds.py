@@ -77,6 +77,11 @@ def tokens_where(tokenizer: Any, fits: str | Callable[[str], bool]) -> list[int]
 
     The text has its space in front where the token has one. Special tokens do not fit.
 
+    Args:
+        tokenizer: of the vocabulary; or a model that has one.
+        fits: a pattern for `re.search`, or a function of a token's text.
+    Returns:
+        Token ids, ascending.
     Example:
         >>> from saewb.models import load_model
         >>> tiny = load_model("tiny", device="cpu")
@@ -91,6 +96,16 @@ def token_texts(tokenizer: Any) -> dict[int, str]:
     """What each token of a vocabulary stands for, by id, its space in front included; special tokens left out.
 
     A token that is only part of a character's bytes is U+FFFD.
+
+    Args:
+        tokenizer: of the vocabulary; or a model that has one.
+    Returns:
+        Text by token id.
+    Example:
+        >>> import saewb
+        >>> texts = token_texts(saewb.load_model("tiny", device="cpu"))
+        >>> " physicist" in texts.values(), "<|endoftext|>" in texts.values()
+        (True, False)
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))

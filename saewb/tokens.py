@@ -118,6 +118,11 @@ def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -
     Raises:
         TypeError: if `tokens` are neither integers nor texts.
         ValueError: if they have another shape, or texts do not fill a row.
+    Example:
+        >>> import saewb
+        >>> model, texts = saewb.load_model("tiny", device="cpu"), ["The river flows."] * 9
+        >>> token_rows(model, texts, 16).shape
+        torch.Size([2, 16])
     """
     if not isinstance(tokens, Tensor):
         tokenizer = _tokenizer(model)
@@ -169,8 +174,18 @@ def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
 def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> tuple[int, ...]:
     """The ids that `skip_special_tokens` means for this model: those of its tokenizer, none, or the ones listed.
 
+    Args:
+        model: asked for its tokenizer.
+        skip_special_tokens: as everywhere: True, False, or a list of token ids.
+    Returns:
+        Token ids, ascending where they are the tokenizer's.
     Raises:
         ValueError: for True on a model without a tokenizer.
+    Example:
+        >>> import saewb
+        >>> model = saewb.load_model("tiny", device="cpu")
+        >>> special_ids(model, True), special_ids(model, False), special_ids(model, [3, 1])
+        ((0,), (), (3, 1))
     """
     if isinstance(skip_special_tokens, bool):
         return special_token_ids(_tokenizer(model)) if skip_special_tokens else ()
@@ -178,6 +193,9 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
 
 
 def _tokenizer(model: nn.Module) -> Any:
+    if hasattr(getattr(model, "cfg", None), "d_sae"):
+        what = f"got {type(model).__name__} where the model goes."
+        raise TypeError(explain(what, want="the model first, then the SAE", fix="saewb.evaluate(model, sae, tokens)"))
     if getattr(model, "tokenizer", None) is None:
         what = "this model has no tokenizer, so neither text nor special tokens can be told."
         raise ValueError(explain(what, want="token ids, and the ids of special tokens", fix="skip_special_tokens=[0]"))

@@ -19,6 +19,7 @@ from typing import Any
 
 import saewb
 from saewb.errors import explain, near
+from saewb.team import Team
 
 _KNOWN = ("model", "tokens", "held_out", "saes", "n_tokens", "folder", "device", "dtype")
 
@@ -41,7 +42,7 @@ def train_file(path: Path) -> Any:
     )
     tokens = _documents(asked["tokens"], "tokens")
     held_out = _documents(asked["held_out"], "held_out") if "held_out" in asked else None
-    if (folder / "run.json").exists():
+    if Team.joined().told((folder / "run.json").exists()):  # one answer for all processes
         return saewb.resume_run(folder, model=model, tokens=tokens, held_out=held_out, n_tokens=asked["n_tokens"])
     saes = {name: _trainee(name, said) for name, said in _mapping(asked["saes"], "saes").items()}
     rest = {k: _number(v) for k, v in asked.items() if k not in _KNOWN}

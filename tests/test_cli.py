@@ -19,7 +19,7 @@ def test_demo_does_the_main_job_offline(capsys, tmp_path):
     assert out.splitlines()[-1] == f"The page of features is at {page}"
     assert page.read_text().startswith("<!doctype html>")
     assert "FeatureIndex(1024 latents on 41,997 tokens" in out
-    assert "[ German] philosopher" in out, "features that a person can name come first"
+    assert "to the[ west]; it lies" in out, "features that a person can name come first"
     assert "SAE(topk k=16, 128 -> 1024 latents, blocks.2.hook_resid_post, tiny" in out
     assert "' capital'" in out
     rows = {line[:16].strip(): line[17:] for line in out.splitlines() if "%" in line}

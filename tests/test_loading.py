@@ -280,6 +280,39 @@ print("[]")
 # --- what goes wrong on the way
 
 
+def test_a_download_tells_how_far_it_is_and_can_be_cancelled(tmp_path):
+    code = f"""
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 100  # bytes that it writes at once
+
+class Stop(Exception):
+    pass
+
+def stop(done, total):
+    if done >= 300:
+        raise Stop("enough")
+
+cancelled = ""
+try:
+    L.load_sae({REPO!r}, "one", progress=stop)
+except Stop as error:
+    cancelled = str(error)
+from pathlib import Path
+whole = [str(p) for p in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/one/sae_weights.safetensors")]
+seen = []
+sae = L.load_sae({REPO!r}, "one", progress=lambda done, total: seen.append((done, total)))
+print(json.dumps([cancelled, whole, seen, repr(sae)]))
+"""
+    with hub({REPO: _published(tmp_path, "one")}) as (endpoint, _):
+        cancelled, whole, seen, sae = _client(code, endpoint, tmp_path / "home")
+    assert cancelled == "enough"
+    assert whole == []
+    assert sae == repr(feed_forward(0, gate="jumprelu"))
+    assert len(seen) > 3
+    assert all(0 <= done <= total for done, total in seen)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
 def test_downloads_go_on_where_they_broke_off_and_damage_is_found(tmp_path):
     names = ["dropped", "wrong", "busy", "short", "gone"]
     repos = {REPO: _published(tmp_path, *names), "some-one/busy": {}, "some-one/secret": {}}

@@ -32,3 +32,10 @@ class TestNotebook:
         text = path.read_text()
         assert not re.search(r"(?<![\w.:/])/(home|root|work|tmp|opt|Users|usr)/", text)
         assert "widget-view+json" not in text
+
+    def test_shows_its_figures_and_panels_where_no_kernel_runs(self, path):
+        cells = json.loads(path.read_text())["cells"]
+        shown = [output["data"] for cell in cells for output in cell.get("outputs", ()) if "data" in output]
+        for data in shown:
+            assert "image/png" in data or "application/vnd.plotly.v1+json" not in data
+            assert "text/html" in data or not re.match(r"\w+(Browser|Panel)\(", "".join(data.get("text/plain", "")))

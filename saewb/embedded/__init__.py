@@ -53,6 +53,10 @@ def held_out_texts() -> list[Document]:
 def folder(what: Literal["model", "sae"]) -> Path:
     """Where the embedded model (a Hugging Face directory) or SAE (SAELens layout) lies.
 
+    Args:
+        what: "model" or "sae".
+    Returns:
+        A folder of the installed package; read only.
     Raises:
         ValueError: for anything else.
     Example:

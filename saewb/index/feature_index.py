@@ -15,11 +15,14 @@ from saewb.index import overview, searching, store
 from saewb.index.facts import IndexFacts
 from saewb.index.gather import Gathering
 from saewb.index.latent import Latent, page
+from saewb.index.together import firing_matrix
 from saewb.index.weights import coactive
 from saewb.index.words import Words
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from saewb.stats.matrix_view import MatrixView
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,6 +128,20 @@ class FeatureIndex:
         """Which latents fire where in a text: token, position, latent, activation, of_max (share of its largest)."""
         return searching.find(self.facts, self.tensors, model, sae, prompt)
 
+    def matrix(self, min_fires: int = 10) -> MatrixView:
+        """Which latents fire together, as a matrix of phi to look at, from the tokens sampled (`coactive_tokens`).
+
+            phi = (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
+
+        Of a token on which more than 128 latents fire, the strongest are known.
+
+        Args:
+            min_fires: latents that fire on fewer of these tokens have no entries.
+        Raises:
+            ValueError: if no tokens were sampled.
+        """
+        return firing_matrix(self.facts, self.tensors, min_fires)
+
     def save(self, path: str | Path) -> Path:
         """Write it to a folder, new or of an index: whole or not at all.
 
@@ -191,6 +208,8 @@ def load_index(path: str | Path) -> FeatureIndex:
 
     Args:
         path: the folder.
+    Returns:
+        A FeatureIndex.
     Raises:
         FileNotFoundError: if there is no index in it.
         FormatError: if it is damaged or of a newer saewb.

@@ -48,8 +48,8 @@ def firings(
 ) -> Iterator[Firings]:
     """Encode rows, a few at a time: what fires there.
 
-    A top-k SAE is asked for its k values per token; of others, at most 32 MiB of latents (or those of one row) are held
-    at a time.
+    A top-k SAE is asked for its k values per token, of all rows at once; of others, at most 32 MiB of latents (or those
+    of one row) are held at a time.
 
     Args:
         sae: of any architecture.
@@ -58,7 +58,8 @@ def firings(
         plain: those that count.
         first_row: the number of the first row.
     """
-    rows = max(1, _TILE // (ids.shape[1] * sae.cfg.d_sae))
+    sparse = isinstance(sae, SAE) and sae.cfg.k is not None
+    rows = len(ids) if sparse else max(1, _TILE // (ids.shape[1] * sae.cfg.d_sae))
     for begin in range(0, len(ids), rows):
         part = slice(begin, begin + rows)
         token, latent, value = _sparse(sae, x[part], plain[part])

@@ -15,6 +15,7 @@ from saewb.objectives.dead import auxk
 from saewb.objectives.losses import Losses, State, fresh_state, measured, squared_error
 from saewb.objectives.weights import Params, Rows, exported, from_sae, started
 from saewb.sae import SAE
+from saewb.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class BatchTopK:
     ) -> Losses:
         """The losses of one batch, differentiable; `extra["kept_min"]` is the smallest length kept."""
         pre = params.pre(x)
-        latents, kept_min = kept_in_batch(params, pre, self.k)
+        latents, kept_min = kept_in_batch(params, pre, self.k, state.team)
         recon = params.decoded(latents, x)
         terms = {"mse": squared_error(recon, y)}
         if self.aux:
@@ -163,7 +164,7 @@ class Matryoshka:
     ) -> Losses:
         """The losses of one batch, differentiable; `extra["kept_min"]` is the smallest length kept."""
         pre = params.pre(x)
-        latents, kept_min = kept_in_batch(params, pre, self.k)
+        latents, kept_min = kept_in_batch(params, pre, self.k, state.team)
         recon, terms, aux = params.offset(x), {}, []
         k_aux, limits = self.k_aux or max(1, y.shape[1] // 2), (0, *self.widths, self.d_sae)
         for low, high in pairwise(limits):
@@ -187,14 +188,22 @@ class Matryoshka:
 
 
 def kept_in_batch(
-    params: Params, pre: Float[Tensor, "tokens d_sae"], k: float
+    params: Params, pre: Float[Tensor, "tokens d_sae"], k: float, team: Team = ALONE
 ) -> tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, ""]]:
-    """The latents kept over a whole batch, and the smallest length z_i |W_dec[i]| > 0 among them (inf if none is)."""
+    """The latents kept over a whole batch, and the smallest length z_i |W_dec[i]| > 0 among them (inf if none is).
+
+    With several processes: this one's share of what is kept over the batch of all, and its own smallest length.
+    """
     score = (torch.relu(pre.detach()) * params.norms().detach()).flatten()
-    best = score.topk(int(k * len(pre)), sorted=False)
-    value = torch.relu(pre.flatten()[best.indices])
-    latents = torch.zeros_like(pre).flatten().scatter(0, best.indices, value).view_as(pre)
-    return latents, torch.where(best.values > 0, best.values, torch.inf).min()
+    n = int(k * len(pre) * team.size)
+    best = score.topk(min(n, len(score)), sorted=False)
+    lengths, places = best.values, best.indices
+    value = torch.relu(pre.flatten()[places])
+    if team.size > 1:
+        kept = team.chosen(lengths, n)
+        lengths, value = torch.where(kept, lengths, 0), torch.where(kept, value, 0)
+    latents = torch.zeros_like(pre).flatten().scatter(0, places, value).view_as(pre)
+    return latents, torch.where(lengths > 0, lengths, torch.inf).min()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saewb.objectives.coefficients import Coefficient
+from saewb.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class State:
     coefficients: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)  # by name of the loss term
     threshold: Float[Tensor, ""] | None = None  # BatchTopK, Matryoshka: what a latent must exceed after training
     n_thresholds: int = 0  # batches that `threshold` is the mean of so far
+    team: Team = ALONE  # processes among which the batch is shared; what is chosen over a batch is over all of it
 
 
 @dataclass(frozen=True)

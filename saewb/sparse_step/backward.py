@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.objectives import Losses, Params
-from saewb.sparse_step.pairs import Pairs, by_latent, gather_rows, per_latent
+from saewb.sparse_step.pairs import ByLatent, Pairs, gather_rows, per_latent
 from saewb.sparse_step.precision import Precision
 from saewb.sparse_step.selection import Readout
 
@@ -61,6 +61,7 @@ class Batch:
 def coded_gradients(
     batch: Batch,
     pairs: Pairs,
+    order: ByLatent,
     acts: Float[Tensor, " pairs"],
     d_pre: Float[Tensor, " pairs"],
     d_recon: Float[Tensor, "batch d_out"],
@@ -71,6 +72,7 @@ def coded_gradients(
     Args:
         batch: inputs and parameters.
         pairs: which latents are on, counted from the first of `span`.
+        order: the same, sorted.
         acts: their activations.
         d_pre: gradient of their pre-activations.
         d_recon: gradient of what they write to.
@@ -78,7 +80,6 @@ def coded_gradients(
     """
     into = {name: batch.memory(name) for name in ("W_enc", "W_dec")}
     into = {name: None if memory is None else memory[span] for name, memory in into.items()}
-    order = by_latent(pairs, len(batch.params.W_dec[span]))
     return {
         "W_enc": gather_rows(order, d_pre, batch.x, into["W_enc"]),
         "b_enc": per_latent(pairs, d_pre, len(order.starts)),

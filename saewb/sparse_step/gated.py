@@ -25,9 +25,10 @@ def gated_step(objective: Gated, batch: Batch, state: State) -> Losses | None:
         "gate_mse": squared(gate_error) / n,
     }
     d_recon, d_gated = batch.d_error(error), batch.d_error(gate_error)
+    order = by_latent(pairs, d_sae)
     d_act = dots(pairs, d_recon, params.W_dec) * (acts > 0)
     d_gate = dots(pairs, d_gated, params.W_dec) + norms[pairs.latents] * (weight / n)
-    d_u, order = d_act * stretch + d_gate, by_latent(pairs, d_sae)
+    d_u = d_act * stretch + d_gate
     made = {
         "W_enc": gather_rows(order, d_u, batch.x, batch.memory("W_enc")),
         "W_dec": gather_rows(order, acts, d_recon, batch.memory("W_dec")),

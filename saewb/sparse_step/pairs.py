@@ -1,14 +1,14 @@
 """(token, latent) pairs, and the four products a training step needs of them instead of dense ones.
 
 combine     recon[t]  = sum over the pairs of token t    of acts * W_dec[latent]           (embedding_bag)
-dots        d_acts    = per pair                         grad[token] . W_dec[latent]       (sampled dot products)
+dots        d_acts    = per pair                         grad[token] . W_dec[latent]       (sampled, sorted by latent)
 gather_rows dW[j]     = sum over the pairs of latent j   of value * rows[token]            (embedding_bag, sorted)
 per_latent  d_b[j]    = sum over the pairs of latent j   of value
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 
 _SUM = 0  # embedding_bag's mode, as its backward spells it
 _LATENTS = 1024  # at a time where sums go to memory that is there already
+_CACHED = 5_000_000  # bytes of the batch that sampled dot products visit at a time
 _CHUNK = 2**16  # pairs at a time where sampled dot products are done without the private operation
 
 
@@ -33,16 +34,16 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def where(self, kept: Tensor, pre: Tensor | None = None) -> Pairs:
-        """Only the pairs where `kept` is true."""
-        tokens = self.tokens[kept]
-        pre = self.pre if pre is None else pre
-        return replace(
-            self,
-            tokens=tokens,
-            latents=self.latents[kept],
-            pre=pre[kept],
-            starts=starts_of(tokens, len(self.starts)),
+    def where(self, kept: Tensor) -> Pairs:
+        """Only the pairs at these places, ascending, or where this mask is true."""
+        if kept.dtype == torch.bool:
+            kept = kept.nonzero()[:, 0]
+        tokens = self.tokens.index_select(0, kept)
+        return Pairs(
+            tokens,
+            self.latents.index_select(0, kept),
+            self.pre.index_select(0, kept),
+            starts_of(tokens, len(self.starts)),
         )
 
 
@@ -53,6 +54,10 @@ class ByLatent:
     order: Int[Tensor, " pairs"]  # of the pairs as they were
     tokens: Int[Tensor, " pairs"]
     starts: Int[Tensor, " d_sae"]  # where each latent's pairs begin
+
+    def sorted(self, values: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        """Values of the pairs as they were, brought into this order."""
+        return values.index_select(0, self.order)
 
 
 def starts_of(sorted_ids: Int[Tensor, " pairs"], n: int) -> Int[Tensor, " n"]:
@@ -81,7 +86,7 @@ def rectangular(latents: Int[Tensor, "batch k"], pre: Float[Tensor, "batch k"]) 
 def by_latent(pairs: Pairs, d_sae: int) -> ByLatent:
     """Sort by latent; stable, so that sums do not depend on anything but the pairs."""
     latents, order = torch.sort(pairs.latents.int(), stable=True)  # half the bytes to sort
-    return ByLatent(order, pairs.tokens[order], starts_of(latents, d_sae))
+    return ByLatent(order, pairs.tokens.index_select(0, order), starts_of(latents, d_sae))
 
 
 def combine(pairs: Pairs, values: Float[Tensor, " pairs"], rows: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
@@ -108,7 +113,7 @@ def gather_rows(
     With `out`, 1,024 latents at a time are summed and copied there: a fresh result of the size of a weight matrix costs
     more in page faults than the copy does.
     """
-    weights, n = values[order.order], len(order.starts)
+    weights, n = order.sorted(values), len(order.starts)
     if out is None:
         return _summed(order.tokens, rows, order.starts, weights)
     bounds = [*order.starts[::_LATENTS].tolist(), len(weights)]
@@ -140,13 +145,20 @@ def dots(
     """`left[token] . right[latent]` of each pair, without a dense product or a gathered copy.
 
     embedding_bag's gradient for its per-sample weights is exactly this, and is fused; it is private to torch. Without
-    it the rows are gathered 65,536 pairs at a time: equal, and about ten times slower.
+    it the rows are gathered 65,536 pairs at a time: equal, and about ten times slower. The pairs are visited latent by
+    latent, 5 MB of the batch at a time: then one side stays in a cache, and the other is read in order. That is two
+    to three times quicker than token by token.
     """
     if not len(pairs):
         return left.new_zeros(0)
+    block = max(1, _CACHED // (left.shape[1] * left.element_size()))
+    key = torch.add(pairs.latents, torch.div(pairs.tokens, block, rounding_mode="floor"), alpha=len(right))
+    order = torch.sort(key.int() if len(right) * (len(left) // block + 1) < 2**31 else key).indices
+    tokens, latents = pairs.tokens.index_select(0, order), pairs.latents.index_select(0, order)
     if has_sampled_dots() if private is None else private:
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            left, right, pairs.latents, pairs.starts, pairs.tokens, _SUM
-        )
-    chunks = zip(pairs.tokens.split(_CHUNK), pairs.latents.split(_CHUNK), strict=True)
-    return torch.cat([torch.linalg.vecdot(left[tokens], right[latents]) for tokens, latents in chunks])
+        unused = tokens.new_zeros(1)  # where each latent's pairs begin: known from `latents`
+        found = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, tokens, unused, latents, _SUM)
+    else:
+        chunks = zip(tokens.split(_CHUNK), latents.split(_CHUNK), strict=True)
+        found = torch.cat([torch.linalg.vecdot(left[tokens], right[latents]) for tokens, latents in chunks])
+    return torch.empty_like(found).scatter_(0, order, found)

@@ -21,8 +21,8 @@ Precision = Literal["full", "bf16", "int8"]
 Multiply = Callable[[Tensor], Tensor]  # rows of inputs [rows, d_in] -> scores [rows, d_sae], overwritten by the next
 
 MARGIN = {"bf16": 12, "int8": 24}  # candidates per token beyond k
-SPARE = {"full": 1.3, "bf16": 1.5, "int8": 2.0}  # candidates per pair that a whole batch keeps
-SLACK = {"full": 0.0, "bf16": 1 / 16, "int8": 3 / 32}  # first guess at the largest error, in typical scores
+SPARE = {"full": 1.3, "bf16": 1.4, "int8": 1.5}  # candidates per pair that a whole batch keeps
+SLACK = {"full": 0.0, "bf16": 1 / 32, "int8": 5 / 64}  # first guess at the largest error, in typical scores
 
 # Of scores on a CPU: less than malloc hands out afresh, page by page, each time.
 _TILE_BYTES = 20 * 2**20

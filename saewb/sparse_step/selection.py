@@ -6,13 +6,15 @@
 
 With a low-precision product (see `precision`) the product only selects: candidates with a margin are scored again in
 the parameters' own dtype, so values and gradients are as exact as without. How far the product was off is measured on
-the candidates themselves; where the margin is smaller than that, tokens are selected again in a better precision: a
-batch for which 8 or 16 bits are too coarse costs time, not latents.
+the candidates themselves, beyond what rounding the result moves it, which is small for small scores; where the margin
+is smaller than that, tokens are selected again in a better precision: a batch for which 8 or 16 bits are too coarse
+costs time, not latents.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +25,8 @@ from saewb.sparse_step.precision import MARGIN, SLACK, SPARE, Multiply, Precisio
 from saewb.sparse_step.tiles import above, largest
 
 _SAMPLE = 64  # tokens from which the batch's threshold is guessed
+_ROUNDING = 2**-8  # of a score: as far as its being bf16 may move it, twice over
+_ALIKE = 256  # tokens whose scores are taken to be equally far off
 _UNSURE = 1 / 16  # share of the first tile's tokens to be selected again, from which on a better precision is used
 
 
@@ -38,17 +42,17 @@ class Readout:
 
     def score(self, pre: Tensor, latents: Tensor) -> Tensor:
         """What a pre-activation competes with."""
-        return pre if self.norms is None else pre * self.norms[latents]
+        return pre if self.norms is None else pre * _taken(self.norms, latents)
 
     def unscored(self, score: Tensor, latents: Tensor) -> Tensor:
         """The pre-activation that a score comes from; a row of length 0 competes with 0."""
         if self.norms is None:
             return score
-        return score / torch.where(self.norms == 0, torch.ones_like(self.norms), self.norms)[latents]
+        return score / _taken(torch.where(self.norms == 0, torch.ones_like(self.norms), self.norms), latents)
 
     def pre(self, pairs: Pairs, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " pairs"]:
         """Pre-activations of these pairs, in full precision."""
-        return dots(pairs, x, self.W).add_(self.b[pairs.latents])
+        return dots(pairs, x, self.W).add_(self.b.index_select(0, pairs.latents))
 
     def multiplier(self, x: Float[Tensor, "batch d_in"]) -> Multiply:
         """What gives scores of rows of `x`."""
@@ -68,20 +72,18 @@ def top_per_token(x: Float[Tensor, "batch d_in"], readout: Readout, k: int, *, s
         k: pairs per token.
         signed: compare magnitudes.
     """
-    wanted = k if readout.precision == "full" else min(len(readout.W), k + MARGIN[readout.precision])
     multiply, size = readout.multiplier(x), tile_rows(len(readout.W), x.device)
-    pre, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    unsure = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for start in range(0, len(x), size):
-        rows = slice(start, start + size)
-        scores, columns = largest(multiply(x[rows]), wanted, signed=signed)
-        if readout.precision == "full":
-            pre[rows], latents[rows] = readout.unscored(scores, columns), columns
-            continue
-        pre[rows], latents[rows], unsure[rows] = _rescored(x[rows], readout, columns, scores.to(x.dtype), k, signed)
-        if start == 0 and readout.precision == "int8" and int(unsure[rows].sum()) > _UNSURE * len(x[rows]):
+    if readout.precision == "full":
+        scores, latents = _largest(x, multiply, size, k, signed)
+        return rectangular(latents, readout.unscored(scores, latents))
+    wanted, parts = min(len(readout.W), k + MARGIN[readout.precision]), []
+    for rows in (x[:size], x[size:]):  # the first tile shows whether the precision will do
+        scores, latents = _largest(rows, multiply, size, wanted, signed)
+        parts.append(_rescored(rows, readout, latents, scores, k, signed))
+        if len(parts) == 1 and readout.precision == "int8" and int(parts[0][2].sum()) > _UNSURE * len(rows):
             return top_per_token(x, readout.better(), k, signed=signed)
-    if readout.precision != "full" and len(again := unsure.nonzero()[:, 0]):
+    pre, latents, unsure = (torch.cat(both) for both in zip(*parts, strict=True))
+    if len(again := unsure.nonzero()[:, 0]):
         exact = top_per_token(x[again], replace(readout, precision="full"), k, signed=signed)
         pre[again], latents[again] = exact.pre.view(-1, k), exact.latents.view(-1, k)
     return rectangular(latents, pre)
@@ -108,7 +110,7 @@ def top_of_batch(x: Float[Tensor, "batch d_in"], readout: Readout, n: int, limit
         pairs, off = listed
         scores = readout.score(pairs.pre, pairs.latents)
         kept, least = _best(scores, n)
-        if least >= threshold + off:  # what was not listed scores at most that
+        if least >= _reach(threshold, off):  # what was not listed scores at most that
             return pairs.where(kept)
         if readout.precision == "int8" and off > least - threshold:
             return top_of_batch(x, readout.better(), n, limit)
@@ -130,32 +132,44 @@ def above_zero(x: Float[Tensor, "batch d_in"], readout: Readout, limit: int) -> 
         if listed is None:
             return None
         pairs, off = listed
-        if off <= slack:
+        if _reach(-slack, off) <= 0:
             pairs = pairs if readout.precision == "full" else pairs.where(pairs.pre > 0)
             return pairs if len(pairs) <= limit else None
-        if readout.precision == "int8":
+        if readout.precision == "int8" and off > 2 * slack:
             return above_zero(x, readout.better(), limit)
-        slack = 2 * off
+        slack = 1.5 * off
+
+
+def _largest(
+    x: Float[Tensor, "tokens d_in"], multiply: Multiply, size: int, k: int, signed: bool
+) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+    """The k largest scores of each token, tile by tile, and whose they are."""
+    scores, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        scores[rows], latents[rows] = largest(multiply(x[rows]), k, signed=signed)
+    return scores, latents
 
 
 def _rescored(
-    x: Float[Tensor, "rows d_in"],
+    x: Float[Tensor, "tokens d_in"],
     readout: Readout,
-    latents: Int[Tensor, "rows wanted"],
-    rough: Float[Tensor, "rows wanted"],
+    latents: Int[Tensor, "tokens wanted"],
+    rough: Float[Tensor, "tokens wanted"],
     k: int,
     signed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best candidates by their full scores, and whether a token's margin does not cover the product's error."""
     pre = readout.pre(rectangular(latents, rough), x).view_as(rough)
     full = readout.score(pre, latents)
-    off = (full - rough).abs().max()
+    off = _off(full, rough).amax(1)
+    off = torch.cat([part.max().expand(len(part)) for part in off.split(_ALIKE) if len(part)] or [off])
     if signed:
         full, rough = full.abs(), rough.abs()
     values, best = full.topk(k, dim=1, sorted=False)
-    left_out = latents.shape[1] < len(readout.W)
-    unsure = (rough.amin(1) + off > values.amin(1).clamp(min=0)) & left_out
-    return pre.gather(1, best), latents.gather(1, best), unsure
+    least = rough.amin(1)
+    unsure = _reach(least, off) > values.amin(1).clamp(min=0)
+    return pre.gather(1, best), latents.gather(1, best), unsure & (latents.shape[1] < len(readout.W))
 
 
 def _listed(
@@ -163,9 +177,9 @@ def _listed(
 ) -> tuple[Pairs, float] | None:
     """The pairs scored above the threshold with their full pre-activations, and how far scores were off at most.
 
-    None if they are over the limit. Stops at a tile that is off by more than the tolerance.
+    None if they are over the limit. Stops after the first tile if it is off by more than the tolerance.
     """
-    found, total, off, size = [], 0, 0.0, tile_rows(len(readout.W), x.device)
+    found, total, size = [], 0, tile_rows(len(readout.W), x.device)
     for start in range(0, len(x), size):
         rows = x[start : start + size]
         share = max(256, 2 * limit * len(rows) // len(x))  # a dense batch is known by its first tile
@@ -173,18 +187,38 @@ def _listed(
         if listed is None:
             return None
         tokens, latents, scores = listed
-        if readout.precision == "full":
-            pre = readout.unscored(scores, latents)
-        else:
-            pre = readout.pre(pairs_of(tokens, latents, scores, len(rows)), rows)
-            wrong = (readout.score(pre, latents) - scores).abs()
-            off = max(off, float(wrong.max())) if len(wrong) else off
-        found.append((tokens + start, latents, pre))
+        found.append((tokens + start, latents, scores))
         total += len(tokens)
-        if off > tolerance:
-            break
-    tokens, latents, pre = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return pairs_of(tokens, latents, pre, len(x)), off
+        if start == 0 and tolerance < torch.inf and readout.precision != "full":
+            first = _exact(pairs_of(*listed, len(rows)), readout, rows)
+            if first[1] > tolerance:
+                return first
+    tokens, latents, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _exact(pairs_of(tokens, latents, scores, len(x)), readout, x)
+
+
+def _exact(pairs: Pairs, readout: Readout, x: Float[Tensor, "tokens d_in"]) -> tuple[Pairs, float]:
+    """Pairs that come with scores, with their full pre-activations instead, and how far scores were off at most."""
+    if readout.precision == "full":
+        return replace(pairs, pre=readout.unscored(pairs.pre, pairs.latents)), 0.0
+    pre = readout.pre(pairs, x)
+    off = _off(readout.score(pre, pairs.latents), pairs.pre.to(pre.dtype))
+    return replace(pairs, pre=pre), float(off.max()) if len(pairs) else 0.0
+
+
+def _off(full: Tensor, rough: Tensor) -> Tensor:
+    """By how much scores are off, beyond what rounding the result explains."""
+    return (full - rough).abs().sub_(rough.abs(), alpha=_ROUNDING)
+
+
+def _reach(rough: Any, off: Any) -> Any:
+    """How large a score may be whose rough one is at most this: of tensors or numbers."""
+    return rough + off + _ROUNDING * abs(rough)
+
+
+def _taken(values: Float[Tensor, " d_sae"], latents: Tensor) -> Tensor:
+    """Each latent's value, in the shape of `latents`."""
+    return values.index_select(0, latents.reshape(-1)).view_as(latents)
 
 
 def _best(scores: Float[Tensor, " pairs"], n: int) -> tuple[Tensor, float]:

@@ -12,7 +12,7 @@ from saewb.objectives import JumpReLU, Losses, Params, Standard, State
 from saewb.objectives.dead import pre_activation
 from saewb.sparse_step.auxiliary import add_dead_gradients
 from saewb.sparse_step.backward import Batch, add_norm_gradient, coded_gradients, figures, leave, per_token, squared
-from saewb.sparse_step.pairs import Pairs, combine, dots, per_latent
+from saewb.sparse_step.pairs import Pairs, by_latent, combine, dots, per_latent
 from saewb.sparse_step.selection import above_zero
 
 
@@ -28,8 +28,9 @@ def standard_step(objective: Standard, batch: Batch, state: State) -> Losses | N
     weight = state.coefficients["l1"]
     terms = {"mse": squared(error) / len(error), "l1": weight * penalty}
     d_recon, d_length = batch.d_error(error), d_length * weight
+    order = by_latent(pairs, params.d_sae)
     d_pre = dots(pairs, d_recon, params.W_dec) + d_length * norms[pairs.latents]
-    made = coded_gradients(batch, pairs, acts, d_pre, d_recon)
+    made = coded_gradients(batch, pairs, order, acts, d_pre, d_recon)
     add_norm_gradient(made, params, norms, per_latent(pairs, d_length * acts, params.d_sae))
     leave(batch, made, d_recon)
     return figures(terms, batch, pairs, acts, error)
@@ -53,10 +54,11 @@ def jumprelu_step(objective: JumpReLU, batch: Batch, state: State) -> Losses | N
     error = batch.error(combine(pairs, acts, params.W_dec))
     d_recon = batch.d_error(error)
     sparsity, d_on, d_length = _sparsity(objective, pairs, on, acts * norm, state.coefficients["l0"])
+    order = by_latent(pairs, params.d_sae)
     d_act = dots(pairs, d_recon, params.W_dec) + d_length * norm
     jump = window * (d_act * theta + d_on) / width
     d_pre = d_act * on + jump if objective.to_input else d_act * on
-    made = coded_gradients(batch, pairs, acts, d_pre, d_recon)
+    made = coded_gradients(batch, pairs, order, acts, d_pre, d_recon)
     add_norm_gradient(made, params, norms, per_latent(pairs, d_length * acts, params.d_sae))
     d_theta = per_latent(pairs, -jump, params.d_sae)
     made |= {"log_threshold": d_theta * thetas} if objective.threshold == "log" else {"threshold": d_theta}

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 _SLABS = 16  # elements of a group where there is no k
+_NARROW = 3  # groups per element wanted, below which looking at groups first is not worth it
 
 
 def largest(
-    tile: Float[Tensor, "rows d_sae"], k: int, *, signed: bool = False, slabs: int | None = None
+    tile: Float[Tensor, "rows d_sae"], k: int, *, signed: bool = False, slabs: int = 4
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
     """The k largest of each row (by magnitude, if signed), exactly, several times faster than `topk` on the whole row.
 
     Cut each row into groups of `slabs` elements: the k largest elements lie in the k groups with the largest maxima.
-    So: maxima of all groups, top-k of those, top-k of the elements of the winners. No order within a row; of equal
-    values any may be kept.
+    So: maxima of all groups; the k largest of those, found the same way; top-k of the winners' elements. `topk` itself
+    costs 20 times what a maximum does per element, and only sees 3 to 12 k of them at a time. No order within a row; of
+    equal values any may be kept.
 
     Args:
         tile: pre-activations, any float dtype.
         k: how many, 1 to d_sae.
         signed: compare magnitudes; the values keep their sign.
-        slabs: elements of a group; None means the power of 2 near sqrt(d_sae / k), with which there are about as many
-            groups as candidates.
+        slabs: elements of a group.
     Returns:
         Values and column indices.
     Example:
@@ -34,12 +33,11 @@ def largest(
         ([1, 3], [4.0, 5.0])
     """
     rows, d_sae = tile.shape
-    slabs = slabs or 2 ** round(math.log2(d_sae / k) / 2)
     groups = d_sae // slabs
-    if groups < 2 * k:  # groups would not narrow it down
+    if groups < _NARROW * k:  # groups would not narrow it down
         return _top(tile, k, signed)
     grouped = tile[:, : slabs * groups].unflatten(1, (slabs, groups))  # group g is columns g, g + groups, ...
-    winners = _maxima(grouped, signed).topk(k, dim=1, sorted=False).indices
+    winners = largest(_maxima(grouped, signed), k, slabs=slabs)[1]
     step = torch.arange(slabs, device=tile.device).mul_(groups)
     columns = (winners.unsqueeze(1) + step[:, None]).flatten(1)
     if rest := d_sae - slabs * groups:  # fewer columns than a group has: they go straight to the final

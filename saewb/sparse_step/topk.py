@@ -20,9 +20,10 @@ from saewb.objectives import AbsTopK, BatchTopK, Losses, Matryoshka, Params, Sta
 from saewb.objectives.dead import auxk
 from saewb.sparse_step.auxiliary import DeadLoss, add_dead_gradients
 from saewb.sparse_step.backward import Batch, coded_gradients, figures, leave, squared
-from saewb.sparse_step.pairs import Pairs, combine, dots, pairs_of
+from saewb.sparse_step.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.sparse_step.precision import MARGIN
-from saewb.sparse_step.selection import top_of_batch, top_per_token
+from saewb.sparse_step.selection import Readout, top_of_batch, top_per_token
+from saewb.team import Team
 
 _PER_PAIR = 25  # scores that a low-precision product must save for each pair it has scored again, to be worth it
 
@@ -42,7 +43,7 @@ class Level:
 def topk_step(objective: AnyTopK, batch: Batch, state: State) -> Losses | None:
     """Losses of one batch; gradients are left in the parameters' `.grad`. None if too many latents are on."""
     signed = isinstance(objective, AbsTopK)
-    kept = _kept(objective, batch, signed)
+    kept = _kept(objective, batch, signed, state.team)
     if kept is None:
         return None
     pairs = kept if signed else replace(kept, pre=kept.pre.clamp(min=0))
@@ -59,15 +60,23 @@ def topk_step(objective: AnyTopK, batch: Batch, state: State) -> Losses | None:
     return figures(terms, batch, pairs, pairs.pre, levels[-1].error, **extra)
 
 
-def _kept(objective: AnyTopK, batch: Batch, signed: bool) -> Pairs | None:
+def _kept(objective: AnyTopK, batch: Batch, signed: bool, team: Team) -> Pairs | None:
     readout, n_pairs = batch.readout(norms=batch.params.norms()), int(objective.k * len(batch.x))
     if not 0 < n_pairs <= batch.limit:
         return None
     if objective.k + MARGIN.get(batch.precision, 0) > objective.d_sae / _PER_PAIR:
         readout = replace(readout, precision="full")
     if isinstance(objective, (BatchTopK, Matryoshka)):
-        return top_of_batch(batch.x, readout, n_pairs, 4 * batch.limit)
+        every = int(objective.k * len(batch.x) * team.size)
+        pairs = top_of_batch(batch.x, readout, every, 4 * batch.limit)
+        return pairs if pairs is None or team.size == 1 else _among_all(pairs, readout, every, team)
     return top_per_token(batch.x, readout, objective.k, signed=signed)
+
+
+def _among_all(pairs: Pairs, readout: Readout, n: int, team: Team) -> Pairs:
+    """Of these pairs, those among the `n` best of all processes."""
+    scores = readout.score(pairs.pre, pairs.latents).clamp(min=0)
+    return pairs.where(team.chosen(scores, n).nonzero()[:, 0])
 
 
 def _levels(batch: Batch, pairs: Pairs, limits: tuple[int, ...]) -> list[Level]:
@@ -92,9 +101,10 @@ def _gradients(batch: Batch, levels: list[Level], signed: bool) -> tuple[dict[st
     for level in reversed(levels):
         span = slice(level.low, level.high)
         d_recon = batch.d_error(level.error).add_(d_recon)
+        order = by_latent(level.pairs, level.high - level.low)
         d_pre = dots(level.pairs, d_recon, batch.params.W_dec[span])
         d_pre = d_pre if signed else d_pre * (level.pairs.pre > 0)
-        parts.insert(0, coded_gradients(batch, level.pairs, level.pairs.pre, d_pre, d_recon, span))
+        parts.insert(0, coded_gradients(batch, level.pairs, order, level.pairs.pre, d_pre, d_recon, span))
     return {name: _joined(batch.memory(name), [part[name] for part in parts]) for name in parts[0]}, d_recon
 
 

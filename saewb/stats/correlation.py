@@ -78,6 +78,8 @@ def correlation_stats(correlation: Float[Tensor, "n n"] | LowRankCorrelation) ->
 
     Args:
         correlation: a matrix, or its factors. What stands on the diagonal does not matter.
+    Returns:
+        CorrelationStats: `rms`, `mean`, and the number of features.
     Raises:
         ValueError: if the matrix is not square or has fewer than two rows.
     Example:
@@ -116,7 +118,7 @@ def random_correlation(
     back to 1: all entries then change, and zeros with them. Strengths of 0.1 / sqrt(n) or so stay as drawn.
 
     Args:
-        n_features: rows.
+        n_features: rows of the matrix.
         positive_frac: of the correlated pairs, 0..1.
         uncorrelated_frac: of all pairs, 0..1.
         min_strength: of |correlation|, 0..1.
@@ -124,6 +126,8 @@ def random_correlation(
         seed: of the draw.
         dtype: of the matrix.
         device: of the matrix, and of the draw: another device gives another matrix.
+    Returns:
+        A symmetric positive definite matrix with a diagonal of 1.
     Raises:
         ValueError: for an argument out of its range.
     Example:
@@ -170,6 +174,8 @@ def random_low_rank_correlation(
         seed: of the draw.
         dtype: of the factors.
         device: of the factors, and of the draw: another device gives another matrix.
+    Returns:
+        A LowRankCorrelation, symmetric and positive definite with a diagonal of 1.
     Raises:
         ValueError: for an argument out of its range.
     Example:

@@ -11,7 +11,13 @@ from saewb.synthetic.data import Sample, SyntheticData, load_synthetic
 from saewb.synthetic.dictionary import FeatureDictionary, matched_sae, orthogonalized, random_dictionary
 from saewb.synthetic.firings import Firings, Magnitudes, constant, linear, random, zipfian
 from saewb.synthetic.hierarchy import Hierarchy, Node, random_hierarchy
-from saewb.synthetic.matching import best_ordering, mean_correlation_coefficient, ordered_cosines, uniqueness
+from saewb.synthetic.matching import (
+    best_matches,
+    best_ordering,
+    mean_correlation_coefficient,
+    ordered_cosines,
+    uniqueness,
+)
 from saewb.synthetic.recovery import Recovery, RecoveryStream, recovery
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "RecoveryStream",
     "Sample",
     "SyntheticData",
+    "best_matches",
     "best_ordering",
     "constant",
     "linear",

@@ -29,8 +29,8 @@ VERSION = 1  # of the folder that `save` writes
 class Sample:
     """Some samples, with their truth."""
 
-    activations: Float[Tensor, "samples d"]
-    firings: Firings
+    activations: Float[Tensor, "samples d"]  # what a model would have, bias and noise in it
+    firings: Firings  # which features fired, and how strongly
 
     def __len__(self) -> int:
         return len(self.activations)
@@ -62,7 +62,7 @@ class SyntheticData:
         (torch.Size([1000, 32]), SyntheticData(64 features in 32 dimensions, 0.982 firing per sample))
     """
 
-    dictionary: FeatureDictionary
+    dictionary: FeatureDictionary  # the directions, with their bias
     probability: Float[Tensor, " features"]  # of firing, over all samples
     magnitudes: Magnitudes = field(default_factory=Magnitudes)
     correlation: Float[Tensor, "features features"] | LowRankCorrelation | None = None
@@ -200,9 +200,19 @@ _FACTS, _TENSORS = "synthetic.json", "synthetic.safetensors"
 def load_synthetic(folder: str | Path) -> SyntheticData:
     """What `SyntheticData.save` wrote: draws the same samples.
 
+    Args:
+        folder: that it was saved to.
+    Returns:
+        Data equal to what was saved, on the CPU.
     Raises:
         FileNotFoundError: if it is not there.
         FormatError: if it is something else.
+    Example:
+        >>> load_synthetic("nowhere")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: nowhere has no synthetic data.
+          want: synthetic.json and synthetic.safetensors
     """
     from safetensors.torch import load_file
 

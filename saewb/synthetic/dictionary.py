@@ -75,6 +75,8 @@ def random_dictionary(
         bias_scale: length of a random bias; 0 is none.
         seed: of the draw.
         device: of the tensors.
+    Returns:
+        A FeatureDictionary of unit directions.
     Raises:
         ValueError: if `n_features` or `d` is below 1.
     Example:
@@ -109,6 +111,10 @@ def orthogonalized(directions: Float[Tensor, "features d"], n_rounds: int = 5) -
     Source:
         Alternating projections: Tropp et al. 2005, "Designing structured tight frames"; the bound: Benedetto and
         Fickus 2003. sae-lens' `orthogonalize_embeddings` has the same minimum.
+    Example:
+        >>> f = orthogonalized(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+        >>> round(abs((f[0] @ f[1]).item()), 5), [round(length, 5) for length in f.norm(dim=1).tolist()]
+        (0.0, [1.0, 1.0])
     """
     f = nn.functional.normalize(directions, dim=1)
     for _ in range(n_rounds):
@@ -146,8 +152,16 @@ def matched_sae(
         noise: relative length of random errors; 0 is the truth itself.
         order: which feature each latent takes; None is the first d_sae, one after another.
         seed: of the noise.
+    Returns:
+        A new SAE; `sae` is not changed.
     Raises:
         ValueError: if the widths differ, or `order` names a feature that is not there.
+    Example:
+        >>> from saewb.sae import SAE, SAEConfig
+        >>> dictionary = random_dictionary(16, 8)
+        >>> made = matched_sae(SAE(SAEConfig(8, 16)), dictionary)
+        >>> bool(torch.allclose(made.W_dec, dictionary.directions))
+        True
     """
     if sae.cfg.is_transcoder or sae.cfg.d_in != dictionary.d:
         raise ValueError(explain(f"{sae!r} cannot match {dictionary!r}.", want=f"an SAE of d_in={dictionary.d}"))

@@ -18,6 +18,13 @@ from saewb.errors import explain
 def constant(n_features: int, probability: float = 0.01) -> Float[Tensor, " features"]:
     """Every feature fires on this fraction of samples. ValueError if it is not in 0..1.
 
+    Args:
+        n_features: how many.
+        probability: firings per sample, 0..1.
+    Returns:
+        The same number for each feature.
+    Raises:
+        ValueError: if it is not in 0..1.
     Example:
         >>> constant(2, 0.25)
         tensor([0.2500, 0.2500])
@@ -38,6 +45,10 @@ def zipfian(
         exponent: e; larger is steeper.
         highest: of the first, 0..1.
         lowest: of the last, 0..highest.
+    Returns:
+        Firings per sample of each feature, falling.
+    Raises:
+        ValueError: if it is not 0 <= lowest <= highest <= 1.
     Example:
         >>> zipfian(3, highest=0.3, lowest=0.1)
         tensor([0.3000, 0.1500, 0.1000])
@@ -52,6 +63,14 @@ def zipfian(
 def linear(n_features: int, highest: float = 0.3, lowest: float = 0.01) -> Float[Tensor, " features"]:
     """Firing probabilities that fall evenly from `highest` to `lowest`.
 
+    Args:
+        n_features: how many.
+        highest: probability of the first, 0..1.
+        lowest: probability of the last, 0..highest.
+    Returns:
+        Firings per sample of each feature.
+    Raises:
+        ValueError: if it is not 0 <= lowest <= highest <= 1.
     Example:
         >>> linear(3, 0.3, 0.1)
         tensor([0.3000, 0.2000, 0.1000])
@@ -63,6 +82,15 @@ def linear(n_features: int, highest: float = 0.3, lowest: float = 0.01) -> Float
 def random(n_features: int, highest: float = 0.5, lowest: float = 0.01, *, seed: int = 0) -> Float[Tensor, " features"]:
     """Firing probabilities drawn evenly from `lowest..highest`.
 
+    Args:
+        n_features: how many.
+        highest: probability no feature exceeds, 0..1.
+        lowest: probability no feature is below, 0..highest.
+        seed: of the draw.
+    Returns:
+        Firings per sample of each feature.
+    Raises:
+        ValueError: if it is not 0 <= lowest <= highest <= 1.
     Example:
         >>> bool(((p := random(50)) > 0.01).all() and (p < 0.5).all())
         True

@@ -49,7 +49,7 @@ class Node:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Hierarchy:
-    """Trees of features.
+    """Trees of features: one fires only where its parent does.
 
     Args:
         roots: the trees. Features in none of them are free.
@@ -176,12 +176,14 @@ def random_hierarchy(
 
     Args:
         n_features: how many there are; those left over stay free.
-        n_roots: trees.
+        n_roots: number of trees.
         branching: fewest and most children of a node.
         depth: levels below the roots.
         exclusive_frac: of nodes with two children or more, how many have exclusive ones, 0..1.
         scale_by_parent: as for Hierarchy.
         seed: of the draw.
+    Returns:
+        A Hierarchy.
     Raises:
         ValueError: for arguments that make no trees.
     Example:

@@ -21,6 +21,8 @@ def mean_correlation_coefficient(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"
     Args:
         a: one set, of any lengths; rows of 0 agree with nothing.
         b: the other. The smaller set is matched whole.
+    Returns:
+        A mean of |cosines|, 0..1; unchanged when rows are scaled.
     Raises:
         ValueError: if a set is empty, or the widths differ.
     Source:
@@ -39,7 +41,20 @@ def mean_correlation_coefficient(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"
 
 
 def best_matches(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """For each of `a` the row of `b` with the largest |cosine|, and that; block by block."""
+    """For each direction of `a` the nearest one of `b`: its row, and their |cosine|, 0..1; block by block.
+
+    Many may have the same nearest one. Random directions have one too, at about sqrt(2 log m / d): compare with that.
+
+    Args:
+        a: one set of directions, of any lengths.
+        b: the other set.
+    Returns:
+        For each row of `a`, the row number in `b`, and |cosine| with it.
+    Example:
+        >>> row, cosine = best_matches(torch.tensor([[1.0, 0.0], [0.0, -2.0]]), torch.eye(2))
+        >>> row.tolist(), cosine.tolist()
+        ([0, 1], [1.0, 1.0])
+    """
     found = [_abs_cosines(block, b).max(1) for block in a.split(max(1, _BLOCK // max(len(b), 1)))]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
@@ -49,6 +64,15 @@ def uniqueness(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) ->
 
         #{argmax_j |cos(latent_i, feature_j)| : i} / n
 
+    Args:
+        latents: directions to judge, of any lengths.
+        features: the true directions, of any lengths.
+    Returns:
+        A fraction, 1/n..1; unchanged when rows are scaled by positive factors.
+    Raises:
+        ValueError: if a set is empty, or the widths differ.
+    Source:
+        The uniqueness of sae-lens' synthetic evaluation.
     Example:
         >>> uniqueness(torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.eye(2))
         0.5
@@ -63,6 +87,11 @@ def best_ordering(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"])
 
     `latents[order]` against `features` shows a recovered dictionary as a diagonal.
 
+    Args:
+        latents: directions, of any lengths.
+        features: the true directions, of any lengths.
+    Returns:
+        Row numbers of `latents`, each once.
     Example:
         >>> best_ordering(torch.eye(3)[[2, 0, 1]], torch.eye(3)).tolist()
         [1, 2, 0]
@@ -77,6 +106,11 @@ def ordered_cosines(
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n m"]]:
     """Latents in their best ordering, and the cosine of each with each feature, with its sign: row by row of the order.
 
+    Args:
+        latents: directions, of any lengths.
+        features: the true directions, of any lengths.
+    Returns:
+        The order, row numbers of `latents`; and cosines in -1..1, row k those of `latents[order[k]]`.
     Example:
         >>> order, cosines = ordered_cosines(-torch.eye(2)[[1, 0]], torch.eye(2))
         >>> order.tolist(), cosines.tolist()

@@ -126,6 +126,8 @@ def recovery(
         n_samples: fresh samples to judge it on.
         batch_size: samples at a time; memory is `batch_size * (features + 2 d_sae)` numbers.
         seed: of the samples; take another one than training had.
+    Returns:
+        A Recovery; see the fields there.
     Raises:
         ValueError: if the widths differ, or numbers are below 1.
     Source:

@@ -11,7 +11,7 @@ import torch
 from saewb.config import checker
 
 Schedule = Literal["constant", "linear", "cosine", "restarts"]
-Normalisation = Literal["none", "constant", "centred", "layer_norm", "constant_norm"]
+Normalisation = Literal["none", "constant", "centred", "whitened", "layer_norm", "constant_norm"]
 Step = Literal["auto", "plain", "sparse"]
 
 _check = checker("TrainConfig")
@@ -43,6 +43,7 @@ class TrainConfig:
     compile: str | None = None  # backend of torch.compile for the plain losses, e.g. "inductor"
     step: Step = "auto"  # how gradients are computed: see `saewb.training.paths.choose`
     normalisation: Normalisation = "none"  # of activations: see `saewb.training.units`
+    shrinkage: float = 1e-3  # of the covariance, for "whitened": see `saewb.training.whitening`
     estimate_tokens: int | None = None  # that means and factors are estimated on; held meanwhile; None means 8 batches
     b_dec: Literal["zeros", "mean"] = "zeros"  # where the decoder's bias starts
     dead_after_tokens: int | None = None  # silent for longer: dead. None means a tenth of n_tokens, at most 10,000,000
@@ -66,6 +67,9 @@ class TrainConfig:
             known = ", ".join(map(repr, get_args(choices)))
             _check(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {known}")
         _check(self.b_dec in ("zeros", "mean"), "b_dec", self.b_dec, "'zeros' or 'mean'")
+        _check(
+            0 <= self.shrinkage <= 1, "shrinkage", self.shrinkage, "a share, 0 to 1; 0 needs every direction to vary"
+        )
         self._check_rates()
         fits = self.batch_tokens <= self.n_tokens
         _check(fits, "batch_tokens", self.batch_tokens, f"at most n_tokens={self.n_tokens}")

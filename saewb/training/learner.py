@@ -38,6 +38,8 @@ from saewb.objectives.coefficients import SMOOTHING
 from saewb.pursuit import PursuitSAE
 from saewb.sae import SAE
 from saewb.sparse_step import clipped_step
+from saewb.team import ALONE, Team
+from saewb.training.combined import combined
 from saewb.training.config import TrainConfig
 from saewb.training.paths import choose
 from saewb.training.record import Figures, HeldOut
@@ -55,7 +57,7 @@ class Trainee:
     read: str | None = None  # point of the stream it reads; None means the only one
     write: str | None = None  # point it predicts; None, or `read`: an autoencoder; another: a transcoder
     lr: float | None = None  # its own peak learning rate; None means the config's
-    seed: int | None = None  # its own seed; None means the config's
+    seed: int | None = None  # its own; None means the config's, and SAEs of one seed and size begin alike
     init: AnySAE | None = None  # a trained SAE to go on from, in the model's units; None means random weights
 
     @property
@@ -77,6 +79,7 @@ class Learner:
         d_out: width of what is written.
         device: where all of it lives.
         start: mean of what is written, in training units, for b_dec; None starts from zeros (or from `init`).
+        team: processes that share each batch.
     """
 
     def __init__(
@@ -90,14 +93,15 @@ class Learner:
         d_out: int,
         device: torch.device,
         start: Float[Tensor, " d_out"] | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self.trainee, self.config, self.read, self.write = trainee, config, read, write
+        self.trainee, self.config, self.read, self.write, self._team = trainee, config, read, write, team
         self.params = _first_weights(trainee, config, read, write, d_in, d_out, device)
         if start is not None and trainee.init is None:
             with torch.no_grad():
                 self.params.b_dec.copy_(start)
         self.watch = trainee.objective.coefficients()
-        self.state: State = trainee.objective.state(device)
+        self.state: State = replace(trainee.objective.state(device), team=team)
         self._weights = dict(self.state.coefficients)  # before warm-up, as the controller has left them
         d_sae = trainee.objective.d_sae
         self._silent = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens since each latent fired
@@ -109,14 +113,14 @@ class Learner:
         self._optimizer = _optimizer(self.params, config)
 
     def learn(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], n_tokens: int) -> Figures:
-        """One step on a batch in training units, after `n_tokens` tokens."""
-        objective, config = self.trainee.objective, self.config
+        """One step on (this process's share of) a batch in training units, after `n_tokens` tokens."""
+        objective, config, batch = self.trainee.objective, self.config, len(x) * self._team.size
         self._prepare(n_tokens)
-        losses = self._gradients(objective, self.params, x, y, self.state)
+        losses = combined(self._gradients(objective, self.params, x, y, self.state), y, self._team)
         rate = config.rate(n_tokens) * (1 if self.trainee.lr is None else self.trainee.lr / config.lr)
         self._step(rate)
         used = self.state.coefficients
-        self._account(losses, len(x), n_tokens)
+        self._account(losses, batch, n_tokens)
         silent = self._silent > config.dead_after
         return Figures(
             loss=losses.total.detach(),
@@ -129,7 +133,7 @@ class Learner:
             coefficients=used,
             extra=losses.extra,
             watch=self.watch,
-            n_tokens=n_tokens + len(x),
+            n_tokens=n_tokens + batch,
             d_sae=objective.d_sae,
         )
 
@@ -148,12 +152,13 @@ class Learner:
 
     def _step(self, rate: float) -> None:
         rows = self.trainee.objective.rows
-        if rows == "unit":
-            project_gradient(self.params)
         parameters = list(self.params.parameters())
         for p in parameters:  # the fused Adam walks memory: a gradient in another order would be applied crosswise
             if p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
+            self._team.mean_(p.grad)
+        if rows == "unit":
+            project_gradient(self.params)
         self._optimizer.param_groups[0]["lr"] = rate
         clipped_step(self._optimizer, parameters, self.config.clip)
         constrain(self.params, rows)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from saewb.errors import explain, near
-from saewb.objectives import Objective
+from saewb.objectives import MatchingPursuit, Objective
+from saewb.team import ALONE, Team
 from saewb.training.config import TrainConfig
 from saewb.training.learner import Learner, Trainee, described
 from saewb.training.record import TrainStep
-from saewb.training.units import AnySAE, Units, estimated, from_estimates
+from saewb.training.units import AnySAE, Units, estimated, from_estimates, whitening_units
 
 PROBE_ROWS = 256  # of the last batch, that an export is proved on
 MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # when training is resumed
@@ -63,6 +64,8 @@ class Training:
         held_out: activations by point, `[tokens, d]`, in the model's units, to measure on every `eval_every_tokens` and
             after the last step.
         device: of weights and arithmetic; None means that of the first batch.
+        team: processes that train together, each on its share of every batch (`saewb.team`); each is given the same
+            stream of whole batches. None trains alone.
     Raises:
         ValueError: on a batch of another size, a point the stream does not have, or a stream that ends too early.
     Example:
@@ -82,10 +85,13 @@ class Training:
         *,
         held_out: Mapping[str, Tensor] | None = None,
         device: torch.device | str | None = None,
+        team: Team | None = None,
     ) -> None:
         named = saes if isinstance(saes, Mapping) else {"sae": saes}
         if not named:
             raise ValueError(explain("Training got no SAE.", want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
+        self._team = team or ALONE
+        self._rows = self._team.share(config.batch_tokens)  # of a batch, this process's
         self.config = config
         self.n_steps = 0  # done
         self.n_tokens = 0  # trained on
@@ -108,7 +114,7 @@ class Training:
 
     def __iter__(self) -> Iterator[TrainStep]:
         """Goes on to `config.n_steps`; may be left and taken up again between any two steps."""
-        self._begin()
+        self.begin()
         while self.n_steps < self.config.n_steps:
             batch = self._next()
             if batch is None:
@@ -123,7 +129,7 @@ class Training:
         return self._pending.popleft()
 
     def _step(self, values: Mapping[str, Tensor]) -> TrainStep:
-        inner = {point: units.apply(self._placed(values[point])) for point, units in self._units.items()}
+        inner = {point: units.apply(self._placed(values[point][self._rows])) for point, units in self._units.items()}
         figures = {}
         for name, learner in self._learners.items():
             read, write = self._points(name)
@@ -152,7 +158,7 @@ class Training:
         Raises:
             RuntimeError: if an SAE's output is not that of the training to 1e-5 of a row's length.
         """
-        self._begin()
+        self.begin()
         made = {}
         for name, learner in self._learners.items():
             metadata = {
@@ -169,8 +175,8 @@ class Training:
 
         It can be written with torch.save and read with `weights_only=True` if the stream's own state can.
         """
-        self._begin()
-        units = {p: {"factor": u.factor, "mean": u.mean, "scaling": u.scaling} for p, u in self._units.items()}
+        self.begin()
+        units = {p: u.snapshot() for p, u in self._units.items()}
         return {
             "config": _plain(self.config),
             "trainees": self._signature,
@@ -195,10 +201,7 @@ class Training:
         self._device = self._device or torch.device(state["device"])
         for name, (read, write) in state["points"].items():
             self._trainees[name] = replace(self._trainees[name], read=read, write=write)
-        self._units = {
-            point: Units(u["factor"], None if u["mean"] is None else self._placed(u["mean"]), u["scaling"])
-            for point, u in state["units"].items()
-        }
+        self._units = {point: Units.restored(saved, self._device) for point, saved in state["units"].items()}
         self._probe = dict(state["probe"])
         self._make_learners({point: rows.shape[1] for point, rows in self._probe.items()}, {})
         for name, learner in self._learners.items():
@@ -220,13 +223,17 @@ class Training:
             text = ", ".join(f"{k}={state['config'][k]!r}, now {mine.get(k)!r}" for k in sorted(changed))
             raise ValueError(explain(f"the state was made with {text}.", want="the same config"))
 
-    def _begin(self) -> None:
-        """Estimates and first weights, from the stream's first batches, which are then trained on."""
+    def begin(self) -> None:
+        """Estimates and first weights, from the stream's first batches, which are then trained on.
+
+        The first step does it, or whatever needs weights. With several processes that share the model's passes: for
+        all of them to call, before one asks for SAEs alone.
+        """
         if self._learners:
             return
         config = self.config
         self._place, self._iterator = self._stream.state(), iter(self._stream)
-        estimates = config.normalisation in ("constant", "centred") or config.b_dec == "mean"
+        estimates = config.normalisation in ("constant", "centred", "whitened") or config.b_dec == "mean"
         tokens = min(config.n_tokens, config.estimate_tokens or 8 * config.batch_tokens) if estimates else 1
         self._pending.extend(islice(self._iterator, -(-tokens // config.batch_tokens)))
         if not self._pending:
@@ -268,7 +275,10 @@ class Training:
         """Units of a point, and its mean in them, from the pending batches."""
         batches = [self._placed(batch.values[point]) for batch in self._pending]
         factor, mean = estimated(point, batches, centred=self.config.normalisation == "centred")
-        units = from_estimates(self.config.normalisation, factor, mean)
+        if self.config.normalisation == "whitened":
+            units = whitening_units(point, batches, mean, self.config.shrinkage)
+        else:
+            units = from_estimates(self.config.normalisation, factor, mean)
         return units, torch.cat([units.apply(x).mean(0, keepdim=True) for x in batches]).mean(0)
 
     def _make_learners(self, widths: Mapping[str, int], means: Mapping[str, Tensor | None]) -> None:
@@ -283,6 +293,7 @@ class Training:
                 d_out=widths[write],
                 device=self._device,
                 start=means.get(write) if self.config.b_dec == "mean" else None,
+                team=self._team,
             )
 
     def _points(self, name: str) -> tuple[str, str]:
@@ -305,6 +316,9 @@ def _check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
     if per_token and (skip or trainee.is_transcoder):
         what = f"normalisation={config.normalisation!r} with {name!r}, a transcoder or with a skip matrix."
         raise ValueError(explain(what, want="'none', 'constant' or 'centred': a scale per token says nothing about y"))
+    if config.normalisation == "whitened" and isinstance(trainee.objective, MatchingPursuit):
+        what = f"normalisation='whitened' with {name!r}, which does matching pursuit."
+        raise ValueError(explain(what, want="'constant' or 'centred': its encoder is its decoder, whitened it is not"))
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

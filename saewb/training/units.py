@@ -3,16 +3,17 @@
     none           as they are
     constant       x' = f x,         f = sqrt(d) / mean ||x||           (one number per point, estimated once)
     centred        x' = f (x - m),   m = mean x, f = sqrt(d) / mean ||x - m||
+    whitened       x' = (x - m) M,   M from the covariance: `saewb.training.whitening`
     layer_norm, constant_norm        per token, as the scaling of `SAEConfig`
 
-The first three are folded into the weights at export; the others stay with the SAE as its `scaling`.
+The first four are folded into the weights at export; the others stay with the SAE as its `scaling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Union
+from typing import Any, Union
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from saewb.errors import explain
 from saewb.pursuit import PursuitSAE
 from saewb.sae import SAE, replace_config
 from saewb.training.config import Normalisation
+from saewb.training.whitening import Whitening, unwhitened, whitened, whitening
 
 AnySAE = Union[SAE, PursuitSAE]
 
@@ -35,17 +37,38 @@ class Units:
     factor: float = 1.0  # multiplies activations
     mean: Float[Tensor, " d"] | None = None  # subtracted before, in the model's units
     scaling: Scaling = "none"  # instead of both: per token
+    whitening: Whitening | None = None  # after the mean, instead of the factor
+
+    def snapshot(self) -> dict[str, Any]:
+        """As plain values and tensors on the host."""
+        kept = {"factor": self.factor, "mean": _host(self.mean), "scaling": self.scaling}
+        white = self.whitening
+        return kept if white is None else {**kept, "matrix": _host(white.matrix), "inverse": _host(white.inverse)}
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], device: torch.device) -> Units:
+        """From a snapshot."""
+        names = [name for name in ("mean", "matrix", "inverse") if saved.get(name) is not None]
+        tensors = {name: saved[name].to(device, torch.float32) for name in names}
+        white = Whitening(tensors["matrix"], tensors["inverse"]) if "matrix" in tensors else None
+        return cls(saved["factor"], tensors.get("mean"), saved["scaling"], white)
 
     def apply(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """Activations in training units."""
         x = scaled(x, self.scaling)
         x = x if self.mean is None else x - self.mean
+        if self.whitening is not None:
+            return x @ self.whitening.matrix
         return x if self.factor == 1 else x * self.factor
 
     def undo(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """What was written in training units, in the model's; `x` is what was read, in the model's (for its scale)."""
-        y = unscaled(y / self.factor, x, self.scaling)
+        y = unscaled(y / self.factor, x, self.scaling) if self.whitening is None else y @ self.whitening.inverse
         return y if self.mean is None else y + self.mean
+
+
+def _host(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to("cpu", copy=True)
 
 
 def estimated(point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, centred: bool) -> tuple[float, Tensor]:
@@ -72,9 +95,17 @@ def from_estimates(normalisation: Normalisation, factor: float, mean: Float[Tens
     return Units(factor, mean if normalisation == "centred" else None)
 
 
+def whitening_units(
+    point: str, batches: Sequence[Float[Tensor, "tokens d"]], mean: Float[Tensor, " d"], shrinkage: float
+) -> Units:
+    """The units of whitened activations, estimated on these batches."""
+    return Units(mean=mean, whitening=whitening(point, batches, mean, shrinkage))
+
+
 @torch.no_grad()
 def to_model(sae: AnySAE, read: Units, write: Units) -> AnySAE:
-    """An SAE in training units, made to read and write the model's own: a new one, with unit decoder rows.
+    """An SAE in training units, made to read and write the model's own: a new one, with unit decoder rows (whitened
+    top-k ones excepted: `unwhitened`).
 
     With u(x) = f (x - m) on each side, `W_enc *= f_in; W_dec, b_dec /= f_out`, then the means: added to b_dec where it
     is tied; else the read mean becomes a `b_pre` of its own (folding it into b_enc would lose digits) and the written
@@ -88,7 +119,10 @@ def to_model(sae: AnySAE, read: Units, write: Units) -> AnySAE:
         moved = sae.fold_scaling(read.factor)
         moved.b_dec.add_(0 if read.mean is None else read.mean.to(moved.device))
         return moved
-    moved = sae.fold_scaling(read.factor, write.factor).fold_decoder_norm()
+    if read.whitening is not None:
+        moved = unwhitened(sae, read.whitening, write.whitening)
+    else:
+        moved = sae.fold_scaling(read.factor, write.factor).fold_decoder_norm()
     return moved if read.mean is None else _shifted(moved, read.mean.to(sae.device), write.mean.to(sae.device))
 
 
@@ -118,6 +152,8 @@ def to_training(sae: AnySAE, read: Units, write: Units) -> AnySAE:
         sae = _pre_bias_folded(sae)
     if read.mean is not None:
         sae = _unshifted(sae, read.mean.to(sae.device), write.mean.to(sae.device))
+    if read.whitening is not None:
+        return whitened(sae, read.whitening, write.whitening)
     if isinstance(sae, PursuitSAE):
         return sae.fold_scaling(1 / read.factor)
     return sae.fold_scaling(1 / read.factor, 1 / write.factor).fold_decoder_norm()

@@ -1,32 +1,18 @@
-"""What attaching costs: `python tests/benchmarks/attach.py [--model tiny|smollm2-135m]`.
+"""What attaching costs: `python -m tests.benchmarks.attach [--model tiny|smollm2-135m]`.
 
 Entering and leaving, with no forward pass, and the forward pass with ten top-k SAEs, against the bare forward pass of
 the same run; and against sae-lens where it is installed. Prints medians and ratios; passes or fails
 nothing.
 """
 
-import argparse
-import importlib.util
-import statistics
 import tempfile
-import time
 import warnings
 
 import torch
 
 import saewb
 
-
-def medians(calls, rounds):
-    """Median milliseconds of each call, the calls taken in turn so that a busy machine troubles all alike."""
-    times = {name: [] for name in calls}
-    for n in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if n:  # the first round warms up
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+from .measure import Report, Table, arguments, has, medians
 
 
 def saes_for(model, n):
@@ -46,41 +32,46 @@ def peer_saes(saes):
         return [sae_lens.SAE.load_from_disk(saewb.save_sae(sae, f"{folder}/{i}")) for i, sae in enumerate(saes)]
 
 
-def peer_model(name):
+def peer_model(name, device):
     """Another Bridge on the same weights, of the class that sae-lens attaches to."""
     import sae_lens
 
-    model = saewb.load_model(name, device="cpu")
+    model = saewb.load_model(name, device=device)
     model.__class__ = sae_lens.SAETransformerBridge  # as the peer's own boot_transformers does
     model._acts_to_saes, model._transcoder_output_hooks = {}, {}
     return model
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    """Measure."""
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    model = saewb.load_model(options.model, device="cpu")
-    tokens = torch.randint(5, 2000, (4, 128), generator=torch.Generator().manual_seed(0))
-    ten = saes_for(model, 8 if options.model == "tiny" else 10)
+    report, device = Report(options), options.device
+    model = saewb.load_model(options.model, device=device)
+    tokens = torch.randint(5, 2000, (4, 128), generator=torch.Generator().manual_seed(0)).to(device)
+    many = [sae.to(device) for sae in saes_for(model, 8 if options.model == "tiny" else 10)]
+    n = len(many)
 
     def enter_and_leave(saes):
         saewb.attach(model, saes).detach()
 
     def forward(**how):
-        with torch.no_grad(), saewb.attach(model, ten, **how):
+        with torch.no_grad(), saewb.attach(model, many, **how):
             model(tokens)
 
     def bare():
         with torch.no_grad():
             model(tokens)
 
-    enter = {"saewb, 1 SAE": lambda: enter_and_leave(ten[:1]), f"saewb, {len(ten)} SAEs": lambda: enter_and_leave(ten)}
-    passes = {"bare": bare, f"saewb, {len(ten)} SAEs": forward, "  with error term": lambda: forward(error_term=True)}
-    if importlib.util.find_spec("sae_lens"):
-        theirs, their_ten = peer_model(options.model), peer_saes(ten)
+    one, all_of_them = {"saewb": lambda: enter_and_leave(many[:1])}, {"saewb": lambda: enter_and_leave(many)}
+    passes = {"bare": bare, "saewb": forward, "saewb, error term": lambda: forward(error_term=True)}
+    if has("sae_lens"):
+        theirs = peer_model(options.model, device)
+        their_saes = [sae.to(device) for sae in peer_saes([sae.to("cpu") for sae in many])]
+        many = [sae.to(device) for sae in many]
 
         def peer_enter(saes):
             with theirs.saes(saes=saes):
@@ -88,25 +79,17 @@ def main():
 
         def peer_forward(error_term):
             with torch.no_grad():
-                theirs.run_with_saes(tokens, saes=their_ten, use_error_term=error_term)
+                theirs.run_with_saes(tokens, saes=their_saes, use_error_term=error_term)
 
-        enter |= {
-            "sae-lens, 1 SAE": lambda: peer_enter(their_ten[:1]),
-            f"sae-lens, {len(ten)} SAEs": lambda: peer_enter(their_ten),
-        }
-        passes |= {
-            f"sae-lens, {len(ten)} SAEs": lambda: peer_forward(False),
-            "  sae-lens, error term": lambda: peer_forward(True),
-        }
-
-    print(f"{options.model}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("\nentering and leaving, no forward pass")
-    for name, ms in medians(enter, 200).items():
-        print(f"  {name:<24} {ms:9.3f} ms")
-    found = medians(passes, options.rounds)
-    print("\none forward pass of 4 x 128 tokens")
-    for name, ms in found.items():
-        print(f"  {name:<24} {ms:9.1f} ms   {ms / found['bare']:.2f} x bare")
+        one["sae-lens"] = lambda: peer_enter(their_saes[:1])
+        all_of_them["sae-lens"] = lambda: peer_enter(their_saes)
+        passes |= {"sae-lens": lambda: peer_forward(False), "sae-lens, error term": lambda: peer_forward(True)}
+    enters = 20 if options.quick else 200
+    for calls, what in ((one, "1 SAE"), (all_of_them, f"{n} SAEs")):
+        title = f"attach and detach {what}, no forward pass, {options.model}"
+        report.add(Table.made(title, medians(calls, enters, device), "saewb"))
+    took = medians(passes, 2 if options.quick else options.rounds, device)
+    report.add(Table.made(f"a forward pass of 4 x 128 tokens with {n} top-k SAEs, {options.model}", took, "bare"))
 
 
 if __name__ == "__main__":

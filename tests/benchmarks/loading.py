@@ -1,17 +1,13 @@
 """Loading SAEs from disk: saewb's readers against the bare safetensors map, and sae-lens where it is installed.
 
-Run:  python tests/benchmarks/loading.py [--small]
+Run:  python -m tests.benchmarks.loading [--quick]
 Target: at most 10 ms beyond the map, and no copy: the process grows by less than a tenth of the file.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -22,6 +18,8 @@ from safetensors.torch import save_file
 
 from saewb.formats import Facts, read
 from saewb.sae import SAE, SAEConfig
+
+from .measure import Report, Table, arguments, has, peak_mb, reset_peak, seconds
 
 D_IN = 2304
 WIDTHS = {"4k": 4096, "16k": 16384, "65k": 65536}
@@ -53,43 +51,42 @@ def bare(folder: Path) -> SAE:
 
 
 def timed(call: Callable[[], object], times: int) -> tuple[float, float]:
-    """Median milliseconds of a call, and by how many MB the process' peak grew."""
+    """Median seconds of a call, and by how many MB the process' peak grew."""
     call()  # imports, and the file into the system's cache
-    before, took = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    held, took = reset_peak(), []
     for _ in range(times):
-        start = time.perf_counter()
-        made = call()
-        took.append((time.perf_counter() - start) * 1000)
-        del made
-    return median(took), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        took.append(seconds(call))
+    return median(took), peak_mb() - held
+
+
+def readers(folder: Path) -> dict[str, Callable[[], object]]:
+    """What reads the folder, by name."""
+    calls: dict[str, Callable[[], object]] = {
+        "safetensors map": lambda: bare(folder),
+        "saewb, SAELens layout": lambda: read(folder / "saelens"),
+        "saewb, Gemma Scope 2 layout": lambda: read(folder / "gemma", Facts()),
+    }
+    if has("sae_lens"):
+        import sae_lens
+
+        calls["sae-lens"] = lambda: sae_lens.SAE.load_from_disk(folder / "saelens")
+    return calls
 
 
 def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--small", action="store_true", help="4k latents only")
+    """A table for each width."""
+    parser = arguments(__doc__)
     parser.add_argument("--times", type=int, default=7)
-    chosen = parser.parse_args()
-    print(f"{'':6} {'reader':24} {'ms':>9} {'beyond the map':>15} {'peak grew, MB':>14}   (file {D_IN} wide, float32)")
-    for name, d_sae in WIDTHS.items() if not chosen.small else [("4k", 4096)]:
+    options = parser.parse_args()
+    report, times = Report(options), 2 if options.quick else options.times
+    for name, d_sae in [("1k", 1024)] if options.quick else WIDTHS.items():
         with tempfile.TemporaryDirectory() as place:
-            folder = write(Path(place) / "sae", d_sae)
-            calls = {
-                "safetensors map": lambda: bare(folder),  # noqa: B023 (called in this turn of the loop)
-                "saewb, SAELens": lambda: read(folder / "saelens"),  # noqa: B023
-                "saewb, Gemma Scope 2": lambda: read(folder / "gemma", Facts()),  # noqa: B023
-            }
-            try:
-                import sae_lens
-
-                calls["sae-lens"] = lambda: sae_lens.SAE.load_from_disk(folder / "saelens")  # noqa: B023
-            except ImportError:
-                print("sae-lens is not installed here", file=sys.stderr)
-            base = None
-            for reader, call in calls.items():
-                took, grew = timed(call, chosen.times)
-                base = took if base is None else base
-                print(f"{name:6} {reader:24} {took:9.2f} {took - base:15.2f} {grew:14.0f}")
+            calls = readers(write(Path(place) / "sae", d_sae))
+            found = {reader: timed(call, times) for reader, call in calls.items()}
+        title = f"load an SAE of {name} latents, {D_IN} wide, float32, from disk"
+        notes = {reader: f"peak +{grew:.0f} MB" for reader, (_, grew) in found.items()}
+        took = {reader: took for reader, (took, _) in found.items()}
+        report.add(Table.made(title, took, "saewb, SAELens layout", notes))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
-"""What statistics cost: `python tests/benchmarks/stats.py [--quick]`.
+"""What statistics cost: `python -m tests.benchmarks.stats [--quick]`.
 
 Superposition against the bare product of all directions with one another, correlation statistics against reading the
 matrix once, sampling and random matrices; and all of it against sae-lens, in the same run, where that is installed.
 Prints medians and ratios; passes or fails nothing.
 """
 
-import argparse
-import importlib.util
 import resource
-import statistics
-import time
 import warnings
 from types import SimpleNamespace
 
@@ -20,30 +16,15 @@ from saewb.stats.correlation import correlation_stats, random_correlation, rando
 from saewb.stats.sampling import CorrelatedNormals
 from saewb.stats.superposition import superposition
 
-THEIRS = importlib.util.find_spec("sae_lens") is not None
+from .measure import Report, Row, Table, arguments, has, medians, seconds
+
+THEIRS = has("sae_lens")
 
 
-def medians(calls, rounds):
-    """Median seconds of each call, the calls taken in turn so that a busy machine troubles all alike."""
-    times = {name: [] for name in calls}
-    for n in range(rounds + 1):
-        for name, call in calls.items():
-            if n == 0 and name.startswith("sae-lens") and rounds == 1:
-                continue  # a minute: not for warming up
-            start = time.perf_counter()
-            call()
-            if n:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def show(title, found, limit):
-    """A line per call, with how many times saewb's time and the limit's it takes."""
-    print(f"\n{title}")
-    ours = next(value for name, value in found.items() if name.startswith("saewb"))
-    for name, seconds in found.items():
-        ratios = f"{seconds / ours:7.2f} x saewb   {seconds / found[limit]:7.2f} x {limit}"
-        print(f"  {name:<22} {seconds * 1e3:11.2f} ms   {ratios}")
+def table(title, calls, rounds):
+    """Medians; a call of a minute is not warmed up."""
+    took = medians(calls, rounds, warm=lambda name: rounds > 1 or not name.startswith("sae-lens"))
+    return Table.made(title, took, "saewb")
 
 
 def superposition_of(n, d, rounds):
@@ -59,7 +40,7 @@ def superposition_of(n, d, rounds):
         from sae_lens.synthetic.stats import compute_superposition_stats
 
         calls["sae-lens"] = lambda: compute_superposition_stats(SimpleNamespace(feature_vectors=directions))
-    show(f"superposition, {n:,} directions in {d} dimensions", medians(calls, rounds), "bare product")
+    return table(f"superposition, {n:,} directions in {d} dimensions", calls, rounds)
 
 
 def dense_statistics(n, rounds):
@@ -72,7 +53,7 @@ def dense_statistics(n, rounds):
         from sae_lens.synthetic.stats import compute_correlation_matrix_stats
 
         calls["sae-lens"] = lambda: compute_correlation_matrix_stats(matrix)
-    show(f"statistics of a dense matrix, {n:,}; {took // 1024} MB more memory", medians(calls, rounds), "read once")
+    return table(f"statistics of a dense matrix, {n:,}; {took // 1024} MB more memory", calls, rounds)
 
 
 def low_rank_statistics(n, rank, rounds):
@@ -84,7 +65,7 @@ def low_rank_statistics(n, rank, rounds):
 
         theirs = LowRankCorrelationMatrix(low.factor, low.diag)
         calls["sae-lens"] = lambda: compute_low_rank_correlation_matrix_stats(theirs)
-    show(f"statistics of a low-rank matrix, {n:,}, rank {rank}", medians(calls, rounds), "F^T F")
+    return table(f"statistics of a low-rank matrix, {n:,}, rank {rank}", calls, rounds)
 
 
 def dense_sampling(n, samples, rounds):
@@ -97,7 +78,7 @@ def dense_sampling(n, samples, rounds):
 
         generator = ActivationGenerator(n, p, correlation_matrix=matrix)
         calls["sae-lens"] = lambda: generator.sample(samples)
-    show(f"{samples:,} samples with a dense matrix, {n:,}", medians(calls, rounds), "product")
+    return table(f"{samples:,} samples with a dense matrix, {n:,}", calls, rounds)
 
 
 def random_matrices(n, rounds):
@@ -110,8 +91,8 @@ def random_matrices(n, rounds):
         theirs = {f"{name}_correlation_strength": value for name, value in (("min", 0.0), ("max", 0.01))}
         calls["sae-lens"] = lambda: correlation.generate_random_correlation_matrix(n, seed=0, **theirs)
         low["sae-lens"] = lambda: correlation.generate_random_low_rank_correlation_matrix(n, 50, seed=0)
-    show(f"a random dense matrix, {n:,}", medians(calls, rounds), "torch.rand")
-    show(f"a random low-rank matrix, {n:,}, rank 50", medians(low, rounds), "torch.randn")
+    yield table(f"a random dense correlation matrix, {n:,}", calls, rounds)
+    yield table(f"a random low-rank correlation matrix, {n:,}, rank 50", low, rounds)
 
 
 def coactivations(d_sae, l0, tokens):
@@ -120,29 +101,26 @@ def coactivations(d_sae, l0, tokens):
     batch.scatter_(1, torch.rand(tokens, d_sae, generator=rng).topk(l0).indices, 1.0)
     stream = CoactivationStream(d_sae)
     stream.update(batch)
-    start = time.perf_counter()
-    stream.update(batch)
-    took = (time.perf_counter() - start) / tokens
-    print(f"\nco-activation, {d_sae:,} latents, {l0} per token: {took * 1e6:.1f} microseconds per token")
+    took = seconds(lambda: stream.update(batch))
+    title = f"co-activation, {d_sae:,} latents, {l0} on per token, {tokens:,} tokens"
+    return Table(title, (Row("saewb", took, f"{took / tokens * 1e6:.1f} microseconds per token"),), "saewb")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes, one round")
-    quick = parser.parse_args().quick
+def main() -> None:
+    """Measure."""
+    options = arguments(__doc__).parse_args()
+    quick, report = options.quick, Report(options)
     warnings.simplefilter("ignore")
-    print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, sae-lens {'yes' if THEIRS else 'not installed'}"
-    )
     for n, rounds in [(1024, 1)] if quick else [(2048, 3), (8192, 3), (16_384, 1)]:
-        superposition_of(n, 64 if quick else 576, rounds)
+        report.add(superposition_of(n, 64 if quick else 576, rounds))
     for n in [1024] if quick else [4096, 16_384]:
-        dense_statistics(n, 3)
-    low_rank_statistics(4096 if quick else 65_536, 50, 5)
-    dense_sampling(256 if quick else 4096, 1024, 1)
+        report.add(dense_statistics(n, 3))
+    report.add(low_rank_statistics(4096 if quick else 65_536, 50, 5))
+    report.add(dense_sampling(256 if quick else 4096, 1024, 1))
     for n in [256] if quick else [1024, 4096]:
-        random_matrices(n, 1 if n > 2000 else 3)
-    coactivations(1024 if quick else 16_384, 16 if quick else 50, 256 if quick else 1024)
+        for made in random_matrices(n, 1 if n > 2000 else 3):
+            report.add(made)
+    report.add(coactivations(1024 if quick else 16_384, 16 if quick else 50, 256 if quick else 1024))
 
 
 if __name__ == "__main__":

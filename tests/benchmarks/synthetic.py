@@ -1,52 +1,48 @@
-"""Synthetic data against sae-lens: python tests/benchmarks/synthetic.py [--quick], in the environment that has it.
+"""Synthetic data against sae-lens: python -m tests.benchmarks.synthetic [--quick].
 
-Prints, from one run: orthogonalising a dictionary (with the |cosines| both reach), and samples per second of sparse
-independent features; medians and ratios.
+Orthogonalising a dictionary (with the |cosines| both reach), and sampling sparse independent features.
 """
 
 from __future__ import annotations
-
-import argparse
-import statistics
-import time
 
 import torch
 from torch.nn.functional import normalize
 
 from saewb.synthetic import FeatureDictionary, Magnitudes, SyntheticData, orthogonalized
 
+from .measure import Report, Table, arguments, has, medians, seconds
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    from sae_lens.synthetic.activation_generator import ActivationGenerator
-    from sae_lens.synthetic.feature_dictionary import orthogonalize_embeddings
 
-    n, d = (256, 64) if options.quick else (1024, 256)
+def orthogonalising(n: int, d: int) -> Table:
+    """Once each: the peer takes a minute."""
     start = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
-    ours, took = _timed(lambda: orthogonalized(start))
-    theirs, their_time = _timed(lambda: orthogonalize_embeddings(start.clone()))
-    print(f"orthogonalise {n} x {d}: saewb {took:.3f} s, sae-lens {their_time:.2f} s, ratio {their_time / took:.0f}")
-    for name, found in (("saewb", ours), ("sae-lens", theirs)):
-        mean, largest = _cosines(found)
-        print(f"  {name}: mean |cos| {mean:.5f}, mean of largest |cos| {largest:.4f}")
+    calls = {"saewb": lambda: orthogonalized(start)}
+    if has("sae_lens"):
+        from sae_lens.synthetic.feature_dictionary import orthogonalize_embeddings
 
-    for n in (1024,) if options.quick else (16384, 65536):
-        p = torch.full((n,), 0.005)
-        directions = normalize(torch.randn(n, 576, generator=torch.Generator().manual_seed(0)), dim=1)
-        dictionary = FeatureDictionary(directions, torch.zeros(576))
-        data = SyntheticData(dictionary, p, Magnitudes("rectified_normal", 1.0, 0.2))
+        calls["sae-lens"] = lambda: orthogonalize_embeddings(start.clone())
+    took, notes = {}, {}
+    for name, call in calls.items():
+        made = []
+        took[name] = seconds(lambda: made.append(call()))  # noqa: B023 (called in this turn of the loop)
+        mean, largest = _cosines(made[0])
+        notes[name] = f"mean abs. cosine {mean:.5f}, mean of the largest {largest:.4f}"
+    return Table.made(f"orthogonalise {n:,} directions in {d} dimensions", took, "saewb", notes)
+
+
+def sampling(n: int) -> Table:
+    """1,024 samples of sparse features, as activations."""
+    p = torch.full((n,), 0.005)
+    directions = normalize(torch.randn(n, 576, generator=torch.Generator().manual_seed(0)), dim=1)
+    data = SyntheticData(FeatureDictionary(directions, torch.zeros(576)), p, Magnitudes("rectified_normal", 1.0, 0.2))
+    rng = torch.Generator().manual_seed(0)
+    calls = {"saewb": lambda: data(1024, rng)}
+    if has("sae_lens"):
+        from sae_lens.synthetic.activation_generator import ActivationGenerator
+
         peer = ActivationGenerator(n, p, std_firing_magnitudes=0.2)
-        rng = torch.Generator().manual_seed(0)
-        pairs = [
-            (_timed(lambda: data(1024, rng))[1], _timed(lambda: peer.sample(1024) @ directions)[1])  # noqa: B023
-            for _ in range(4)
-        ][1:]
-        ratio = statistics.median(b / a for a, b in pairs)
-        mine, other = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
-        print(f"1024 samples of {n} features: saewb {mine:.0f} ms, sae-lens {other:.0f} ms, ratio {ratio:.1f}")
+        calls["sae-lens"] = lambda: peer.sample(1024) @ directions
+    return Table.made(f"1,024 samples of {n:,} independent features", medians(calls, 3), "saewb")
 
 
 def _cosines(f) -> tuple[float, float]:
@@ -54,10 +50,13 @@ def _cosines(f) -> tuple[float, float]:
     return float(cosines.sum() / (len(f) * (len(f) - 1))), float(cosines.max(1).values.mean())
 
 
-def _timed(work):
-    started = time.perf_counter()
-    found = work()
-    return found, time.perf_counter() - started
+def main() -> None:
+    """Measure."""
+    options = arguments(__doc__).parse_args()
+    report = Report(options)
+    report.add(orthogonalising(*((256, 64) if options.quick else (1024, 256))))
+    for n in (1024,) if options.quick else (16_384, 65_536):
+        report.add(sampling(n))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""What one training step costs: `python tests/benchmarks/train_step.py [--objective topk] [--d-sae 4608] [--memory]`.
+"""What one training step costs: `python -m tests.benchmarks.train_step [--objective topk] [--d-sae 4608] [--memory]`.
 
 Whole steps (losses, gradients, clipping, Adam) on the same batch from the same weights, the candidates taken in turn so
-that a busy machine troubles all alike (processor time is the surer figure on one): saewb by sparse steps in full
-precision and with a low-precision product selecting, saewb by autograd, and sae-lens where it is installed. Prints a
-markdown table: median milliseconds, of the clock and of all processors; how many times less than sae-lens (or autograd)
-by either, paired; how far the first step's squared error and loss are from autograd's; and with --memory the peak
-memory of a fresh process above what importing and the data took (Linux). Passes or fails nothing.
+that a busy machine troubles all alike: saewb by sparse steps in full precision and with a low-precision product
+selecting, saewb by autograd, and sae-lens where it is installed. Beside the medians: how many times quicker than
+sae-lens (or autograd) a step is, paired, by the clock and in processor time (the surer figure on a busy machine); how
+far the first step's squared error and loss are from autograd's; and with --memory the peak memory of a fresh process
+above what importing and the data took (Linux). Passes or fails nothing.
 
 Latents of the objectives without a k get biases with which k are on per token, as after training.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import statistics
@@ -19,12 +18,15 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
 import saewb
 from saewb.sparse_step import best_precision, clipped_step, sparse_step
 from saewb.sparse_step.precision import finer
+
+from .measure import Report, Row, Table, arguments, has, peak_mb, reset_peak
 
 OBJECTIVES = ("topk", "abstopk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated")
 LR = 1e-5
@@ -153,7 +155,7 @@ def candidates(name, options, x):
             made[f"saewb, {how} selects"] = lambda how=how: ours(name, options, how, x)
     if not options.no_plain:
         made["saewb, autograd"] = lambda: ours(name, options, "plain", x)
-    if importlib.util.find_spec("sae_lens") and name != "abstopk" and not options.no_peer:
+    if has("sae_lens") and name != "abstopk" and not options.no_peer:
         made["sae-lens"] = lambda: peer(name, options, x)
     return made
 
@@ -174,25 +176,12 @@ def medians(steps, x, repeats):
     return times, first
 
 
-def peak_mb():
-    """Most memory this process has held since `reset_peak`, in MB."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-
-
-def reset_peak():
-    """Start measuring anew; returns what is held now, in MB."""
-    with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")
-    return peak_mb()
-
-
 def measured_alone(name, candidate, options):
     """Peak memory of three steps in a fresh process, above import and data, in MB."""
-    command = [sys.executable, __file__, "--objective", name, "--alone", candidate]
+    command = [sys.executable, "-m", "tests.benchmarks.train_step", "--objective", name, "--alone", candidate]
     for key in ("d_in", "d_sae", "batch", "k", "rows", "dead_frac"):
         command += ["--" + key.replace("_", "-"), str(getattr(options, key))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
 
 
@@ -208,25 +197,31 @@ def alone(options, x):
     print(json.dumps({"peak_mb": peak_mb() - held}))
 
 
-def report(name, options, x):
-    """One objective's rows."""
+def table(name, options, x):
+    """One objective's candidates."""
     steps = {label: make() for label, make in candidates(name, options, x).items()}
     times, first = medians(steps, x, options.repeats)
     del steps
     base = "sae-lens" if "sae-lens" in times else "saewb, autograd" if "saewb, autograd" in times else "saewb"
     reference = first.get("saewb, autograd", first["saewb"])
+    rows = []
     for label, values in times.items():
-        clock, processors = (statistics.median(column) for column in zip(*values, strict=True))
-        ratios = [
+        clock = statistics.median(v[0] for v in values) / 1e3
+        faster, less = (
             statistics.median(b[i] / max(v[i], 1e-3) for b, v in zip(times[base], values, strict=True)) for i in (0, 1)
-        ]
+        )
         off = max(abs(a / b - 1) for a, b in zip(first[label], reference, strict=True))
-        row = f"| {name} | {label} | {clock:.0f} | {processors:.0f} | {ratios[0]:.1f} | {ratios[1]:.1f} | {off:.0e} |"
-        print(row + (f" {measured_alone(name, label, options):.0f} |" if options.memory else ""), flush=True)
+        note = f"{faster:.1f} x faster than {base}, {less:.1f} x less processor time; loss off by {off:.0e}"
+        memory = f"; peak +{measured_alone(name, label, options):.0f} MB" if options.memory else ""
+        rows.append(Row(label, clock, note + memory))
+    size = f"{options.batch:,} tokens x {options.d_in}, {options.d_sae:,} latents, k {options.k}, {options.rows} rows"
+    dead = f", {options.dead_frac:.0%} dead" if options.dead_frac else ""
+    return Table(f"a training step, {name}: {size}{dead}", tuple(rows), "saewb")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """Measure."""
+    parser = arguments(__doc__)
     parser.add_argument("--objective", default="topk", help=f"one of {', '.join(OBJECTIVES)}, several with commas; all")
     parser.add_argument("--d-in", type=int, default=576)
     parser.add_argument("--d-sae", type=int, default=4608)
@@ -235,27 +230,21 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", choices=("unit", "free"), default="free")
     parser.add_argument("--dead-frac", type=float, default=0.0, help="share of latents that are dead")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
     parser.add_argument("--no-plain", action="store_true", help="without the autograd step")
     parser.add_argument("--no-peer", action="store_true", help="without sae-lens")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.quick:
+        options.d_sae, options.batch, options.repeats, options.d_in = 1024, 256, 1, 64
     x = activations(options.batch, options.d_in).to(options.device)
     if options.alone:
         alone(options, x)
         return
-    print(
-        f"{options.batch} tokens x {options.d_in}, d_sae {options.d_sae}, k {options.k}, {options.rows} rows, "
-        f"{options.dead_frac:.0%} dead, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
-    head = "| objective | step | ms | CPU ms | x faster | x less CPU | loss off by |" + (
-        " peak MB |" if options.memory else ""
-    )
-    print(head + "\n" + "|--" * (head.count("|") - 1) + "|")
+    report = Report(options)
     for name in OBJECTIVES if options.objective == "all" else options.objective.split(","):
-        report(name, options, x)
+        report.add(table(name, options, x))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import importlib
 from typing import Any
 
 _HOME = {  # public name: the module that has it
+    "CorrelationPanel": "correlation",
     "FeatureBrowser": "feature_browser",
     "PromptExplorer": "prompt_explorer",
     "SuperpositionPanel": "superposition",

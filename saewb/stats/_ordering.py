@@ -1,0 +1,94 @@
+"""An order of features in which those that go together stand together: for any number of them.
+
+1. The leading eigenvectors of the matrix, by subspace iteration from a seed, place each feature in a few dimensions.
+2. k-means by angle splits them, again and again, until no group has more than 1,024; groups go in the order of a
+   hierarchical clustering of their centres.
+3. Within a group, average linkage of 1 - r, exactly.
+
+Up to 1,024 features step 3 is all there is. Features of which nothing is defined come last.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saewb.stats._entries import Entries
+
+_GROUP = 1024  # features ordered exactly
+_DIMENSIONS = 32
+_ITERATIONS = 3  # of the subspace
+_ROUNDS = 10  # of k-means
+_SPLIT = 16  # groups made at a time
+
+
+def by_clusters(entries: Entries, seed: int) -> Int[Tensor, " n"]:
+    """The order, of a matrix whose rows and columns are the same features."""
+    n = entries.shape[0]
+    every = torch.arange(n, device=entries.device)
+    known = ~torch.cat([entries.tile(part, part).diagonal().isnan() for part in every.split(256)])
+    inside, outside = every[known], every[~known]
+    if len(inside) <= _GROUP:
+        return torch.cat([_linked(entries, inside), outside]).cpu()
+    rng = torch.Generator().manual_seed(seed)
+    places = leading(entries, min(_DIMENSIONS, n), rng)
+    return torch.cat([*_split(entries, places, inside, rng), outside]).cpu()
+
+
+def leading(entries: Entries, k: int, rng: torch.Generator) -> Float[Tensor, "n k"]:
+    """Each feature's coordinates along the leading eigenvectors, scaled: their products come near the entries."""
+    start = torch.randn(entries.shape[1], k, generator=rng).to(entries.device)
+    basis = torch.linalg.qr(entries.times(start)).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(entries.times(basis)).Q
+    values, vectors = torch.linalg.eigh(basis.T @ entries.times(basis))
+    return basis @ vectors * values.clamp(min=0).sqrt()
+
+
+def _split(entries: Entries, places: Tensor, group: Tensor, rng: torch.Generator) -> list[Tensor]:
+    if len(group) <= _GROUP:
+        return [_linked(entries, group)]
+    x = torch.nn.functional.normalize(places[group], dim=1)
+    label, centres = _k_means(x, min(_SPLIT, -(-len(group) // (_GROUP // 2))), rng)
+    parts = [group[label == i] for i in _centre_order(centres)]
+    parts = [part for part in parts if len(part)]
+    if len(parts) == 1:  # they are all alike: any order will do
+        parts = list(group[x[:, -1].argsort(stable=True)].split(_GROUP))
+    return [done for part in parts for done in _split(entries, places, part, rng)]
+
+
+def _k_means(x: Float[Tensor, "n d"], k: int, rng: torch.Generator) -> tuple[Int[Tensor, " n"], Float[Tensor, "k d"]]:
+    """By angle: rows of `x` have length 1."""
+    centres = x[torch.randperm(len(x), generator=rng)[:k].to(x.device)]
+    for _ in range(_ROUNDS):
+        label = (x @ centres.T).argmax(1)
+        centres = torch.nn.functional.normalize(torch.zeros_like(centres).index_add_(0, label, x), dim=1)
+    return label, centres
+
+
+def _centre_order(centres: Float[Tensor, "k d"]) -> list[int]:
+    from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+
+    distance = _condensed(centres @ centres.T)
+    if len(centres) < 3:
+        return list(range(len(centres)))
+    return leaves_list(optimal_leaf_ordering(linkage(distance, "average"), distance)).tolist()
+
+
+def _linked(entries: Entries, group: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
+    if len(group) < 3:
+        return group
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    order = leaves_list(linkage(_condensed(entries.tile(group, group)), "average"))
+    return group[torch.from_numpy(order).long().to(group.device)]
+
+
+def _condensed(similarity: Tensor):
+    """Distances 1 - r of all pairs, as scipy wants them; what is not defined counts as 0."""
+    from scipy.spatial.distance import squareform
+
+    r = similarity.double().nan_to_num(0).clamp(-1, 1).cpu()
+    distance = (1 - (r + r.T) / 2).fill_diagonal_(0)
+    return squareform(distance.numpy(), checks=False)

@@ -1,0 +1,179 @@
+"""CorrelationPanel's front end in Chromium, over the real panel."""
+
+import os
+import time
+
+import chromium
+import panels
+import pytest
+import torch
+from saewb_widgets import CorrelationPanel
+
+import saewb
+from saewb.synthetic import random_dictionary
+
+
+def drawn(page, panel, after=0):
+    """Wait until the picture is of the view, newer than tile number `after`; its number."""
+    page.wait_for_function(
+        "([v, n]) => { const d = document.querySelector('canvas.map').dataset; return d.view === v && +d.seq > n; }",
+        arg=[",".join(map(str, panel.shown.window)), after],
+        timeout=30_000,
+    )
+    return int(page.get_attribute("canvas.map", "data-seq"))
+
+
+def pixel(page, fx, fy):
+    js = """([x, y]) => { const c = document.querySelector('canvas.map'), o = document.createElement('canvas');
+      [o.width, o.height] = [1, 1];
+      const to = o.getContext('2d', { willReadFrequently: true });
+      to.drawImage(c, Math.floor(x * c.width), Math.floor(y * c.height), 1, 1, 0, 0, 1, 1);
+      return [...to.getImageData(0, 0, 1, 1).data]; }"""
+    return page.evaluate(js, [fx, fy])
+
+
+def test_zooming_moving_and_the_pair(page):
+    panel = CorrelationPanel(panels.index())
+    flush = chromium.mount(page, panel)
+    seq = drawn(page, panel)
+    box = page.locator("canvas.map").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.75)
+    page.mouse.wheel(0, -120)
+    page.wait_for_function("() => document.querySelector('.said').textContent.includes('rows')")
+    page.wait_for_timeout(300)
+    r0, r1, c0, c1 = panel.view
+    assert (r1 - r0, c1 - c0) == (634, 634)
+    assert r0 == pytest.approx(0.75 * (1024 - 634), abs=4)
+    assert c0 == pytest.approx(0.25 * (1024 - 634), abs=4)
+    seq = drawn(page, panel)
+    page.get_by_role("button", name="Zoom in").click()
+    seq = drawn(page, panel, seq)
+    page.focus("canvas.map")
+    before = panel.view
+    page.keyboard.press("ArrowRight")
+    drawn(page, panel, seq)
+    assert panel.view[2] > before[2]
+    assert panel.view[:2] == before[:2]
+    page.keyboard.press("0")
+    drawn(page, panel)
+    assert panel.view == (0, 1024, 0, 1024)
+    i, j, value = panel.figures["pairs"][0]
+    page.locator(".rows button").first.click()
+    page.locator(".pair h3", has_text=f"{i} and {j}").wait_for()
+    assert panel.pair == (i, j)
+    assert "together on" in page.inner_text(".pair h3")
+    peaks = page.locator(".one .context .peak")
+    assert peaks.first.inner_text().strip() == panel.index.latent(i).top[0].token.strip()
+    order = panel.overview.rows.tolist()
+    r, c = order.index(i), order.index(j)
+    panel.view = (max(0, r - 5), max(0, r - 5) + 10, max(0, c - 5), max(0, c - 5) + 10)
+    flush()
+    drawn(page, panel)
+    fx, fy = (c - panel.view[2] + 0.5) / 10, (r - panel.view[0] + 0.5) / 10
+    warm = pixel(page, fx, fy)
+    assert warm[0] > warm[2] + 60 if value > 0 else warm[2] > warm[0] + 60
+    page.mouse.move(box["x"] + fx * box["width"], box["y"] + fy * box["height"])
+    page.wait_for_timeout(300)
+    page.mouse.move(box["x"] + fx * box["width"] + 2, box["y"] + fy * box["height"])
+    said = page.inner_text(".tip")
+    assert said.startswith(str(i))
+    assert panel.index.latent(j).top[0].token.strip() in said
+    assert "phi" in said
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_timeout(200)
+    assert panel.pair == (i, j)
+    page.select_option("select[aria-label=Order]", "density")
+    page.wait_for_timeout(300)
+    assert panel.order == "density"
+    page.get_by_role("button", name="The Python that gives this").click()
+    page.locator(".notice pre").wait_for()
+    assert page.inner_text(".notice pre").strip() == panel.code().strip()
+
+
+def test_sixty_five_thousand_features(page):
+    """Opening and zooming a matrix of 4 billion entries: what it takes is printed."""
+    n = 65_536
+    low = saewb.random_low_rank_correlation(n, 50, seed=1)
+    begun = time.perf_counter()
+    panel = CorrelationPanel(low, order="index")
+    flush = chromium.mount(page, panel)
+    seq = drawn(page, panel)
+    took = time.perf_counter() - begun
+    print(f"\n65,536 x 65,536: first view {1000 * took:.0f} ms, {panels.sent(panel) + 65_536:,} bytes")
+    assert panels.sent(panel) + 65_536 < 300_000
+    for window in ((0, 30_000, 0, 30_000), (5000, 9000, 5000, 9000), (5000, 7000, 100, 2100), (5000, 5200, 100, 300)):
+        panel.view = window
+        begun = time.perf_counter()
+        flush()
+        seq = drawn(page, panel, seq)
+        wall = time.perf_counter() - begun
+        asked = page.get_attribute("canvas.map", "data-ms")
+        print(f"zoom to {window}: {1000 * wall:.0f} ms, of which kernel and drawing {asked} ms; {panel.shown.cells}")
+    page.get_by_role("button", name="Stop looking through the entries").click()
+    page.locator(".saewb[aria-busy=false]").wait_for(timeout=60_000)
+    assert panel.busy == ""
+    assert panel.progress < 1
+
+
+def test_bytes_that_get_lost_are_asked_for_as_text(page):
+    panel = CorrelationPanel(torch.eye(30), order="index")
+    flush = chromium.mount(page, panel)
+    drawn(page, panel)
+    kept = panel.send
+    panel.send = lambda content, buffers=None: kept(content, [])
+    panel.view = (0, 10, 0, 10)
+    flush()
+    drawn(page, panel)
+    assert page.calls[-1] == {"do": "tile", "seq": 3, "view": [0, 10, 0, 10], "plain": True}
+
+
+def test_learnt_against_true_is_a_diagonal(page):
+    dictionary = random_dictionary(60, 40)
+    learnt = dictionary.directions[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    panel = CorrelationPanel(learnt, dictionary)
+    chromium.mount(page, panel)
+    drawn(page, panel)
+    assert panel.order == "matched"
+    for k in (5, 30, 50):
+        on, off = pixel(page, (k + 0.5) / 60, (k + 0.5) / 60), pixel(page, (k + 0.5) / 60, ((k + 7) % 60 + 0.5) / 60)
+        assert on[0] - on[2] > 150
+        assert abs(off[0] - off[2]) < 120
+
+
+def test_hostile_tokens_are_text_and_errors_are_shown(page):
+    panel = CorrelationPanel(panels.hostile().matrix(min_fires=1), index=panels.hostile(), order="index")
+    flush = chromium.mount(page, panel)
+    drawn(page, panel)
+    for i in range(12):
+        panel.pair = (i, i + 20)
+        flush()
+    box = page.locator("canvas.map").bounding_box()
+    for k in range(8):
+        page.mouse.move(box["x"] + 20 + 40 * k, box["y"] + 30 + 50 * k)
+        page.wait_for_timeout(160)
+    page.mouse.move(box["x"] + 303, box["y"] + 383)
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 0
+    with pytest.raises(ValueError, match="near: density"):
+        panel.order = "densty"
+    flush()
+    page.locator(".complaint", has_text="order is 'densty'").wait_for()
+    page.evaluate("() => __stop()")
+    assert page.evaluate("() => __heard()") == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_light_and_dark(page, theme):
+    page.evaluate("c => { document.body.style.background = c; }", "#ffffff" if theme == "light" else "#111111")
+    panel = CorrelationPanel(panels.index())
+    panel.pair = tuple(panel.figures["pairs"][0][:2])
+    chromium.mount(page, panel)
+    page.locator(f".saewb[data-theme={theme}]").wait_for()
+    drawn(page, panel)
+    page.wait_for_timeout(200)
+    assert (sum(pixel(page, 0.98, 0.02)[:3]) > 384) == (theme == "light")
+    if where := os.environ.get("SAEWB_SCREENSHOTS"):
+        page.screenshot(path=f"{where}/correlation_{theme}.png", full_page=True)
+    page.set_viewport_size({"width": 420, "height": 900})
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")

@@ -1,0 +1,116 @@
+"""What `help()` says of every public name: a claim, each argument, what comes back, what is raised, where it is from.
+
+Shapes stand in the types (jaxtyping, or in brackets in the text), units in the text of each argument and field.
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+
+import pytest
+
+import saewb
+
+SECTIONS = ("Args", "Returns", "Raises", "Source", "Example")
+# Their formulas come from papers, or are measured as another tool measures them.
+FROM_PAPERS = {
+    *("SAE", "PursuitSAE", "TemporalSAE", "CrossLayerTranscoder"),
+    *("Standard", "Gated", "TopK", "AbsTopK", "BatchTopK", "Matryoshka", "JumpReLU", "MatchingPursuit"),
+    *("superposition", "enrich", "attribute", "attribute_edges", "evaluate", "steer"),
+}
+MODULES = ("embedded", "metrics", "neuronpedia", "sinks", "synthetic", "tokens")  # the rest is for saewb's own rooms
+NEEDS_NETWORK = {"push_to_hub"}
+
+
+def public():
+    """(name, object) of each public function and class: saewb's own, and those of the modules its users type."""
+    found = {name: getattr(saewb, name) for name in saewb._HOME}
+    for module in (getattr(saewb, name) for name in MODULES):
+        for key in getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")]):
+            value = getattr(module, key)
+            if getattr(value, "__module__", "").startswith(module.__name__):
+                found[f"{module.__name__.removeprefix('saewb.')}.{key}"] = value
+    seen, once = set(), []
+    for name, value in sorted(found.items(), key=lambda pair: pair[0].count(".")):  # saewb.x before saewb.m.x
+        if id(value) not in seen:
+            seen.add(id(value))
+            once.append(pytest.param(name, value, id=name))
+    return once
+
+
+def sections(text):
+    """The docstring's sections, the claim under ""."""
+    parts = re.split(rf"(?m)^({'|'.join(SECTIONS)}):[ ]*$", text)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def tree_of(value):
+    return ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
+
+
+def parameters(function):
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def check_arguments(name, function, text):
+    """Each parameter has its line, with words."""
+    if not (wanted := parameters(function)):
+        return
+    assert "Args" in text, f"{name}: no Args"
+    lines = re.findall(r"(?m)^    \*{0,2}([\w, *]+):\s+(\S.*)$", text["Args"])
+    said = {one.strip(" *") for names, _ in lines for one in names.split(",")}
+    assert set(wanted) <= said, f"{name}: {sorted(set(wanted) - said)} not in Args"
+    for names, words in lines:
+        assert len(words) > 6, f"{name}: {names}: {words!r} says too little"
+
+
+def check_shapes(name, function, text):
+    """A bare Tensor says its shape in words."""
+    for parameter in inspect.signature(function).parameters.values():
+        if str(parameter.annotation) in ("Tensor", "Tensor | None"):
+            line = re.search(rf"(?ms)^    \*{{0,2}}{parameter.name}:.*?(?=^    \w+:|\Z)", text["Args"])[0]
+            assert "[" in line or "scalar" in line, f"{name}: which shape has {parameter.name}?"
+
+
+def raises(node):
+    """Raised in the function's own body, and not only passed on."""
+    return any(isinstance(n, ast.Raise) and n.exc is not None for n in ast.walk(node))
+
+
+@pytest.mark.parametrize(("name", "value"), public())
+def test_the_claim_is_a_sentence(name, value):
+    claim = inspect.getdoc(value).split("\n\n")[0]
+    assert re.search(r"[.:;]$", claim), f"{name}: {claim!r}"
+    assert len(claim.split()) > 3, f"{name}: {claim!r}"
+
+
+@pytest.mark.parametrize(("name", "value"), [p for p in public() if inspect.isfunction(p.values[1])])
+def test_functions_say_all(name, value):
+    text = sections(inspect.getdoc(value))
+    check_arguments(name, value, text)
+    check_shapes(name, value, text)
+    node = tree_of(value)
+    if raises(node):
+        assert "Raises" in text, f"{name}: no Raises"
+    returns = ast.unparse(node.returns) if node.returns else "None"
+    if returns not in ("None", "Iterator[None]", "bool", "str") and parameters(value):
+        assert "Returns" in text, f"{name}: no Returns, and it returns {returns}"
+    if name in FROM_PAPERS or name.startswith("metrics."):
+        assert "Source" in text, f"{name}: no Source"
+    if name not in NEEDS_NETWORK:
+        assert "Example" in text, f"{name}: no Example"
+
+
+@pytest.mark.parametrize(("name", "value"), [p for p in public() if inspect.isclass(p.values[1])])
+def test_classes_say_all(name, value):
+    text, node, lines = sections(inspect.getdoc(value)), tree_of(value), inspect.getsource(value).splitlines()
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
+    for field in fields:  # its unit stands beside it, or above it, or in the docstring
+        beside = any("#" in line or "_is(" in line for line in lines[field.lineno - 2 : field.end_lineno])
+        assert beside or re.search(rf"\b{field.target.id}\b", inspect.getdoc(value)), f"{name}.{field.target.id}"
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+            assert ast.get_docstring(method), f"{name}.{method.name} has no docstring"
+    if name in FROM_PAPERS:
+        assert "Source" in text, f"{name}: no Source"

@@ -1,0 +1,96 @@
+"""Text token by token: as `model.generate` writes it, by seed, stopped, steered, and clean for everybody else."""
+
+import itertools
+import threading
+
+import pytest
+import small
+import torch
+
+from saewb.generation import generate_tokens, next_token_changes
+from saewb.interventions import steer
+
+RESID = "blocks.1.hook_resid_post"
+
+
+def chosen(*args, **kwargs):
+    return [token.token_id for token in generate_tokens(*args, **kwargs)]
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_greedy_is_what_generate_writes(model, steered):
+    sae, ids = small.sae(RESID), small.tokens(1, 5)
+    make = (lambda: steer(model, sae, {3: 9.0, 7: -4.0})) if steered else None
+    got = chosen(model, ids, make, max_new_tokens=8)
+    args = {"max_new_tokens": 8, "do_sample": False, "verbose": False}
+    if steered:
+        with steer(model, sae, {3: 9.0, 7: -4.0}):
+            want = model.generate(ids, **args)
+    else:
+        want = model.generate(ids, **args)
+    want = want[0, 5:].tolist()
+    assert got == (want[: want.index(2) + 1] if 2 in want else want)
+
+
+def test_a_seed_is_a_text_and_leaves_the_global_state_alone(model):
+    ids, before = small.tokens(1, 5), torch.get_rng_state()
+    texts = [chosen(model, ids, max_new_tokens=12, temperature=2.0, seed=seed) for seed in (0, 0, 1, 2)]
+    assert texts[0] == texts[1]
+    assert len({tuple(text) for text in texts}) > 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_stopping_half_way_leaves_the_model_as_it_was(model):
+    before = small.snapshot(model)
+    sae = small.sae(RESID)
+    going = generate_tokens(model, small.tokens(1, 5), lambda: steer(model, sae, {3: 9.0}), max_new_tokens=50)
+    list(itertools.islice(going, 1))
+    going.close()
+    assert small.snapshot(model) == before
+
+
+def test_another_thread_between_two_tokens_is_not_held_up_and_not_steered(model):
+    sae, ids, got = small.sae(RESID), small.tokens(1, 5), []
+    with torch.no_grad():
+        clean = model(ids)
+    going = generate_tokens(model, ids, lambda: steer(model, sae, {3: 50.0}), max_new_tokens=5)
+    next(going)
+
+    def other():
+        with torch.no_grad(), steer(model, sae, {4: 0.0}):  # takes the lock
+            got.append(model(ids))
+
+    thread = threading.Thread(target=other, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    torch.testing.assert_close(got[0], clean)
+    going.close()
+
+
+def test_changes_of_probabilities_by_hand(model):
+    sae, ids = small.sae(RESID), small.tokens(1, 5)
+    table = next_token_changes(model, ids, lambda: steer(model, sae, {3: 9.0}), n=1000)
+    with torch.no_grad():
+        clean = model(ids)[0, -1].softmax(-1)
+        push = 9.0 * sae.W_dec[3]
+        steered = model.run_with_hooks(ids, fwd_hooks=[(RESID, lambda x, hook: x + push)])[0, -1].softmax(-1)
+    assert sorted(table.token_id) == list(range(len(clean)))
+    order = torch.tensor(table.token_id.to_numpy())
+    torch.testing.assert_close(torch.tensor(table.clean.to_numpy()), clean[order])
+    torch.testing.assert_close(torch.tensor(table.changed.to_numpy()), steered[order], atol=1e-5, rtol=1e-4)
+    assert table.change.abs().is_monotonic_decreasing
+    assert table.change.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"), [({"temperature": -1.0}, "temperature=-1"), ({"max_new_tokens": 0}, "max_new_tokens=0")]
+)
+def test_what_it_does_not_take(model, bad, why):
+    with pytest.raises(ValueError, match=why):
+        generate_tokens(model, small.tokens(1, 5), **bad)
+
+
+def test_a_prompt_of_no_tokens(model):
+    with pytest.raises(ValueError, match="at least one token"):
+        generate_tokens(model, torch.zeros(1, 0, dtype=torch.long))

@@ -1,0 +1,139 @@
+"""Notebook 09 covers what SAELens has: every public name stands beside its saewb form, or the reason there is none."""
+
+import ast
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "09_from_saelens_to_saewb.ipynb"
+
+# What SAELens does by area, as names that a user of it types.
+ENTRIES = {
+    "attaching": """HookedSAETransformer SAETransformerBridge boot_transformers saes add_sae reset_saes acts_to_saes
+        run_with_saes run_with_cache_with_saes run_with_hooks_with_saes reset_saes_end use_error_term prev_saes
+        exclude_special_tokens get_sae_hook_name hook_sae_acts_post""",
+    "architectures": """SAE SAEConfig StandardSAE GatedSAE TopKSAE AbsTopKSAE JumpReLUSAE MatchingPursuitSAE TemporalSAE
+        Transcoder SkipTranscoder JumpReLUTranscoder JumpReLUSkipTranscoder SAEMetadata register_sae_class
+        register_sae_training_class fold_W_dec_norm fold_activation_norm_scaling_factor fold_activation_whitening
+        encode decode process_sae_in get_name""",
+    "loading": """from_pretrained from_pretrained_with_cfg_and_sparsity load_from_disk load_from_pretrained from_dict
+        force_download converter load_sae_config_from_huggingface get_pretrained_saes_directory PretrainedSAELookup
+        PretrainedSaeHuggingfaceLoader PretrainedSaeDiskLoader get_repo_id_and_folder_name get_config_overrides
+        get_releases_for_repo_id load_model model_class_name HookedMamba HookedProxyLM save_model save_inference_model
+        upload_saes_to_huggingface""",
+    "scaling": "normalize_activations apply_b_dec_to_input reshape_activations covariance_whitening ActivationScaler",
+    "objectives": """StandardTrainingSAEConfig GatedTrainingSAEConfig TopKTrainingSAEConfig AbsTopKTrainingSAEConfig
+        BatchTopKTrainingSAEConfig MatryoshkaBatchTopKTrainingSAEConfig JumpReLUTrainingSAEConfig
+        MatchingPursuitTrainingSAEConfig l1_coefficient lp_norm aux_loss_coefficient matryoshka_widths
+        use_matryoshka_aux_loss jumprelu_sparsity_loss_mode jumprelu_bandwidth jumprelu_ste_to_input target_l0
+        pre_act_loss_coefficient decoder_init_norm TrainCoefficientConfig""",
+    "activations": """ActivationsStore from_sae from_config from_cache_activations next_batch get_batch_tokens
+        get_activations get_data_loader concat_and_batch_sequences disable_concat_sequences sequence_separator_token
+        prepend_bos use_chat_formatting seqpos_slice hook_head_index mixing_buffer activations_mixing_fraction
+        n_batches_in_buffer prefetch_llm_batches is_dataset_tokenized streaming PretokenizeRunner
+        PretokenizeRunnerConfig pretokenize_runner CacheActivationsRunner CacheActivationsRunnerConfig
+        use_cached_activations""",
+    "training": """LanguageModelSAERunnerConfig LanguageModelSAETrainingRunner SAETrainingRunner SAETrainer TrainingSAE
+        MultiSAETrainingRunner MultiSAETrainingRunnerConfig training_tokens train_batch_size_tokens context_size
+        lr_scheduler_name lr_warm_up_steps lr_decay_steps autocast autocast_lm compile_llm compile_sae
+        dead_feature_window n_batches_for_norm_estimate from_pretrained_path n_checkpoints checkpoint_path
+        resume_from_checkpoint llm_device act_store_device seed LoggingConfig log_to_wandb log_weights_to_wandb""",
+    "evaluating": """run_evals EvalConfig get_eval_everything_config multiple_evals process_results LLMSaeEvaluator
+        MultiSAEEvaluator ce_loss_score kl_div_score consistent_activation_heuristic
+        get_downstream_reconstruction_metrics get_sparsity_and_variance_metrics get_featurewise_weight_based_metrics
+        get_recons_loss all_loadable_saes get_saes_from_regex ExplainedVarianceCalculator""",
+    "statistics": """compute_superposition_stats compute_correlation_matrix_stats
+        compute_low_rank_correlation_matrix_stats generate_random_correlation_matrix
+        generate_random_low_rank_correlation_matrix LowRankCorrelationMatrix""",
+    "synthetic": """FeatureDictionary orthogonalize_embeddings ActivationGenerator SyntheticModel HierarchyNode
+        hierarchy_modifier generate_hierarchy zipfian_firing_probabilities linear_firing_probabilities
+        random_firing_probabilities generate_magnitudes train_toy_sae eval_sae_on_synthetic_data
+        mean_correlation_coefficient feature_uniqueness init_sae_to_match_feature_dict plot_sae_feature_similarity
+        find_best_feature_ordering""",
+    "dashboards": """open_neuronpedia_feature_dashboard get_neuronpedia_quick_list get_neuronpedia_feature
+        make_neuronpedia_list_with_features SAEDashboard sae_vis get_enrichment_df get_test_gene_sets
+        get_gene_set_from_regex manhattan_plot_enrichment_scores""",
+}
+OWN = re.compile(r"saewb(?:_widgets)?(?:\.\w+)+")
+
+
+def cells():
+    return [(c["cell_type"], "".join(c["source"])) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]]
+
+
+def markdown():
+    return "\n".join(text for kind, text in cells() if kind == "markdown")
+
+
+def rows(text):
+    """The tables' rows: (what SAELens has, what saewb has)."""
+    found = [line.strip().strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert all(len(row) == 2 for row in found), found
+    return [(left.strip(), right.strip()) for left, right in found if left.strip() != "SAELens"]
+
+
+def theirs(text):
+    """The code blocks of SAELens."""
+    return [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if block.startswith("# SAELens")]
+
+
+def covered():
+    text = markdown()
+    left = " ".join([*(row[0] for row in rows(text)), *theirs(text)])
+    return set(re.findall(r"\w+", left))
+
+
+@pytest.mark.parametrize("area", ENTRIES)
+def test_every_entry_is_there(area):
+    missing = set(ENTRIES[area].split()) - covered()
+    assert not missing
+
+
+def test_every_row_has_an_answer_and_every_cell_of_theirs_one_of_ours():
+    text = markdown()
+    assert len(rows(text)) > 80
+    assert all(len(right) > 10 for _, right in rows(text))
+    kinds = [(kind, bool(theirs(text))) for kind, text in cells()]
+    pairs = [kinds[i + 1][0] for i, (kind, has) in enumerate(kinds) if kind == "markdown" and has]
+    assert len(pairs) >= 8
+    assert set(pairs) == {"code"}
+
+
+def test_their_cells_are_python():
+    for block in theirs(markdown()):
+        ast.parse(block)
+
+
+def test_names_of_ours_exist():
+    import saewb_widgets.figures  # a module that its package does not name
+
+    names = set(OWN.findall(" ".join(text for _, text in cells()))) - {"saewb.git", "saewb.ipynb"}
+    assert len(names) > 70
+    for name in names:
+        package, *parts = name.split(".")
+        found = saewb_widgets if package == "saewb_widgets" else importlib.import_module(package)
+        for part in parts:
+            found = getattr(found, part)
+
+
+class TestAgainstSAELens:
+    """In the environment that has it."""
+
+    @pytest.fixture
+    def sae_lens(self):
+        return pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
+
+    @pytest.mark.parametrize("module", ["sae_lens", "sae_lens.synthetic"])
+    def test_every_public_name_is_there(self, sae_lens, module):
+        missing = set(importlib.import_module(module).__all__) - covered()
+        assert not missing
+
+    def test_their_code_imports_what_there_is(self, sae_lens):
+        for block in theirs(markdown()):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names)

@@ -1,0 +1,234 @@
+"""CorrelationPanel without a browser."""
+
+import base64
+import doctest
+import re
+import struct
+import threading
+import zlib
+from dataclasses import replace
+
+import panels
+import pytest
+import torch
+from saewb_widgets import CorrelationPanel, correlation
+
+import saewb
+from saewb.stats import _overview
+from saewb.synthetic import random_dictionary
+
+
+def low(n=300):
+    return saewb.random_low_rank_correlation(n, 5, scale=0.1, seed=1)
+
+
+def press(panel, what, **how):
+    sent = []
+    panel.send = lambda content, buffers=None: sent.append((content, buffers))
+    panel._on_message(panel, {"do": what, **how})
+    return sent
+
+
+def executed(panel, **given):
+    exec(panel.code(), given)
+    return given
+
+
+def sources():
+    dictionary = random_dictionary(20, 8)
+    return {
+        "low rank": ((low(),), "of"),
+        "dense": ((low(40).dense(),), "of"),
+        "sae": ((panels.embedded()[1],), "of"),
+        "index": ((panels.index(),), "index"),
+        "learnt and true": ((dictionary.directions[torch.randperm(20)], dictionary), "of"),
+    }
+
+
+@pytest.mark.parametrize("name", ["low rank", "dense", "sae", "index", "learnt and true"])
+def test_code_gives_what_is_shown(name):
+    given, called = sources()[name]
+    panel = CorrelationPanel(*given)
+    names = {called: given[0], "other": given[-1]}
+    n, m = panel.matrix.shape
+    for view in ((0, n, 0, m), (3, 17, 0, 9), (0, n, 1, 5)):
+        for cells in ("strongest", "mean"):
+            panel.view, panel.cells, panel.pair = view, cells, (3, 5)
+            made = executed(panel, **names)
+            torch.testing.assert_close(made["values"], panel.shown.values, atol=1e-5, rtol=0, equal_nan=True)
+            assert made["pair"].value == pytest.approx(panel.matrix.pair(3, 5).value, nan_ok=True)
+    assert panel.busy == ""
+    assert panel.progress == 1
+    for i, j, value in panel.figures["pairs"][:5]:
+        assert value == pytest.approx(panel.matrix.block([i], [j]).item(), rel=1e-3)
+
+
+def test_tiles_are_bytes_of_the_entries_or_text_where_bytes_get_lost():
+    panel = CorrelationPanel(low(), view=(10, 60, 100, 130))
+    ((head, (levels,)),) = press(panel, "tile", seq=7)
+    values = panel.shown.values
+    assert (head["tile"], head["shape"], head["window"], head["step"]) == (7, [50, 30], [10, 60, 100, 130], 1)
+    shown = (torch.tensor(list(levels)).view(50, 30).double() - 128) / 127 * head["scale"]
+    inside = values.abs() <= head["scale"]
+    assert (shown - values)[inside].abs().max() <= head["scale"] / 250
+    order = panel.matrix.order("clusters")
+    assert head["rows"] == order[10:60].tolist()
+    assert head["cols"] == order[100:130].tolist()
+    ((plain, buffers),) = press(panel, "tile", seq=8, plain=True)
+    assert buffers is None
+    assert base64.b64decode(plain["levels"]) == levels
+
+
+def test_what_is_not_defined_has_a_level_of_its_own():
+    holes = torch.eye(4)
+    holes[1, 2] = holes[2, 1] = torch.nan
+    panel = CorrelationPanel(holes, order="index")
+    ((_, (levels,)),) = press(panel, "tile", seq=1)
+    assert (levels[6], levels[0], levels[1]) == (0, 255, 128)
+    assert panel.matrix.pair(1, 2).value != 0
+    panel.pair = (1, 2)
+    assert panel.page["value"] is None
+    one = CorrelationPanel(torch.ones(1, 1))
+    assert one.figures == {"figures": [], "pairs": []}
+    assert one.shown.values.tolist() == [[1.0]]
+    assert "<img" in one.static_html()
+
+
+@pytest.mark.parametrize(
+    ("trait", "wrong", "says"),
+    [
+        ("view", (0, 301, 0, 5), "row1 <= 300"),
+        ("view", (5, 5, 0, 5), "row0 < row1"),
+        ("order", "clsters", "near: clusters"),
+        ("cells", "max", "want: strongest, mean"),
+        ("pair", (300, 0), "features below 300"),
+    ],
+)
+def test_wrong_values_are_said_and_not_taken(trait, wrong, says):
+    panel = CorrelationPanel(low())
+    before = getattr(panel, trait)
+    with pytest.raises(ValueError, match=says):
+        setattr(panel, trait, wrong)
+    assert says in panel.complaint
+    assert getattr(panel, trait) == before
+    panel.view = (0, 9, 0, 9)
+    assert panel.complaint == ""
+
+
+def test_what_it_is_made_with_is_checked():
+    for given, error, says in (
+        ((torch.ones(3, 4),), ValueError, "shape"),
+        (("a path",), TypeError, "got a str"),
+        ((torch.tensor([[1.0, 0.2], [0.5, 1.0]]),), ValueError, "not symmetric"),
+    ):
+        with pytest.raises(error, match=says):
+            CorrelationPanel(*given)
+    with pytest.raises(TypeError, match="near: view"):
+        CorrelationPanel(low(), veiw=(0, 1, 0, 1))
+    with pytest.raises(ValueError, match="one of model and tokens"):
+        CorrelationPanel(panels.embedded()[1], model=panels.embedded()[0])
+    with pytest.raises(ValueError, match="index is of 1,024 features, the matrix has 300"):
+        CorrelationPanel(low(), index=panels.index())
+    with pytest.raises(ValueError, match="asked to 'explode'"):
+        press(CorrelationPanel(low()), "explode")
+
+
+def test_a_pair_has_both_features():
+    index = panels.index()
+    panel = CorrelationPanel(index)
+    i, j, value = panel.figures["pairs"][0]
+    panel.pair = (i, j)
+    page = panel.page
+    assert page["value"] == value
+    assert [s["feature"] for s in page["sides"]] == [i, j]
+    assert page["together"] == panel.matrix.pair(i, j).together > 0
+    for side, latent in zip(page["sides"], (index.latent(i), index.latent(j)), strict=True):
+        assert side["page"]["density"] == pytest.approx(latent.density, rel=1e-3)
+        assert len(side["page"]["top"]) == len(latent.top)
+        assert side["near"][0][1] != 0
+    ((said, _),) = press(panel, "peek", row=i, col=j)
+    assert said == {"peek": [i, j], "said": [[c.token for c in index.latent(k).top[:6]] for k in (i, j)]}
+    panel.pair = (-1, -1)
+    assert panel.page == {}
+
+
+def test_latents_on_text():
+    model, sae = panels.embedded()
+    texts = [d.text for d in saewb.embedded.held_out_texts()[:10]]
+    panel = CorrelationPanel(sae, model=model, tokens=texts, by="phi")
+    made = executed(panel, model=model, sae=sae, tokens=texts)
+    torch.testing.assert_close(made["values"], panel.shown.values, equal_nan=True)
+    assert "density" in panel.facts["orders"]
+
+
+def test_an_index_deleted_under_the_panel():
+    index = panels.index()
+    tensors = panels.Gone(index.tensors)
+    panel = CorrelationPanel(replace(index, tensors=tensors))
+    tensors.there = False
+    with pytest.raises(OSError, match="stale file handle"):
+        panel.pair = (3, 5)
+    assert panel.complaint == "OSError: stale file handle"
+    panel.view = (0, 50, 0, 50)  # the matrix is in memory
+    assert panel.shown.cells == "exact"
+    tensors.there = True
+    panel.pair = (3, 6)
+    assert (panel.complaint, panel.page["sides"][1]["feature"]) == ("", 6)
+
+
+def test_large_ones_are_looked_through_beside_the_notebook(monkeypatch):
+    monkeypatch.setattr(correlation, "_AT_ONCE", 10)
+    monkeypatch.setattr(_overview, "QUICK", 1000.0)
+    go, real = threading.Event(), _overview.Overview.scan
+    monkeypatch.setattr(_overview.Overview, "scan", lambda self: (go.wait(30), (yield from real(self)))[1])
+    panel = CorrelationPanel(low(2000))
+    assert panel.busy == "ordering 2,000 features by clusters"
+    assert panel.shown.cells == "mean"
+    while "order" in panel._jobs:
+        panel._jobs["order"][1].exception(60)
+        panel.collect()
+    assert panel.busy == "looking for the strongest entries"
+    assert (panel.shown.cells, panel.shown.is_final) == ("mean", False)
+    made = executed(panel, of=low(2000))
+    torch.testing.assert_close(made["values"], panel.shown.values, atol=1e-5, rtol=0)
+    before = panel.version
+    go.set()
+    panel.wait(60)
+    assert (panel.busy, panel.progress, panel.shown.cells, panel.shown.is_final) == ("", 1, "strongest", True)
+    assert panel.version > before
+    assert len(panel.figures["pairs"]) == 100
+    panel.order = "index"
+    press(panel, "stop")
+    panel.wait(60)
+    assert (panel.busy, panel.progress < 1) == ("", True)
+
+
+def test_a_saved_notebook_shows_a_picture():
+    panel = CorrelationPanel(low())
+    said = panel._repr_mimebundle_()[0]["text/html"]
+    assert "<script" not in said
+    raw = base64.b64decode(re.search(r"base64,([^']+)'", said)[1])
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", raw[16:24])
+    assert [height, width] == list(panel.shown.values.shape)
+    begin = raw.index(b"IDAT") + 4
+    (size,) = struct.unpack(">I", raw[begin - 8 : begin - 4])
+    lines = zlib.decompress(raw[begin : begin + size])
+    levels = panel.shown.levels(panel.shown.scale)
+    assert lines == b"".join(b"\0" + levels[i * width : (i + 1) * width] for i in range(height))
+    assert panels.sent(panel) < 300_000
+
+
+def test_65_thousand_features_send_little():
+    panel = CorrelationPanel(low(65_536), order="index")
+    ((head, (levels,)),) = press(panel, "tile", seq=1)
+    assert head["shape"] == [256, 256]
+    assert panels.sent(panel) + len(levels) < 300_000
+    press(panel, "stop")
+    panel.wait(120)
+
+
+def test_examples_run():
+    found = doctest.testmod(correlation)
+    assert found.attempted > 3
+    assert found.failed == 0
