@@ -22,7 +22,7 @@ from saewb.arithmetic import TILE
 from saewb.errors import explain
 from saewb.placing import places
 from saewb.sae import SAE
-from saewb.tokens import special_ids, special_mask
+from saewb.tokens import prompt_ids, special_ids, special_mask
 
 Metric = Union[Callable[[Tensor], Tensor], str, int, tuple[Union[str, int], Union[str, int]]]
 
@@ -85,24 +85,12 @@ def case(
 ) -> Case:
     """Settle what is asked; whatever does not fit is said here."""
     special = special_ids(model, skip_special_tokens)
-    tokens = _tokens(model, prompt)
+    tokens = prompt_ids(model, prompt)
     several = tuple(saes) if isinstance(saes, (list, tuple)) else (saes,)
     if not several:
         raise ValueError(explain("got no SAE.", fix="saewb.attribute(model, prompt, sae, metric)"))
     plain = ~special_mask(tokens, special)
     return Case(model, tokens, plain, tuple(_site(model, sae) for sae in several), _metric(model, metric))
-
-
-def _tokens(model: nn.Module, prompt: str | Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    tokens = model.to_tokens(prompt) if isinstance(prompt, str) else prompt
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
-        raise TypeError(explain(f"got a {type(prompt).__name__} as prompt.", want="one text, or token ids [pos]"))
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
-        what = f"got a prompt of shape {tuple(tokens.shape)}."
-        raise ValueError(explain(what, want="one text at a time: token ids [pos] or [1, pos]"))
-    return tokens.to(device)
 
 
 def _site(model: nn.Module, sae: nn.Module) -> Site:
@@ -214,15 +202,11 @@ def nodes(asked: Case, site: Site, seen: Seen) -> Nodes:
     parts = []
     for at in _tiles(site.sae, asked.tokens.shape[1]):
         x, target, g = (t[:, at] for t in (seen.x, seen.target, seen.gradient))
-        latents = site.sae.encode(x)
-        with torch.enable_grad():  # the slope of the output by each latent, whatever the scaling
-            leaf = latents.detach().requires_grad_()
-            recon = site.sae.decode(leaf, x)
-            (slope,) = torch.autograd.grad((recon * g).sum(), leaf)
+        latents, recon, slope = slopes(site.sae, x, g)
         plain = asked.plain[0, at]
         position, latent = (latents[0] * plain[:, None]).nonzero(as_tuple=True)
         where = plain.nonzero()[:, 0]
-        error = (target - recon.detach())[0, where]
+        error = (target - recon)[0, where]
         a, effect = latents[0, position, latent], (latents * slope)[0, position, latent]
         offset = at.start
         parts.append(Nodes(position + offset, latent, a, effect))
@@ -231,10 +215,31 @@ def nodes(asked: Case, site: Site, seen: Seen) -> Nodes:
     return Nodes(*(torch.cat([getattr(part, name) for part in parts]) for name in Nodes.__dataclass_fields__))
 
 
-def _tiles(sae: nn.Module, n: int) -> Iterator[slice]:
-    step = n if getattr(sae, "looks_back", False) else max(1, TILE // sae.cfg.d_sae)
+@torch.no_grad()
+def slopes(
+    sae: nn.Module, x: Float[Tensor, "1 pos d_in"], direction: Float[Tensor, "1 pos d_out"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, reconstruction, and the derivative of `(reconstruction * direction).sum()` by each latent.
+
+    By differentiating `decode`, so that it is right whatever the scaling: `W_dec[i] . direction` where there is none.
+    """
+    latents = sae.encode(x)
+    with torch.enable_grad():
+        leaf = latents.detach().requires_grad_()
+        recon = sae.decode(leaf, x)
+        (slope,) = torch.autograd.grad((recon * direction).sum(), leaf)
+    return latents, recon.detach(), slope
+
+
+def tiles(n: int, d_sae: int, *, whole: bool) -> Iterator[slice]:
+    """Positions of a prompt of n, as many at a time as have 64 MiB of latents; or all of them, if `whole`."""
+    step = n if whole else max(1, TILE // d_sae)
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
+
+
+def _tiles(sae: nn.Module, n: int) -> Iterator[slice]:
+    return tiles(n, sae.cfg.d_sae, whole=getattr(sae, "looks_back", False))
 
 
 # -- on the way from decode(0), and without a node -------------------------------------------------------------------
@@ -260,8 +265,8 @@ def integrated(asked: Case, site: Site, seen: Seen, n_steps: int, batch_size: in
 @torch.no_grad()
 def _empty(site: Site, x: Tensor) -> Tensor:
     """`decode(0)`, `[1, pos, d_out]`."""
-    tiles = (x[:, at] for at in _tiles(site.sae, x.shape[1]))
-    return torch.cat([site.sae.decode(t.new_zeros(*t.shape[:-1], site.sae.cfg.d_sae), t) for t in tiles], dim=1)
+    parts = (x[:, at] for at in _tiles(site.sae, x.shape[1]))
+    return torch.cat([site.sae.decode(t.new_zeros(*t.shape[:-1], site.sae.cfg.d_sae), t) for t in parts], dim=1)
 
 
 def _slopes(asked: Case, site: Site, y: Float[Tensor, "rows pos d_out"]) -> tuple[list[Tensor], Tensor]:

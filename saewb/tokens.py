@@ -138,6 +138,39 @@ def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -
     return tokens.detach().long().cpu()
 
 
+def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
+    """One prompt as the model sees it: ids as they are, or a text with the special tokens its tokenizer adds.
+
+    Args:
+        model: whose tokenizer, context and device count.
+        prompt: a text; or token ids, `[pos]` or `[1, pos]`.
+    Returns:
+        int64 ids on the model's device.
+    Raises:
+        TypeError: if it is neither.
+        ValueError: for several texts, none, no token, or more than the model's context.
+    """
+    device = next(model.parameters()).device
+    if isinstance(prompt, str):
+        _tokenizer(model)  # says if there is none
+        ids = model.to_tokens(prompt, truncate=False)  # what is too long is said, not cut
+    elif isinstance(prompt, (list, tuple)) and all(type(i) is int for i in prompt):
+        ids = torch.tensor(prompt, dtype=torch.long)
+    else:
+        ids = prompt
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        raise TypeError(explain(f"got a {type(prompt).__name__} as prompt.", want="one text, or token ids [pos]"))
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        what = f"got a prompt of shape {tuple(ids.shape)}."
+        raise ValueError(explain(what, want="one text at a time: token ids [pos] or [1, pos]"))
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    if n_ctx is not None and ids.shape[1] > n_ctx:
+        what = f"got a prompt of {ids.shape[1]:,} tokens; {model.cfg.model_name} takes {n_ctx:,} at most."
+        raise ValueError(explain(what, want="a shorter one", fix=f"model.to_tokens(prompt)[:, :{n_ctx}]"))
+    return ids.long().to(device)
+
+
 def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> tuple[int, ...]:
     """The ids that `skip_special_tokens` means for this model: those of its tokenizer, none, or the ones listed.
 

@@ -307,7 +307,8 @@ def _indexed(model: nn.Module, build: _Build, text: Text) -> FeatureIndex:
 @torch.no_grad()
 def _weights(model: nn.Module, build: _Build, n_logits: int, n_nearest: int) -> dict[str, Tensor]:
     made = {"decoder_norm": build.sae.W_dec.float().norm(dim=1)}
-    if n_logits and (directions := written(model, build.sae, build.facts.hook_out)) is not None:
+    directions = written(model, build.sae.W_dec, build.facts.hook_out, build.sae.cfg.head) if n_logits else None
+    if directions is not None:
         made |= logit_effects(directions.float(), unembedding(model).to(build.sae.device), n_logits)
     if n_nearest and len(build.sae.W_dec) > 1:
         made |= nearest(build.sae.W_dec, n_nearest, "decoder")

@@ -85,6 +85,16 @@ class FeatureIndex:
         f = self.facts
         return page(self.tensors, self.words, int(i) % len(self), f.n_tokens, f.before, f.ctx_len, f.n_quantiles)
 
+    @property
+    def density(self) -> Tensor:
+        """The fraction of tokens on which each latent fires, `[d_sae]`."""
+        return self.tensors["counts.by_position"].sum(1).double() / max(1, self.n_tokens)
+
+    @property
+    def largest(self) -> Tensor:
+        """The strongest activation of each latent, with its sign, 0 if it never fires: `[d_sae]`."""
+        return self.tensors["top.value"][:, 0].clone()
+
     def table(self) -> pd.DataFrame:
         """All latents, one a row: density, n_active, max, mean, top_token, single_token_share, top_logit, ...
 

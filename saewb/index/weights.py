@@ -14,21 +14,24 @@ N_LOGIT_BINS = 40
 _TILE = 2**23  # numbers of [latents, d_vocab] or [latents, d_sae] held at a time (32 MiB in float32)
 
 
-def written(model: nn.Module, sae: nn.Module, hook_out: str) -> Float[Tensor, "d_sae d_model"] | None:
-    """What each latent adds to the residual stream, per unit of activation; None where it does not write into it.
+def written(
+    model: nn.Module, rows: Float[Tensor, "n d_out"], hook_out: str, head: int | None = None
+) -> Float[Tensor, "n d_model"] | None:
+    """What directions at a point add to the residual stream; None where the point does not write into it.
 
-    A decoder row itself where the SAE writes at a point as wide as the model; through `W_O` at `hook_z`, through
-    `W_out` at `mlp.hook_post`. A norm between there and the residual stream (Gemma) is left out.
+    The directions themselves where the point is as wide as the model; through `W_O` at `hook_z` (that of one head, if
+    `head` says so), through `W_out` at `mlp.hook_post`. A norm between there and the residual stream (Gemma) is left
+    out.
     """
-    point, decoder = hooks.resolve(model, hook_out), sae.W_dec.detach()
+    point, rows = hooks.resolve(model, hook_out), rows.detach()
     endings = {name.rpartition(".")[2] for name in point.names}
     if "hook_z" in endings:
-        w_o = model.blocks[point.layer].attn.W_O.detach().to(decoder)
-        return decoder @ (w_o.flatten(0, 1) if sae.cfg.head is None else w_o[sae.cfg.head])
+        w_o = model.blocks[point.layer].attn.W_O.detach().to(rows)
+        return rows @ (w_o.flatten(0, 1) if head is None else w_o[head])
     if any(name.endswith("mlp.hook_post") for name in point.names):
-        return decoder @ model.blocks[point.layer].mlp.W_out.detach().to(decoder)
+        return rows @ model.blocks[point.layer].mlp.W_out.detach().to(rows)
     inside = endings & {"hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_pre", "hook_pattern"}
-    return decoder if decoder.shape[1] == model.cfg.d_model and not inside else None
+    return rows if rows.shape[1] == model.cfg.d_model and not inside else None
 
 
 def norm_gain(
@@ -56,10 +59,33 @@ def unembedding(model: nn.Module) -> Float[Tensor, "d_model d_vocab"]:
     W = gain * W_U;  W -= W.mean(over d_model)  where the norm centres;  W -= W.mean(over d_vocab)
     """
     w_u = model.W_U.detach().float()
-    gain, centred = norm_gain(getattr(model, "ln_final", None), w_u[:, 0].to(next(model.parameters()).dtype))
-    w = w_u * gain.float()[:, None]
+    gain, centred = _final_norm(model)
+    w = w_u * gain[:, None]
     w = w - w.mean(0) if centred else w
     return w - w.mean(1, keepdim=True)
+
+
+def word_direction(model: nn.Module, token: int) -> Float[Tensor, " d_model"]:
+    """One column of `unembedding`, without a copy of the others."""
+    w_u = model.W_U.detach()
+    gain, centred = _final_norm(model)
+    w = (w_u[:, token].float() - w_u.mean(1, dtype=torch.float32)) * gain
+    return w - w.mean() if centred else w
+
+
+def final_length(model: nn.Module, final: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos"]:
+    """What the final norm divides the final residual stream by: its RMS, after centring where the norm centres."""
+    final = final.float()
+    if getattr(model, "ln_final", None) is None:
+        return torch.ones_like(final[..., 0])
+    centred = final - final.mean(-1, keepdim=True) if _final_norm(model)[1] else final
+    return centred.square().mean(-1).sqrt()
+
+
+def _final_norm(model: nn.Module) -> tuple[Float[Tensor, " d_model"], bool]:
+    like = model.W_U[:, 0].detach().to(next(model.parameters()).dtype)
+    gain, centred = norm_gain(getattr(model, "ln_final", None), like)
+    return gain.float(), centred
 
 
 def logit_effects(

@@ -14,7 +14,15 @@ from saewb.index import build as building
 from saewb.index import build_index, load_index
 from saewb.index.facts import IndexFacts
 from saewb.index.shelf import EMPTY
-from saewb.index.weights import N_LOGIT_BINS, logit_effects, nearest, norm_gain, unembedding
+from saewb.index.weights import (
+    N_LOGIT_BINS,
+    final_length,
+    logit_effects,
+    nearest,
+    norm_gain,
+    unembedding,
+    word_direction,
+)
 from saewb.index.words import Words, words_of
 from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.splice import flat
@@ -67,6 +75,8 @@ def test_figures_are_those_of_all_activations_in_memory(model, name):
     table = index.table()
     assert table.n_active.tolist() == latents.count_nonzero(0).tolist()
     np.testing.assert_allclose(table.density, latents.count_nonzero(0) / index.n_tokens)
+    assert index.density.tolist() == table.density.tolist()
+    assert index.largest.tolist() == table["max"].tolist()
     peak = latents.gather(0, latents.abs().argmax(0)[None])[0]
     np.testing.assert_allclose(table["max"], peak, rtol=1e-4, atol=1e-6)
     mean = latents.double().sum(0) / latents.count_nonzero(0).clamp_min(1)
@@ -176,6 +186,22 @@ def test_the_gain_of_norms_of_every_kind():
     one_more = lambda x: torch.nn.functional.rms_norm(x, (6,)) * (1 + rms.weight)  # noqa: E731 - as Gemma's
     torch.testing.assert_close(norm_gain(one_more, like)[0], 1 + rms.weight.detach(), rtol=1e-4, atol=1e-4)
     assert torch.equal(norm_gain(None, like)[0], torch.ones(6))
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer", "none"])
+def test_one_column_of_the_unembedding_and_the_length_it_is_for(kind):
+    rng = torch.Generator().manual_seed(0)
+    norm = {"rms": torch.nn.RMSNorm(6, eps=1e-6), "layer": torch.nn.LayerNorm(6), "none": None}[kind]
+    if norm is not None:
+        torch.nn.init.uniform_(norm.weight, 0.5, 2, generator=rng)
+    w_u, final = torch.randn(6, 9, generator=rng), torch.randn(5, 6, generator=rng) * 3 + 1
+    model = torch.nn.Module()
+    model.W_U, model.ln_final, model.other = w_u, norm, torch.nn.Linear(1, 1)
+    columns = torch.stack([word_direction(model, token) for token in range(9)], 1)
+    torch.testing.assert_close(columns, unembedding(model), rtol=1e-3, atol=1e-3)
+    logits = (final if norm is None else norm(final)).detach() @ w_u
+    got = final @ columns / final_length(model, final)[:, None]
+    torch.testing.assert_close(got, logits - logits.mean(1, keepdim=True), rtol=1e-3, atol=2e-3)
 
 
 def test_unembedding_is_centred(model):

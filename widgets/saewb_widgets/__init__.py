@@ -16,6 +16,7 @@ from typing import Any
 _HOME = {  # public name: the module that has it
     "CorrelationPanel": "correlation",
     "FeatureBrowser": "feature_browser",
+    "PromptExplorer": "prompt_explorer",
     "SuperpositionPanel": "superposition",
 }
 

@@ -41,7 +41,7 @@ class FeatureBrowser(Panel):
         (748, True)
     """
 
-    _esm = source("frame.js", "feature_browser.js")
+    _esm = source("frame.js", "latent_page.js", "feature_browser.js")
     _css = source("frame.css", "feature_browser.css")
 
     selected = t.Int(0, help="the latent on the page").tag(sync=True)

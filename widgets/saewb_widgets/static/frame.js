@@ -118,7 +118,9 @@ function framed({ model, el }, name, build) {
   requestAnimationFrame(paint);
 
   const point = (e) => {
-    const text = e.target._tip && e.target._tip();
+    let owner = e.target;
+    while (owner && owner !== root && !owner._tip) owner = owner.parentElement;
+    const text = owner && owner._tip && owner._tip();
     tip.style.display = text ? "block" : "none";
     if (!text) return;
     tip.textContent = text;

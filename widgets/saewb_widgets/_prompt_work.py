@@ -1,0 +1,228 @@
+"""What a PromptExplorer asks of saewb: run in its thread, arranged into a table, and spelled as code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import saewb
+from saewb import errors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ALL = -1  # stands where the number of one SAE would
+RANKS = {  # what latents are sorted by: what the panel calls it
+    "activation": "activation",
+    "of_max": "share of their largest",
+    "logit_effect": "direct effect on logit",
+    "attribution": "attribution",
+}
+WEIGHED = ("logit_effect", "attribution")  # those that need a word
+METHODS = ("gradient", "integrated")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be found out about a prompt."""
+
+    prompt: str
+    special: bool  # special tokens too
+    shown: int  # of the parts; ALL for all
+    rank: str  # of RANKS
+    target: str  # a token; id:NUMBER; "" for the likeliest one
+    position: int  # from the end if negative
+    method: str  # of METHODS
+
+    @property
+    def skip(self) -> bool:
+        """For `skip_special_tokens`."""
+        return not self.special
+
+    def word(self) -> str | int:
+        """The target as saewb takes it."""
+        number = self.target.removeprefix("id:")
+        return int(number) if self.target.startswith("id:") and number.strip().isdigit() else self.target
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was found out."""
+
+    asked: Asked
+    reading: saewb.PromptReading
+    words: saewb.NextTokens
+    compared: bool  # whether `words` has the SAEs in place
+    method: str = ""  # of the attribution in `reading`
+    weighed: str | None = None  # the target that the reading's is, as it was asked for
+
+    @property
+    def at(self) -> int:
+        """The position asked about, from the beginning."""
+        return self.asked.position % len(self.reading.tokens)
+
+    @property
+    def likeliest(self) -> int:
+        """Id of the model's next token at the position."""
+        return int(self.words.ids[self.at, 0])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the reading has what the order asked for needs."""
+        asked, r = self.asked, self.reading
+        if asked.rank not in WEIGHED:
+            return True
+        right = self.weighed == asked.target if asked.target else r.target == self.likeliest
+        if getattr(r, asked.rank) is None or not right:
+            return False
+        return asked.rank == "logit_effect" or (r.at == self.at and self.method == asked.method)
+
+
+def together(saes: Sequence[Any]) -> bool:
+    """Whether they write to different points, so that the model can run on all of them at once."""
+    points: list[str] = []
+    for sae in saes:
+        several = getattr(sae.cfg, "hooks_out", None)
+        points += several if several is not None else [sae.cfg.hook_out or sae.cfg.hook]
+    return len(set(points)) == len(points)
+
+
+def met(asked: Asked, before: Found | None) -> Found | None:
+    """What was found before, if it answers this too."""
+    if before is None or (before.asked.prompt, before.asked.special) != (asked.prompt, asked.special):
+        return None
+    if before.asked.shown != asked.shown:
+        return None
+    n, now = len(before.reading.tokens), replace(before, asked=asked)
+    return now if -n <= asked.position < n and now.is_whole else None
+
+
+def find(model: Any, saes: Sequence[Any], asked: Asked, before: Found | None) -> Found:
+    """Find it out, with what is known already."""
+    same = before is not None and (before.asked.prompt, before.asked.special) == (asked.prompt, asked.special)
+    reading = before.reading if same else saewb.read_prompt(model, asked.prompt, saes, skip_special_tokens=asked.skip)
+    if same and before.asked.shown == asked.shown:
+        words, compared = before.words, before.compared
+    else:
+        those = list(saes) if asked.shown == ALL else [saes[reading.owner[asked.shown]]]
+        compared = together(those)
+        given = those if compared else None
+        words = saewb.next_tokens(model, asked.prompt, given, skip_special_tokens=asked.skip)
+    words.to_frame(asked.position)  # says what is wrong with the position
+    kept = (before.method, before.weighed) if same else ()
+    found = Found(asked, reading, words, compared, *kept)
+    if found.is_whole:
+        return found
+    target = asked.word() if asked.target else found.likeliest
+    reading = reading.toward(target)
+    if asked.rank == "attribution":
+        reading = reading.attributed(target, found.at, asked.method)
+    reading.to_frame(n=0, by=asked.rank)  # says if there are none
+    return replace(found, reading=reading, method=asked.method, weighed=asked.target)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Which rows of what was found are listed."""
+
+    found: Found
+    everywhere: bool  # each latent once, wherever it is largest
+    index: Any  # None, of the SAE, or a list
+    max_density: float
+
+    def arranged(self) -> pd.DataFrame:
+        """The rows, in order."""
+        asked = self.found.asked
+        return self.found.reading.to_frame(
+            None if self.everywhere else self.found.at,
+            None if asked.shown == ALL else asked.shown,
+            by=asked.rank,
+            once=self.everywhere,
+            index=self.index,
+            max_density=self.max_density,
+        )
+
+    def code(self, sae: str, index: str, selected: tuple[int, int]) -> str:
+        """Lines that make `latents` (what `arranged` gives), `words` and `activations`.
+
+        Args:
+            sae: name of the variable that holds the SAE or the list of them.
+            index: the same of the index.
+            selected: part and latent.
+        """
+        asked, reading = self.found.asked, self.found.reading
+        how = [] if asked.skip else ["skip_special_tokens=False"]
+        weighed = []
+        if reading.logit_effect is not None:
+            weighed.append(f"target={reading.target}")
+        if reading.attribution is not None:
+            weighed += [f"at={reading.at}", f"attribution={self.found.method!r}"]
+        table = [] if self.everywhere else [f"position={self.found.at}"]
+        table += [] if asked.shown == ALL else [f"sae={asked.shown}"]
+        table += [f"by={asked.rank!r}"]
+        table += ["once=True"] if self.everywhere else []
+        table += [] if self.index is None else [f"index={index}"]
+        table += [] if self.max_density == 1 else [f"max_density={self.max_density!r}"]
+        those = f", {sae}" if asked.shown == ALL or sae == "sae" else f", {sae}[{reading.owner[asked.shown]}]"
+        given = [] if self.found.compared else ["# two of the SAEs write to the same point, so none is in place here"]
+        lines = [
+            "import saewb",
+            "",
+            f"# model, {sae}{'' if self.index is None else ', ' + index}: what the panel was made with",
+            f"prompt = {asked.prompt!r}",
+            f"reading = saewb.read_prompt({', '.join([f'model, prompt, {sae}', *weighed, *how])})"
+            + _comment(reading.target_token if weighed else None),
+            f"latents = reading.to_frame({', '.join(table)})",
+            *given,
+            f"next_tokens = saewb.next_tokens({', '.join(['model, prompt' + (those if not given else ''), *how])})",
+            f"words = next_tokens.to_frame({self.found.at})",
+        ]
+        if selected[1] >= 0:
+            lines.append(f"activations = reading.activations{selected}")
+        return "\n".join(lines) + "\n"
+
+
+def _comment(token: str | None) -> str:
+    return "" if token is None else f"  # {token!r}"
+
+
+def facts(given: Any, **more: Any) -> dict[str, Any]:
+    """What the front end needs to know once.
+
+    Args:
+        given: a `_prompt_given.Given`.
+        more: further facts.
+    """
+    return {
+        "saes": list(given.names),
+        "ranks": [[k, v] for k, v in RANKS.items() if k != "of_max" or given.has_index],
+        "methods": list(METHODS),
+        "weighed": list(WEIGHED),
+        "has_index": given.has_index,
+        **more,
+    }
+
+
+def check(name: str, got: Any, n_parts: int, has_index: bool) -> Any:
+    """`got`, if it is a value of this name (rank, method, shown, max_density).
+
+    Raises:
+        ValueError: if not, with near names.
+    """
+    if name == "shown":
+        if not ALL <= got < n_parts:
+            raise ValueError(errors.explain(f"shown is {got}.", want=f"0 to {n_parts - 1}, or -1 for all"))
+    elif name == "max_density":
+        if not 0 < got <= 1:
+            raise ValueError(errors.explain(f"max_density is {got}.", want="a fraction of tokens, in (0, 1]"))
+        if got < 1 and not has_index:
+            what = "how often latents fire is not known without an index."
+            raise ValueError(errors.explain(what, fix="PromptExplorer(model, sae, index)"))
+    elif got not in (known := RANKS if name == "rank" else METHODS):
+        near = errors.near(got, known)
+        raise ValueError(errors.explain(f"{name} is {got!r}.", near=near, want=", ".join(known)))
+    elif got == "of_max" and not has_index:
+        what = "the largest activations are not known without an index."
+        raise ValueError(errors.explain(what, fix="PromptExplorer(model, sae, index)"))
+    return got
