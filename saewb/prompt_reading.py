@@ -45,20 +45,20 @@ class PromptReading:
     """The active latents of a prompt, a row per position and latent. Made by `saewb.read_prompt`, which explains it."""
 
     tokens: tuple[str, ...]  # the prompt, token by token
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # of its tokens
     special: Bool[Tensor, " pos"]  # positions left out
     saes: tuple[str, ...]  # each SAE, or layer of a cross-layer transcoder, by where it reads and writes
     owner: tuple[int, ...]  # which of those given each is, or is a layer of
     d_sae: tuple[int, ...]  # how many latents each has
     sae: Int[Tensor, " rows"]  # which of them; rows are in the order of SAE, position, latent
-    position: Int[Tensor, " rows"]
-    latent: Int[Tensor, " rows"]
-    activation: Float[Tensor, " rows"]
+    position: Int[Tensor, " rows"]  # of the token, from 0
+    latent: Int[Tensor, " rows"]  # index in its SAE
+    activation: Float[Tensor, " rows"]  # in the SAE's own units
     target: int | None = None  # id of the word that effects are on
     at: int | None = None  # the position at which it is predicted, where attribution looked
     logit_effect: Float[Tensor, " rows"] | None = None  # on its logit at the row's own position, directly
     attribution: Float[Tensor, " rows"] | None = None  # on its log probability at `at`, by every way
-    kept: Kept = field(repr=False, default=None)
+    kept: Kept = field(repr=False, default=None)  # what later questions need
 
     def __len__(self) -> int:
         return len(self.latent)

@@ -149,6 +149,11 @@ def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
     Raises:
         TypeError: if it is neither.
         ValueError: for several texts, none, no token, or more than the model's context.
+    Example:
+        >>> import saewb
+        >>> model = saewb.load_model("tiny", device="cpu")
+        >>> prompt_ids(model, "A cat").shape[0], prompt_ids(model, [0, 5]).tolist()
+        (1, [[0, 5]])
     """
     device = next(model.parameters()).device
     if isinstance(prompt, str):
