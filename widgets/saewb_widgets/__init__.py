@@ -16,6 +16,7 @@ from typing import Any
 _HOME = {  # public name: the module that has it
     "FeatureBrowser": "feature_browser",
     "SuperpositionPanel": "superposition",
+    "TrainingPanel": "training",
 }
 
 __all__ = [*_HOME]
