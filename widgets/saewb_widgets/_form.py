@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING
 from typing import Any
 
 import saewb
@@ -54,7 +55,7 @@ def groups(kind: str) -> list[dict[str, Any]]:
 
 
 def _field(key: str, option: Any) -> dict[str, Any]:
-    made = {"key": key, "name": option.name, "note": option.note}
+    made = {"key": key, "name": option.name, "note": option.note.replace("`", "")}
     made["default"] = "" if option.required else text_of(option.default)
     choices = ["False", "True"] if isinstance(option.default, bool) and not _takes_more(option) else option.choices
     return made | ({"choices": list(choices)} if choices else {})
@@ -128,27 +129,34 @@ def beside(error: Exception) -> str:
 def _built(owner: type, keys: Mapping[str, str], values: Mapping[str, Any], problems: dict[str, str]) -> Any:
     """One of `owner` of the values that are its own; what it does not take is noted, and left out."""
     given = {key: values[key] for key in keys if key in values}
+    if any(key in problems and _needed(owner, keys[key]) for key in keys if key not in given):
+        return None  # what is needed is missing, which has been said
     while True:
         try:
             return owner(**{keys[key]: value for key, value in given.items()})
         except (ValueError, TypeError) as error:
             wrong = _blamed(owner, keys, given, error)
-            if wrong is None:
-                return None  # a field that is needed is not there, which has been said
             problems.setdefault(wrong, beside(error))
+            if wrong not in given or _needed(owner, keys[wrong]):
+                return None
             del given[wrong]
 
 
-def _blamed(owner: type, keys: Mapping[str, str], given: Mapping[str, Any], error: Exception) -> str | None:
-    """The field that an error is about: the one it names, else the one without which there is none."""
+def _blamed(owner: type, keys: Mapping[str, str], given: Mapping[str, Any], error: Exception) -> str:
+    """The field that an error is about: the one it names, else the first that is wrong by itself."""
     found = _GOT.search(str(error))
-    named = [key for key in given if found and keys[key] == found[1]]
+    named = [key for key, name in keys.items() if found and name == found[1]]
     if named:
         return named[0]
+    base = {key: value for key, value in given.items() if _needed(owner, keys[key])}
     for key in given:
-        try:
-            owner(**{keys[other]: value for other, value in given.items() if other != key})
-        except (ValueError, TypeError):
-            continue
-        return key
-    return next(iter(given), None) if not found else None
+        if key not in base:
+            try:
+                owner(**{keys[k]: v for k, v in {**base, key: given[key]}.items()})
+            except (ValueError, TypeError):
+                return key
+    return next(iter(base), next(iter(keys)))
+
+
+def _needed(owner: type, name: str) -> bool:
+    return owner.__dataclass_fields__[name].default is MISSING

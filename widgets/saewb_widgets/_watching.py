@@ -44,12 +44,13 @@ class Watched:
     @property
     def alive(self) -> bool:
         """Whether there may be news."""
-        return self.run.state in _LIVE if self.here else self.run.frac < 1
+        return self.run.state in _LIVE if self.here else self.run.frac < 1 and self._seen != "gone"
 
     def look(self) -> None:
         """Read the folder again, if it has changed; nothing for a run of this kernel."""
         if not self.here and (mark := self._mark()) != self._seen:
-            self.run, self._seen = saewb.read_run(self.run.folder), mark
+            self.run = self.run if mark == "gone" else saewb.read_run(self.run.folder)
+            self._seen = mark
 
     def _mark(self) -> Any:
         if self.here:
@@ -66,9 +67,8 @@ class Watched:
         if not self.here:
             step, total, rows = run.facts["config"]["batch_tokens"], run.facts["config"]["n_tokens"], run.rows
             state = "unfinished" if run.frac < 1 else "finished"
-            if not Path(run.folder).is_dir():
-                state, run_error = "gone", f"the folder {str(run.folder)!r} is not there any more"
-                made["error"] = run_error
+            if self._seen == "gone":
+                state, made["error"] = "gone", f"the folder {str(run.folder)!r} is not there any more"
             at = rows[-1]["n_tokens"] if rows else 0
             made |= {"state": state, "frac": round(run.frac, 4), "n_tokens": at, "total": total // step * step}
             return made | {"resume": self._resumed() if state == "unfinished" else ""}

@@ -210,9 +210,8 @@ class TrainingPanel(Panel):
         """
         watched = self._of(run)
         if what not in _CONTROLS:
-            raise ValueError(
-                errors.explain(f"got {what!r}.", near=errors.near(what, _CONTROLS), want=str([*_CONTROLS]))
-            )
+            near = errors.near(what, _CONTROLS)
+            raise ValueError(errors.explain(f"got {what!r}.", near=near, want=", ".join(_CONTROLS)))
         if not watched.here:
             raise ValueError(errors.explain(f"{run!r} is not of this kernel.", want="a run started here"))
         self.started(f"control {run}", f"{_CONTROLS[what]} {run}", getattr(watched.run, what), lambda _: self._look())

@@ -16,7 +16,7 @@ const ticks = (low, high, log) => {
     for (let p = Math.ceil(low - 1e-9); p <= high + 1e-9; p += Math.max(1, Math.ceil((high - low) / 4))) out.push(p);
     if (out.length > 1) return out;
   }
-  const span = high - low || Math.abs(high) || 1, raw = span / 3, unit = 10 ** Math.floor(Math.log10(raw));
+  const span = high - low || Math.abs(high) || 1, raw = span / 4.5, unit = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((m) => m * unit).find((s) => s >= raw), out = [];
   for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-6; v += step) out.push(Math.abs(v) < step * 1e-6 ? 0 : v);
   return out;
