@@ -150,3 +150,21 @@ def _dying():
         return torch.randn(n, 8, generator=rng)
 
     return stream_draws(draw, seed=0, batch_tokens=40)
+
+
+def test_a_second_view_shows_the_same(page, browser):
+    panel = TrainingPanel({"a": short(), "b": short()})
+    chromium.mount(page, panel)
+    page.get_by_role("button", name="Show or hide b").click()
+    page.wait_for_function("() => document.querySelectorAll('.card[data-figure=l0] polyline').length === 1")
+    page.get_by_role("button", name="Loss and FVU on a log scale").click()
+    other = browser.new_page()
+    chromium.listen(other)
+    other.set_content("<!doctype html><style>body { background: #111 }</style><body></body>")
+    chromium.mount(other, panel)
+    assert other.locator(".saewb").get_attribute("data-theme") == "dark"
+    assert other.locator(".card[data-figure=l0] polyline").count() == 1
+    assert other.get_by_role("button", name="Show or hide b").get_attribute("aria-pressed") == "false"
+    assert other.get_by_role("button", name="Loss and FVU on a log scale").get_attribute("aria-pressed") == "true"
+    assert other.complaints == []
+    other.close()
