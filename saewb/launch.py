@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,16 @@ from saewb.attachment import attachments
 from saewb.devices import usable
 from saewb.errors import explain, near
 from saewb.feed import Feed
-from saewb.memory import MemoryEstimate, estimate_memory
+from saewb.outlook import memory_of, model_widths
 from saewb.run_folder import RunFolder
 from saewb.run_plan import (
     Reading,
+    facts_of,
     finisher,
     from_told,
     place_of,
-    plain_skip,
     points_of,
     sorted_out,
-    told,
     trainees_of,
     with_points,
 )
@@ -38,7 +37,6 @@ from saewb.sinks import Sink
 from saewb.sources import ModelSource
 from saewb.streams import ActivationStream, model_tokens
 from saewb.team import ALONE, Team
-from saewb.token_streams import stream_tokens
 from saewb.tokens import special_ids
 from saewb.training import TrainConfig, Trainee, Training
 
@@ -108,15 +106,7 @@ def train(
     with team.agreed():
         feed, widths = _feed(model, tokens, trainees, reading, config, team)
     trainees = with_points(trainees, widths)
-    facts = {
-        "saewb_run": 1,
-        "config": {**asdict(config), "autocast": None if config.autocast is None else str(config.autocast)},
-        "saes": {name: told(trainee) for name, trainee in trainees.items()},
-        "reading": {**asdict(reading), "skip_special_tokens": plain_skip(reading.skip_special_tokens)},
-        "options": asdict(run_options),
-        "widths": widths,
-        "model": _name(model),
-    }
+    facts = facts_of(config, trainees, reading, run_options, widths=widths, model=_name(model))
     return _launch(
         model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device, team
     )
@@ -195,7 +185,7 @@ def _launch(
     state: Mapping[str, Any] | None = None,
 ) -> Run:
     device = usable(device) if device is not None else _device(model)
-    memory = _memory(trainees, widths, model, config, reading, device)
+    memory = memory_of(trainees, widths, model, config, reading, device)
     if not memory.weights_fit:
         what = f"the weights alone need {memory.weights / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
         raise ValueError(explain(f"{what}:\n{memory}", fix="a smaller d_sae, or fewer SAEs at a time"))
@@ -272,8 +262,7 @@ def _feed(
     own = hooks.twin(model)  # so that neither sees the other's passes
     source = _source(own, tokens, points_of(trainees), reading, repeat=True, team=team)
     how["prefetch"] = reading.prefetch if team.size == 1 else 0  # exchanges in two threads would be out of order
-    first = next(ModelSource(own, stream_tokens(torch.zeros(1, 2, dtype=torch.int64)), source.points))
-    return Feed(ActivationStream(source, **how)), {name: value.shape[1] for name, value in first.values.items()}
+    return Feed(ActivationStream(source, **how)), model_widths(own, source.points)
 
 
 def _source(
@@ -316,28 +305,6 @@ def _held_out(
 
 
 # -- around it -------------------------------------------------------------------------------------------------------
-
-
-def _memory(
-    trainees: Mapping[str, Trainee],
-    widths: Mapping[str, int],
-    model: nn.Module | None,
-    config: TrainConfig,
-    reading: Reading,
-    device: torch.device | None,
-) -> MemoryEstimate:
-    saes = [(widths[t.read], t.objective.d_sae, widths[t.write or t.read]) for t in trainees.values()]
-    return estimate_memory(
-        saes,
-        widths,
-        batch_tokens=config.batch_tokens,
-        buffer_tokens=reading.buffer(config),
-        prefetch=reading.prefetch,
-        pass_tokens=0 if model is None else reading.pass_tokens,
-        itemsize=4 if model is None else next(model.parameters()).element_size(),
-        model=model,
-        device=device or "cpu",
-    )
 
 
 def _device(model: nn.Module | None) -> torch.device | None:

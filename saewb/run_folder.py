@@ -64,21 +64,8 @@ class RunFolder:
         write_text(self.path / _RUN, json.dumps(facts, indent=1))
 
     def facts(self) -> dict[str, Any]:
-        """What was asked for.
-
-        Raises:
-            FileNotFoundError: if there is no run in the folder.
-            FormatError: if the file is not ours.
-        """
-        if not (self.path / _RUN).is_file():
-            raise FileNotFoundError(explain(f"no run in {str(self.path)!r}.", want=f"a folder with {_RUN}"))
-        try:
-            facts = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FormatError(explain(f"{_RUN} in {str(self.path)!r} is no JSON: {error}.", want="ours")) from error
-        if not isinstance(facts, dict) or facts.get("saewb_run") != 1:
-            raise FormatError(explain(f"{_RUN} in {str(self.path)!r} is not a run of saewb's.", want='"saewb_run": 1'))
-        return facts
+        """What was asked for; see `read_facts`."""
+        return read_facts(self.path)
 
     def init(self, name: str) -> Any:
         """The SAE that one was started from, or None."""
@@ -170,3 +157,21 @@ def _locked(folder: Path) -> IO[str] | None:
         what = f"a run is going on in {str(folder)!r}."
         raise RuntimeError(explain(what, want="another folder, or the end of that run", fix="run.stop()")) from error
     return file
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What was asked of the run in a folder.
+
+    Raises:
+        FileNotFoundError: if there is no run in the folder.
+        FormatError: if the file is not ours.
+    """
+    if not (path / _RUN).is_file():
+        raise FileNotFoundError(explain(f"no run in {str(path)!r}.", want=f"a folder with {_RUN}"))
+    try:
+        facts = json.loads((path / _RUN).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(explain(f"{_RUN} in {str(path)!r} is no JSON: {error}.", want="ours")) from error
+    if not isinstance(facts, dict) or facts.get("saewb_run") != 1:
+        raise FormatError(explain(f"{_RUN} in {str(path)!r} is not a run of saewb's.", want='"saewb_run": 1'))
+    return facts

@@ -28,9 +28,17 @@ class Reading:
     prefetch: int = 2  # batches ahead
     ctx_len: int = 128  # tokens of a row
     pass_tokens: int = PASS_TOKENS  # of one forward pass
-    skip_special_tokens: bool | Sequence[int] = True  # leaves them out
+    skip_special_tokens: bool | Sequence[int] = True  # leaves them out; or the ids to leave out
     positions: tuple[int | None, int | None, int | None] = (None, None, None)  # start, stop, step of those kept
-    held_out_tokens: int = 16_384  # at most
+    held_out_tokens: int = 16_384  # of held-out texts, at most
+
+    def __post_init__(self) -> None:
+        for name, least in (("buffer_tokens", 0), ("prefetch", 0), ("ctx_len", 1), ("pass_tokens", 1)):
+            value = getattr(self, name)
+            if not ((type(value) is int and value >= least) or (name == "buffer_tokens" and value is None)):
+                raise ValueError(
+                    explain(f"got {name}={value!r}.", want=f"a number of tokens or batches, {least} or more")
+                )
 
     def buffer(self, config: TrainConfig) -> int:
         """Tokens of the mixing buffer, with the default filled in; never more than are trained on."""
@@ -89,6 +97,20 @@ def points_of(trainees: Mapping[str, Trainee]) -> list[str]:
     """All points that are read or written, each once."""
     both = [point for t in trainees.values() for point in (t.read, t.write) if point is not None]
     return list(dict.fromkeys(both))
+
+
+def facts_of(
+    config: TrainConfig, trainees: Mapping[str, Trainee], reading: Reading, options: RunOptions, **rest: Any
+) -> dict[str, Any]:
+    """What is asked for, as `run.json` has it."""
+    return {
+        "saewb_run": 1,
+        "config": {**asdict(config), "autocast": None if config.autocast is None else str(config.autocast)},
+        "saes": {name: told(trainee) for name, trainee in trainees.items()},
+        "reading": {**asdict(reading), "skip_special_tokens": plain_skip(reading.skip_special_tokens)},
+        "options": asdict(options),
+        **rest,
+    }
 
 
 def plain_skip(skip: bool | Sequence[int]) -> bool | list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from saewb.errors import explain
 from saewb.memory import MemoryEstimate
-from saewb.training import TrainStep
+from saewb.training import Training, TrainStep
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,21 @@ def out_of_memory(error: BaseException, step: int, batch_tokens: int, memory: Me
     told = MemoryError(explain(what, want=want, fix=f"batch_tokens={max(1, batch_tokens // 2)}"))
     told.__cause__ = error
     return told
+
+
+def before_failed_step(training: Training, feed: Any) -> dict[str, Any]:
+    """The state before a step that failed half way: its batch is to be trained on again.
+
+    Raises:
+        RuntimeError: if some SAEs have made the step and others not: then the checkpoint before stands.
+    """
+    state = training.state()
+    if any(learner["n_batches"] != state["n_steps"] for learner in state["learners"].values()):
+        raise RuntimeError("the step failed half way through its SAEs")
+    if state["n_taken"] > 0:
+        return {**state, "n_taken": state["n_taken"] - 1}
+    feed.put_back()
+    return training.state()
 
 
 def exit_on_sigterm() -> None:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal, final
 from saewb.errors import explain
 from saewb.feed import Feed
 from saewb.memory import MemoryEstimate
+from saewb.past_run import code_of
 from saewb.run_folder import RunFolder
-from saewb.run_record import RunOptions, out_of_memory, row_of
+from saewb.run_record import RunOptions, before_failed_step, out_of_memory, row_of
 from saewb.run_view import Progress, line, page
 from saewb.sinks import Event, Sink, Sinks
 from saewb.team import ALONE, Team
@@ -65,8 +66,7 @@ class Run:
         seconds: float = 0.0,
         team: Team = ALONE,
     ) -> None:
-        self._team = team
-        self.memory = memory
+        self.memory, self._team = memory, team
         self.notes: list[str] = []
         self.error: BaseException | None = None
         self._warned: set[tuple[str, str]] = set()
@@ -75,8 +75,7 @@ class Run:
         self._rows = [dict(row) for row in rows]
         self._layers, self._config = layers, training.config
         self._gate = threading.Condition(threading.RLock())  # held during a step, and by whoever comes in between
-        self._waiting = 0
-        self._ended = threading.Event()
+        self._waiting, self._ended = 0, threading.Event()
         self._paused, self._stopping = False, False
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
@@ -171,6 +170,21 @@ class Run:
         return pd.DataFrame(list(self._rows))
 
     @property
+    def rows(self) -> tuple[Mapping[str, Any], ...]:
+        """The history as plain numbers, without pandas."""
+        return tuple(self._rows)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its SAEs."""
+        return tuple(self._places)
+
+    @property
+    def code(self) -> str:
+        """The cell that starts an equal run; needs `model` and `tokens` (and `held_out`, if it measures on them)."""
+        return code_of(self._facts, self._rows)
+
+    @property
     def saes(self) -> dict[str, Any]:
         """The SAEs so far, by name: copies, in the model's units, proved to do what training does."""
         if self._saes is not None:
@@ -260,8 +274,8 @@ class Run:
         if step.step == 1 or last or measured or step.step % self._options.log_every_steps == 0:
             self._log(step)
         every = self._options.checkpoint_every_tokens
-        before = step.n_tokens - self._config.batch_tokens
-        if every is not None and not last and self._team.leads and step.n_tokens // every != before // every:
+        due = every is not None and step.n_tokens // every > (step.n_tokens - self._config.batch_tokens) // every
+        if due and not last and self._team.leads:
             with self._gate:
                 try:
                     self._keep()
@@ -328,21 +342,7 @@ class Run:
             self._saes = self._exported()
             return
         half = error is not None and not self._feed.broke
-        self._saes = self._keep(self._before_failed_step() if half else None)
-
-    def _before_failed_step(self) -> dict[str, Any]:
-        """The state before a step that failed half way: its batch is to be trained on again.
-
-        Raises:
-            RuntimeError: if some SAEs have made the step and others not: then the checkpoint before stands.
-        """
-        state = self._training.state()
-        if any(learner["n_batches"] != state["n_steps"] for learner in state["learners"].values()):
-            raise RuntimeError("the step failed half way through its SAEs")
-        if state["n_taken"] > 0:
-            return {**state, "n_taken": state["n_taken"] - 1}
-        self._feed.put_back()
-        return self._training.state()
+        self._saes = self._keep(before_failed_step(self._training, self._feed) if half else None)
 
 
 def _at_exit() -> None:

@@ -80,9 +80,9 @@ ROOMS = {
     "feed": "activations buffer streams",
     "run_record": "errors memory training",
     "run_plan": "errors objectives run_folder run_record sae streams training",
-    "runs": "errors feed memory run_folder run_record run_view sinks team training",
-    "launch": "activation_cache activations attachment devices errors feed hooks memory run_folder "
-    "run_plan run_record runs sinks sources streams team token_streams tokens training",
+    "runs": "errors feed memory past_run run_folder run_record run_view sinks team training",
+    "launch": "activation_cache activations attachment devices errors feed hooks outlook run_folder "
+    "run_plan run_record runs sinks sources streams team tokens training",
     "releases": "errors",
     "hub_files": "errors hub",
     "places": "errors formats hub_files releases",
@@ -96,6 +96,8 @@ ROOMS = {
     "train_file": "saewb",
     "__main__": "cli",
     "team": "errors",
+    "past_run": "errors objectives run_folder run_plan run_record training",
+    "outlook": "activation_cache errors hooks memory past_run run_plan run_record sources token_streams training",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
 

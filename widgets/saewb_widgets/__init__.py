@@ -18,6 +18,7 @@ _HOME = {  # public name: the module that has it
     "FeatureBrowser": "feature_browser",
     "PromptExplorer": "prompt_explorer",
     "SuperpositionPanel": "superposition",
+    "TrainingPanel": "training",
 }
 
 __all__ = [*_HOME]

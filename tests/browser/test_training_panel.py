@@ -1,0 +1,170 @@
+"""TrainingPanel's front end in Chromium, over the real panel."""
+
+import time
+
+import chromium
+import panels
+import pytest
+import torch
+from saewb_widgets import TrainingPanel
+
+import saewb
+from saewb.streams import stream_draws
+
+HOOK = "blocks.2.hook_resid_post"
+
+
+def draws(seed=0):
+    """Activations without end."""
+    return stream_draws(lambda n, rng: torch.randn(n, 8, generator=rng), seed=seed, batch_tokens=40)
+
+
+def endless(saes=None, **how):
+    how = {"n_tokens": 10**7, "batch_tokens": 40, "log_every_steps": 1, **how}
+    return saewb.train(None, draws(), saes or saewb.TopK(d_sae=24, k=4), **how)
+
+
+def short(**how):
+    return endless(n_tokens=2_000, **how).wait()
+
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def live():
+    run = endless()
+    yield run
+    run.stop()
+
+
+def test_a_run_is_watched_paused_and_stopped(page, live):
+    until(lambda: len(live.rows) > 2)
+    panel = TrainingPanel({"mine": live})
+    chromium.mount(page, panel)
+    card = page.locator(".run")
+    assert "running" in card.inner_text()
+    assert page.locator(".card").count() == 6
+    before = panel.status[0]["n_tokens"]
+    page.wait_for_function(
+        "n => +document.querySelector('.where').textContent.split(' of ')[0].replace(/,/g, '') > n", arg=before
+    )
+    page.get_by_role("button", name="Pause mine").click()
+    page.locator(".run[data-state=paused]").wait_for()
+    assert live.state == "paused"
+    resume = page.get_by_role("button", name="Go on with mine")
+    resume.focus()
+    page.keyboard.press("Enter")
+    page.locator(".run[data-state=running]").wait_for()
+    page.locator(".card[data-figure=l0] svg .hit").hover()
+    assert "4.00 at" in page.inner_text(".tip")
+    page.get_by_role("button", name="Loss and FVU on a log scale").click()
+    page.get_by_role("button", name="Stop mine").click()
+    page.locator(".run[data-state=stopped]").wait_for()
+    assert (live.state, panel.alive, panel.log) == ("stopped", False, True)
+    assert page.get_by_role("button", name="Pause mine").count() == 0
+    page.get_by_role("button", name="a run equal to mine").click()
+    page.locator(".notice pre").wait_for()
+    assert page.inner_text(".notice pre").strip() == panel.code("mine").strip()
+
+
+def test_curves_of_several_runs_are_laid_over_one_another(page):
+    two = {"a": saewb.TopK(24, k=4), "<b>": saewb.TopK(24, k=6)}
+    panel = TrainingPanel({"<img src=x onerror=alert(1)>": short(), "b": short(saes={"a": two["a"], "c": two["<b>"]})})
+    chromium.mount(page, panel)
+    assert page.locator(".key").count() == 3
+    l0 = page.locator(".card[data-figure=l0] svg polyline")
+    assert l0.count() == 3
+    page.get_by_role("button", name="Show or hide b / c").click()
+    page.wait_for_function("() => document.querySelectorAll('.card[data-figure=l0] polyline').length === 2")
+    assert panel.hidden == ["b / c"]
+    assert page.evaluate("document.activeElement.dataset.key") == "b / c"
+    assert page.locator("img").count() == 0
+    page.evaluate("() => __stop()")
+    assert page.evaluate("() => __heard()") == 0
+
+
+def test_a_form_says_what_is_wrong_and_starts_a_run(page, tmp_path):
+    model = panels.embedded()[0]
+    texts = [d.text for d in saewb.embedded.held_out_texts()]
+    panel = TrainingPanel(
+        model=model,
+        tokens=texts,
+        objective=saewb.TopK(256, k=8),
+        hook=HOOK,
+        n_tokens=4_096,
+        batch_tokens=512,
+        buffer_tokens=2_048,
+    )
+    chromium.mount(page, panel)
+    page.locator(".estimate b", has_text="memory: about").wait_for()
+    k = page.get_by_role("textbox", name="k", exact=True)
+    k.fill("300")
+    wrong = page.locator(".field[data-key='objective.k'] .wrong")
+    page.wait_for_function("() => document.querySelector(\".field[data-key='objective.k'] .wrong\").textContent")
+    assert "1 to d_sae=256" in wrong.inner_text()
+    assert page.get_by_role("button", name="Start the training").is_disabled()
+    k.fill("16")
+    page.wait_for_function("() => !document.querySelector('button.start').disabled")
+    assert k.input_value() == "16"
+    page.get_by_role("combobox", name="Objective").select_option("BatchTopK")
+    page.locator(".field[data-key='objective.threshold_rate']").wait_for()
+    assert page.get_by_role("textbox", name="k", exact=True).input_value() == "16"
+    page.get_by_role("textbox", name="folder").fill(str(tmp_path / "one"))
+    page.locator(".estimate b").wait_for()
+    page.get_by_role("button", name="Start the training").click()
+    page.locator(".run").wait_for()
+    page.locator(".run[data-state=finished]").wait_for(timeout=60_000)
+    assert page.locator(".field").count() == 0
+    assert panel.run.sae.cfg.gate == "jumprelu"
+    assert panel.run.folder == tmp_path / "one"
+    page.get_by_role("button", name="Show the form for a new run").click()
+    page.locator(".field").first.wait_for()
+    page.get_by_role("button", name="Start the training").click()
+    page.locator(".complaint pre", has_text="holds a run already").wait_for()
+    page.raised.clear()
+
+
+def test_a_narrow_place_and_a_run_that_failed(page):
+    page.set_viewport_size({"width": 420, "height": 900})
+
+    run = saewb.train(None, _dying(), saewb.TopK(24, k=4), n_tokens=4_000, batch_tokens=40)
+    until(lambda: run.state == "failed")
+    panel = TrainingPanel(run)
+    chromium.mount(page, panel)
+    assert "the disk is gone" in page.inner_text(".run pre.bad")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+def _dying():
+    made = []
+
+    def draw(n, rng):
+        made.append(n)
+        if len(made) > 20:
+            raise OSError("<b>the disk is gone</b>")
+        return torch.randn(n, 8, generator=rng)
+
+    return stream_draws(draw, seed=0, batch_tokens=40)
+
+
+def test_a_second_view_shows_the_same(page, browser):
+    panel = TrainingPanel({"a": short(), "b": short()})
+    chromium.mount(page, panel)
+    page.get_by_role("button", name="Show or hide b").click()
+    page.wait_for_function("() => document.querySelectorAll('.card[data-figure=l0] polyline').length === 1")
+    page.get_by_role("button", name="Loss and FVU on a log scale").click()
+    other = browser.new_page()
+    chromium.listen(other)
+    other.set_content("<!doctype html><style>body { background: #111 }</style><body></body>")
+    chromium.mount(other, panel)
+    assert other.locator(".saewb").get_attribute("data-theme") == "dark"
+    assert other.locator(".card[data-figure=l0] polyline").count() == 1
+    assert other.get_by_role("button", name="Show or hide b").get_attribute("aria-pressed") == "false"
+    assert other.get_by_role("button", name="Loss and FVU on a log scale").get_attribute("aria-pressed") == "true"
+    assert other.complaints == []
+    other.close()

@@ -1,0 +1,245 @@
+const NS = "http://www.w3.org/2000/svg";
+const draw = (tag, at, text) => { const e = document.createElementNS(NS, tag);
+  for (const [k, v] of Object.entries(at)) e.setAttribute(k, v);
+  if (text !== undefined) e.textContent = text;
+  return e; };
+const W = 320, H = 150, LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 20;
+const figure = (v) => (v < 0 ? "\u2212" : "") + digits(Math.abs(v));
+const short = (n) => (n >= 1e9 ? +(n / 1e9).toPrecision(3) + "B" : n >= 1e6 ? +(n / 1e6).toPrecision(3) + "M"
+  : n >= 1e4 ? +(n / 1e3).toPrecision(3) + "k" : count(n));
+const clock = (s) => { const h = Math.floor(s / 3600), m = Math.floor(s / 60) % 60, two = (n) => String(n).padStart(2, "0");
+  return h ? `${h}:${two(m)}:${two(s % 60)}` : `${m}:${two(s % 60)}`; };
+// Two to five round numbers in a range.
+const ticks = (low, high, log) => {
+  if (log) {
+    const out = [];
+    for (let p = Math.ceil(low - 1e-9); p <= high + 1e-9; p += Math.max(1, Math.ceil((high - low) / 4))) out.push(p);
+    if (out.length > 1) return out;
+  }
+  const span = high - low || Math.abs(high) || 1, raw = span / 4.5, unit = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map((m) => m * unit).find((s) => s >= raw), out = [];
+  for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-6; v += step) out.push(Math.abs(v) < step * 1e-6 ? 0 : v);
+  return out;
+};
+
+function training({ body, model, on, set, ask }) {
+  const form = make("section", "form"), runs = make("div", "runs"), line = make("div", "line"), charts = make("div", "charts");
+  body.append(form, runs, line, charts);
+
+  // -- the runs
+  const rows = new Map();
+  const row = (name) => {
+    const e = make("section", "run"), head = make("div", "head"), bar = make("div", "bar"), fill = bar.appendChild(make("i"));
+    const title = make("b", "", name), state = make("span", "state"), where = make("span", "where"), acts = make("span", "acts");
+    e.setAttribute("aria-label", `Run ${name}`);
+    bar.setAttribute("role", "progressbar");
+    bar.setAttribute("aria-label", `Progress of ${name}`);
+    const act = (what, hint) => button(what, "", () => ask(what, { run: name }), hint);
+    const buttons = { pause: act("pause", `Pause ${name} after this step`), resume: act("resume", `Go on with ${name}`),
+      stop: act("stop", `Stop ${name} after this step, with a checkpoint if it has a folder`) };
+    acts.append(...Object.values(buttons), act("code", `The Python that starts a run equal to ${name}`));
+    const more = make("div", "more");
+    head.append(title, state, where, acts);
+    e.append(head, bar, more);
+    return { e, state, where, bar, fill, buttons, more };
+  };
+  const statuses = () => {
+    const told = model.get("status"), names = new Set(told.map((s) => s.name));
+    for (const [name, r] of rows) if (!names.has(name)) { r.e.remove(); rows.delete(name); }
+    told.forEach((s) => {
+      if (!rows.has(s.name)) { rows.set(s.name, row(s.name)); runs.append(rows.get(s.name).e); }
+      const r = rows.get(s.name), parts = [`${count(s.n_tokens)} of ${count(s.total)} tokens`];
+      if (s.speed) parts.push(`${count(s.speed)} tokens/s`);
+      if (s.state === "running" && s.left !== null && s.left !== undefined) parts.push(`${clock(s.left)} left`);
+      r.state.textContent = s.state;
+      r.e.dataset.state = s.state;
+      r.where.textContent = parts.join(" \u00b7 ");
+      r.fill.style.width = 100 * s.frac + "%";
+      r.bar.setAttribute("aria-valuenow", Math.round(100 * s.frac));
+      r.buttons.pause.hidden = !(s.here && s.state === "running");
+      r.buttons.resume.hidden = !(s.here && s.state === "paused");
+      r.buttons.stop.hidden = !(s.here && (s.state === "running" || s.state === "paused"));
+      const said = JSON.stringify([s.error, s.notes, s.resume]);
+      if (r.said === said) return;
+      r.said = said;
+      r.more.replaceChildren();
+      if (s.error) r.more.append(make("pre", "bad", s.error));
+      (s.notes || []).forEach((n) => r.more.append(make("p", "", n)));
+      if (s.resume) r.more.append(make("p", "", s.here ? "To go on with it:" : "Where it is not going on elsewhere, to go on with it:"),
+        make("pre", "code", s.resume));
+    });
+  };
+
+  // -- the curves
+  const shownSeries = () => { const hidden = new Set(model.get("hidden"));
+    return model.get("series").map((s, i) => ({ ...s, i })).filter((s) => !hidden.has(s.label)); };
+  const legend = () => {
+    const all = model.get("series"), hidden = model.get("hidden");
+    const focused = line.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+    line.replaceChildren();
+    if (!all.length) return;
+    if (all.length > 1) all.forEach((s, i) => {
+      const off = hidden.includes(s.label), b = button("", "key", () =>
+        set({ hidden: off ? hidden.filter((l) => l !== s.label) : [...hidden, s.label] }), `Show or hide ${s.label}`);
+      b.append(make("i", `swatch s${i % 8}` + (i >= 8 ? " dashed" : "")), make("span", "", s.label));
+      b.setAttribute("aria-pressed", String(!off));
+      b.dataset.key = s.label;
+      line.append(b);
+    });
+    const log = button("log scale", "", () => set({ log: !model.get("log") }), "Loss and FVU on a log scale");
+    log.setAttribute("aria-pressed", String(model.get("log")));
+    log.dataset.key = "";
+    line.append(make("span", "gap"), log);
+    if (focused !== undefined) [...line.querySelectorAll("button")].find((b) => b.dataset.key === focused)?.focus();
+  };
+  const chart = ([name, title, note]) => {
+    const series = shownSeries().filter((s) => s.lines[name]).map((s) => {
+      const [k, values] = s.lines[name], log = model.get("log") && /loss|fvu/.test(name);
+      const pairs = s.tokens[k].map((x, j) => [x, values[j]]).filter(([, v]) => !log || v > 0);
+      return { ...s, pairs, log };
+    }).filter((s) => s.pairs.length);
+    const card = make("section", "card"), head = make("h3", "", title), log = series.length > 0 && series[0].log;
+    card.dataset.figure = name;
+    head.append(make("span", "last", series.length === 1 ? figure(series[0].pairs.at(-1)[1]) : ""));
+    head.title = note;
+    card.append(head);
+    const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", class: "curves" });
+    const told = series.map((s) => `${s.label} ${figure(s.pairs.at(-1)[1])} at ${count(s.pairs.at(-1)[0])} tokens`).join("; ");
+    svg.setAttribute("aria-label", `${title}: ${told || "nothing yet"}`);
+    card.append(svg);
+    if (!series.length) { svg.append(draw("text", { x: W / 2, y: H / 2, "text-anchor": "middle" }, "nothing yet")); return card; }
+    const of = (v) => (log ? Math.log10(v) : v), ys = series.flatMap((s) => s.pairs.map((p) => of(p[1])));
+    let low = Math.min(...ys), high = Math.max(...ys);
+    const right = Math.max(...series.map((s) => s.pairs.at(-1)[0])), pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
+    if (!log && low >= 0 && low < 0.35 * high) low = 0; else low = low >= 0 && !log ? Math.max(0, low - pad) : low - pad;
+    high += pad;
+    const px = (x) => LEFT + ((W - LEFT - RIGHT) * x) / right, py = (v) => TOP + ((H - TOP - BOTTOM) * (high - v)) / (high - low);
+    ticks(low, high, log).forEach((v) => svg.append(draw("line", { x1: LEFT, x2: W - RIGHT, y1: py(v), y2: py(v), class: "grid" }),
+      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, figure(log ? 10 ** v : v))));
+    ticks(0, right).forEach((v) => svg.append(draw("text", { x: px(v), y: H - 6,
+      "text-anchor": px(v) > W - 28 ? "end" : v === 0 ? "start" : "middle" }, short(Math.round(v)))));
+    series.forEach((s) => {
+      const cls = `s${s.i % 8}` + (s.i >= 8 ? " dashed" : ""), at = s.pairs.map(([x, v]) => [px(x), py(of(v))]);
+      if (at.length < 25) at.forEach(([cx, cy]) => svg.append(draw("circle", { cx, cy, r: 2, class: cls })));
+      if (at.length > 1) svg.append(draw("polyline", { points: at.map((p) => p.map((c) => c.toFixed(1)).join()).join(" "), class: cls }));
+    });
+    const rule = draw("line", { y1: TOP, y2: H - BOTTOM, class: "rule", visibility: "hidden" });
+    const hit = draw("rect", { x: LEFT, y: 0, width: W - LEFT, height: H, class: "hit" });
+    let here = right;
+    hit.addEventListener("mousemove", (e) => {
+      const box = svg.getBoundingClientRect(), x = ((e.clientX - box.left) * W) / box.width;
+      here = Math.max(0, Math.min(right, (right * (x - LEFT)) / (W - LEFT - RIGHT)));
+      rule.setAttribute("x1", px(here)); rule.setAttribute("x2", px(here)); rule.setAttribute("visibility", "visible");
+    });
+    hit.addEventListener("mouseleave", () => rule.setAttribute("visibility", "hidden"));
+    hit._tip = () => series.slice(0, 12).map((s) => {
+      const [x, v] = s.pairs.reduce((a, b) => (Math.abs(b[0] - here) < Math.abs(a[0] - here) ? b : a));
+      return `${series.length > 1 ? s.label + ": " : ""}${figure(v)} at ${count(x)} tokens`; }).join("\n");
+    svg.append(rule, hit);
+    return card;
+  };
+  const curves = () => {
+    const all = model.get("series"), known = model.get("facts").charts || [];
+    charts.replaceChildren(...(all.length ? known.filter(([n]) => all.some((s) => s.lines[n])).map(chart) : []));
+    if (all.length && !charts.children.length) charts.append(make("p", "none", "No step has been logged yet."));
+  };
+
+  // -- the form
+  const inputs = new Map(), errors = new Map(), told = make("div", "estimate");
+  let own = { ...model.get("typed") };
+  const send = settled(() => set({ typed: { ...own } }), 250);
+  const typed = (key, text) => { if (text.trim()) own[key] = text; else delete own[key]; send(); };
+  const field = (f) => {
+    const e = make("label", "field"), input = make(f.choices ? "select" : "input"), error = make("span", "wrong");
+    if (f.choices) f.choices.forEach((c) => input.append(make("option", "", c)));
+    else { input.placeholder = f.default; input.spellcheck = false; input.autocomplete = "off"; }
+    input.setAttribute("aria-label", f.name);
+    input.value = own[f.key] ?? (f.choices ? f.default : "");
+    input.addEventListener(f.choices ? "change" : "input", () => typed(f.key, f.choices && input.value === f.default ? "" : input.value));
+    error.setAttribute("role", "alert");
+    e.dataset.key = f.key;
+    inputs.set(f.key, [input, f]);
+    errors.set(f.key, error);
+    e.append(make("span", "name", f.name), input, make("span", "note", f.note), error);
+    return e;
+  };
+  const group = (g) => {
+    const e = make(g.folded ? "details" : "section", "group"), grid = make("div", "fields");
+    const head = make(g.folded ? "summary" : "h3", "", g.title);
+    if (g.kind) { const pick = make("select"); pick.setAttribute("aria-label", "Objective");
+      model.get("facts").kinds.forEach((k) => pick.append(make("option", "", k)));
+      pick.value = model.get("kind");
+      pick.addEventListener("change", () => set({ kind: pick.value }));
+      head.replaceChildren(pick); }
+    grid.append(...g.fields.map(field));
+    e.append(head, grid);
+    return e;
+  };
+  const start = button("start", "start", () => { set({ typed: { ...own } }); ask("start"); }, "Start the training");
+  const build = () => {
+    const f = model.get("form"), folded = form.querySelector("details"), wide = folded && folded.open;
+    form.hidden = !f.groups;
+    form.replaceChildren();
+    inputs.clear(); errors.clear();
+    if (!f.groups) return;
+    own = { ...model.get("typed") };
+    const open = model.get("form_open"), turn = button(open ? "hide the form" : "new run", "",
+      () => set({ form_open: !open }), open ? "Hide the form" : "Show the form for a new run");
+    const foot = make("div", "foot");
+    turn.setAttribute("aria-expanded", String(open));
+    if (open) { form.append(...f.groups.map(group)); foot.append(start, told, make("span", "gap"),
+      button("code", "", () => { set({ typed: { ...own } }); ask("code"); }, "The Python that starts this training")); }
+    if (wide && form.querySelector("details")) form.querySelector("details").open = true;
+    if (model.get("status").length) foot.append(turn);
+    form.append(foot);
+    wrong();
+  };
+  const fill = () => {
+    own = { ...model.get("typed"), ...pending() };
+    for (const [key, [input, f]] of inputs)
+      if (document.activeElement !== input && input.getRootNode().activeElement !== input) input.value = own[key] ?? (f.choices ? f.default : "");
+  };
+  // What stands in the field that is being typed in is newer than what comes back.
+  const pending = () => { const out = {};
+    for (const [key, [input]] of inputs) if (input.getRootNode().activeElement === input && input.value.trim()) out[key] = input.value;
+    return out; };
+  const wrong = () => {
+    const p = model.get("problems");
+    for (const [key, e] of errors) {
+      e.textContent = p[key] || "";
+      inputs.get(key)[0].setAttribute("aria-invalid", String(key in p));
+      const folded = key in p && e.closest("details");
+      if (folded) folded.open = true;
+    }
+    start.disabled = Object.keys(p).length > 0;
+    const m = model.get("estimate");
+    told.replaceChildren();
+    told.classList.toggle("bad", !!m.error || m.fits === false);
+    if (m.error) told.append(make("pre", "", m.error));
+    if (!m.rows) return;
+    const by = Object.fromEntries(m.rows);
+    const size = (v) => (v === undefined ? "?" : +v.replace(/,/g, "") >= 1024 ? (v.replace(/,/g, "") / 1024).toFixed(1) + " GiB" : v + " MiB");
+    const lead = `memory: about ${size(by.total)}` + (by.available ? ` of ${size(by.available)} free` : "");
+    told.append(make("b", "", lead + (m.weights_fit ? m.fits ? "" : ", which may not fit" : ", which cannot fit")),
+      make("span", "", m.rows.filter(([n]) => n !== "total" && n !== "available").map(([n, v]) => `${n} ${size(v)}`).join(" \u00b7 ")));
+  };
+
+  // -- news
+  let asking = null, waiting = 0;
+  const look = () => { if (waiting && Date.now() - waiting < 10000) return; waiting = Date.now(); ask("look"); };
+  const poll = () => {
+    if (model.get("alive") && !asking) { waiting = 0; asking = setInterval(look, 1000); }
+    if (!model.get("alive") && asking) { clearInterval(asking); asking = null; }
+  };
+  on("looked", () => { waiting = 0; });
+  on("alive", poll);
+  on("status", statuses);
+  on("series hidden log", legend);
+  on("series hidden log facts", curves);
+  on("form form_open", build);
+  on("typed", fill);
+  on("problems estimate", wrong);
+  for (const f of [statuses, legend, curves, build, poll]) f();
+  return () => { if (asking) clearInterval(asking); };
+}
+export default { render: (context) => framed(context, "train", training) };
