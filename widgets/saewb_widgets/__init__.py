@@ -14,6 +14,7 @@ import importlib
 from typing import Any
 
 _HOME = {  # public name: the module that has it
+    "CataloguePicker": "catalogue_picker",
     "FeatureBrowser": "feature_browser",
     "SuperpositionPanel": "superposition",
 }
