@@ -154,7 +154,8 @@ function listing({ model, on, set, ask }) {
   on("sort descending", heads);
   heads();
   arrived();
-  const sized = new ResizeObserver(draw);
+  // The heads stand over their columns, however wide the scroll bar is.
+  const sized = new ResizeObserver(() => { columns.style.paddingRight = 12 + box.offsetWidth - box.clientWidth + "px"; draw(); });
   sized.observe(box);
   return [total, columns, box, () => sized.disconnect()];
 }
