@@ -77,7 +77,7 @@ def load_sae(
         force_download: fetch again what is in the hub's cache.
         token: of the hub; None means the one logged in with.
         progress: called with (bytes that came, bytes in all) as a download goes on, from other threads; what it raises
-            (no OSError) cancels the download. What came is kept apart, and the next call goes on from there.
+            (no OSError) cancels the download. Files that came whole are kept; of a part, huggingface_hub 2 keeps nothing.
     Returns:
         An SAE; a PursuitSAE, TemporalSAE or CrossLayerTranscoder for those architectures.
     Raises:

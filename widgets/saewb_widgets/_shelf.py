@@ -168,6 +168,6 @@ def _plain(value: Any) -> Any:
     """As JSON has it: what is missing is None, numpy's numbers are Python's."""
     if isinstance(value, str):
         return value
-    if value is None or value != value or type(value).__name__ == "NAType":
+    if value is None or type(value).__name__ == "NAType" or value != value:
         return None
     return value.item() if hasattr(value, "item") else value

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WINDOW = 100  # rows of the table sent at a time
-_ASKED = ("model", "release", "site", "layer", "width", "l0", "on_neuronpedia", "query", "sort", "descending")
+_NOTHING = {  # asked of the catalogue
+    **dict.fromkeys(("model", "release", "site", "query", "sort"), ""),
+    **dict.fromkeys(("layer", "width", "on_neuronpedia")),
+    **{"l0": (None, None), "descending": False},
+}
 
 
 class Cancelled(Exception):
@@ -139,7 +143,7 @@ class CataloguePicker(Panel):
         self.started("load", f"loading {id}", lambda: saewb.load_sae(release, id, progress=came, **how), then)
 
     def cancel(self) -> None:
-        """Stop loading; what came so far is kept, and loading it again goes on from there."""
+        """Stop loading. Files that came whole are kept, so loading it again fetches the others only."""
         if self.progress:
             self._given_up.set()
             release, id = self.progress["release"], self.progress["id"]
@@ -195,8 +199,8 @@ class CataloguePicker(Panel):
         """Ask nothing of the catalogue any more."""
         self._ready = False
         try:
-            for name in _ASKED:
-                setattr(self, name, self.traits()[name].default_value)
+            for name, value in _NOTHING.items():
+                setattr(self, name, value)
         finally:
             self._ready = True
         self._list()
@@ -252,7 +256,7 @@ class CataloguePicker(Panel):
 
     # What follows from it
 
-    @t.observe(*_ASKED)
+    @t.observe(*_NOTHING)
     @guarded
     def _asked_anew(self, _: Any = None) -> None:
         if self._ready:
