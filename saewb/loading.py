@@ -77,7 +77,7 @@ def load_sae(
         force_download: fetch again what is in the hub's cache.
         token: of the hub; None means the one logged in with.
         progress: called with (bytes that came, bytes in all) as a download goes on, from other threads; what it raises
-            (no OSError) cancels the download. Files that came whole are kept; of a part, huggingface_hub 2 keeps nothing.
+            (no OSError) cancels the download. Files that came whole are kept; of parts, huggingface_hub 2 keeps none.
     Returns:
         An SAE; a PursuitSAE, TemporalSAE or CrossLayerTranscoder for those architectures.
     Raises:

@@ -47,7 +47,7 @@ def hub(
         secret: names of those that answer 401.
         faults: what goes wrong, by the end of a path, one after the other and then nothing more. A number: that many
             bytes come, then the connection drops. "wrong": as many other bytes. "busy": 429, for one second. "broken":
-            500. "short": a complete answer with half of the content. (bytes, seconds): all of it, so many bytes at a time.
+            500. "short": a complete answer with half of the content. (bytes, seconds): all, so many bytes at a time.
     """
     log: list[str] = []
     faults = {} if faults is None else faults

@@ -1,4 +1,4 @@
-"""CataloguePicker without a browser: what it lists, what it says, and real downloads from a hub that is a thread here."""
+"""CataloguePicker without a browser: what it lists, what it says, and downloads from a hub that is a thread here."""
 
 import doctest
 import json
@@ -251,14 +251,15 @@ def test_what_fails_is_shown_and_the_panel_goes_on(slow):
 
 # --- from a hub, by its real client, which reads its settings at import: so in an interpreter of its own
 
-_ENTRY = JB
-_PANEL = """
+_PANEL = (
+    f"JB = {JB}"
+    + """
 import json, time, threading, torch
 torch.set_num_threads(1)
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 2000  # bytes that it writes at once
 from saewb_widgets import CataloguePicker
-panel = CataloguePicker(selected=%r)
+panel = CataloguePicker(selected=JB)
 
 def until(what, seconds=100):
     end = time.monotonic() + seconds
@@ -278,7 +279,8 @@ def loaded():
 
 def threads():
     return [t.name for t in threading.enumerate() if t.name == "saewb load"]
-""" % (_ENTRY,)
+"""
+)
 
 
 def in_an_interpreter(code, endpoint, home, **environment):
@@ -305,7 +307,7 @@ def in_an_interpreter(code, endpoint, home, **environment):
 @pytest.fixture
 def published(tmp_path):
     """A repository of the catalogue with one SAE of 70 kB in it."""
-    entry = saewb.releases.find(*_ENTRY)
+    entry = saewb.releases.find(*JB)
     sae = feed_forward(2, d_in=64, d_sae=128, hook=entry.hook, model="gpt2-small")
     folder = save_sae(sae, tmp_path / "published")
     return entry, {f"{entry.path}/{file.name}": file.read_bytes() for file in folder.iterdir()}
@@ -357,7 +359,7 @@ said = []
 for name in ({closed}, {missing}):
     panel.selected = name
     said += [loaded()]
-panel.selected = {_ENTRY}
+panel.selected = JB
 constants.HF_HUB_OFFLINE = True
 said += [loaded(), panel.rows["total"]]
 constants.HF_HUB_OFFLINE = False
