@@ -144,7 +144,7 @@ def test_wrong_values():
 def test_a_saved_notebook_shows_rows_and_the_page(monkeypatch):
     panel = CataloguePicker(release="gpt2-small-res-jb", selected=JB)
     said = panel._repr_mimebundle_()[0]["text/html"]
-    for text in ("blocks.0.hook_resid_pre", "151 MB", "24k", "jbloom/GPT2-Small-SAEs-Reformatted"):
+    for text in ("blocks.0.hook_resid_pre", "151 MB", "24,576", "jbloom/GPT2-Small-SAEs-Reformatted"):
         assert text in said
     panel.page = {**panel.page, "repo": panels.HOSTILE}
     assert "<img" not in panel.static_html()
@@ -379,5 +379,4 @@ def test_examples_run():
     found = doctest.testmod(catalogue_picker)
     assert found.attempted > 5
     assert found.failed == 0
-    assert [_shelf.width(n) for n in (None, 768, 24576, 1 << 20, 1 << 17)] == ["", "768", "24k", "1M", "128k"]
     assert [_shelf.size(n) for n in (None, 500_000, 151_096_320)] == ["", "0.5 MB", "151 MB"]

@@ -137,13 +137,6 @@ def told(page: dict[str, Any]) -> list[tuple[str, str]]:
     return [*facts, ("size", size(page.get("bytes")) or "not known")]
 
 
-def width(n: int | None) -> str:
-    """A number of latents for people: 16384 is 16k."""
-    if n is None:
-        return ""
-    return f"{n // 1024}k" if n % 1024 == 0 and n < 1 << 20 else f"{n >> 20}M" if n % (1 << 20) == 0 else f"{n:,}"
-
-
 def size(n_bytes: int | None) -> str:
     """A number of bytes for people, in MB."""
     return "" if n_bytes is None else f"{n_bytes / 1e6:,.1f} MB" if n_bytes < 1e8 else f"{n_bytes / 1e6:,.0f} MB"

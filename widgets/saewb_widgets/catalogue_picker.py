@@ -174,7 +174,14 @@ class CataloguePicker(Panel):
     def static_html(self) -> str:
         """See Panel."""
         listed = [
-            (release, id, layer, _shelf.width(d_sae), "" if l0 is None else f"{l0:g}", _shelf.size(size))
+            (
+                release,
+                id,
+                layer,
+                "" if d_sae is None else f"{d_sae:,}",
+                "" if l0 is None else f"{l0:g}",
+                _shelf.size(size),
+            )
             for release, id, _, _, layer, d_sae, l0, _, size, _ in self.rows["rows"][:12]
         ]
         shown = _static.grid(("release", "id", "layer", "width", "L0", "size"), listed)

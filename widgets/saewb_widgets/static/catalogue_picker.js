@@ -1,6 +1,7 @@
 const HIGH = 26; // pixels of a row
-const latents = (n) => (n === null || n === undefined ? "" : n >= 1048576 && n % 1048576 === 0 ? n / 1048576 + "M"
-  : n % 1024 === 0 ? n / 1024 + "k" : count(n));
+const latents = (n) => (n === null || n === undefined ? "" : count(n));
+// Names break after a slash, if they must.
+const broken = (e, text) => { text.split("/").forEach((part, j) => { if (j) e.append("/", make("wbr")); e.append(part); }); return e; };
 const megabytes = (b) => (b === null || b === undefined ? "" : (b >= 1e8 ? count(Math.round(b / 1e6)) : (b / 1e6).toFixed(1)));
 const mean = (v) => (v === null || v === undefined ? "" : v >= 100 ? count(Math.round(v)) : String(+v.toPrecision(3)));
 const COLUMNS = [["release", "release", ""], ["id", "id", ""], ["layer", "layer", "num"], ["d_sae", "width", "num"],
@@ -192,7 +193,7 @@ function details({ model, on, ask }, main) {
     }
   };
   const fact = (name, value) => { if (value === undefined || value === "") return;
-    const v = make("dd", "", String(value));
+    const v = broken(make("dd"), String(value));
     facts.append(make("dt", "", name), v); };
   const draw = () => {
     const p = model.get("page");
@@ -200,7 +201,7 @@ function details({ model, on, ask }, main) {
     facts.replaceChildren();
     more.replaceChildren();
     if (p.release === undefined) { head.append(make("p", "none", "Choose an SAE to see what is known of it and to load it.")); load(); return; }
-    head.append(make("h2", "", p.id), make("div", "none", p.release));
+    head.append(broken(make("h2"), p.id), make("div", "none", p.release));
     fact("model", p.model);
     fact("reads", p.hook);
     fact("writes", p.hook_out);
