@@ -35,7 +35,7 @@ class FeatureBrowser(Panel):
         >>> panel = FeatureBrowser(index)
         >>> panel.query, panel.selected = "physicist", 748
         >>> panel
-        FeatureBrowser(latent 748, 9 of 1024 latents, blocks.2.hook_resid_post of tiny)
+        FeatureBrowser(latent 748, 7 of 1024 latents, blocks.2.hook_resid_post of tiny)
         >>> exec(panel.code(), shown := {"index": index})
         >>> shown["latent"].index, shown["latents"] == panel.latents
         (748, True)
