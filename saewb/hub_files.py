@@ -13,6 +13,7 @@ import fnmatch
 import hashlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def fetched(
         force_download: fetch again what is there.
         token: of the hub; None means the one logged in with.
         call: the line to paste, for errors.
-        progress: called with (bytes that came, bytes in all) while files come, from the threads that fetch them.
+        progress: called with (bytes that came, bytes in all) while files come, from the threads that fetch them; they
+            then come over plain HTTP.
     Raises:
         FileNotFoundError: if the hub refuses.
         Exception: what `progress` raises, if that is no OSError: it cancels, and no file is taken for whole.
@@ -109,7 +111,7 @@ def fetched(
     patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
     how: dict[str, Any] = {} if progress is None else {"tqdm_class": _told(progress, missing)}
     try:
-        with refusals(repo, revision, call):
+        with refusals(repo, revision, call), contextlib.nullcontext() if progress is None else _PLAIN.http():
             root = snapshot_download(
                 repo, revision=revision, allow_patterns=patterns, force_download=force_download, token=token, **how
             )
@@ -206,6 +208,36 @@ def refusals(repo: str, revision: str | None, call: str) -> Iterator[None]:
                 )
             ) from error
         raise
+
+
+class _PlainHttp:
+    """huggingface_hub without Xet, whose thread swallows what a callback raises, so that nothing could be cancelled.
+
+    Its setting is the process's: counted, so that of several downloads at once the last one puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    @contextlib.contextmanager
+    def http(self) -> Iterator[None]:
+        """Inside, downloads go over plain HTTP."""
+        from huggingface_hub import constants
+
+        with self._lock:
+            if self._inside == 0:
+                self._before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    constants.HF_HUB_DISABLE_XET = self._before
+
+
+_PLAIN = _PlainHttp()
 
 
 def _told(progress: Progress, total: int) -> type:

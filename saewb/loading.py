@@ -78,7 +78,8 @@ def load_sae(
         force_download: fetch again what is in the hub's cache.
         token: of the hub; None means the one logged in with.
         progress: called with (bytes that came, bytes in all) as a download goes on, from other threads; what it raises
-            (no OSError) cancels the download. What came is kept apart, and the next call goes on from there.
+            (no OSError) cancels the download. Files that came whole are kept; of parts, huggingface_hub 2 keeps none.
+            With it, files come over plain HTTP: slower than Xet, the hub's own way, which cannot be cancelled.
     Returns:
         An SAE; a PursuitSAE, TemporalSAE or CrossLayerTranscoder for those architectures.
     Raises:

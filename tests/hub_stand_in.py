@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,7 +47,7 @@ def hub(
         secret: names of those that answer 401.
         faults: what goes wrong, by the end of a path, one after the other and then nothing more. A number: that many
             bytes come, then the connection drops. "wrong": as many other bytes. "busy": 429, for one second. "broken":
-            500. "short": a complete answer with half of the content.
+            500. "short": a complete answer with half of the content. (bytes, seconds): all, so many bytes at a time.
     """
     log: list[str] = []
     faults = {} if faults is None else faults
@@ -56,11 +57,14 @@ def hub(
         def log_message(self, *_: object) -> None:
             pass  # not on the test's stderr
 
-        def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+        def _head(self, status: int, length: int, **headers: str) -> None:
             self.send_response(status)
-            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            for key, value in {"Content-Length": str(length), **headers}.items():
                 self.send_header(key.replace("_", "-"), value)
             self.end_headers()
+
+        def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+            self._head(status, len(body), **headers)
             if self.command != "HEAD":
                 self.wfile.write(body)
 
@@ -101,15 +105,25 @@ def hub(
                 self._send(status, bytes(byte ^ 1 for byte in content), **headers)
             elif fault == "short":
                 self._send(status, content[: len(content) // 2], **headers)
+            elif isinstance(fault, tuple):
+                self._slowly(status, content, *fault, **headers)
             elif isinstance(fault, int):
-                self.send_response(status)
-                for key, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(key.replace("_", "-"), value)
-                self.end_headers()
+                self._head(status, len(content), **headers)
                 self.wfile.write(content[:fault])
                 self.close_connection = True
             else:
                 self._send(status, content, **headers)
+
+        def _slowly(self, status: int, content: bytes, step: int, seconds: float, **headers: str) -> None:
+            self._head(status, len(content), **headers)
+            log.append("slowly")
+            try:
+                for first in range(0, len(content), step):
+                    self.wfile.write(content[first : first + step])
+                    time.sleep(seconds)
+            except OSError:  # who asked went away
+                log.append("hung up")
+                self.close_connection = True
 
         def do_HEAD(self) -> None:
             self.do_GET()

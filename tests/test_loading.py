@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hub_stand_in import hub
 from saewb import releases
 from saewb.errors import FormatError
 from saewb.formats import FORMATS
+from saewb.hub_files import _PlainHttp
 from saewb.loading import READERS, load_config, load_sae, save_sae
 from saewb.releases._expand import expand
 from saewb.sae import SAE
@@ -299,18 +301,39 @@ except Stop as error:
     cancelled = str(error)
 from pathlib import Path
 whole = [str(p) for p in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/one/sae_weights.safetensors")]
-seen = []
-sae = L.load_sae({REPO!r}, "one", progress=lambda done, total: seen.append((done, total)))
-print(json.dumps([cancelled, whole, seen, repr(sae)]))
+seen, xet = [], [constants.HF_HUB_DISABLE_XET]
+def note(done, total):
+    seen.append((done, total))
+    xet.append(constants.HF_HUB_DISABLE_XET)
+sae = L.load_sae({REPO!r}, "one", progress=note)
+xet.append(constants.HF_HUB_DISABLE_XET)
+print(json.dumps([cancelled, whole, seen, repr(sae), xet]))
 """
     with hub({REPO: _published(tmp_path, "one")}) as (endpoint, _):
-        cancelled, whole, seen, sae = _client(code, endpoint, tmp_path / "home")
+        got = _client(code, endpoint, tmp_path / "home", HF_HUB_DISABLE_XET="0")
+    cancelled, whole, seen, sae, xet = got
+    assert (xet[0], set(xet[1:-1]), xet[-1]) == (False, {True}, False)  # Xet could not be cancelled
     assert cancelled == "enough"
     assert whole == []
     assert sae == repr(feed_forward(0, gate="jumprelu"))
     assert len(seen) > 3
     assert all(0 <= done <= total for done, total in seen)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_of_several_downloads_without_xet_the_last_one_puts_it_back(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    plain = _PlainHttp()
+    one, two = ExitStack(), ExitStack()
+    one.enter_context(plain.http())
+    two.enter_context(plain.http())
+    one.close()
+    assert constants.HF_HUB_DISABLE_XET
+    with pytest.raises(RuntimeError), two:
+        raise RuntimeError
+    assert not constants.HF_HUB_DISABLE_XET
 
 
 def test_downloads_go_on_where_they_broke_off_and_damage_is_found(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 
 _HOME = {  # public name: the module that has it
     "CorrelationPanel": "correlation",
+    "CataloguePicker": "catalogue_picker",
     "FeatureBrowser": "feature_browser",
     "PromptExplorer": "prompt_explorer",
     "SuperpositionPanel": "superposition",
