@@ -83,7 +83,7 @@ ROOMS = {
     "places": "errors formats hub_files releases",
     "model_card": "",
     "sharing": "errors loading model_card places pursuit sae temporal",
-    "index": "activations attachment errors hooks report sae spans splice tokens",
+    "index": "activations attachment errors hooks report sae spans sparse_step splice tokens",
     "report": "errors index",
     "feature_json": "index",
     "neuronpedia": "errors feature_json index",

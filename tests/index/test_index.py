@@ -13,8 +13,9 @@ from saewb.activations import capture
 from saewb.index import build as building
 from saewb.index import build_index, load_index
 from saewb.index.facts import IndexFacts
+from saewb.index.nearest import nearest
 from saewb.index.shelf import EMPTY
-from saewb.index.weights import N_LOGIT_BINS, logit_effects, nearest, norm_gain, unembedding
+from saewb.index.weights import N_LOGIT_BINS, logit_effects, norm_gain, unembedding
 from saewb.index.words import Words, words_of
 from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.splice import flat
@@ -202,7 +203,7 @@ def test_nearest_by_hand_and_by_numpy(monkeypatch):
     assert found["nearest.decoder"][0].tolist() == [1, 3]
     assert found["nearest.decoder_cosine"][0].tolist() == pytest.approx([0.99875, -0.98639], abs=1e-4)
     assert found["nearest.decoder_cosine"][4].tolist() == [0, 0]
-    monkeypatch.setattr("saewb.index.weights._TILE", 3)
+    monkeypatch.setattr("saewb.index.nearest._TILE", 3)
     again = nearest(rows, 2, "decoder")
     assert torch.equal(found["nearest.decoder_cosine"], again["nearest.decoder_cosine"])
 
