@@ -66,8 +66,8 @@ def build_index(
 
     The model runs to the hook only, once for all SAEs. What is held does not grow with the text. The pass takes
     `index.facts.plan.nbytes` of each SAE: `d_sae * (n_top + n_quantiles * per_quantile) * (8 * window + 32)` bytes of
-    contexts, about 750 per latent and at most 528 per coactive token beside them, and about 120 MiB to put them in
-    place (more for SAEs whose every latent may fire: the coactive tokens' 128 are sorted). A batch adds what fires on
+    contexts, about 750 per latent and at most 528 per coactive token beside them, and about 130 MiB to put them in
+    place (380 where 128 latents or more may fire on a token). A batch adds what fires on
     it, about 150 bytes each, and at most 32 MiB of latents (or one row's). Then the weights' figures take
     `saewb.index.weights.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once more,
     and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any

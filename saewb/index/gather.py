@@ -68,7 +68,7 @@ class Plan:
         candidate = longest + 100  # with the numbers to sort it by
         merged = 3 * BLOCK * max(self.n_top, self.n_sample) * candidate + _AT_ONCE * (5 * longest + 100)
         waiting = 4 * (WAITING + _AT_ONCE) * candidate + 2 * self.coactive_tokens * token + 3 * _TOKENS * token
-        together = self.coactive_tokens * self.active * 40 + 10 * 8 * PAIRS
+        together = self.coactive_tokens * self.active * 40 + 32 * 8 * PAIRS
         return contexts + figures + self.coactive_tokens * token + max(merged + waiting, together)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 N_COACTIVE = 10  # latents kept that fire together with each
-PAIRS = 2**20  # pairs of latents that fire together, sorted at a time (8 MiB in int64, and as much several times)
+PAIRS = 2**18  # pairs of latents that fire together, sorted at a time (2 MiB in int64, up to 32 times over)
 
 
 def coactive(active: Int[Tensor, "tokens most"], d_sae: int, n: int) -> dict[str, Tensor]:
