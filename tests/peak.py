@@ -23,8 +23,11 @@ print(peak() - start)
 """
 
 
-def peak_bytes(before, code):
-    """Not by `getrusage`, whose ru_maxrss a new process inherits from the one that starts it."""
+def peak_bytes(before, code, printed=None):
+    """What the code prints is added to `printed`, line by line.
+
+    Not by `getrusage`, whose ru_maxrss a new process inherits from the one that starts it.
+    """
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's /proc")
     run = subprocess.run(
@@ -34,4 +37,7 @@ def peak_bytes(before, code):
         check=True,
         cwd=Path(saewb.__file__).parents[1],
     )
-    return int(run.stdout)
+    *lines, took = run.stdout.splitlines()
+    if printed is not None:
+        printed += lines
+    return int(took)

@@ -89,7 +89,7 @@ ROOMS = {
     "model_card": "",
     "sharing": "errors loading model_card places pursuit sae temporal",
     "latent_pairs": "activations arithmetic errors sae splice stats tokens",
-    "index": "activations attachment errors hooks report sae spans splice stats tokens",
+    "index": "activations attachment errors hooks report sae spans sparse_step splice stats tokens",
     "report": "errors index",
     "feature_json": "index",
     "neuronpedia": "errors feature_json index",

@@ -4,7 +4,8 @@
     index.latent(748); index.table(); index.search("physicist"); index.save_html("features.html")
 
 - `build` runs the pass, `firings` the SAE, `gather` keeps what an index is made of: `shelf` the best contexts of each
-  latent, `counts` what adds up. `weights` and `loss_effects` need no stream.
+  latent, `counts` what adds up. `weights`, `nearest` and `loss_effects` need no stream;
+  `together` says which latents fire on the same tokens.
 - `feature_index` shows it, by `latent` (a page), `overview` (the table), `searching`; `words` and `store` keep it.
 """
 

@@ -23,8 +23,9 @@ from saewb.index.feature_index import FeatureIndex, load_index
 from saewb.index.firings import firings
 from saewb.index.gather import Gathering
 from saewb.index.loss_effects import loss_effects
+from saewb.index.nearest import nearest
 from saewb.index.text import Text
-from saewb.index.weights import logit_effects, nearest, unembedding, written
+from saewb.index.weights import logit_effects, unembedding, written
 from saewb.index.words import Words, words_of
 from saewb.sae import SAE
 from saewb.splice import flat
@@ -63,10 +64,14 @@ def build_index(
 ):
     """What every latent of an SAE does on text, from one pass over it: contexts, histogram, density, and the weights'.
 
-    The model runs to the hook only, once for all SAEs. What is kept does not grow with the text: `d_sae * (n_top +
-    n_quantiles * per_quantile) * (8 * window + 32)` bytes of contexts, about 600 per latent and at most 528 per
-    coactive token beside them; a batch adds what fires on it, and at most 32 MiB of latents (or one row's). The result
-    is the same for any `batch_size` and any number of interruptions, up to rounding of the model's activations.
+    The model runs to the hook only, once for all SAEs. What is held does not grow with the text. The pass takes
+    `index.facts.plan.nbytes` of each SAE: `d_sae * (n_top + n_quantiles * per_quantile) * (8 * window + 32)` bytes of
+    contexts, about 750 per latent and at most 528 per coactive token beside them, and about 130 MiB to put them in
+    place (380 where 128 latents or more may fire on a token). A batch adds what fires on
+    it, about 150 bytes each, and at most 32 MiB of latents (or one row's). Then the weights' figures take
+    `saewb.index.weights.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once more,
+    and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any
+    `batch_size` and any number of interruptions, up to rounding of the model's activations.
 
     A latent's top contexts are about its strongest token in each row of text, and texts with equal windows are there
     once. Its sampled contexts are firings chosen uniformly, sorted by size and cut into groups of equal size: the first
@@ -309,7 +314,7 @@ def _weights(model: nn.Module, build: _Build, n_logits: int, n_nearest: int) -> 
     made = {"decoder_norm": build.sae.W_dec.float().norm(dim=1)}
     directions = written(model, build.sae.W_dec, build.facts.hook_out, build.sae.cfg.head) if n_logits else None
     if directions is not None:
-        made |= logit_effects(directions.float(), unembedding(model).to(build.sae.device), n_logits)
+        made |= logit_effects(directions, unembedding(model).to(build.sae.device), n_logits)
     if n_nearest and len(build.sae.W_dec) > 1:
         made |= nearest(build.sae.W_dec, n_nearest, "decoder")
         if "W_enc" in (weights := dict(build.sae.named_parameters())):

@@ -15,8 +15,8 @@ from saewb.index import overview, searching, store
 from saewb.index.facts import IndexFacts
 from saewb.index.gather import Gathering
 from saewb.index.latent import Latent, page
-from saewb.index.together import firing_matrix
-from saewb.index.weights import coactive
+from saewb.index.matrix import firing_matrix
+from saewb.index.together import N_COACTIVE, coactive
 from saewb.index.words import Words
 
 if TYPE_CHECKING:
@@ -198,9 +198,6 @@ class FeatureIndex:
         gathered = {k: t.cpu() for k, t in gathering.tensors().items()}
         together = coactive(gathered["active.token_active"], facts.d_sae, N_COACTIVE)
         return replace(self, facts=facts, tensors=kept | gathered | together, words=words)
-
-
-N_COACTIVE = 10  # latents kept that fire together with each
 
 
 def load_index(path: str | Path) -> FeatureIndex:

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from saewb.index.counts import Counts
 from saewb.index.firings import Firings
-from saewb.index.shelf import EMPTY, Entries, Shelf
+from saewb.index.shelf import BLOCK, EMPTY, WAITING, Entries, Shelf
+from saewb.index.together import N_COACTIVE, PAIRS
 
-_WAITING = 2**13  # tokens whose active latents are kept aside before they are merged
+_TOKENS = 2**13  # tokens whose active latents are kept aside before they are merged
+_AT_ONCE = 2**13  # candidates whose windows are read at a time
 _INFINITE = 0x7F800000  # bits of float32 infinity: above those of every number
 
 
@@ -54,10 +56,20 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """What is kept at most, in bytes; not what one batch adds."""
-        contexts = self.d_sae * (self.n_top + self.n_sample) * (8 * self.window + 32)
-        figures = self.d_sae * (64 * 8 + 8 * (self.ctx_len.bit_length() + 1) + 20)
-        return contexts + figures + self.coactive_tokens * (4 * self.active + 16)
+        """What a pass holds at most, in bytes, besides the model's forward and one batch's latents and firings.
+
+        What is kept, and the larger of what waits to be put in place, with what that takes, and of what finding the
+        latents that fire together takes.
+        """
+        longest = 8 * self.window
+        contexts = self.d_sae * (self.n_top + self.n_sample) * (longest + 32)
+        figures = self.d_sae * (64 * 8 + 8 * (self.ctx_len.bit_length() + 1) + 20 + N_COACTIVE * 12 + 4)
+        token = 4 * self.active + 16
+        candidate = longest + 100  # with the numbers to sort it by
+        merged = 3 * BLOCK * max(self.n_top, self.n_sample) * candidate + _AT_ONCE * (5 * longest + 100)
+        waiting = 4 * (WAITING + _AT_ONCE) * candidate + 2 * self.coactive_tokens * token + 3 * _TOKENS * token
+        together = self.coactive_tokens * self.active * 40 + 32 * 8 * PAIRS
+        return contexts + figures + self.coactive_tokens * token + max(merged + waiting, together)
 
 
 class Gathering:
@@ -91,10 +103,14 @@ class Gathering:
         hashes = self._hashes(seen)
         self._note_active(seen, hashes)
         if len(seen.token):
-            self.top.add(self._entries(seen, *_strongest(seen, self.top.limit), distinct=True))
+            self._offer(self.top, seen, *_strongest(seen, self.top.limit))
             order = _order(hashes[seen.token] ^ self._latent_hash[seen.latent])
             kept = (order <= self.sample.limit[seen.latent]).nonzero()[:, 0]
-            self.sample.add(self._entries(seen, kept, order[kept], distinct=False))
+            self._offer(self.sample, seen, kept, order[kept])
+
+    def _offer(self, shelf: Shelf, seen: Firings, which: Tensor, order: Tensor) -> None:
+        for some, their_order in zip(which.split(_AT_ONCE), order.split(_AT_ONCE), strict=True):
+            shelf.add(self._entries(seen, some, their_order, distinct=shelf is self.top))
 
     def _hashes(self, seen: Firings) -> Int[Tensor, " tokens"]:
         n = seen.ids.numel()
@@ -134,7 +150,7 @@ class Gathering:
         active = self.token_active.new_full((len(chosen), self.plan.active), -1)
         active[token[kept], rank[kept]] = seen.latent[which[kept]].to(torch.int32)
         self._waiting.append((hashed[chosen], seen.first_row * self.plan.ctx_len + chosen, active))
-        if sum(len(part[0]) for part in self._waiting) >= _WAITING:
+        if sum(len(part[0]) for part in self._waiting) >= _TOKENS:
             self._keep_active()
 
     def _keep_active(self) -> None:

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 EMPTY = 2**31 - 1  # order of a slot that holds nothing
-_BLOCK = 2048  # latents merged at a time
-_WAITING = 2**15  # candidates kept aside before they are merged
+BLOCK = 2048  # latents merged at a time
+WAITING = 2**15  # candidates kept aside before they are merged
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ def _mixed(x: Tensor) -> Tensor:
 class Shelf:
     """The n best contexts of each latent.
 
-    Keeps `d_sae * n * (8 window + 32)` bytes, and at most 32,768 candidates and what one batch adds beside them.
+    Keeps `d_sae * n * (8 window + 32)` bytes; beside them 32,768 candidates may wait, and what one call adds.
     """
 
     def __init__(self, d_sae: int, n: int, window: int, device: torch.device | str = "cpu") -> None:
@@ -112,7 +112,7 @@ class Shelf:
         """Offer candidates."""
         if len(entries):
             self._waiting.append(entries)
-            if sum(map(len, self._waiting)) >= _WAITING:
+            if sum(map(len, self._waiting)) >= WAITING:
                 self.flush()
 
     def flush(self) -> None:
@@ -123,9 +123,9 @@ class Shelf:
         new = new.take(new.latent.argsort(stable=True))
         touched = new.latent.unique()
         starts = torch.searchsorted(new.latent, touched)
-        ends = [*starts[_BLOCK::_BLOCK].tolist(), len(new)]
+        ends = [*starts[BLOCK::BLOCK].tolist(), len(new)]
         begin = 0
-        for block, end in zip(touched.split(_BLOCK), ends, strict=True):
+        for block, end in zip(touched.split(BLOCK), ends, strict=True):
             self._merge(block, new.take(torch.arange(begin, end, device=touched.device)))
             begin = end
         self._waiting = []
@@ -162,6 +162,6 @@ class Shelf:
         """Offer all that another shelf keeps."""
         other = Shelf(len(self.order), 1, self.window)
         other.restore(tensors)
-        for block in torch.arange(len(self.order), device=self.order.device).split(_BLOCK):
+        for block in torch.arange(len(self.order), device=self.order.device).split(BLOCK):
             self.add(other.entries(block))
         self.flush()

@@ -1,17 +1,19 @@
-"""What the weights alone say about latents: effects on logits, neighbours, norms; and which are active together."""
+"""What the weights alone say about latents: effects on logits (and in `nearest` neighbours)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb import hooks
+from saewb.index.nearest import nearest_bytes
 
 N_LOGIT_BINS = 40
-_TILE = 2**23  # numbers of [latents, d_vocab] or [latents, d_sae] held at a time (32 MiB in float32)
+TILE = 2**24  # numbers of [latents, d_vocab] held at a time, at most (64 MiB in float32)
+_IN_CACHE = 2**19  # of them whose bins are told at a time
 
 
 def written(
@@ -58,11 +60,12 @@ def unembedding(model: nn.Module) -> Float[Tensor, "d_model d_vocab"]:
 
     W = gain * W_U;  W -= W.mean(over d_model)  where the norm centres;  W -= W.mean(over d_vocab)
     """
-    w_u = model.W_U.detach().float()
     gain, centred = _final_norm(model)
-    w = w_u * gain[:, None]
-    w = w - w.mean(0) if centred else w
-    return w - w.mean(1, keepdim=True)
+    w = model.W_U.detach().float() * gain[:, None]
+    if centred:
+        w -= w.mean(0)
+    w -= w.mean(1, keepdim=True)
+    return w
 
 
 def word_direction(model: nn.Module, token: int) -> Float[Tensor, " d_model"]:
@@ -92,80 +95,53 @@ def logit_effects(
     directions: Float[Tensor, "d_sae d_model"], w: Float[Tensor, "d_model d_vocab"], n: int
 ) -> dict[str, Tensor]:
     """Per latent the `n` words its direction raises and lowers most, and a histogram of its effect on all words."""
-    n = min(n, w.shape[1])
-    rows: list[tuple[Tensor, ...]] = []
-    for part in _tiles(directions, w.shape[1]):
-        effects = part.to(w.dtype) @ w
-        top, bottom = effects.topk(n, dim=1), effects.topk(n, dim=1, largest=False)
-        low, high = bottom.values[:, :1], top.values[:, :1]
-        bins = ((effects - low) / (high - low).clamp_min(1e-30) * N_LOGIT_BINS).long().clamp_(0, N_LOGIT_BINS - 1)
-        counts = torch.zeros(len(part), N_LOGIT_BINS, dtype=torch.int32, device=w.device)
-        counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.int32))
-        edges = torch.cat([low, high], 1)
-        rows.append((top.indices.int(), top.values, bottom.indices.int(), bottom.values, counts, edges))
-    names = ("top_ids", "top", "bottom_ids", "bottom", "counts", "range")
-    return {f"logits.{name}": torch.cat(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=True)}
+    n, step, device = min(n, w.shape[1]), max(1, TILE // w.shape[1]), w.device
+    # All memory is taken before the loop: new memory for each product, with what is kept of it in between, is given
+    # back to the system only at the end, and all products of a wide SAE are tens of gigabytes.
+    buffer = w.new_empty(min(step, len(directions)), w.shape[1])
+    made = {f"{end}_ids": torch.empty(len(directions), n, dtype=torch.int32, device=device) for end in _ENDS}
+    made |= {end: w.new_empty(len(directions), n) for end in _ENDS}
+    made["counts"] = torch.zeros(len(directions), N_LOGIT_BINS, dtype=torch.int32, device=device)
+    histogram = _Histogram(w)
+    for begin in range(0, len(directions), step):
+        at = slice(begin, begin + step)
+        part = directions[at].to(w.dtype)
+        effects = torch.mm(part, w, out=buffer[: len(part)])
+        for end in _ENDS:
+            found = effects.topk(n, dim=1, largest=end == "top")
+            made[end][at], made[f"{end}_ids"][at] = found.values, found.indices.int()
+        histogram.count(effects, made["bottom"][at, :1], made["top"][at, :1], made["counts"][at])
+    made["range"] = torch.cat([made["bottom"][:, :1], made["top"][:, :1]], 1)
+    return {f"logits.{name}": t for name, t in made.items()}
 
 
-def nearest(rows: Float[Tensor, "d_sae d"], n: int, name: str) -> dict[str, Tensor]:
-    """Per latent the `n` others with the largest |cosine|; rows of norm 0 have cosine 0 with all."""
-    unit = nn.functional.normalize(rows.detach().float(), dim=1)
-    n, indices, cosines = min(n, len(unit) - 1), [], []
-    at = 0
-    for part in _tiles(unit, len(unit)):
-        cosine = part @ unit.T
-        own = torch.arange(len(part), device=unit.device)
-        found = cosine.abs().index_put_((own, own + at), cosine.new_tensor(-1.0)).topk(n, dim=1).indices
-        indices.append(found.int())
-        cosines.append(cosine.gather(1, found))
-        at += len(part)
-    return {f"nearest.{name}": torch.cat(indices), f"nearest.{name}_cosine": torch.cat(cosines)}
+_ENDS = ("top", "bottom")
 
 
-def coactive(active: Int[Tensor, "tokens most"], d_sae: int, n: int) -> dict[str, Tensor]:
-    """Per latent the `n` that fire on the same tokens, by the correlation phi of whether they fire.
+class _Histogram:
+    """Counts in bins of equal width from the smallest to the largest of each row; few rows at a time, in the cache."""
 
-        phi = (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
+    def __init__(self, like: Float[Tensor, "any d_vocab"]) -> None:
+        self.rows = max(1, _IN_CACHE // like.shape[1])
+        self.scratch = like.new_empty(self.rows, like.shape[1])
+        self.bins = torch.empty_like(self.scratch, dtype=torch.int64)
+        self.ones = torch.ones_like(self.scratch, dtype=torch.int32)
 
-    Args:
-        active: latents that fire on each of N tokens, -1 for none.
-        d_sae: latents.
-        n: kept; fewer than n that ever fire together leave -1.
+    def count(self, values: Tensor, low: Tensor, high: Tensor, counts: Tensor) -> None:
+        width = (high - low).clamp_min(1e-30)
+        for part, a, w, into in zip(*(t.split(self.rows) for t in (values, low, width, counts)), strict=True):
+            n = len(part)
+            torch.sub(part, a, out=self.scratch[:n]).div_(w).mul_(N_LOGIT_BINS)
+            bins = self.bins[:n].copy_(self.scratch[:n]).clamp_(0, N_LOGIT_BINS - 1)
+            into.scatter_add_(1, bins, self.ones[:n])
+
+
+def weights_bytes(d_sae: int, d_model: int, d_vocab: int, n_logits: int = 10, n_nearest: int = 8) -> int:
+    """What the weights' figures take at most while they are made, in bytes, with what is kept of them.
+
+    The larger of logit effects (the folded unembedding, and a block of effects) and of neighbours (one matrix of the
+    SAE in float32 and bf16, and a block of cosines).
     """
-    token, rank = (active >= 0).nonzero(as_tuple=True)
-    latent = active[token, rank].long()
-    fired, total = torch.bincount(latent, minlength=d_sae), len(active)
-    by_latent = latent.argsort(stable=True)
-    latent, token = latent[by_latent], token[by_latent]
-    made = {"latent": torch.full((d_sae, n), -1, dtype=torch.int32), "together": torch.zeros(d_sae, n).int()}
-    made["phi"] = torch.zeros(d_sae, n)
-    made = {name: t.to(active.device) for name, t in made.items()}
-    step = max(1, _TILE // max(1, active.shape[1]))
-    for part in _runs(latent, step):
-        i, others = latent[part], active[token[part]].long()
-        pair = (i[:, None] * d_sae + others)[(others >= 0) & (others != i[:, None])]
-        pair, both = pair.unique(return_counts=True)
-        i, j = pair // d_sae, pair % d_sae
-        n_i, n_j, both_ = fired[i].double(), fired[j].double(), both.double()
-        spread = (n_i * (total - n_i) * n_j * (total - n_j)).sqrt()
-        phi = torch.where(spread > 0, (total * both_ - n_i * n_j) / spread.clamp_min(1e-30), 0)
-        order = (-phi).argsort(stable=True)
-        order = order[i[order].argsort(stable=True)]
-        place = torch.arange(len(order), device=order.device) - torch.searchsorted(i[order], i[order])
-        order, place = order[place < n], place[place < n]
-        for name, value in (("latent", j), ("together", both), ("phi", phi)):
-            made[name][i[order], place] = value[order].to(made[name].dtype)
-    return {f"coactive.{name}": t for name, t in made.items()} | {"coactive.fired": fired.int()}
-
-
-def _tiles(rows: Tensor, width: int) -> Iterator[Tensor]:
-    return iter(rows.split(max(1, _TILE // width)))
-
-
-def _runs(sorted_key: Tensor, step: int) -> Iterator[slice]:
-    """Slices of about `step`, never between equal keys."""
-    begin, n = 0, len(sorted_key)
-    while begin < n:
-        end = n if begin + step >= n else int(torch.searchsorted(sorted_key, sorted_key[begin + step - 1], right=True))
-        yield slice(begin, end)
-        begin = end
+    kept = d_sae * (2 * 8 * n_logits + 4 * N_LOGIT_BINS + 8 + 2 * 8 * n_nearest + 4)
+    logits = 4 * (d_model * d_vocab + max(TILE, d_vocab)) + 20 * max(_IN_CACHE, d_vocab)
+    return kept + max(logits if n_logits else 0, nearest_bytes(d_sae, d_model) if n_nearest else 0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saewb.spans import token_strings
 
+_ROWS = 2**14  # contexts looked at at a time
 _OPEN = "\ufffd"  # what a part of a character decodes to
 
 
@@ -56,7 +57,7 @@ def words_of(tokenizer: Any, contexts: Iterable[Tensor], single: Iterable[Tensor
     strings = _strings(tokenizer, used[used >= 0].tolist())
     opened = torch.tensor([i for i, text in strings.items() if _OPEN in text], dtype=torch.int32)
     runs: dict[tuple[int, ...], tuple[str, ...]] = {}
-    for windows in contexts if len(opened) else ():
+    for windows in (part for c in contexts for part in c.split(_ROWS)) if len(opened) else ():
         for row in windows[torch.isin(windows.cpu(), opened).any(1)].tolist():
             for is_open, group in groupby(row, key=lambda i: _OPEN in strings.get(i, "")):
                 run = tuple(group)
@@ -67,7 +68,7 @@ def words_of(tokenizer: Any, contexts: Iterable[Tensor], single: Iterable[Tensor
 
 def _used(ids: Tensor) -> Tensor:
     # A tile at a time: `unique` of 40 million ids at once would take a copy of them in int64.
-    parts = [part.unique().long().cpu() for part in ids.flatten().split(2**22)]
+    parts = [part.unique().long().cpu() for part in ids.flatten().split(2**20)]
     return torch.cat(parts or [torch.zeros(0, dtype=torch.long)])
 
 

@@ -13,7 +13,7 @@ from saewb.index.gather import Gathering, Plan
 from saewb.index.latent import Context, quantile_groups
 from saewb.index.overview import commonest
 from saewb.index.shelf import EMPTY, Shelf
-from saewb.index.weights import coactive
+from saewb.index.together import coactive
 
 SEED, CTX, D_SAE = 3, 6, 5
 MASK = 2**64 - 1
@@ -227,7 +227,7 @@ def test_memory_does_not_grow_with_the_text():
 def test_candidates_that_wait_are_bounded(monkeypatch):
     import saewb.index.shelf as shelf
 
-    monkeypatch.setattr(shelf, "_WAITING", 50)
+    monkeypatch.setattr(shelf, "WAITING", 50)
     p, most = plan(), 0
     made = Gathering(p)
     ids, values = draw_text(0, 400)
@@ -243,7 +243,7 @@ def test_blocks_of_latents_change_nothing(monkeypatch):
 
     ids, values = draw_text(5, 30)
     whole = gathered(plan(), ids, values, [7, 20]).tensors()
-    monkeypatch.setattr(shelf, "_BLOCK", 2)
+    monkeypatch.setattr(shelf, "BLOCK", 2)
     same(gathered(plan(), ids, values, [7, 20]).tensors(), whole)
 
 
@@ -280,9 +280,7 @@ def test_coactive_by_hand():
 
 @pytest.mark.parametrize("tile", [1, 8, 2**20])
 def test_coactive_is_the_dense_product(tile, monkeypatch):
-    import saewb.index.weights as weights
-
-    monkeypatch.setattr(weights, "_TILE", tile)
+    monkeypatch.setattr("saewb.index.together.PAIRS", tile)
     fired = torch.rand(60, 9, generator=torch.Generator().manual_seed(0)) < 0.3
     active = torch.full((60, 9), -1, dtype=torch.int32)
     for t in range(60):

@@ -12,13 +12,14 @@ import saewb
 from saewb.activations import capture
 from saewb.index import build as building
 from saewb.index import build_index, load_index
+from saewb.index import nearest as finding
 from saewb.index.facts import IndexFacts
+from saewb.index.nearest import nearest
 from saewb.index.shelf import EMPTY
 from saewb.index.weights import (
     N_LOGIT_BINS,
     final_length,
     logit_effects,
-    nearest,
     norm_gain,
     unembedding,
     word_direction,
@@ -228,9 +229,40 @@ def test_nearest_by_hand_and_by_numpy(monkeypatch):
     assert found["nearest.decoder"][0].tolist() == [1, 3]
     assert found["nearest.decoder_cosine"][0].tolist() == pytest.approx([0.99875, -0.98639], abs=1e-4)
     assert found["nearest.decoder_cosine"][4].tolist() == [0, 0]
-    monkeypatch.setattr("saewb.index.weights._TILE", 3)
+    monkeypatch.setattr("saewb.index.nearest._TILE", 3)
     again = nearest(rows, 2, "decoder")
     assert torch.equal(found["nearest.decoder_cosine"], again["nearest.decoder_cosine"])
+
+
+@pytest.mark.parametrize("d", [16, 200])
+def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
+    rows = torch.randn(1100, d, generator=torch.Generator().manual_seed(0))
+    rows[100:400] = rows[100]  # more copies than there are candidates
+    rows[400:420] = -rows[400] * torch.arange(1, 21)[:, None]
+    rows[700:800] = rows[700] + torch.randn(100, d, generator=torch.Generator().manual_seed(1)) / 500  # all but copies
+    rows[7] = 0
+    real, sure = finding._by_candidates, []
+
+    def watched(*arguments):
+        found = real(*arguments)
+        sure.append(found[2])
+        return found
+
+    monkeypatch.setattr(finding, "_by_candidates", watched)
+    monkeypatch.setattr(finding, "_quick", lambda unit: True)
+    found, unit = nearest(rows, 8, "decoder"), torch.nn.functional.normalize(rows.double(), dim=1)
+    sure = torch.cat(sure)
+    assert sure[450:700].float().mean() > 0.9
+    assert not sure[100:400].any()  # done in float32
+    cosine = unit @ unit.T
+    cosine.fill_diagonal_(0)
+    want, got = cosine.abs().topk(8).values, found["nearest.decoder"].long()
+    np.testing.assert_allclose(cosine.gather(1, got).abs(), want, atol=2e-6)
+    np.testing.assert_allclose(found["nearest.decoder_cosine"], cosine.gather(1, got), atol=2e-6)
+    assert (got != torch.arange(1100)[:, None]).all()
+    monkeypatch.setattr(finding, "_quick", lambda unit: False)
+    plain = nearest(rows, 8, "decoder")["nearest.decoder_cosine"]
+    np.testing.assert_allclose(found["nearest.decoder_cosine"].abs(), plain.abs(), atol=2e-6)
 
 
 # -- going on, merging, disk ------------------------------------------------------------------------------------------
