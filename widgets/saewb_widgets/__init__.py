@@ -15,6 +15,7 @@ from typing import Any
 
 _HOME = {  # public name: the module that has it
     "FeatureBrowser": "feature_browser",
+    "SteeringPanel": "steering",
     "SuperpositionPanel": "superposition",
 }
 
