@@ -26,8 +26,8 @@ class SteeringPanel(Panel):
     """Steer with latents: the clean and the steered text side by side as they are written, and the next token's odds.
 
     What is shown is `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`: one `steer` for each
-    way (those that add, then those that scale, then those that clamp). The model is held for one forward pass at a
-    time, so cells may use it meanwhile and find it clean. The table follows every change of a setting by itself;
+    way (those that add, then those that scale, then those that clamp). It runs `saewb.hooks.twin(model)`: the same weights
+    with no hooks, so cells may use the model meanwhile and find it clean, and what they put on it is not seen here. The table follows every change of a setting by itself;
     texts are written when asked for (`generate()`, a button), or each time with `live=True`.
 
     Example:
@@ -84,7 +84,7 @@ class SteeringPanel(Panel):
         if unknown := [name for name in traits if name not in self.trait_names()]:
             near = errors.near(unknown[0], [*self.trait_names(), "latents"])
             raise TypeError(errors.explain(f"SteeringPanel got {unknown[0]}=.", near=near))
-        self.model = model
+        self.model, self._twin = model, saewb.hooks.twin(model)
         self._several = isinstance(saes, Sequence)
         self.saes = list(saes) if self._several else [saes]
         self._indexes = _steered.indexes(self.saes, index)
@@ -131,7 +131,7 @@ class SteeringPanel(Panel):
 
     def generate(self) -> None:
         """Begin both texts anew; what is being written is closed. `wait()` waits for their end."""
-        texts = _steered.texts(self.model, self.saes, self._settings())
+        texts = _steered.texts(self._twin, self.saes, self._settings())
         self._close()
         self._texts, self._stopped = texts, False
         self.clean = self.steered = ""
@@ -302,7 +302,7 @@ class SteeringPanel(Panel):
         if not self.latents:
             self.changes, self.movers = None, []
             return
-        model, saes, settings = self.model, self.saes, self._settings()
+        model, saes, settings = self._twin, self.saes, self._settings()
 
         def work() -> Any:
             return saewb.next_token_changes(
