@@ -3,6 +3,7 @@
 import doctest
 import threading
 import time
+from dataclasses import replace
 
 import panels
 import pytest
@@ -195,6 +196,9 @@ def test_the_table_follows_and_texts_say_they_are_old(made):
     for value in (3.0, 4.0, 5.0):
         made.add(972, value)
     assert made.stale
+    made.add(972, 16.0)
+    assert not made.stale
+    made.add(972, 5.0)
     made.wait()
     model, sae = panels.embedded()
     want = saewb.next_token_changes(
@@ -279,6 +283,24 @@ def test_an_exception_half_way_is_shown_and_the_panel_goes_on(made, monkeypatch)
     made.wait()
     assert made.complaint == ""
     assert made.steered
+
+
+def test_an_index_deleted_under_it(made):
+    index = panels.index()
+    gone = panels.Gone(index.tensors)
+    panel = SteeringPanel(*panels.embedded(), replace(index, tensors=gone), latents={972: 16.0}, max_new_tokens=2)
+    label = panel.cards[0]
+    gone.there = False
+    with pytest.raises(OSError, match="stale file handle"):
+        panel.add(713, 4.0)
+    assert "stale file handle" in panel.complaint
+    assert [card["label"] for card in panel.cards] == ["", ""]
+    panel.generate()
+    panel.wait()
+    same(panel, executed(panel, model=panel.model, sae=panel.saes[0]))
+    gone.there = True
+    panel.remove(713)
+    assert (panel.complaint, panel.cards) == ("", [label])
 
 
 def test_wrong_values(made):

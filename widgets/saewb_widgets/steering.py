@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import traitlets as t
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
 _AT_ONCE = 4096  # latents up to which a search takes no thread
 _FOUND = 12  # latents of a search
 _WORDS = 4  # tokens of a label
+_BLANK = {"label": "", "raises": "", "max": 0.0}  # what is known without an index
 
 
 class SteeringPanel(Panel):
     """Steer with latents: the clean and the steered text side by side as they are written, and the next token's odds.
 
     What is shown is `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`: one `steer` for each
-    way (those that add, then those that scale, then those that clamp). It runs `saewb.hooks.twin(model)`: the same weights
-    with no hooks, so cells may use the model meanwhile and find it clean, and what they put on it is not seen here. The table follows every change of a setting by itself;
-    texts are written when asked for (`generate()`, a button), or each time with `live=True`.
+    way (those that add, then those that scale, then those that clamp). It runs `saewb.hooks.twin(model)`: the same
+    weights with no hooks, so cells may use the model meanwhile and find it clean, and what they put on it is not seen
+    here. The table follows every change of a setting by itself; texts are written when asked for (`generate()`, a
+    button), or each time with `live=True`.
 
     Example:
         >>> import saewb
@@ -90,6 +93,7 @@ class SteeringPanel(Panel):
         self._indexes = _steered.indexes(self.saes, index)
         self.changes: pd.DataFrame | None = None  # of saewb.next_token_changes
         self._texts: _steered.Texts | None = None
+        self._of: _steered.Settings | None = None  # of the texts
         self._again = self._ready = self._stopped = False
         self._lengths = (0, 0)  # tokens of the texts shown, clean and steered
         super().__init__(**traits)
@@ -105,7 +109,8 @@ class SteeringPanel(Panel):
         }
         self.latents = [{"sae": 0, "latent": i, "value": v, "how": "add"} for i, v in (latents or {}).items()]
         self._ready = True
-        self._label()
+        if (failed := self._label()) is not None:
+            raise failed
         self._predict()
 
     # What a reader does
@@ -131,9 +136,10 @@ class SteeringPanel(Panel):
 
     def generate(self) -> None:
         """Begin both texts anew; what is being written is closed. `wait()` waits for their end."""
-        texts = _steered.texts(self._twin, self.saes, self._settings())
+        settings = self._settings()
+        texts = _steered.texts(self._twin, self.saes, settings)
         self._close()
-        self._texts, self._stopped = texts, False
+        self._texts, self._of, self._stopped = texts, settings, False
         self.clean = self.steered = ""
         self.stale, self.running = False, True
 
@@ -141,7 +147,7 @@ class SteeringPanel(Panel):
             self._look()
             self.running = False
             if error is not None:
-                self.stale = True
+                self._of, self.stale = None, True
                 raise error
 
         self.started("texts", "writing", lambda: _steered.tried(texts.run)[1], then)
@@ -238,14 +244,14 @@ class SteeringPanel(Panel):
     def _set_anew(self, change: dict) -> None:
         if not self._ready:
             return
-        if change["name"] == "latents":
-            self._label()
-        if change["name"] != "live":
-            self.stale = self._texts is not None
+        failed = self._label() if change["name"] == "latents" else None
+        self.stale = self._texts is not None and self._of != self._settings()
         if change["name"] in ("latents", "prompt", "positions"):
             self._predict()
         if self.live:
             self.generate()
+        if failed is not None:
+            raise failed
 
     @t.observe("query")
     @guarded
@@ -281,13 +287,16 @@ class SteeringPanel(Panel):
         how = (self.prompt, self.positions, self.temperature, self.seed, self.max_new_tokens)
         return _steered.Settings(latents, *how)
 
-    def _label(self) -> None:
-        self.cards = [self._words(*_steered.key(one)) for one in self.latents]
+    def _label(self) -> Exception | None:
+        """A card for each latent, blank where the index cannot be read: then that exception."""
+        made = [_steered.tried(partial(self._words, *_steered.key(one))) for one in self.latents]
+        self.cards = [_BLANK if words is None else words for words, _ in made]
+        return next((error for _, error in made if error is not None), None)
 
     def _words(self, sae: int, latent: int) -> dict[str, Any]:
         """What the index knows of it: the tokens it fires on most strongly, and how strongly."""
         if (index := self._indexes[sae]) is None:
-            return {"label": "", "raises": "", "max": 0.0}
+            return _BLANK
         page = index.latent(latent)
         tokens = dict.fromkeys(_steered.spelled(c.tokens[c.at]) for c in page.top)
         raised = [_steered.spelled(word.token) for word in page.logits_top[:_WORDS]]
