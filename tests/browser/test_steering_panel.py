@@ -118,7 +118,7 @@ def test_it_streams_and_stops(page, monkeypatch):
 
 def test_errors_are_shown_and_hostile_text_is_text(page):
     panel = made()
-    chromium.mount(page, panel)
+    flush = chromium.mount(page, panel)
     prompt = page.get_by_label("Prompt")
     prompt.fill("word " * 2000)
     page.get_by_role("button", name="Write both texts").click()
@@ -129,7 +129,12 @@ def test_errors_are_shown_and_hostile_text_is_text(page):
     idle(page)
     assert page.locator(".texts .given").first.inner_text() == panels.HOSTILE
     panel.movers = [[1, panels.HOSTILE, 0.1, 0.2, 0.1]]
+    flush()
+    page.locator(".mover .t", has_text=panels.HOSTILE).wait_for()
     assert page.locator("img").count() == 0
+    prompt.fill("another")
+    page.get_by_text("with earlier settings").first.wait_for()
+    assert page.locator(".texts .given").first.inner_text() == panels.HOSTILE
     find = page.get_by_role("searchbox", name="Find latents to add")
     find.fill("99999")
     page.get_by_text("Nothing found").wait_for()

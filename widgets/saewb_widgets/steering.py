@@ -62,6 +62,7 @@ class SteeringPanel(Panel):
     # What the front end draws; made here, so setting them has no effect on anything else.
     clean = t.Unicode("", help="what the model writes by itself").tag(sync=True)
     steered = t.Unicode("", help="what it writes steered").tag(sync=True)
+    begun_with = t.Unicode("", help="the prompt of these texts").tag(sync=True)
     running = t.Bool(False, help="whether the texts are being written").tag(sync=True)
     stale = t.Bool(False, help="whether settings have changed since the texts were begun").tag(sync=True)
     movers = t.List(help="next tokens: id, text, probability clean, steered, change").tag(sync=True)
@@ -140,7 +141,7 @@ class SteeringPanel(Panel):
         texts = _steered.texts(self._twin, self.saes, settings)
         self._close()
         self._texts, self._of, self._stopped = texts, settings, False
-        self.clean = self.steered = ""
+        self.clean, self.steered, self.begun_with = "", "", self.prompt
         self.stale, self.running = False, True
 
         def then(error: Exception | None) -> None:
@@ -177,7 +178,7 @@ class SteeringPanel(Panel):
     def static_html(self) -> str:
         """See Panel."""
         cell = "style='vertical-align:top;padding:2px 18px 2px 0;width:50%;white-space:pre-wrap;text-align:left'"
-        given = f"<span style='opacity:.65'>{html.escape(self.prompt)}</span>"
+        given = f"<span style='opacity:.65'>{html.escape(self.begun_with)}</span>"
         texts = "".join(
             f"<td {cell}><b>{name}</b><br>{given}{html.escape(text)}</td>"
             for name, text in (("Clean", self.clean), ("Steered", self.steered))

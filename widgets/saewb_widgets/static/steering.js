@@ -75,7 +75,7 @@ function steering({ body, model, on, ask, set }) {
       h.replaceChildren(label);
       if (model.get("stale") && text) h.append(" ", make("small", "", "with earlier settings"));
       if (!text && !running) { p.replaceChildren(make("span", "none", "Not written yet")); return; }
-      p.replaceChildren(make("span", "given", model.get("prompt")), make("span", "", text.slice(0, at)));
+      p.replaceChildren(make("span", "given", model.get("begun_with")), make("span", "", text.slice(0, at)));
       if (text.length > at) p.append(make("mark", "", text.slice(at)));
       if (running) p.append(make("span", "caret"));
     });
@@ -179,7 +179,7 @@ function steering({ body, model, on, ask, set }) {
     odds.append(t, key);
   };
   on("running positions live prompt", controls);
-  on("clean steered running stale", write);
+  on("clean steered running stale begun_with", write);
   on("latents cards", list);
   on("found", results);
   on("movers", table);
