@@ -49,7 +49,8 @@ def generate_tokens(
 ) -> Iterator[NewToken]:
     """The continuation of a prompt, one token at a time, as it is made; greedy, it is what `model.generate` writes.
 
-    Ends after `max_new_tokens`, or with the tokenizer's EOS token. Token n takes one pass over the whole text so far.
+    Ends after `max_new_tokens`, with the tokenizer's EOS token, or where the model's context is full. Token n takes one
+    pass over the whole text so far.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
@@ -61,8 +62,8 @@ def generate_tokens(
     Returns:
         An iterator of NewToken; `close()` it, or ask for no more, to stop.
     Raises:
-        ValueError: at once, for a prompt of no tokens, a temperature that is negative or not finite, or fewer than 1
-            token; later, what `intervene` raises.
+        ValueError: at once, for a prompt of no tokens or of more than the model's context, a temperature that is
+            negative or not finite, or fewer than 1 token; later, what `intervene` raises.
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -90,7 +91,7 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
     Returns:
         A DataFrame, largest |change| first: token_id, token, clean, changed, change.
     Raises:
-        ValueError: for a prompt of no tokens; what `intervene` raises.
+        ValueError: for a prompt of no tokens or of more than the model's context; what `intervene` raises.
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -120,7 +121,7 @@ def _steps(
         chosen = _choose(logits, temperature, rng)
         made.append(chosen)
         yield NewToken(chosen, model.tokenizer.decode(made), logits.softmax(-1)[chosen].item())
-        if chosen == model.tokenizer.eos_token_id:
+        if chosen == model.tokenizer.eos_token_id or ids.shape[1] == model.cfg.n_ctx:
             return
         ids = torch.cat([ids, ids.new_tensor([[chosen]])], dim=1)
 
@@ -138,8 +139,11 @@ def _choose(logits: Tensor, temperature: float, rng: torch.Generator) -> int:
 
 
 def _ids(model: nn.Module, prompt: str | Tensor) -> Tensor:
-    ids = model.to_tokens(prompt) if isinstance(prompt, str) else torch.atleast_2d(prompt)
+    ids = model.to_tokens(prompt, truncate=False) if isinstance(prompt, str) else torch.atleast_2d(prompt)
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         what = f"the prompt has token ids of shape {tuple(ids.shape)}."
         raise ValueError(explain(what, want="one text of at least one token: [pos] or [1, pos]"))
+    if (n := ids.shape[1]) > model.cfg.n_ctx:
+        what = f"the prompt has {n:,} tokens, the model's context {model.cfg.n_ctx:,}."
+        raise ValueError(explain(what, want=f"at most {model.cfg.n_ctx:,} tokens, the BOS token included"))
     return ids.to(next(model.parameters()).device)

@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 
+import saewb
 from saewb.generation import generate_tokens, next_token_changes
 from saewb.interventions import steer
 
@@ -94,3 +95,18 @@ def test_what_it_does_not_take(model, bad, why):
 def test_a_prompt_of_no_tokens(model):
     with pytest.raises(ValueError, match="at least one token"):
         generate_tokens(model, torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_a_prompt_longer_than_the_context_is_refused_and_a_full_context_ends_it(model):
+    n = model.cfg.n_ctx
+    with pytest.raises(ValueError, match=f"the prompt has {n + 1:,} tokens, the model's context {n:,}"):
+        generate_tokens(model, small.tokens(1, n + 1))
+    assert len(chosen(model, small.tokens(1, n), max_new_tokens=5)) == 1
+    ids = small.tokens(1, n - 2)
+    assert chosen(model, ids, max_new_tokens=9) == chosen(model, ids, max_new_tokens=3)
+
+
+def test_a_long_text_is_not_cut_in_silence():
+    model = saewb.load_model("tiny", device="cpu")
+    with pytest.raises(ValueError, match="the model's context 512"):
+        next_token_changes(model, "word " * 2000, lambda: steer(model, saewb.load_sae("tiny"), {1: 1.0}))

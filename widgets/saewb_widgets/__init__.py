@@ -14,10 +14,11 @@ import importlib
 from typing import Any
 
 _HOME = {  # public name: the module that has it
-    "CorrelationPanel": "correlation",
     "CataloguePicker": "catalogue_picker",
+    "CorrelationPanel": "correlation",
     "FeatureBrowser": "feature_browser",
     "PromptExplorer": "prompt_explorer",
+    "SteeringPanel": "steering",
     "SuperpositionPanel": "superposition",
     "TrainingPanel": "training",
 }

@@ -1,0 +1,162 @@
+"""SteeringPanel's front end in Chromium, over the real panel."""
+
+import threading
+import time
+
+import chromium
+import panels
+import pytest
+from saewb_widgets import SteeringPanel
+
+import saewb
+
+
+def made(**traits):
+    model, sae = panels.embedded()
+    given = {"latents": {972: 16.0}, "prompt": "The scientist", "max_new_tokens": 6, **traits}
+    panel = SteeringPanel(model, sae, panels.index(), **given)
+    panel.wait()
+    return panel
+
+
+def idle(page):
+    page.locator(".saewb[aria-busy=false]").wait_for(timeout=60_000)
+
+
+def test_latents_are_found_changed_and_steer_the_text(page):
+    panel = made(latents={})
+    begin = time.perf_counter()
+    chromium.mount(page, panel)
+    page.get_by_text("both texts will be the same").wait_for()
+    print(f"first view: {1000 * (time.perf_counter() - begin):.0f} ms, {panels.sent(panel):,} bytes")
+    find = page.get_by_role("searchbox", name="Find latents to add")
+    find.fill("972")
+    page.get_by_role("button", name="Add latent 972").click()
+    page.get_by_role("slider", name="Value of latent 972").wait_for()
+    assert [(one["latent"], one["how"]) for one in panel.latents] == [(972, "add")]
+    find.fill("Brazil")
+    page.get_by_role("button", name="Add latent 385").wait_for()
+    find.press("Enter")
+    page.get_by_role("slider", name="Value of latent 385").wait_for()
+    exact = page.get_by_label("Exact value of latent 972")
+    exact.fill("16")
+    exact.press("Tab")
+    page.get_by_label("How latent 385 is changed").select_option("clamp")
+    assert [one["how"] for one in panel.latents] == ["add", "clamp"]
+    assert panel.latents[0]["value"] == 16.0
+    page.get_by_role("button", name="Remove latent 385").click()
+    page.get_by_role("slider", name="Value of latent 385").wait_for(state="detached")
+    idle(page)
+    assert page.locator(".mover").count() == 12
+    assert page.locator(".mover .t").first.inner_text().strip() == panel.movers[0][1].strip()
+    page.get_by_label("Prompt").fill("The scientist was born in")
+    page.get_by_role("button", name="Write both texts").click()
+    page.locator(".texts mark").wait_for(timeout=60_000)
+    idle(page)
+    assert panel.prompt == "The scientist was born in"
+    shown = page.locator(".texts .text")
+    assert shown.nth(0).inner_text() == panel.prompt + panel.clean
+    assert shown.nth(1).inner_text() == panel.prompt + panel.steered
+    page.get_by_role("button", name="The Python that gives this").click()
+    page.locator(".notice pre").wait_for()
+    exec(panel.code(), given := {"model": panel.model, "sae": panel.saes[0]})
+    assert (given["clean"], given["steered"]) == (panel.clean, panel.steered)
+    assert page.inner_text(".notice pre").strip() == panel.code().strip()
+    assert page.raised == []
+
+
+def test_a_slider_is_throttled_and_the_last_value_counts(page):
+    panel = made()
+    chromium.mount(page, panel)
+    slider = page.get_by_role("slider", name="Value of latent 972")
+    slider.focus()
+    before = len(page.calls)
+    for _ in range(20):
+        slider.press("ArrowLeft")
+    page.wait_for_timeout(400)
+    value = float(slider.input_value())
+    assert value < 16
+    assert panel.latents[0]["value"] == value
+    print(f"20 steps of a slider: {sum('latents' in c for c in page.calls[before:])} messages")
+    idle(page)
+    model, sae = panels.embedded()
+    want = saewb.next_token_changes(
+        model, panel.prompt, lambda: saewb.steer(model, sae, {972: value}, positions=slice(1, None)), n=20
+    )
+    assert panel.changes.equals(want)
+
+
+def test_it_streams_and_stops(page, monkeypatch):
+    panel, go, real = made(max_new_tokens=40), threading.Semaphore(0), saewb.generate_tokens
+
+    def held(*args, **kwargs):
+        return (token for token in real(*args, **kwargs) if go.acquire(timeout=60))
+
+    monkeypatch.setattr(saewb, "generate_tokens", held, raising=False)
+    chromium.mount(page, panel)
+    stop = page.get_by_role("button", name="Stop writing")
+    assert stop.is_disabled()
+    page.get_by_label("Prompt").press("Control+Enter")
+    page.locator(".busy", has_text="writing").wait_for()
+    for _ in range(4):
+        go.release()
+    page.wait_for_function("() => document.querySelectorAll('.texts .text')[1].textContent.length > 16")
+    assert panel.running
+    assert panel.clean
+    stop.click()
+    page.locator(".caret").first.wait_for(state="detached")
+    assert not panel.running
+    for _ in range(200):
+        go.release()
+    page.wait_for_timeout(300)
+    assert page.locator(".texts .text").nth(0).inner_text() == panel.prompt + panel.clean
+    seed = page.get_by_label("seed")
+    seed.fill("3")
+    seed.press("Tab")
+    page.get_by_text("with earlier settings").first.wait_for()
+
+
+def test_errors_are_shown_and_hostile_text_is_text(page):
+    panel = made()
+    flush = chromium.mount(page, panel)
+    prompt = page.get_by_label("Prompt")
+    prompt.fill("word " * 2000)
+    page.get_by_role("button", name="Write both texts").click()
+    page.locator(".complaint pre", has_text="the model's context 512").wait_for(timeout=60_000)
+    prompt.fill(panels.HOSTILE)
+    page.get_by_role("button", name="Write both texts").click()
+    page.locator(".complaint").wait_for(state="hidden", timeout=60_000)
+    idle(page)
+    assert page.locator(".texts .given").first.inner_text() == panels.HOSTILE
+    panel.movers = [[1, panels.HOSTILE, 0.1, 0.2, 0.1]]
+    flush()
+    page.locator(".mover .t", has_text=panels.HOSTILE).wait_for()
+    assert page.locator("img").count() == 0
+    prompt.fill("another")
+    page.get_by_text("with earlier settings").first.wait_for()
+    assert page.locator(".texts .given").first.inner_text() == panels.HOSTILE
+    find = page.get_by_role("searchbox", name="Find latents to add")
+    find.fill("99999")
+    page.get_by_text("Nothing found").wait_for()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_is_as_light_or_dark_as_what_is_around_it(page, theme):
+    page.evaluate("c => { document.body.style.background = c }", "white" if theme == "light" else "#111")
+    panel = made()
+    panel.generate()
+    panel.wait()
+    chromium.mount(page, panel)
+    assert page.locator(f".saewb[data-theme={theme}]").count() == 1
+    ink = page.evaluate(
+        "() => getComputedStyle(document.querySelector('.texts .text')).color.match(/\\d+/g).map(Number)"
+    )
+    assert (sum(ink) < 300) == (theme == "light")
+
+
+def test_a_narrow_place_and_nothing_left_behind(page):
+    page.set_viewport_size({"width": 420, "height": 900})
+    chromium.mount(page, made())
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    page.evaluate("() => __stop()")
+    assert page.evaluate("() => __heard()") == 0
