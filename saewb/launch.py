@@ -19,7 +19,7 @@ from saewb.devices import usable
 from saewb.errors import explain, near
 from saewb.feed import Feed
 from saewb.outlook import memory_of, model_widths
-from saewb.run_folder import RunFolder
+from saewb.run_folder import RunFolder, read_facts
 from saewb.run_plan import (
     Reading,
     facts_of,
@@ -149,6 +149,7 @@ def resume_run(
     """
     team = Team.joined()
     with team.agreed():
+        read_facts(Path(folder).expanduser())  # says if there is none, before anything is made
         kept = RunFolder(folder, writes=team.leads)
     try:
         facts, state = kept.facts(), kept.state()

@@ -416,6 +416,7 @@ def test_folders_that_are_taken_or_no_run(tmp_path):
         endless(folder=tmp_path / "r")
     with pytest.raises(FileNotFoundError, match="no run in"):
         saewb.resume_run(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
     (tmp_path / "r" / "run.json").write_text("{}")
     with pytest.raises(saewb.FormatError, match="not a run"):
         saewb.resume_run(tmp_path / "r")

@@ -14,7 +14,7 @@ import html
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import anywidget
 import traitlets as t
+
+from saewb import errors
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -123,6 +125,13 @@ class Panel(anywidget.AnyWidget):
             self.show(error)
             self.send_state([*sync_data, "complaint"])
             raise
+
+    def check_names(self, given: Iterable[str], more: Iterable[str] = ()) -> None:
+        """Raise a TypeError for a keyword that is none of its traits, nor of `more`."""
+        known = [*self.trait_names(), *more]
+        if unknown := [name for name in given if name not in known]:
+            near = errors.near(unknown[0], known)
+            raise TypeError(errors.explain(f"{type(self).__name__} got {unknown[0]}=.", near=near))
 
     def show(self, error: Exception | None) -> None:
         """Show an error in the panel, or with None take it away."""

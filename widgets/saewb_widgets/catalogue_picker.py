@@ -91,9 +91,7 @@ class CataloguePicker(Panel):
             TypeError: for an unknown trait.
             ValueError: for a model, release, site, column or SAE that the catalogue does not have.
         """
-        if unknown := [name for name in traits if name not in self.trait_names()]:
-            near = errors.near(unknown[0], self.trait_names())
-            raise TypeError(errors.explain(f"CataloguePicker got {unknown[0]}=.", near=near))
+        self.check_names(traits)
         self.sae: Any = None  # what was loaded last
         self.catalogue: pd.DataFrame = saewb.catalogue()
         self.table = self.catalogue

@@ -76,9 +76,7 @@ class CorrelationPanel(Panel):
             TypeError: for anything else, or an unknown trait.
             ValueError: for a matrix that is not square, an order or a window that is not there.
         """
-        if unknown := [name for name in traits if name not in self.trait_names()]:
-            near = errors.near(unknown[0], self.trait_names())
-            raise TypeError(errors.explain(f"CorrelationPanel got {unknown[0]}=.", near=near))
+        self.check_names(traits)
         if (model is None) != (tokens is None):
             fix = "CorrelationPanel(sae, model=model, tokens=texts)"
             raise ValueError(errors.explain("CorrelationPanel got one of model and tokens.", want="both", fix=fix))

@@ -90,9 +90,7 @@ class FeatureBrowser(Panel):
             ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given.
             FileNotFoundError: if there is no index in the folder.
         """
-        if unknown := [name for name in traits if name not in self.trait_names()]:
-            near = errors.near(unknown[0], self.trait_names())
-            raise TypeError(errors.explain(f"FeatureBrowser got {unknown[0]}=.", near=near))
+        self.check_names(traits)
         if (model is None) != (sae is None):
             fix = "FeatureBrowser(index, model, sae)"
             raise ValueError(errors.explain("FeatureBrowser got one of model and sae.", want="both", fix=fix))

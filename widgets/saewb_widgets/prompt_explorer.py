@@ -83,9 +83,7 @@ class PromptExplorer(Panel):
             TypeError: for something that is no SAE or index, or an unknown trait.
             ValueError: for an SAE that does not fit the model, an index that does not fit its SAE, a wrong value.
         """
-        if unknown := [name for name in traits if name not in self.trait_names()]:
-            near = errors.near(unknown[0], self.trait_names())
-            raise TypeError(errors.explain(f"PromptExplorer got {unknown[0]}=.", near=near))
+        self.check_names(traits)
         self.given = given(model, saes, index)
         self._found: Found | None = None
         self._frame: pd.DataFrame | None = None

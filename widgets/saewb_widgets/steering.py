@@ -85,9 +85,7 @@ class SteeringPanel(Panel):
             TypeError: for an unknown trait, or SAEs that are none.
             ValueError: for an index of another size, a latent, a mode or a value that is not there.
         """
-        if unknown := [name for name in traits if name not in self.trait_names()]:
-            near = errors.near(unknown[0], [*self.trait_names(), "latents"])
-            raise TypeError(errors.explain(f"SteeringPanel got {unknown[0]}=.", near=near))
+        self.check_names(traits, ["latents"])
         self.model, self._twin = model, saewb.hooks.twin(model)
         self._several = isinstance(saes, Sequence)
         self.saes = list(saes) if self._several else [saes]

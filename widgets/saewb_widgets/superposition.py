@@ -59,9 +59,7 @@ class SuperpositionPanel(Panel):
             TypeError: for anything else, or an unknown trait.
             ValueError: for fewer than two directions, a direction or a side that is not there.
         """
-        if unknown := [name for name in traits if name not in self.trait_names()]:
-            near = errors.near(unknown[0], self.trait_names())
-            raise TypeError(errors.explain(f"SuperpositionPanel got {unknown[0]}=.", near=near))
+        self.check_names(traits)
         self.directions, self._neighbours = directions, neighbours
         self.result: Any = None  # of saewb.superposition, of the side shown
         self._results: dict[str, tuple[Any, pd.DataFrame]] = {}
