@@ -411,7 +411,7 @@ def test_nothing_of_the_last_pass_is_left_after_detach(model):
     model(small.tokens())
     attached.detach()
     assert all(not splice.sae._seen.used for splice in attached._splices)
-    with pytest.raises(ValueError, match="did not run"):
+    with pytest.raises(ValueError, match="is detached"):
         attached.latents[clt]
 
 
