@@ -184,6 +184,15 @@ def test_two_runs_at_once_on_one_model_while_cells_use_it():
         assert equal(a.sae, b.wait().sae)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests were started with SIGINT ignored, as shells start background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_waiting_stops_cleanly_and_elsewhere_does_nothing(tmp_path):
     run = endless(folder=tmp_path / "r")
     until(lambda: run.progress.step > 2)
