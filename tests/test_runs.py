@@ -220,7 +220,7 @@ def failing(after):
 
 
 def test_a_stream_that_fails_leaves_a_checkpoint_from_which_it_goes_on(tmp_path):
-    how = {"n_tokens": 400, "batch_tokens": 40, "log_every_steps": 1}
+    how = {"n_tokens": 400, "batch_tokens": 40, "log_every_steps": 1, "estimate_tokens": 80}
     whole = saewb.train(None, stream_iterable(failing(50), batch_tokens=40), TOPK, **how).wait()
     run = saewb.train(None, stream_iterable(failing(6), batch_tokens=40), TOPK, folder=tmp_path / "r", **how)
     with pytest.raises(OSError, match="the stream is gone"):
@@ -267,11 +267,24 @@ def test_divergence_is_a_failure_and_keeps_the_checkpoint_before(tmp_path):
         yield from (torch.randn(40, 8, generator=torch.Generator().manual_seed(i)) for i in range(6))
         yield torch.full((40, 8), torch.nan)
 
-    how = {"n_tokens": 400, "batch_tokens": 40, "checkpoint_every_tokens": 40, "log_every_steps": 1}
+    how = {
+        "n_tokens": 400,
+        "batch_tokens": 40,
+        "checkpoint_every_tokens": 40,
+        "log_every_steps": 1,
+        "estimate_tokens": 80,
+    }
     run = saewb.train(None, stream_iterable(chunks(), batch_tokens=40), TOPK, folder=tmp_path / "r", **how)
     with pytest.raises(FloatingPointError, match="diverged(.|\n)*lr="):
         run.wait()
     assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == 6
+
+
+def test_activations_that_are_not_finite_from_the_first_are_said_to_be():
+    chunks = [torch.full((40, 8), torch.inf)] * 10
+    run = saewb.train(None, stream_iterable(chunks, batch_tokens=40), TOPK, n_tokens=400, batch_tokens=40)
+    with pytest.raises(FloatingPointError, match="activations at 'activations' are not finite"):
+        run.wait()
 
 
 def test_sinks_hear_everything_and_one_that_fails_does_no_harm():

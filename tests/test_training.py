@@ -247,7 +247,8 @@ def test_every_objective_recovers_the_features():
         "jumprelu_tanh": saewb.JumpReLU(24, l0=0.03, bandwidth=1.0, init_threshold=0.1, sparsity="tanh", to_input=True),
         "pursuit": saewb.MatchingPursuit(24, max_iterations=3, residual_threshold=0.3),
     }
-    config = TrainConfig(n_tokens=300 * 128, batch_tokens=128, lr=1e-2, decay_tokens=12_000, dead_after_tokens=5_000)
+    how = {"lr": 1e-2, "decay_tokens": 12_000, "dead_after_tokens": 5_000, "normalisation": "none"}
+    config = TrainConfig(n_tokens=300 * 128, batch_tokens=128, **how)
     training = Training(InMemory({"x": x}, 128), made, config)
     run(training)
     scores = {name: recovered(sae.W_dec, features) for name, sae in training.saes.items()}
@@ -375,7 +376,7 @@ def test_dense_and_dead_are_counted():
     sae = saewb.SAE(saewb.SAEConfig(d_in=2, d_sae=4, pre_bias="tied"))
     with torch.no_grad():
         sae.b_enc.copy_(torch.tensor([50.0, 50.0, -50.0, -50.0]))
-    config = TrainConfig(n_tokens=400, batch_tokens=B, lr=1e-9, dead_after_tokens=3 * B)
+    config = TrainConfig(n_tokens=400, batch_tokens=B, lr=1e-9, dead_after_tokens=3 * B, normalisation="none")
     steps = run(Training(stream(values), Trainee(saewb.Standard(4), init=sae), config))
     assert [float(step.only.dead_frac) for step in steps] == [0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert [int(step.only.n_dense) for step in steps] == [2] * 8

@@ -11,6 +11,7 @@ The first four are folded into the weights at export; the others stay with the S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Union
@@ -76,11 +77,15 @@ def estimated(point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, centr
 
     Raises:
         ValueError: if that length is 0.
+        FloatingPointError: if activations are not finite.
     """
     batches = list(batches)
     n = sum(map(len, batches))
     mean = sum(x.double().sum(0) for x in batches) / n
     lengths = sum(((x - mean.to(x.dtype)) if centred else x).norm(dim=1).double().sum() for x in batches) / n
+    if not math.isfinite(lengths):
+        fix = "load_model(..., torch.bfloat16), where the model ran in float16"
+        raise FloatingPointError(explain(f"activations at {point!r} are not finite.", want="finite numbers", fix=fix))
     if not float(lengths) > 0:
         raise ValueError(explain(f"no length to normalise by at {point!r}: all {n} tokens are the same.", want="data"))
     return batches[0].shape[1] ** 0.5 / float(lengths), mean.float()

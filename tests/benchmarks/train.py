@@ -41,7 +41,7 @@ def ours(model, rows, options):
     how = {"batch_tokens": options.batch, "buffer_tokens": buffer, "repeat": True, "skip_special_tokens": False}
     stream = saewb.stream_activations(model, rows, options.hook, **how)
     total = (options.steps + 2) * options.batch
-    config = saewb.TrainConfig(n_tokens=total, batch_tokens=options.batch)
+    config = saewb.TrainConfig(n_tokens=total, batch_tokens=options.batch, normalisation="none")
     return iter(saewb.Training(stream, saewb.TopK(options.d_sae, options.k), config))
 
 
