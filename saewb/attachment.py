@@ -6,9 +6,7 @@ What one attached SAE does in a forward pass is in `saewb.splice`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +14,10 @@ from torch import Tensor, nn
 from saewb import hooks
 from saewb.cross_layer import CrossLayerTranscoder
 from saewb.errors import explain
+from saewb.on_model import OnModel, on_model
 from saewb.placing import splices
 from saewb.splice import Splice
 from saewb.tokens import special_ids
-
-# Everything of saewb that is on a model now, oldest first: attachments and interventions.
-_attached: weakref.WeakKeyDictionary[nn.Module, list[Detachable]] = weakref.WeakKeyDictionary()
-
-
-class Detachable(Protocol):
-    """Something on a model that can be taken off."""
-
-    def detach(self) -> None:
-        """Take it off; again without harm."""
 
 
 def attach(
@@ -102,11 +91,6 @@ def attachments(model: nn.Module) -> list[Attachment]:
     return [found for found in on_model(model) if isinstance(found, Attachment)]
 
 
-def on_model(model: nn.Module) -> list[Detachable]:
-    """The list of what saewb has on this model, oldest first; whoever comes and goes keeps it."""
-    return _attached.setdefault(model, [])
-
-
 def detach_all(model: nn.Module) -> None:
     """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost.
 
@@ -120,17 +104,19 @@ def detach_all(model: nn.Module) -> None:
         >>> saewb.attachments(model)
         []
     """
-    for found in reversed(list(on_model(model))):
+    for found in reversed(on_model(model)):
         found.detach()
 
 
-class Attachment:
+class Attachment(OnModel):
     """SAEs on a model, until `detach` or the end of the `with` block. Made by `saewb.attach`."""
 
+    _again = "with saewb.attach(model, sae) as attached:"
+
     def __init__(self, model: nn.Module, splices: list[Splice], skip_special_tokens: bool | Sequence[int]) -> None:
-        self._model, self._lock = weakref.ref(model), hooks.lock(model)
+        super().__init__(model)
         self._splices = splices
-        self._stop_watching = None
+        self._placed: list[Splice] = []
         self._tokens: Tensor | None = None
         self._announced: tuple[Tensor | None] | None = None  # the tokens of a pass that has not begun
         self._state = "over"  # of the last pass: "whole" or "partial" while it runs, or after it stopped early
@@ -147,11 +133,6 @@ class Attachment:
         return list(dict.fromkeys(_whole(splice) for splice in self._splices))
 
     @property
-    def is_attached(self) -> bool:
-        """False once detached."""
-        return self._stop_watching is not None
-
-    @property
     def latents(self) -> LatentsView:
         """Latents of the last forward pass, by SAE or by hook name: `attached.latents[sae]`, `[batch, pos, d_sae]`.
 
@@ -159,30 +140,6 @@ class Attachment:
         After hooks on `hook_sae_acts_post`; part of the graph if the pass recorded one.
         """
         return LatentsView(self._splices)
-
-    def detach(self) -> None:
-        """Take the SAEs off; the model, and every hook on it, is as before. In any order, and again, without harm."""
-        with self._lock:
-            if not self.is_attached:
-                return
-            self._stop_watching()
-            self._stop_watching = None
-            for splice in reversed(self._splices):
-                splice.uninstall()
-            if (model := self._model()) is not None:
-                on_model(model).remove(self)
-
-    def __enter__(self) -> Attachment:
-        if not self.is_attached:
-            raise ValueError(explain(f"{self!r} is over.", fix="with saewb.attach(model, sae) as attached:"))
-        self._lock.acquire()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            self.detach()
-        finally:
-            self._lock.release()
 
     def __repr__(self) -> str:
         places = [s.place for s in self._splices]
@@ -205,20 +162,14 @@ class Attachment:
         named = {name.lower().rpartition("/")[2] for name in made_for if name}
         return sorted(name for name in named if own and name not in own and own.rpartition("/")[2] not in name)
 
-    def _install(self) -> None:
-        installed: list[Splice] = []
-        model = self._model()
-        with self._lock:
-            try:
-                for splice in self._splices:
-                    installed.append(splice)
-                    splice.install()
-                self._stop_watching = hooks.watch(model, self._announce, self._begin, self._end)
-            except BaseException:
-                for splice in reversed(installed):
-                    splice.uninstall()
-                raise
-            on_model(model).append(self)
+    def _put_on(self) -> None:
+        for splice in self._splices:
+            self._placed.append(splice)
+            splice.install()
+
+    def _take_off(self) -> None:
+        while self._placed:
+            self._placed.pop().uninstall()
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._announced = (tokens,)

@@ -10,16 +10,15 @@ so what the SAE gets wrong stays as it is, and a change of 0 is the model itself
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
 from torch import Tensor, nn
 
 from saewb import hooks
-from saewb.attachment import on_model
 from saewb.change import Change, How
 from saewb.errors import explain
+from saewb.on_model import OnModel
 from saewb.placing import places
 from saewb.positions import Positions, Where, where
 from saewb.tokens import special_ids, special_mask
@@ -135,62 +134,30 @@ def ablate(
     return steer(model, zeros, how="clamp", positions=positions, skip_special_tokens=skip_special_tokens)
 
 
-class Steering:
+class Steering(OnModel):
     """Changed latents on a model, until `detach` or the end of the `with` block. Made by `saewb.steer`."""
 
+    _again = "with saewb.steer(model, sae, {12: 8.0}):"
+
     def __init__(self, model: nn.Module, positions: Where, special: tuple[int, ...]) -> None:
-        self._model, self._lock = weakref.ref(model), hooks.lock(model)
+        super().__init__(model)
         self._positions, self._special = positions, special
         self._changes: list[Change] = []
         self._hooks: list[hooks.Hook] = []
-        self._stop_watching = None
         self._tokens: Tensor | None = None
         self._cached: int | None = None  # tokens of the text before this pass; None before that is known
-
-    @property
-    def is_attached(self) -> bool:
-        """False once detached."""
-        return self._stop_watching is not None
-
-    def detach(self) -> None:
-        """Take it off; the model, and every hook on it, is as before. In any order, and again, without harm."""
-        with self._lock:
-            if not self.is_attached:
-                return
-            self._stop_watching()
-            self._stop_watching = None
-            for hook in reversed(self._hooks):
-                hook.remove()
-            if (model := self._model()) is not None:
-                on_model(model).remove(self)
-
-    def __enter__(self) -> Steering:
-        if not self.is_attached:
-            raise ValueError(explain(f"{self!r} is over.", fix="with saewb.steer(model, sae, {12: 8.0}):"))
-        self._lock.acquire()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            self.detach()
-        finally:
-            self._lock.release()
 
     def __repr__(self) -> str:
         state = "attached" if self.is_attached else "detached"
         return f"Steering({state}: {'; '.join(map(str, self._changes))})"
 
-    def _install(self) -> None:
-        with self._lock:
-            try:
-                for change in self._changes:
-                    self._hooks += change.install()
-                self._stop_watching = hooks.watch(self._model(), self._announce, self._begin, self._end)
-            except BaseException:
-                for hook in reversed(self._hooks):
-                    hook.remove()
-                raise
-            on_model(self._model()).append(self)
+    def _put_on(self) -> None:
+        for change in self._changes:
+            self._hooks += change.install()
+
+    def _take_off(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._tokens, self._cached = tokens, None
