@@ -25,7 +25,7 @@ import saewb
 from .measure import Report, Row, Table, arguments, peak_mb, reset_peak, seconds
 
 WINDOW = (20, 10)  # tokens before and after
-TIED = 2e-4  # activations as near as this are a tie: theirs are rounded to 4 places
+TIED = 2e-4, 3e-6  # activations as near as this are a tie: theirs are rounded to 4 places; and both are float32
 
 
 def language_model(name: str):
@@ -85,14 +85,19 @@ def reduced(position: list[int], value: list[float], ids: torch.Tensor, n: int) 
 
 def same_contexts(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> bool:
     """The same tokens in the same order; where activations tie, any order, and any choice among the last."""
-    if len(ours) != len(theirs) or any(abs(a[1] - b[1]) > TIED for a, b in zip(ours, theirs, strict=True)):
+    if len(ours) != len(theirs) or not all(tied(a[1], b[1]) for a, b in zip(ours, theirs, strict=True)):
         return False
     last = ours[-1][1] if ours else 0.0
     for at, size in ours:
-        near = {other for other, theirs_size in theirs if abs(size - theirs_size) <= TIED}
-        if at not in near and abs(size - last) > TIED:
+        near = {other for other, theirs_size in theirs if tied(size, theirs_size)}
+        if at not in near and not tied(size, last):
             return False
     return True
+
+
+def tied(one: float, other: float) -> bool:
+    """Whether two activations could be the same."""
+    return abs(one - other) <= TIED[0] + TIED[1] * abs(one)
 
 
 @dataclass(frozen=True)
