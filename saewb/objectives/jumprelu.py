@@ -31,9 +31,11 @@ class JumpReLU:
 
     The step's gradient by theta is that of a ramp of width `bandwidth`. Where no z lies within half of it around theta
     there is none: the record's warning says so. `threshold="direct"` trains theta itself, kept >= 0; "log" trains
-    log theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all. Adam moves a theta by lr
-    at most, per step, so in a short run (thousands of steps) L0 ends near where `init_threshold` puts it: start where
-    the first batch's L0 is about ten times the target, at 1 to 2 for activations of length sqrt(d) ("centred").
+    log theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all.
+
+    Adam moves a theta by about lr per step, so that in a run of some hundred steps L0 ends near where `init_threshold`
+    puts it: start where the first batch's L0 is about ten times the target (1 to 2 for activations of length sqrt(d),
+    as `normalisation="centred"` gives).
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 9, 11, 12 (loss, estimators; an appendix has a target L0);
