@@ -49,6 +49,7 @@ JOBS = {
     "train_step_wide": Job("train_step", ("--objective", "all", "--d-sae", "18432", "--repeats", "3"), cuda=True),
     "train": Job("train", SMOL, cuda=True),
     "train_wide": Job("train", (*SMOL, "--d-sae", "18432"), cuda=True),
+    "quality": Job("quality", cuda=True),
     "index": Job("index", (*SMOL, "--tokens", "131072"), cuda=True),
     "index_wide": Job("index", (*SMOL, "--tokens", "65536", "--d-sae", "65536"), cuda=True),
     "dashboard": Job("dashboard", SMOL, dashboard=True),
