@@ -32,12 +32,24 @@ def largest(
         >>> sorted(columns[0].tolist()), sorted(values[0].tolist())
         ([1, 3], [4.0, 5.0])
     """
+    whole = None if signed else _integers(tile)
+    if whole is None:
+        return _largest(tile, k, signed, slabs)
+    values, columns = _largest(whole, k, False, slabs)
+    values = values.view(tile.dtype)
+    again = (values.view(whole.dtype).amin(1) < 0).nonzero()[:, 0]  # negative numbers came into it: not in this order
+    if len(again):
+        values[again], columns[again] = _largest(tile[again], k, False, slabs)
+    return values, columns
+
+
+def _largest(tile: Tensor, k: int, signed: bool, slabs: int) -> tuple[Tensor, Tensor]:
     rows, d_sae = tile.shape
     groups = d_sae // slabs
     if groups < _NARROW * k:  # groups would not narrow it down
         return _top(tile, k, signed)
     grouped = tile[:, : slabs * groups].unflatten(1, (slabs, groups))  # group g is columns g, g + groups, ...
-    winners = largest(_maxima(grouped, signed), k, slabs=slabs)[1]
+    winners = _largest(_maxima(grouped, signed), k, False, slabs)[1]
     step = torch.arange(slabs, device=tile.device).mul_(groups)
     columns = (winners.unsqueeze(1) + step[:, None]).flatten(1)
     if rest := d_sae - slabs * groups:  # fewer columns than a group has: they go straight to the final
@@ -45,6 +57,14 @@ def largest(
         columns = torch.cat([columns, extra], dim=1)
     values, best = _top(tile.gather(1, columns), k, signed)
     return values, columns.gather(1, best)
+
+
+def _integers(tile: Tensor) -> Tensor | None:
+    """The bits of bf16 numbers as int16; None for other dtypes, where it gains nothing.
+
+    Both rank numbers from 0 up alike, and above all negative ones; maxima of integers cost a fifth.
+    """
+    return tile.view(torch.int16) if tile.dtype == torch.bfloat16 and tile.device.type == "cpu" else None
 
 
 def above(
@@ -63,7 +83,9 @@ def above(
     d_sae = tile.shape[1]
     slabs = slabs if d_sae % slabs == 0 else 1
     grouped = tile.unflatten(1, (slabs, d_sae // slabs))
-    hit = (grouped.amax(1) > threshold).nonzero()
+    whole = _integers(grouped) if threshold >= 0 else None
+    maxima = grouped.amax(1) if whole is None else whole.amax(1).view(tile.dtype)
+    hit = (maxima > threshold).nonzero()
     if len(hit) > limit:
         return None
     row, group = hit.unbind(1)
