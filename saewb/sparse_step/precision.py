@@ -58,7 +58,7 @@ def finer(precision: Precision, device: torch.device) -> Precision:
 
 def has_int8() -> bool:
     """Whether this torch has oneDNN's quantised product under the name and with the arguments used here."""
-    return hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")
+    return hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
 
 
 def tile_rows(d_sae: int, device: torch.device) -> int:
