@@ -62,7 +62,7 @@ def _largest(tile: Tensor, k: int, signed: bool, slabs: int) -> tuple[Tensor, Te
 def _integers(tile: Tensor) -> Tensor | None:
     """The bits of bf16 numbers on a CPU as int16, whose maxima cost a fifth; None for others, where nothing is gained.
 
-    Numbers from 0 up rank alike in both, and above all negative ones. (-0.0 ranks lowest: it may lose against -1.)
+    Numbers from 0 up rank alike in both, and above all negative ones and -0.0, which rank the other way round.
     """
     return tile.view(torch.int16) if tile.dtype == torch.bfloat16 and tile.device.type == "cpu" else None
 
