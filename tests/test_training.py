@@ -511,6 +511,15 @@ def test_wrong_config(fields, text):
         TrainConfig(**{"n_tokens": 1000, "batch_tokens": 100, **fields})
 
 
+@pytest.mark.parametrize("dtype", [torch.get_autocast_dtype("cuda"), torch.float32, True])
+def test_autocast_names_the_dtype_that_works(dtype):
+    """float16 is torch's own default for autocast on a GPU."""
+    with pytest.raises(
+        ValueError, match=r"autocast=(torch\.float|True).*\n  want: .*\n  fix: +autocast=torch\.bfloat16"
+    ):
+        TrainConfig(n_tokens=1000, batch_tokens=100, autocast=dtype)
+
+
 def test_unknown_config_field():
     with pytest.raises(TypeError, match="learning_rate"):
         TrainConfig(n_tokens=1000, learning_rate=1.0)

@@ -24,6 +24,8 @@ OBJECTIVES = {
     "standard": saewb.Standard(24, l1=0.3, warmup_tokens=200),
     "gated": saewb.Gated(24, l1=0.3),
 }
+# Matching pursuit knows autograd only.
+PLAIN = OBJECTIVES | {"pursuit": saewb.MatchingPursuit(24, max_iterations=4)}
 HOW = {
     "batch_tokens": B,
     "lr": 3e-3,
@@ -42,9 +44,8 @@ def train(folder, step="sparse", n_steps=STEPS, saes=None, **more):
     """From the model: passes are shared, the buffer mixes."""
     how = {"buffer_tokens": 200, "pass_tokens": 28, "log_every_steps": 1, "n_tokens": n_steps * B, **HOW, **more}
     how |= {"held_out": small.tokens(9, 7, seed=2)}
-    return saewb.train(
-        small.bridge(), small.tokens(61, 7), saes or OBJECTIVES, hook=RESID, folder=folder, step=step, **how
-    )
+    saes = saes or (PLAIN if step == "plain" else OBJECTIVES)
+    return saewb.train(small.bridge(), small.tokens(61, 7), saes, hook=RESID, folder=folder, step=step, **how)
 
 
 def resumed(folder, n_steps=STEPS):
@@ -56,7 +57,7 @@ def from_tensors(team):
     """A Training over activations in memory."""
     x = torch.randn(500, 8, generator=torch.Generator().manual_seed(1)) * 2 + 1
     stream = saewb.stream_tensors({"x": x}, batch_tokens=B, repeat=True, shuffle_seed=0)
-    return Training(stream, OBJECTIVES, TrainConfig(n_tokens=STEPS * B, step="auto", **HOW), team=team)
+    return Training(stream, PLAIN, TrainConfig(n_tokens=STEPS * B, step="auto", **HOW), team=team)
 
 
 def numbers(training):

@@ -28,6 +28,7 @@ SLACK = {"full": 0.0, "bf16": 1 / 32, "int8": 5 / 64}  # first guess at the larg
 _TILE_BYTES = 20 * 2**20
 _CUDA_TILE_BYTES = 2**29
 _BLOCK = 1024  # latents whose weights are converted at a time
+_ROWS = 256  # the same for int8, where they are gone over several times
 
 
 def best_precision(device: torch.device) -> Precision:
@@ -57,7 +58,7 @@ def finer(precision: Precision, device: torch.device) -> Precision:
 
 def has_int8() -> bool:
     """Whether this torch has oneDNN's quantised product under the name and with the arguments used here."""
-    return hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")
+    return hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
 
 
 def tile_rows(d_sae: int, device: torch.device) -> int:
@@ -109,13 +110,21 @@ def _product(W: Tensor, b: Tensor, x: Tensor) -> Multiply:
 
 
 def _int8(W: Tensor, b: Tensor, norms: Tensor | None, x: Tensor) -> Multiply:
-    """`127 rows / x_max` as uint8 around 128, `127 W / max |W|` as int8, accumulated in int32, scaled to bf16."""
-    whole, steps = torch.empty_like(W, dtype=torch.int8), torch.empty_like(b)
-    for start, block in _blocks(W, norms):
-        step = block.abs().amax(1).clamp_(min=torch.finfo(W.dtype).tiny) / 127
-        whole[start : start + len(block)] = block.mul(1 / step[:, None]).round_()
-        steps[start : start + len(block)] = step
-    packed = torch.ops.onednn.qlinear_prepack(whole, [min(len(x), tile_rows(len(W), x.device)), W.shape[1]])
+    """`127 rows / x_max` as uint8 around 128, `127 W / max |W|` as int8, accumulated in int32, scaled to bf16.
+
+    The weights are handed over transposed but not in oneDNN's own order: putting them in order for every step costs
+    more than it saves.
+    """
+    whole, steps = torch.empty(W.shape[1], len(W), dtype=torch.int8), torch.empty_like(b)
+    room, small = torch.empty_like(W[:_ROWS]), torch.empty_like(W[:_ROWS], dtype=torch.int8)
+    for start in range(0, len(W), _ROWS):
+        block, span = W[start : start + _ROWS], slice(start, start + _ROWS)
+        scaled = torch.abs(block, out=room[: len(block)])
+        step = scaled.amax(1).clamp_(min=torch.finfo(W.dtype).tiny) / 127
+        scaled = torch.mul(block, 1 / step[:, None], out=scaled).round_()
+        whole[:, span] = small[: len(block)].copy_(scaled).T
+        steps[span] = step if norms is None else step * norms[span]
+    packed = whole.to_mkldnn()
     step = max(float(x.abs().amax()), 1e-30) / 127 if len(x) else 1.0
     steps, b, zeros = steps.float(), b.float(), torch.zeros(len(W), dtype=torch.int64)
 

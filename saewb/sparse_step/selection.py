@@ -39,6 +39,7 @@ class Readout:
     norms: Float[Tensor, " d_sae"] | None = None  # lengths of decoder rows: latents compete by pre * norm
     precision: Precision = "full"
     scratch: Float[Tensor, "d_sae d_in"] | None = None  # memory that may be overwritten
+    lift: float = 0.0  # added to every score by the product, with no norms
 
     def score(self, pre: Tensor, latents: Tensor) -> Tensor:
         """What a pre-activation competes with."""
@@ -56,7 +57,7 @@ class Readout:
 
     def multiplier(self, x: Float[Tensor, "batch d_in"]) -> Multiply:
         """What gives scores of rows of `x`."""
-        return multiplier(self.W, self.b, self.norms, x, self.precision, self.scratch)
+        return multiplier(self.W, self.b + self.lift, self.norms, x, self.precision, self.scratch)
 
     def better(self) -> Readout:
         """The same in a better precision."""
@@ -126,13 +127,15 @@ def above_zero(x: Float[Tensor, "batch d_in"], readout: Readout, limit: int) -> 
         readout: how they are read.
         limit: pairs at most, which bounds memory; of candidates up to twice as many are listed.
     """
-    multiply, slack = readout.multiplier(x), _slack(x, readout)
+    slack = _slack(x, readout)
     while True:
-        listed = _listed(x, readout, multiply, -slack, int(limit * SPARE[readout.precision]), slack)
+        # lifted rather than a threshold below 0: scores from 0 up are quicker to compare (`tiles`)
+        lifted = replace(readout, lift=slack)
+        listed = _listed(x, lifted, lifted.multiplier(x), 0.0, int(limit * SPARE[readout.precision]), slack)
         if listed is None:
             return None
         pairs, off = listed
-        if _reach(-slack, off) <= 0:
+        if off <= slack:  # what was not listed is at most off - slack
             pairs = pairs if readout.precision == "full" else pairs.where(pairs.pre > 0)
             return pairs if len(pairs) <= limit else None
         if readout.precision == "int8" and off > 2 * slack:
@@ -202,7 +205,7 @@ def _exact(pairs: Pairs, readout: Readout, x: Float[Tensor, "tokens d_in"]) -> t
     if readout.precision == "full":
         return replace(pairs, pre=readout.unscored(pairs.pre, pairs.latents)), 0.0
     pre = readout.pre(pairs, x)
-    off = _off(readout.score(pre, pairs.latents), pairs.pre.to(pre.dtype))
+    off = _off(readout.score(pre, pairs.latents) + readout.lift, pairs.pre.to(pre.dtype))
     return replace(pairs, pre=pre), float(off.max()) if len(pairs) else 0.0
 
 

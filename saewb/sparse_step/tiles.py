@@ -32,12 +32,24 @@ def largest(
         >>> sorted(columns[0].tolist()), sorted(values[0].tolist())
         ([1, 3], [4.0, 5.0])
     """
+    whole = _integers(tile)
+    if whole is None:
+        return _largest(tile, k, signed, slabs)
+    columns = _largest(whole & 0x7FFF if signed else whole, k, False, slabs)[1]  # without the sign: a magnitude
+    values = tile.gather(1, columns)
+    again = (values < 0).any(1).nonzero()[:, 0] if not signed else ()
+    if len(again):  # fewer than k from 0 up: among negative numbers integers rank the other way
+        values[again], columns[again] = _largest(tile[again], k, False, slabs)
+    return values, columns
+
+
+def _largest(tile: Tensor, k: int, signed: bool, slabs: int) -> tuple[Tensor, Tensor]:
     rows, d_sae = tile.shape
     groups = d_sae // slabs
     if groups < _NARROW * k:  # groups would not narrow it down
         return _top(tile, k, signed)
     grouped = tile[:, : slabs * groups].unflatten(1, (slabs, groups))  # group g is columns g, g + groups, ...
-    winners = largest(_maxima(grouped, signed), k, slabs=slabs)[1]
+    winners = _largest(_maxima(grouped, signed), k, False, slabs)[1]
     step = torch.arange(slabs, device=tile.device).mul_(groups)
     columns = (winners.unsqueeze(1) + step[:, None]).flatten(1)
     if rest := d_sae - slabs * groups:  # fewer columns than a group has: they go straight to the final
@@ -45,6 +57,14 @@ def largest(
         columns = torch.cat([columns, extra], dim=1)
     values, best = _top(tile.gather(1, columns), k, signed)
     return values, columns.gather(1, best)
+
+
+def _integers(tile: Tensor) -> Tensor | None:
+    """The bits of bf16 numbers on a CPU as int16, whose maxima cost a fifth; None for others, where nothing is gained.
+
+    Numbers from 0 up rank alike in both, and above all negative ones and -0.0, which rank the other way round.
+    """
+    return tile.view(torch.int16) if tile.dtype == torch.bfloat16 and tile.device.type == "cpu" else None
 
 
 def above(
@@ -63,7 +83,9 @@ def above(
     d_sae = tile.shape[1]
     slabs = slabs if d_sae % slabs == 0 else 1
     grouped = tile.unflatten(1, (slabs, d_sae // slabs))
-    hit = (grouped.amax(1) > threshold).nonzero()
+    whole = _integers(grouped) if threshold >= 0 else None
+    maxima = grouped.amax(1) if whole is None else whole.amax(1).view(tile.dtype)
+    hit = (maxima > threshold).nonzero()
     if len(hit) > limit:
         return None
     row, group = hit.unbind(1)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from saewb.config import checker
+from saewb.errors import explain
 
 Schedule = Literal["constant", "linear", "cosine", "restarts"]
 Normalisation = Literal["none", "constant", "centred", "whitened", "layer_norm", "constant_norm"]
@@ -85,8 +86,10 @@ class TrainConfig:
         end = self.lr_end
         _check(end is None or 0 <= end <= self.lr, "lr_end", end, f"0 to lr={self.lr}, or None for a tenth of it")
         _check(self.clip is None or self.clip > 0, "clip", self.clip, "a positive length, or None")
-        want = "torch.bfloat16 or None; float16 loses small gradients, and nothing here rescales them"
-        _check(self.autocast in (None, torch.bfloat16), "autocast", self.autocast, want)
+        if self.autocast not in (None, torch.bfloat16):
+            want = "torch.bfloat16 or None; float16 loses small gradients, and nothing here rescales them"
+            what = f"TrainConfig got autocast={self.autocast!r}."
+            raise ValueError(explain(what, want=want, fix="autocast=torch.bfloat16"))
         _check(0 < self.dense_above < 1, "dense_above", self.dense_above, "a share of tokens, between 0 and 1")
 
     @property
