@@ -51,6 +51,11 @@ class View:
         level = (self.values / scale).clamp(-1, 1).mul(127).round().add(128)
         return level.nan_to_num(0).to(torch.uint8).numpy().tobytes()
 
+    def differs(self, other: View) -> float:
+        """Root mean square of the difference from a view of the same cells, of what is defined in both; else nan."""
+        between = (self.values - other.values).double()
+        return between[~between.isnan()].square().mean().sqrt().item()
+
 
 @dataclass(frozen=True)
 class Pair:
