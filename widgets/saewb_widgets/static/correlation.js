@@ -125,7 +125,9 @@ function correlation(parts) {
     button("all", "", chart.all, "Show all"), done, stop, again, make("span", "gap"), button("code", "", () => ask("code"), "The Python that gives this"));
   const chosen = () => { order.value = model.get("order"); cells.value = model.get("cells"); };
   let timer = null;
-  const busy = () => { const b = !!model.get("busy"); stop.hidden = !b; again.hidden = b || model.get("progress") === 1;
+  const busy = () => { const b = !!model.get("busy"), had = [stop, again].includes(document.activeElement);
+    stop.hidden = !b; again.hidden = b || model.get("progress") === 1;
+    if (had) (b ? stop : again.hidden ? order : again).focus(); // or the notebook would hear the next key
     if (b && !timer) timer = setInterval(() => ask("progress"), 500);
     if (!b && timer) { clearInterval(timer); timer = null; } };
   const share = () => { const p = model.get("progress"); done.textContent = p > 0 && p < 1 ? `${Math.round(100 * p)} % looked through` : ""; };
