@@ -55,9 +55,9 @@ def in_cell(page, cell):
     return page.locator(f".jp-Notebook .jp-Cell >> nth={cell}").locator(".saewb")
 
 
-def picture(page, name):
+def picture(panel, name):
     if where := os.environ.get("SAEWB_SCREENSHOTS"):
-        page.screenshot(path=f"{where}/{name}.png")
+        panel.screenshot(path=f"{where}/{name}.png")
 
 
 def pictured(name):
@@ -65,12 +65,13 @@ def pictured(name):
     return (where, name) if where else None
 
 
-def in_both_themes(book, name):
+def in_both_themes(book, **panels):
     for theme in ("Light", "Dark"):
         book.do("apputils:change-theme", theme=f"JupyterLab {theme}")
         book.page.locator(f".saewb[data-theme={theme.lower()}]").first.wait_for()
         book.page.wait_for_timeout(400)
-        picture(book.page, f"{name}_{theme.lower()}")
+        for name, panel in panels.items():
+            picture(panel, f"{name}_{theme.lower()}")
 
 
 def stands_aside(page):
@@ -118,7 +119,7 @@ def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
         assert book.output(3).strip() == "True"
         book.run(4)
         in_cell(page, 4).locator("h3", has_text="Nearest to").wait_for()
-        in_both_themes(book, "superposition_lab")
+        in_both_themes(book, superposition_lab=panel)
         page.wait_for_timeout(2500)  # what stands in follows
         outputs = book.save()["cells"][0]["outputs"]
         assert [sorted(o["data"]) for o in outputs] == [
@@ -165,7 +166,7 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         book.run(0)
         panel = in_cell(page, 0)
         panel.locator(".busy", has_text="running the model").wait_for()
-        picture(page, "correlation_lab_busy")
+        picture(panel, "correlation_lab_busy")
         drawn(panel)
         print(f"\nlatents on text: {time.perf_counter() - began:.1f} s to the first picture, the kernel free meanwhile")
         stands_aside(page)
@@ -208,7 +209,7 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         page.mouse.move(twin["x"] + 40, twin["y"] + 40)
         page.mouse.move(twin["x"] + 42, twin["y"] + 40)
         assert " and " in two.locator(".tip").inner_text().splitlines()[-1]
-        in_both_themes(book, "correlation_lab")
+        in_both_themes(book, correlation_lab=panel, two_matrices_lab=two)
         zooming(book)
         page.wait_for_timeout(2500)  # what stands in follows
         book.save()
