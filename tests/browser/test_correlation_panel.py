@@ -170,6 +170,7 @@ def test_two_matrices_side_by_side(page):
     panel.view = (0, 60, 0, 60)
     flush()
     drawn(page, panel)
+    page.mouse.move(1, 1)
     page.set_viewport_size({"width": 420, "height": 900})
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
 
@@ -192,6 +193,7 @@ def test_the_model_is_stopped_and_run_again(page, monkeypatch):
     go.set()
     page.locator(".notice", has_text="Stopped after").wait_for()
     page.get_by_role("button", name="Begin anew what was stopped").click()
+    page.locator("canvas.map[data-seq]").wait_for()
     drawn(page, panel)
     assert panel.matrix.shape == (1024, 1024)
 

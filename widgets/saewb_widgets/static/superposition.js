@@ -2,7 +2,7 @@ const cosine = (v) => (v < 0 ? "\u2212" : "") + Math.abs(v).toFixed(3);
 
 function crowd({ body, model, on, set, ask }) {
   const line = make("div", "line"), figures = make("dl", "figures"), hists = make("div", "hists"), lists = make("div", "lists");
-  const sides = make("div", "sides"), list = make("section", "card"), near = make("section", "card");
+  const sides = make("div", "sides"), list = make("section", "card"), near = make("section", "card near");
   lists.append(list, near);
   line.append(sides, make("span", "gap"), button("code", "", () => ask("code"), "The Python that gives this"));
   body.append(line, figures, hists, lists);
