@@ -188,7 +188,10 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         assert "phi" in panel.locator(".tip").inner_text()
         page.mouse.down()
         page.mouse.up()
+        page.wait_for_timeout(500)
+        seq = drawn(panel)
         panel.locator("select[aria-label=Order]").select_option("density")
+        drawn(panel, seq)  # the kernel has heard of it
         book.run(1)
         said = book.output(1).strip()
         r0, r1, c0, c1 = json.loads("[" + said[1 : said.index(")")] + "]")
