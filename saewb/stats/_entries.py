@@ -212,6 +212,58 @@ class Counted(Entries):
         return int(self.counts.counts([i], [j])), self.counts.n_tokens
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Picked(Entries):
+    """Entries between features of another matrix, any number of times each; -1 is none, and not defined."""
+
+    of: Entries
+    at: Int[Tensor, " n"]
+    same: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, columns."""
+        return len(self.at), len(self.at)
+
+    @property
+    def what(self) -> str:
+        """Of the other."""
+        return self.of.what
+
+    @property
+    def device(self) -> torch.device:
+        """Of the other."""
+        return self.of.device
+
+    def tile(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+        """See Entries. Of each feature once, since a feature and itself are on the diagonal wherever they stand."""
+        row, col = self.at[rows], self.at[cols]
+        (a, in_a), (b, in_b) = (x.clamp(min=0).unique(return_inverse=True) for x in (row, col))
+        found = self.of.tile(a, b)[in_a[:, None], in_b]
+        return found.masked_fill_((row < 0)[:, None] | (col < 0), torch.nan)
+
+    def times(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """See Entries."""
+        some = self.at >= 0
+        given = x.new_zeros(self.of.shape[1], x.shape[1]).index_add_(0, self.at[some], x[some])
+        return torch.where(some[:, None], self.of.times(given)[self.at.clamp(min=0)], 0)
+
+    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
+        """See Entries."""
+        return self.of.cost(*(self.at[x].clamp(min=0) for x in (rows, cols))) + 16.0 * len(rows) * len(cols)
+
+    def fires(self) -> Int[Tensor, " n"] | None:
+        """See Entries."""
+        found = self.of.fires()
+        return None if found is None else torch.where(self.at >= 0, found[self.at.clamp(min=0)], 0)
+
+    def together(self, i: int, j: int) -> tuple[int, int] | None:
+        """See Entries."""
+        a, b = int(self.at[i]), int(self.at[j])
+        return self.of.together(a, b) if min(a, b) >= 0 else None
+
+
 def diagonal(rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], n: int) -> tuple[Tensor, Tensor]:
     """Places, in rows and in columns, of the features that are in both.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, final
 
 import torch
@@ -40,16 +41,23 @@ class View:
     cells: str  # "exact", "strongest" or "mean"
     is_final: bool  # False: as good as can be had at once; a finer or truer one takes `Overview.refined`, or the scan
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """A magnitude that few cells pass (the largest 0.5 %), two digits: for colours."""
-        size = self.values.abs()[~self.values.isnan()]
-        return max(1e-6, float(f"{size.quantile(0.995).item():.2g}")) if len(size) else 1.0
+        size = self.values.abs().flatten().nan_to_num(-1)
+        n = len(size) - int((size < 0).sum())
+        # The k-th largest: sorting all, as a quantile does, takes longer than making the cells.
+        return max(1e-6, float(f"{size.topk(max(1, n // 200)).values[-1].item():.2g}")) if n else 1.0
 
     def levels(self, scale: float) -> bytes:
         """A byte per cell, row by row: 0 not defined, else 1..255 for -scale..scale, 128 for 0."""
         level = (self.values / scale).clamp(-1, 1).mul(127).round().add(128)
         return level.nan_to_num(0).to(torch.uint8).numpy().tobytes()
+
+    def differs(self, other: View) -> float:
+        """Root mean square of the difference from a view of the same cells, of what is defined in both; else nan."""
+        between = (self.values - other.values).double()
+        return between[~between.isnan()].square().mean().sqrt().item()
 
 
 @dataclass(frozen=True)

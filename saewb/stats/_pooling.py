@@ -23,27 +23,31 @@ def strongest(tile: Float[Tensor, "rows cols"], step: int) -> Float[Tensor, "blo
         >>> strongest(torch.tensor([[0.1, -0.5, 0.2], [0.3, 0.0, torch.nan]]), 2)
         tensor([[-0.5000,  0.2000]])
     """
-    found = _strongest(tile, step)
-    bad = found.isnan().any(0).nonzero()[:, 0]
-    if len(bad):  # once more, for the columns concerned
-        first, last = int(bad[0]), int(bad[-1]) + 1
-        part = tile[:, first * step : last * step]
-        missing = -_reduced(-part.isnan().float(), step, torch.amax, pad=-1.0)  # 1: all are
-        found[:, first:last] = torch.where(missing > 0, torch.nan, _strongest(part.nan_to_num(0), step))
+    found = _strongest(_reduced(tile, step, torch.amax), _reduced(tile, step, torch.amin))
+    row, col = found.isnan().nonzero(as_tuple=True)
+    if len(row):  # once more, for the blocks concerned: those of the diagonal, of features without entries
+        blocks = _whole(tile, step, torch.nan).unflatten(1, (-1, step)).unflatten(0, (-1, step))[row, :, col].flatten(1)
+        filled = blocks.nan_to_num(0)
+        value = _strongest(filled.amax(1), filled.amin(1))
+        found[row, col] = torch.where(blocks.isnan().all(1), torch.nan, value)
     return found
 
 
-def _strongest(tile: Tensor, step: int) -> Tensor:
-    high, low = (_reduced(tile, step, f) for f in (torch.amax, torch.amin))
+def _strongest(high: Tensor, low: Tensor) -> Tensor:
     return torch.where(high >= -low, high, low)
 
 
-def _reduced(tile: Tensor, step: int, reduce: Callable[[Tensor, int], Tensor], pad: float = 0.0) -> Tensor:
-    rows, cols = tile.shape
-    if rows % step or cols % step:
-        tile = torch.nn.functional.pad(tile, (0, -cols % step, 0, -rows % step), value=pad)
-    by_row = reduce(tile.unflatten(0, (-1, step)), 1)
+def _reduced(tile: Tensor, step: int, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    by_row = reduce(_whole(tile, step, 0.0).unflatten(0, (-1, step)), 1)
     return reduce(by_row.unflatten(1, (-1, step)), 2)
+
+
+def _whole(tile: Tensor, step: int, pad: float) -> Tensor:
+    """Widened to whole blocks."""
+    rows, cols = tile.shape
+    if not (rows % step or cols % step):
+        return tile
+    return torch.nn.functional.pad(tile, (0, -cols % step, 0, -rows % step), value=pad)
 
 
 def sums(tile: Float[Tensor, "rows cols"], step: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain, near
-from saewb.stats._entries import Counted, Dense, Entries, Factors, unit
+from saewb.stats._entries import Counted, Dense, Entries, Factors, Picked, unit
 from saewb.stats._ordering import by_clusters
 from saewb.stats._overview import Overview, Pair, pooled
 from saewb.stats._together import Coactivation
@@ -74,6 +74,30 @@ class MatrixView:
             ValueError: for a feature that is not there.
         """
         return self.entries.tile(self._index(rows, 0), self._index(cols, 1)).cpu()
+
+    def picked(self, features: Sequence[int] | Tensor) -> MatrixView:
+        """The same matrix between these features, each any number of times; -1 stands for none, and is not defined.
+
+        So the matrix of true features can be laid beside that of learnt latents, each latent's feature in its place.
+
+        Raises:
+            ValueError: for a feature that is not there, or if rows and columns are of two sets.
+        Example:
+            >>> truth = matrix_view(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+            >>> truth.picked([1, 0, -1]).block([0], [1, 2])
+            tensor([[0.5000,    nan]])
+        """
+        if not self.same:
+            raise ValueError(explain(f"{self!r} is of two sets.", want="one of correlations within a set"))
+        at = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
+        self._index(at[at >= 0], 0)
+        if bool((at < -1).any()) or not len(at):
+            raise ValueError(explain(f"picked got {at[:5].tolist()}.", want="features, or -1 for none"))
+        density = self.density
+        return MatrixView(
+            Picked(self.entries, at),
+            None if density is None else torch.where(at >= 0, density.to(at.device)[at.clamp(min=0)], 0),
+        )
 
     @torch.no_grad()
     def pooled(

@@ -1,15 +1,17 @@
 """CorrelationPanel's front end in Chromium, over the real panel."""
 
 import os
+import threading
 import time
 
 import chromium
 import panels
 import pytest
 import torch
-from saewb_widgets import CorrelationPanel
+from saewb_widgets import CorrelationPanel, _map_looking
 
 import saewb
+from saewb.stats import _overview
 from saewb.synthetic import random_dictionary
 
 
@@ -139,6 +141,94 @@ def test_learnt_against_true_is_a_diagonal(page):
         on, off = pixel(page, (k + 0.5) / 60, (k + 0.5) / 60), pixel(page, (k + 0.5) / 60, ((k + 7) % 60 + 0.5) / 60)
         assert on[0] - on[2] > 150
         assert abs(off[0] - off[2]) < 120
+
+
+def test_two_matrices_side_by_side(page):
+    true = saewb.random_low_rank_correlation(60, 4, scale=0.3, seed=2)
+    feature = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()
+    learnt = saewb.matrix_view(true).picked(feature).block(range(60), range(60))
+    panel = CorrelationPanel(learnt, against=true, matched=feature)
+    flush = chromium.mount(page, panel)
+    drawn(page, panel)
+    page.locator(".said", has_text="the two differ by").wait_for()
+    js = """s => { const c = document.querySelector(s);
+      return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; }"""
+    assert page.evaluate(js, "canvas.map") == page.evaluate(js, "canvas.twin")
+    box = page.locator("canvas.twin").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
+    page.mouse.wheel(0, -120)
+    page.wait_for_timeout(400)
+    assert panel.view != (0, 60, 0, 60)
+    page.mouse.move(box["x"] + 20, box["y"] + 30)
+    page.mouse.move(box["x"] + 22, box["y"] + 30)
+    one, two = page.inner_text(".tip").splitlines()[-1].removeprefix("correlation ").split(" and ")
+    assert one == two
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_timeout(200)
+    page.locator(".pair h3", has_text=f"{panel.pair[0]} and {panel.pair[1]}").wait_for()
+    panel.view = (0, 60, 0, 60)
+    flush()
+    drawn(page, panel)
+    page.mouse.move(1, 1)
+    page.set_viewport_size({"width": 420, "height": 900})
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_model_is_stopped_and_run_again(page, monkeypatch):
+    go, real = threading.Event(), saewb.latent_matrix
+
+    def slow(*args, progress, **kwargs):
+        progress(4096)
+        go.wait(30)
+        return real(*args, progress=progress, **kwargs)
+
+    monkeypatch.setattr(saewb, "latent_matrix", slow, raising=False)
+    model, sae = panels.embedded()
+    texts = [d.text for d in saewb.embedded.held_out_texts()[:10]]
+    panel = CorrelationPanel(sae, model=model, tokens=texts)
+    chromium.mount(page, panel)
+    page.locator(".busy", has_text="running the model: 4,096 tokens").wait_for()
+    page.get_by_role("button", name="Stop looking through the entries").click()
+    go.set()
+    page.locator(".notice", has_text="Stopped after").wait_for()
+    page.get_by_role("button", name="Begin anew what was stopped").click()
+    page.locator("canvas.map[data-seq]").wait_for()
+    drawn(page, panel)
+    assert panel.matrix.shape == (1024, 1024)
+
+
+def test_a_part_in_view_becomes_finer(page, monkeypatch):
+    monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
+    monkeypatch.setattr(_map_looking, "PIXELS", 100)
+    monkeypatch.setattr(_overview, "QUICK", 1000.0)
+    monkeypatch.setattr(_overview, "_SIDE", 500)
+    low = saewb.random_low_rank_correlation(2000, 5, scale=0.1, seed=1)
+    monkeypatch.setattr(_overview.Overview, "scan", lambda self: iter(()))
+    panel = CorrelationPanel(low, order="index", view=(100, 420, 0, 320))
+    panel.wait(60)
+    chromium.mount(page, panel)
+    page.locator(".said", has_text="mean of").wait_for()
+    page.locator(".said", has_text="strongest entry of 4 x 4").wait_for()
+    assert page.get_attribute("canvas.map", "data-final") == "true"
+
+
+@pytest.mark.parametrize("matrix", [torch.ones(1, 1), torch.full((3, 3), torch.nan), torch.eye(2)])
+def test_tiny_and_undefined_matrices(page, matrix):
+    panel = CorrelationPanel(matrix)
+    chromium.mount(page, panel)
+    drawn(page, panel)
+    page.focus("canvas.map")
+    for key in ("+", "-", "ArrowUp", "0"):
+        page.keyboard.press(key)
+    box = page.locator("canvas.map").bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + 5)
+    page.wait_for_timeout(300)
+    i = int(panel.overview.rows[0])
+    page.locator(".pair h3", has_text=f"{i} and {i}").wait_for()
+    assert ("not defined" in page.inner_text(".pair h3")) == bool(matrix.isnan().any())
+    assert panel.complaint == ""
+    assert panel.view == (0, len(matrix), 0, len(matrix))
 
 
 def test_hostile_tokens_are_text_and_errors_are_shown(page):

@@ -39,3 +39,35 @@ def test_few_directions_in_a_narrow_place(page):
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
     page.evaluate("() => __stop()")
     assert page.evaluate("() => __heard()") == 0
+
+
+def test_the_focus_stays_where_keys_are_heard(page):
+    """What is drawn anew takes the focus along: in JupyterLab the next d d would delete the cell."""
+    panel = SuperpositionPanel(panels.embedded()[1])
+    chromium.mount(page, panel)
+    focused = (
+        "() => { const e = document.activeElement; return !!e.closest('.saewb') && e.dataset.lmSuppressShortcuts; }"
+    )
+    for name in ("Turn the order round", "What latents read", None):
+        name = name or f"Neighbours of {panel.neighbours[0][0]}"
+        page.get_by_role("button", name=name, exact=True).last.click()
+        page.wait_for_timeout(150)
+        assert page.evaluate(focused) == "true", name
+    row = page.locator(".rows .row button").nth(6)
+    row.click()
+    page.locator(".row[aria-current=true]").wait_for()
+    assert row.evaluate("e => e === document.activeElement")
+
+
+def test_an_exception_is_shown_and_goes_away(page):
+    panel = SuperpositionPanel(panels.embedded()[1])
+    flush = chromium.mount(page, panel)
+    try:
+        panel.selected = 5000
+    except ValueError:
+        flush()
+    page.locator(".complaint", has_text="want: 0 to 1023").wait_for()
+    page.get_by_role("button", name="Dismiss").click()
+    page.locator(".complaint").wait_for(state="hidden")
+    page.locator(".rows .row button").nth(4).click()
+    page.locator("h3", has_text=f"Nearest to {panel.rows['rows'][2][0]}").wait_for()

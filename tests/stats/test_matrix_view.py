@@ -401,3 +401,52 @@ def test_wrong_cells_and_orders():
 @pytest.mark.parametrize("module", [matrix_view, _entries, _fired, _pooling, _ordering, _overview, _best])
 def test_examples_run(module):
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
+
+
+@pytest.mark.parametrize("name", ["low rank", "dense", "counts", "phi"])
+def test_picked_features_are_where_they_are_put(name):
+    view, full = VIEWS[name]
+    at = [5, 2, -1, 5, 36, 0, 9]
+    picked = view.picked(torch.tensor(at))
+    want = torch.tensor([[full[a, b] if min(a, b) >= 0 else math.nan for b in at] for a in at])
+    for i, a in enumerate(at):
+        for j, b in enumerate(at):
+            if a == b >= 0:
+                want[i, j] = math.nan if full[a, a].isnan() else 1  # the same feature, wherever it stands
+    close(picked.block(range(7), range(7)), want)
+    close(picked.block([3, 1], [0, 6]), want[[3, 1]][:, [0, 6]])
+    for cells in ("strongest", "mean"):
+        close(picked.pooled(range(7), range(7), 2, cells), reduced(want, [*range(7)], [*range(7)], 2, cells))
+    assert sorted(picked.order("clusters").tolist()) == [*range(7)]
+    x = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
+    off = want.nan_to_num(0)
+    if name in ("counts", "phi"):  # entries of a feature with itself are 1 there
+        close(picked.entries.times(x), off.float() @ x, atol=1e-4)
+    fires = view.entries.fires()
+    if fires is not None:
+        assert picked.entries.fires().tolist() == [int(fires[a]) if a >= 0 else 0 for a in at]
+        assert picked.pair(0, 1).together == view.pair(5, 2).together
+        assert picked.pair(0, 2).together is None
+        assert view.density is None or picked.density[2] == 0
+
+
+def test_what_cannot_be_picked():
+    view = VIEWS["low rank"][0]
+    for features, says in (([37], "no features"), ([-2], "or -1 for none"), ([], "or -1 for none")):
+        with pytest.raises(ValueError, match=says):
+            view.picked(features)
+    with pytest.raises(ValueError, match="two sets"):
+        saewb.matrix_view(torch.eye(3), torch.eye(3)).picked([0])
+
+
+def test_how_far_two_views_differ():
+    a, b = torch.tensor([[1.0, 0.5], [0.5, math.nan]]), torch.tensor([[1.0, 0.1], [math.nan, 0.0]])
+    one, two = (_overview.View(x, (0, 2, 0, 2), 1, "exact", True) for x in (a, b))
+    assert one.differs(two) == pytest.approx(math.sqrt(0.16 / 2))
+    assert math.isnan(one.differs(_overview.View(a * math.nan, (0, 2, 0, 2), 1, "exact", True)))
+    assert _overview.View(a * math.nan, (0, 2, 0, 2), 1, "exact", True).scale == 1
+    size = torch.rand(100, 100)
+    size[3] = math.nan
+    scale = _overview.View(size, (0, 100, 0, 100), 1, "exact", True).scale
+    assert (size > scale).sum() <= 0.006 * 9900
+    assert scale == pytest.approx(size.nanquantile(0.995).item(), abs=0.02)

@@ -11,11 +11,11 @@ from dataclasses import replace
 import panels
 import pytest
 import torch
-from saewb_widgets import CorrelationPanel, correlation
+from saewb_widgets import CorrelationPanel, _map_looking, correlation
 
 import saewb
 from saewb.stats import _overview
-from saewb.synthetic import random_dictionary
+from saewb.synthetic import best_matches, random_dictionary
 
 
 def low(n=300):
@@ -76,7 +76,7 @@ def test_tiles_are_bytes_of_the_entries_or_text_where_bytes_get_lost():
     assert head["cols"] == order[100:130].tolist()
     ((plain, buffers),) = press(panel, "tile", seq=8, plain=True)
     assert buffers is None
-    assert base64.b64decode(plain["levels"]) == levels
+    assert [base64.b64decode(x) for x in plain["levels"]] == [levels]
 
 
 def test_what_is_not_defined_has_a_level_of_its_own():
@@ -152,13 +152,179 @@ def test_a_pair_has_both_features():
     assert panel.page == {}
 
 
-def test_latents_on_text():
+def on_text(**more):
     model, sae = panels.embedded()
     texts = [d.text for d in saewb.embedded.held_out_texts()[:10]]
-    panel = CorrelationPanel(sae, model=model, tokens=texts, by="phi")
-    made = executed(panel, model=model, sae=sae, tokens=texts)
+    return CorrelationPanel(sae, model=model, tokens=texts, **more), {"model": model, "sae": sae, "tokens": texts}
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The model's pass waits, before its matrix is there, until this is set."""
+    go, real = threading.Event(), saewb.latent_matrix
+
+    def slow(*args, progress=lambda seen: None, **kwargs):
+        progress(4096)
+        go.wait(30)
+        return real(*args, progress=progress, **kwargs)
+
+    monkeypatch.setattr(saewb, "latent_matrix", slow, raising=False)
+    return go
+
+
+@pytest.mark.parametrize("by", [None, "phi"])
+def test_latents_on_text(by):
+    panel, given = on_text(**({} if by is None else {"by": by}))
+    panel.wait(60)
+    made = executed(panel, **given)
     torch.testing.assert_close(made["values"], panel.shown.values, equal_nan=True)
     assert "density" in panel.facts["orders"]
+    assert panel.facts["what"] == panel.matrix.what == (by or "correlation")
+
+
+def test_the_model_runs_beside_the_notebook(held):
+    panel, given = on_text(pair=(3, 5), order="density")
+    assert panel.busy == "running the model"
+    assert repr(panel) == "CorrelationPanel(correlation, 1024 x 1024, by density, rows 0:1024, columns 0:1024)"
+    assert panel.static_html() == "<div>the model has not been run yet</div>"
+    while not panel._seen:
+        pass
+    press(panel, "progress")
+    assert panel.busy == "running the model: 4,096 tokens"
+    assert press(panel, "tile", seq=1) == [({"tile": 1, "none": True}, None)]
+    with pytest.raises(ValueError, match="the model is running"):
+        _ = panel.shown
+    panel.order = "index"
+    with pytest.raises(ValueError, match="near: index"):
+        panel.order = "indx"
+    held.set()
+    panel.wait(60)
+    torch.testing.assert_close(executed(panel, **given)["values"], panel.shown.values, equal_nan=True)
+    assert (panel.busy, panel.order, panel.progress) == ("", "index", 1)
+    assert panel.page["sides"][1]["feature"] == 5
+    assert len(panel.figures["pairs"]) == 100
+
+
+def test_the_model_can_be_stopped_and_run_again(held):
+    panel, _ = on_text()
+    press(panel, "stop")
+    held.set()
+    panel.wait(60)
+    assert (panel.matrix, panel.busy) == (None, "")
+    assert re.match(r"Stopped after [\d,]+ tokens", panel.notice)
+    press(panel, "again")
+    panel.wait(60)
+    assert panel.matrix.shape == (1024, 1024)
+
+
+def test_a_model_that_fails_says_so():
+    model, sae = panels.embedded()
+    panel = CorrelationPanel(sae, model=model, tokens=[""])
+    with pytest.raises(ValueError, match="tokens"):
+        panel.wait(60)
+    assert panel.complaint.startswith("ValueError: ")
+    assert panel.busy == ""
+    with pytest.raises(TypeError, match="want: an SAE"):
+        CorrelationPanel(low(), model=model, tokens=["a"])
+
+
+def learnt_and_true():
+    """Latents of which the last stands for no feature, and two for the same one."""
+    dictionary = random_dictionary(20, 12)
+    feature = [*range(19, -1, -1), 4, -1]
+    learnt = torch.cat([dictionary.directions[feature[:-1]], torch.randn(1, 12)])
+    true = saewb.random_low_rank_correlation(20, 3, scale=0.3, seed=5)
+    return saewb.matrix_view(learnt, by="cosine"), true, feature, dictionary, learnt
+
+
+def test_a_true_matrix_beside_a_learnt_one():
+    first, true, feature, dictionary, learnt = learnt_and_true()
+    found, _ = best_matches(learnt, dictionary.directions)
+    assert found[:-1].tolist() == feature[:-1]
+    panel = CorrelationPanel(first, against=true, matched=feature)
+    full = true.dense()
+    for view in ((0, 22, 0, 22), (3, 17, 0, 9)):
+        panel.view, panel.pair = view, (0, 20)
+        made = executed(panel, matrix=first, against=true, matched=feature)
+        torch.testing.assert_close(made["values"], panel.shown.values, equal_nan=True)
+        torch.testing.assert_close(made["beside"], panel.beside.values, equal_nan=True)
+        for a, i in enumerate(made["rows"].tolist()):
+            for b, j in enumerate(made["columns"].tolist()):
+                want = full[feature[i], feature[j]] if min(feature[i], feature[j]) >= 0 else torch.tensor(torch.nan)
+                torch.testing.assert_close(made["beside"][a, b], want, equal_nan=True, atol=1e-5, rtol=0)
+    assert panel.page["second"] == pytest.approx(full[19, 4].item(), rel=1e-3)
+    ((head, levels),) = press(panel, "tile", seq=3)
+    assert (head["n"], [len(x) for x in levels]) == (2, [14 * 9] * 2)
+    apart = (made["values"] - made["beside"]).double()
+    apart = apart[~apart.isnan()].square().mean().sqrt().item()
+    assert f"the two differ by {apart:.4g}"[:26] in head["said"]
+    assert panel.static_html().count("<img") == 2
+
+
+def test_a_second_matrix_has_to_fit():
+    for more, says in (
+        ({"against": low(20)}, "300 x 300 and 20 x 20"),
+        ({"against": low(20), "matched": [0] * 299}, "300 x 300 and 299 x 299"),
+        ({"against": low(20), "matched": [20] * 300}, "no features"),
+        ({"matched": [0] * 300}, "without against="),
+    ):
+        with pytest.raises(ValueError, match=says):
+            CorrelationPanel(low(), **more)
+    same = CorrelationPanel(low(), against=low())
+    assert same.shown.differs(same.beside) == 0
+
+
+def test_two_large_matrices(monkeypatch):
+    monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
+    monkeypatch.setattr(_overview, "QUICK", 1000.0)
+    panel = CorrelationPanel(low(2000), against=low(2000), matched=[*range(1999), -1], order="index")
+    assert panel.beside is None  # means of it take a pass, which has not been made
+    assert "beside" not in executed(panel, of=low(2000), against=low(2000), matched=[*range(1999), -1])
+    panel.wait(60)
+    assert panel.beside.values[:-1, :-1].equal(panel.shown.values[:-1, :-1])
+
+
+def test_a_part_in_view_is_made_finer(monkeypatch):
+    monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
+    monkeypatch.setattr(_map_looking, "PIXELS", 100)
+    monkeypatch.setattr(_overview, "QUICK", 1000.0)
+    monkeypatch.setattr(_overview, "_SIDE", 500)
+    panel = CorrelationPanel(low(2000), order="index")
+    press(panel, "stop")
+    panel.wait(60)
+    for view in ((0, 50, 0, 50), (100, 1300, 0, 1200)):  # fine as it is; as good as looking through all of it
+        panel.view = view
+        press(panel, "refine")
+        assert panel.busy == ""
+    assert (panel.shown.cells, panel.shown.is_final) == ("mean", False)
+    panel.view = (100, 420, 0, 320)
+    assert (panel.shown.cells, panel.shown.is_final) == ("mean", False)
+    before = panel.version
+    press(panel, "refine")
+    assert panel.busy == "making the picture finer"
+    panel.wait(60)
+    assert panel.version == before + 1
+    assert (panel.shown.cells, panel.shown.is_final, panel.shown.step) == ("strongest", True, 4)
+    torch.testing.assert_close(executed(panel, of=low(2000))["values"], panel.shown.values, atol=1e-5, rtol=0)
+    panel.cells = "mean"
+    assert panel.shown.cells == "mean"
+    panel.view, panel.cells = (100, 424, 0, 320), "strongest"
+    assert not panel.shown.is_final
+
+
+def test_empty_tiny_and_undefined_matrices():
+    with pytest.raises(ValueError, match="want: at least 1"):
+        CorrelationPanel(torch.ones(0, 0))
+    for matrix in (torch.full((1, 1), torch.nan), torch.full((3, 3), torch.nan), torch.ones(1, 1), torch.eye(2)):
+        panel = CorrelationPanel(matrix)
+        n = len(matrix)
+        panel.pair = (0, n - 1)
+        assert panel.figures["pairs"] == []
+        assert panel.page["value"] == (None if matrix.isnan().any() else float(matrix[0, n - 1]))
+        ((_, (levels,)),) = press(panel, "tile", seq=1)
+        assert len(levels) == n * n
+        torch.testing.assert_close(executed(panel, of=matrix)["values"], panel.shown.values, equal_nan=True)
+        assert "<img" in panel.static_html()
 
 
 def test_an_index_deleted_under_the_panel():
@@ -177,7 +343,7 @@ def test_an_index_deleted_under_the_panel():
 
 
 def test_large_ones_are_looked_through_beside_the_notebook(monkeypatch):
-    monkeypatch.setattr(correlation, "_AT_ONCE", 10)
+    monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
     monkeypatch.setattr(_overview, "QUICK", 1000.0)
     go, real = threading.Event(), _overview.Overview.scan
     monkeypatch.setattr(_overview.Overview, "scan", lambda self: (go.wait(30), (yield from real(self)))[1])

@@ -115,6 +115,28 @@ def test_many_directions_take_a_thread(monkeypatch, sae):
     assert "decoder" in panel.title
 
 
+def test_directions_that_cannot_be_compared_say_so_and_leave_the_panel(monkeypatch, directions):
+    monkeypatch.setattr(superposition, "_AT_ONCE", 10)
+    directions[3, 4] = torch.nan
+    panel = SuperpositionPanel(directions)
+    with pytest.raises(ValueError, match="not finite"):
+        panel.wait(60)
+    assert panel.complaint.startswith("ValueError: ")
+    assert (panel.busy, panel.neighbours, panel.static_html()) == ("", [], "<div>not computed yet</div>")
+    directions[3, 4] = 1.0
+    panel.closest_first = False  # asks anew
+    panel.wait(60)
+    assert panel.complaint == ""
+    assert executed(panel, directions=directions)["neighbours"] == panel.neighbours
+
+
+def test_two_directions():
+    panel = SuperpositionPanel(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+    assert panel.neighbours == [(1, pytest.approx(0.6))]
+    assert executed(panel, directions=panel.directions)["neighbours"] == panel.neighbours
+    assert "+0.600" in panel.static_html()
+
+
 def test_a_saved_notebook_shows_figures(sae):
     said = SuperpositionPanel(sae)._repr_mimebundle_()[0]["text/html"]
     assert "mean_max_abs_cos" in said

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import base64
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets import _packing, _png, _static
+from saewb_widgets import _map_looking, _map_packing
+from saewb_widgets._map_given import LATENTS, Given
 from saewb_widgets._panel import Panel, guarded, refused, source
 
-_AT_ONCE = 2048  # features up to which it takes no thread
-PIXELS = 384  # cells a side that are sent, at most
-_WORDS = 6  # contexts of a feature in a tip
 CELLS = ("strongest", "mean")
+
+
+class _Stopped(Exception):
+    """The reader wants no more of it."""
 
 
 class CorrelationPanel(Panel):
     """Look at a correlation, cosine or co-activation matrix: zoom from all of it to single entries, click for a pair.
 
     What is shown is `panel.matrix`, a `saewb.MatrixView`: cells of the part in view, never the whole. Above 2,048
-    features, order and strongest entries are found beside the notebook (`busy`, `wait()`); until then cells show means.
+    features, order and strongest entries are found beside the notebook (`busy`, `wait()`); until then cells show means,
+    and a part in view that stays in view is made finer. So is a matrix of latents on text, which needs the model.
+    With `against`, a second matrix is beside it, the same features in the same places: true against learnt ones.
 
     Example:
         >>> import saewb
@@ -59,6 +64,8 @@ class CorrelationPanel(Panel):
         tokens: Any = None,
         index: Any = None,
         by: str | None = None,
+        against: Any = None,
+        matched: Any = None,
         **traits: Any,
     ) -> None:
         """Show a matrix.
@@ -67,73 +74,85 @@ class CorrelationPanel(Panel):
             of: a matrix `[n, n]`, a LowRankCorrelation, a Coactivation, a FeatureIndex, a MatrixView, or an SAE (its
                 directions' cosines, or with `model` and `tokens` its latents' correlation on them).
             other: true directions or another SAE: cosines of `of` with these, matched.
-            model: with `tokens`.
+            model: with `tokens`: the model is run beside the notebook, and `matrix` is None until it has been.
             tokens: ids or texts.
             index: of the features of the rows, for what they fire on.
             by: see `saewb.matrix_view` and `saewb.latent_matrix`.
+            against: a second matrix, to be compared: anything that `of` may be except an SAE with text or an index.
+            matched: of each feature of `of` its feature in `against`, -1 for none; e.g. the first of what
+                `saewb.synthetic.best_matches` gives. None: the two have the same features.
             traits: e.g. `order="density"`, `view=(0, 100, 0, 100)`.
         Raises:
             TypeError: for anything else, or an unknown trait.
-            ValueError: for a matrix that is not square, an order or a window that is not there.
+            ValueError: for a matrix that is not square, an order or a window that is not there, an index or a second
+                matrix of another number of features.
         """
         self.check_names(traits)
-        if (model is None) != (tokens is None):
-            fix = "CorrelationPanel(sae, model=model, tokens=texts)"
-            raise ValueError(errors.explain("CorrelationPanel got one of model and tokens.", want="both", fix=fix))
-        self._made_with = _recipe(of, other, model, by)
+        self.given = Given(of, other, model, tokens, by, against, matched)
         self.index = of if isinstance(of, saewb.FeatureIndex) else index
-        self.matrix = _matrix(of, other, model, tokens, by)
+        self.matrix: Any = None if self.given.takes_long else self.given.matrix()
+        self.second: Any = None if self.matrix is None else self.given.second(self.matrix)
         self.overview: Any = None
-        self._stop, self._given_up = threading.Event(), False
+        self._beside: Any = None  # overview of the second
+        self._fine: Any = None  # what was made finer: (overview, window, cells), views
+        self._stop, self._given_up, self._asked_at, self._seen = threading.Event(), False, 0.0, 0
         self._ready = False
-        n, m = self.matrix.shape
-        if self.index is not None and len(self.index) != n:
-            what = f"the index is of {len(self.index):,} features, the matrix has {n:,}."
-            raise ValueError(errors.explain(what, want="the same"))
-        traits.setdefault("order", self.matrix.orders[0])
+        matrix = self.matrix
+        self._shape = (of.cfg.d_sae,) * 2 if matrix is None else matrix.shape
+        self._orders = LATENTS if matrix is None else matrix.orders
+        n, m = self._shape
+        self.given.fits(self.index, n)
+        traits.setdefault("order", self._orders[0])
         traits.setdefault("view", (0, n, 0, m))
         super().__init__(**traits)
-        self.title = {"cosine": "Cosines", "phi": "Firing together", "jaccard": "Firing together"}.get(
-            self.matrix.what, "Correlation"
-        )
-        self.about = f"{self.matrix.what} of {n:,} x {m:,} features"
-        self.facts = {"shape": [n, m], "orders": list(self.matrix.orders), "what": self.matrix.what, "pixels": PIXELS}
         self._ready = True
-        self._arrange()
+        self._describe((by or "correlation") if matrix is None else matrix.what)
+        self._read() if matrix is None else self._arrange()
         self._turn()
 
     @property
     def shown(self) -> Any:
-        """The cells in view: `values`, `window`, `step`, `cells`."""
-        return self._overview().view(self.view, PIXELS, self.cells)
+        """The cells in view: `values`, `window`, `step`, `cells`.
+
+        Raises:
+            ValueError: while the model is still running.
+        """
+        return self._views(self.view)[0]
+
+    @property
+    def beside(self) -> Any:
+        """The same cells of the second matrix; None if there is none, or not yet."""
+        return next(iter(self._views(self.view)[1:]), None)
 
     def summary(self) -> str:
         """See Panel."""
-        (n, m), (r0, r1, c0, c1) = self.matrix.shape, self.view
-        return f"{self.matrix.what}, {n} x {m}, by {self.order}, rows {r0}:{r1}, columns {c0}:{c1}"
+        (n, m), (r0, r1, c0, c1) = self._shape, self.view
+        return f"{self.facts['what']}, {n} x {m}, by {self.order}, rows {r0}:{r1}, columns {c0}:{c1}"
 
     def code(self) -> str:
-        """Python that makes `matrix`, `rows`, `columns` and `values`, the cells in view, of what was given."""
-        shown = self.shown
-        r0, r1, c0, c1 = shown.window
-        columns = "order" if self.matrix.same else f"range({self.matrix.shape[1]})"
-        lines = ["import saewb", "", *self._made_with, f"order = matrix.order({self.order!r})"]
-        lines += [f"rows, columns = order[{r0}:{r1}], {columns}[{c0}:{c1}]"]
-        cells = self.cells if shown.cells == "exact" else shown.cells
-        lines += [f"values = matrix.pooled(rows, columns, {shown.step}, {cells!r})"]
-        if self.pair[0] >= 0:
-            lines += [f"pair = matrix.pair({self.pair[0]}, {self.pair[1]})"]
+        """Python that makes `matrix`, `rows`, `columns` and `values`, the cells in view, of what was given.
+
+        With a second matrix also `second` and `beside`, its cells; with a pair, `pair`.
+        """
+        lines = ["import saewb", "", *self.given.code()]
+        if self.matrix is not None:
+            shown, (r0, r1, c0, c1) = self.shown, self.shown.window
+            columns = "order" if self.matrix.same else f"range({self.matrix.shape[1]})"
+            cells = self.cells if shown.cells == "exact" else shown.cells
+            lines += [f"order = matrix.order({self.order!r})"]
+            lines += [f"rows, columns = order[{r0}:{r1}], {columns}[{c0}:{c1}]"]
+            lines += [f"values = matrix.pooled(rows, columns, {shown.step}, {cells!r})"]
+            if self.beside is not None:
+                lines += [f"beside = second.pooled(rows, columns, {shown.step}, {cells!r})"]
+            if self.pair[0] >= 0:
+                lines += [f"pair = matrix.pair({self.pair[0]}, {self.pair[1]})"]
         return "\n".join(lines) + "\n"
 
     def static_html(self) -> str:
-        """See Panel. The picture is a PNG in a data URI, written by zlib."""
-        shown = self.shown
-        high, wide = shown.values.shape
-        uri = _png.data_uri(shown.levels(shown.scale), wide, high)
-        said = f"{self._said(shown)}; blue {-shown.scale:g}, orange {shown.scale:+g}, grey not defined"
-        picture = f"<img alt='{self.matrix.what} matrix' width=360 src='{uri}' style='image-rendering:pixelated'>"
-        rows = [(i, j, f"{v:+.3f}") for i, j, v in self.figures.get("pairs", [])[:12]]
-        return f"{picture}<div>{said}</div>" + _static.grid(("feature", "and", self.matrix.what), rows)
+        """See Panel."""
+        if self.matrix is None:
+            return "<div>the model has not been run yet</div>"
+        return _map_packing.still(self.matrix, self._views(self.view), self.figures.get("pairs", []))
 
     def asked(self, what: str, **how: Any) -> None:
         """See Panel."""
@@ -141,12 +160,17 @@ class CorrelationPanel(Panel):
             self._send_tile(**how)
         elif what == "peek":
             i, j = int(how["row"]), int(how["col"])
-            self.send({"peek": [i, j], "said": [self._words(i, 0), self._words(j, 1)]})
+            said = [_map_packing.words(self.matrix, self.index, k, axis) for axis, k in enumerate((i, j))]
+            self.send({"peek": [i, j], "said": said})
         elif what == "progress":
-            self.progress = 1.0 if self._overview_done() else getattr(self.overview, "done_frac", 0.0)
+            self._say_progress()
+        elif what == "refine":
+            self._refine()
         elif what == "stop":
             self._stop.set()
             self._given_up = True  # also where the looking has not begun
+        elif what == "again":
+            self._read() if self.matrix is None else self._arrange()
         elif what == "code":
             self.notice = self.code()
         else:
@@ -155,20 +179,20 @@ class CorrelationPanel(Panel):
     @t.validate("view", "order", "cells", "pair")
     @guarded
     def _check(self, proposal: dict) -> Any:
-        name, got, (n, m) = proposal["trait"].name, proposal["value"], self.matrix.shape
+        name, got, (n, m) = proposal["trait"].name, proposal["value"], self._shape
         with refused():
             if name == "view":
                 self._window(got)
             if name == "pair" and got != (-1, -1) and not (0 <= got[0] < n and 0 <= got[1] < m):
                 raise ValueError(errors.explain(f"pair is {got}.", want=f"features below {n} and {m}"))
-            known = {"order": self.matrix.orders, "cells": CELLS}.get(name)
+            known = {"order": self._orders, "cells": CELLS}.get(name)
             if known and got not in known:
                 near = errors.near(got, known)
                 raise ValueError(errors.explain(f"{name} is {got!r}.", near=near, want=", ".join(known)))
         return got
 
     def _window(self, got: tuple) -> tuple:
-        n, m = self.matrix.shape
+        n, m = self._shape
         if len(got) != 4 or not (0 <= got[0] < got[1] <= n and 0 <= got[2] < got[3] <= m):
             raise ValueError(errors.explain(f"view is {got}.", want=f"row0 < row1 <= {n}, col0 < col1 <= {m}"))
         return got
@@ -176,7 +200,7 @@ class CorrelationPanel(Panel):
     @t.observe("order")
     @guarded
     def _ordered_anew(self, _: Any = None) -> None:
-        if self._ready:
+        if self._ready and self.matrix is not None:
             self._arrange()
 
     @t.observe("cells")
@@ -191,13 +215,61 @@ class CorrelationPanel(Panel):
         if self._ready:
             self._turn()
 
-    def _overview(self) -> Any:
+    def _describe(self, what: str) -> None:
+        self.title, self.about = self.given.said(self._shape, what)
+        two = self.given.against is not None
+        self.facts = {"shape": list(self._shape), "orders": list(self._orders), "what": what, "two": two}
+
+    # -- the matrix --------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """Run the model beside the notebook."""
+        stop, self._given_up, self._seen = threading.Event(), False, 0
+        self._stop = stop
+
+        def progress(seen: int) -> None:
+            self._seen = seen
+            if stop.is_set():
+                raise _Stopped
+
+        def work() -> Any:
+            try:
+                matrix = self.given.matrix(progress)
+                return matrix, self.given.second(matrix)
+            except _Stopped:
+                return None
+
+        self.started("matrix", "running the model", work, self._have)
+
+    def _have(self, got: Any) -> None:
+        """Take the matrix, if it was not stopped."""
+        if got is None:
+            self.notice = f"Stopped after {self._seen:,} tokens."
+            return
+        self.matrix, self.second = got
+        self._orders, self._seen = self.matrix.orders, 0
+        self._describe(self.matrix.what)
+        self._arrange()
+        self._turn()
+
+    def _say_progress(self) -> None:
+        if "matrix" in self._jobs:
+            self.busy = f"running the model: {self._seen:,} tokens"
+        elif self.overview is not None:
+            self.progress = self.overview.done_frac
+
+    def _overviews(self) -> list[Any]:
+        """Of the matrix, and of the second."""
+        if self.matrix is None:
+            what = "the matrix is not there yet" + (": the model is running." if self.busy else ".")
+            raise ValueError(errors.explain(what, fix="panel.wait()"))
         if self.overview is None:
             self.overview = self.matrix.overview()
-        return self.overview
-
-    def _overview_done(self) -> bool:
-        return self.overview is not None and self.overview.done_frac == 1
+        if self.second is None:
+            return [self.overview]
+        if self._beside is None or self._beside.rows is not self.overview.rows:
+            self._beside = self.second.overview(self.overview.rows)
+        return [self.overview, self._beside]
 
     def _arrange(self) -> None:
         """Have the order, then look through all entries."""
@@ -205,15 +277,16 @@ class CorrelationPanel(Panel):
         self._given_up, self.progress = False, 0.0
         matrix, by = self.matrix, self.order
         self.dropped("scan")
+        what = f"ordering {self._shape[0]:,} features by {by}"
+        self._soon("order", what, lambda: matrix.overview(matrix.order(by)), self._arranged)
 
-        def work() -> Any:
-            return matrix.overview(matrix.order(by))
-
-        if max(matrix.shape) > _AT_ONCE:
-            self.started("order", f"ordering {matrix.shape[0]:,} features by {by}", work, self._arranged)
+    def _soon(self, key: str, what: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """At once, or of a large matrix beside the notebook."""
+        if max(self._shape) > _map_looking.AT_ONCE:
+            self.started(key, what, work, then)
         else:
-            self.dropped("order")
-            self._arranged(work())
+            self.dropped(key)
+            then(work())
 
     def _arranged(self, overview: Any) -> None:
         self.overview, stop = overview, threading.Event()
@@ -221,101 +294,57 @@ class CorrelationPanel(Panel):
         self.version += 1
         if self._given_up:
             return
+        seen = self._overviews()
 
         def work() -> Any:
-            for _ in overview.scan():
-                if stop.is_set():
-                    break
+            _map_looking.look_through(seen[::-1], stop, lambda: self._asked_at)
             return overview
 
-        if max(self.matrix.shape) > _AT_ONCE:
-            self.started("scan", "looking for the strongest entries", work, self._scanned)
-        else:
-            self._scanned(work())
+        self._soon("scan", "looking for the strongest entries", work, self._scanned)
 
     def _scanned(self, overview: Any) -> None:
-        if overview is not self.overview:
+        if overview is self.overview:
+            self.progress = overview.done_frac
+            self.figures = _map_packing.figures(overview)
+            self.version += 1
+
+    # -- what is in view ---------------------------------------------------------------------------------------------
+
+    def _views(self, window: tuple) -> list[Any]:
+        """Of the matrix, and of the second in the same cells."""
+        seen = self._overviews()
+        if self._fine is not None and self._fine[0] == (seen[0], tuple(window), self.cells):
+            return self._fine[1]
+        return _map_looking.views(seen, window, self.cells)
+
+    def _refine(self) -> None:
+        """Make the part in view of all its entries, beside the notebook, unless the scan will have it soon."""
+        window, cells, seen = self.view, self.cells, self._overviews()
+        if "refine" in self._jobs or not _map_looking.worth_it(seen, window):
             return
-        found = overview.stats
-        self.progress = overview.done_frac
-        pairs = [[p.row, p.col, _packing.short(p.value)] for p in overview.pairs]
-        stats = (
-            []
-            if found is None
-            else [["root mean square", _packing.short(found.rms)], ["mean", _packing.short(found.mean)]]
-        )
-        strongest = [["strongest", pairs[0][2]]] if pairs else []
-        self.figures = {"figures": [*stats, *strongest], "pairs": pairs}
+        if all(view.is_final for view in self._views(window)):
+            return
+
+        def work() -> Any:
+            return (seen[0], window, cells), _map_looking.finer(seen, window, cells)
+
+        self.started("refine", "making the picture finer", work, self._refined)
+
+    def _refined(self, got: Any) -> None:
+        self._fine = got
         self.version += 1
 
     def _send_tile(self, seq: int, view: Any = None, plain: bool = False) -> None:
         """Of a view that the front end names, since its messages may overtake its traits."""
+        self._asked_at = time.monotonic()
+        if self.matrix is None:
+            self.send({"tile": seq, "none": True})
+            return
         window = self.view if view is None else self._window(tuple(view))
-        shown = self._overview().view(window, PIXELS, self.cells)
-        levels, (high, wide) = shown.levels(shown.scale), shown.values.shape
-        head = {"tile": seq, "window": list(shown.window), "shape": [high, wide], "scale": shown.scale}
-        head |= {"step": shown.step, "said": self._said(shown)}
-        if shown.step == 1:
-            r0, r1, c0, c1 = shown.window
-            head |= {"rows": self.overview.rows[r0:r1].tolist(), "cols": self.overview.cols[c0:c1].tolist()}
-        if plain:  # where binary buffers get lost
-            self.send({**head, "levels": base64.b64encode(levels).decode()})
-        else:
-            self.send(head, [levels])
-
-    def _said(self, shown: Any) -> str:
-        if shown.cells == "exact":
-            return "single entries"
-        kind = "strongest entry" if shown.cells == "strongest" else "mean"
-        return f"{kind} of {shown.step} x {shown.step}" + ("" if shown.is_final else ", for now")
-
-    def _latent(self, i: int, axis: int) -> Any:
-        return self.index.latent(i) if self.index is not None and (axis == 0 or self.matrix.same) else None
-
-    def _words(self, i: int, axis: int) -> list[str]:
-        latent = self._latent(i, axis)
-        return [] if latent is None else [c.token for c in latent.top[:_WORDS]]
+        head, levels = _map_packing.tile(self.overview, self._views(window), plain)
+        self.send({"tile": seq, **head}, levels or None)
 
     def _turn(self) -> None:
         """Turn to the pair."""
-        i, j = self.pair
-        if i < 0:
-            self.page = {}
-            return
-        found = self.matrix.pair(i, j)
-        value = None if found.value != found.value else _packing.short(found.value)
-        sides = [self._side(i, 0, found.fires_row), self._side(j, 1, found.fires_col)]
-        self.page = {"value": value, "together": found.together, "n_tokens": found.n_tokens, "sides": sides}
-
-    def _side(self, i: int, axis: int, fires: int | None) -> dict[str, Any]:
-        latent = self._latent(i, axis)
-        near = [[p.col if axis == 0 else p.row, _packing.short(p.value)] for p in self.matrix.partners(i, 8, axis)]
-        made: dict[str, Any] = {"feature": i, "fires": fires, "near": near}
-        if latent is not None:
-            special = frozenset(self.index.facts.special)
-            made["page"] = _packing.page(latent, special, None)
-            made["page"] = {k: made["page"][k] for k in ("density", "max", "scale", "words", "top", "histogram")}
-        return made
-
-
-def _matrix(of: Any, other: Any, model: Any, tokens: Any, by: str | None) -> Any:
-    if isinstance(of, saewb.MatrixView):
-        return of
-    if isinstance(of, saewb.FeatureIndex):
-        return of.matrix()
-    if model is not None:
-        return saewb.latent_matrix(model, of, tokens, **({} if by is None else {"by": by}))
-    return saewb.matrix_view(of, other, by=by)
-
-
-def _recipe(of: Any, other: Any, model: Any, by: str | None) -> list[str]:
-    """Lines that make `matrix`."""
-    asked = "" if by is None else f", by={by!r}"
-    if isinstance(of, saewb.MatrixView):
-        return ["# matrix: the MatrixView that the panel was made with"]
-    if isinstance(of, saewb.FeatureIndex):
-        return ["# index: what the panel was made with", "matrix = index.matrix()"]
-    if model is not None:
-        return ["# model, sae, tokens: as given", f"matrix = saewb.latent_matrix(model, sae, tokens{asked})"]
-    second = "" if other is None else ", other"
-    return [f"# of{second}: what the panel was made with", f"matrix = saewb.matrix_view(of{second}{asked})"]
+        made = self.pair[0] >= 0 and self.matrix is not None
+        self.page = _map_packing.pair(self.matrix, self.second, self.index, *self.pair) if made else {}

@@ -2,7 +2,7 @@ const cosine = (v) => (v < 0 ? "\u2212" : "") + Math.abs(v).toFixed(3);
 
 function crowd({ body, model, on, set, ask }) {
   const line = make("div", "line"), figures = make("dl", "figures"), hists = make("div", "hists"), lists = make("div", "lists");
-  const sides = make("div", "sides"), list = make("section", "card"), near = make("section", "card");
+  const sides = make("div", "sides"), list = make("section", "card"), near = make("section", "card near");
   lists.append(list, near);
   line.append(sides, make("span", "gap"), button("code", "", () => ask("code"), "The Python that gives this"));
   body.append(line, figures, hists, lists);
@@ -10,10 +10,12 @@ function crowd({ body, model, on, set, ask }) {
   const card = (title, note) => { const e = make("section", "card"), h = make("h3", "", title);
     if (note) h.append(" ", make("small", "", note)); e.append(h); return e; };
   const axis = (...labels) => { const e = make("div", "axis"); labels.forEach((l) => e.append(make("span", "", l))); return e; };
-  const tabs = () => sides.replaceChildren(...model.get("facts").sides.map((s) => {
-    const b = button(s, "", () => set({ side: s }), s === "decoder" ? "What latents write" : "What latents read");
-    b.setAttribute("aria-pressed", String(model.get("side") === s));
-    return b; }));
+  // What is in focus stays there: what is drawn anew takes the focus along, or the notebook would hear the next key.
+  const tabs = () => { const had = sides.contains(document.activeElement);
+    sides.replaceChildren(...model.get("facts").sides.map((s) => button(s, "", () => set({ side: s }), s === "decoder" ? "What latents write" : "What latents read")));
+    chosen();
+    if (had) sides.querySelector("[aria-pressed=true]")?.focus(); };
+  const chosen = () => [...sides.children].forEach((b) => b.setAttribute("aria-pressed", String(b.textContent === model.get("side"))));
   const overview = () => {
     const f = model.get("figures");
     figures.replaceChildren();
@@ -35,30 +37,36 @@ function crowd({ body, model, on, set, ask }) {
     b.style.width = 100 * Math.abs(v) + "%";
     if (v < 0) b.className = "minus";
     e.append(b); return e; };
-  const table = () => {
-    const first = model.get("closest_first"), head = make("h3", "", first ? "Closest to another" : "With the most room");
-    const turn = button("turn round", "quiet", () => set({ closest_first: !first }), "Turn the order round");
-    const rows = make("div", "rows");
-    rows.tabIndex = 0;
-    rows.setAttribute("aria-label", head.textContent);
-    (model.get("rows").rows || []).forEach(([i, , j, c]) => { const e = make("div", "row");
-      e.setAttribute("aria-current", String(i === model.get("selected")));
-      e.append(link(i), bar(c), make("span", "num", cosine(c)), link(j)); rows.append(e); });
-    head.append(turn);
-    const old = list.querySelector(".rows"), at = old && list.dataset.first === String(first) ? old.scrollTop : 0;
-    list.dataset.first = String(first);
-    list.replaceChildren(head, rows);
+  const head = make("h3"), name = make("span"), rows = make("div", "rows");
+  head.append(name, button("turn round", "quiet", () => set({ closest_first: !model.get("closest_first") }), "Turn the order round"));
+  rows.tabIndex = 0;
+  list.append(head, rows);
+  let first = null;
+  const table = () => { const had = rows.contains(document.activeElement), at = first === model.get("closest_first") ? rows.scrollTop : 0;
+    first = model.get("closest_first");
+    name.textContent = first ? "Closest to another" : "With the most room";
+    rows.setAttribute("aria-label", name.textContent);
+    rows.replaceChildren(...(model.get("rows").rows || []).map(([i, , j, c]) => { const e = make("div", "row");
+      e.dataset.direction = i;
+      e.append(link(i), bar(c), make("span", "num", cosine(c)), link(j));
+      return e; }));
     rows.scrollTop = at;
-  };
+    marked();
+    if (had) rows.focus({ preventScroll: true }); };
+  const marked = () => [...rows.children].forEach((e) => e.setAttribute("aria-current", String(+e.dataset.direction === model.get("selected"))));
   const page = () => {
-    const p = model.get("page");
+    const p = model.get("page"), had = near.contains(document.activeElement);
     near.replaceChildren(make("h3", "", p.direction === undefined ? "" : `Nearest to ${p.direction}`));
     (p.neighbours || []).forEach(([j, c]) => { const e = make("div", "row");
       e.append(link(j), bar(c), make("span", "num", cosine(c))); near.append(e); });
+    if (had) near.focus({ preventScroll: true });
   };
-  on("facts side", tabs);
+  near.tabIndex = -1;
+  on("facts", tabs);
+  on("side", chosen);
   on("figures", overview);
-  on("rows selected closest_first", table);
+  on("rows closest_first", table);
+  on("selected", marked);
   on("page", page);
   for (const f of [tabs, overview, table, page]) f();
 }
