@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from saewb import hooks
 from saewb.activations import capture
 from saewb.attachment import attach
+from saewb.encoding import Encoder
 from saewb.errors import explain
 from saewb.index import store
 from saewb.index.facts import IndexFacts
@@ -222,7 +223,7 @@ def _pass(model: nn.Module, builds: list[_Build], text: Text, progress: bool, sa
             raise ValueError(
                 explain(what, want="the same text, or a new folder", fix="index.extend(model, sae, tokens)")
             )
-    first = min(_next(build, text) for build in builds)
+    first, encoders = min(_next(build, text) for build in builds), [Encoder(build.sae) for build in builds]
     saved = time.monotonic()
     # Gathering runs on a thread of its own: an interrupt reaches the main thread only, so no batch is half counted.
     with _bar(progress, text.end - first) as advance, ThreadPoolExecutor(1) as aside:
@@ -230,7 +231,7 @@ def _pass(model: nn.Module, builds: list[_Build], text: Text, progress: bool, sa
         try:
             for row, ids, plain in text.batches(first):
                 seen = _captured(model, builds, ids)
-                pending = aside.submit(_gather, builds, text, seen, row, ids, plain)
+                pending = aside.submit(_gather, builds, encoders, text, seen, row, ids, plain)
                 pending.result()  # at once: two threads that compute would only get in each other's way
                 advance(len(ids))
                 if time.monotonic() - saved > save_every_s:
@@ -268,12 +269,20 @@ def _captured(model: nn.Module, builds: list[_Build], ids: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def _gather(builds: list[_Build], text: Text, seen: dict[str, Tensor], row: int, ids: Tensor, plain: Tensor) -> None:
-    for build in builds:
+def _gather(
+    builds: list[_Build],
+    encoders: list[Encoder],
+    text: Text,
+    seen: dict[str, Tensor],
+    row: int,
+    ids: Tensor,
+    plain: Tensor,
+) -> None:
+    for build, encoder in zip(builds, encoders, strict=True):
         if row < _next(build, text):
             continue
         x = flat(build.sae, seen[build.facts.hook], build.sae.cfg.d_in, build.facts.hook)
-        for part in firings(build.sae, x, ids, plain, row):
+        for part in firings(encoder, x, ids, plain, row):
             build.gathering.update(part)
         build.facts = build.facts.with_rows([(row, row + len(ids))], int(plain.sum()))
 

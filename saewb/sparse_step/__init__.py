@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.objectives import Gated, JumpReLU, Losses, MatchingPursuit, Objective, Params, Standard, State
+from saewb.products.precision import Precision, best_precision
 from saewb.sparse_step.adam import clipped_step
 from saewb.sparse_step.backward import Batch
 from saewb.sparse_step.gated import gated_step
-from saewb.sparse_step.precision import Precision, best_precision
 from saewb.sparse_step.thresholds import jumprelu_step, standard_step
 from saewb.sparse_step.topk import topk_step
 
