@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.arithmetic import (
-    BLOCK,
     TILE,
     Latents,
     Tap,
@@ -28,17 +27,13 @@ from saewb.arithmetic import (
     tapped,
     threshold_gate,
     top,
-    top_of_product,
     unscaled,
 )
 from saewb.config import SAEConfig, describe, tensor_shapes
 from saewb.errors import FormatError, explain
-from saewb.products.rough import Rough
+from saewb.products.rough import Rough, chosen
 
 __all__ = ["SAE", "SAEConfig", "TopLatents", "describe", "replace_config", "tensor_shapes"]
-
-# From how many tokens on, and up to which size of W_enc, it is worth it to prepare a product in bf16 for one call.
-_MANY, _SMALL = 512, 2**28
 
 
 @final
@@ -185,25 +180,11 @@ class SAE(nn.Module):
             ValueError: if the gate is a threshold, which keeps no fixed number.
         """
         if self.cfg.k is None:
-            raise ValueError(
-                explain(
-                    f"encode_topk on a {self.cfg.gate!r} SAE.",
-                    want="a top-k gate",
-                    fix="sae.encode(x)",
-                )
-            )
+            what = f"encode_topk on a {self.cfg.gate!r} SAE."
+            raise ValueError(explain(what, want="a top-k gate", fix="sae.encode(x)"))
         h = self.centred(x)
         rows, shape = h.reshape(-1, h.shape[-1]), (*h.shape[:-1], self.cfg.d_sae)
-        in_blocks = rows.device.type == "cpu" and len(rows) * self.cfg.d_sae > BLOCK and self.cfg.gate != "groupmax"
-        if torch.is_grad_enabled():
-            in_blocks, rough = False, None
-        elif rough is None and in_blocks and len(rows) >= _MANY and self.W_enc.nbytes <= _SMALL:
-            rough = Rough.of(self.W_enc, self.b_enc, like=rows)
-        if rough is not None:
-            return TopLatents(*rough.top(rows, self.cfg.k, self.cfg.gate), shape)
-        if in_blocks:
-            return TopLatents(*top_of_product(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.gate), shape)
-        return TopLatents(*top(torch.addmm(self.b_enc, rows, self.W_enc), self.cfg.k, self.cfg.gate), shape)
+        return TopLatents(*chosen(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.gate, rough), shape)
 
     def decode(
         self,

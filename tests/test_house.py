@@ -91,7 +91,7 @@ ROOMS = {
     "model_card": "",
     "sharing": "errors loading model_card places pursuit sae temporal",
     "latent_pairs": "activations encoding errors splice stats tokens",
-    "index": "activations attachment encoding errors hooks products report sae spans splice stats tokens",
+    "index": "activations arithmetic attachment encoding errors hooks products report sae spans splice stats tokens",
     "report": "errors index",
     "feature_json": "index",
     "neuronpedia": "errors feature_json index",

@@ -193,14 +193,17 @@ def test_an_encoder_says_what_fires(name, quick, monkeypatch):
         assert (on.value != 0).all()
         dense[rows].view(-1, D_SAE)[on.token, on.latent] = on.value
     want = (sae.encode(x) * plain[..., None]).detach().float()
-    rtol = 1e-2 if sae.dtype == torch.bfloat16 else 1e-5
+    if sae.dtype == torch.bfloat16:  # equal values, of which any may be kept, are common
+        dense, want, rtol = dense.sort(-1).values, want.sort(-1).values, 1e-2
+    else:
+        rtol = 1e-5
     assert torch.equal(dense != 0, want != 0)
     assert torch.allclose(dense, want, rtol=rtol, atol=1e-5)
     assert (encoder._rough is not None) == (quick and name not in ("groupmax", "topk bf16", "jumprelu float64"))
 
 
 def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
-    monkeypatch.setattr("saewb.sae._MANY", 100)
+    monkeypatch.setattr(rough, "_MANY", 100)
     sae = saewb.SAE(saewb.SAEConfig(8, 2**15, gate="topk", k=4), seed=1)
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
     made, of = [], Rough.of

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saewb.arithmetic import top_of_product
+from saewb.arithmetic import BLOCK, top, top_of_product
 from saewb.config import Gate
 from saewb.products.pairs import dots, pairs_of, rectangular
 from saewb.products.precision import finer
@@ -30,6 +30,7 @@ from saewb.products.tiles import above, largest
 
 _TILE = 2**24  # rough values held at a time (32 MiB in bf16)
 _PICKED = 2**20  # candidates scored again at a time
+_MANY, _SMALL = 512, 2**28  # tokens from which on, and bytes of W up to which, it is prepared for a single call
 _REST = 2**13  # tokens done in float32 at a time
 _PAD = 32  # rows that the rough factors have beyond d_in: bias, its rest, slack; a multiple that products like
 _U, _E = 2.0**-9, 2.0**-24  # rounding to bf16 and to float32, as a share of the number
@@ -71,7 +72,8 @@ class Rough:
         """
         if not pays(W):
             return None
-        norms = torch.linalg.vector_norm(W, dim=0)
+        rows = W.T.contiguous()
+        norms = torch.linalg.vector_norm(rows, dim=1)
         longest = float(norms.max()) * (1 + len(W) * _E) + len(W) ** 0.5 * 2.0**-60  # squares below 2^-126 are lost
         centre = _centre(like)
         biases = torch.addmv(b, W.T, centre)
@@ -81,14 +83,15 @@ class Rough:
         if floor is not None:
             size += float(floor.abs().max())
             biases = biases - floor
-        coarse = torch.zeros(len(W) + _PAD, W.shape[1], dtype=torch.bfloat16)
+        coarse = torch.empty(len(W) + _PAD, W.shape[1], dtype=torch.bfloat16)
         coarse[: len(W)] = W
+        coarse[len(W) :] = 0
         coarse[len(W)] = biases
         coarse[len(W) + 1] = biases - coarse[len(W)].float()
         coarse[len(W) + 2] = 1
         n = len(W) + _PAD
         lost = 2 * n * _E * (float(centre.double().norm()) * longest + 2 * size) + 4 * _U**2 * size
-        return cls(W, b, W.T.contiguous(), coarse, centre, longest, size, lost + n * _TINY)
+        return cls(W, b, rows, coarse, centre, longest, size, lost + n * _TINY)
 
     @property
     def nbytes(self) -> int:
@@ -180,6 +183,27 @@ class Rough:
         if signed:
             return full.gather(1, which), latents.gather(1, which), sure
         return torch.relu(best), latents.gather(1, which), sure | (reach <= 0)
+
+
+def chosen(
+    h: Float[Tensor, "tokens d_in"],
+    W: Float[Tensor, "d_in d_sae"],
+    b: Float[Tensor, " d_sae"],
+    k: int,
+    gate: Gate,
+    rough: Rough | None = None,
+) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+    """`arithmetic.top(h @ W + b, k, gate)` in the way that is quickest here; with gradients, where they are wanted.
+
+    `rough` is of these weights; without it one is made for this call where that is worth its time, and its memory: one
+    and a half times a `W` of up to 256 MiB.
+    """
+    wide = h.device.type == "cpu" and len(h) * W.shape[1] > BLOCK and gate != "groupmax"
+    if torch.is_grad_enabled() or not (wide or rough):
+        return top(torch.addmm(b, h, W), k, gate)
+    if rough is None and len(h) >= _MANY and W.nbytes <= _SMALL:
+        rough = Rough.of(W, b, like=h)
+    return top_of_product(h, W, b, k, gate) if rough is None else rough.top(h, k, gate)
 
 
 def pays(W: Float[Tensor, "d_in d_sae"]) -> bool:
