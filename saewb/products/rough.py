@@ -78,7 +78,7 @@ class Rough:
         centre = _centre(like)
         biases = torch.addmv(b, W.T, centre)
         size = float(torch.stack([biases.abs().max(), b.abs().max()]).max())
-        if not (longest < 2.0**60 and size < 2.0**60):  # NaN, too
+        if not (longest < 2.0**60 and size < 2.0**100):  # so that no square overflows; NaN, too
             return None
         if floor is not None:
             size += float(floor.abs().max())
