@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from saewb.activations import capture, eval_mode
-from saewb.arithmetic import TopLatents
+from saewb.encoding import Encoder
 from saewb.errors import explain, near
-from saewb.sae import SAE
 from saewb.splice import flat
 from saewb.stats._fired import Fired
 from saewb.stats.matrix_view import MatrixView
 from saewb.tokens import special_ids, special_mask, token_rows
 
-_DENSE = 2**23  # latents encoded at a time (32 MiB), unless one token has more
 _PASS = 4096  # tokens run through the model at a time
 _KINDS = ("correlation", "phi")
 
@@ -72,11 +70,11 @@ def latent_matrix(
         raise ValueError(explain(f"latent_matrix got hook={hook!r}, n_tokens={n_tokens}.", want="both", fix=fix))
     ids = token_rows(model, tokens, ctx_len)
     plain = ~special_mask(ids, special_ids(model, skip_special_tokens))
-    found, seen = [], 0
+    found, seen, encoder = [], 0, Encoder(sae)
     with eval_mode(model):
         for part in torch.arange(len(ids)).split(max(1, _PASS // ids.shape[1])):
             x = _read(model, sae, ids[part], plain[part], point)[: n_tokens - seen]
-            found += [(token + seen, latent, value) for token, latent, value in _firings(sae, x)]
+            found += [(on.token + seen + rows.start, on.latent, on.value) for rows, on in encoder.parts(x)]
             seen += len(x)
             if progress is not None:
                 progress(seen)
@@ -96,21 +94,3 @@ def _read(model: nn.Module, sae: nn.Module, ids: Tensor, plain: Tensor, point: s
     device = next(model.parameters()).device
     activation = capture(model, ids.to(device), [point])[point]
     return flat(sae, activation, sae.cfg.d_in, point)[plain.to(device)]
-
-
-@torch.no_grad()
-def _firings(sae: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(token, latent, value) of what fires, some tokens at a time."""
-    found = []
-    step = max(1, _DENSE // sae.cfg.d_sae)
-    for first in range(0, len(x), step):
-        part = x[first : first + step]
-        if isinstance(sae, SAE) and sae.cfg.k is not None:
-            top: TopLatents = sae.encode_topk(part)
-            token, slot = top.values.nonzero(as_tuple=True)
-            found.append((token + first, top.indices[token, slot], top.values[token, slot].float()))
-        else:
-            dense = sae.encode(part)
-            token, latent = dense.nonzero(as_tuple=True)
-            found.append((token + first, latent, dense[token, latent].float()))
-    return found

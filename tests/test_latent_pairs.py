@@ -26,7 +26,7 @@ def dense(sae, ids, plain, n_tokens=10**9, head=None):
 @pytest.mark.parametrize("gate", ["relu", "topk"])
 def test_it_is_the_correlation_of_activations(by, gate, monkeypatch):
     monkeypatch.setattr(module, "_PASS", 40)  # in several passes
-    monkeypatch.setattr(module, "_DENSE", 400)
+    monkeypatch.setattr("saewb.encoding._TILE", 400)
     sae = small.sae(HOOK, gate=gate, **({"k": 9} if gate == "topk" else {}))
     ids, seen = small.tokens(14, 10), []
     how = {"by": by, "skip_special_tokens": [small.BOS], "n_tokens": 100, "min_fires": 1, "progress": seen.append}

@@ -11,9 +11,10 @@ from objectives_list import InMemory, true_features
 
 import saewb
 from saewb.objectives import with_dead
-from saewb.sparse_step import best_precision, clipped_step, has_sparse_step, precision, sparse_step, tiles
+from saewb.products import precision, tiles
+from saewb.products.pairs import by_latent, combine, dots, gather_rows, pairs_of, per_latent, rectangular
+from saewb.sparse_step import best_precision, clipped_step, has_sparse_step, sparse_step
 from saewb.sparse_step.adam import folds
-from saewb.sparse_step.pairs import by_latent, combine, dots, gather_rows, pairs_of, per_latent, rectangular
 from saewb.sparse_step.selection import Readout, above_zero, top_of_batch, top_per_token
 
 D_SAE = 48

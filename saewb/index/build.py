@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from saewb import hooks
 from saewb.activations import capture
 from saewb.attachment import attach
+from saewb.encoding import Encoder
 from saewb.errors import explain
 from saewb.index import store
 from saewb.index.facts import IndexFacts
@@ -68,7 +69,9 @@ def build_index(
     `index.facts.plan.nbytes` of each SAE: `d_sae * (n_top + n_quantiles * per_quantile) * (8 * window + 32)` bytes of
     contexts, about 750 per latent and at most 528 per coactive token beside them, and about 130 MiB to put them in
     place (380 where 128 latents or more may fire on a token). A batch adds what fires on
-    it, about 150 bytes each, and at most 32 MiB of latents (or one row's). Then the weights' figures take
+    it, about 150 bytes each, and at most 32 MiB of latents (or one row's); where bf16 chooses which latents are worked
+    out (`saewb.products.rough`: CPUs with instructions for it), the pass holds `rough_bytes(d_in, d_sae)` too, one and
+    a half times W_enc and 72 MiB. Then the weights' figures take
     `saewb.index.weights.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once more,
     and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any
     `batch_size` and any number of interruptions, up to rounding of the model's activations.
@@ -222,7 +225,7 @@ def _pass(model: nn.Module, builds: list[_Build], text: Text, progress: bool, sa
             raise ValueError(
                 explain(what, want="the same text, or a new folder", fix="index.extend(model, sae, tokens)")
             )
-    first = min(_next(build, text) for build in builds)
+    first, encoders = min(_next(build, text) for build in builds), [Encoder(build.sae) for build in builds]
     saved = time.monotonic()
     # Gathering runs on a thread of its own: an interrupt reaches the main thread only, so no batch is half counted.
     with _bar(progress, text.end - first) as advance, ThreadPoolExecutor(1) as aside:
@@ -230,7 +233,7 @@ def _pass(model: nn.Module, builds: list[_Build], text: Text, progress: bool, sa
         try:
             for row, ids, plain in text.batches(first):
                 seen = _captured(model, builds, ids)
-                pending = aside.submit(_gather, builds, text, seen, row, ids, plain)
+                pending = aside.submit(_gather, builds, encoders, text, seen, row, ids, plain)
                 pending.result()  # at once: two threads that compute would only get in each other's way
                 advance(len(ids))
                 if time.monotonic() - saved > save_every_s:
@@ -268,12 +271,20 @@ def _captured(model: nn.Module, builds: list[_Build], ids: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def _gather(builds: list[_Build], text: Text, seen: dict[str, Tensor], row: int, ids: Tensor, plain: Tensor) -> None:
-    for build in builds:
+def _gather(
+    builds: list[_Build],
+    encoders: list[Encoder],
+    text: Text,
+    seen: dict[str, Tensor],
+    row: int,
+    ids: Tensor,
+    plain: Tensor,
+) -> None:
+    for build, encoder in zip(builds, encoders, strict=True):
         if row < _next(build, text):
             continue
         x = flat(build.sae, seen[build.facts.hook], build.sae.cfg.d_in, build.facts.hook)
-        for part in firings(build.sae, x, ids, plain, row):
+        for part in firings(encoder, x, ids, plain, row):
             build.gathering.update(part)
         build.facts = build.facts.with_rows([(row, row + len(ids))], int(plain.sum()))
 

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from saewb.sae import SAE
-
-# Pre-activations computed at a time, unless one row of tokens has more (32 MiB in float32).
-_TILE = 2**23
+from saewb.encoding import Encoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,35 +41,17 @@ class Firings:
 
 
 def firings(
-    sae: nn.Module, x: Float[Tensor, "rows ctx d_in"], ids: Tensor, plain: Tensor, first_row: int
+    encoder: Encoder, x: Float[Tensor, "rows ctx d_in"], ids: Tensor, plain: Tensor, first_row: int
 ) -> Iterator[Firings]:
     """Encode rows, a few at a time: what fires there.
 
-    A top-k SAE is asked for its k values per token, of all rows at once; of others, at most 32 MiB of latents (or those
-    of one row) are held at a time.
-
     Args:
-        sae: of any architecture.
+        encoder: of an SAE of any architecture.
         x: what it reads.
         ids: the tokens, `[rows, ctx]`, on the same device.
         plain: those that count.
         first_row: the number of the first row.
     """
-    sparse = isinstance(sae, SAE) and sae.cfg.k is not None
-    rows = len(ids) if sparse else max(1, _TILE // (ids.shape[1] * sae.cfg.d_sae))
-    for begin in range(0, len(ids), rows):
-        part = slice(begin, begin + rows)
-        token, latent, value = _sparse(sae, x[part], plain[part])
-        yield Firings(ids[part], plain[part], first_row + begin, sae.cfg.d_sae, token, latent, value)
-
-
-def _sparse(sae: nn.Module, x: Tensor, plain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(sae, SAE) and sae.cfg.k is not None:
-        top = sae.encode_topk(x)
-        latents, order = top.indices.sort(1)
-        values = top.values.gather(1, order)
-        token, rank = ((values != 0) & plain.reshape(-1, 1)).nonzero(as_tuple=True)
-        return token, latents[token, rank], values[token, rank].float()
-    dense = sae.encode(x).flatten(0, 1)
-    token, latent = ((dense != 0) & plain.reshape(-1, 1)).nonzero(as_tuple=True)
-    return token, latent, dense[token, latent].float()
+    for rows, on in encoder.parts(x, plain):
+        first = first_row + rows.start
+        yield Firings(ids[rows], plain[rows], first, encoder.sae.cfg.d_sae, on.token, on.latent, on.value)

@@ -3,7 +3,7 @@
 A dense step makes six products of batch x d_in x d_sae. Here:
 
 1. One of them is left, the encoder's, in row tiles whose results are not kept; where the hardware multiplies int8 or
-   bf16 faster it only selects, and the winners are scored again in full precision (`selection`, `tiles`, `precision`).
+   bf16 faster it only selects, and the winners are scored again in full precision (`selection`, `saewb.products`).
 2. The latents that are on are kept as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
    gradient of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
 3. The gradient of b_dec follows from that of the encoder's bias (`backward`).
@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.objectives import Gated, JumpReLU, Losses, MatchingPursuit, Objective, Params, Standard, State
+from saewb.products.precision import Precision, best_precision
 from saewb.sparse_step.adam import clipped_step
 from saewb.sparse_step.backward import Batch
 from saewb.sparse_step.gated import gated_step
-from saewb.sparse_step.precision import Precision, best_precision
 from saewb.sparse_step.thresholds import jumprelu_step, standard_step
 from saewb.sparse_step.topk import topk_step
 

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.objectives import Losses, Params
-from saewb.sparse_step.pairs import ByLatent, Pairs, gather_rows, per_latent
-from saewb.sparse_step.precision import Precision
+from saewb.products.pairs import ByLatent, Pairs, gather_rows, per_latent
+from saewb.products.precision import Precision
 from saewb.sparse_step.selection import Readout
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from saewb.objectives import Gated, Losses, State
+from saewb.products.pairs import by_latent, combine, dots, gather_rows, per_latent
 from saewb.sparse_step.backward import Batch, add_norm_gradient, figures, leave, squared
-from saewb.sparse_step.pairs import by_latent, combine, dots, gather_rows, per_latent
 from saewb.sparse_step.selection import above_zero
 
 

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.sparse_step.pairs import Pairs, dots, pairs_of, rectangular
-from saewb.sparse_step.precision import MARGIN, SLACK, SPARE, Multiply, Precision, finer, multiplier, tile_rows
-from saewb.sparse_step.tiles import above, largest
+from saewb.products.pairs import Pairs, dots, pairs_of, rectangular
+from saewb.products.precision import MARGIN, SLACK, SPARE, Multiply, Precision, finer, multiplier, tile_rows
+from saewb.products.tiles import above, largest
 
 _SAMPLE = 64  # tokens from which the batch's threshold is guessed
 _ROUNDING = 2**-8  # of a score: as far as its being bf16 may move it, twice over

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from saewb.objectives import JumpReLU, Losses, Params, Standard, State
 from saewb.objectives.dead import pre_activation
+from saewb.products.pairs import Pairs, by_latent, combine, dots, per_latent
 from saewb.sparse_step.auxiliary import add_dead_gradients
 from saewb.sparse_step.backward import Batch, add_norm_gradient, coded_gradients, figures, leave, per_token, squared
-from saewb.sparse_step.pairs import Pairs, by_latent, combine, dots, per_latent
 from saewb.sparse_step.selection import above_zero
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from saewb.objectives import AbsTopK, BatchTopK, Losses, Matryoshka, Params, State, TopK
 from saewb.objectives.dead import auxk
+from saewb.products.pairs import Pairs, by_latent, combine, dots, pairs_of
+from saewb.products.precision import MARGIN
 from saewb.sparse_step.auxiliary import DeadLoss, add_dead_gradients
 from saewb.sparse_step.backward import Batch, coded_gradients, figures, leave, squared
-from saewb.sparse_step.pairs import Pairs, by_latent, combine, dots, pairs_of
-from saewb.sparse_step.precision import MARGIN
 from saewb.sparse_step.selection import Readout, top_of_batch, top_per_token
 from saewb.team import Team
 

@@ -4,7 +4,7 @@ The pass of an index (model, encoding, gathering) against the model's own forwar
 a time, forward and index in turn, so that a busy machine troubles both alike; with `--forward-every 4` the forward runs
 on every fourth chunk only, and ratios are of those. Then what the weights say and the words, how long a page of one
 latent takes to open, and the memory: what the pass held at its peak beyond what the forward does, what is kept, and
-what is stated (`index.facts.plan.nbytes`, and 32 MiB of latents).
+what is stated (`index.facts.plan.nbytes`, 32 MiB of latents, and what choosing them in bf16 holds: `rough_bytes`).
 
 The first rows fill the index and cost most, so more text gives a lower ratio. Text beyond the embedded sample is the
 corpus that it comes from, fetched once; and repeated where that is too short.
@@ -26,6 +26,7 @@ from saewb.embedded.make import fetch_corpus, read_corpus
 from saewb.index.build import _Build, _facts, _finished, _pass
 from saewb.index.gather import Gathering
 from saewb.index.text import Text
+from saewb.products.rough import pays, rough_bytes
 
 from .measure import Report, Row, Table, arguments, in_turn, peak_mb, reset_peak, seconds
 
@@ -137,10 +138,11 @@ def table(options, sae, ids, took, memory, finishing, index) -> Table:
     later = [b / a for a, b in paired[len(paired) // 2 :]]
     forward = indexed / ratio
     n, (forward_mb, both_mb) = ids.numel(), memory
+    choosing = rough_bytes(sae.cfg.d_in, sae.cfg.d_sae) if pays(sae.W_enc) else 0
     kept = sum(tensor.nbytes for tensor in index.tensors.values())
     held = (
         f"pass +{both_mb - forward_mb:.0f} MB beyond the forward's +{forward_mb:.0f} MB; stated "
-        f"{index.facts.plan.nbytes / MB + 32:.0f} MB; kept {kept / MB:.0f} MB"
+        f"{(index.facts.plan.nbytes + choosing) / MB + 32:.0f} MB; kept {kept / MB:.0f} MB"
     )
     rows = (
         Row("forward to the layer", forward, f"{n / forward:,.0f} tokens/s, on {len(paired)} of {len(took)} chunks"),

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 import saewb
+from saewb.products.precision import finer
 from saewb.sparse_step import best_precision, clipped_step, sparse_step
-from saewb.sparse_step.precision import finer
 
 from .measure import Report, Row, Table, arguments, has, peak_mb, reset_peak
 

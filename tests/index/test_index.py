@@ -25,6 +25,7 @@ from saewb.index.weights import (
     word_direction,
 )
 from saewb.index.words import Words, words_of
+from saewb.products import rough
 from saewb.pursuit import PursuitConfig, PursuitSAE
 from saewb.splice import flat
 from saewb.temporal import TemporalConfig, TemporalSAE
@@ -229,7 +230,7 @@ def test_nearest_by_hand_and_by_numpy(monkeypatch):
     assert found["nearest.decoder"][0].tolist() == [1, 3]
     assert found["nearest.decoder_cosine"][0].tolist() == pytest.approx([0.99875, -0.98639], abs=1e-4)
     assert found["nearest.decoder_cosine"][4].tolist() == [0, 0]
-    monkeypatch.setattr("saewb.index.nearest._TILE", 3)
+    monkeypatch.setattr("saewb.index.nearest._AT_ONCE", 2)
     again = nearest(rows, 2, "decoder")
     assert torch.equal(found["nearest.decoder_cosine"], again["nearest.decoder_cosine"])
 
@@ -241,17 +242,19 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
     rows[400:420] = -rows[400] * torch.arange(1, 21)[:, None]
     rows[700:800] = rows[700] + torch.randn(100, d, generator=torch.Generator().manual_seed(1)) / 500  # all but copies
     rows[7] = 0
-    real, sure = finding._by_candidates, []
+    real, sure = rough.Rough._decided, {}
 
-    def watched(*arguments):
-        found = real(*arguments)
-        sure.append(found[2])
+    def watched(self, h, *how):
+        found = real(self, h, *how)
+        sure.update({tuple(row.tolist()): bool(yes) for row, yes in zip(h, found[2], strict=True)})
         return found
 
-    monkeypatch.setattr(finding, "_by_candidates", watched)
-    monkeypatch.setattr(finding, "_quick", lambda unit: True)
+    monkeypatch.setattr(rough.Rough, "_decided", watched)
+    monkeypatch.setattr(rough, "finer", lambda *_: "bf16")
+    monkeypatch.setattr(rough, "_TILE", 1100 * 50)
+    monkeypatch.setattr("saewb.index.nearest._AT_ONCE", 50)
     found, unit = nearest(rows, 8, "decoder"), torch.nn.functional.normalize(rows.double(), dim=1)
-    sure = torch.cat(sure)
+    sure = torch.tensor([sure[tuple(row.tolist())] for row in finding._unit(rows)])
     assert sure[450:700].float().mean() > 0.9
     assert not sure[100:400].any()  # done in float32
     cosine = unit @ unit.T
@@ -260,7 +263,7 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
     np.testing.assert_allclose(cosine.gather(1, got).abs(), want, atol=2e-6)
     np.testing.assert_allclose(found["nearest.decoder_cosine"], cosine.gather(1, got), atol=2e-6)
     assert (got != torch.arange(1100)[:, None]).all()
-    monkeypatch.setattr(finding, "_quick", lambda unit: False)
+    monkeypatch.setattr(rough, "finer", lambda *_: "full")
     plain = nearest(rows, 8, "decoder")["nearest.decoder_cosine"]
     np.testing.assert_allclose(found["nearest.decoder_cosine"].abs(), plain.abs(), atol=2e-6)
 

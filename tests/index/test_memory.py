@@ -6,6 +6,7 @@ from peak import peak_bytes
 from saewb.index.nearest import nearest_bytes
 from saewb.index.together import PAIRS
 from saewb.index.weights import weights_bytes
+from saewb.products.rough import rough_bytes
 
 MB = 2**20
 
@@ -30,7 +31,8 @@ print(index.facts.plan.nbytes, sum(t.nbytes for t in index.tensors.values()), mo
     stated, kept, d_model, d_vocab = map(int, lines[0].split())
     a_batch = 32 * MB + 150 * 8 * 128 * 32  # latents, and what fires on 8 rows
     the_sae = 3 * 4 * 8192 * d_model
-    assert kept < took < stated + weights_bytes(8192, d_model, d_vocab) + a_batch + the_sae
+    choosing = rough_bytes(d_model, 8192)
+    assert kept < took < stated + weights_bytes(8192, d_model, d_vocab) + a_batch + the_sae + choosing
 
 
 def test_logit_effects_hold_one_block_of_them():

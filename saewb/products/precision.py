@@ -4,8 +4,8 @@
     bf16    both factors and the result rounded to bf16
     int8    weights in 127 steps per latent, inputs in 127 steps of the batch's largest value; the result in bf16
 
-The last two only select (`selection`). Each is a private or new corner of torch and oneDNN: what is relied on is looked
-for, pinned by a test, and done otherwise where it is missing.
+The last two only select (`saewb.products.rough`, `saewb.sparse_step.selection`). Each is a private or new corner of
+torch and oneDNN: what is relied on is looked for, pinned by a test, and done otherwise where it is missing.
 """
 
 from __future__ import annotations
