@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,6 +34,7 @@ class PastRun:
     state: str  # finished, stopped, failed; running; cut off: it ended without a word; unfinished: not known
     error: str = ""  # what it failed of
     notes: tuple[str, ...] = ()  # the last of `run.notes`, once it has ended
+    _seen: tuple[int, int] = (0, 0)  # the history's file, and how many bytes of it have been read
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,6 +57,14 @@ class PastRun:
     def code(self) -> str:
         """The cell that starts an equal run; needs `model` and `tokens` (and `held_out`, if it measured on them)."""
         return code_of(self.facts, self.rows)
+
+    def again(self) -> PastRun:
+        """As the folder tells it now: of the history, only what has been added is read.
+
+        Raises:
+            FileNotFoundError, FormatError: as `read_run`.
+        """
+        return _read(self.folder, self)
 
     @property
     def resumable(self) -> bool:
@@ -92,17 +102,35 @@ def read_run(folder: str | Path) -> PastRun:
         FileNotFoundError: no run in 'nowhere'.
           want: a folder with run.json
     """
-    path = Path(folder).expanduser()
+    return _read(Path(folder).expanduser())
+
+
+def _read(path: Path, before: PastRun | None = None) -> PastRun:
     facts, end = read_facts(path), read_end(path)  # the end first: what is read after it is all there is
-    history = path / "history.jsonl"
-    lines = history.read_text(encoding="utf-8").split("\n") if history.is_file() else []
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line's end was cut off
+    rows, at = _rows(path / "history.jsonl", () if before is None else before.rows, before and before._seen)
+    return PastRun(path, facts, rows, end["state"], end["error"], tuple(end["notes"]), at)
+
+
+def _rows(
+    history: Path, rows: tuple[Mapping[str, Any], ...], read: tuple[int, int] | None
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[int, int]]:
+    """The rows, and what has been read; a run that is resumed gives its history a new file."""
+    if not history.is_file():
+        return (), (0, 0)
+    with history.open("rb") as file:
+        here = os.fstat(file.fileno())
+        if read is None or read[0] != here.st_ino or read[1] > here.st_size:
+            rows, read = (), (here.st_ino, 0)
+        file.seek(read[1])
+        fresh = file.read()
+    fresh = fresh[: fresh.rfind(b"\n") + 1]  # what follows the last line's end was cut off, or is being written
+    made = []
+    for number, line in enumerate(fresh.splitlines(), len(rows) + 1):
         try:
-            rows.append(json.loads(line))
+            made.append(json.loads(line))
         except ValueError as error:
             raise FormatError(explain(f"line {number} of {history} is no JSON.", want="a row of a history")) from error
-    return PastRun(path, facts, tuple(rows), end["state"], end["error"], tuple(end["notes"]))
+    return (*rows, *made), (read[0], read[1] + len(fresh))
 
 
 def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
@@ -164,7 +192,8 @@ def run_densities(run: Any) -> dict[str, Densities]:
     for name in run.names:
         column = COUNTS if len(run.names) == 1 else f"{name}/{COUNTS}"
         for row in run.rows[-1:]:
-            found[name] = Densities(row["n_tokens"], DENSITY_EDGES, tuple(row[column]))
+            if column in row:
+                found[name] = Densities(row["n_tokens"], DENSITY_EDGES, tuple(row[column]))
     return found
 
 

@@ -40,6 +40,10 @@ class Notebook:
         """Run a command of JupyterLab's."""
         self.page.evaluate("([c, a]) => jupyterapp.commands.execute(c, a)", [command, how])
 
+    def ready(self):
+        """Wait for the notebook and its kernel: after `page.reload()` too."""
+        _wait_for_kernel(self.page)
+
     def save(self):
         """Save, and read what was saved."""
         self.do("docmanager:save")
@@ -85,14 +89,18 @@ def _opened(browser, path, base, token):
     chromium.listen(page, home=(base,))
     page.complaints.clear()
     page.goto(f"{base}/doc/tree/{path.name}?token={token}&reset")
+    _wait_for_kernel(page)
+    yield page
+    page.close()
+
+
+def _wait_for_kernel(page):
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
     page.wait_for_function(_READY)  # a notebook is there before its kernel
     page.evaluate(
         "() => { const nb = jupyterapp.shell.currentWidget.content;"
         " nb.notebookConfig = { ...nb.notebookConfig, windowingMode: 'none' } }"
     )
-    yield page
-    page.close()
 
 
 @contextmanager
