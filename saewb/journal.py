@@ -55,18 +55,16 @@ class Journal:
             self._folder.log(row)
         self.tell("step", (step.step, step.n_tokens), row)
 
-    def end(self, done: tuple[int, int], seconds: float, error: BaseException | None) -> None:
-        """Note how the run ended, and let others have its folder."""
-        told = {"state": self._state(), "step": done[0], "n_tokens": done[1], "seconds": round(seconds, 3)}
+    def end(self, state: str, done: tuple[int, int], seconds: float, error: BaseException | None) -> None:
+        """Note in the folder how the run ended."""
+        if self._folder is None:
+            return
+        told = {"state": state, "step": done[0], "n_tokens": done[1], "seconds": round(seconds, 3)}
         told["error"] = "" if error is None else f"{type(error).__name__}: {error}"
-        if self._folder is not None:
-            try:
-                self._folder.end({**told, "notes": self.notes[-20:]})
-            except OSError as wrong:  # a full disk, a folder that is gone
-                self.notes.append(f"its folder does not tell how it ended: {type(wrong).__name__}: {wrong}")
-        self.tell("end", done)
-        if self._folder is not None:
-            self._folder.close()
+        try:
+            self._folder.end({**told, "notes": self.notes[-20:]})
+        except OSError as wrong:  # a full disk, a folder that is gone
+            self.notes.append(f"its folder does not tell how it ended: {type(wrong).__name__}: {wrong}")
 
     def _warn(self, step: TrainStep, lr: float) -> None:
         for name, warnings in step.warnings.items():

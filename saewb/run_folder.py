@@ -82,13 +82,21 @@ class RunFolder:
         self._history.write(json.dumps(row) + "\n")
         self._history.flush()
 
-    def rows(self, n_tokens: int) -> list[dict[str, Any]]:
-        """The history up to `n_tokens` tokens; what came after that, and how it ended, is forgotten on the disk too."""
+    def resumed(self, facts: Mapping[str, Any], n_tokens: int) -> list[dict[str, Any]]:
+        """Go on after `n_tokens` tokens: what came after that, and how it ended, is forgotten on the disk too.
+
+        Args:
+            facts: what is asked for now; it may have another end.
+            n_tokens: of the checkpoint.
+        Returns:
+            The history up to there.
+        """
         path = self.path / _HISTORY
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = [row for row in map(_parsed, lines) if row is not None and row["n_tokens"] <= n_tokens]
         if self._writes:
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(self.path / _RUN, json.dumps(facts, indent=1))
             (self.path / _END).unlink(missing_ok=True)
         return rows
 

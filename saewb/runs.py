@@ -303,8 +303,12 @@ class Run:
                 if error is not caught:
                     self.notes.append(f"no last checkpoint: {type(caught).__name__}: {caught}")
             self.error, finished = error, self._done[0] >= self._config.n_steps
-            self._final = "failed" if error is not None else "finished" if finished else "stopped"
-        self._journal.end(self._done, self._seconds, error)
+            final: RunState = "failed" if error is not None else "finished" if finished else "stopped"
+            self._journal.end(final, self._done, self._seconds, error)
+            self._final = final  # after the folder, for who waits for it and then reads there
+        self._journal.tell("end", self._done)
+        if self._folder is not None:
+            self._folder.close()
         self._feed.stream.close()
         if self._saes is not None:
             self._training = self._feed = None  # weights, moments and buffers go; the SAEs stay

@@ -320,6 +320,7 @@ def test_resumed_after_stop_it_is_bit_for_bit_the_whole_run(tmp_path, at, normal
     assert figures(again).equals(figures(whole))
     longer = saewb.resume_run(tmp_path / "r", model=small.bridge(), tokens=small.tokens(60, 7), n_tokens=1200).wait()
     assert longer.progress.n_tokens == 1200
+    assert (saewb.read_run(tmp_path / "r").frac, "n_tokens=1200" in longer.code) == (1.0, True)
 
 
 SCRIPT = """
