@@ -78,7 +78,7 @@ class Watched:
     def _elsewhere(self) -> dict[str, Any]:
         run = self.run
         step, total = run.facts["config"]["batch_tokens"], run.facts["config"]["n_tokens"]
-        made = {"state": run.state, "frac": round(min(1.0, run.frac), 4), "total": total // step * step}
+        made = {"state": run.state, "frac": round(run.frac, 4), "total": total // step * step}
         made["n_tokens"] = run.rows[-1]["n_tokens"] if run.rows else 0
         if self._gone:
             return made | {"state": "gone", "error": self._missing()}
