@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def run(path: Path, draw) -> None:
         cell.pop("id", None)
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
-            cell.outputs = [pictured(output, draw) for output in joined(cell.outputs)]
+            cell.outputs = [pictured(output, draw) for output in joined(cell.outputs) if not is_live(output)]
     nbformat.write(notebook, path)
 
 
@@ -53,10 +54,17 @@ def joined(outputs):
     return found
 
 
+def is_live(output):
+    """A panel itself, whose still comes next."""
+    return WIDGET in output.get("data", {}) and "text/html" not in output["data"]
+
+
 def pictured(output, draw):
     """Without a widget's number, which means nothing later; with a picture if it is a plotly figure."""
     data = output.get("data", {})
     data.pop(WIDGET, None)
+    if "saewb-still-" in (said := "".join(data.get("text/html", ""))):
+        data["text/html"] = re.sub(r"<style>.*?</style>| class='saewb-still-\w+'", "", said)
     if PLOTLY in data:
         data["image/png"] = draw(data[PLOTLY])
         layout = data[PLOTLY]["layout"]

@@ -4,7 +4,10 @@
    kept in `panel.error` and raised again: ipywidgets' `Button.click` would swallow it, a comm message hide it in a log.
 2. What takes long runs in `started` work, on a thread that touches no trait. The front end asks for its end while
    `busy` says something (updates from threads are not shown everywhere); scripts call `wait`.
-3. With ipykernel 7 callbacks may run beside a cell, on a second thread: `guarded` holds the panel's lock.
+3. Displayed, it makes two outputs: itself, and under it `snapshot()`, which its front end hides and has renewed as the
+   view changes. It is what a saved notebook shows where no kernel runs: there JupyterLab has "model not found" for the
+   first, whatever else it holds.
+4. With ipykernel 7 callbacks may run beside a cell, on a second thread: `guarded` holds the panel's lock.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import functools
 import html
 import threading
 import time
+import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -90,12 +94,14 @@ class Panel(anywidget.AnyWidget):
     complaint = t.Unicode("", help="the last error, as shown; empty if the last callback went well").tag(sync=True)
     notice = t.Unicode("", help="what was done, e.g. where a file was saved").tag(sync=True)
     busy = t.Unicode("", help="what is being computed; empty if nothing is").tag(sync=True)
+    still = t.Unicode("", help="names the output that stands in for it without a kernel, once displayed").tag(sync=True)
 
     error: Exception | None = None  # of the last callback
 
     def __init__(self, **traits: Any) -> None:
         self._lock = threading.RLock()
         self._jobs: dict[str, tuple[str, Future, Callable[[Any], None]]] = {}
+        self._stood_in = ""  # the still as last sent
         super().__init__(**traits)
         self.on_msg(self._on_message)
 
@@ -122,11 +128,27 @@ class Panel(anywidget.AnyWidget):
         data, metadata = super()._repr_mimebundle_(**kwargs)
         return {**data, "text/plain": repr(self), "text/html": self.snapshot().data}, metadata
 
-    def snapshot(self) -> HTML:
-        """What is shown now, as plain HTML: for a notebook that will be read without its kernel.
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
 
-        JupyterLab shows "model not found" for a reopened notebook's widgets, whatever else their output holds.
-        """
+        self.still = self.still or uuid.uuid4().hex[:8]
+        data, metadata = super()._repr_mimebundle_()
+        display({**data, "text/plain": repr(self)}, metadata=metadata, raw=True)
+        self._stood_in = self.snapshot().data
+        display({"text/html": _standing_in(self.still, self._stood_in)}, raw=True, display_id=self.still)
+
+    def _renew(self) -> None:
+        """Have the still show what the panel does."""
+        from IPython.display import display
+
+        with self._lock:
+            said = self.snapshot().data
+        if self.still and said != self._stood_in:
+            self._stood_in = said
+            display({"text/html": _standing_in(self.still, said)}, raw=True, display_id=self.still, update=True)
+
+    def snapshot(self) -> HTML:
+        """What is shown now, as plain HTML: for a notebook that will be read without its kernel."""
         from IPython.display import HTML
 
         head = f"<b>{html.escape(self.title)}</b><div style='opacity:.65'>{html.escape(self.about)}</div>"
@@ -211,6 +233,8 @@ class Panel(anywidget.AnyWidget):
         if what == "collect":
             if any(future.done() for _, future, _ in self._jobs.values()):
                 self.collect()
+        elif what == "still":
+            self._renew()
         elif what == "dismiss":
             self.show(None)
             self.notice = ""
@@ -220,6 +244,14 @@ class Panel(anywidget.AnyWidget):
     @guarded
     def _ask(self, what: str, how: dict[str, Any]) -> None:
         self.asked(what, **how)
+
+
+def _standing_in(name: str, said: str) -> str:
+    """With a rule that hides the panel's own output where no panel came of it: JupyterLab's "model not found"."""
+    rule = (
+        f".jp-OutputArea-child:has(+ * .saewb-still-{name}) .jp-OutputArea-output:not(:has(.saewb)) {{display: none}}"
+    )
+    return f"<style>{rule}</style><div class='saewb-still-{name}'>{said}</div>"
 
 
 def _run(future: Future, work: Callable[[], Any]) -> None:

@@ -157,6 +157,15 @@ function framed({ model, el }, name, build) {
   on("busy", wait);
   wait();
 
+  // What stands in for the panel where no kernel runs is not needed beside it; it follows what is shown.
+  const stands = document.createElement("style"), renew = settled(() => { if (model.get("still")) ask("still"); }, 1500);
+  const hide = () => { const of = ".saewb-still-" + model.get("still");
+    stands.textContent = `${of} { display: none } .jp-OutputArea-child:has(${of}) { display: none }`; };
+  document.head.append(stands);
+  model.on("change", renew);
+  on("still", hide);
+  hide();
+
   const paint = () => { root.dataset.theme = isDark(el) ? "dark" : "light"; };
   const watch = new MutationObserver(paint), scheme = matchMedia("(prefers-color-scheme: dark)");
   for (const e of [document.documentElement, document.body])
@@ -182,6 +191,8 @@ function framed({ model, el }, name, build) {
   const stop = build({ root, body, model, on, ask, set, signal: undo.signal });
   return () => {
     undo.abort();
+    stands.remove();
+    model.off("change", renew);
     watch.disconnect();
     if (asking) clearInterval(asking);
     heard.forEach(([n, f]) => model.off(n, f));
