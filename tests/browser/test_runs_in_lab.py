@@ -25,8 +25,9 @@ panel""",
     "print(panel.run.state, panel.run.folder, len(panel.run.rows) > 0, panel.run.names)",
     "time.sleep(5)",
     "panel.control('two', 'stop')",
-    """def broken():
-    yield from saewb.stream_tensors({'x': __import__('torch').randn(4_096, 8)}, batch_tokens=512)
+    """import torch
+def broken():
+    yield from torch.randn(6, 512, 8)
     raise OSError('<b>the disk is gone</b>')
 crashed = saewb.train(None, saewb.stream_iterable(broken(), batch_tokens=512), saewb.TopK(32, k=4), n_tokens=9_999)
 panel.add(crashed, 'crashing')""",
@@ -81,7 +82,7 @@ def tokens(panel):
 
 def moves(panel):
     """Wait until the run shown first has gone on."""
-    before, end = tokens(panel), time.monotonic() + 60
+    before, end = tokens(panel), time.monotonic() + 120
     while tokens(panel) <= before:
         assert time.monotonic() < end, "it stands still"
         time.sleep(0.1)
@@ -140,7 +141,7 @@ def start_a_run_with_the_form(panel):
     panel.locator(".estimate b", has_text="memory: about").wait_for()
     panel.get_by_role("button", name="Start the training").click()
     panel.locator(".run[data-state=running]").wait_for()
-    panel.locator(".card[data-figure=density] polyline").first.wait_for()
+    panel.locator(".card[data-figure=density] polyline").nth(1).wait_for()
 
 
 def pause_and_go_on(notebook, panel, second):
@@ -203,7 +204,7 @@ def test_catalogue_picker_in_jupyterlab(opened, browser, tmp_path, monkeypatch, 
     entry = saewb.releases.find(*JB)
     sae = feed_forward(2, d_in=64, d_sae=128, hook=entry.hook, model="gpt2-small")
     files = {f"{entry.path}/{f.name}": f.read_bytes() for f in save_sae(sae, tmp_path / "published").iterdir()}
-    slow = {"sae_weights.safetensors": [(4_000, 0.2)] * 2}
+    slow = {"sae_weights.safetensors": [(1_000, 0.2), (4_000, 0.1)]}
     with hub_stand_in.hub({entry.repo: files}, faults=slow) as (address, log):
         settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
         for name, value in {**settings, "NO_PROXY": "127.0.0.1,localhost", "HF_TOKEN": "hf_of_the_stand_in"}.items():
@@ -216,7 +217,7 @@ def test_catalogue_picker_in_jupyterlab(opened, browser, tmp_path, monkeypatch, 
             choose(panel)
             load_cancel_and_load(notebook, panel, log)
             notebook.run(2)
-            assert notebook.output(2).strip() == "True True"
+            assert notebook.output(2).strip().endswith("True True")  # after huggingface_hub's bars
             notebook.run(3)
             assert "near: gpt2-small-res-jb" in notebook.output(3)
             panel.locator(".complaint", has_text="near: gpt2-small-res-jb").wait_for()
@@ -249,7 +250,7 @@ def choose(panel):
 def load_cancel_and_load(notebook, panel, log):
     load = panel.get_by_role("button", name=f"Load {JB[0]}, {JB[1]}")
     load.click()
-    panel.locator(".came", has_text=re.compile(r"^0\.0\d of 0\.\d+ MB$")).wait_for()
+    panel.locator(".came", has_text=re.compile(r"^0\.\d of 0\.1 MB$")).wait_for()
     assert 0 < panel.locator("progress").evaluate("e => e.value / e.max") < 1
     panel.get_by_label("Stop loading").click()
     panel.locator(".notice", has_text=f"cancelled: {JB[0]}, {JB[1]}").wait_for()

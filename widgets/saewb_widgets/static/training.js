@@ -280,7 +280,9 @@ function training({ body, model, on, set, ask }) {
     if (model.get("alive") && !asking) { waiting = 0; asking = setInterval(look, 1000); }
     if (!model.get("alive") && asking) { clearInterval(asking); asking = null; }
   };
-  on("looked", () => { waiting = 0; });
+  // What is kept for a reader without a kernel follows a run while it goes on, too.
+  const keep = throttled(() => { if (model.get("still")) ask("still"); }, 10000);
+  on("looked", () => { waiting = 0; keep(); });
   on("alive", poll);
   on("status", statuses);
   on("series hidden scale", legend);
