@@ -40,6 +40,11 @@ class Notebook:
         """Run a command of JupyterLab's."""
         self.page.evaluate("([c, a]) => jupyterapp.commands.execute(c, a)", [command, how])
 
+    @property
+    def complaints(self):
+        """What the console had to say, each thing once: without JupyterLab's own about a machine that is busy."""
+        return [c for c in dict.fromkeys(self.page.complaints) if not c.endswith("is taking too long to activate.")]
+
     def ready(self):
         """Wait for the notebook and its kernel: after `page.reload()` too."""
         _wait_for_kernel(self.page)

@@ -280,9 +280,13 @@ function training({ body, model, on, set, ask }) {
     if (model.get("alive") && !asking) { waiting = 0; asking = setInterval(look, 1000); }
     if (!model.get("alive") && asking) { clearInterval(asking); asking = null; }
   };
-  // What is kept for a reader without a kernel follows a run while it goes on, too.
-  const keep = throttled(() => { if (model.get("still")) ask("still"); }, 10000);
-  on("looked", () => { waiting = 0; keep(); });
+  on("looked", () => { waiting = 0; });
+  // What is kept for a reader without a kernel follows what becomes of runs. Not every look: each makes JupyterLab ask
+  // whether to leave a notebook that has changed.
+  let known = "";
+  on("status", () => { const now = model.get("status").map((s) => s.name + s.state).join();
+    if (now !== known && model.get("still")) ask("still");
+    known = now; });
   on("alive", poll);
   on("status", statuses);
   on("series hidden scale", legend);
