@@ -61,7 +61,7 @@ def test_a_run_is_watched_paused_and_stopped(page, live):
     page.keyboard.press("Enter")
     page.locator(".run[data-state=running]").wait_for()
     page.locator(".card[data-figure=l0] svg .hit").hover()
-    assert "4.00 at" in page.inner_text(".tip")
+    assert page.inner_text(".tip").startswith("4 at ")
     page.get_by_label("Scale of loss, L0 and FVU").select_option("log")
     page.locator(".card[data-figure=loss][data-scale=log]").wait_for()
     page.get_by_role("button", name="Stop mine").click()
@@ -70,6 +70,11 @@ def test_a_run_is_watched_paused_and_stopped(page, live):
     counts = saewb.run_densities(live)["sae"].counts
     page.locator(".card[data-figure=density] svg .hit").nth(0).hover()
     assert page.inner_text(".tip") == f"on less than 1e-7 of tokens, or never\n{counts[0]} of 24 latents"
+    notes = page.locator(".card svg text").all_inner_texts()
+    assert "NaN" not in "".join(notes)
+    for card in page.locator(".card").all():
+        ends = card.locator("svg text[text-anchor=end][x='39']").all_inner_texts()
+        assert len(set(ends)) == len(ends) > 1, ends
     most = max(range(1, 30), key=counts.__getitem__)
     page.locator(".card[data-figure=density] svg .hit").nth(most).hover()
     assert page.inner_text(".tip").endswith(f"of tokens\n{counts[most]} of 24 latents")

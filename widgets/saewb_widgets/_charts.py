@@ -20,7 +20,7 @@ _COLOURS = (
     "#7a828e",
 )  # on white and black
 _DASHES = ("", "5 3", "1.5 2.5", "7 2.5 1.5 2.5")  # after every eight colours
-_W, _H, _LEFT, _TOP, _BOTTOM = 300, 130, 8, 8, 14
+_W, _H, _LEFT, _TOP, _BOTTOM = 300, 136, 8, 14, 14
 _TEXT = 'font-size="10" fill="currentColor" fill-opacity=".65"'
 
 
@@ -72,7 +72,7 @@ def _chart(figure: str, title: str, series: Sequence[dict[str, Any]], scale: str
     lines = "".join(_line(i, x, [of(v) for v in y], right, of(low), of(high)) for i, x, y in curves)
     last = ", ".join(f"{series[i]['label']} {y[-1]:.4g}" for i, _, y in curves)
     text = (
-        f'<text x="{_LEFT}" y="{_TOP + 2}" {_TEXT}>{high:.4g}{", log scale" if log else ""}</text>'
+        f'<text x="{_LEFT}" y="10" {_TEXT}>{high:.4g}{", log scale" if log else ""}</text>'
         f'<text x="{_LEFT}" y="{_H - 3}" {_TEXT}>{low:.4g}</text>'
         f'<text x="{_W - 8}" y="{_H - 3}" text-anchor="end" {_TEXT}>{right:,} tokens</text>'
     )
@@ -120,7 +120,7 @@ def _densities(series: Sequence[dict[str, Any]]) -> str:
         lines += f'<polyline points="{points}" {_pen(i)}/>'
     told = ", ".join(f"{label} {d['counts'][0]} of {sum(d['counts'])} silent" for _, label, d in known)
     text = (
-        f'<text x="{_LEFT}" y="{_TOP + 2}" {_TEXT}>{most:.0%} of latents</text>'
+        f'<text x="{_LEFT}" y="10" {_TEXT}>{most:.0%} of latents</text>'
         f'<text x="{_LEFT}" y="{_H - 3}" {_TEXT}>silent, 1e-7</text>'
         f'<text x="{_W - 8}" y="{_H - 3}" text-anchor="end" {_TEXT}>on every token</text>'
     )

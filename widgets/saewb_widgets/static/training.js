@@ -4,7 +4,14 @@ const draw = (tag, at, text) => { const e = document.createElementNS(NS, tag);
   if (text !== undefined) e.textContent = text;
   return e; };
 const W = 320, H = 150, LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 20;
-const figure = (v) => (v < 0 ? "\u2212" : "") + digits(Math.abs(v));
+const figure = (v) => (v < 0 ? "\u2212" : "") + (Number.isInteger(v) && Math.abs(v) < 1e6 ? count(Math.abs(v)) : digits(Math.abs(v)));
+// Notes beside an axis, all to the same digit, so that no two are the same.
+const notes = (values, log) => {
+  const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0]) || 1, most = Math.max(...values.map(Math.abs));
+  const places = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step) - 1e-9)));
+  return values.map((v) => (log ? (v > -4 && v < 5 ? count(+(10 ** v).toPrecision(2)) : "1e" + +v.toPrecision(3)) : v === 0 ? "0"
+    : most < 1e-3 || most >= 1e6 ? v.toExponential(1).replace(".0e", "e") : v.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places })));
+};
 const short = (n) => (n >= 1e9 ? +(n / 1e9).toPrecision(3) + "B" : n >= 1e6 ? +(n / 1e6).toPrecision(3) + "M"
   : n >= 1e4 ? +(n / 1e3).toPrecision(3) + "k" : count(n));
 const rate = (v) => (v >= 1e-3 ? +(100 * v).toPrecision(2) + " %" : v.toExponential(1).replace(".0e", "e"));
@@ -117,8 +124,8 @@ function training({ body, model, on, set, ask }) {
       const [k, values] = s.lines[name];
       return { ...s, pairs: s.tokens[k].map((x, j) => [x, values[j]]) };
     }).filter((s) => s.pairs.length);
-    const every = series.flatMap((s) => s.pairs.map((p) => p[1])), least = Math.min(...every), scale = model.get("scale");
-    const log = may && (scale === "log" || (scale === "auto" && least > 0 && Math.max(...every) > 30 * least));
+    const every = series.flatMap((s) => s.pairs.map((p) => p[1])), lowest = Math.min(...every), scale = model.get("scale");
+    const log = may && (scale === "log" || (scale === "auto" && lowest > 0 && Math.max(...every) > 30 * lowest));
     if (log) series = series.map((s) => ({ ...s, pairs: s.pairs.filter(([, v]) => v > 0) })).filter((s) => s.pairs.length);
     const told = series.map((s) => `${s.label} ${figure(s.pairs.at(-1)[1])} at ${count(s.pairs.at(-1)[0])} tokens`).join("; ");
     const [card, svg] = cardOf(name, title, note, series.length === 1 ? figure(series[0].pairs.at(-1)[1]) : "", told);
@@ -126,12 +133,15 @@ function training({ body, model, on, set, ask }) {
     card.dataset.scale = log ? "log" : "linear";
     const of = (v) => (log ? Math.log10(v) : v), ys = series.flatMap((s) => s.pairs.map((p) => of(p[1])));
     let low = Math.min(...ys), high = Math.max(...ys);
+    const least = log ? 0.1 : 0.04 * Math.abs(high), lacks = (least - (high - low)) / 2; // what hardly changes is no drama
+    if (lacks > 0) { low -= lacks; high += lacks; }
     const right = Math.max(...series.map((s) => s.pairs.at(-1)[0])), pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     if (!log && low >= 0 && low < 0.35 * high) low = 0; else low = low >= 0 && !log ? Math.max(0, low - pad) : low - pad;
     high += pad;
     const px = (x) => LEFT + ((W - LEFT - RIGHT) * x) / right, py = (v) => TOP + ((H - TOP - BOTTOM) * (high - v)) / (high - low);
-    ticks(low, high, log).forEach((v) => svg.append(draw("line", { x1: LEFT, x2: W - RIGHT, y1: py(v), y2: py(v), class: "grid" }),
-      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, figure(log ? 10 ** v : v))));
+    const at = ticks(low, high, log), said = notes(at, log);
+    at.forEach((v, j) => svg.append(draw("line", { x1: LEFT, x2: W - RIGHT, y1: py(v), y2: py(v), class: "grid" }),
+      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, said[j])));
     ticks(0, right).forEach((v) => svg.append(draw("text", { x: px(v), y: H - 6,
       "text-anchor": px(v) > W - 28 ? "end" : v === 0 ? "start" : "middle" }, short(Math.round(v)))));
     series.forEach((s) => {
@@ -166,7 +176,7 @@ function training({ body, model, on, set, ask }) {
     const most = Math.max(0.02, ...series.flatMap((s) => s.shares)), left = (i) => LEFT + (i === 0 ? 0 : (i + 0.5) * wide);
     const py = (v) => TOP + (H - TOP - BOTTOM) * (1 - v / (1.06 * most)), floor = H - BOTTOM;
     ticks(0, most).forEach((v) => svg.append(draw("line", { x1: LEFT, x2: W - RIGHT, y1: py(v), y2: py(v), class: "grid" }),
-      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, percent(v))));
+      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, +(100 * v).toPrecision(2) + " %")));
     const at = (e) => left(1 + (e - low) * 4);
     for (let e = Math.ceil(low) + 1; e <= 0; e += 2) svg.append(draw("text", { x: at(e), y: H - 6, "text-anchor": e === 0 ? "end" : "middle" }, rate(10 ** e)));
     svg.append(draw("text", { x: LEFT, y: H - 6 }, "silent"));
