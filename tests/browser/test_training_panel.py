@@ -70,10 +70,10 @@ def test_a_run_is_watched_paused_and_stopped(page, live):
     counts = saewb.run_densities(live)["sae"].counts
     page.locator(".card[data-figure=density] svg .hit").nth(0).hover()
     assert page.inner_text(".tip") == f"on less than 1e-7 of tokens, or never\n{counts[0]} of 24 latents"
-    notes = page.locator(".card svg text").all_inner_texts()
+    notes = page.locator(".card svg text").all_text_contents()
     assert "NaN" not in "".join(notes)
     for card in page.locator(".card").all():
-        ends = card.locator("svg text[text-anchor=end][x='39']").all_inner_texts()
+        ends = card.locator("svg text[text-anchor=end][x='39']").all_text_contents()
         assert len(set(ends)) == len(ends) > 1, ends
     most = max(range(1, 30), key=counts.__getitem__)
     page.locator(".card[data-figure=density] svg .hit").nth(most).hover()
