@@ -23,7 +23,7 @@ panel = TrainingPanel(model=model, tokens=texts, objective=saewb.TopK(512, k=8),
 panel""",
     "panel",
     "print(panel.run.state, panel.run.folder, len(panel.run.rows) > 0, panel.run.names)",
-    "time.sleep(5)",
+    "print('asleep', flush=True)\ntime.sleep(8)",
     "panel.control('two', 'stop')",
     """import torch
 def broken():
@@ -172,9 +172,7 @@ def the_kernel_is_busy(notebook, panel):
         " jupyterapp.commands.execute('notebook:run-cell'); }",
         3,
     )
-    notebook.page.wait_for_function(
-        "() => jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'busy'"
-    )
+    notebook.page.locator(".jp-Notebook .jp-Cell >> nth=3").locator(".jp-OutputArea", has_text="asleep").wait_for()
     panel.get_by_role("button", name="Pause one").click()
     panel.locator(".late:visible", has_text="waiting for the kernel, which is busy").wait_for()
     panel.locator(".run[data-state=paused]").wait_for()

@@ -8,9 +8,9 @@ const figure = (v) => (v < 0 ? "\u2212" : "") + (Number.isInteger(v) && Math.abs
 // Notes beside an axis, all to the same digit, so that no two are the same.
 const notes = (values, log) => {
   const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0]) || 1, most = Math.max(...values.map(Math.abs));
-  const places = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step) - 1e-9)));
+  const places = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step) - 1e-9))), power = (v) => Math.floor(Math.log10(v) + 1e-9);
   return values.map((v) => (log ? (v > -4 && v < 5 ? count(+(10 ** v).toPrecision(2)) : "1e" + +v.toPrecision(3)) : v === 0 ? "0"
-    : most < 1e-3 || most >= 1e6 ? v.toExponential(1).replace(".0e", "e") : v.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places })));
+    : most < 1e-3 || most >= 1e6 ? v.toExponential(Math.max(0, Math.min(4, power(most) - power(step)))) : v.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places })));
 };
 const short = (n) => (n >= 1e9 ? +(n / 1e9).toPrecision(3) + "B" : n >= 1e6 ? +(n / 1e6).toPrecision(3) + "M"
   : n >= 1e4 ? +(n / 1e3).toPrecision(3) + "k" : count(n));
