@@ -97,6 +97,7 @@ _HOME = {  # public name: the module that has it
     "PastRun": "past_run",
     "read_run": "past_run",
     "run_curves": "past_run",
+    "run_densities": "past_run",
     "TrainOption": "outlook",
     "training_options": "outlook",
     "training_memory": "outlook",

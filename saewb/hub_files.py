@@ -1,8 +1,9 @@
 """Files of a repository on the hub, through huggingface_hub: what there is, how large, fetched once, checked, cached.
 
 1. One request lists the repository: commit, names, sizes, hashes. Where the hub does not answer, its cache is all.
-2. huggingface_hub fetches what is not in its cache, several files at a time, goes on where a download broke off, and
-   shows its progress bar. Nothing here downloads.
+2. huggingface_hub fetches what is not in its cache, several files at a time, takes up a broken connection a few times,
+   and shows its progress bar. A file that came in part only is in its cache under no name that is read, and from
+   version 2 on it is thrown away. Nothing here downloads.
 3. It does not compare hashes, so what was fetched just now is hashed here (about 1 s for each GB).
 """
 
@@ -98,7 +99,7 @@ def fetched(
     Raises:
         FileNotFoundError: if the hub refuses.
         Exception: what `progress` raises, if that is no OSError: it cancels, and no file is taken for whole.
-        ConnectionError: if the connection broke; what came is kept, and the next call goes on from there.
+        ConnectionError: if the connection broke; files that came whole are kept, and the next call fetches the others.
         OSError: if a file is not what the hub says (it is then taken out of the cache), or if the disk is full.
     """
     from huggingface_hub import constants, snapshot_download
@@ -119,7 +120,7 @@ def fetched(
         raise ConnectionError(
             explain(
                 f"{repo}: the download of {size(missing)} broke off: {_status(error)}.",
-                want="to call it again: what came is kept, and it goes on from there",
+                want="to call it again: the files that came whole are kept, the others are fetched",
                 fix=call,
             )
         ) from error

@@ -153,7 +153,8 @@ def resume_run(
         kept = RunFolder(folder, writes=team.leads)
     try:
         facts, state = kept.facts(), kept.state()
-        config = facts["config"] | ({} if n_tokens is None else {"n_tokens": n_tokens})
+        facts["config"] |= {} if n_tokens is None else {"n_tokens": n_tokens}
+        config = dict(facts["config"])
         autocast = config["autocast"]
         config["autocast"] = None if autocast is None else getattr(torch, autocast.removeprefix("torch."))
         config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
@@ -201,7 +202,7 @@ def _launch(
             folder = _begun(folder, facts, trainees)
     if state is not None:
         training.restore(state["training"])
-        rows = folder.rows(training.n_tokens)
+        rows = folder.resumed(facts, training.n_tokens)
     if team.size > 1:
         training.begin()
     return Run(

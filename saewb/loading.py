@@ -85,7 +85,7 @@ def load_sae(
     Raises:
         FileNotFoundError: if there is no such folder, release or repository, or it cannot be reached and is not in the
             cache.
-        ConnectionError: if a download broke off; calling again goes on from there.
+        ConnectionError: if a download broke off; calling again fetches the files that did not come whole.
         FormatError: if the files are of no known layout, or not what their layout promises.
     Example:
         >>> import tempfile

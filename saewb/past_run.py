@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saewb import objectives as all_objectives
 from saewb.errors import FormatError, explain
-from saewb.run_folder import read_facts
+from saewb.run_folder import read_end, read_facts
 from saewb.run_plan import Reading
-from saewb.run_record import RunOptions
-from saewb.training import TrainConfig
+from saewb.run_record import COUNTS, RunOptions
+from saewb.training import DENSITY_EDGES, TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,10 @@ class PastRun:
     folder: Path  # where it is
     facts: Mapping[str, Any]  # what was asked for, as plain values
     rows: tuple[Mapping[str, Any], ...]  # the history, a row per logged step
+    state: str  # finished, stopped, failed; running; cut off: it ended without a word; unfinished: not known
+    error: str = ""  # what it failed of
+    notes: tuple[str, ...] = ()  # the last of `run.notes`, once it has ended
+    _seen: tuple[int, int] = (0, 0)  # the history's file, and how many bytes of it have been read
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,9 +44,7 @@ class PastRun:
     @property
     def history(self) -> pd.DataFrame:
         """As `run.history`."""
-        import pandas as pd
-
-        return pd.DataFrame([dict(row) for row in self.rows])
+        return frame_of(self.rows)
 
     @property
     def frac(self) -> float:
@@ -55,6 +58,14 @@ class PastRun:
         """The cell that starts an equal run; needs `model` and `tokens` (and `held_out`, if it measured on them)."""
         return code_of(self.facts, self.rows)
 
+    def again(self) -> PastRun:
+        """As the folder tells it now: of the history, only what has been added is read.
+
+        Raises:
+            FileNotFoundError, FormatError: as `read_run`.
+        """
+        return _read(self.folder, self)
+
     @property
     def resumable(self) -> bool:
         """Whether it came to a checkpoint."""
@@ -62,7 +73,16 @@ class PastRun:
 
     def __repr__(self) -> str:
         n_tokens = self.rows[-1]["n_tokens"] if self.rows else 0
-        return f"PastRun({self.folder.name}, {n_tokens:,} tokens, {', '.join(self.names)})"
+        return f"PastRun({self.folder.name}, {self.state}, {n_tokens:,} tokens, {', '.join(self.names)})"
+
+
+@dataclass(frozen=True)
+class Densities:
+    """How frequent the latents of an SAE in training are."""
+
+    n_tokens: int  # trained on by then
+    edges: tuple[float, ...]  # shares of tokens, ascending, the last one 1
+    counts: tuple[int, ...]  # of latents: counts[0] below edges[0], or silent; counts[i] in [edges[i-1], edges[i])
 
 
 def read_run(folder: str | Path) -> PastRun:
@@ -71,7 +91,7 @@ def read_run(folder: str | Path) -> PastRun:
     Args:
         folder: as given to `saewb.train`.
     Returns:
-        A PastRun.
+        A PastRun: its history, and how it ended, if it did.
     Raises:
         FileNotFoundError: if there is no run.
         FormatError: if the folder is not one of saewb's.
@@ -82,17 +102,35 @@ def read_run(folder: str | Path) -> PastRun:
         FileNotFoundError: no run in 'nowhere'.
           want: a folder with run.json
     """
-    path = Path(folder).expanduser()
-    facts = read_facts(path)
-    history = path / "history.jsonl"
-    lines = history.read_text(encoding="utf-8").split("\n") if history.is_file() else []
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line's end was cut off
+    return _read(Path(folder).expanduser())
+
+
+def _read(path: Path, before: PastRun | None = None) -> PastRun:
+    facts, end = read_facts(path), read_end(path)  # the end first: what is read after it is all there is
+    rows, at = _rows(path / "history.jsonl", () if before is None else before.rows, before and before._seen)
+    return PastRun(path, facts, rows, end["state"], end["error"], tuple(end["notes"]), at)
+
+
+def _rows(
+    history: Path, rows: tuple[Mapping[str, Any], ...], read: tuple[int, int] | None
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[int, int]]:
+    """The rows, and what has been read; a run that is resumed gives its history a new file."""
+    if not history.is_file():
+        return (), (0, 0)
+    with history.open("rb") as file:
+        here = os.fstat(file.fileno())
+        if read is None or read[0] != here.st_ino or read[1] > here.st_size:
+            rows, read = (), (here.st_ino, 0)
+        file.seek(read[1])
+        fresh = file.read()
+    fresh = fresh[: fresh.rfind(b"\n") + 1]  # what follows the last line's end was cut off, or is being written
+    made = []
+    for number, line in enumerate(fresh.splitlines(), len(rows) + 1):
         try:
-            rows.append(json.loads(line))
+            made.append(json.loads(line))
         except ValueError as error:
             raise FormatError(explain(f"line {number} of {history} is no JSON.", want="a row of a history")) from error
-    return PastRun(path, facts, tuple(rows))
+    return (*rows, *made), (read[0], read[1] + len(fresh))
 
 
 def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
@@ -129,6 +167,41 @@ def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list
             for figure in FIGURES
         }
     return made
+
+
+def run_densities(run: Any) -> dict[str, Densities]:
+    """How frequent the latents of each SAE are, as of the last logged step: a histogram of their densities.
+
+    A latent's density is the share of about the last `density_tokens` tokens on which it is on. Bins are a quarter of a
+    factor of ten wide, from 10^-7 to 1.
+
+    Args:
+        run: a Run, or what `read_run` gives.
+    Returns:
+        By SAE; without those of which nothing has been logged yet.
+    Example:
+        >>> import saewb
+        >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.embedded.held_out_texts()]
+        >>> run = saewb.train(model, texts, saewb.TopK(d_sae=256, k=8), hook="blocks.2.hook_resid_post",
+        ...                   n_tokens=2_048, batch_tokens=512, buffer_tokens=2_048).wait()
+        >>> found = run_densities(run)["sae"]
+        >>> found.n_tokens, len(found.edges), sum(found.counts)
+        (2048, 29, 256)
+    """
+    found = {}
+    for name in run.names:
+        column = COUNTS if len(run.names) == 1 else f"{name}/{COUNTS}"
+        for row in run.rows[-1:]:
+            if column in row:
+                found[name] = Densities(row["n_tokens"], DENSITY_EDGES, tuple(row[column]))
+    return found
+
+
+def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of a history as a table of numbers: without the histograms, for which there is `run_densities`."""
+    import pandas as pd
+
+    return pd.DataFrame([{name: v for name, v in row.items() if not isinstance(v, list)} for row in rows])
 
 
 def _thinned(rows: Sequence[Any], points: int) -> list[Any]:

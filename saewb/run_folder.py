@@ -2,6 +2,7 @@
 
     run.json                 what was asked for, as plain values
     history.jsonl            a line per logged step
+    end.json                 how it ended, and of what; not there while it goes on, or if it was cut off (`kill -9`)
     checkpoint.safetensors   everything a resumed run needs, as of the last checkpoint
     saes/<name>/             the SAEs as of then, in the SAELens layout
     saes_at/<tokens>/<name>/ those of every checkpoint, if they are to be kept
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, final
@@ -23,7 +25,8 @@ from saewb.errors import FormatError, explain
 from saewb.loading import load_sae, save_sae
 from saewb.statefile import read_state, write_state, write_text
 
-_RUN, _HISTORY, _CHECKPOINT, _LOCK = "run.json", "history.jsonl", "checkpoint.safetensors", ".lock"
+_RUN, _HISTORY, _END = "run.json", "history.jsonl", "end.json"
+_CHECKPOINT, _LOCK = "checkpoint.safetensors", ".lock"
 
 
 @final
@@ -79,14 +82,33 @@ class RunFolder:
         self._history.write(json.dumps(row) + "\n")
         self._history.flush()
 
-    def rows(self, n_tokens: int) -> list[dict[str, Any]]:
-        """The history up to `n_tokens` tokens; what was logged after that is forgotten on the disk too."""
+    def resumed(self, facts: Mapping[str, Any], n_tokens: int) -> list[dict[str, Any]]:
+        """Go on after `n_tokens` tokens: what came after that, and how it ended, is forgotten on the disk too.
+
+        Args:
+            facts: what is asked for now; it may have another end.
+            n_tokens: of the checkpoint.
+        Returns:
+            The history up to there.
+        """
         path = self.path / _HISTORY
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = [row for row in map(_parsed, lines) if row is not None and row["n_tokens"] <= n_tokens]
         if self._writes:
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(self.path / _RUN, json.dumps(facts, indent=1))
+            (self.path / _END).unlink(missing_ok=True)
         return rows
+
+    def end(self, told: Mapping[str, Any]) -> None:
+        """Note how the run ended: its state, its error if it failed.
+
+        Raises:
+            OSError: if the disk is full, or the folder is gone.
+        """
+        if not self.path.is_dir():  # not to be made anew, with nothing but its end in it
+            raise FileNotFoundError(_gone(self.path))
+        write_text(self.path / _END, json.dumps(told, indent=1))
 
     def checkpoint(self, state: Mapping[str, Any], saes: Mapping[str, Any], keep: int | None) -> None:
         """Put a state and its SAEs in place of the last ones.
@@ -95,7 +117,11 @@ class RunFolder:
             state: for `resume_run`.
             saes: by name.
             keep: number of tokens, to keep these SAEs under; None keeps only the newest.
+        Raises:
+            OSError: if the disk is full, or the folder is gone.
         """
+        if not self.path.is_dir():
+            raise FileNotFoundError(_gone(self.path))
         write_state(self.checkpoint_path, dict(state))
         folders = [self.path / "saes"] + ([] if keep is None else [self.path / "saes_at" / f"{keep:012d}"])
         for folder in folders:
@@ -135,6 +161,12 @@ def sae_names(names: Iterable[str]) -> None:
             )
 
 
+def _gone(path: Path) -> str:
+    want = "the folder back in its place; or the SAEs, which are in run.saes, kept elsewhere"
+    fix = "saewb.save_sae(run.sae, 'saes/a')"
+    return explain(f"the run's folder {str(path)!r} is not there any more.", want=want, fix=fix)
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
@@ -150,13 +182,53 @@ def _locked(folder: Path) -> IO[str] | None:
     import fcntl
 
     file = (folder / _LOCK).open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        what = f"a run is going on in {str(folder)!r}."
-        raise RuntimeError(explain(what, want="another folder, or the end of that run", fix="run.stop()")) from error
+    for left in range(9, -1, -1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if left:  # somebody who looks whether a run goes on holds it for a moment
+                time.sleep(0.01)
+                continue
+            file.close()
+            what = f"a run is going on in {str(folder)!r}."
+            want = "another folder, or the end of that run"
+            raise RuntimeError(explain(what, want=want, fix="run.stop()")) from error
     return file
+
+
+def is_going_on(folder: Path) -> bool | None:
+    """Whether a process holds a run's folder; None where that cannot be known."""
+    lock = folder / _LOCK
+    if os.name == "nt" or not lock.is_file():
+        return None if os.name == "nt" else False
+    import fcntl
+
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def read_end(folder: Path) -> dict[str, Any]:
+    """How the run in a folder ended: its state, its error, its last notes.
+
+    Without a note of it: "running", if a process holds the folder; "cut off", if none does, as after `kill -9`;
+    "unfinished" where that cannot be known.
+
+    Raises:
+        FormatError: if the file is not ours.
+    """
+    path, going = folder / _END, is_going_on(folder)
+    if not path.is_file():  # written before the folder is let go, so there would be one
+        return {"state": "unfinished" if going is None else "running" if going else "cut off", "error": "", "notes": []}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return {"state": str(told["state"]), "error": str(told["error"]), "notes": list(map(str, told["notes"]))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(explain(f"{_END} in {str(folder)!r} cannot be read: {error!r}.", want="ours")) from error
 
 
 def read_facts(path: Path) -> dict[str, Any]:

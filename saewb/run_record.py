@@ -10,6 +10,8 @@ from saewb.errors import explain
 from saewb.memory import MemoryEstimate
 from saewb.training import Training, TrainStep
 
+COUNTS = "density_counts"  # of a row; after the SAE's name, where there are several
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -27,16 +29,20 @@ class RunOptions:
 
 
 def row_of(step: TrainStep, seconds: float) -> dict[str, Any]:
-    """A step as a row of the history: plain numbers, the SAE's name first where there are several."""
+    """A step as a row of the history: plain numbers, the SAE's name first where there are several.
+
+    `density_counts` alone is a list (see `Figures.numbers_and_density`): for the folder and `run_densities`.
+    """
     row: dict[str, Any] = {"step": step.step, "n_tokens": step.n_tokens, "seconds": round(seconds, 3)}
     for name, figures in step.saes.items():
-        numbers: dict[str, Any] = figures.numbers()
+        numbers: dict[str, Any]
+        numbers, counts = figures.numbers_and_density()
         numbers["n_dead"] = round(numbers["dead_frac"] * figures.d_sae) if math.isfinite(numbers["dead_frac"]) else None
         if figures.held_out is not None:
             found = {**asdict(figures.held_out.reconstruction), **asdict(figures.held_out.firing)}
             numbers |= {f"held_out/{key}": float(v) for key, v in found.items() if isinstance(v, (int, float))}
         prefix = "" if len(step.saes) == 1 else f"{name}/"
-        row |= {prefix + key: value for key, value in numbers.items()}
+        row |= {prefix + key: value for key, value in numbers.items()} | {f"{prefix}{COUNTS}": counts}
     return row
 
 

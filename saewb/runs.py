@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 from saewb.errors import explain
 from saewb.feed import Feed
+from saewb.journal import Journal
 from saewb.memory import MemoryEstimate
-from saewb.past_run import code_of
+from saewb.past_run import code_of, frame_of
 from saewb.run_folder import RunFolder
-from saewb.run_record import RunOptions, before_failed_step, out_of_memory, row_of
+from saewb.run_record import RunOptions, before_failed_step, out_of_memory
 from saewb.run_view import Progress, line, page
-from saewb.sinks import Event, Sink, Sinks
+from saewb.sinks import Sink
 from saewb.team import ALONE, Team
-from saewb.training import Diverged, Training, TrainStep
+from saewb.training import Training, TrainStep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,12 +68,11 @@ class Run:
         team: Team = ALONE,
     ) -> None:
         self.memory, self._team = memory, team
-        self.notes: list[str] = []
         self.error: BaseException | None = None
-        self._warned: set[tuple[str, str]] = set()
         self._training, self._feed, self._places, self._finish = training, feed, dict(places), finish
-        self._folder, self._options, self._sinks, self._facts = folder, options, Sinks(sinks), facts
-        self._rows = [dict(row) for row in rows]
+        self._folder, self._options, self._facts = folder, options, facts
+        self._journal = Journal(list(places), folder, sinks, rows, lambda: self.state)
+        self._rows, self.notes = self._journal.rows, self._journal.notes
         self._layers, self._config = layers, training.config
         self._gate = threading.Condition(threading.RLock())  # held during a step, and by whoever comes in between
         self._waiting, self._ended = 0, threading.Event()
@@ -165,13 +165,11 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """A row per logged step; with several SAEs their columns begin with their names. Also in `history.jsonl`."""
-        import pandas as pd
-
-        return pd.DataFrame(list(self._rows))
+        return frame_of(self._rows)
 
     @property
     def rows(self) -> tuple[Mapping[str, Any], ...]:
-        """The history as plain numbers, without pandas."""
+        """The history as plain values, without pandas."""
         return tuple(self._rows)
 
     @property
@@ -246,7 +244,7 @@ class Run:
 
     def _work(self) -> None:
         error: BaseException | None = None
-        self._tell("begin", self._facts)
+        self._journal.tell("begin", self._done, self._facts)
         try:
             steps = iter(self._training)
             while (step := self._next(steps)) is not None:
@@ -272,7 +270,7 @@ class Run:
         last = step.step == self._config.n_steps
         measured = any(figures.held_out is not None for figures in step.saes.values())
         if step.step == 1 or last or measured or step.step % self._options.log_every_steps == 0:
-            self._log(step)
+            self._journal.log(step, self._seconds, self._config.lr)
         every = self._options.checkpoint_every_tokens
         due = every is not None and step.n_tokens // every > (step.n_tokens - self._config.batch_tokens) // every
         if due and not last and self._team.leads:
@@ -282,28 +280,6 @@ class Run:
                 except OSError as error:  # e.g. a full disk: the checkpoint before is whole, training need not stop
                     self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
 
-    def _log(self, step: TrainStep) -> None:
-        self._warn(step)
-        row = row_of(step, self._seconds)
-        self._rows.append(row)
-        if self._folder is not None:
-            self._folder.log(row)
-        self._tell("step", row)
-
-    def _warn(self, step: TrainStep) -> None:
-        for name, warnings in step.warnings.items():
-            for warning in warnings:
-                if isinstance(warning, Diverged):
-                    fix = f"lr={self._config.lr / 10:g}"
-                    raise FloatingPointError(explain(f"{name!r} diverged: {warning}.", fix=fix))
-                if (name, warning.name) not in self._warned:
-                    self._warned.add((name, warning.name))
-                    self.notes.append(f"{name}: {warning}")
-
-    def _tell(self, kind: str, row: Mapping[str, Any] | None = None) -> None:
-        event = Event(kind, *self._done, row or {}, self.folder, tuple(self._places), self.state)
-        self.notes += self._sinks.tell(event)
-
     def _exported(self) -> dict[str, Any]:
         return {name: self._finish(sae) for name, sae in self._training.saes.items()}
 
@@ -312,7 +288,7 @@ class Run:
         saes = self._exported()
         state = {"training": self._training.state() if state is None else state, "seconds": self._seconds}
         self._folder.checkpoint(state, saes, self._done[1] if self._options.keep_saes else None)
-        self._tell("checkpoint")
+        self._journal.tell("checkpoint", self._done)
         return saes
 
     def _end(self, error: BaseException | None) -> None:
@@ -327,8 +303,10 @@ class Run:
                 if error is not caught:
                     self.notes.append(f"no last checkpoint: {type(caught).__name__}: {caught}")
             self.error, finished = error, self._done[0] >= self._config.n_steps
-            self._final = "failed" if error is not None else "finished" if finished else "stopped"
-        self._tell("end")
+            final: RunState = "failed" if error is not None else "finished" if finished else "stopped"
+            self._journal.end(final, self._done, self._seconds, error)
+            self._final = final  # after the folder, for who waits for it and then reads there
+        self._journal.tell("end", self._done)
         if self._folder is not None:
             self._folder.close()
         self._feed.stream.close()

@@ -77,7 +77,8 @@ def listen(page, home=()):
     page.complaints, page.asked = [], []
     page.on("console", lambda m: page.complaints.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: page.complaints.append(str(e)))
-    page.on("dialog", lambda d: (page.complaints.append("a dialog"), d.dismiss()))
+    leave = lambda d: d.type == "beforeunload"  # JupyterLab asks where a notebook has changed  # noqa: E731
+    page.on("dialog", lambda d: d.accept() if leave(d) else (page.complaints.append("a dialog"), d.dismiss()))
     inside = ("data:", "blob:", "about:", *home)
     page.on("request", lambda r: page.asked.append(r.url) if not r.url.startswith(inside) else None)
 

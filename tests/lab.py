@@ -40,6 +40,15 @@ class Notebook:
         """Run a command of JupyterLab's."""
         self.page.evaluate("([c, a]) => jupyterapp.commands.execute(c, a)", [command, how])
 
+    @property
+    def complaints(self):
+        """What the console had to say, each thing once: without JupyterLab's own about a machine that is busy."""
+        return [c for c in dict.fromkeys(self.page.complaints) if not c.endswith("is taking too long to activate.")]
+
+    def ready(self):
+        """Wait for the notebook and its kernel: after `page.reload()` too."""
+        _wait_for_kernel(self.page)
+
     def save(self):
         """Save, and read what was saved."""
         self.do("docmanager:save")
@@ -85,16 +94,20 @@ def _opened(browser, path, base, token):
     chromium.listen(page, home=(base,))
     page.complaints.clear()
     page.goto(f"{base}/doc/tree/{path.name}?token={token}&reset")
+    _wait_for_kernel(page)
+    slow = "is taking too long to activate"  # JupyterLab's own, on a machine that has much to do
+    page.complaints[:] = [said for said in page.complaints if slow not in said]
+    yield page
+    page.close()
+
+
+def _wait_for_kernel(page):
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
     page.wait_for_function(_READY)  # a notebook is there before its kernel
     page.evaluate(
         "() => { const nb = jupyterapp.shell.currentWidget.content;"
         " nb.notebookConfig = { ...nb.notebookConfig, windowingMode: 'none' } }"
     )
-    slow = "is taking too long to activate"  # JupyterLab's own, on a machine that has much to do
-    page.complaints[:] = [said for said in page.complaints if slow not in said]
-    yield page
-    page.close()
 
 
 @contextmanager

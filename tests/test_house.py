@@ -83,7 +83,8 @@ ROOMS = {
     "feed": "activations buffer streams",
     "run_record": "errors memory training",
     "run_plan": "errors objectives run_folder run_record sae streams training",
-    "runs": "errors feed memory past_run run_folder run_record run_view sinks team training",
+    "runs": "errors feed journal memory past_run run_folder run_record run_view sinks team training",
+    "journal": "errors run_folder run_record sinks training",
     "launch": "activation_cache activations attachment devices errors feed hooks outlook run_folder "
     "run_plan run_record runs sinks sources streams team tokens training",
     "releases": "errors",

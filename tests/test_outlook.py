@@ -59,8 +59,13 @@ def test_code_starts_an_equal_run_and_the_folder_tells_the_same(name, tmp_path):
     assert past.names == run.names == tuple(run.saes)
     assert past.history.equals(run.history)
     assert (past.frac, past.resumable) == (1.0, True)
-    assert repr(past) == f"PastRun(r, 400 tokens, {', '.join(run.names)})"
+    assert repr(past) == f"PastRun(r, finished, 400 tokens, {', '.join(run.names)})"
     assert saewb.run_curves(past) == saewb.run_curves(run)
+    assert saewb.run_densities(past) == saewb.run_densities(run)
+    for found in saewb.run_densities(run).values():
+        assert (found.n_tokens, sum(found.counts), len(found.counts)) == (400, 24, len(found.edges) + 1)
+    assert not [c for c in run.history if "density" in c and "held_out" not in c]
+    assert all(run.history.dtypes.map(lambda kind: kind.kind in "if"))
     assert "folder" not in run.code
 
 
@@ -102,8 +107,19 @@ def test_a_folder_is_read_while_its_run_goes_on(tmp_path):
     past = saewb.read_run(tmp_path / "r")
     assert 0 < past.frac < 1
     assert not past.resumable
+    assert past.state == "running"
+    while len(run.rows) == len(past.rows):
+        pass
+    later = past.again()
+    assert len(later.rows) > len(past.rows)
+    assert all(a is b for a, b in zip(past.rows, later.rows, strict=False))  # they are not read twice
     run.stop()
-    assert saewb.read_run(tmp_path / "r").resumable
+    ended = later.again()
+    assert (ended.state, ended.resumable) == ("stopped", True)
+    assert list(ended.rows) == run._rows
+    again = saewb.resume_run(tmp_path / "r", model=small.bridge(), tokens=small.tokens(60, 7)).stop()
+    assert list(ended.again().rows) == again._rows  # of a history that was written anew
+    assert ended.again().again().rows == saewb.read_run(tmp_path / "r").rows
 
 
 @pytest.mark.parametrize("saes", [TOPK, {"a": TOPK, "b": saewb.Trainee(saewb.Standard(64), read=MLP)}], ids=str)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import small
 import torch
 
 import saewb
+from saewb import run_folder
 from saewb.statefile import read_state, write_state
 from saewb.streams import stream_draws, stream_iterable
 
@@ -331,6 +333,7 @@ def test_resumed_after_stop_it_is_bit_for_bit_the_whole_run(tmp_path, at, normal
     assert figures(again).equals(figures(whole))
     longer = saewb.resume_run(tmp_path / "r", model=small.bridge(), tokens=small.tokens(60, 7), n_tokens=1200).wait()
     assert longer.progress.n_tokens == 1200
+    assert (saewb.read_run(tmp_path / "r").frac, "n_tokens=1200" in longer.code) == (1.0, True)
 
 
 SCRIPT = """
@@ -357,10 +360,77 @@ def test_resumed_after_kill_9_it_is_bit_for_bit_the_whole_run(tmp_path):
     assert done.returncode == -9, done.stderr
     assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
     assert len((tmp_path / "r" / "history.jsonl").read_text().splitlines()) == 14
+    assert saewb.read_run(tmp_path / "r").state == "cut off"
     whole = train().wait()
     again = saewb.resume_run(tmp_path / "r", model=small.bridge(), tokens=small.tokens(60, 7)).wait()
     assert equal(again.sae, whole.sae)
     assert figures(again).equals(figures(whole))
+    assert saewb.run_densities(again) == saewb.run_densities(whole)
+    assert saewb.read_run(tmp_path / "r").state == "finished"
+
+
+# -- how it ended ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_tells_how_its_run_ended(tmp_path):
+    assert saewb.read_run(train(tmp_path / "a").wait().folder).state == "finished"
+    run = endless(folder=tmp_path / "b")
+    until(lambda: run.progress.step > 2)
+    assert saewb.read_run(tmp_path / "b").state == "running"
+    run.pause()
+    assert saewb.read_run(tmp_path / "b").state == "running"  # it holds its folder
+    run.notes.append("a note")
+    run.stop()
+    told = saewb.read_run(tmp_path / "b")
+    assert (told.state, told.error, told.notes) == ("stopped", "", ("a note",))
+    draws = stream_draws(lambda n, rng: torch.randn(n, 8, generator=rng), seed=0, batch_tokens=40)
+    again = saewb.resume_run(tmp_path / "b", tokens=draws)
+    assert saewb.read_run(tmp_path / "b").state == "running"  # what was said of the first session is gone
+    again.stop()
+    run = saewb.train(
+        None, stream_iterable(failing(6), batch_tokens=40), TOPK, n_tokens=400, batch_tokens=40, folder=tmp_path / "c"
+    )
+    run._join(20)
+    told = saewb.read_run(tmp_path / "c")
+    assert (told.state, told.error) == ("failed", "OSError: the stream is gone")
+    (tmp_path / "c" / "end.json").write_text('{"state": "fini')
+    with pytest.raises(saewb.FormatError, match="end.json in"):
+        saewb.read_run(tmp_path / "c")
+
+
+def test_where_nobody_can_tell_whether_it_goes_on(tmp_path, monkeypatch):
+    run = endless(folder=tmp_path / "r")
+    monkeypatch.setattr(run_folder, "is_going_on", lambda folder: None)  # as on Windows
+    assert saewb.read_run(tmp_path / "r").state == "unfinished"
+    run.stop()
+    assert saewb.read_run(tmp_path / "r").state == "stopped"
+
+
+def test_a_look_at_a_folder_keeps_no_run_from_beginning(tmp_path):
+    """Whoever looks holds the lock for a moment."""
+    fcntl = pytest.importorskip("fcntl", reason="folders are not locked here")
+    (tmp_path / ".lock").touch()
+    looked = (tmp_path / ".lock").open()
+    fcntl.flock(looked, fcntl.LOCK_SH)
+    threading.Timer(0.03, looked.close).start()
+    taken = run_folder.RunFolder(tmp_path)
+    with pytest.raises(RuntimeError, match="is going on in"):
+        run_folder.RunFolder(tmp_path)
+    taken.close()
+
+
+def test_a_folder_that_is_deleted_while_its_run_goes_on(tmp_path):
+    run = endless(folder=tmp_path / "r", checkpoint_every_tokens=400, n_tokens=10**6)
+    until(lambda: run.progress.step > 12)
+    shutil.rmtree(tmp_path / "r")
+    at = run.progress.step
+    until(lambda: run.progress.step > at + 12)
+    assert any("is not there any more" in note for note in run.notes)
+    run.stop()
+    with pytest.raises(FileNotFoundError, match=r"is not there any more.\n  want: (.|\n)*saewb.save_sae\(run.sae"):
+        run.wait()
+    assert (run.state, run.sae.cfg.d_sae) == ("failed", 24)
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("how", ["the script ends", "SIGTERM"])

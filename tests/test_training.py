@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import saewb
 from saewb.objectives import revives
 from saewb.sparse_step import has_sparse_step
-from saewb.training import TrainConfig, Trainee, Training
+from saewb.training import DENSITY_EDGES, TrainConfig, Trainee, Training
 
 B = 50
 CONFIG = TrainConfig(
@@ -380,6 +381,24 @@ def test_dense_and_dead_are_counted():
     steps = run(Training(stream(values), Trainee(saewb.Standard(4), init=sae), config))
     assert [float(step.only.dead_frac) for step in steps] == [0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert [int(step.only.n_dense) for step in steps] == [2] * 8
+
+
+def test_latents_are_counted_by_how_frequent_they_are():
+    """On all tokens, on half of them, on one in 400 and on none."""
+    values = torch.zeros(400, 4)
+    values[:, 0], values[::2, 1], values[7, 2] = 1.0, 1.0, 1.0
+    sae = saewb.SAE(saewb.SAEConfig(d_in=4, d_sae=4, pre_bias="none"))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(4))
+        sae.b_enc.fill_(-0.5)
+    config = TrainConfig(n_tokens=400, batch_tokens=B, lr=1e-9, density_tokens=10**6)
+    (*_, last) = run(Training(stream({"x": values}), Trainee(saewb.Standard(4), init=sae), config))
+    numbers, counts = last.only.numbers_and_density()
+    assert numbers == last.only.numbers()
+    edges = [0.0, *DENSITY_EDGES, math.inf]
+    for i, (low, high) in enumerate(pairwise(edges)):
+        assert counts[i] == sum(low <= share < high for share in (1.0, 0.5, 1 / 400, 0.0)), (low, high)
+    torch.testing.assert_close(last.only.densities, torch.tensor([1.0, 0.5, 1 / 400, 0.0]))
 
 
 def test_rows_stay_unit_and_thresholds_positive(whole):

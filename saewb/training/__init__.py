@@ -11,6 +11,17 @@ from __future__ import annotations
 from saewb.training.config import TrainConfig
 from saewb.training.learner import Trainee
 from saewb.training.loop import Batch, Stream, Training
-from saewb.training.record import Diverged, Figures, HeldOut, TrainStep
+from saewb.training.record import DENSITY_EDGES, Diverged, Figures, HeldOut, TrainStep
 
-__all__ = ["Batch", "Diverged", "Figures", "HeldOut", "Stream", "TrainConfig", "TrainStep", "Trainee", "Training"]
+__all__ = [
+    "DENSITY_EDGES",
+    "Batch",
+    "Diverged",
+    "Figures",
+    "HeldOut",
+    "Stream",
+    "TrainConfig",
+    "TrainStep",
+    "Trainee",
+    "Training",
+]

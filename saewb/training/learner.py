@@ -132,6 +132,7 @@ class Learner:
             lr=rate,
             coefficients=used,
             extra=losses.extra,
+            densities=self._density,
             watch=self.watch,
             n_tokens=n_tokens + batch,
             d_sae=objective.d_sae,

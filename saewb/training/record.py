@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Union
 
 import torch
@@ -15,6 +16,8 @@ from saewb.errors import explain
 from saewb.firing import Firing
 from saewb.metrics import Reconstruction
 from saewb.objectives import Coefficient, CoefficientWarning, coefficient_warnings
+
+DENSITY_EDGES = tuple(10 ** (i / 4 - 7) for i in range(29))  # 10^-7 to 1, four bins for each factor of ten
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Figures:
     lr: float  # of this step
     coefficients: Mapping[str, Float[Tensor, ""]]  # weights of sparsity losses in this step
     extra: Mapping[str, Float[Tensor, ""]]  # what else the objective measures: "kept_min", "in_band"
+    densities: Float[Tensor, " d_sae"] = field(repr=False)  # share of about the last `density_tokens` it is on
     held_out: HeldOut | None = None  # on steps that measured
     watch: Mapping[str, Coefficient] = field(default_factory=dict, repr=False)  # how the weights were set
     n_tokens: int = 0  # trained on after this step
@@ -55,11 +59,31 @@ class Figures:
 
     def numbers(self) -> dict[str, float]:
         """Every figure as a float, by name ("losses/mse", "coefficients/l1", ...): one wait for the device."""
+        named = self._named()
+        return self._told(named, torch.stack(list(named.values())).tolist())
+
+    def numbers_and_density(self) -> tuple[dict[str, float], list[int]]:
+        """`numbers()`, and how many latents are how frequent: one wait for the device, for both.
+
+        Returns:
+            (numbers, counts): counts[0] latents are on less often than `DENSITY_EDGES[0]`, or never; counts[i] at least
+            as often as edge i - 1 and less often than edge i; the last ones on every token. They sum to d_sae.
+        """
+        named = self._named()
+        edges = torch.tensor(DENSITY_EDGES, device=self.densities.device)
+        above = (self.densities >= edges[:, None]).sum(1).float()  # exact up to 2^24 latents
+        values = torch.cat([torch.stack(list(named.values())), above]).tolist()
+        least = [self.densities.numel(), *map(int, values[len(named) :]), 0]
+        return self._told(named, values[: len(named)]), [a - b for a, b in pairwise(least)]
+
+    def _named(self) -> dict[str, Tensor]:
         named = {"loss": self.loss, "l0": self.l0, "fvu": self.fvu, "dead_frac": self.dead_frac}
         named["n_dense"] = self.n_dense
         for group in ("losses", "coefficients", "extra"):
             named |= {f"{group}/{name}": value for name, value in getattr(self, group).items()}
-        values = torch.stack([value.detach().float() for value in named.values()]).tolist()
+        return {name: value.detach().float() for name, value in named.items()}
+
+    def _told(self, named: Mapping[str, Tensor], values: list[float]) -> dict[str, float]:
         return {**dict(zip(named, values, strict=True)), "lr": self.lr}
 
     @property

@@ -48,7 +48,7 @@ def test_a_run_is_watched_paused_and_stopped(page, live):
     chromium.mount(page, panel)
     card = page.locator(".run")
     assert "running" in card.inner_text()
-    assert page.locator(".card").count() == 6
+    assert page.locator(".card").count() == 7
     before = panel.status[0]["n_tokens"]
     page.wait_for_function(
         "n => +document.querySelector('.where').textContent.split(' of ')[0].replace(/,/g, '') > n", arg=before
@@ -61,11 +61,23 @@ def test_a_run_is_watched_paused_and_stopped(page, live):
     page.keyboard.press("Enter")
     page.locator(".run[data-state=running]").wait_for()
     page.locator(".card[data-figure=l0] svg .hit").hover()
-    assert "4.00 at" in page.inner_text(".tip")
-    page.get_by_role("button", name="Loss and FVU on a log scale").click()
+    assert page.inner_text(".tip").startswith("4 at ")
+    page.get_by_label("Scale of loss, L0 and FVU").select_option("log")
+    page.locator(".card[data-figure=loss][data-scale=log]").wait_for()
     page.get_by_role("button", name="Stop mine").click()
     page.locator(".run[data-state=stopped]").wait_for()
-    assert (live.state, panel.alive, panel.log) == ("stopped", False, True)
+    assert (live.state, panel.alive, panel.scale) == ("stopped", False, "log")
+    counts = saewb.run_densities(live)["sae"].counts
+    page.locator(".card[data-figure=density] svg .hit").nth(0).hover()
+    assert page.inner_text(".tip") == f"on less than 1e-7 of tokens, or never\n{counts[0]} of 24 latents"
+    notes = page.locator(".card svg text").all_text_contents()
+    assert "NaN" not in "".join(notes)
+    for card in page.locator(".card").all():
+        ends = card.locator("svg text[text-anchor=end][x='39']").all_text_contents()
+        assert len(set(ends)) == len(ends) > 1, ends
+    most = max(range(1, 30), key=counts.__getitem__)
+    page.locator(".card[data-figure=density] svg .hit").nth(most).hover()
+    assert page.inner_text(".tip").endswith(f"of tokens\n{counts[most]} of 24 latents")
     assert page.get_by_role("button", name="Pause mine").count() == 0
     page.get_by_role("button", name="a run equal to mine").click()
     page.locator(".notice pre").wait_for()
@@ -157,7 +169,8 @@ def test_a_second_view_shows_the_same(page, browser):
     chromium.mount(page, panel)
     page.get_by_role("button", name="Show or hide b").click()
     page.wait_for_function("() => document.querySelectorAll('.card[data-figure=l0] polyline').length === 1")
-    page.get_by_role("button", name="Loss and FVU on a log scale").click()
+    page.get_by_label("Scale of loss, L0 and FVU").select_option("log")
+    page.locator(".card[data-figure=loss][data-scale=log]").wait_for()
     other = browser.new_page()
     chromium.listen(other)
     other.set_content("<!doctype html><style>body { background: #111 }</style><body></body>")
@@ -165,6 +178,7 @@ def test_a_second_view_shows_the_same(page, browser):
     assert other.locator(".saewb").get_attribute("data-theme") == "dark"
     assert other.locator(".card[data-figure=l0] polyline").count() == 1
     assert other.get_by_role("button", name="Show or hide b").get_attribute("aria-pressed") == "false"
-    assert other.get_by_role("button", name="Loss and FVU on a log scale").get_attribute("aria-pressed") == "true"
+    assert other.get_by_label("Scale of loss, L0 and FVU").input_value() == "log"
+    assert other.locator(".card[data-figure=loss][data-scale=log]").count() == 1
     assert other.complaints == []
     other.close()

@@ -3,6 +3,7 @@
 import doctest
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -255,6 +256,7 @@ _PANEL = (
     f"JB = {JB}"
     + """
 import json, time, threading, torch
+from pathlib import Path
 torch.set_num_threads(1)
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 2000  # bytes that it writes at once
@@ -325,15 +327,23 @@ for _ in range(3):  # cancelled each time when a little more has come
     panel.cancel()
     until(lambda: not threads())
     ends.append([panel.busy, panel.progress, panel.sae is None, panel.complaint])
+whole = [str(p) for p in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/**/sae_weights.safetensors")]
+constants.HF_HUB_OFFLINE = True
+offline = loaded()  # nothing of what came in part is taken for an SAE
+constants.HF_HUB_OFFLINE = False
 seen = []
 panel.load()
 until(lambda: (seen.append(panel.progress.get("done")), panel.loaded)[1])
 exec(panel.code(), made := {})
-print(json.dumps([ends, seen, panel.loaded["text"], torch.equal(made["sae"].W_dec, panel.sae.W_dec)]))
+same = torch.equal(made["sae"].W_dec, panel.sae.W_dec)
+print(json.dumps([ends, whole, offline, seen, panel.loaded["text"], same]))
 """
     faults = {"sae_weights.safetensors": [(4000, 0.1)] * 4}
     with hub({entry.repo: files}, faults=faults) as (endpoint, log):
-        ends, seen, text, same = in_an_interpreter(code, endpoint, tmp_path / "home")
+        ends, whole, offline, seen, text, same = in_an_interpreter(code, endpoint, tmp_path / "home")
+    assert whole == []
+    assert offline.startswith("FileNotFoundError: ")
+    assert "HF_HUB_OFFLINE" in offline.splitlines()[0]
     for going, after in zip(ends[::2], ends[1::2], strict=True):
         assert 0 < going["done"] < going["total"]
         assert after == ["", {}, True, ""]
@@ -373,6 +383,18 @@ print(json.dumps([*said, loaded(), panel.complaint]))
     assert total == 13_857
     assert there.startswith("SAE(relu, 64 -> 128 latents")
     assert complaint == ""
+
+
+def test_no_network_is_said_in_one_line(tmp_path):
+    with socket.socket() as taken:  # nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        away = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        said = in_an_interpreter("print(json.dumps([loaded(), panel.rows['total']]))", away, tmp_path / "home")
+    first, *more = said[0].splitlines()
+    assert first.startswith("FileNotFoundError: ")
+    assert "the hub cannot be reached" in first
+    assert [line.split(":")[0].strip() for line in more] in (["fix"], ["want"], ["want", "fix"])
+    assert said[1] == 13_857
 
 
 def test_examples_run():

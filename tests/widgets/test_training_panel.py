@@ -2,13 +2,15 @@
 
 import doctest
 import json
+import shutil
 import threading
 import time
 
 import pytest
 import small
 import torch
-from saewb_widgets import TrainingPanel, training
+from saewb_widgets import TrainingPanel, _charts, training
+from traitlets import TraitError
 
 import saewb
 from saewb.streams import stream_draws
@@ -168,7 +170,13 @@ def test_a_run_that_failed_says_why_and_how_to_go_on(tmp_path):
     assert not panel.alive
     assert HOSTILE not in panel.snapshot().data
     past = TrainingPanel(tmp_path / "r")
-    assert (past.status[0]["state"], past.status[0]["resume"], past.alive) == ("unfinished", told["resume"], True)
+    (said,) = past.status
+    assert (said["state"], said["error"], said["resume"], past.alive) == (
+        "failed",
+        told["error"],
+        told["resume"],
+        False,
+    )
     assert past.series[0]["lines"] == panel.series[0]["lines"]
     with pytest.raises(ValueError, match="not of this kernel"):
         past.control("r", "stop")
@@ -179,14 +187,86 @@ def test_a_folder_is_read_again_as_it_grows_and_its_end_is_told(tmp_path):
     until(lambda: len(run.rows) > 3)
     panel = TrainingPanel(tmp_path / "r")
     before = panel.status[0]["n_tokens"]
+    assert (panel.status[0]["state"], panel.alive) == ("running", True)
     until(lambda: (panel.refresh(), panel.status[0]["n_tokens"] > before)[1])
     run.stop()
-    (tmp_path / "r").rename(tmp_path / "moved")
     panel._on_message(panel, {"do": "look"})
+    assert (panel.status[0]["state"], panel.alive) == ("stopped", False)
+    assert panel.series[0]["lines"] == TrainingPanel(run).series[0]["lines"]
+    (tmp_path / "r").rename(tmp_path / "moved")
+    panel._on_message(panel, {"do": "refresh"})
     assert (panel.status[0]["state"], panel.alive) == ("gone", False)
     assert "not there any more" in panel.status[0]["error"]
     assert panel.series  # what was read stays
-    assert TrainingPanel(tmp_path / "moved").status[0]["resume"]
+    moved = TrainingPanel(tmp_path / "moved")
+    assert (moved.status[0]["state"], bool(moved.status[0]["resume"])) == ("stopped", True)
+    (tmp_path / "moved" / "end.json").unlink()  # as after kill -9
+    moved.refresh()
+    assert (moved.status[0]["state"], moved.alive) == ("cut off", False)
+    assert "without a word" in moved.status[0]["error"]
+    assert moved.status[0]["resume"]
+
+
+def test_a_folder_deleted_under_the_panel_of_a_run_that_goes_on(tmp_path):
+    run = endless(folder=tmp_path / "r")
+    until(lambda: len(run.rows) > 3)
+    panel = TrainingPanel(run)
+    shutil.rmtree(tmp_path / "r")
+    panel._on_message(panel, {"do": "look"})
+    assert (panel.status[0]["state"], panel.alive, panel.complaint) == ("running", True, "")
+    assert "is not there any more; its SAEs are in run.saes" in panel.status[0]["error"]
+    panel.control("r", "stop")
+    panel.wait(60)
+    assert (panel.status[0]["state"], panel.status[0]["resume"], panel.complaint) == ("failed", "", "")
+    assert "is not there any more" in panel.status[0]["error"]
+    assert panel.series
+    assert run.sae.cfg.d_sae == 24
+
+
+def test_how_frequent_the_latents_are(tmp_path):
+    run = train(tmp_path / "r", {"a": TOPK, "b": saewb.Standard(12, l1=0.5)}).wait()
+    for panel in (TrainingPanel(run), TrainingPanel(tmp_path / "r")):
+        for series, (name, found) in zip(panel.series, saewb.run_densities(run).items(), strict=True):
+            assert series["sae"] == name
+            assert series["density"] == {"at": 960, "edges": list(found.edges), "counts": list(found.counts)}
+        assert sum(panel.series[0]["density"]["counts"]) == 24
+        assert "how many latents are how frequent: r / a" in panel.static_html()
+
+
+@pytest.mark.parametrize("what", ["folder", "stopped"])
+def test_code_of_a_run_that_has_ended_draws_the_same_curves(what, tmp_path):
+    if what == "folder":
+        train(tmp_path / "r").wait()
+        panel = TrainingPanel(tmp_path / "r")
+    else:
+        stop = lambda event: runs[0].stop() if event.kind == "step" and event.step >= 5 and runs else None  # noqa: E731
+        runs = []
+        runs.append(train(sinks=[stop]))
+        runs[0]._join(60)
+        panel = TrainingPanel(runs[0])
+        assert panel.status[0]["state"] == "stopped"
+    again = TrainingPanel(executed(panel.code())["run"].wait())
+    for figure, (k, values) in panel.series[0]["lines"].items():
+        tokens = panel.series[0]["tokens"][k]
+        j, longer = again.series[0]["lines"][figure]
+        assert longer[: len(values)] == values
+        assert again.series[0]["tokens"][j][: len(tokens)] == tokens
+    if what == "folder":
+        assert again.series[0]["density"] == panel.series[0]["density"]
+
+
+def test_a_wide_span_is_drawn_on_a_log_scale_unless_it_is_said():
+    assert _charts.is_log([1.0, 31.0], "auto")
+    assert not _charts.is_log([1.0, 29.0], "auto")
+    assert not _charts.is_log([0.0, 1.0, 900.0], "auto")
+    assert not _charts.is_log([1.0, 900.0], "linear")
+    assert _charts.is_log([1.0, 2.0], "log")
+    run = train().wait()
+    panel = TrainingPanel(run)
+    panel.scale = "log"
+    assert ", log scale" in panel.static_html()
+    with pytest.raises(TraitError):
+        panel.scale = "logarithmic"
 
 
 # -- the form --------------------------------------------------------------------------------------------------------

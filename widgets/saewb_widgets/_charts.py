@@ -1,28 +1,59 @@
-"""Curves as inline SVG, for a notebook that is read without its kernel."""
+"""Curves and histograms as inline SVG, for a notebook that is read without its kernel."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from saewb_widgets._watching import CHARTS
+from saewb_widgets._watching import CHARTS, LOGS
 
-_COLOURS = ("#c8701a", "#2f6f9f", "#2f7d62", "#8a4f9e", "#b3543c", "#7a7a2a", "#3f8a96", "#7d6b5a")
-_W, _H, _LEFT, _TOP, _BOTTOM = 300, 130, 8, 8, 14
+_COLOURS = (
+    "#c8701a",
+    "#1f6fb2",
+    "#1f8a5b",
+    "#9a4bb0",
+    "#c2354f",
+    "#8a6a3a",
+    "#0e8f9b",
+    "#7a828e",
+)  # on white and black
+_DASHES = ("", "5 3", "1.5 2.5", "7 2.5 1.5 2.5")  # after every eight colours
+_W, _H, _LEFT, _TOP, _BOTTOM = 300, 136, 8, 14, 14
+_TEXT = 'font-size="10" fill="currentColor" fill-opacity=".65"'
 
 
-def charts(series: Sequence[dict[str, Any]]) -> str:
-    """A small chart per figure that is there, and what the colours mean."""
-    drawn = [_chart(figure, title, series) for figure, (title, _) in CHARTS.items()]
-    key = " &nbsp; ".join(
-        f'<span style="color:{_COLOURS[i % len(_COLOURS)]}">&#9632;</span> {html.escape(s["label"])}'
-        for i, s in enumerate(series)
-    )
-    return f'<div>{key}</div><div style="display:flex;flex-wrap:wrap;gap:14px">{"".join(drawn)}</div>'
+def charts(series: Sequence[dict[str, Any]], scale: str = "auto") -> str:
+    """A small chart per figure that is there, a histogram of densities, and what the colours mean.
+
+    Args:
+        series: as the front end is sent them.
+        scale: "auto", "linear" or "log".
+    """
+    drawn = [_chart(figure, title, series, scale) for figure, (title, _) in CHARTS.items()]
+    key = " &nbsp; ".join(_key(i, s["label"]) for i, s in enumerate(series))
+    boxes = "".join([*drawn, _densities(series)])
+    return f'<div>{key}</div><div style="display:flex;flex-wrap:wrap;gap:14px">{boxes}</div>'
 
 
-def _chart(figure: str, title: str, series: Sequence[dict[str, Any]]) -> str:
+def is_log(values: Sequence[float], scale: str) -> bool:
+    """Whether a chart of these values is drawn on a log scale."""
+    return scale == "log" or (scale == "auto" and min(values) > 0 and max(values) > 30 * min(values))
+
+
+def _key(i: int, label: str) -> str:
+    line = f'<line x1="0" x2="22" y1="5" y2="5" {_pen(i, 3)}/>'
+    return f'<svg width="22" height="10" viewBox="0 0 22 10">{line}</svg> {html.escape(label)}'
+
+
+def _pen(i: int, width: float = 1.5) -> str:
+    dash = _DASHES[i // len(_COLOURS) % len(_DASHES)]
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    return f'stroke="{_COLOURS[i % len(_COLOURS)]}" stroke-width="{width}" fill="none"{dashed}'
+
+
+def _chart(figure: str, title: str, series: Sequence[dict[str, Any]], scale: str) -> str:
     curves = [
         (i, s["tokens"][s["lines"][figure][0]], s["lines"][figure][1])
         for i, s in enumerate(series)
@@ -30,20 +61,35 @@ def _chart(figure: str, title: str, series: Sequence[dict[str, Any]]) -> str:
     ]
     if not curves:
         return ""
+    log = figure in LOGS and is_log([v for *_, y in curves for v in y], scale)
+    if log:
+        curves = [(i, *zip(*pairs, strict=True)) for i, x, y in curves if (pairs := _positive(x, y))]
+        if not curves:
+            return ""
     right = max(max(x) for _, x, _ in curves)
     low, high = min(min(y) for *_, y in curves), max(max(y) for *_, y in curves)
-    lines = "".join(_line(i, x, y, right, low, high) for i, x, y in curves)
+    of: Callable[[float], float] = math.log10 if log else float
+    lines = "".join(_line(i, x, [of(v) for v in y], right, of(low), of(high)) for i, x, y in curves)
     last = ", ".join(f"{series[i]['label']} {y[-1]:.4g}" for i, _, y in curves)
-    label = html.escape(f"{title} over tokens, last: {last}", quote=True)
-    text = 'font-size="10" fill="currentColor" fill-opacity=".65"'
+    text = (
+        f'<text x="{_LEFT}" y="10" {_TEXT}>{high:.4g}{", log scale" if log else ""}</text>'
+        f'<text x="{_LEFT}" y="{_H - 3}" {_TEXT}>{low:.4g}</text>'
+        f'<text x="{_W - 8}" y="{_H - 3}" text-anchor="end" {_TEXT}>{right:,} tokens</text>'
+    )
+    return _box(title, f"{title} over tokens, last: {last}", lines + text)
+
+
+def _positive(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
+    return [(a, b) for a, b in zip(x, y, strict=True) if b > 0]
+
+
+def _box(title: str, label: str, inside: str) -> str:
     return (
         f'<div><div style="font-weight:600">{html.escape(title)}</div>'
-        f'<svg width="{_W}" height="{_H}" viewBox="0 0 {_W} {_H}" role="img" aria-label="{label}">'
+        f'<svg width="{_W}" height="{_H}" viewBox="0 0 {_W} {_H}" role="img" '
+        f'aria-label="{html.escape(label, quote=True)}">'
         f'<line x1="{_LEFT}" x2="{_W - 8}" y1="{_H - _BOTTOM}" y2="{_H - _BOTTOM}" stroke="currentColor" '
-        f'stroke-opacity=".25"/>{lines}'
-        f'<text x="{_LEFT}" y="{_TOP + 2}" {text}>{high:.4g}</text>'
-        f'<text x="{_LEFT}" y="{_H - 3}" {text}>{low:.4g}</text>'
-        f'<text x="{_W - 8}" y="{_H - 3}" text-anchor="end" {text}>{right:,} tokens</text></svg></div>'
+        f'stroke-opacity=".25"/>{inside}</svg></div>'
     )
 
 
@@ -53,8 +99,29 @@ def _line(i: int, x: Sequence[float], y: Sequence[float], right: float, low: flo
         (_LEFT + wide * a / (right or 1), _TOP + 2 + tall * (1 - (b - low) / (high - low) if high > low else 0.5))
         for a, b in zip(x, y, strict=True)
     ]
-    colour = _COLOURS[i % len(_COLOURS)]
     if len(at) == 1:
-        return f'<circle cx="{at[0][0]:.1f}" cy="{at[0][1]:.1f}" r="2.5" fill="{colour}"/>'
+        return f'<circle cx="{at[0][0]:.1f}" cy="{at[0][1]:.1f}" r="2.5" fill="{_COLOURS[i % len(_COLOURS)]}"/>'
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
-    return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+    return f'<polyline points="{points}" {_pen(i)}/>'
+
+
+def _densities(series: Sequence[dict[str, Any]]) -> str:
+    """How many latents are how frequent, as outlines; the first bin holds those that are hardly ever on."""
+    known = [(i, s["label"], s["density"]) for i, s in enumerate(series) if "density" in s]
+    if not known:
+        return ""
+    shares = [[count / sum(d["counts"]) for count in d["counts"]] for *_, d in known]
+    most, step = max(map(max, shares)), (_W - 8 - _LEFT) / len(shares[0])
+    tall = _H - _BOTTOM - _TOP - 4
+    lines = ""
+    for (i, *_), heights in zip(known, shares, strict=True):
+        at = [(_LEFT + (j + k) * step, _H - _BOTTOM - tall * h / most) for j, h in enumerate(heights) for k in (0, 1)]
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
+        lines += f'<polyline points="{points}" {_pen(i)}/>'
+    told = ", ".join(f"{label} {d['counts'][0]} of {sum(d['counts'])} silent" for _, label, d in known)
+    text = (
+        f'<text x="{_LEFT}" y="10" {_TEXT}>{most:.0%} of latents</text>'
+        f'<text x="{_LEFT}" y="{_H - 3}" {_TEXT}>silent, 1e-7</text>'
+        f'<text x="{_W - 8}" y="{_H - 3}" text-anchor="end" {_TEXT}>on every token</text>'
+    )
+    return _box("density", f"how many latents are how frequent: {told}", lines + text)

@@ -57,6 +57,20 @@ def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def follows(*names: str) -> Callable[[Callable[[Any], None]], Any]:
+    """What follows from a change of these traits, once the panel is `_ready`: observed, and guarded."""
+
+    def made(method: Callable[[Any], None]) -> Any:
+        @functools.wraps(method)
+        def run(self: Panel, _: Any) -> None:
+            if self._ready:
+                method(self)
+
+        return t.observe(*names)(guarded(run))
+
+    return made
+
+
 class Refused(t.TraitError, ValueError):
     """A value that a trait does not take: what came with it from the front end is taken back too."""
 
@@ -72,6 +86,8 @@ def refused() -> Iterator[None]:
 
 class Panel(anywidget.AnyWidget):
     """A panel, abstract: one line that says what it shows, `code()`, and a view for places without a kernel."""
+
+    _ready = False  # whether what follows from its traits is to be shown; see `follows`
 
     title = t.Unicode("", help="what is shown, one line").tag(sync=True)
     about = t.Unicode("", help="what it is of, one line under the title").tag(sync=True)

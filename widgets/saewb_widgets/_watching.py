@@ -19,7 +19,9 @@ CHARTS = {  # figure: title and note
     "n_dense": ("dense latents", "on more often than dense_above"),
     "lr": ("learning rate", "of the step"),
 }
-_LIVE = ("running", "paused")
+LOGS = ("loss", "l0", "fvu", "held_out/fvu")  # that may be drawn on a log scale
+_LIVE, _ENDED = ("running", "paused", "unfinished"), ("stopped", "failed", "cut off", "unfinished")
+CUT_OFF = "its process ended without a word: killed, out of memory, or the machine went down"
 
 
 class Watched:
@@ -33,7 +35,7 @@ class Watched:
             want = "a run, a list of them, {name: run}, or a run's folder"
             raise TypeError(errors.explain(what, want=want, fix="TrainingPanel(run)"))
         self.run = run
-        self._seen = self._mark()
+        self._gone = False
         self._resume: str | None = None
 
     @property
@@ -44,45 +46,47 @@ class Watched:
     @property
     def alive(self) -> bool:
         """Whether there may be news."""
-        return self.run.state in _LIVE if self.here else self.run.frac < 1 and self._seen != "gone"
+        return self.run.state in _LIVE and (self.here or not self._gone)
 
     def look(self) -> None:
-        """Read the folder again, if it has changed; nothing for a run of this kernel."""
-        if not self.here and (mark := self._mark()) != self._seen:
-            self.run = self.run if mark == "gone" else saewb.read_run(self.run.folder)
-            self._seen = mark
-
-    def _mark(self) -> Any:
-        if self.here:
-            return None
-        history = Path(self.run.folder) / "history.jsonl"
-        if not Path(self.run.folder).is_dir():
-            return "gone"
-        return (stat.st_size, stat.st_mtime_ns) if history.is_file() and (stat := history.stat()) else None
+        """See whether the folder is there; of a run that is not of this kernel, read it again."""
+        self._gone = self.run.folder is not None and not Path(self.run.folder).is_dir()
+        if not (self.here or self._gone):
+            self.run = self.run.again()
 
     def status(self, name: str) -> dict[str, Any]:
         """Where it is."""
         run = self.run
         made = {"name": name, "here": self.here, "saes": list(run.names), "folder": str(run.folder or "")}
-        if not self.here:
-            step, total, rows = run.facts["config"]["batch_tokens"], run.facts["config"]["n_tokens"], run.rows
-            state = "unfinished" if run.frac < 1 else "finished"
-            if self._seen == "gone":
-                state, made["error"] = "gone", f"the folder {str(run.folder)!r} is not there any more"
-            at = rows[-1]["n_tokens"] if rows else 0
-            made |= {"state": state, "frac": round(run.frac, 4), "n_tokens": at, "total": total // step * step}
-            return made | {"resume": self._resumed() if state == "unfinished" else ""}
-        p = run.progress
-        made |= {"state": p.state, "frac": round(p.frac, 4), "n_tokens": p.n_tokens, "total": p.total_tokens}
-        made |= {"speed": p.tokens_per_s and float(f"{p.tokens_per_s:.3g}"), "left": p.seconds_left}
-        made["left"] = None if p.seconds_left is None else round(p.seconds_left)
-        made["notes"] = run.notes[-3:]
-        if run.error is not None:
-            made["error"] = f"{type(run.error).__name__}: {run.error}"
-        if p.state in ("stopped", "failed") and run.folder is not None:
+        made |= {"notes": list(run.notes[-3:]), "resume": "", **(self._here() if self.here else self._elsewhere())}
+        if made["state"] in _ENDED and run.folder is not None and not self._gone:
             self._resume = self._resume or self._resumed()
             made["resume"] = self._resume
         return made
+
+    def _here(self) -> dict[str, Any]:
+        run, p = self.run, self.run.progress
+        made = {"state": p.state, "frac": round(p.frac, 4), "n_tokens": p.n_tokens, "total": p.total_tokens}
+        made["speed"] = p.tokens_per_s and float(f"{p.tokens_per_s:.3g}")
+        made["left"] = None if p.seconds_left is None else round(p.seconds_left)
+        if run.error is not None:
+            made["error"] = f"{type(run.error).__name__}: {run.error}"
+        elif self._gone:
+            made["error"] = f"{self._missing()}; its SAEs are in run.saes"
+        return made
+
+    def _elsewhere(self) -> dict[str, Any]:
+        run = self.run
+        step, total = run.facts["config"]["batch_tokens"], run.facts["config"]["n_tokens"]
+        made = {"state": run.state, "frac": round(run.frac, 4), "total": total // step * step}
+        made["n_tokens"] = run.rows[-1]["n_tokens"] if run.rows else 0
+        if self._gone:
+            return made | {"state": "gone", "error": self._missing()}
+        said = {"failed": run.error, "cut off": CUT_OFF}.get(run.state)
+        return made | ({"error": said} if said else {})
+
+    def _missing(self) -> str:
+        return f"the folder {str(self.run.folder)!r} is not there any more"
 
     def _resumed(self) -> str:
         folder = self.run.folder
@@ -90,8 +94,9 @@ class Watched:
         return f"saewb.resume_run({str(folder)!r}, model=model, tokens=tokens)" if past.resumable else ""
 
     def series(self, name: str) -> list[dict[str, Any]]:
-        """Its curves: those with the same tokens share them."""
+        """Its curves, those with the same tokens sharing them; and how frequent its latents are."""
         made = []
+        densities = saewb.run_densities(self.run)
         for sae, curves in saewb.run_curves(self.run).items():
             label = name if len(self.run.names) == 1 else f"{name} / {sae}"
             lines: dict[str, Any] = {}
@@ -101,7 +106,10 @@ class Watched:
                     if tokens not in xs:
                         xs.append(tokens)
                     lines[figure] = [xs.index(tokens), [_packing.short(v) for v in values]]
-            made.append({"label": label, "run": name, "sae": sae, "tokens": xs, "lines": lines})
+            line = {"label": label, "run": name, "sae": sae, "tokens": xs, "lines": lines}
+            if found := densities.get(sae):
+                line["density"] = {"at": found.n_tokens, "edges": list(found.edges), "counts": list(found.counts)}
+            made.append(line)
         return made
 
 

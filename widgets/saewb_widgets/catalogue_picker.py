@@ -10,7 +10,7 @@ import traitlets as t
 import saewb
 from saewb import errors
 from saewb_widgets import _shelf, _static
-from saewb_widgets._panel import Panel, guarded, refused, source
+from saewb_widgets._panel import Panel, follows, guarded, refused, source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +98,7 @@ class CataloguePicker(Panel):
         self._device = device
         self._given_up = threading.Event()  # of the download that runs
         self._came: tuple[int, int] = (0, 0)
-        self._list_number, self._ready = 0, False
+        self._list_number = 0
         super().__init__(**traits)
         self.title = "Published SAEs"
         releases, models = self.catalogue["release"].nunique(), self.catalogue["model"].nunique()
@@ -261,23 +261,17 @@ class CataloguePicker(Panel):
 
     # What follows from it
 
-    @t.observe(*_NOTHING)
-    @guarded
-    def _asked_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self._list()
+    @follows(*_NOTHING)
+    def _asked_anew(self) -> None:
+        self._list()
 
-    @t.observe("selected")
-    @guarded
-    def _selected_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self._turn()
+    @follows("selected")
+    def _selected_anew(self) -> None:
+        self._turn()
 
-    @t.observe("offset")
-    @guarded
-    def _scrolled(self, _: Any = None) -> None:
-        if self._ready:
-            self._send_rows()
+    @follows("offset")
+    def _scrolled(self) -> None:
+        self._send_rows()
 
     def _choice(self) -> _shelf.Choice:
         places = (self.model, self.release, self.site, self.layer, self.width)

@@ -12,7 +12,7 @@ import traitlets as t
 import saewb
 from saewb import errors
 from saewb_widgets import _bookmarks, _listing, _packing, _static
-from saewb_widgets._panel import Panel, guarded, refused, source
+from saewb_widgets._panel import Panel, follows, guarded, refused, source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +108,6 @@ class FeatureBrowser(Panel):
         special = frozenset(self.index.facts.special)
         self._rows = functools.lru_cache(_KEPT)(lambda i: _packing.row(self.index.latent(i), special))
         self._chosen = "selected" in traits
-        self._ready = False
         super().__init__(**traits)
         self._open()
 
@@ -226,36 +225,25 @@ class FeatureBrowser(Panel):
 
     # What follows from it
 
-    @t.observe("query", "sort", "descending", "show_only", "density")
-    @guarded
-    def _asked_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self._list()
+    @follows("query", "sort", "descending", "show_only", "density")
+    def _asked_anew(self) -> None:
+        self._list()
 
-    @t.observe("selected")
-    @guarded
-    def _selected_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self._chosen = True
-            self._turn()
+    @follows("selected")
+    def _selected_anew(self) -> None:
+        self._chosen = True
+        self._turn()
 
-    @t.observe("offset")
-    @guarded
-    def _scrolled(self, _: Any = None) -> None:
-        if self._ready:
-            self._send_rows()
+    @follows("offset")
+    def _scrolled(self) -> None:
+        self._send_rows()
 
-    @t.observe("prompt")
-    @guarded
-    def _prompted(self, _: Any = None) -> None:
-        if self._ready:
-            self._try()
+    @follows("prompt")
+    def _prompted(self) -> None:
+        self._try()
 
-    @t.observe("pins", "notes")
-    @guarded
-    def _marked_anew(self, change: dict) -> None:
-        if not self._ready:
-            return
+    @follows("pins", "notes")
+    def _marked_anew(self) -> None:
         if self._notes_file is not None:
             _bookmarks.write(self._notes_file, self.pins, self.notes)
         if self.show_only in ("pinned", "noted"):

@@ -11,7 +11,7 @@ import saewb
 from saewb import errors
 from saewb_widgets import _charts, _form, _static
 from saewb_widgets._panel import Panel, guarded, refused, source
-from saewb_widgets._watching import CHARTS, Watched, free_name, named
+from saewb_widgets._watching import CHARTS, LOGS, Watched, free_name, named
 
 _CONTROLS = {"pause": "pausing", "resume": "going on with", "stop": "stopping"}
 
@@ -21,7 +21,7 @@ class TrainingPanel(Panel):
 
     Runs of this kernel can be controlled; of a run in another process, or one that has ended, its folder is enough: no
     model is needed. Curves have at most 300 points each. While a run goes on the front end asks for news once a second;
-    scripts call `refresh()`. What is shown is `saewb.run_curves` of each run.
+    scripts call `refresh()`. What is shown is `saewb.run_curves` and `saewb.run_densities` of each run.
 
     Example:
         >>> import saewb
@@ -45,7 +45,9 @@ class TrainingPanel(Panel):
     status = t.List(help="where each run is").tag(sync=True)
     series = t.List(help="the curves of each SAE of each run").tag(sync=True)
     hidden = t.List(t.Unicode(), help="labels of the curves that are not drawn").tag(sync=True)
-    log = t.Bool(False, help="loss and FVU on a log scale").tag(sync=True)
+    scale = t.Enum(("auto", "linear", "log"), "auto", help="of loss, L0 and FVU; auto: log where they span a lot").tag(
+        sync=True
+    )
     alive = t.Bool(False, help="whether there may be news").tag(sync=True)
     looked = t.Int(0, help="how often there was a look for news").tag(sync=True)
     form = t.Dict(help="the form's fields; empty if there is none").tag(sync=True)
@@ -99,7 +101,8 @@ class TrainingPanel(Panel):
             typed = _form.typed_of(objective, {"n_tokens": 1_000_000, **options})
         super().__init__(kind=kind, typed=typed, form_open=has_form and not self._watched)
         self._has_form = has_form
-        self.facts = {"charts": [[figure, *words] for figure, words in CHARTS.items()], "kinds": list(_form.KINDS)}
+        charts = [[figure, *words, figure in LOGS] for figure, words in CHARTS.items()]
+        self.facts = {"charts": charts, "kinds": list(_form.KINDS)}
         if has_form:
             self._kind_changed()
         self._look()
@@ -175,7 +178,7 @@ class TrainingPanel(Panel):
         rows = [
             (s["name"], s["state"], f"{s['n_tokens']:,} of {s['total']:,}", s.get("error", "")) for s in self.status
         ]
-        return _static.grid(("run", "state", "tokens", ""), rows) + _charts.charts(self.series)
+        return _static.grid(("run", "state", "tokens", ""), rows) + _charts.charts(self.series, self.scale)
 
     # -- control -----------------------------------------------------------------------------------------------------
 
@@ -222,6 +225,8 @@ class TrainingPanel(Panel):
             self.control(how.get("run", ""), what)
         elif what == "start":
             self.start()
+        elif what == "refresh":
+            self.refresh()
         elif what == "code":
             self.notice = self.code(how.get("run"))
         else:

@@ -8,18 +8,8 @@ const COLUMNS = [["release", "release", ""], ["id", "id", ""], ["layer", "layer"
   ["l0", "L0", "num"], ["bytes", "MB", "num"], ["neuronpedia", "NP", "np"]];
 
 function filters({ model, on, set, ask }, box) {
-  const top = make("div", "line"), find = make("input"), names = make("div", "line names"), more = make("div", "line");
-  find.type = "search";
-  find.placeholder = "Words in release, id, model, hook or repository";
-  for (const [k, v] of Object.entries({ "aria-label": "Search the catalogue", autocomplete: "off", spellcheck: "false" }))
-    find.setAttribute(k, v);
-  const search = settled(() => { if (find.value !== model.get("query")) set({ query: find.value }); }, 250);
-  find.addEventListener("input", search);
-  find.addEventListener("keydown", (e) => {
-    if (e.key === "Enter") { set({ query: find.value }); box().focus(); }
-    if (e.key === "Escape") { find.value = ""; set({ query: "" }); }
-    if (e.key === "ArrowDown") { e.preventDefault(); box().focus(); }
-  });
+  const top = make("div", "line"), names = make("div", "line names"), more = make("div", "line");
+  const find = searchField({ model, set }, "Words in release, id, model, hook or repository", "Search the catalogue", box);
   top.append(find, button("clear", "", () => ask("clear"), "Ask nothing of the catalogue any more"),
     button("code", "", () => ask("code"), "The Python that gives this"));
   const kinds = [["model", "model", "any model", names, (v) => v], ["release", "release", "any release", names, (v) => v],
@@ -53,7 +43,6 @@ function filters({ model, on, set, ask }, box) {
   const range = make("span", "range");
   range.append("L0", ends[0], "\u2013", ends[1]);
   more.append(range, label);
-  const active = (e) => e.getRootNode().activeElement === e;
   const draw = () => {
     selects.forEach((f) => f());
     if (!active(find)) find.value = model.get("query");
@@ -140,15 +129,7 @@ function listing({ model, on, set, ask }) {
     b.textContent = COLUMNS[j][1] + (here ? (model.get("descending") ? " \u2193" : " \u2191") : "");
     b.setAttribute("aria-current", String(here)); });
   box.addEventListener("scroll", () => requestAnimationFrame(draw));
-  const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, j: 1, k: -1 };
-  box.addEventListener("keydown", (e) => {
-    if (e.ctrlKey || e.metaKey || e.altKey) return;
-    if (steps[e.key]) ask("move", { by: steps[e.key] });
-    else if (e.key === "Home") ask("move", { to: 0 });
-    else if (e.key === "End") ask("move", { to: n - 1 });
-    else return;
-    e.preventDefault();
-  });
+  listKeys(box, ask, () => n);
   on("rows left", arrived);
   on("selected", draw);
   on("position", () => { place(); draw(); });

@@ -1,13 +1,10 @@
 const HIGH = 27, TALLEST = 12e6; // pixels: of a row; of what a browser scrolls
 
 function table({ body, model, on, set, ask }) {
-  const side = make("div", "side"), find = make("div", "find"), input = make("input"), sort = make("select");
+  const side = make("div", "side"), find = make("div", "find"), sort = make("select");
   const only = make("select"), line = make("div", "line"), total = make("span", "total"), turn = make("button", "quiet");
   const box = make("div", "rows"), inner = make("div", "inner"), columns = make("div", "columns");
-  input.type = "search";
-  input.placeholder = "Text, /pattern/, id:token, number";
-  for (const [k, v] of Object.entries({ "aria-label": "Search latents", autocomplete: "off", spellcheck: "false" }))
-    input.setAttribute(k, v);
+  const input = searchField({ model, set }, "Text, /pattern/, id:token, number", "Search latents", () => box);
   sort.setAttribute("aria-label", "Order");
   only.setAttribute("aria-label", "Which latents");
   for (const [value, text] of model.get("facts").sorts) sort.append(new Option(text, value));
@@ -89,7 +86,7 @@ function table({ body, model, on, set, ask }) {
   };
   const place = () => { const p = model.get("position"); if (p >= 0 && p < n) scrollTo(p); };
   const controls = () => {
-    if (document.activeElement !== input && input.getRootNode().activeElement !== input) input.value = model.get("query");
+    if (!active(input)) input.value = model.get("query");
     sort.value = model.get("sort");
     only.value = model.get("show_only");
     turn.textContent = model.get("descending") ? "\u2193" : "\u2191";
@@ -98,28 +95,12 @@ function table({ body, model, on, set, ask }) {
     [...columns.querySelectorAll("button")].forEach((b, j) =>
       b.setAttribute("aria-current", String(model.get("sort") === ["density", "max"][j])));
   };
-  const search = settled(() => { if (input.value !== model.get("query")) set({ query: input.value }); }, 250);
-  input.addEventListener("input", search);
-  input.addEventListener("keydown", (e) => {
-    if (e.key === "Enter") { set({ query: input.value }); box.focus(); }
-    if (e.key === "Escape") { input.value = ""; set({ query: "" }); }
-    if (e.key === "ArrowDown") { e.preventDefault(); box.focus(); }
-  });
   sort.addEventListener("change", () => set({ sort: sort.value, descending: sort.value !== "latent" }));
   only.addEventListener("change", () => set({ show_only: only.value }));
   turn.addEventListener("click", () => set({ descending: !model.get("descending") }));
   box.addEventListener("scroll", () => requestAnimationFrame(draw));
-  const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, j: 1, k: -1 };
-  box.addEventListener("keydown", (e) => {
-    if (e.ctrlKey || e.metaKey || e.altKey) return;
-    if (steps[e.key]) ask("move", { by: steps[e.key] });
-    else if (e.key === "Home") ask("move", { to: 0 });
-    else if (e.key === "End") ask("move", { to: n - 1 });
-    else if (e.key === "/") { input.focus(); input.select(); }
-    else if (e.key === "p") ask("pin"); // whichever is selected once the keys before it are through
-    else return;
-    e.preventDefault();
-  });
+  listKeys(box, ask, () => n, { "/": () => { input.focus(); input.select(); },
+    p: () => ask("pin") }); // whichever is selected once the keys before it are through
   on("rows", arrived);
   on("selected pins notes", draw);
   on("position", place);

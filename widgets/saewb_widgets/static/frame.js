@@ -35,6 +35,51 @@ const throttled = (f, ms) => {
 // Calls once nothing has happened for `ms`.
 const settled = (f, ms) => { let timer; return () => { clearTimeout(timer); timer = setTimeout(f, ms); }; };
 
+const active = (e) => e.getRootNode().activeElement === e;
+// A field that sets `query` once typing rests; Enter and arrow down go on to `next()`, which it searches.
+const searchField = ({ model, set }, hint, label, next) => {
+  const find = make("input");
+  find.type = "search";
+  find.placeholder = hint;
+  for (const [k, v] of Object.entries({ "aria-label": label, autocomplete: "off", spellcheck: "false" })) find.setAttribute(k, v);
+  find.addEventListener("input", settled(() => { if (find.value !== model.get("query")) set({ query: find.value }); }, 250));
+  find.addEventListener("keydown", (e) => {
+    if (e.key === "Enter") { set({ query: find.value }); next().focus(); }
+    if (e.key === "Escape") { find.value = ""; set({ query: "" }); }
+    if (e.key === "ArrowDown") { e.preventDefault(); next().focus(); }
+  });
+  return find;
+};
+// What keys do in a list of `size()` rows: arrows, j and k, pages, both ends; `more` are its own.
+const STEPS = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, j: 1, k: -1 };
+const listKeys = (box, ask, size, more = {}) => box.addEventListener("keydown", (e) => {
+  if (e.ctrlKey || e.metaKey || e.altKey) return;
+  if (STEPS[e.key]) ask("move", { by: STEPS[e.key] });
+  else if (e.key === "Home") ask("move", { to: 0 });
+  else if (e.key === "End") ask("move", { to: size() - 1 });
+  else if (more[e.key]) more[e.key]();
+  else return;
+  e.preventDefault();
+});
+
+// Messages to the kernel, and a word where it has not answered for a while: it is busy in a cell, or gone. Where a
+// front end tells of no answers, nothing is said.
+const post = (model, late) => {
+  const open = new Set();
+  let answers = false;
+  const look = () => { late.hidden = !(answers && [...open].some((since) => Date.now() - since.at > 700)); };
+  const send = (what) => {
+    const sent = { at: Date.now() }, status = (m) => {
+      answers = true;
+      if (m.content.execution_state === "idle") { open.delete(sent); look(); } };
+    open.add(sent);
+    model.send(what, { iopub: { status } });
+    setTimeout(look, 750);
+  };
+  if (model.widget_manager) send({ do: "collect" }); // to learn whether answers are told
+  return { send, tells: () => answers, waits: () => answers && [...open].some((since) => Date.now() - since.at < 10000) };
+};
+
 // Dark or light is what the page around it is: notebooks differ in how they say so, but all of them paint it.
 const isDark = (el) => {
   for (let e = el; e; e = e.parentElement) {
@@ -70,12 +115,15 @@ function framed({ model, el }, name, build) {
   // JupyterLab's own keys, such as d d for "delete the cell", are off where this is on the very element in focus.
   root.addEventListener("focusin", (e) => { e.target.dataset.lmSuppressShortcuts = "true"; });
   const on = (names, f) => names.split(" ").forEach((n) => { model.on("change:" + n, f); heard.push(["change:" + n, f]); });
-  const ask = (what, how = {}) => model.send({ do: what, ...how });
-  const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); };
-
   const head = make("header"), title = make("h2"), about = make("p"), busy = make("span", "busy");
-  busy.setAttribute("role", "status");
-  head.append(title, busy, about);
+  const late = make("span", "busy late", "waiting for the kernel, which is busy\u2026");
+  for (const e of [busy, late]) e.setAttribute("role", "status");
+  late.hidden = true;
+  head.append(title, busy, late, about);
+  const kernel = post(model, late), heardYet = settled(() => kernel.send({ do: "collect" }), 300);
+  const ask = (what, how = {}) => kernel.send({ do: what, ...how });
+  const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes();
+    if (kernel.tells()) heardYet(); };
   const errors = make("div", "complaint"), notice = make("div", "notice"), body = make("div", "body"), tip = make("div", "tip");
   errors.setAttribute("role", "alert");
   notice.setAttribute("role", "status");
@@ -103,7 +151,7 @@ function framed({ model, el }, name, build) {
     const what = model.get("busy");
     busy.textContent = what ? what + "\u2026" : "";
     root.setAttribute("aria-busy", String(!!what));
-    if (what && !asking) asking = setInterval(() => ask("collect"), 250);
+    if (what && !asking) asking = setInterval(() => { if (!kernel.waits()) ask("collect"); }, 250);
     if (!what && asking) { clearInterval(asking); asking = null; }
   };
   on("busy", wait);

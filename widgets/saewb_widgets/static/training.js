@@ -4,9 +4,21 @@ const draw = (tag, at, text) => { const e = document.createElementNS(NS, tag);
   if (text !== undefined) e.textContent = text;
   return e; };
 const W = 320, H = 150, LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 20;
-const figure = (v) => (v < 0 ? "\u2212" : "") + digits(Math.abs(v));
+const figure = (v) => (v < 0 ? "\u2212" : "") + (Number.isInteger(v) && Math.abs(v) < 1e6 ? count(Math.abs(v)) : digits(Math.abs(v)));
+// Notes beside an axis, all to the same digit, so that no two are the same.
+const notes = (values, log) => {
+  const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0]) || 1, most = Math.max(...values.map(Math.abs));
+  const places = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step) - 1e-9))), power = (v) => Math.floor(Math.log10(v) + 1e-9);
+  return values.map((v) => (log ? (v > -4 && v < 5 ? count(+(10 ** v).toPrecision(2)) : "1e" + +v.toPrecision(3)) : v === 0 ? "0"
+    : most < 1e-3 || most >= 1e6 ? v.toExponential(Math.max(0, Math.min(4, power(most) - power(step)))) : v.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places })));
+};
 const short = (n) => (n >= 1e9 ? +(n / 1e9).toPrecision(3) + "B" : n >= 1e6 ? +(n / 1e6).toPrecision(3) + "M"
   : n >= 1e4 ? +(n / 1e3).toPrecision(3) + "k" : count(n));
+const rate = (v) => (v >= 1e-3 ? +(100 * v).toPrecision(2) + " %" : v.toExponential(1).replace(".0e", "e"));
+const DASHES = ["", " dashed", " dotted", " mixed"]; // after every eight colours
+const colour = (i) => `s${i % 8}` + DASHES[Math.floor(i / 8) % 4];
+const swatch = (i) => { const e = draw("svg", { viewBox: "0 0 22 4", class: "swatch" });
+  e.append(draw("polyline", { points: "0,2 22,2", class: colour(i) })); return e; };
 const clock = (s) => { const h = Math.floor(s / 3600), m = Math.floor(s / 60) % 60, two = (n) => String(n).padStart(2, "0");
   return h ? `${h}:${two(m)}:${two(s % 60)}` : `${m}:${two(s % 60)}`; };
 // Two to five round numbers in a range.
@@ -36,7 +48,8 @@ function training({ body, model, on, set, ask }) {
     bar.setAttribute("aria-label", `Progress of ${name}`);
     const act = (what, hint) => button(what, "", () => ask(what, { run: name }), hint);
     const buttons = { pause: act("pause", `Pause ${name} after this step`), resume: act("resume", `Go on with ${name}`),
-      stop: act("stop", `Stop ${name} after this step, with a checkpoint if it has a folder`) };
+      stop: act("stop", `Stop ${name} after this step, with a checkpoint if it has a folder`),
+      again: button("look again", "", () => ask("refresh"), `See whether ${name} has gone on`) };
     acts.append(...Object.values(buttons), act("code", `The Python that starts a run equal to ${name}`));
     const more = make("div", "more");
     head.append(title, state, where, acts);
@@ -59,6 +72,7 @@ function training({ body, model, on, set, ask }) {
       r.buttons.pause.hidden = !(s.here && s.state === "running");
       r.buttons.resume.hidden = !(s.here && s.state === "paused");
       r.buttons.stop.hidden = !(s.here && (s.state === "running" || s.state === "paused"));
+      r.buttons.again.hidden = s.here || s.state === "running" || s.state === "finished";
       const said = JSON.stringify([s.error, s.notes, s.resume]);
       if (r.said === said) return;
       r.said = said;
@@ -81,45 +95,57 @@ function training({ body, model, on, set, ask }) {
     if (all.length > 1) all.forEach((s, i) => {
       const off = hidden.includes(s.label), b = button("", "key", () =>
         set({ hidden: off ? hidden.filter((l) => l !== s.label) : [...hidden, s.label] }), `Show or hide ${s.label}`);
-      b.append(make("i", `swatch s${i % 8}` + (i >= 8 ? " dashed" : "")), make("span", "", s.label));
+      b.append(swatch(i), make("span", "", s.label));
       b.setAttribute("aria-pressed", String(!off));
       b.dataset.key = s.label;
       line.append(b);
     });
-    const log = button("log scale", "", () => set({ log: !model.get("log") }), "Loss and FVU on a log scale");
-    log.setAttribute("aria-pressed", String(model.get("log")));
-    log.dataset.key = "";
-    line.append(make("span", "gap"), log);
-    if (focused !== undefined) [...line.querySelectorAll("button")].find((b) => b.dataset.key === focused)?.focus();
+    const scale = make("select");
+    for (const [value, text] of [["auto", "scale: auto"], ["linear", "scale: linear"], ["log", "scale: log"]]) scale.append(new Option(text, value));
+    scale.value = model.get("scale");
+    scale.setAttribute("aria-label", "Scale of loss, L0 and FVU");
+    scale.addEventListener("change", () => set({ scale: scale.value }));
+    scale.dataset.key = "";
+    line.append(make("span", "gap"), scale);
+    if (focused !== undefined) [...line.querySelectorAll("[data-key]")].find((b) => b.dataset.key === focused)?.focus();
   };
-  const chart = ([name, title, note]) => {
-    const series = shownSeries().filter((s) => s.lines[name]).map((s) => {
-      const [k, values] = s.lines[name], log = model.get("log") && /loss|fvu/.test(name);
-      const pairs = s.tokens[k].map((x, j) => [x, values[j]]).filter(([, v]) => !log || v > 0);
-      return { ...s, pairs, log };
-    }).filter((s) => s.pairs.length);
-    const card = make("section", "card"), head = make("h3", "", title), log = series.length > 0 && series[0].log;
+  const cardOf = (name, title, note, last, told) => {
+    const card = make("section", "card"), head = make("h3", "", title), svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", class: "curves" });
     card.dataset.figure = name;
-    head.append(make("span", "last", series.length === 1 ? figure(series[0].pairs.at(-1)[1]) : ""));
-    head.title = note;
-    card.append(head);
-    const svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", class: "curves" });
-    const told = series.map((s) => `${s.label} ${figure(s.pairs.at(-1)[1])} at ${count(s.pairs.at(-1)[0])} tokens`).join("; ");
+    head.append(make("span", "last", last));
+    head._tip = () => note;
     svg.setAttribute("aria-label", `${title}: ${told || "nothing yet"}`);
-    card.append(svg);
-    if (!series.length) { svg.append(draw("text", { x: W / 2, y: H / 2, "text-anchor": "middle" }, "nothing yet")); return card; }
+    card.append(head, svg);
+    if (!told) svg.append(draw("text", { x: W / 2, y: H / 2, "text-anchor": "middle" }, "nothing yet"));
+    return [card, svg];
+  };
+  const chart = ([name, title, note, may]) => {
+    let series = shownSeries().filter((s) => s.lines[name]).map((s) => {
+      const [k, values] = s.lines[name];
+      return { ...s, pairs: s.tokens[k].map((x, j) => [x, values[j]]) };
+    }).filter((s) => s.pairs.length);
+    const every = series.flatMap((s) => s.pairs.map((p) => p[1])), lowest = Math.min(...every), scale = model.get("scale");
+    const log = may && (scale === "log" || (scale === "auto" && lowest > 0 && Math.max(...every) > 30 * lowest));
+    if (log) series = series.map((s) => ({ ...s, pairs: s.pairs.filter(([, v]) => v > 0) })).filter((s) => s.pairs.length);
+    const told = series.map((s) => `${s.label} ${figure(s.pairs.at(-1)[1])} at ${count(s.pairs.at(-1)[0])} tokens`).join("; ");
+    const [card, svg] = cardOf(name, title, note, series.length === 1 ? figure(series[0].pairs.at(-1)[1]) : "", told);
+    if (!series.length) return card;
+    card.dataset.scale = log ? "log" : "linear";
     const of = (v) => (log ? Math.log10(v) : v), ys = series.flatMap((s) => s.pairs.map((p) => of(p[1])));
     let low = Math.min(...ys), high = Math.max(...ys);
+    const least = log ? 0.1 : 0.04 * Math.abs(high), lacks = (least - (high - low)) / 2; // what hardly changes is no drama
+    if (lacks > 0) { low -= lacks; high += lacks; }
     const right = Math.max(...series.map((s) => s.pairs.at(-1)[0])), pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     if (!log && low >= 0 && low < 0.35 * high) low = 0; else low = low >= 0 && !log ? Math.max(0, low - pad) : low - pad;
     high += pad;
     const px = (x) => LEFT + ((W - LEFT - RIGHT) * x) / right, py = (v) => TOP + ((H - TOP - BOTTOM) * (high - v)) / (high - low);
-    ticks(low, high, log).forEach((v) => svg.append(draw("line", { x1: LEFT, x2: W - RIGHT, y1: py(v), y2: py(v), class: "grid" }),
-      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, figure(log ? 10 ** v : v))));
+    const at = ticks(low, high, log), said = notes(at, log);
+    at.forEach((v, j) => svg.append(draw("line", { x1: LEFT, x2: W - RIGHT, y1: py(v), y2: py(v), class: "grid" }),
+      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, said[j])));
     ticks(0, right).forEach((v) => svg.append(draw("text", { x: px(v), y: H - 6,
       "text-anchor": px(v) > W - 28 ? "end" : v === 0 ? "start" : "middle" }, short(Math.round(v)))));
     series.forEach((s) => {
-      const cls = `s${s.i % 8}` + (s.i >= 8 ? " dashed" : ""), at = s.pairs.map(([x, v]) => [px(x), py(of(v))]);
+      const cls = colour(s.i), at = s.pairs.map(([x, v]) => [px(x), py(of(v))]);
       if (at.length < 25) at.forEach(([cx, cy]) => svg.append(draw("circle", { cx, cy, r: 2, class: cls })));
       if (at.length > 1) svg.append(draw("polyline", { points: at.map((p) => p.map((c) => c.toFixed(1)).join()).join(" "), class: cls }));
     });
@@ -138,9 +164,42 @@ function training({ body, model, on, set, ask }) {
     svg.append(rule, hit);
     return card;
   };
+  // How many latents are how frequent: outlines over bins, those that are hardly ever on apart at the left.
+  const densities = () => {
+    const series = shownSeries().filter((s) => s.density), share = (s) => s.density.counts.map((c) => c / s.d);
+    series.forEach((s) => { s.d = s.density.counts.reduce((a, b) => a + b, 0); s.shares = share(s); });
+    const told = series.map((s) => `${s.label} at ${count(s.density.at)} tokens, ${count(s.density.counts[0])} of ${count(s.d)} latents silent`).join("; ");
+    const silent = series.length === 1 ? `${count(series[0].density.counts[0])} silent` : "";
+    const [card, svg] = cardOf("density", "density", "how many latents are how frequent: the share of the last tokens on which each is on; a quarter of a factor of ten to a bin", silent, told);
+    if (!series.length) return card;
+    const edges = series[0].density.edges.map(Math.log10), low = edges[0], wide = (W - LEFT - RIGHT) / (edges.length + 1.5);
+    const most = Math.max(0.02, ...series.flatMap((s) => s.shares)), left = (i) => LEFT + (i === 0 ? 0 : (i + 0.5) * wide);
+    const py = (v) => TOP + (H - TOP - BOTTOM) * (1 - v / (1.06 * most)), floor = H - BOTTOM;
+    ticks(0, most).forEach((v) => svg.append(draw("line", { x1: LEFT, x2: W - RIGHT, y1: py(v), y2: py(v), class: "grid" }),
+      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, +(100 * v).toPrecision(2) + " %")));
+    const at = (e) => left(1 + (e - low) * 4);
+    for (let e = Math.ceil(low) + 1; e <= 0; e += 2) svg.append(draw("text", { x: at(e), y: H - 6, "text-anchor": e === 0 ? "end" : "middle" }, rate(10 ** e)));
+    svg.append(draw("text", { x: LEFT, y: H - 6 }, "silent"));
+    series.forEach((s) => {
+      const corner = (x, y) => `${x.toFixed(1)},${y.toFixed(1)}`, cls = colour(s.i);
+      const line = s.shares.slice(1).flatMap((v, j) => [corner(left(j + 1), py(v)), corner(left(j + 2), py(v))]);
+      const lone = [corner(left(0), floor), corner(left(0), py(s.shares[0])), corner(left(0) + wide, py(s.shares[0])), corner(left(0) + wide, floor)];
+      const whole = [corner(left(1), floor), ...line, corner(left(edges.length + 1), floor)];
+      for (const points of [lone, whole]) svg.append(draw("polyline", { points: points.join(" "), class: cls + (series.length < 3 ? " filled" : "") }));
+    });
+    for (let i = 0; i <= edges.length; i++) {
+      const hit = draw("rect", { x: left(i), y: 0, width: i === 0 ? 1.5 * wide : wide, height: H, class: "hit" });
+      const where = i === 0 ? `on less than ${rate(10 ** low)} of tokens, or never` : i === edges.length ? "on every token"
+        : `on ${rate(10 ** edges[i - 1])} to ${rate(10 ** edges[i])} of tokens`;
+      hit._tip = () => [where, ...series.slice(0, 12).map((s) => `${series.length > 1 ? s.label + ": " : ""}${count(s.density.counts[i])} of ${count(s.d)} latents`)].join("\n");
+      svg.append(hit);
+    }
+    return card;
+  };
   const curves = () => {
     const all = model.get("series"), known = model.get("facts").charts || [];
     charts.replaceChildren(...(all.length ? known.filter(([n]) => all.some((s) => s.lines[n])).map(chart) : []));
+    if (all.some((s) => s.density)) charts.append(densities());
     if (all.length && !charts.children.length) charts.append(make("p", "none", "No step has been logged yet."));
   };
 
@@ -197,11 +256,11 @@ function training({ body, model, on, set, ask }) {
   const fill = () => {
     own = { ...model.get("typed"), ...pending() };
     for (const [key, [input, f]] of inputs)
-      if (document.activeElement !== input && input.getRootNode().activeElement !== input) input.value = own[key] ?? (f.choices ? f.default : "");
+      if (!active(input)) input.value = own[key] ?? (f.choices ? f.default : "");
   };
   // What stands in the field that is being typed in is newer than what comes back.
   const pending = () => { const out = {};
-    for (const [key, [input]] of inputs) if (input.getRootNode().activeElement === input && input.value.trim()) out[key] = input.value;
+    for (const [key, [input]] of inputs) if (active(input) && input.value.trim()) out[key] = input.value;
     return out; };
   const wrong = () => {
     const p = model.get("problems");
@@ -232,10 +291,16 @@ function training({ body, model, on, set, ask }) {
     if (!model.get("alive") && asking) { clearInterval(asking); asking = null; }
   };
   on("looked", () => { waiting = 0; });
+  // What is kept for a reader without a kernel follows what becomes of runs. Not every look: each makes JupyterLab ask
+  // whether to leave a notebook that has changed.
+  let known = "";
+  on("status", () => { const now = model.get("status").map((s) => s.name + s.state).join();
+    if (now !== known && model.get("still")) ask("still");
+    known = now; });
   on("alive", poll);
   on("status", statuses);
-  on("series hidden log", legend);
-  on("series hidden log facts", curves);
+  on("series hidden scale", legend);
+  on("series hidden scale facts", curves);
   on("form form_open", build);
   on("typed", fill);
   on("problems estimate", wrong);
