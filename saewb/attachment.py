@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from saewb import hooks
+from saewb import hooks, passes
 from saewb.cross_layer import CrossLayerTranscoder
 from saewb.errors import explain
 from saewb.placing import splices
@@ -213,7 +213,7 @@ class Attachment:
                 for splice in self._splices:
                     installed.append(splice)
                     splice.install()
-                self._stop_watching = hooks.watch(model, self._announce, self._begin, self._end)
+                self._stop_watching = passes.watch(model, self._announce, self._begin, self._end)
             except BaseException:
                 for splice in reversed(installed):
                     splice.uninstall()
@@ -222,7 +222,7 @@ class Attachment:
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._announced = (tokens,)
-        first = hooks.first_layer(self._model())
+        first = passes.first_layer(self._model())
         for splice in self._splices:
             splice.restore()
             splice.first_layer = first

@@ -16,7 +16,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from saewb import hooks
+from saewb import hooks, passes
 from saewb.attachment import on_model
 from saewb.change import Change, How
 from saewb.errors import explain
@@ -185,7 +185,7 @@ class Steering:
             try:
                 for change in self._changes:
                     self._hooks += change.install()
-                self._stop_watching = hooks.watch(self._model(), self._announce, self._begin, self._end)
+                self._stop_watching = passes.watch(self._model(), self._announce, self._begin, self._end)
             except BaseException:
                 for hook in reversed(self._hooks):
                     hook.remove()
@@ -194,7 +194,7 @@ class Steering:
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._tokens, self._cached = tokens, None
-        first = hooks.first_layer(self._model())
+        first = passes.first_layer(self._model())
         for hook in self._hooks:
             if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
                 hook.restore()
