@@ -15,6 +15,7 @@ from pathlib import Path
 import chromium
 
 ROOT = Path(__file__).parents[1]
+NAME = "a.ipynb"  # of the notebook, in its folder
 _READY = """() => { const w = window.jupyterapp?.shell.currentWidget;
   return w?.sessionContext?.isReady && w.sessionContext.session?.kernel?.status === 'idle' }"""
 
@@ -52,32 +53,79 @@ def opened(browser, work, cells):
 
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    path = work / "a.ipynb"
+    path = work / NAME
     nbformat.write(book, path)
-    with _server(work) as (base, token):
-        page = browser.new_page(viewport={"width": 1300, "height": 1700})
-        page.set_default_timeout(60_000)
-        chromium.listen(page, home=(base,))
-        page.complaints.clear()
-        page.goto(f"{base}/doc/tree/a.ipynb?token={token}&reset")
-        page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
-        page.wait_for_function(_READY)  # a notebook is there before its kernel
-        page.evaluate(
-            "() => { const nb = jupyterapp.shell.currentWidget.content;"
-            " nb.notebookConfig = { ...nb.notebookConfig, windowingMode: 'none' } }"
-        )
+    with _server(work) as base, _opened(browser, path, *base) as page:
         yield Notebook(page, path)
-        page.close()
+
+
+def without_a_kernel(browser, work, pictures=None):
+    """What a reader sees of the notebook saved in `work` once its kernel is gone: of each cell, the text under it.
+
+    By where it is read: "here", in a JupyterLab started anew, which trusts what it signed; "elsewhere", in that of
+    somebody else, which does not; "html", what nbconvert makes of it. None of them may ask anything of a network.
+
+    Args:
+        pictures: a folder, and the start of the files' names: (folder, "runs") gives folder/runs_reopened_here.png.
+    """
+    found = {}
+    for where, home in (("here", ".jupyter"), ("elsewhere", ".another")):
+        with _server(work, home) as base, _opened(browser, work / NAME, *base) as page:
+            page.wait_for_function("() => !document.body.innerText.includes('Loading widget')")
+            found[where] = _read(page, ".jp-Notebook .jp-Cell", ".jp-OutputArea", where, pictures)
+    with _nbconverted(browser, work / NAME) as page:
+        found["html"] = _read(page, ".cell", ".output_wrapper", "html", pictures)
+    return found
 
 
 @contextmanager
-def _server(work):
+def _opened(browser, path, base, token):
+    page = browser.new_page(viewport={"width": 1300, "height": 1700})
+    page.set_default_timeout(60_000)
+    chromium.listen(page, home=(base,))
+    page.complaints.clear()
+    page.goto(f"{base}/doc/tree/{path.name}?token={token}&reset")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+    page.wait_for_function(_READY)  # a notebook is there before its kernel
+    page.evaluate(
+        "() => { const nb = jupyterapp.shell.currentWidget.content;"
+        " nb.notebookConfig = { ...nb.notebookConfig, windowingMode: 'none' } }"
+    )
+    yield page
+    page.close()
+
+
+@contextmanager
+def _nbconverted(browser, path):
+    from nbconvert import HTMLExporter
+
+    body, _ = HTMLExporter(template_name="basic").from_filename(str(path))
+    page = browser.new_page(viewport={"width": 1300, "height": 1700})
+    chromium.listen(page)
+    page.set_content(f"<!doctype html><meta charset=utf-8><body>{body}</body>")
+    yield page
+    page.close()
+
+
+def _read(page, cell, output, where, pictures):
+    texts = []
+    for i in range(page.locator(cell).count()):
+        under = page.locator(f"{cell} >> nth={i}").locator(output)
+        texts.append("\n".join(under.all_inner_texts()))
+    if pictures is not None:
+        page.screenshot(path=f"{pictures[0]}/{pictures[1]}_reopened_{where}.png")
+    assert page.asked == [], (where, page.asked)
+    return texts
+
+
+@contextmanager
+def _server(work, home=".jupyter"):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    home, token = work / ".jupyter", secrets.token_hex(16)
+    home, token = work / home, secrets.token_hex(16)
     settings = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
+    settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}))
     names = {"JUPYTER_CONFIG_DIR": "cfg", "JUPYTER_RUNTIME_DIR": "rt", "JUPYTER_DATA_DIR": "data", "IPYTHONDIR": "ipy"}
     names |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "ws"}
