@@ -206,16 +206,24 @@ def twin(model: nn.Module) -> nn.Module:
     tokenizer = getattr(model, "tokenizer", None)
     memo[id(tokenizer)] = tokenizer
     with lock(model):
+        # Notes that are part of a graph cannot be copied; the twin's passes make their own.
+        memo |= {id(note): note for m in _modules(model) for note in vars(m).values() if isinstance(note, Tensor)}
         for point in model.hook_dict.values():
             for name in ("fwd_hooks", "bwd_hooks", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
                 memo[id(getattr(point, name))] = type(getattr(point, name))()
         made = copy.deepcopy(model, memo)
-    inner = getattr(made, "original_model", None)  # no submodule of a Bridge
-    for module in (*made.modules(), *(() if inner is None else inner.modules())):
+    for module in _modules(made):
         for registered in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, function in registered.items() if function in _ours]:
                 del registered[key]  # torch's notes on how to call it stay, and are of no hook
     return made
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All of them, those of the model that a Bridge is made around included, which is no submodule of it."""
+    yield from model.modules()
+    if is_bridge(model):
+        yield from model.original_model.modules()
 
 
 def is_bare(model: nn.Module) -> bool:
