@@ -461,11 +461,13 @@ def test_it_says_how_far_it_is_and_stops(monkeypatch):
     assert panel.busy == "running the model: layer 2 of 4"
     press(panel, "stop")
     assert (panel.busy, panel.prompt, panel.window, panel.complaint) == ("", TEXT, {}, "")
+    assert panel.notice.startswith("Stopped")  # and not: waiting for the kernel
     go.release()
     held.remove()
     press(panel, "read")
     panel.wait(60)
     assert len(passed) == 1  # the first one went no further
+    assert panel.notice == ""
     check_code(panel)
     before = panel.latents
     held = saewb.hooks.resolve(twin, "blocks.1.hook_resid_post").add(slow)

@@ -15,6 +15,7 @@ from saewb_widgets._prompt_given import Given
 from saewb_widgets._prompt_work import ALL, Asked, Found
 from saewb_widgets._steered import tried
 
+_STOPPED = "Stopped: this prompt is not read."
 _ASKS = ("prompt", "special_tokens", "shown", "rank", "target", "position", "method")
 
 
@@ -63,6 +64,7 @@ class PromptReader(Panel):
         if self._jobs:
             self._end("reading", "comparing")
             self._stopped()
+            self.notice = _STOPPED if self._found is None else self.notice
 
     @t.validate("shown", "rank", "method", "position")
     @guarded
@@ -97,6 +99,7 @@ class PromptReader(Panel):
     def _ask_anew(self) -> None:
         asked, before, g = Asked(*(getattr(self, name) for name in _ASKS)), self._found, self.given
         self.about = _bare.about(g.saes, g.model)
+        self.notice = "" if self.notice == _STOPPED else self.notice
         if before is not None and not before.is_about(asked):
             self._end("comparing")
         if not asked.prompt:
