@@ -81,7 +81,7 @@ def without_a_kernel(browser, work, pictures=None):
 @contextmanager
 def _opened(browser, path, base, token):
     page = browser.new_page(viewport={"width": 1300, "height": 1700})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     chromium.listen(page, home=(base,))
     page.complaints.clear()
     page.goto(f"{base}/doc/tree/{path.name}?token={token}&reset")
@@ -147,7 +147,7 @@ def _server(work, home=".jupyter"):
         lab.wait(30)
 
 
-def _wait(lab, url, log, seconds=60):
+def _wait(lab, url, log, seconds=180):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert lab.poll() is None, log.read_text()[-3000:]
