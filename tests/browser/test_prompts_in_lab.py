@@ -1,5 +1,6 @@
 """PromptExplorer and SteeringPanel in a real JupyterLab: a prompt typed, tokens clicked, texts steered as they come."""
 
+import html
 import json
 import os
 import re
@@ -27,6 +28,7 @@ steering""",
     """exec(steering.code(), made := {"model": model, "sae": sae})
 print((made["clean"], made["steered"]) == (steering.clean, steering.steered), made["changes"].equals(steering.changes))
 """,
+    "from IPython.display import display\ndisplay(panel.snapshot(), steering.snapshot())",
 ]
 EXPLORER, BROWSER, STEERING = ".saewb.prompt", ".saewb.browser:not(.prompt)", ".saewb.steering"
 
@@ -62,14 +64,27 @@ class Watch:
         self.since = time.perf_counter()
 
 
-def test_prompts_and_steering_in_jupyterlab(notebook, reading, browser):
+def test_prompts_and_steering_in_jupyterlab(notebook, reading):
     explore(notebook, reading)
     steer(notebook)
     pictures(notebook)
-    outputs = {i: notebook.save()["cells"][i]["outputs"] for i in (0, 5)}
-    said = {i: "".join("".join(o["data"].get("text/html", "")) for o in found) for i, found in outputs.items()}
-    assert "no prompt yet" in said[0] or "Curie" in said[0]
-    assert "The scientist" in said[5]
+    notebook.run(8)
+    cells = notebook.save()["cells"]
+    first = ["".join(cells[k]["outputs"][0]["data"]["text/html"]) for k in (0, 5)]  # as they were when displayed
+    assert "no prompt yet" in first[0]
+    assert "The scientist" in first[1]
+    check_it_is_readable_without_a_kernel(notebook)
+
+
+def check_it_is_readable_without_a_kernel(notebook):
+    from nbconvert import HTMLExporter
+
+    clean, steered = json.loads(notebook.output(6))[1:]
+    page, _ = HTMLExporter(template_name="basic").from_filename(str(notebook.path))
+    for said in ("Latents of tiny on a prompt", "physicist", "logit effect", "rgba(240,148,40", "Steering tiny"):
+        assert said in page
+    for text in (clean, steered):
+        assert html.escape(text) in page
 
 
 def explore(notebook, reading):

@@ -179,7 +179,7 @@ class SteeringPanel(Panel):
     def static_html(self) -> str:
         """See Panel."""
         cell = "style='vertical-align:top;padding:2px 18px 2px 0;width:50%;white-space:pre-wrap;text-align:left'"
-        given = f"<span style='opacity:.65'>{html.escape(self.begun_with)}</span>"
+        given = f"<span style='opacity:.65'>{html.escape(self.begun_with or self.prompt)}</span>"
         texts = "".join(
             f"<td {cell}><b>{name}</b><br>{given}{html.escape(text)}</td>"
             for name, text in (("Clean", self.clean), ("Steered", self.steered))
