@@ -114,6 +114,8 @@ def explore(notebook, reading):
     watch.lap("a latent clicked")
     notebook.run(1)
     heading(page, BROWSER, listed[1])
+    laid = page.evaluate("s => getComputedStyle(document.querySelector(s + ' .body')).display", EXPLORER)
+    assert laid == "block"  # the styles of a panel that is displayed later do not reach this one
     rows.nth(2).click()
     heading(page, EXPLORER, listed[2])
     heading(page, BROWSER, listed[2])
