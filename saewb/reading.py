@@ -105,7 +105,7 @@ def read_in_turn(
         prompt: as for `read_prompt`.
         saes: to read with.
         compared: those to put in place for the next words; None: none.
-        n: words.
+        n: words of each, as for `next_tokens`.
         skip_special_tokens: as for `read_prompt`.
     Returns:
         An iterator: the reading and the model's own next words after one pass; then None and the next words with

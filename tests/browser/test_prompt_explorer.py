@@ -200,7 +200,7 @@ def test_hostile_tokens_are_text(page):
     )
     names = (*panels.NAMES[:4], "\n")
     panel._found = replace(panel._found, reading=replace(panel.reading, tokens=names))
-    panel._arrived(panel._found)
+    panel._arrived((panel._found, None))
     chromium.mount(page, panel)
     assert page.locator("img").count() == page.locator("script").count() == 0
     assert page.locator(".token").nth(0).text_content().replace("\u00b7", " ") == panels.HOSTILE

@@ -105,9 +105,10 @@ def explore(notebook, reading):
     at = tokens.index(" physicist")
     page.locator(f"{EXPLORER} .token[data-position='{at}']").click()
     page.locator(f"{EXPLORER} .token[data-position='{at}'][aria-selected=true]").wait_for()
-    watch.lap("a token clicked")
     listed = reading.to_frame(at).latent.tolist()
     rows = page.locator(f"{EXPLORER} .latents .row[role=option]")
+    rows.first.and_(page.locator(f"[data-latent='{listed[0]}']")).wait_for()
+    watch.lap("a token clicked")
     assert [int(rows.nth(k).get_attribute("data-latent")) for k in range(3)] == listed[:3]
     rows.nth(1).click()
     heading(page, EXPLORER, listed[1])
