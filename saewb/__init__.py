@@ -44,6 +44,7 @@ _HOME = {  # public name: the module that has it
     "attribute_edges": "attribution",
     "PromptReading": "prompt_reading",
     "read_prompt": "reading",
+    "read_in_turn": "reading",
     "NextTokens": "predictions",
     "next_tokens": "predictions",
     "Evaluation": "evals",

@@ -98,14 +98,29 @@ def capture(model: nn.Module, tokens: Int[Tensor, "batch pos"], points: Iterable
         >>> seen["blocks.2.hook_resid_post"].shape
         torch.Size([1, 5, 128])
     """
+    names = dict.fromkeys(points)
+    with capturing(model, names) as seen:
+        model(tokens, return_type=None, stop_at_layer=stop_layer(model, names))
+    return {name: seen[name] for name in names}
+
+
+@contextmanager
+def capturing(model: nn.Module, points: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What the last pass inside gives at several points; for who runs the model, and wants more of it than `capture`.
+
+    Args:
+        model: as for `capture`; its lock is held.
+        points: as for `capture`.
+    Raises:
+        ValueError: as `capture`, at the end.
+    """
     seen: dict[str, Tensor] = {}
     names = dict.fromkeys(points)
     with hooks.editing(model, {name: _noting(seen, name) for name in names}):
-        model(tokens, return_type=None, stop_at_layer=stop_layer(model, names))
+        yield seen
     for name in names:
         if name not in seen:
             raise ValueError(explain(f"{name!r} did not fire.", want="a point that this model computes"))
-    return {name: seen[name] for name in names}
 
 
 def stop_layer(model: nn.Module, points: Iterable[str]) -> int | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from saewb import hooks
+from saewb import passes
 from saewb.cross_layer import CrossLayerTranscoder
 from saewb.errors import explain
 from saewb.on_model import OnModel, on_model
@@ -173,7 +173,7 @@ class Attachment(OnModel):
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._announced = (tokens,)
-        first = hooks.first_layer(self._model())
+        first = passes.first_layer(self._model())
         for splice in self._splices:
             splice.restore()
             splice.first_layer = first

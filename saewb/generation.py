@@ -1,11 +1,11 @@
 """Text token by token, clean or under an intervention that is on the model for one forward pass at a time.
 
-1. Take the model's lock, make the intervention, run the whole text so far, take the intervention off, let the lock go.
+1. Take the model's lock, make the intervention, run what is new of the text, take both off again.
 2. Choose the next token: the largest logit, or a draw from softmax(logits / temperature) by a generator of one's own.
 3. Hand it out. Who stops asking (or closes the generator) has stopped the generation; the model is as before.
 
-So between two tokens any other thread may use the model, and finds it clean. The price is that no keys and values are
-kept from step to step: token n costs a pass over all n tokens.
+So between two tokens any other thread may use the model, and finds it clean. Keys and values of what was read are kept
+here, not in the model: the first token costs a pass over the prompt, each further one a pass over a single token.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from saewb import hooks
 from saewb.errors import explain
+from saewb.passes import GrowingText
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,11 +47,11 @@ def generate_tokens(
     max_new_tokens: int = 30,
     temperature: float = 0.0,
     seed: int = 0,
+    use_past_kv_cache: bool = True,
 ) -> Iterator[NewToken]:
     """The continuation of a prompt, one token at a time, as it is made; greedy, it is what `model.generate` writes.
 
-    Ends after `max_new_tokens`, with the tokenizer's EOS token, or where the model's context is full. Token n takes one
-    pass over the whole text so far.
+    Ends after `max_new_tokens`, with the tokenizer's EOS token, or where the model's context is full.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
@@ -59,6 +60,9 @@ def generate_tokens(
         max_new_tokens: how many at most.
         temperature: 0 takes the likeliest token; else logits are divided by it.
         seed: of the draws; the same seed gives the same text.
+        use_past_kv_cache: read each token once and keep its keys and values, made under the intervention; False: read
+            the whole text for every token, which gives the same text slowly, also with an SAE that looks at earlier
+            tokens' activations (temporal).
     Returns:
         An iterator of NewToken; `close()` it, or ask for no more, to stop.
     Raises:
@@ -75,7 +79,8 @@ def generate_tokens(
         raise ValueError(explain(f"generate_tokens got temperature={temperature!r}.", want="a number >= 0", fix="0.0"))
     if max_new_tokens < 1:
         raise ValueError(explain(f"generate_tokens got max_new_tokens={max_new_tokens!r}.", want="at least 1"))
-    return _steps(model, _ids(model, prompt), intervene, max_new_tokens, temperature, seed)
+    text, rng = GrowingText(model, _ids(model, prompt), use_past_kv_cache), torch.Generator().manual_seed(seed)
+    return _steps(model, text, intervene, max_new_tokens, temperature, rng)
 
 
 def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Intervene, n: int = 20) -> pd.DataFrame:
@@ -102,7 +107,10 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
     import pandas as pd
 
     ids = _ids(model, prompt)
-    clean, changed = (_last_logits(model, ids, one).softmax(-1) for one in (None, intervene))
+    clean, changed = (
+        _next_logits(model, GrowingText(model, ids, use_past_kv_cache=False), one).softmax(-1)
+        for one in (None, intervene)
+    )
     change = changed - clean
     top = change.abs().topk(min(n, change.numel())).indices
     tokens = [model.tokenizer.decode([i]) for i in top.tolist()]
@@ -113,23 +121,28 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
 
 
 def _steps(
-    model: nn.Module, ids: Tensor, intervene: Intervene | None, n: int, temperature: float, seed: int
+    model: nn.Module,
+    text: GrowingText,
+    intervene: Intervene | None,
+    n: int,
+    temperature: float,
+    rng: torch.Generator,
 ) -> Iterator[NewToken]:
-    rng, made = torch.Generator().manual_seed(seed), []
+    made = []
     for _ in range(n):
-        logits = _last_logits(model, ids, intervene)
+        logits = _next_logits(model, text, intervene)
         chosen = _choose(logits, temperature, rng)
         made.append(chosen)
         yield NewToken(chosen, model.tokenizer.decode(made), logits.softmax(-1)[chosen].item())
-        if chosen == model.tokenizer.eos_token_id or ids.shape[1] == model.cfg.n_ctx:
+        if chosen == model.tokenizer.eos_token_id or text.ids.shape[1] == model.cfg.n_ctx:
             return
-        ids = torch.cat([ids, ids.new_tensor([[chosen]])], dim=1)
+        text.append(chosen)
 
 
-def _last_logits(model: nn.Module, ids: Tensor, intervene: Intervene | None) -> Tensor:
+def _next_logits(model: nn.Module, text: GrowingText, intervene: Intervene | None) -> Tensor:
     """`[d_vocab]`, float32 on the CPU."""
     with hooks.lock(model), torch.no_grad(), intervene() if intervene is not None else contextlib.nullcontext():
-        return model(ids)[0, -1].float().cpu()
+        return text.logits().float().cpu()
 
 
 def _choose(logits: Tensor, temperature: float, rng: torch.Generator) -> int:

@@ -1,4 +1,6 @@
-"""A model's hook points, by any of their names. Every difference between kinds and versions of models lives here.
+"""A model's hook points, by any of their names.
+
+Every difference between kinds and versions of models lives here and, for their forward passes, in `saewb.passes`.
 
 Three kinds of model are known, told apart by what they have, not by their class, so that transformer_lens is not
 imported here: TransformerBridge (transformer-lens 3.x and 4.x; points in `_hook_registry`, aliases computed),
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from saewb.errors import explain, near
 
@@ -29,6 +32,7 @@ INNER = ".hook_sae_"  # in the name of every point that an attachment adds
 _tables: weakref.WeakKeyDictionary[nn.Module, dict[str, Point]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
+_ours: weakref.WeakSet[Callable] = weakref.WeakSet()  # what was put on modules that are no points
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +69,8 @@ class Hook:
     def restore(self) -> None:
         """Put it (back) at the end of the point's hooks."""
         if self._point.is_module_input:
-            self._handle = self._point.module.register_forward_pre_hook(lambda module, args: self._on_input(args))
+            on_input = ours(lambda module, args: self._on_input(args))
+            self._handle = self._point.module.register_forward_pre_hook(on_input)
             return
         self._point.module.add_hook(lambda activation, hook: self._edit(activation), is_permanent=True)
         self._handle = self._point.module.fwd_hooks[-1]  # transformer-lens 3.x returns nothing
@@ -127,7 +132,7 @@ def resolve_writable(model: nn.Module, name: str) -> Point:
     """
     point = resolve(model, name)
     aside = [alias for alias in point.names[1:] if alias.endswith("hook_resid_mid")]
-    if aside and _is_bridge(model):
+    if aside and is_bridge(model):
         what = f"{name!r} of a TransformerBridge is what the MLP reads: written there, nothing reaches the stream."
         want = f"a HookedTransformer (transformer-lens 3.x), whose {aside[0]!r} is in the stream; or another point"
         fix = f"saewb.attach(model, sae, hook={aside[0].replace('resid_mid', 'resid_post')!r})"
@@ -173,71 +178,6 @@ def _forget(mapping: dict[str, object], name: str, value: object) -> None:
         del mapping[name]
 
 
-def watch(
-    model: nn.Module,
-    announce: Callable[[Tensor | None], None],
-    begin: Callable[[int], None],
-    end: Callable[[], None],
-) -> Callable[[], None]:
-    """Be told of forward passes.
-
-    Args:
-        model: any kind. `model.forward` itself is not watched: run_with_cache and run_with_hooks call it past the hooks
-            of the module.
-        announce: gets the token ids `[batch, pos]` of the pass to come, or None if the model was given embeddings. A
-            HookedTransformer announces where it embeds, which it also does outside of a pass; and says nothing about a
-            pass that starts at a later layer.
-        begin: called when the first block is reached, with how many earlier tokens are in a cache of keys and values; a
-            HookedTransformer's embedding points have fired by then.
-        end: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
-    Returns:
-        A function that ends the watch.
-    """
-
-    def on_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        ids = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
-        announce(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
-
-    def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        begin(_cached_tokens(kwargs))
-
-    def on_end(module: nn.Module, args: tuple, output: object) -> None:
-        end()
-
-    if _is_bridge(model):
-        first = second = last = model.original_model
-    else:
-        first, last = getattr(model, "embed", None), getattr(model, "unembed", None)
-        second = model.blocks[0] if len(getattr(model, "blocks", ())) else None
-    handles = [] if first is None else [first.register_forward_pre_hook(on_tokens, with_kwargs=True)]
-    handles += [] if second is None else [second.register_forward_pre_hook(on_begin, with_kwargs=True)]
-    handles += [] if last is None else [last.register_forward_hook(on_end)]
-
-    def stop() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return stop
-
-
-def first_layer(model: nn.Module) -> int:
-    """The block at which the pass under way starts: not 0 under `start_at_layer`.
-
-    A Bridge of transformer-lens 4 computes the blocks before it too, on something that is not their input, and throws
-    the result away.
-    """
-    blocks = getattr(model, "blocks", None)
-    return getattr(blocks[0], "_start_at_layer_idx", None) or 0 if blocks is not None and len(blocks) else 0
-
-
-def _cached_tokens(kwargs: Mapping[str, Any]) -> int:
-    """How many cached tokens a call of a Hugging Face model, or of a HookedTransformer's block, goes on from."""
-    cache, entry = kwargs.get("past_key_values"), kwargs.get("past_kv_cache_entry")
-    if cache is not None:
-        return int(cache.get_seq_length())
-    return 0 if entry is None else entry.past_keys.shape[1]
-
-
 @contextmanager
 def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Hold the model's lock with these edits on it, by hook name; none of them is left on it afterwards.
@@ -260,19 +200,51 @@ def twin(model: nn.Module) -> nn.Module:
     """The same model once more, for another thread: the same weights, not copied, and points of its own.
 
     A pass keeps notes in the modules it runs through (where to stop, what was seen), so two threads cannot run one
-    model at a time. Hooks on the model's points are not on the twin's. Hooks on other modules are: the model's own.
+    model at a time. What is attached to the model, and hooks on its points, are not on the twin. Other hooks on its
+    modules are: the model's own.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     tokenizer = getattr(model, "tokenizer", None)
     memo[id(tokenizer)] = tokenizer
-    with lock(model):
+    with lock(model), _SharedTensors():
         for point in model.hook_dict.values():
             for name in ("fwd_hooks", "bwd_hooks", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
                 memo[id(getattr(point, name))] = type(getattr(point, name))()
-        return copy.deepcopy(model, memo)
+        made = copy.deepcopy(model, memo)
+    for module in _modules(made):
+        for registered in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, function in registered.items() if function in _ours]:
+                del registered[key]  # torch's notes on how to call it stay, and are of no hook
+    return made
 
 
-def _is_bridge(model: nn.Module) -> bool:
+class _SharedTensors(TorchFunctionMode):
+    """Copying shares tensors: a pass leaves notes in its modules, and those that are part of a graph have no copy."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All of them, those of the model that a Bridge is made around included, which is no submodule of it."""
+    yield from model.modules()
+    if is_bridge(model):
+        yield from model.original_model.modules()
+
+
+def is_bare(model: nn.Module) -> bool:
+    """Whether nothing is on its points: no SAE, no steering, no hook of anybody's."""
+    return not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def ours(function: Callable) -> Callable:
+    """The same, known as what saewb has put on a module: a twin does without it."""
+    _ours.add(function)
+    return function
+
+
+def is_bridge(model: nn.Module) -> bool:
+    """Whether it is a TransformerBridge."""
     return "_hook_registry" in getattr(model, "__dict__", {})
 
 
@@ -282,7 +254,7 @@ def _registered(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _mappings(model: nn.Module) -> Iterable[dict[str, nn.Module]]:
-    if _is_bridge(model):
+    if is_bridge(model):
         return [model._hook_registry]
     found = [getattr(model, name, None) for name in ("hook_dict", "mod_dict")]
     if not all(isinstance(mapping, dict) for mapping in found):
@@ -310,7 +282,7 @@ def _table(model: nn.Module) -> dict[str, Point]:
         own = modules[key].name if modules[key].name in names else names[0]
         point = Point(own, (own, *(name for name in names if name != own)), modules[key])
         table.update(dict.fromkeys(names, point))
-    return table if _is_bridge(model) else {**_mlp_inputs(model), **table}
+    return table if is_bridge(model) else {**_mlp_inputs(model), **table}
 
 
 def _mlp_inputs(model: nn.Module) -> dict[str, Point]:
@@ -339,7 +311,7 @@ def _check_not_gated(model: nn.Module, point: Point, name: str) -> None:
 
 def _switched_off_by(model: nn.Module, point: Point) -> str | None:
     """The configuration flag that keeps the point from firing, or None."""
-    if _is_bridge(model):
+    if is_bridge(model):
         return model._gated_hook_reason(point.name)
     try:
         model.check_hooks_to_add(point.module, point.name, None)

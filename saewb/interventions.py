@@ -15,7 +15,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from saewb import hooks
+from saewb import hooks, passes
 from saewb.change import Change, How
 from saewb.errors import explain
 from saewb.on_model import OnModel
@@ -161,7 +161,7 @@ class Steering(OnModel):
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._tokens, self._cached = tokens, None
-        first = hooks.first_layer(self._model())
+        first = passes.first_layer(self._model())
         for hook in self._hooks:
             if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
                 hook.restore()

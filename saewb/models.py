@@ -316,3 +316,11 @@ def _hub_error(answer: HubAnswer, asked: str) -> OSError:
         )
     why = f"not on this machine, and the hub cannot be reached ({answer.detail})"
     return ConnectionError(_nothing(asked, why))
+
+
+def key_value_cache(model: nn.Module) -> Any:
+    """No keys and values yet, of one text, as a HookedTransformer keeps them."""
+    import transformer_lens
+
+    device = next(model.parameters()).device
+    return transformer_lens.TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size=1)

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from saewb import hooks
+from saewb import hooks, passes
 from saewb.errors import explain
 
 _there: weakref.WeakKeyDictionary[nn.Module, list[OnModel]] = weakref.WeakKeyDictionary()  # oldest first
@@ -67,7 +67,7 @@ class OnModel:
         with self._lock:
             try:
                 self._put_on()
-                self._stop_watching = hooks.watch(model, self._announce, self._begin, self._end)
+                self._stop_watching = passes.watch(model, self._announce, self._begin, self._end)
             except BaseException:
                 self._take_off()
                 raise

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -101,12 +101,42 @@ def next_tokens(
     """
     if type(n) is not int or n < 1:
         raise ValueError(explain(f"next_tokens got n={n!r}.", want="a number of words, 1 or more"))
-    ids = prompt_ids(model, prompt)
+    with hooks.lock(model):
+        how = {"error_term": error_term, "skip_special_tokens": skip_special_tokens}
+        *_, found = in_turn(model, prompt_ids(model, prompt), saes, n, alone=saes is None, **how)
+    return found
+
+
+def in_turn(
+    model: nn.Module,
+    ids: Int[Tensor, "1 pos"],
+    saes: nn.Module | Sequence[nn.Module] | None,
+    n: int,
+    *,
+    alone: bool = True,
+    **how: Any,
+) -> Iterator[NextTokens]:
+    """What `next_tokens` gives of the model alone, after one pass; then with SAEs in place, after another one.
+
+    Args:
+        model: as for `next_tokens`; its lock is held for each pass, and not in between.
+        ids: of the prompt.
+        saes: as for `next_tokens`.
+        n: words of each.
+        alone: whether to give the first one.
+        how: keywords of `saewb.attach`.
+    """
     with hooks.lock(model), eval_mode(model), torch.no_grad():
-        clean, changed = model(ids)[0], None
-        if saes is not None:
-            with attach(model, saes, error_term=error_term, skip_special_tokens=skip_special_tokens):
-                changed = model(ids)[0]
+        clean = model(ids)[0]
+    if alone:
+        yield _found(model, ids, clean, None, n)
+    if saes is not None:
+        with hooks.lock(model), eval_mode(model), torch.no_grad(), attach(model, saes, **how):
+            changed = model(ids)[0]
+        yield _found(model, ids, clean, changed, n)
+
+
+def _found(model: nn.Module, ids: Tensor, clean: Tensor, changed: Tensor | None, n: int) -> NextTokens:
     step, found = max(1, _TILE // clean.shape[-1]), []
     for begin in range(0, len(clean), step):
         at = slice(begin, begin + step)

@@ -4,22 +4,26 @@
 2. Each SAE encodes that, 64 MiB of latents at a time; what is not 0 becomes a row.
 3. `PromptReading.toward` weighs the rows with a word: what each adds to its logit directly (`saewb.direct_effects`).
 4. `PromptReading.attributed` weighs them with `saewb.attribute`: what each does for the word by every way.
+
+`read_in_turn` gives the same and what comes next, of fewer passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from saewb import hooks
-from saewb.activations import capture, eval_mode
+from saewb.activations import capture, capturing, eval_mode
 from saewb.cross_layer import CrossLayerTranscoder
 from saewb.direct_effects import Part, active_rows
 from saewb.errors import explain
 from saewb.placing import places
+from saewb.predictions import NextTokens, in_turn
 from saewb.prompt_reading import Kept, PromptReading, words_of
 from saewb.splice import flat
 from saewb.tokens import prompt_ids, special_ids, special_mask
@@ -78,35 +82,103 @@ def read_prompt(
     if attribution is not None and target is None:
         fix = 'saewb.read_prompt(model, prompt, sae, target=" Paris", attribution="gradient")'
         raise ValueError(explain("attribution needs a word to attribute.", want="a target", fix=fix))
+    asked = _asked(model, prompt, saes, skip_special_tokens)
+    with hooks.lock(model), eval_mode(model, *asked.saes), torch.no_grad():
+        made = asked.reading(capture(model, asked.ids, asked.points))
+    made = made if target is None else made.toward(target)
+    return made if attribution is None else made.attributed(target, at, attribution)
+
+
+def read_in_turn(
+    model: nn.Module,
+    prompt: str | Sequence[int] | Tensor,
+    saes: nn.Module | Sequence[nn.Module],
+    compared: nn.Module | Sequence[nn.Module] | None = None,
+    *,
+    n: int = 10,
+    skip_special_tokens: bool | Sequence[int] = True,
+) -> Iterator[tuple[PromptReading | None, NextTokens]]:
+    """What `read_prompt` and `next_tokens` give, of two passes together instead of three, each as soon as it is there.
+
+    Args:
+        model: as for `read_prompt`; its lock is held for each pass, and not in between.
+        prompt: as for `read_prompt`.
+        saes: to read with.
+        compared: those to put in place for the next words; None: none.
+        n: words of each, as for `next_tokens`.
+        skip_special_tokens: as for `read_prompt`.
+    Returns:
+        An iterator: the reading and the model's own next words after one pass; then None and the next words with
+        `compared` in place. The logits of the first pass are held in between.
+    Raises:
+        ValueError, TypeError: as `read_prompt` and `next_tokens`.
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> steps = saewb.read_in_turn(model, "Paris is the capital of", sae, sae)
+        >>> reading, alone = next(steps)
+        >>> _, compared = next(steps)
+        >>> len(reading), alone.kl is None, compared.kl is None
+        (112, True, False)
+    """
+    asked = _asked(model, prompt, saes, skip_special_tokens)
+    words = in_turn(model, asked.ids, compared, n, skip_special_tokens=skip_special_tokens)
+    with hooks.lock(model), eval_mode(model, *asked.saes), torch.no_grad():
+        with capturing(model, asked.points) as seen:
+            alone = next(words)
+        reading = asked.reading(seen)
+    seen.clear()
+    yield reading, alone
+    yield from ((None, found) for found in words)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A prompt to be read, checked."""
+
+    model: nn.Module
+    ids: Tensor  # [1, pos]
+    special: Tensor  # [pos], positions left out
+    skip: bool | tuple[int, ...]  # skip_special_tokens
+    saes: tuple[nn.Module, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def last(self) -> str:
+        """Where the final residual stream is."""
+        return f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"
+
+    @property
+    def points(self) -> list[str]:
+        """What is needed of a pass."""
+        return [*(part.read for part in self.parts), self.last]
+
+    def reading(self, seen: Mapping[str, Tensor]) -> PromptReading:
+        """The latents, of what a pass gave at `points`."""
+        parts, ids = self.parts, tuple(self.ids[0].tolist())
+        inputs = tuple(_read(part, seen[part.read]) for part in parts)
+        rows = [active_rows(part, x, ~self.special) for part, x in zip(parts, inputs, strict=True)]
+        return PromptReading(
+            tokens=tuple(words_of(self.model, ids)),
+            ids=ids,
+            special=self.special.cpu(),
+            saes=_names(parts),
+            owner=tuple(part.owner for part in parts),
+            d_sae=tuple(part.d_sae for part in parts),
+            sae=torch.cat([torch.full((len(r.latent),), k) for k, r in enumerate(rows)]),
+            position=torch.cat([r.position for r in rows]),
+            latent=torch.cat([r.latent for r in rows]),
+            activation=torch.cat([r.activation for r in rows]),
+            kept=Kept(self.model, self.saes, parts, inputs, seen[self.last][0], self.ids, self.skip),
+        )
+
+
+def _asked(model: nn.Module, prompt: object, saes: object, skip_special_tokens: bool | Sequence[int]) -> _Asked:
     ids = prompt_ids(model, prompt)
     special = special_mask(ids, special_ids(model, skip_special_tokens))[0]
     several = tuple(saes) if isinstance(saes, (list, tuple)) else (saes,)
     skip = skip_special_tokens if isinstance(skip_special_tokens, bool) else tuple(skip_special_tokens)
-    parts = _parts(model, several)
-    with hooks.lock(model), eval_mode(model, *several):
-        last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        with torch.no_grad():
-            seen = capture(model, ids, [*(part.read for part in parts), last])
-            inputs = tuple(
-                flat(p.sae, seen[p.read], p.sae.cfg.d_in, p.read) if p.layer is None else seen[p.read] for p in parts
-            )
-        rows = [active_rows(part, x, ~special) for part, x in zip(parts, inputs, strict=True)]
-    which = torch.cat([torch.full((len(r.latent),), k) for k, r in enumerate(rows)])
-    made = PromptReading(
-        tokens=tuple(words_of(model, ids[0].tolist())),
-        ids=tuple(ids[0].tolist()),
-        special=special.cpu(),
-        saes=_names(parts),
-        owner=tuple(part.owner for part in parts),
-        d_sae=tuple(part.d_sae for part in parts),
-        sae=which,
-        position=torch.cat([r.position for r in rows]),
-        latent=torch.cat([r.latent for r in rows]),
-        activation=torch.cat([r.activation for r in rows]),
-        kept=Kept(model, several, parts, inputs, seen[last][0], ids, skip),
-    )
-    made = made if target is None else made.toward(target)
-    return made if attribution is None else made.attributed(target, at, attribution)
+    return _Asked(model, ids, special, skip, several, _parts(model, several))
 
 
 def _parts(model: nn.Module, saes: Sequence[nn.Module]) -> tuple[Part, ...]:

@@ -10,6 +10,7 @@ import torch
 import saewb
 from saewb.generation import generate_tokens, next_token_changes
 from saewb.interventions import steer
+from saewb.temporal import TemporalConfig, TemporalSAE
 
 RESID = "blocks.1.hook_resid_post"
 
@@ -110,3 +111,48 @@ def test_a_long_text_is_not_cut_in_silence():
     model = saewb.load_model("tiny", device="cpu")
     with pytest.raises(ValueError, match="the model's context 512"):
         next_token_changes(model, "word " * 2000, lambda: steer(model, saewb.load_sae("tiny"), {1: 1.0}))
+
+
+@pytest.mark.parametrize("how", [None, "add", "clamp", "scale"])
+def test_tokens_are_the_same_with_and_without_keys_and_values_kept(model, how):
+    sae, ids = small.sae(RESID), small.tokens(1, 6)
+    make = None if how is None else lambda: steer(model, sae, {3: 4.0, 7: 2.0}, how=how, positions=slice(1, None))
+    for temperature in (0.0, 1.5):
+        both = [
+            list(
+                generate_tokens(
+                    model, ids, make, max_new_tokens=20, temperature=temperature, seed=3, use_past_kv_cache=kept
+                )
+            )
+            for kept in (True, False)
+        ]
+        assert [t.token_id for t in both[0]] == [t.token_id for t in both[1]]
+        assert [t.probability for t in both[0]] == pytest.approx([t.probability for t in both[1]], abs=1e-4)
+
+
+def test_each_token_is_read_once(model):
+    seen = []
+    with saewb.hooks.editing(model, {RESID: lambda x: seen.append(x.shape[1])}):
+        assert len(chosen(model, small.tokens(1, 6), max_new_tokens=4, seed=1, temperature=1.5)) == 4
+        assert seen == [6, 1, 1, 1]
+        seen.clear()
+        chosen(model, small.tokens(1, 6), max_new_tokens=4, seed=1, temperature=1.5, use_past_kv_cache=False)
+    assert seen == [6, 7, 8, 9]
+
+
+def test_a_prompt_that_ends_with_the_padding_token_is_read_whole(model):
+    """A HookedTransformer takes it for padding, and leaves it out, where it keeps keys and values."""
+    ids = torch.cat([small.tokens(1, 5), torch.tensor([[3, 3]])], dim=1)
+    assert chosen(model, ids, max_new_tokens=6) == chosen(model, ids, max_new_tokens=6, use_past_kv_cache=False)
+
+
+def test_an_sae_that_looks_back_reads_the_whole_text(model):
+    sae = TemporalSAE(TemporalConfig(d_in=small.D_MODEL, d_sae=40, n_heads=2, bottleneck_factor=2, hook=RESID))
+    ids = small.tokens(1, 5)
+
+    def scaled():
+        return steer(model, sae, {3: 0.0}, how="clamp")
+
+    with pytest.raises(ValueError, match="use_past_kv_cache=False"):
+        chosen(model, ids, scaled, max_new_tokens=4, temperature=1.5, seed=1)
+    assert len(chosen(model, ids, scaled, max_new_tokens=4, temperature=1.5, seed=1, use_past_kv_cache=False)) == 4

@@ -8,7 +8,7 @@ from test_cross_layer import formula, made
 
 import saewb
 from saewb.predictions import next_tokens
-from saewb.reading import read_prompt
+from saewb.reading import read_in_turn, read_prompt
 
 PROMPT = "w3 w9 w20 w4 w11 w7"
 LAST = f"blocks.{small.LAYERS - 1}.hook_resid_post"
@@ -278,6 +278,26 @@ def test_next_tokens_are_those_of_the_model_and_of_it_with_saes(model, skip):
     assert "<table" in same._repr_html_()
     assert repr(alone).startswith("NextTokens(7 positions; after the last 'w")
     assert next_tokens(model, PROMPT, n=99).ids.shape == (7, small.VOCAB)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_in_turn_it_is_the_same_of_two_passes(model, skip):
+    saes, passes = [small.sae(RESID), small.sae(LAST)], []
+    with saewb.hooks.editing(model, {LAST: lambda x: passes.append(1)}):
+        steps = read_in_turn(model, PROMPT, saes, saes, n=4, skip_special_tokens=skip)
+        reading, alone = next(steps)
+        assert len(passes) == 1
+        ((nothing, compared),) = steps
+    assert (nothing, len(passes)) == (None, 2)
+    want = read_prompt(model, PROMPT, saes, skip_special_tokens=skip)
+    for name in ("position", "latent", "activation", "sae"):
+        assert torch.equal(getattr(reading, name), getattr(want, name))
+    assert reading.toward("w5").to_frame().equals(want.toward("w5").to_frame())
+    assert alone.to_frame(3).equals(next_tokens(model, PROMPT, n=4).to_frame(3))
+    both = next_tokens(model, PROMPT, saes, n=4, skip_special_tokens=skip)
+    assert torch.equal(compared.kl, both.kl)
+    assert compared.to_frame(3).equals(both.to_frame(3))
+    assert len(list(read_in_turn(model, PROMPT, saes))) == 1  # nothing to compare
 
 
 def test_they_see_what_is_attached(model):

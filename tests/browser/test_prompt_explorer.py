@@ -1,6 +1,7 @@
 """PromptExplorer's front end in Chromium, over the real panel."""
 
 import re
+import threading
 import time
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ import panels
 import pytest
 import small
 from saewb_widgets import PromptExplorer
+
+import saewb
 
 TEXT = "Marie Curie was a Polish physicist.\nShe won the Nobel Prize"
 
@@ -168,13 +171,36 @@ def test_a_busy_kernel_is_said(page, monkeypatch):
     assert page.inner_text(".waiting") == ""
 
 
+def test_it_says_how_far_it_is_and_stops(page):
+    panel, go = explorer(prompt="A dog"), threading.Semaphore(0)
+
+    def slow(activation):
+        assert go.acquire(timeout=60)
+
+    held = saewb.hooks.resolve(panel.given.runner.model, "blocks.1.hook_resid_post").add(slow)
+    chromium.mount(page, panel)
+    page.fill("textarea", "A cat")
+    page.keyboard.press("Enter")
+    page.locator(".busy", has_text="layer 2 of 4").wait_for()
+    page.get_by_role("button", name="Stop the model").click()
+    page.locator(".notice", has_text="not read").wait_for()
+    page.wait_for_timeout(900)
+    assert page.inner_text(".waiting") == ""  # the kernel is not to blame
+    go.release()
+    held.remove()
+    page.get_by_role("button", name="Read the prompt").click()
+    page.locator(".token", has_text="cat").wait_for()
+    page.locator(".notice").wait_for(state="hidden")
+    page.locator(".next .kl").wait_for()
+
+
 def test_hostile_tokens_are_text(page):
     panel = PromptExplorer(
         small.bridge(), small.sae("blocks.1.hook_resid_post"), panels.hostile(), prompt="w3 w9 w20 w4"
     )
     names = (*panels.NAMES[:4], "\n")
     panel._found = replace(panel._found, reading=replace(panel.reading, tokens=names))
-    panel._arrived(panel._found)
+    panel._arrived((panel._found, None))
     chromium.mount(page, panel)
     assert page.locator("img").count() == page.locator("script").count() == 0
     assert page.locator(".token").nth(0).text_content().replace("\u00b7", " ") == panels.HOSTILE

@@ -1,15 +1,18 @@
 """PromptExplorer without a browser: what is shown is what saewb says, and what its code gives."""
 
+import collections
 import doctest
 import json
 import re
 import threading
+import time
 from dataclasses import replace
 
 import panels
 import pytest
 import small
 import test_cross_layer as cross
+import torch
 from saewb_widgets import PromptExplorer, prompt_explorer
 
 import saewb
@@ -372,43 +375,198 @@ def test_an_index_from_its_folder(index, tmp_path):
 # Work beside the notebook
 
 
+class Gate:
+    """Readings that wait for leave, by prompt; each step of them."""
+
+    def __init__(self, monkeypatch):
+        self.real, self.open = saewb.read_in_turn, collections.defaultdict(lambda: threading.Semaphore(0))
+        monkeypatch.setattr(saewb, "read_in_turn", self.held, raising=False)
+
+    def held(self, model, prompt, *args, **how):
+        steps = self.real(model, prompt, *args, **how)
+        while True:
+            assert self.open[prompt].acquire(timeout=60)
+            try:
+                yield next(steps)
+            except StopIteration:
+                return
+
+    def let(self, prompt, n=1):
+        for _ in range(n):
+            self.open[prompt].release()
+
+
+def until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_the_newest_prompt_is_shown(monkeypatch):
-    panel, gates = explorer(prompt="A cat"), {"slow": threading.Event(), "quick": threading.Event()}
-    real = saewb.read_prompt
-
-    def read(model, prompt, *args, **how):
-        gates[prompt].wait(60)
-        return real(model, prompt, *args, **how)
-
-    monkeypatch.setattr(saewb, "read_prompt", read, raising=False)
+    panel, gate = explorer(prompt="A cat"), Gate(monkeypatch)
     panel.prompt = "slow"
     assert panel.busy == "running the model"
     assert "".join(panel.window["tokens"]).endswith("A cat")  # until there is another one
     press(panel, "collect")
     panel.prompt = "quick"
-    gates["quick"].set()
+    gate.let("quick", 9)
     panel.wait(60)
-    gates["slow"].set()
+    gate.let("slow", 9)
     press(panel, "collect")
     assert "".join(panel.window["tokens"]).endswith("quick")
     assert (panel.busy, panel.words["prompt"]) == ("", "quick")
-    panel.prompt = "slow"
-    gates["slow"].clear()
+    panel.prompt = "other"
     panel.prompt = ""
     assert (panel.busy, panel.window) == ("", {})
+    gate.let("other", 9)
 
 
-def test_a_model_that_is_in_use_makes_it_wait(monkeypatch):
-    """A cell that holds the model's lock: the panel says that it is busy, and goes on afterwards."""
+def test_latents_come_first_and_words_with_the_saes_follow(monkeypatch):
+    panel, gate = explorer(prompt="A cat"), Gate(monkeypatch)
+    panel.prompt = TEXT
+    gate.let(TEXT)
+    until(lambda: panel._jobs["reading"][1].done())
+    press(panel, "collect")
+    alone = saewb.next_tokens(panel.given.model, TEXT).to_frame()
+    assert [w for w, *_ in panel.words["words"]] == alone.token.tolist()
+    assert all(q is None for *_, q in panel.words["words"])
+    assert (panel.words["compared"], panel.words["comparing"]) == (False, True)
+    assert panel.listing["rows"]
+    changed_meanwhile = panel.words["at"] - 2
+    panel.position = changed_meanwhile
+    panel.rank = "logit_effect"  # another question about the same prompt
+    until(lambda: panel._jobs["reading"][1].done())
+    press(panel, "collect")
+    assert panel.words["comparing"]
+    gate.let(TEXT)
+    panel.wait(60)
+    assert (panel.words["compared"], panel.words["comparing"], panel.words["at"]) == (True, False, changed_meanwhile)
+    monkeypatch.undo()
+    check_code(panel)
+
+
+def test_it_says_how_far_it_is_and_stops(monkeypatch):
+    panel = explorer(prompt="A cat")
+    twin, go, passed = panel.given.runner.model, threading.Semaphore(0), []
+
+    def slow(activation):
+        passed.append(1)
+        assert go.acquire(timeout=60)
+
+    held = saewb.hooks.resolve(twin, "blocks.1.hook_resid_post").add(slow)
+    panel.prompt = TEXT
+    until(lambda: passed)
+    press(panel, "collect")
+    assert panel.busy == "running the model: layer 2 of 4"
+    press(panel, "stop")
+    assert (panel.busy, panel.prompt, panel.window, panel.complaint) == ("", TEXT, {}, "")
+    assert panel.notice.startswith("Stopped")  # and not: waiting for the kernel
+    go.release()
+    held.remove()
+    press(panel, "read")
+    panel.wait(60)
+    assert len(passed) == 1  # the first one went no further
+    assert panel.notice == ""
+    check_code(panel)
+    before = panel.latents
+    held = saewb.hooks.resolve(twin, "blocks.1.hook_resid_post").add(slow)
+    panel.rank, panel.target = "attribution", " the"
+    until(lambda: len(passed) > 1)
+    panel.stop()
+    assert (panel.rank, panel.target, panel.busy) == ("activation", "", "")  # what is shown
+    assert panel.latents is before
+    for _ in range(9):
+        go.release()
+    held.remove()
+    panel.stop()  # nothing to stop: no harm
+
+
+def test_a_comparison_that_was_stopped_can_be_asked_for_again(monkeypatch):
+    panel, gate = explorer(prompt="A cat"), Gate(monkeypatch)
+    panel.prompt = TEXT
+    gate.let(TEXT)
+    until(lambda: panel._jobs["reading"][1].done())
+    press(panel, "collect")
+    press(panel, "stop")
+    assert (panel.words["compared"], panel.words["comparing"], panel.words["comparable"]) == (False, False, True)
+    assert panel.listing["rows"]
+    gate.let(TEXT, 3)
+    press(panel, "compare")
+    panel.wait(60)
+    assert panel.words["compared"]
+    check_code(panel)
+
+
+def test_a_model_that_fails_is_said_and_can_be_tried_again(monkeypatch):
+    panel = explorer(prompt="A cat")
+    with monkeypatch.context() as patched:
+        patched.setattr(saewb, "read_in_turn", lambda *a, **k: 1 / 0, raising=False)
+        with pytest.raises(ZeroDivisionError):
+            changed(panel, prompt=TEXT)
+    assert panel.complaint.startswith("ZeroDivisionError")
+    assert (panel.prompt, panel.window, panel.busy) == (TEXT, {}, "")
+    press(panel, "read")
+    panel.wait(60)
+    assert panel.complaint == ""
+    check_code(panel)
+    with monkeypatch.context() as patched:
+        patched.setattr(saewb, "next_tokens", lambda *a, **k: 1 / 0, raising=False)
+        panel.shown = 0
+        with pytest.raises(ZeroDivisionError):
+            panel.wait(60)
+    assert (panel.words["compared"], panel.words["comparing"]) == (False, False)
+    press(panel, "compare")
+    panel.wait(60)
+    assert panel.words["compared"]
+    check_code(panel)
+
+
+def test_cells_that_use_the_model_meanwhile_are_not_seen_here():
+    panel = explorer(prompt="A cat")
+    model, sae = panels.embedded()
+    ids = model.to_tokens(TEXT)
+    with torch.no_grad():
+        clean = model(ids)
+    before, seen = small.snapshot(model), []
+    panel.rank = "attribution"
+    panel.prompt = TEXT
+    with torch.no_grad():
+        while not seen or panel._jobs:
+            press(panel, "collect")
+            seen.append(model(ids))  # takes no lock
+            with saewb.attach(model, sae), saewb.steer(model, sae, {4: 30.0}):  # takes it
+                model(ids)
+    for one in seen:
+        torch.testing.assert_close(one, clean)
+    assert small.snapshot(model) == before
+    check_code(panel)
+
+
+def test_a_cell_that_holds_the_model_does_not_hold_up_the_panel():
     panel = explorer(prompt="A cat")
     model, sae = panels.embedded()
     with saewb.attach(model, sae, error_term=True):
-        panel.prompt = "A dog"
-        with pytest.raises(TimeoutError):
-            panel.wait(0.2)
-        assert panel.busy
-    panel.wait(60)
+        changed(panel, prompt="A dog")
     assert "".join(panel.window["tokens"]).endswith("A dog")
+
+
+@pytest.mark.parametrize("kind", small.kinds())
+def test_what_is_on_the_model_already_is_not_seen_here_and_the_code_says_so(kind):
+    model = small.bridge() if kind == "bridge" else small.hooked()
+    sae = small.sae("blocks.1.mlp.hook_in", hook_out="blocks.1.hook_mlp_out")
+    want = PromptExplorer(model, sae, prompt=WORDS)
+    assert want.about == repr(sae)
+    with saewb.attach(model, sae), saewb.steer(model, small.sae(RESID), {3: 9.0}):
+        panel = PromptExplorer(model, sae, prompt=WORDS)
+        assert panel.latents.equals(want.latents)
+        assert panel.words == want.words
+        assert panel.about.endswith("the model without what cells have put on it")
+        assert "bare = saewb.hooks.twin(model)" in panel.code()
+        check_code(panel)
+    changed(panel, prompt="w3 w9")
+    assert panel.about == repr(sae)
+    assert "twin" not in panel.code()
 
 
 def test_an_index_that_is_gone_is_said(index):

@@ -13,6 +13,8 @@ from saewb_widgets import SteeringPanel, steering
 
 import saewb
 
+RESID = "blocks.1.hook_resid_post"
+
 
 @pytest.fixture
 def made():
@@ -188,6 +190,39 @@ def test_a_cell_that_holds_the_model_does_not_hold_up_the_panel(made):
     assert made.steered
 
 
+def test_what_is_on_the_model_already_is_not_seen_here_and_the_code_says_so(made):
+    made.generate()
+    made.wait()
+    model, sae = panels.embedded()
+    with saewb.attach(model, sae), saewb.steer(model, sae, {4: 30.0}):
+        panel = SteeringPanel(model, sae, latents={972: 16.0}, prompt="The scientist", max_new_tokens=6)
+        panel.generate()
+        panel.wait()
+        assert (panel.clean, panel.steered) == (made.clean, made.steered)
+        assert panel.about.endswith("the model without what cells have put on it")
+        assert "bare = saewb.hooks.twin(model)" in panel.code()
+        same(panel, executed(panel, model=model, sae=sae))
+    panel.generate()
+    panel.wait()
+    assert panel.about == repr(sae)
+    assert "twin" not in panel.code()
+
+
+def test_an_sae_that_looks_back_has_the_whole_text_read():
+    model = small.bridge()
+    cfg = saewb.TemporalConfig(d_in=small.D_MODEL, d_sae=40, n_heads=2, bottleneck_factor=2, hook=RESID)
+    panel = SteeringPanel(model, saewb.TemporalSAE(cfg), latents={3: 4.0}, prompt="w3 w9", max_new_tokens=3)
+    panel.generate()
+    panel.wait()
+    assert "use_past_kv_cache" not in panel.code()
+    same(panel, executed(panel, model=model, sae=panel.saes[0]))
+    panel.add(5, 0.0, "clamp")
+    panel.generate()
+    panel.wait()
+    assert "use_past_kv_cache=False" in panel.code()
+    same(panel, executed(panel, model=model, sae=panel.saes[0]))
+
+
 def test_the_table_follows_and_texts_say_they_are_old(made):
     made.wait()
     first = made.changes
@@ -269,6 +304,19 @@ def test_prompts_of_no_and_of_too_many_tokens(made):
     same(made, executed(made, model=made.model, sae=made.saes[0]))
 
 
+def test_a_prompt_of_2000_tokens_is_gone_on_from_where_the_context_takes_it():
+    model = small.new_bridge()
+    model.cfg.n_ctx = 2048  # rotary: nothing else of it knows a limit
+    prompt = " ".join(f"w{k % 20}" for k in range(1999))
+    panel = SteeringPanel(model, small.sae(RESID), latents={3: 4.0}, prompt=prompt, max_new_tokens=2)
+    panel.generate()
+    panel.wait()
+    assert panel.steered
+    assert len(repr(panel)) < 110
+    assert panels.sent(panel) < 80_000
+    same(panel, executed(panel, model=model, sae=panel.saes[0]))
+
+
 def test_an_exception_half_way_is_shown_and_the_panel_goes_on(made, monkeypatch):
     made.wait()
     real = saewb.steer
@@ -332,6 +380,10 @@ def test_wrong_values(made):
         SteeringPanel(model, sae, promt="x")
     with pytest.raises(TypeError, match="got a str as an SAE"):
         SteeringPanel(model, "sae")
+    with pytest.raises(ValueError, match="d_in|do not fit"):
+        SteeringPanel(model, small.sae(RESID))
+    with pytest.raises(ValueError, match="no hook named"):
+        SteeringPanel(model, small.sae("blocks.9.hook_resid_post"))
     with pytest.raises(ValueError, match="the index is of 24"):
         SteeringPanel(model, sae, panels.many(24))
     with pytest.raises(ValueError, match="1 SAEs and 2 indexes"):

@@ -11,6 +11,8 @@ from typing import Any
 import saewb
 from saewb import errors
 from saewb_widgets import _packing
+from saewb_widgets._prompt_running import Runner
+from saewb_widgets.feature_browser import FeatureBrowser
 
 _KEPT = 4096  # hints remembered, 300 bytes each
 
@@ -20,6 +22,7 @@ class Given:
     """The model, the SAEs, their parts (an SAE, or one layer of a cross-layer transcoder) and indexes."""
 
     model: Any
+    runner: Runner  # of its twin
     saes: tuple[Any, ...]
     indexes: tuple[saewb.FeatureIndex | None, ...]  # one for each SAE
     one: bool  # a single SAE was given, not a list
@@ -40,6 +43,17 @@ class Given:
     def of(self, part: int) -> saewb.FeatureIndex | None:
         """The index of a part."""
         return self.indexes[self.owner[part]]
+
+    def browser(self, part: int, latent: int) -> FeatureBrowser:
+        """A panel of the index of a part, at a latent.
+
+        Raises:
+            ValueError: if there is no index of it.
+        """
+        if (index := self.of(part)) is None:
+            what, fix = f"there is no index of {self.names[part]}.", "saewb.build_index(model, sae, texts)"
+            raise ValueError(errors.explain(what, want="PromptExplorer(model, sae, index)", fix=fix))
+        return FeatureBrowser(index, self.model, self.saes[self.owner[part]], selected=max(0, latent))
 
     def exists(self, part: int, latent: int) -> None:
         """Raise unless there is such a latent."""
@@ -79,8 +93,9 @@ def given(model: Any, saes: Any, index: Any) -> Given:
     one = not isinstance(saes, (list, tuple))
     several = (saes,) if one else tuple(saes)
     indexes = _indexes(index, len(several), one)
-    glimpse = saewb.read_prompt(model, [0], several, skip_special_tokens=False)
-    made = Given(model, several, indexes, one, glimpse.saes, glimpse.owner, glimpse.d_sae)
+    runner = Runner(model)
+    glimpse = saewb.read_prompt(runner.model, [0], several, skip_special_tokens=False)
+    made = Given(model, runner, several, indexes, one, glimpse.saes, glimpse.owner, glimpse.d_sae)
     glimpse.to_frame(index=made.index)  # says which does not fit
     return made
 

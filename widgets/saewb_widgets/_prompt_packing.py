@@ -85,6 +85,7 @@ def words(found: Any) -> dict[str, Any]:
         "target": found.reading.target_token,
         "target_id": found.reading.target,
         "compared": found.compared,
+        "comparable": found.comparable,
         "prompt": found.asked.prompt,
     }
 
@@ -101,8 +102,43 @@ def _number(value: float) -> float | None:
     return short(float(value)) if value == value else None
 
 
-def static(tokens: dict[str, Any], shown: dict[str, Any], listing: dict[str, Any], names: Sequence[str]) -> str:
-    """The prompt and the rows as HTML without scripts."""
+def summary(given: Any, found: Any, n: int, everywhere: bool) -> str:
+    """One line of what is listed.
+
+    Args:
+        given: a `_prompt_given.Given`.
+        found: a `_prompt_work.Found`, or None.
+        n: latents listed.
+        everywhere: of the whole prompt.
+    """
+    names = ", ".join(given.names[:2]) + (f" and {len(given.names) - 2} more" if len(given.names) > 2 else "")
+    of = f"{names} of {given.model.cfg.model_name}"
+    if found is None:
+        return f"no prompt, {of}"
+    where = "in the whole prompt" if everywhere else f"at {found.at} {found.reading.tokens[found.at]!r}"
+    return f"{n} latents {where}, {of}"
+
+
+def static(tokens: dict, shown: dict, listing: dict, words: dict, page: dict, names: Sequence[str]) -> str:
+    """What the traits of those names show, as HTML without scripts.
+
+    Args:
+        tokens: `window`.
+        shown: `trace`.
+        listing: `listing`.
+        words: `words`.
+        page: `page`.
+        names: of the SAEs, by number.
+    """
+    if not tokens:
+        return "<div>no prompt yet</div>"
+    next_ones = [(repr(text), p, "" if q is None else q) for text, _, p, q in words["words"][:6]]
+    head = ("next token", "probability", "with the SAEs" if words["compared"] else "")
+    made = _strip_and_rows(tokens, shown, listing, names) + _static.grid(head, next_ones)
+    return made + (_static.page(page) if page else "")
+
+
+def _strip_and_rows(tokens: dict, shown: dict, listing: dict, names: Sequence[str]) -> str:
     largest = abs(shown.get("largest", 0.0)) or 1.0
     acts = shown.get("acts") or [0.0] * len(tokens["tokens"])
     pieces = zip(tokens["tokens"], acts, tokens["special"], strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,16 @@ class Found:
 
     asked: Asked
     reading: saewb.PromptReading
-    words: saewb.NextTokens
-    compared: bool  # whether `words` has the SAEs in place
+    alone: saewb.NextTokens  # of the model
+    words: saewb.NextTokens  # with the SAEs in place, once that is known
+    comparable: bool  # whether they can be put in place together
     method: str = ""  # of the attribution in `reading`
     weighed: str | None = None  # the target that the reading's is, as it was asked for
+
+    @property
+    def compared(self) -> bool:
+        """Whether `words` has the SAEs in place."""
+        return self.words is not self.alone
 
     @property
     def at(self) -> int:
@@ -66,6 +72,11 @@ class Found:
     def likeliest(self) -> int:
         """Id of the model's next token at the position."""
         return int(self.words.ids[self.at, 0])
+
+    def is_about(self, asked: Asked) -> bool:
+        """Whether its words answer this too."""
+        mine = self.asked
+        return (mine.prompt, mine.special, mine.shown) == (asked.prompt, asked.special, asked.shown)
 
     @property
     def is_whole(self) -> bool:
@@ -90,30 +101,63 @@ def together(saes: Sequence[Any]) -> bool:
 
 def met(asked: Asked, before: Found | None) -> Found | None:
     """What was found before, if it answers this too."""
-    if before is None or (before.asked.prompt, before.asked.special) != (asked.prompt, asked.special):
-        return None
-    if before.asked.shown != asked.shown:
+    if before is None or not before.is_about(asked):
         return None
     n, now = len(before.reading.tokens), replace(before, asked=asked)
     return now if -n <= asked.position < n and now.is_whole else None
 
 
-def find(model: Any, saes: Sequence[Any], asked: Asked, before: Found | None) -> Found:
-    """Find it out, with what is known already."""
+Comparing = Callable[[], saewb.NextTokens]  # runs the model with the SAEs in place
+
+
+def find(model: Any, saes: Sequence[Any], asked: Asked, before: Found | None) -> tuple[Found, Comparing | None]:
+    """Find it out, with what is known already; the next words with the SAEs in place, if not known, come later."""
     same = before is not None and (before.asked.prompt, before.asked.special) == (asked.prompt, asked.special)
-    reading = before.reading if same else saewb.read_prompt(model, asked.prompt, saes, skip_special_tokens=asked.skip)
-    if same and before.asked.shown == asked.shown:
-        words, compared = before.words, before.compared
+    if same and before.is_about(asked):
+        found, later = replace(before, asked=asked), None
+    elif same:
+        those = _those(saes, before.reading, asked)
+        found = replace(before, asked=asked, words=before.alone, comparable=together(those))
+        later = comparing(model, saes, found)
     else:
-        those = list(saes) if asked.shown == ALL else [saes[reading.owner[asked.shown]]]
-        compared = together(those)
-        given = those if compared else None
-        words = saewb.next_tokens(model, asked.prompt, given, skip_special_tokens=asked.skip)
-    words.to_frame(asked.position)  # says what is wrong with the position
-    kept = (before.method, before.weighed) if same else ()
-    found = Found(asked, reading, words, compared, *kept)
+        found, later = _read(model, saes, asked)
+    found.words.to_frame(asked.position)  # says what is wrong with the position
+    return _weighed(found), later
+
+
+def comparing(model: Any, saes: Sequence[Any], found: Found) -> Comparing | None:
+    """What is left to do for the next words with the SAEs in place."""
+    if not found.comparable:
+        return None
+    those = _those(saes, found.reading, found.asked)
+    return lambda: saewb.next_tokens(model, found.asked.prompt, those, skip_special_tokens=found.asked.skip)
+
+
+def _read(model: Any, saes: Sequence[Any], asked: Asked) -> tuple[Found, Comparing | None]:
+    those = list(saes) if asked.shown == ALL else [_of(saes, asked.shown)]
+    comparable = together(those)
+    given = those if comparable else None
+    steps = saewb.read_in_turn(model, asked.prompt, saes, given, skip_special_tokens=asked.skip)
+    reading, words = next(steps)
+    return Found(asked, reading, words, words, comparable), (lambda: next(steps)[1]) if comparable else None
+
+
+def _those(saes: Sequence[Any], reading: saewb.PromptReading, asked: Asked) -> list[Any]:
+    """The SAEs that are to be put in place."""
+    return list(saes) if asked.shown == ALL else [saes[reading.owner[asked.shown]]]
+
+
+def _of(saes: Sequence[Any], part: int) -> Any:
+    """The SAE that a part is of, before anything is read."""
+    owners = [sae for sae in saes for _ in getattr(sae.cfg, "hooks", [None])]
+    return owners[part]
+
+
+def _weighed(found: Found) -> Found:
+    """With the effects that the order asked for needs."""
     if found.is_whole:
         return found
+    asked, reading = found.asked, found.reading
     target = asked.word() if asked.target else found.likeliest
     reading = reading.toward(target)
     if asked.rank == "attribution":
@@ -143,10 +187,11 @@ class Choice:
             max_density=self.max_density,
         )
 
-    def code(self, sae: str, index: str, selected: tuple[int, int]) -> str:
+    def code(self, on: tuple[str, list[str]], sae: str, index: str, selected: tuple[int, int]) -> str:
         """Lines that make `latents` (what `arranged` gives), `words` and `activations`.
 
         Args:
+            on: name of the variable that holds the model to run, and the lines that make it.
             sae: name of the variable that holds the SAE or the list of them.
             index: the same of the index.
             selected: part and latent.
@@ -165,17 +210,18 @@ class Choice:
         table += [] if self.index is None else [f"index={index}"]
         table += [] if self.max_density == 1 else [f"max_density={self.max_density!r}"]
         those = f", {sae}" if asked.shown == ALL or sae == "sae" else f", {sae}[{reading.owner[asked.shown]}]"
-        given = [] if self.found.compared else ["# two of the SAEs write to the same point, so none is in place here"]
+        given = [] if self.found.comparable else ["# two of the SAEs write to the same point, so none is in place here"]
         lines = [
             "import saewb",
             "",
             f"# model, {sae}{'' if self.index is None else ', ' + index}: what the panel was made with",
+            *on[1],
             f"prompt = {asked.prompt!r}",
-            f"reading = saewb.read_prompt({', '.join([f'model, prompt, {sae}', *weighed, *how])})"
+            f"reading = saewb.read_prompt({', '.join([f'{on[0]}, prompt, {sae}', *weighed, *how])})"
             + _comment(reading.target_token if weighed else None),
             f"latents = reading.to_frame({', '.join(table)})",
             *given,
-            f"next_tokens = saewb.next_tokens({', '.join(['model, prompt' + (those if not given else ''), *how])})",
+            f"next_tokens = saewb.next_tokens({', '.join([f'{on[0]}, prompt' + (those if not given else ''), *how])})",
             f"words = next_tokens.to_frame({self.found.at})",
         ]
         if selected[1] >= 0:

@@ -7,10 +7,12 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import saewb
 from saewb import errors
+from saewb_widgets import _bare
 
 HOW = ("add", "scale", "clamp")  # in this order, so that what is clamped is what later layers see
 POSITIONS = {"all": None, "not the first": slice(1, None)}
@@ -47,35 +49,44 @@ class Settings:
                 stack.enter_context(saewb.steer(model, by, how=how, positions=POSITIONS[self.positions]))
             yield
 
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self, saes: Sequence[Any]) -> dict[str, Any]:
         """Arguments of `saewb.generate_tokens`."""
-        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
+        made = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
+        return made if self._reads_once(saes) else {**made, "use_past_kv_cache": False}
 
-    def code(self, several: bool, stopped: tuple[int, int] | None) -> str:
+    def _reads_once(self, saes: Sequence[Any]) -> bool:
+        """Whether what is new of a text is all that the SAEs need to see."""
+        return not any(getattr(saes[k], "looks_back", False) and how != "add" for k, _, _, how in self.latents)
+
+    def code(self, model: Any, saes: Sequence[Any], several: bool, stopped: tuple[int, int] | None) -> str:
         """Python that makes `clean`, `steered` and `changes` of `model` and `sae` (`saes`, if several).
 
         Args:
-            several: whether the panel was made with a list of SAEs.
+            model: the model the panel was made with.
+            saes: the SAEs.
+            several: whether they were given as a list.
             stopped: how many tokens the clean and the steered text have, if stopped before their end.
         """
+        on, bare = _bare.named(model)
         lines = ["import contextlib", ""] if len(self.wanted()) > 1 else []
-        lines += ["import saewb", "", f"# model, {'saes' if several else 'sae'}: what the panel was made with"]
-        lines += [f"prompt = {self.prompt!r}", *self._steer_code(several)]
+        lines += ["import saewb", "", f"# model, {'saes' if several else 'sae'}: what the panel was made with", *bare]
+        lines += [f"prompt = {self.prompt!r}", *self._steer_code(on, several)]
         n_clean, n_steered = stopped or (self.max_new_tokens,) * 2
-        with_steer = ", steer" if self.latents else ""
-        lines += [self._text_code("clean", "", n_clean), self._text_code("steered", with_steer, n_steered)]
+        how = "" if self._reads_once(saes) else ", use_past_kv_cache=False"
+        lines += self._text_code("clean", f"{on}, prompt", n_clean, how)
+        lines += self._text_code("steered", f"{on}, prompt{', steer' if self.latents else ''}", n_steered, how)
         if self.latents:
-            lines.append(f"changes = saewb.next_token_changes(model, prompt, steer, n={MOVERS})")
+            lines.append(f"changes = saewb.next_token_changes({on}, prompt, steer, n={MOVERS})")
         return "\n".join(lines) + "\n"
 
-    def _text_code(self, name: str, steer: str, n: int) -> str:
+    def _text_code(self, name: str, of: str, n: int, how: str) -> list[str]:
         if n == 0:
-            return f'{name} = ""'
-        how = f"max_new_tokens={n}, temperature={self.temperature!r}, seed={self.seed}"
-        return f"*_, last = saewb.generate_tokens(model, prompt{steer}, {how})\n{name} = last.text"
+            return [f'{name} = ""']
+        how = f"max_new_tokens={n}, temperature={self.temperature!r}, seed={self.seed}{how}"
+        return [f"*_, last = saewb.generate_tokens({of}, {how})", f"{name} = last.text"]
 
-    def _steer_code(self, several: bool) -> list[str]:
-        calls = [self._call(how, by_sae, several) for how, by_sae in self.wanted().items()]
+    def _steer_code(self, on: str, several: bool) -> list[str]:
+        calls = [self._call(on, how, by_sae, several) for how, by_sae in self.wanted().items()]
         if not calls:
             return []
         if len(calls) == 1:
@@ -84,13 +95,13 @@ class Settings:
         nested = [f"{'    ' * (i + 1)}with {call}:" for i, call in enumerate(calls)]
         return [*head, *nested, "    " * (len(calls) + 1) + "yield", "", ""]
 
-    def _call(self, how: str, by_sae: dict[int, dict[int, float]], several: bool) -> str:
+    def _call(self, on: str, how: str, by_sae: dict[int, dict[int, float]], several: bool) -> str:
         given = ", ".join(f"saes[{sae}]: {latents!r}" for sae, latents in by_sae.items())
         given = "{" + given + "}" if several else f"sae, {by_sae[0]!r}"
         where = POSITIONS[self.positions]
         more = [f"how={how!r}"] if how != "add" else []
         more += [f"positions={where!r}"] if where is not None else []
-        return f"saewb.steer({', '.join(['model', given, *more])})"
+        return f"saewb.steer({', '.join([on, given, *more])})"
 
 
 @dataclass(eq=False)
@@ -129,10 +140,20 @@ def texts(model: Any, saes: Sequence[Any], settings: Settings) -> Texts:
     Raises:
         ValueError: as `saewb.generate_tokens` does at once.
     """
-    sampling = settings.sampling()
+    sampling = settings.sampling(saes)
     clean = saewb.generate_tokens(model, settings.prompt, **sampling)
     steered = saewb.generate_tokens(model, settings.prompt, lambda: settings.intervene(model, saes), **sampling)
     return Texts(clean, steered)
+
+
+def check_fits(model: Any, saes: Sequence[Any]) -> None:
+    """Raise unless each SAE can change the model: a word is read for each.
+
+    Raises:
+        ValueError: for a point that is not there, or another width.
+    """
+    for sae in saes:
+        saewb.next_token_changes(model, "a", partial(saewb.steer, model, sae, {0: 1.0}), n=1)
 
 
 def checked(latents: Sequence[dict[str, Any]], saes: Sequence[Any]) -> list[dict[str, Any]]:

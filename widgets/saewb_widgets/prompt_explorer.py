@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets as t
 
-import saewb
 from saewb import errors
-from saewb_widgets import _prompt_packing, _prompt_work, _static
-from saewb_widgets._panel import Panel, guarded, refused, source
+from saewb_widgets import _bare, _prompt_packing, _prompt_work
+from saewb_widgets._panel import guarded, refused, source
 from saewb_widgets._prompt_given import given
-from saewb_widgets._prompt_work import ALL, Asked, Choice, Found
+from saewb_widgets._prompt_reader import PromptReader
+from saewb_widgets._prompt_work import Choice
 from saewb_widgets.feature_browser import FeatureBrowser
 
 if TYPE_CHECKING:
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 TOKENS = 400  # of the prompt, sent at a time
 ROWS = 40  # of the table, sent at first and with each "more"
-_ASKS = ("prompt", "special_tokens", "shown", "rank", "target", "position", "method")
 
 
-class PromptExplorer(Panel):
+class PromptExplorer(PromptReader):
     """See what latents of one or several SAEs do on a prompt of your own, token by token.
 
     Latents are listed by activation, by their share of the largest activation known (with an index), by what they add
     to the logit of a next token directly, or by what they do for it by every way (`saewb.attribute`); beside them are
-    the model's next tokens, clean and with the SAEs in place. Click a token to list its latents, a latent to see it
-    over the whole prompt and, with an index, to read its page. The model runs beside the notebook: `busy` says so,
-    `wait()` waits. Prompts of up to the model's context; 400 tokens and 40 rows are sent at a time.
+    the model's next tokens, clean and, a moment later, with the SAEs in place. Click a token to list its latents, a
+    latent to see it over the whole prompt and, with an index, to read its page. What runs, beside the notebook, is
+    `saewb.hooks.twin(model)`: cells may use the model meanwhile, and what they put on it is not seen here. `busy` says
+    how far it is, `wait()` waits, `stop()` ends it. Prompts of up to the model's context; 400 tokens and 40 rows are
+    sent at a time.
 
     Example:
         >>> import saewb
@@ -46,16 +47,7 @@ class PromptExplorer(Panel):
     _esm = source("frame.js", "latent_page.js", "prompt_explorer.js")
     _css = source("frame.css", "feature_browser.css", "prompt_explorer.css")
 
-    prompt = t.Unicode("", help="the text; the tokenizer adds its special tokens").tag(sync=True)
-    position = t.Int(-1, help="the token whose latents are listed; from the end if negative").tag(sync=True)
     everywhere = t.Bool(False, help="list latents of the whole prompt, each where it is largest").tag(sync=True)
-    shown = t.Int(ALL, help="which SAE (or layer of a cross-layer transcoder); -1 for all").tag(sync=True)
-    rank = t.Unicode("activation", help="activation, of_max, logit_effect or attribution").tag(sync=True)
-    target = t.Unicode("", help="the next token that effects are on: its text, id:NUMBER, or '' for the likeliest").tag(
-        sync=True
-    )
-    method = t.Unicode("gradient", help="of attribution: gradient or integrated").tag(sync=True)
-    special_tokens = t.Bool(False, help="read BOS and the like too").tag(sync=True)
     max_density = t.Float(1.0, help="leave out latents that fire on more than this fraction of tokens").tag(sync=True)
     selected_sae = t.Int(0, help="which SAE the selected latent is of").tag(sync=True)
     selected = t.Int(-1, help="the latent shown over the whole prompt; -1 for none").tag(sync=True)
@@ -66,7 +58,6 @@ class PromptExplorer(Panel):
     window = t.Dict(help="the tokens sent").tag(sync=True)
     trace = t.Dict(help="the selected latent's activations on them").tag(sync=True)
     listing = t.Dict(help="the rows sent, and how many there are").tag(sync=True)
-    words = t.Dict(help="what comes next, at the position").tag(sync=True)
     pinned = t.List(t.Dict(), help="the pinned latents at the position").tag(sync=True)
     page = t.Dict(help="what the index knows of the selected latent").tag(sync=True)
     facts = t.Dict(help="what stays: names, orders, what can be done").tag(sync=True)
@@ -85,18 +76,15 @@ class PromptExplorer(Panel):
         """
         self.check_names(traits)
         self.given = given(model, saes, index)
-        self._found: Found | None = None
         self._frame: pd.DataFrame | None = None
         self._chosen = traits.get("selected", -1) >= 0
         self._browsers: list[tuple[int, FeatureBrowser]] = []
-        self._ready = False
         super().__init__(**traits)
         self._open()
 
     def _open(self) -> None:
         g = self.given
         self.title = f"Latents of {g.model.cfg.model_name} on a prompt"
-        self.about = "; ".join(map(repr, g.saes))
         self.facts = _prompt_work.facts(g, n_rows=ROWS)
         self._ready = True
         self._ask_anew()
@@ -108,16 +96,6 @@ class PromptExplorer(Panel):
     def latents(self) -> pd.DataFrame | None:
         """The table, all its rows; None without a prompt."""
         return self._frame
-
-    @property
-    def reading(self) -> saewb.PromptReading | None:
-        """What `saewb.read_prompt` found; None without a prompt."""
-        return None if self._found is None else self._found.reading
-
-    @property
-    def next_tokens(self) -> saewb.NextTokens | None:
-        """What `saewb.next_tokens` found; None without a prompt."""
-        return None if self._found is None else self._found.words
 
     def pin(self, latent: int, sae: int = 0) -> None:
         """Keep a latent at hand, whatever token is looked at."""
@@ -137,39 +115,27 @@ class PromptExplorer(Panel):
             ValueError: if there is no index of it.
         """
         part = self.selected_sae if sae is None else sae
-        g, index = self.given, self.given.of(part)
-        if index is None:
-            what, fix = f"there is no index of {g.names[part]}.", "saewb.build_index(model, sae, texts)"
-            raise ValueError(errors.explain(what, want="PromptExplorer(model, sae, index)", fix=fix))
-        made = FeatureBrowser(index, g.model, g.saes[g.owner[part]], selected=max(0, self.selected))
+        made = self.given.browser(part, self.selected)
         self._browsers.append((part, made))
         return made
 
     def summary(self) -> str:
         """See Panel."""
-        g = self.given
-        names = ", ".join(g.names[:2]) + (f" and {len(g.names) - 2} more" if len(g.names) > 2 else "")
-        if self._found is None:
-            return f"no prompt, {names} of {g.model.cfg.model_name}"
-        at = self._found.at
-        where = "in the whole prompt" if self.everywhere else f"at {at} {self._found.reading.tokens[at]!r}"
-        return f"{len(self._frame)} latents {where}, {names} of {g.model.cfg.model_name}"
+        n = 0 if self._frame is None else len(self._frame)
+        return _prompt_packing.summary(self.given, self._found, n, self.everywhere)
 
     def code(self) -> str:
         """Python that makes `latents`, the table; `words`, what comes next; `activations`, of the selected latent."""
         if self._found is None:
             return "# no prompt yet\n"
         sae, index = ("sae", "index") if self.given.one else ("saes", "indexes")
-        return self._choice().code(sae, index, (self.selected_sae, self.selected))
+        on = _bare.named(self.given.model)
+        return self._choice().code(on, sae, index, (self.selected_sae, self.selected))
 
     def static_html(self) -> str:
         """See Panel."""
-        if self._found is None:
-            return "<div>no prompt yet</div>"
-        strip = _prompt_packing.static(self.window, self.trace, self.listing, self.given.names)
-        next_ones = [(repr(text), p, "" if q is None else q) for text, _, p, q in self.words["words"][:6]]
-        head = ("next token", "probability", "with the SAEs" if self._found.compared else "")
-        return strip + _static.grid(head, next_ones) + (_static.page(self.page) if self.page else "")
+        shown = (self.window, self.trace, self.listing, self.words, self.page)
+        return _prompt_packing.static(*shown, self.given.names)
 
     def asked(self, what: str, **how: Any) -> None:
         """See Panel."""
@@ -180,6 +146,12 @@ class PromptExplorer(Panel):
             (self.unpin if (sae, latent) in self.pins else self.pin)(latent, sae)
         elif what == "move":
             self._move(**how)
+        elif what == "stop":
+            self.stop()
+        elif what == "read":
+            self._ask_anew()
+        elif what == "compare":
+            self._compare_again()
         else:
             raise ValueError(errors.explain(f"PromptExplorer was asked to {what!r}."))
 
@@ -191,7 +163,7 @@ class PromptExplorer(Panel):
 
     # What is asked for is checked before anything changes
 
-    @t.validate("shown", "rank", "method", "max_density", "position", "selected", "selected_sae", "pins")
+    @t.validate("max_density", "selected", "selected_sae", "pins")
     @guarded
     def _check(self, proposal: dict) -> Any:
         name, got = proposal["trait"].name, proposal["value"]
@@ -204,27 +176,11 @@ class PromptExplorer(Panel):
                     self.given.exists(self.selected_sae, got)
             elif name == "selected_sae":
                 self.given.exists(got, 0)
-            elif name == "position":
-                if self._found is not None and self._found.asked.prompt == self.prompt:
-                    self._found.words.to_frame(got)  # says what is wrong
             else:
                 return _prompt_work.check(name, got, len(self.given.names), self.given.has_index)
         return got
 
     # What follows from it
-
-    @t.observe("prompt")
-    @guarded
-    def _prompted(self, _: Any = None) -> None:
-        if self._ready:
-            self._set(position=-1)
-            self._ask_anew()
-
-    @t.observe("special_tokens", "shown", "rank", "target", "position", "method")
-    @guarded
-    def _asked_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self._ask_anew()
 
     @t.observe("everywhere", "max_density")
     @guarded
@@ -251,52 +207,12 @@ class PromptExplorer(Panel):
         if self._ready and self._found is not None:
             (self._send_rows if change["name"] == "n_rows" else self._send_window)()
 
-    def _ask_anew(self) -> None:
-        asked = Asked(*(getattr(self, name) for name in _ASKS))
-        if not asked.prompt:
-            self.dropped("reading")
-            self._clear()
-            return
-        before = self._found
-        if (found := _prompt_work.met(asked, before)) is not None:
-            self.dropped("reading")
-            self._arrived(found)
-            return
-        model, saes = self.given.model, self.given.saes
-
-        def work() -> Found | tuple[Asked, Exception]:
-            try:
-                return _prompt_work.find(model, saes, asked, before)
-            except Exception as error:  # raised where the result is asked for
-                return asked, error
-
-        self.started("reading", "running the model", work, self._arrived)
-
-    def _arrived(self, got: Found | tuple[Asked, Exception]) -> None:
-        """Show what was found; or take back what could not be, and raise."""
-        if isinstance(got, tuple):
-            (asked, error), before = got, self._found
-            if before is None or before.asked.prompt != asked.prompt:
-                self._clear()
-            else:
-                self._set(**dict(zip(_ASKS, vars(before.asked).values(), strict=True)))
-            raise error
-        fresh = self._found is None or self._found.asked.prompt != got.asked.prompt
-        self._found = got
-        if fresh or not 0 <= got.at - self.offset < TOKENS:
-            self._set(offset=got.at // TOKENS * TOKENS)
-        self.words = _prompt_packing.words(got)
+    def _draw(self, fresh: bool) -> None:
+        at = self._found.at
+        if fresh or not 0 <= at - self.offset < TOKENS:
+            self._set(offset=at // TOKENS * TOKENS)
         self._send_window()
         self._list()
-
-    def _set(self, **traits: Any) -> None:
-        """Set traits without asking anew."""
-        self._ready = False
-        try:
-            for name, value in traits.items():
-                setattr(self, name, value)
-        finally:
-            self._ready = True
 
     def _clear(self) -> None:
         self._found = self._frame = None

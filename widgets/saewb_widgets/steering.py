@@ -12,7 +12,7 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets import _packing, _static, _steered
+from saewb_widgets import _bare, _packing, _static, _steered
 from saewb_widgets._panel import Panel, guarded, refused, source
 
 if TYPE_CHECKING:
@@ -83,13 +83,15 @@ class SteeringPanel(Panel):
             traits: e.g. `prompt="Once"`, `positions="all"`, `temperature=0.8`.
         Raises:
             TypeError: for an unknown trait, or SAEs that are none.
-            ValueError: for an index of another size, a latent, a mode or a value that is not there.
+            ValueError: for an SAE that does not fit the model, an index of another size, a latent, a mode or a value
+                that is not there.
         """
         self.check_names(traits, ["latents"])
         self.model, self._twin = model, saewb.hooks.twin(model)
         self._several = isinstance(saes, Sequence)
         self.saes = list(saes) if self._several else [saes]
         self._indexes = _steered.indexes(self.saes, index)
+        _steered.check_fits(self._twin, self.saes)
         self.changes: pd.DataFrame | None = None  # of saewb.next_token_changes
         self._texts: _steered.Texts | None = None
         self._of: _steered.Settings | None = None  # of the texts
@@ -97,7 +99,7 @@ class SteeringPanel(Panel):
         self._lengths = (0, 0)  # tokens of the texts shown, clean and steered
         super().__init__(**traits)
         name = getattr(model.cfg, "model_name", type(model).__name__)
-        self.title, self.about = f"Steering {name}", "; ".join(map(repr, self.saes))
+        self.title = f"Steering {name}"
         self._name = name
         self.facts = {
             "saes": [sae.cfg.hook or f"SAE {i}" for i, sae in enumerate(self.saes)],
@@ -137,6 +139,7 @@ class SteeringPanel(Panel):
         """Begin both texts anew; what is being written is closed. `wait()` waits for their end."""
         settings = self._settings()
         texts = _steered.texts(self._twin, self.saes, settings)
+        self.about = _bare.about(self.saes, self.model)
         self._close()
         self._texts, self._of, self._stopped = texts, settings, False
         self.clean, self.steered, self.begun_with = "", "", self.prompt
@@ -171,12 +174,12 @@ class SteeringPanel(Panel):
     def code(self) -> str:
         """Python that makes `clean`, `steered` and `changes` of `model` and `sae` (or `saes`), as set now."""
         cut = self._stopped and not self.stale
-        return self._settings().code(self._several, self._lengths if cut else None)
+        return self._settings().code(self.model, self.saes, self._several, self._lengths if cut else None)
 
     def static_html(self) -> str:
         """See Panel."""
         cell = "style='vertical-align:top;padding:2px 18px 2px 0;width:50%;white-space:pre-wrap;text-align:left'"
-        given = f"<span style='opacity:.65'>{html.escape(self.begun_with)}</span>"
+        given = f"<span style='opacity:.65'>{html.escape(self.begun_with or self.prompt)}</span>"
         texts = "".join(
             f"<td {cell}><b>{name}</b><br>{given}{html.escape(text)}</td>"
             for name, text in (("Clean", self.clean), ("Steered", self.steered))
@@ -306,7 +309,7 @@ class SteeringPanel(Panel):
         if "changes" in self._jobs:
             self._again = True
             return
-        self._again = False
+        self._again, self.about = False, _bare.about(self.saes, self.model)
         if not self.latents:
             self.changes, self.movers = None, []
             return

@@ -188,6 +188,12 @@ function framed({ model, el }, name, build) {
   };
   root.addEventListener("mousemove", point);
   root.addEventListener("mouseleave", () => { tip.style.display = "none"; });
+  // In JupyterLab Enter does not end the edit of a field, as it does elsewhere.
+  root.addEventListener("keydown", (e) => {
+    if (e.key !== "Enter" || e.isComposing || e.defaultPrevented || !e.target.matches("input:not([type]), input[type=number]")) return;
+    e.preventDefault();
+    e.target.dispatchEvent(new Event("change"));
+  });
   const stop = build({ root, body, model, on, ask, set, signal: undo.signal });
   return () => {
     undo.abort();

@@ -14,16 +14,26 @@ const seen = (e, text) => {
 };
 
 function asking({ body, model, on, set, ask }) {
-  const top = make("div", "asking"), text = make("textarea"), go = button("Read", "go", () => send(), "Read the prompt");
+  const top = make("div", "asking"), text = make("textarea"), go = button("Read", "go", () => (model.get("busy") && text.value === model.get("prompt") ? ask("stop") : send()), "Read the prompt");
   const line = make("div", "line"), waiting = make("span", "waiting");
   text.rows = 1;
   text.placeholder = "Type a prompt; Enter reads it, Shift+Enter is a new line";
   text.setAttribute("aria-label", "Prompt");
   text.spellcheck = false;
   waiting.setAttribute("role", "status");
-  const send = () => { if (text.value !== model.get("prompt")) set({ prompt: text.value }); };
+  const send = () => {
+    if (text.value !== model.get("prompt")) set({ prompt: text.value });
+    else if (text.value && !model.get("busy") && !model.get("words").prompt) ask("read"); // it was stopped, or failed
+    name();
+  };
+  const name = () => {
+    const stops = model.get("busy") && text.value === model.get("prompt");
+    go.textContent = stops ? "Stop" : "Read";
+    go.title = stops ? "Stop the model" : "Read the prompt";
+    go.setAttribute("aria-label", go.title);
+  };
   const grow = () => { text.style.height = "auto"; text.style.height = Math.min(180, text.scrollHeight + 2) + "px"; };
-  text.addEventListener("input", grow);
+  text.addEventListener("input", () => { grow(); name(); });
   text.addEventListener("keydown", (e) => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); send(); } });
 
   const f = model.get("facts"), sae = make("select"), special = make("input"), label = make("label"), dense = make("select");
@@ -50,17 +60,20 @@ function asking({ body, model, on, set, ask }) {
     if (![...dense.options].some((o) => +o.value === d)) dense.append(new Option(`hide those on over ${percent(d)} of tokens`, d));
     [sae.value, dense.value, special.checked] = [model.get("shown"), d, model.get("special_tokens")];
     grow();
+    name();
   };
   // The kernel answers at once, unless a cell keeps it busy: say so.
   let late = null;
   const wait = () => {
     clearTimeout(late);
     waiting.textContent = "";
-    if ((model.get("words").prompt || "") === model.get("prompt") || model.get("busy") || model.get("complaint")) return;
+    if ((model.get("words").prompt || "") === model.get("prompt") || model.get("busy") || model.get("complaint")
+      || model.get("notice").startsWith("Stopped")) return;
     late = setTimeout(() => { waiting.textContent = "waiting for the kernel, which is running a cell\u2026"; }, 700);
   };
   on("prompt shown special_tokens max_density", draw);
-  on("prompt words busy complaint", wait);
+  on("prompt words busy complaint notice", wait);
+  on("busy", name);
   draw();
   requestAnimationFrame(grow);
   return () => clearTimeout(late);
@@ -243,7 +256,7 @@ function latents({ model, on, set, ask }) {
   return card;
 }
 
-function next({ model, on, set }) {
+function next({ model, on, set, ask }) {
   const card = make("section", "card next");
   const bar = (p, most, cls) => { const e = make("span", "bar"), i = make("i", cls); i.style.width = `${(100 * p) / most}%`; e.append(i); return e; };
   const share = (p) => (p >= 0.0005 ? (100 * p).toFixed(1) : "<0.1");
@@ -256,6 +269,10 @@ function next({ model, on, set }) {
     h.append(seen(make("span", "t where"), w.token));
     const legend = make("div", "sub");
     legend.append(make("i", "key"), "the model ");
+    if (!w.compared && w.comparable) {
+      if (w.comparing) legend.append(make("i", "key grey"), "with the SAEs in place: soon");
+      else legend.append(button("compare", "quiet", () => ask("compare"), "Next tokens with the SAEs in place"));
+    }
     if (w.compared) { const kl = make("span", "kl", `KL ${digits(w.kl)} nats`); kl._tip = () => "How far the predictions move here: divergence of those with the SAEs from the model's";
       legend.append(make("i", "key grey"), "with the SAEs in place", make("span", "gap"), kl); }
     w.words.slice(0, 14).forEach(([text, id, p, q]) => {
@@ -270,7 +287,7 @@ function next({ model, on, set }) {
       box.append(e);
     });
     card.append(h, legend);
-    if (!w.compared) card.append(make("div", "sub", "Two of the SAEs write to the same point: choose one to compare."));
+    if (!w.comparable) card.append(make("div", "sub", "Two of the SAEs write to the same point: choose one to compare."));
     card.append(box);
   };
   on("words rank", draw);
