@@ -29,7 +29,8 @@ panel""",
 def broken():
     yield from torch.randn(6, 512, 8)
     raise OSError('<b>the disk is gone</b>')
-crashed = saewb.train(None, saewb.stream_iterable(broken(), batch_tokens=512), saewb.TopK(32, k=4), n_tokens=9_999, batch_tokens=512)
+stream = saewb.stream_iterable(broken(), batch_tokens=512)
+crashed = saewb.train(None, stream, saewb.TopK(32, k=4), n_tokens=9_999, batch_tokens=512)
 panel.add(crashed, 'crashing')""",
     """two = {'narrow': saewb.TopK(256, k=8), 'wide': saewb.BatchTopK(1_024, k=8)}
 panel.add(saewb.train(model, texts, two, n_tokens=20_480, **how).wait(), 'two')
