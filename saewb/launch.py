@@ -80,9 +80,10 @@ def train(
         sinks: called with each `saewb.sinks.Event`.
         device: of the training; None means the model's.
         positions: of each row of tokens, those trained on.
-        options: any field of `saewb.TrainConfig` (lr, batch_tokens, normalisation, eval_every_tokens, seed, ...); of
-            `saewb.run_record.RunOptions` (checkpoint_every_tokens, keep_saes, log_every_steps); of
-            `saewb.run_plan.Reading` (buffer_tokens, prefetch, ctx_len, pass_tokens, skip_special_tokens, ...).
+        options: of the training (lr, batch_tokens, warmup_tokens, normalisation, eval_every_tokens, seed, ...), the run
+            (checkpoint_every_tokens, keep_saes, log_every_steps) and the reading (buffer_tokens, prefetch, ctx_len,
+            pass_tokens, skip_special_tokens, ...). All of them, with defaults and what they mean:
+            `saewb.training_options()`.
     Returns:
         A Run: it shows itself; `run.wait()`, `run.stop()`, `run.sae`.
     Raises:
