@@ -60,7 +60,7 @@ ROOMS = {
     "evals": "activations errors eval_passes eval_store evaluation firing hooks loading sae tokens",
     "embedded": "errors",
     "embedded/make": "embedded errors evals loading metrics models objectives sae streams tokens training",
-    "cli": "saewb",
+    "cli": "errors saewb",
     "packing": "errors",
     "orders": "",
     "documents": "errors orders",
