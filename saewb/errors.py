@@ -22,7 +22,7 @@ def near(got: str, known: Iterable[str], n: int = 3) -> list[str]:
         >>> near("blocks.8.resid_pst", ["blocks.11.resid_post", "blocks.8.resid_pre", "hook_embed"], n=2)
         ['blocks.8.resid_pre', 'blocks.11.resid_post']
     """
-    found = difflib.get_close_matches(got, list(known), n=10 * n, cutoff=0.5)
+    found = difflib.get_close_matches(got, list(dict.fromkeys(known)), n=10 * n, cutoff=0.5)
     return sorted(found, key=lambda name: _NUMBER.findall(name) != _NUMBER.findall(got))[:n]
 
 

@@ -257,7 +257,9 @@ def _feed(
         what = "train got no model, and tokens that are no activations."
         raise ValueError(explain(what, want="a model; or an ActivationStream or ActivationCache for tokens"))
     if any(t.read is None for t in trainees.values()):
-        raise ValueError(explain("train got no hook.", want="where to read", fix='hook="blocks.4.hook_resid_post"'))
+        layer = getattr(getattr(model, "cfg", None), "n_layers", 8) // 2
+        fix = f'hook="blocks.{layer}.hook_resid_post"'
+        raise ValueError(explain("train got no hook.", want="where to read", fix=fix))
     if attached := attachments(model):
         what = f"SAEs are attached: {', '.join(map(repr, attached))}."
         raise ValueError(explain(what, want="the model as it is", fix="saewb.detach_all(model)"))

@@ -107,7 +107,7 @@ def test_functions_say_all(name, value):
 def test_help_says_what_every_field_is(name):
     said = inspect.getdoc(getattr(saewb, name)).partition("\nFields:\n")[2]
     for field in fields(getattr(saewb, name)):
-        assert re.search(rf"(?m)^    {field.name}: \w", said), f"{name}.{field.name}"
+        assert re.search(rf"(?m)^    {field.name}: \S", said), f"{name}.{field.name}"
 
 
 def test_a_field_is_described_beside_it_above_it_or_in_its_metadata():

@@ -42,6 +42,18 @@ def other_model():
     return saewb.load_model(made, tokenizer=tokenizer)
 
 
+@pytest.fixture(scope="module")
+def other_sae(other_model):
+    """With thresholds, where the embedded one keeps the k largest; about 16 latents fire on a token."""
+    made = small.sae(HOOK, "jumprelu", d_in=WIDTH, d_sae=LATENTS)
+    with torch.no_grad():
+        _, cache = other_model.run_with_cache(saewb.embedded.held_out_texts()[0].text, names_filter=HOOK)
+        x = cache[HOOK][0, 1:]
+        made.threshold.fill_(0.0)
+        made.threshold.fill_(float(made.encode(x).quantile(1 - 16 / LATENTS)))
+    return made
+
+
 def code_cells(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -59,14 +71,13 @@ def run_cell(source, names):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_on_another_model_and_sae(path, other_model, monkeypatch):
+def test_runs_on_another_model_and_sae(path, other_model, other_sae, monkeypatch):
     if path.stem in WITHOUT_A_MODEL:
         assert not any("load_model" in source for source in code_cells(path))
         return
-    load_sae, documents = saewb.load_sae, saewb.embedded.held_out_texts()[:160]
-    other = small.sae(HOOK, "topk", d_in=WIDTH, d_sae=LATENTS, k=16)
+    load_sae, documents = saewb.load_sae, saewb.embedded.held_out_texts()[:60]
     monkeypatch.setattr(saewb, "load_model", lambda *_, **__: other_model)
-    monkeypatch.setattr(saewb, "load_sae", lambda s, *a, **how: other if s == "tiny" else load_sae(s, *a, **how))
+    monkeypatch.setattr(saewb, "load_sae", lambda s, *a, **how: other_sae if s == "tiny" else load_sae(s, *a, **how))
     monkeypatch.setattr(saewb.embedded, "held_out_texts", lambda: documents)
     names = {"__name__": "__main__"}
     with torch.enable_grad():  # cells switch gradients off for good
