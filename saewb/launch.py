@@ -40,6 +40,8 @@ from saewb.team import ALONE, Team
 from saewb.tokens import special_ids
 from saewb.training import TrainConfig, Trainee, Training
 
+FEW_STEPS = 200  # below, a run says so: its SAE has hardly left its random directions
+
 
 def train(
     model: nn.Module | None,
@@ -72,7 +74,8 @@ def train(
             often as needed, unless they are an iterator. Or activations: an ActivationStream, an ActivationCache.
         saes: an objective, e.g. `saewb.TopK(d_sae=4096, k=32)`; a `saewb.Trainee`, with its own hooks, learning rate
             or SAE to start from; or a dictionary of either by name.
-        n_tokens: to train on, after special tokens and positions are left out.
+        n_tokens: to train on, after special tokens and positions are left out: `n_tokens / batch_tokens` steps. An SAE
+            wants thousands; `run.notes` says if there are very few.
         hook: the point read, for SAEs that do not say; "blocks.0.attn.hook_z[3]" is one head.
         hook_out: the point predicted; None or `hook` makes SAEs, another one transcoders.
         folder: for history, checkpoints and SAEs; a new one. None keeps all in memory.
@@ -108,9 +111,14 @@ def train(
         feed, widths = _feed(model, tokens, trainees, reading, config, team)
     trainees = with_points(trainees, widths)
     facts = facts_of(config, trainees, reading, run_options, widths=widths, model=_name(model))
-    return _launch(
+    run = _launch(
         model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device, team
     )
+    if config.n_steps < FEW_STEPS:
+        run.notes.append(
+            f"{config.n_steps} steps only: more n_tokens, or a smaller batch_tokens, give it more to learn in"
+        )
+    return run
 
 
 def resume_run(

@@ -183,6 +183,13 @@ def test_training_without_tokens_or_hook(model):
         saewb.train(model, TEXTS, saewb.TopK(8, k=2), n_tokens=9000)
 
 
+@pytest.mark.parametrize(("batch_tokens", "says"), [(4096, ["2 steps only"]), (32, [])])
+def test_a_run_of_very_few_steps(model, batch_tokens, says):
+    how = {"hook": HOOK, "n_tokens": 9000, "batch_tokens": batch_tokens, "buffer_tokens": 0}
+    run = saewb.train(model, TEXTS, saewb.TopK(8, k=2), **how).stop()
+    assert [note.partition(":")[0] for note in run.notes] == says
+
+
 def test_tokens_of_another_model(model, sae):
     with pytest.raises(ValueError, match=r"token ids 50,256 to 50,256; this model has 4,096"):
         saewb.evaluate(model, sae, torch.full((2, 8), 50_256))

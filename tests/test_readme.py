@@ -22,7 +22,7 @@ def test_the_code_runs_and_does_what_it_says(tmp_path, monkeypatch):
     code = code.replace(
         '    model.generate("It is a")', '    said = model.generate("It is a", do_sample=False, verbose=False)'
     )
-    code = code.replace("n_tokens=300_000", "n_tokens=20_480, batch_tokens=1024")
+    code = code.replace("n_tokens=300_000", "n_tokens=20_480")
     exec(compile(code, "README.md", "exec"), names)
     names["run"].wait()
     assert re.search("country|island|city|river", names["said"])  # "about places"
