@@ -134,7 +134,7 @@ def calls(section=""):
     for _, right in rows(markdown().partition(section)[2] if section else markdown()):
         for code in re.findall(r"`([^`]*saewb\.[^`]*\([^`]*)`", right):
             for node in ast.walk(said(code)):
-                if isinstance(node, ast.Call) and (name := ast.unparse(node.func)).startswith("saewb."):
+                if isinstance(node, ast.Call) and re.fullmatch(r"saewb(\.\w+)+", name := ast.unparse(node.func)):
                     yield node, eval(name, {"saewb": saewb})
 
 
