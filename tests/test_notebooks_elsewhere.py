@@ -6,6 +6,7 @@ so that words of one token stay that.
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,11 @@ def test_runs_on_another_model_and_sae(path, other_model, other_sae, monkeypatch
     if path.stem in WITHOUT_A_MODEL:
         assert not any("load_model" in source for source in code_cells(path))
         return
-    load_sae, documents = saewb.load_sae, saewb.embedded.held_out_texts()[:60]
+    load_sae, documents = saewb.load_sae, saewb.embedded.held_out_texts()[:130]
     monkeypatch.setattr(saewb, "load_model", lambda *_, **__: other_model)
     monkeypatch.setattr(saewb, "load_sae", lambda s, *a, **how: other_sae if s == "tiny" else load_sae(s, *a, **how))
     monkeypatch.setattr(saewb.embedded, "held_out_texts", lambda: documents)
-    names = {"__name__": "__main__"}
+    names = {"__name__": "__main__", "sys": sys}  # as the cell for Colab leaves it
     with torch.enable_grad():  # cells switch gradients off for good
         grad = torch.is_grad_enabled()
         try:
