@@ -135,7 +135,9 @@ __all__ = [*_HOME, *_MODULES]  # no public name may also be a module's: importin
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"saewb.{_HOME[name]}"), name)
+        from saewb.field_notes import described
+
+        return described(getattr(importlib.import_module(f"saewb.{_HOME[name]}"), name))
     if name in _MODULES:
         return importlib.import_module(f"saewb.{name}")
     from saewb.errors import near

@@ -231,8 +231,7 @@ class LatentsView:
         if isinstance(key, CrossLayerTranscoder) and len(found) == key.cfg.n_layers:
             return [splice.latents() for splice in found]
         if len(found) != 1:
-            count = "more than once" if found else "not"
-            what = f"{key!r} is attached {count} here."
+            what = f"{key!r} is {'attached more than once' if found else 'not attached'} here."
             raise ValueError(explain(what, want="one of " + ", ".join(self)))
         return found[0].latents()
 

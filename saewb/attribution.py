@@ -1,14 +1,7 @@
 """Which latents, at which positions, moved a figure of the model's output.
 
-At the point an SAE writes to, the activation is y = decode(0) + sum_i a_i d_i + error: a latent's direction d_i is its
-decoder row, in the model's units. With G the gradient of the metric there, per position:
-
-    gradient:    effect_i = a_i d_i . G                      G at the activation itself; one forward, one backward pass
-    integrated:  the same, G averaged on the straight way from decode(0) to the activation
-    ablation:    effect_i = metric - metric without a_i d_i  the truth the others estimate; one row of a pass per node
-
-The error is a node like the latents. Nothing is attached, so each SAE's figures are about the model as it is, and those
-of several SAEs tell the same effects at several depths: they do not add up across SAEs. The steps are in `saewb.nodes`.
+The error is a node like the latents. Nothing is attached, so each SAE's figures are about the model as it is. The
+formulas are in `attribute`, the steps in `saewb.nodes`.
 """
 
 from __future__ import annotations
@@ -43,7 +36,7 @@ class Attribution:
     tokens: tuple[str, ...]  # the prompt, token by token
     saes: tuple[str, ...]  # where each SAE writes
     sae: Int[Tensor, " nodes"]  # which of them the node belongs to
-    position: Int[Tensor, " nodes"]
+    position: Int[Tensor, " nodes"]  # of the token, from 0
     latent: Int[Tensor, " nodes"]  # -1: the error
     activation: Float[Tensor, " nodes"]  # of the latent; the error's length
     effect: Float[Tensor, " nodes"]  # on the metric, in its unit
@@ -104,8 +97,16 @@ def attribute(
 ) -> Attribution:
     """How much each latent at each position, and what each SAE leaves out, contributes to a figure of the logits.
 
-    Formulas: at the top of this module. Integrated gradients are complete: per SAE, the effects of all latents and
-    errors sum to `metric - metric with decode(0) at the SAE's point` (to a few per mille; `totals()` shows both).
+    At the point an SAE writes to, the activation is decode(0) + sum_i a_i d_i + error: a latent's direction d_i is its
+    decoder row, in the model's units. With G the gradient of the metric there, per position:
+
+        gradient:    effect_i = a_i d_i . G       G at the activation itself; one forward, one backward pass
+        integrated:  the same, with G averaged on the straight way from decode(0) to the activation
+        ablation:    effect_i = metric - metric without a_i d_i      the truth; a row of a pass for each node
+
+    The error's effect is computed like a latent's. Effects of several SAEs tell the same thing at several depths: they
+    do not add up across SAEs. Integrated gradients are complete: per SAE, the effects of all latents and errors sum to
+    `metric - metric with decode(0) at the SAE's point` (to a few per mille; `totals()` shows both).
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode.

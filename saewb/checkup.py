@@ -79,7 +79,7 @@ def doctor(network: bool = False, timeout: float = 5.0) -> Checkup:
         network: ask the hub (HF_ENDPOINT, else huggingface.co) whether it answers.
         timeout: seconds to wait for it.
     Returns:
-        A Checkup.
+        A Checkup: `print` it; in a notebook it shows itself. `.ok` if nothing is wrong.
     Raises:
         ValueError: if `timeout` is not above 0.
     Example:

@@ -6,11 +6,13 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import saewb
+from saewb.errors import explain
 
 PROMPT = "Marie Curie was a Polish physicist and chemist. She received two Nobel Prizes"
 
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"saewb {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +93,7 @@ def demo(options: argparse.Namespace) -> int:
 
     model_name, prompt, page = options.model, options.prompt, options.page
     started = time.perf_counter()
+    _check_place(page)  # now, and not after minutes of work
     _show(f'model = saewb.load_model("{model_name}")')
     model = saewb.load_model(model_name)
     print(f"{model.cfg.n_layers} layers of width {model.cfg.d_model}, on {model.cfg.device}")
@@ -125,13 +131,28 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_place(page: Path) -> None:
+    try:
+        page.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=page.absolute().parent):
+            return
+    except OSError as error:
+        fix = "saewb demo --page ~/saewb_demo.html"
+        raise OSError(explain(f"the page cannot be written to {str(page)!r}: {error.strerror}.", fix=fix)) from None
+
+
 def lab(folder: Path | None, rest: Sequence[str] = ()) -> int:
     """Open JupyterLab on a folder of notebooks, saewb's own if none is given."""
     if importlib.util.find_spec("jupyterlab") is None:
         print('JupyterLab is not installed.\n  fix:  pip install "saewb[lab]"', file=sys.stderr)
         return 1
-    own = Path(saewb.__file__).parents[1] / "notebooks"
-    chosen = folder or (own if own.is_dir() else Path.cwd())
+    places = [Path(saewb.__file__).parents[1] / "notebooks", Path.cwd() / "notebooks"]
+    own = [place for place in places if (place / "00_tour.ipynb").is_file()]
+    if folder is None and not own:
+        print(
+            f"saewb's notebooks come with its repository, not with the package. Opening {Path.cwd()}", file=sys.stderr
+        )
+    chosen = folder or next(iter(own), Path.cwd())
     if not chosen.is_dir():
         print(f"no folder {str(chosen)!r}.\n  fix:  saewb lab", file=sys.stderr)
         return 1

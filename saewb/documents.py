@@ -83,6 +83,8 @@ class Documents:
         if isinstance(source, Mapping) or not hasattr(source, "__iter__"):
             what = f"got a {type(source).__name__} for documents."
             raise TypeError(explain(what, want="texts, token ids or chats: a list, a dataset or any iterable"))
+        if hasattr(source, "__len__") and len(source) == 0:
+            raise ValueError(explain("got no documents.", want="at least one"))
         self._source, self._repeat, self._seed = source, repeat, seed
         self._numbered = hasattr(source, "__getitem__") and hasattr(source, "__len__")
         if seed is not None and not self._numbered:

@@ -53,6 +53,7 @@ def enrich(
     Returns:
         A row per latent and set, the most certain and then the largest scores first: latent, set, size, score, p, q.
     Raises:
+        TypeError: for effects that are no matrix.
         ValueError: for an empty or whole set, ids that are not there, effects that are not numbers, no permutations.
     Source:
         Subramanian et al. 2005, "Gene set enrichment analysis", with weight 0 (a Kolmogorov-Smirnov statistic).
@@ -64,6 +65,10 @@ def enrich(
     """
     import pandas as pd
 
+    if not isinstance(effects, Tensor) or effects.ndim != 2:
+        what = f"enrich got {type(effects).__name__}{list(getattr(effects, 'shape', [])) or ''} for effects."
+        fix = "saewb.enrich(sae.W_dec @ model.W_U, sets)"
+        raise TypeError(explain(what, want="a tensor [latents, d_vocab]", fix=fix))
     names = list(range(len(effects))) if latents is None else [int(i) for i in latents]
     members = {name: _members(name, ids, effects.shape[1]) for name, ids in sets.items()}
     _check(effects, names, members, n_permutations)

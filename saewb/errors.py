@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_NUMBER = re.compile(r"\d+")
 
 
 class FormatError(ValueError):
@@ -11,13 +14,16 @@ class FormatError(ValueError):
 
 
 def near(got: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The `n` known names most like `got`, best first (difflib's ratio, at least 0.5).
+    """The `n` known names most like `got` (difflib's ratio, at least 0.5); those with its numbers come first.
+
+    A layer or a width is seldom what was mistyped.
 
     Example:
-        >>> near("hook_resid_pots", ["hook_resid_post", "hook_embed", "hook_resid_pre"], n=2)
-        ['hook_resid_post', 'hook_resid_pre']
+        >>> near("blocks.8.resid_pst", ["blocks.11.resid_post", "blocks.8.resid_pre", "hook_embed"], n=2)
+        ['blocks.8.resid_pre', 'blocks.11.resid_post']
     """
-    return difflib.get_close_matches(got, list(known), n=n, cutoff=0.5)
+    found = difflib.get_close_matches(got, list(dict.fromkeys(known)), n=10 * n, cutoff=0.5)
+    return sorted(found, key=lambda name: _NUMBER.findall(name) != _NUMBER.findall(got))[:n]
 
 
 def explain(what: str, *, near: Iterable[str] = (), want: str = "", fix: str = "") -> str:

@@ -203,6 +203,7 @@ def twin(model: nn.Module) -> nn.Module:
     model at a time. What is attached to the model, and hooks on its points, are not on the twin. Other hooks on its
     modules are: the model's own.
     """
+    _registered(model)  # says if it has no points
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     tokenizer = getattr(model, "tokenizer", None)
     memo[id(tokenizer)] = tokenizer
@@ -258,13 +259,9 @@ def _mappings(model: nn.Module) -> Iterable[dict[str, nn.Module]]:
         return [model._hook_registry]
     found = [getattr(model, name, None) for name in ("hook_dict", "mod_dict")]
     if not all(isinstance(mapping, dict) for mapping in found):
-        raise TypeError(
-            explain(
-                f"{type(model).__name__} has no hook points.",
-                want="a TransformerBridge (transformer-lens 3.x, 4.x) or a HookedTransformer (3.x)",
-                fix="model = saewb.load_model(model, tokenizer=tokenizer)",
-            )
-        )
+        what = f"{type(model).__name__} has no hook points: it is no model of TransformerLens."
+        want = "a TransformerBridge (transformer-lens 3.x, 4.x) or a HookedTransformer (3.x)"
+        raise TypeError(explain(what, want=want, fix="model = saewb.load_model(model, tokenizer=tokenizer)"))
     return found
 
 
@@ -293,7 +290,7 @@ def _mlp_inputs(model: nn.Module) -> dict[str, Point]:
 
 def _unknown(model: nn.Module, name: str) -> str:
     names = point_names(model)
-    close = near(name, names)
+    close = near(name, names) or near(f"blocks.{(re.findall('[0-9]+', name) or [0])[0]}.hook_resid_post", names)
     what = f"no hook named {name!r} on this model ({len({id(p) for p in _tables[model].values()})} points)."
     return explain(what, near=close, fix=f"saewb.attach(model, sae, hook={(close or names)[0]!r})")
 

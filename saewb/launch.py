@@ -40,6 +40,8 @@ from saewb.team import ALONE, Team
 from saewb.tokens import special_ids
 from saewb.training import TrainConfig, Trainee, Training
 
+FEW_STEPS = 200  # below, a run says so: its SAE has hardly left its random directions
+
 
 def train(
     model: nn.Module | None,
@@ -72,7 +74,8 @@ def train(
             often as needed, unless they are an iterator. Or activations: an ActivationStream, an ActivationCache.
         saes: an objective, e.g. `saewb.TopK(d_sae=4096, k=32)`; a `saewb.Trainee`, with its own hooks, learning rate
             or SAE to start from; or a dictionary of either by name.
-        n_tokens: to train on, after special tokens and positions are left out.
+        n_tokens: to train on, after special tokens and positions are left out: `n_tokens / batch_tokens` steps. An SAE
+            wants thousands; `run.notes` says if there are very few.
         hook: the point read, for SAEs that do not say; "blocks.0.attn.hook_z[3]" is one head.
         hook_out: the point predicted; None or `hook` makes SAEs, another one transcoders.
         folder: for history, checkpoints and SAEs; a new one. None keeps all in memory.
@@ -80,9 +83,10 @@ def train(
         sinks: called with each `saewb.sinks.Event`.
         device: of the training; None means the model's.
         positions: of each row of tokens, those trained on.
-        options: any field of `saewb.TrainConfig` (lr, batch_tokens, normalisation, eval_every_tokens, seed, ...); of
-            `saewb.run_record.RunOptions` (checkpoint_every_tokens, keep_saes, log_every_steps); of
-            `saewb.run_plan.Reading` (buffer_tokens, prefetch, ctx_len, pass_tokens, skip_special_tokens, ...).
+        options: of the training (lr, batch_tokens, warmup_tokens, normalisation, eval_every_tokens, seed, ...), the run
+            (checkpoint_every_tokens, keep_saes, log_every_steps) and the reading (buffer_tokens, prefetch, ctx_len,
+            pass_tokens, skip_special_tokens, ...). All of them, with defaults and what they mean:
+            `saewb.training_options()`.
     Returns:
         A Run: it shows itself; `run.wait()`, `run.stop()`, `run.sae`.
     Raises:
@@ -107,9 +111,14 @@ def train(
         feed, widths = _feed(model, tokens, trainees, reading, config, team)
     trainees = with_points(trainees, widths)
     facts = facts_of(config, trainees, reading, run_options, widths=widths, model=_name(model))
-    return _launch(
+    run = _launch(
         model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device, team
     )
+    if config.n_steps < FEW_STEPS:
+        run.notes.append(
+            f"{config.n_steps} steps only: more n_tokens, or a smaller batch_tokens, give it more to learn in"
+        )
+    return run
 
 
 def resume_run(
@@ -257,7 +266,9 @@ def _feed(
         what = "train got no model, and tokens that are no activations."
         raise ValueError(explain(what, want="a model; or an ActivationStream or ActivationCache for tokens"))
     if any(t.read is None for t in trainees.values()):
-        raise ValueError(explain("train got no hook.", want="where to read", fix='hook="blocks.4.hook_resid_post"'))
+        layer = getattr(getattr(model, "cfg", None), "n_layers", 8) // 2
+        fix = f'hook="blocks.{layer}.hook_resid_post"'
+        raise ValueError(explain("train got no hook.", want="where to read", fix=fix))
     if attached := attachments(model):
         what = f"SAEs are attached: {', '.join(map(repr, attached))}."
         raise ValueError(explain(what, want="the model as it is", fix="saewb.detach_all(model)"))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from torch import nn
 from saewb import hooks
 from saewb.activation_cache import ActivationCache
 from saewb.errors import explain, near
+from saewb.field_notes import field_choices, field_notes
 from saewb.memory import MemoryEstimate, estimate_memory
 from saewb.past_run import train_code
 from saewb.run_plan import Reading, facts_of, points_of, sorted_out, trainees_of, with_points
@@ -23,7 +22,6 @@ from saewb.sources import ModelSource
 from saewb.token_streams import stream_tokens
 from saewb.training import TrainConfig, Trainee
 
-_NOTE = re.compile(r"^    (\w+): [^#\n]*(?:#[ ]*(.*))?$", re.MULTILINE)
 _ELSEWHERE = {"positions"}  # arguments of `saewb.train` in their own right
 
 
@@ -41,6 +39,11 @@ class TrainOption:
     def required(self) -> bool:
         """Whether it has no default."""
         return self.default is MISSING
+
+    def __str__(self) -> str:
+        default = "" if self.required else f" = {self.default!r}"
+        choices = f" ({', '.join(map(repr, self.choices))})" if self.choices else ""
+        return f"{self.name}{default}: {self.note}{choices}"
 
     def value(self, text: str) -> Any:
         """What was typed as a Python literal, as a value; quotes may be left out where only text is taken.
@@ -77,13 +80,15 @@ def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
     Args:
         objective: a class, e.g. `saewb.TopK`, or one of it; None means the options of `saewb.train` itself.
     Returns:
-        Each option once, in the order in which it is documented.
+        Each option once, in the order in which it is documented; `print(*saewb.training_options(), sep="\\n")`.
     Raises:
         TypeError: for what is no objective.
     Example:
         >>> import saewb
         >>> [(option.name, option.default) for option in training_options(saewb.TopK)][1:3]
         [('k', 32), ('aux', 0.03125)]
+        >>> print(training_options(saewb.TopK)[1])
+        k = 32: latents kept per token
     """
     if objective is None:
         return tuple(option for owner in (TrainConfig, Reading, RunOptions) for option in _options(owner))
@@ -94,16 +99,12 @@ def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
 
 
 def _options(owner: type) -> tuple[TrainOption, ...]:
-    notes, hints = dict(_NOTE.findall(inspect.getsource(owner))), get_type_hints(owner)
+    notes, choices = field_notes(owner), field_choices(owner)
     return tuple(
-        TrainOption(f.name, f.default, notes.get(f.name, ""), owner, _choices(hints[f.name]))
+        TrainOption(f.name, f.default, notes.get(f.name, ""), owner, choices[f.name])
         for f in fields(owner)
         if f.name not in _ELSEWHERE
     )
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def training_memory(

@@ -5,6 +5,7 @@ Nothing here reads weights or the network; every name that leads nowhere is an e
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -34,6 +35,7 @@ def origin_of(source: str, id: str | None) -> Origin:
 
     Raises:
         ValueError: if the release has no such id, or none was given.
+        ValueError: if the two are the wrong way round.
         FileNotFoundError: if `source` is neither a release nor a repository's name.
     """
     call = f"saewb.load_sae({source!r}{f', {id!r}' if id else ''})"
@@ -49,7 +51,14 @@ def origin_of(source: str, id: str | None) -> Origin:
             )
         entry = releases.find(source, id)
         return Origin(entry.repo, entry.path, call, entry)
+    if id in releases.releases():
+        what = f"load_sae got {source!r} as release and {id!r} as id."
+        raise ValueError(explain(what, want="the release first", fix=f"saewb.load_sae({id!r}, {source!r})"))
     if not REPO.fullmatch(source):
+        models = releases.catalogue()["model"].str.rpartition("/")[2].unique() if id is None else ()
+        if source in models:
+            what = f"{source!r} is a language model, not an SAE."
+            raise FileNotFoundError(explain(what, want="one of its SAEs", fix=f"saewb.catalogue(model={source!r})"))
         close = near(source, ["tiny", *_names(Path()), *releases.releases()])
         raise FileNotFoundError(
             explain(
@@ -84,6 +93,10 @@ def local(source: str | Path, id: str | None) -> Path | None:
         inside(id)  # before anything is looked at
     if source == "tiny":
         source = Path(str(files("saewb.embedded") / "sae"))
+    if not isinstance(source, (str, os.PathLike)):
+        what = f"load_sae got a {type(source).__name__}."
+        want = "a name, a folder, or a repository on the hub"
+        raise TypeError(explain(what, want=want, fix="saewb.load_sae('tiny')"))
     root = Path(source).expanduser()
     if root.is_file() and id is None:
         return root

@@ -24,7 +24,8 @@ def splices(model: nn.Module, saes: object, hook: object, hook_out: object, erro
     made: list[Splice] = []
     for sae, read, write in zip(several, reads, writes, strict=True):
         if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
-            raise TypeError(explain(f"attach got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
+            fix = f"sae = saewb.load_sae({sae!r})" if isinstance(sae, str) else "sae = saewb.load_sae(...)"
+            raise TypeError(explain(f"attach got {type(sae).__name__} as an SAE.", want="one, or a list", fix=fix))
         if isinstance(sae, CrossLayerTranscoder):
             _check_not_moved(sae, read, write)
             made += [_splice(model, layer, None, None, error_term) for layer in layers_in_one_pass(sae)]
@@ -78,7 +79,8 @@ def _one_each(names: object, n: int, argument: str) -> list[str | None]:
         return [names] * n
     if isinstance(names, (list, tuple)) and len(names) == n:
         return list(names)
-    raise ValueError(explain(f"attach got {argument}={names!r} for {n} SAEs.", want=f"{n} names, in a list"))
+    want = "a name, e.g. 'blocks.2.hook_resid_post'" if n == 1 else f"{n} names, in a list"
+    raise ValueError(explain(f"attach got {argument}={names!r} for {n} SAE{'s' * (n > 1)}.", want=want))
 
 
 def _check_distinct(splices: list[Splice]) -> None:

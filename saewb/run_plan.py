@@ -48,6 +48,15 @@ class Reading:
 _READING = {f.name for f in fields(Reading)}
 
 
+# As other trainers call them.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "batch_tokens",
+    "context_size": "ctx_len",
+    "warmup_steps": "warmup_tokens",
+}
+
+
 def sorted_out(options: Mapping[str, Any], n_tokens: int) -> tuple[Reading, RunOptions, TrainConfig]:
     """The options of `saewb.train`, by whom they are for.
 
@@ -57,11 +66,9 @@ def sorted_out(options: Mapping[str, Any], n_tokens: int) -> tuple[Reading, RunO
     known = _READING - {"positions"} | _OPTIONS | _CONFIG - {"n_tokens"}
     for name in options:
         if name not in known:
-            close = near(name, known)
-            fix = f"train(..., {close[0]}=...)" if close else ""
-            raise TypeError(
-                explain(f"train has no option {name!r}.", near=close, want="a field of TrainConfig", fix=fix)
-            )
+            close = [_ELSEWHERE[name]] if name in _ELSEWHERE else near(name, known)
+            fix = f"train(..., {close[0]}=...)" if close else 'print(*saewb.training_options(), sep="\\n")'
+            raise TypeError(explain(f"train has no option {name!r}.", near=close, fix=fix))
     parts = [{k: v for k, v in options.items() if k in names} for names in (_READING, _OPTIONS, _CONFIG)]
     return Reading(**parts[0]), RunOptions(**parts[1]), TrainConfig(n_tokens=n_tokens, **parts[2])
 

@@ -73,7 +73,7 @@ def pack(
 
     Args:
         texts: the documents, in the order they are to be packed.
-        tokenizer: of the model.
+        tokenizer: of the model; or the model.
         ctx_len: tokens in a row, BOS included; at least 2.
         bos: whether rows and documents begin with BOS; wrong only for models that were trained without one.
     Returns:
@@ -89,12 +89,13 @@ def pack(
         ([0, 0], 4)
     """
     if isinstance(texts, str):
-        raise TypeError(explain("pack got one string.", want="a list of documents", fix="pack([text], ...)"))
+        raise TypeError(explain("got one string.", want="a list of documents", fix="[text]"))
     if len(texts) == 0:
-        raise ValueError(explain("pack got no texts.", want="at least one document"))
+        raise ValueError(explain("got no texts.", want="at least one document"))
     if other := next((type(text).__name__ for text in texts if not isinstance(text, str)), None):
         fix = "[document.text for document in texts]" if other == "Document" else ""
-        raise TypeError(explain(f"pack got a {other} among the texts.", want="strings", fix=fix))
+        raise TypeError(explain(f"got a {other} among the texts.", want="strings", fix=fix))
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(explain("this tokenizer has no BOS token.", fix="pack(texts, tokenizer, ctx_len, bos=False)"))
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -102,7 +103,7 @@ def pack(
     rows = [row for ids in encoded for row in packer.rows(ids)]
     if not rows:
         what = f"{len(texts)} texts of {sum(map(len, encoded))} tokens do not fill one row."
-        raise ValueError(explain(what, want=f"{ctx_len} tokens or more"))
+        raise ValueError(explain(what, want=f"{ctx_len} tokens or more, or shorter rows", fix="ctx_len=16"))
     return torch.tensor(rows, dtype=torch.long)
 
 
@@ -135,6 +136,10 @@ def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -
         raise ValueError(
             explain(what, want="[rows, ctx], with rows of at least two tokens: one to predict the next from")
         )
+    n_words = getattr(model.cfg, "d_vocab", None)
+    if n_words is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
+        what = f"got token ids {int(tokens.min()):,} to {int(tokens.max()):,}; this model has {n_words:,}."
+        raise ValueError(explain(what, want="ids of this model's own tokenizer", fix="model.to_tokens(text)"))
     return tokens.detach().long().cpu()
 
 
@@ -201,6 +206,9 @@ def _tokenizer(model: nn.Module) -> Any:
     if hasattr(getattr(model, "cfg", None), "d_sae"):
         what = f"got {type(model).__name__} where the model goes."
         raise TypeError(explain(what, want="the model first, then the SAE", fix="saewb.evaluate(model, sae, tokens)"))
+    if not hasattr(model, "hook_dict"):
+        what = f"got {type(model).__name__} where the model goes: it is no model of TransformerLens."
+        raise TypeError(explain(what, fix="model = saewb.load_model(model, tokenizer=tokenizer)"))
     if getattr(model, "tokenizer", None) is None:
         what = "this model has no tokenizer, so neither text nor special tokens can be told."
         raise ValueError(explain(what, want="token ids, and the ids of special tokens", fix="skip_special_tokens=[0]"))

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
+import saewb
 from saewb import cli
 
 
@@ -73,6 +75,39 @@ def test_lab_opens_the_notebooks(monkeypatch):
     assert started[0][:3] == [sys.executable, "-m", "jupyterlab"]
     assert started[0][3].endswith("notebooks")
     assert started[0][4:] == ["--no-browser", "--port=8899"]
+
+
+def test_lab_of_an_installed_package_finds_the_notebooks_or_says_where_they_are(monkeypatch, tmp_path, capsys):
+    started = []
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(cli.subprocess, "run", lambda command: started.append(command) or mock.Mock(returncode=0))
+    monkeypatch.setattr(saewb, "__file__", str(tmp_path / "site-packages" / "saewb" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.lab(None) == 0
+    assert f"come with its repository, not with the package. Opening {tmp_path}" in capsys.readouterr().err
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "00_tour.ipynb").touch()
+    assert cli.lab(None) == 0
+    assert capsys.readouterr().err == ""
+    assert [command[3] for command in started] == [f"--notebook-dir={tmp_path}", f"--notebook-dir={tmp_path}/notebooks"]
+
+
+def test_demo_says_at_once_that_its_page_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--page", str(tmp_path / "file" / "page.html")]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "the page cannot be written" in told.err
+    assert "fix:  saewb demo --page ~/saewb_demo.html" in told.err
+
+
+def test_an_interrupted_demo_leaves_no_traceback(monkeypatch, tmp_path, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saewb, "load_model", interrupted)
+    assert cli.main(["demo", "--page", str(tmp_path / "page.html")]) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_eval_prints_a_table_and_keeps_it(tmp_path, capsys):

@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import textwrap
+from dataclasses import fields, is_dataclass
 
 import pytest
 
@@ -100,6 +101,21 @@ def test_functions_say_all(name, value):
         assert "Source" in text, f"{name}: no Source"
     if name not in NEEDS_NETWORK:
         assert "Example" in text, f"{name}: no Example"
+
+
+@pytest.mark.parametrize("name", [name for name in saewb._HOME if is_dataclass(getattr(saewb, name))])
+def test_help_says_what_every_field_is(name):
+    said = inspect.getdoc(getattr(saewb, name)).partition("\nFields:\n")[2]
+    for field in fields(getattr(saewb, name)):
+        assert re.search(rf"(?m)^    {field.name}: \S", said), f"{name}.{field.name}"
+
+
+def test_a_field_is_described_beside_it_above_it_or_in_its_metadata():
+    """As `help()` shows it: with what it may be, if that is one of a few texts."""
+    said = inspect.getdoc(saewb.SAEConfig)
+    assert "\n    gate: which latents survive ('relu', 'jumprelu', 'topk'" in said
+    assert "\n    scaling: Per token, undone on the output: mean and spread of x, its norm, or its mean alone" in said
+    assert re.search(r"\n    kl: KL divergence .* \(nats/token\)\n", inspect.getdoc(saewb.Evaluation))
 
 
 @pytest.mark.parametrize(("name", "value"), [p for p in public() if inspect.isclass(p.values[1])])

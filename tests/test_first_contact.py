@@ -1,5 +1,8 @@
 """The errors that a newcomer makes, and that each says what to do."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -111,3 +114,137 @@ def test_latents_read_too_late(model, sae):
         model("A cat")
     with pytest.raises(ValueError, match="is detached[\\s\\S]*inside the with block"):
         attached.latents[sae]
+
+
+def test_a_hook_by_the_name_transformers_has_for_it(model, sae):
+    with pytest.raises(ValueError, match=r"fix:  saewb.attach\(model, sae, hook='blocks.2.hook_resid_post'\)"):
+        saewb.attach(model, sae, hook="model.layers.2")
+
+
+def test_a_number_of_a_layer_as_hook(model, sae):
+    with pytest.raises(ValueError, match="got hook=2 for 1 SAE.\n  want: a name, e.g. 'blocks.2.hook_resid_post'"):
+        saewb.attach(model, sae, hook=2)
+
+
+@pytest.fixture(scope="module")
+def hugging_face_model():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(saewb.embedded.folder("model"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, sae: saewb.attach(model, sae),
+        lambda model, sae: saewb.evaluate(model, sae, TEXTS),
+        lambda model, sae: saewb.build_index(model, sae, TEXTS),
+        lambda model, sae: saewb.read_prompt(model, "A cat", sae),
+        lambda model, sae: saewb.train(model, TEXTS, saewb.TopK(8, k=2), hook=HOOK, n_tokens=9000),
+    ],
+)
+def test_a_model_of_transformers(hugging_face_model, sae, call):
+    with pytest.raises(
+        TypeError, match=r"no model of TransformerLens[\s\S]*fix:  model = saewb.load_model\(model, tok"
+    ):
+        call(hugging_face_model, sae)
+
+
+@pytest.mark.parametrize("wrong", [["a model"], "tiny"])
+def test_a_model_in_a_list_or_by_name(sae, wrong):
+    with pytest.raises(TypeError, match="no model of TransformerLens[\\s\\S]*want: a TransformerBridge"):
+        saewb.attach(wrong, sae)
+
+
+def test_an_sae_by_name(model):
+    with pytest.raises(TypeError, match=r"got str as an SAE[\s\S]*fix:  sae = saewb.load_sae\('tiny'\)"):
+        saewb.attach(model, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("learning_rate", "lr"), ("batch_size", "batch_tokens"), ("context_size", "ctx_len")]
+)
+def test_an_option_as_others_call_it(model, name, instead):
+    with pytest.raises(TypeError, match=rf"train has no option '{name}'.\n  near: {instead}"):
+        saewb.train(model, TEXTS, saewb.TopK(8, k=2), hook=HOOK, n_tokens=9000, **{name: 1})
+
+
+def test_an_option_that_nobody_has(model):
+    with pytest.raises(TypeError, match=r"fix:  print\(\*saewb.training_options\(\)"):
+        saewb.train(model, TEXTS, saewb.TopK(8, k=2), hook=HOOK, n_tokens=9000, quux=1)
+
+
+def test_training_without_tokens_or_hook(model):
+    with pytest.raises(ValueError, match="got no documents"):
+        saewb.train(model, [], saewb.TopK(8, k=2), hook=HOOK, n_tokens=9000)
+    with pytest.raises(TypeError, match="got a NoneType for documents"):
+        saewb.train(model, None, saewb.TopK(8, k=2), hook=HOOK, n_tokens=9000)
+    with pytest.raises(ValueError, match='fix:  hook="blocks.2.hook_resid_post"'):  # a layer that it has
+        saewb.train(model, TEXTS, saewb.TopK(8, k=2), n_tokens=9000)
+
+
+@pytest.mark.parametrize(("batch_tokens", "says"), [(4096, ["2 steps only"]), (32, [])])
+def test_a_run_of_very_few_steps(model, batch_tokens, says):
+    how = {"hook": HOOK, "n_tokens": 9000, "batch_tokens": batch_tokens, "buffer_tokens": 0}
+    run = saewb.train(model, TEXTS, saewb.TopK(8, k=2), **how).stop()
+    assert [note.partition(":")[0] for note in run.notes] == says
+
+
+def test_tokens_of_another_model(model, sae):
+    with pytest.raises(ValueError, match=r"token ids 50,256 to 50,256; this model has 4,096"):
+        saewb.evaluate(model, sae, torch.full((2, 8), 50_256))
+
+
+def test_texts_that_are_too_short(model, sae):
+    with pytest.raises(ValueError, match="1 texts of 2 tokens do not fill one row.[\\s\\S]*fix:  ctx_len="):
+        saewb.evaluate(model, sae, ["A cat"])
+
+
+def test_the_model_in_place_of_its_tokenizer(model):
+    assert torch.equal(saewb.pack(TEXTS, model, 16), saewb.pack(TEXTS, model.tokenizer, 16))
+
+
+def test_latents_of_an_sae_that_is_not_attached(model, sae):
+    with saewb.attach(model, sae) as attached:
+        model("A cat")
+        with pytest.raises(ValueError, match="is not attached here.\n  want: one of blocks.2.hook_out"):
+            attached.latents[saewb.load_sae("tiny")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "fix"),
+    [
+        (("gpt2",), FileNotFoundError, r"'gpt2' is a language model[\s\S]*saewb.catalogue\(model='gpt2'\)"),
+        (("blocks.8.hook_resid_pre", "gpt2-small-res-jb"), ValueError, r"load_sae\('gpt2-small-res-jb', 'blocks.8"),
+        ((None,), TypeError, "got a NoneType"),
+    ],
+)
+def test_what_is_no_name_of_an_sae(arguments, error, fix):
+    with pytest.raises(error, match=fix):
+        saewb.load_sae(*arguments)
+
+
+def test_the_catalogue_as_a_newcomer_asks_it():
+    assert len(saewb.catalogue("gpt2")) == len(saewb.catalogue(model="gpt2")) > 10
+    with pytest.raises(TypeError, match="got layer='8'[\\s\\S]*fix:  layer=8"):
+        saewb.catalogue("gpt2", layer="8")
+
+
+def test_an_sae_where_its_effects_go_and_texts_where_activations_go():
+    """In a process of its own: while testing, shapes in the signatures are checked first."""
+    tries = """
+import saewb
+for call in (
+    lambda: saewb.enrich(saewb.load_sae("tiny"), {"a": [1]}),
+    lambda: saewb.coactivation(["a text"]),
+):
+    try:
+        call()
+    except TypeError as error:
+        print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", tries], capture_output=True, text=True, check=True).stdout
+    assert "enrich got SAE for effects" in told
+    assert "fix:  saewb.enrich(sae.W_dec @ model.W_U, sets)" in told
+    assert "coactivation got a str for a batch" in told
+    assert "fix:  coactivation([sae.encode(x)])" in told

@@ -15,6 +15,7 @@ ROOT = Path(saewb.__file__).parent
 # Each room may import from saewb only what is on its right. Torch everywhere; transformer_lens in models only.
 ROOMS = {
     "errors": "",
+    "field_notes": "",
     "devices": "errors",
     "checkup": "saewb",
     "config": "errors",
@@ -63,7 +64,7 @@ ROOMS = {
     "evals": "activations errors eval_passes eval_store evaluation firing hooks loading sae tokens",
     "embedded": "errors",
     "embedded/make": "embedded errors evals loading metrics models objectives sae streams tokens training",
-    "cli": "saewb",
+    "cli": "errors saewb",
     "packing": "errors",
     "orders": "",
     "documents": "errors orders",
@@ -102,7 +103,8 @@ ROOMS = {
     "__main__": "cli",
     "team": "errors",
     "past_run": "errors objectives run_folder run_plan run_record training",
-    "outlook": "activation_cache errors hooks memory past_run run_plan run_record sources token_streams training",
+    "outlook": "activation_cache errors field_notes hooks memory past_run run_plan run_record sources token_streams "
+    "training",
 }
 NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
 

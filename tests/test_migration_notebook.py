@@ -1,7 +1,9 @@
 """Notebook 09 covers what SAELens has: every public name stands beside its saewb form, or the reason there is none."""
 
 import ast
+import dataclasses
 import importlib
+import inspect
 import json
 import re
 from pathlib import Path
@@ -117,6 +119,71 @@ def test_names_of_ours_exist():
         found = saewb_widgets if package == "saewb_widgets" else importlib.import_module(package)
         for part in parts:
             found = getattr(found, part)
+
+
+def said(code):
+    """A table's code as Python: `f(a=, b=)` leaves out what is passed."""
+    code = re.sub(r"=, \.\.\.\)", "=)", re.sub(r"^with ", "", re.sub(r": model.*$", "", code)))
+    return ast.parse(re.sub(r"(\w+)=(?=[,)])", r"\1=...", code))
+
+
+def calls(section=""):
+    """(the call, what is called) of every `saewb.f(...)` in the right column."""
+    import saewb
+
+    for _, right in rows(markdown().partition(section)[2] if section else markdown()):
+        for code in re.findall(r"`([^`]*saewb\.[^`]*\([^`]*)`", right):
+            for node in ast.walk(said(code)):
+                if isinstance(node, ast.Call) and re.fullmatch(r"saewb(\.\w+)+", name := ast.unparse(node.func)):
+                    yield node, eval(name, {"saewb": saewb})
+
+
+def test_calls_of_ours_take_what_they_are_given():
+    import saewb
+
+    options = {option.name for option in saewb.training_options()}
+    found = list(calls())
+    assert len(found) > 50
+    for node, called in found:
+        if any(isinstance(argument, ast.Constant) and argument.value is ... for argument in node.args):
+            given = []  # what `...` stands for is not known
+        else:
+            given = node.args
+        names = {keyword.arg for keyword in node.keywords}
+        known = inspect.signature(called)
+        if called is saewb.train:
+            assert names <= {*known.parameters, *options}, ast.unparse(node)
+            names -= options
+        known.bind_partial(*given, **dict.fromkeys(names))
+
+
+def test_options_in_the_table_of_training_are_there():
+    import saewb
+
+    text = markdown().partition("`LanguageModelSAERunnerConfig`, `LanguageModelSAETrainingRunner`")[2]
+    text = "| " + text.partition("\n## ")[0]
+    objectives = (getattr(saewb, name) for name in saewb.objectives.__all__ if name in saewb._HOME)
+    known = {
+        *(option.name for option in saewb.training_options()),
+        *(field.name for objective in objectives for field in dataclasses.fields(objective)),
+        *inspect.signature(saewb.train).parameters,
+    }
+    bare = {name for _, right in rows(text) for name in re.findall(r"`([a-z]\w*)(?:=[^`(]*(?:\([^`]*)?)?`", right)}
+    assert len(bare) > 30
+    assert bare <= known
+
+
+def test_methods_of_ours_are_there():
+    import saewb
+
+    sae = saewb.SAE(saewb.SAEConfig(8, 16, gate="jumprelu", skip=True, hook="a", hook_out="b"))
+    of = {"sae": sae, "run": saewb.Run, "index": saewb.FeatureIndex, "attached": saewb.Attachment}
+    right = " ".join(row[1] for row in rows(markdown()))
+    found = re.findall(r"`(?:\w+ = )?(sae|run|index|attached)\.(\w+)(?:\.(\w+))?", right)
+    assert len(found) > 12
+    for owner, name, field in found:
+        value = getattr(of[owner], name)
+        assert not field or hasattr(value, field), (owner, name, field)
 
 
 class TestAgainstSAELens:

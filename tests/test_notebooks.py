@@ -5,13 +5,31 @@ import re
 from pathlib import Path
 
 import pytest
+import saewb_widgets
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PANELS = {  # where each is shown first
+    "FeatureBrowser": "06_browse_features",
+    "SteeringPanel": "07_steer_and_attribute",
+    "SuperpositionPanel": "04_superposition_and_correlation",
+    "CorrelationPanel": "04_superposition_and_correlation",
+    "TrainingPanel": "03_train_an_sae",
+    "CataloguePicker": "02_finding_and_loading_saes",
+    "PromptExplorer": "01_load_and_attach",
+}
 
 
 def test_there_are_some():
     assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("panel", saewb_widgets.__all__)
+def test_every_panel_is_shown_where_its_subject_is(panel):
+    cells = json.loads((FOLDER / f"{PANELS[panel]}.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown = [output for cell in cells for output in cell.get("outputs", ())]
+    said = ["".join(output.get("data", {}).get("text/plain", "")) for output in shown]
+    assert any(text.startswith(f"{panel}(") for text in said)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -27,6 +45,19 @@ class TestNotebook:
         assert cells[0].startswith("# ")
         assert f"notebooks/{path.name})" in cells[0]
         assert '"google.colab" in sys.modules' in cells[1]
+        has_panels = any("from saewb_widgets import" in cell for cell in cells)
+        assert ("enable_custom_widget_manager()" in cells[1]) == has_panels
+
+    def test_says_where_to_go_next_and_how_to_run_it_on_another_model(self, path):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        assert re.search("## (Next|When you miss something)", text)
+        loads = any("load_model(" in "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert loads == bool(re.search('load_model\\("gpt2"\\)|To run it on GPT-2', text))
+
+    def test_keeps_no_times(self, path):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert not any("execution" in cell["metadata"] for cell in cells)
 
     def test_names_no_machine(self, path):
         text = path.read_text()
@@ -38,4 +69,4 @@ class TestNotebook:
         shown = [output["data"] for cell in cells for output in cell.get("outputs", ()) if "data" in output]
         for data in shown:
             assert "image/png" in data or "application/vnd.plotly.v1+json" not in data
-            assert "text/html" in data or not re.match(r"\w+(Browser|Panel)\(", "".join(data.get("text/plain", "")))
+            assert "text/html" in data or not re.match(rf"({'|'.join(PANELS)})\(", "".join(data.get("text/plain", "")))

@@ -50,7 +50,7 @@ class JumpReLU:
 
     d_sae: int  # latents
     l0: float = 0.01  # weight of the sparsity loss, in squared units of the activations per latent
-    sparsity: Literal["step", "tanh", "quadratic"] = "step"
+    sparsity: Literal["step", "tanh", "quadratic"] = "step"  # which loss counts the active latents, see above
     target_l0: float | None = None  # latents per token: inside the loss (quadratic), else steered to by changing `l0`
     warmup_tokens: int = 0  # tokens over which `l0` rises from 0
     bandwidth: float = 0.05  # width of the straight-through window, in units of the pre-activations

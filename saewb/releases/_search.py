@@ -24,8 +24,8 @@ _DEFAULTS = {"format": "sae_lens", "dtype": "float32", "l0_is": "measured"}
 
 
 def catalogue(
-    *,
     model: str | None = None,
+    *,
     release: str | None = None,
     site: str | None = None,
     layer: int | Iterable[int] | None = None,
@@ -55,6 +55,7 @@ def catalogue(
     Raises:
         ValueError: for a name that the catalogue does not have anywhere; with near names. Names that are there but not
             together give an empty table.
+        TypeError: for a layer that is no number.
     Example:
         >>> found = catalogue(model="gemma-2-2b", site="resid_post", layer=20, width="16k", nearest_l0=70)
         >>> found[["release", "id", "path"]].iloc[-1].tolist()
@@ -67,7 +68,7 @@ def catalogue(
         if value is not None:
             found = found[_known(found, name, value) == value]
     if layer is not None:
-        found = found[found["layer"].isin([layer] if isinstance(layer, int) else list(layer))]
+        found = found[found["layer"].isin(_layers(layer))]
     if width is not None:
         found = found[(found["d_sae"] == _latents(width)).fillna(False).astype(bool)]
     if l0 is not None:
@@ -151,6 +152,14 @@ def _models_like(found: pd.DataFrame, model: str) -> list[str]:
     return [
         full for full, label in pairs if wanted in (full.lower(), full.rpartition("/")[2].lower(), str(label).lower())
     ]
+
+
+def _layers(layer: int | Iterable[int]) -> list[int]:
+    several = [layer] if isinstance(layer, (int, str)) else list(layer)
+    if any(not isinstance(one, int) for one in several):
+        fix = f"layer={int(layer)}" if isinstance(layer, str) and layer.isdecimal() else "layer=[5, 12, 20]"
+        raise TypeError(explain(f"catalogue got layer={layer!r}.", want="a number, or several", fix=fix))
+    return several
 
 
 def _latents(label: str | int) -> int:

@@ -63,7 +63,7 @@ class Coactivation:
     """
 
     n_tokens: int  # tokens
-    a: Side
+    a: Side  # how often, and how strongly, each latent of the first SAE fires
     b: Side | None  # of the second SAE; None if pairs are within one
     together: Int[Tensor, " pairs"]  # tokens on which both fire; each pair of one SAE's latents once
     products: Float[Tensor, " pairs"] | None  # sums of products of activations, float64

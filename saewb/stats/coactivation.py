@@ -41,6 +41,7 @@ def coactivation(
     Returns:
         Counts of all pairs, exactly, with phi, Jaccard and correlation; for two SAEs see `CoactivationStream`.
     Raises:
+        TypeError: for batches of something else.
         ValueError: if there are no tokens, or the tables do not fit into `max_bytes`.
     Example:
         >>> found = coactivation([torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])])
@@ -49,6 +50,9 @@ def coactivation(
     """
     stream = None
     for batch in batches:
+        if not isinstance(batch, (Tensor, TopLatents)):
+            what = f"coactivation got a {type(batch).__name__} for a batch."
+            raise TypeError(explain(what, want="activations [tokens, d_sae]", fix="coactivation([sae.encode(x)])"))
         if stream is None:
             place = batch.values.device if isinstance(batch, TopLatents) else batch.device
             stream = CoactivationStream(batch.shape[-1], products=products, max_bytes=max_bytes, device=place)

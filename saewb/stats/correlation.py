@@ -39,7 +39,7 @@ class LowRankCorrelation:
                 [0.4800, 1.0000]])
     """
 
-    factor: Float[Tensor, "n rank"]
+    factor: Float[Tensor, "n rank"]  # what features share; the correlation of two is the product of their rows
     diag: Float[Tensor, " n"]  # the part of the variance that is each feature's own, 0..1
 
     def __post_init__(self) -> None:
