@@ -50,7 +50,7 @@ class SyntheticData:
     see `Hierarchy.compensated`), unless `compensate` is False. With a correlation as well, it is what goes in.
 
     Called with a number of tokens and a generator it gives activations, which is what a stream draws:
-    `saewb.train(None, saewb.stream_draws(data, seed=1), saewb.TopK(512, k=8), n_tokens=1_000_000)`.
+    `saewb.train(None, saewb.stream_draws(data, seed=1), saewb.TopK(512, k=8), n_tokens=10**6, normalisation="none")`.
 
     Raises:
         ValueError: if numbers of features differ, a probability is out of 0..1, or the hierarchy cannot have it so.
