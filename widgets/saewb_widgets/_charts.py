@@ -1,7 +1,11 @@
-"""Curves and histograms as inline SVG, for a notebook that is read without its kernel."""
+"""Curves and histograms as pictures, for a notebook that is read without its kernel.
+
+SVG inside an `img`: where a notebook is not trusted, JupyterLab takes drawings out and leaves pictures.
+"""
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +25,8 @@ _COLOURS = (
 )  # on white and black
 _DASHES = ("", "5 3", "1.5 2.5", "7 2.5 1.5 2.5")  # after every eight colours
 _W, _H, _LEFT, _TOP, _BOTTOM = 300, 136, 8, 14, 14
-_TEXT = 'font-size="10" fill="currentColor" fill-opacity=".65"'
+_GREY = "#808080"  # on white and black
+_TEXT = f'font-size="10" font-family="system-ui,sans-serif" fill="{_GREY}"'
 
 
 def charts(series: Sequence[dict[str, Any]], scale: str = "auto") -> str:
@@ -44,7 +49,7 @@ def is_log(values: Sequence[float], scale: str) -> bool:
 
 def _key(i: int, label: str) -> str:
     line = f'<line x1="0" x2="22" y1="5" y2="5" {_pen(i, 3)}/>'
-    return f'<svg width="22" height="10" viewBox="0 0 22 10">{line}</svg> {html.escape(label)}'
+    return f"{_picture(22, 10, line, '')} {html.escape(label)}"
 
 
 def _pen(i: int, width: float = 1.5) -> str:
@@ -84,13 +89,16 @@ def _positive(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float
 
 
 def _box(title: str, label: str, inside: str) -> str:
-    return (
-        f'<div><div style="font-weight:600">{html.escape(title)}</div>'
-        f'<svg width="{_W}" height="{_H}" viewBox="0 0 {_W} {_H}" role="img" '
-        f'aria-label="{html.escape(label, quote=True)}">'
-        f'<line x1="{_LEFT}" x2="{_W - 8}" y1="{_H - _BOTTOM}" y2="{_H - _BOTTOM}" stroke="currentColor" '
-        f'stroke-opacity=".25"/>{inside}</svg></div>'
-    )
+    floor = f'<line x1="{_LEFT}" x2="{_W - 8}" y1="{_H - _BOTTOM}" y2="{_H - _BOTTOM}" stroke="{_GREY}"/>'
+    picture = _picture(_W, _H, floor + inside, label)
+    return f'<div><div style="font-weight:600">{html.escape(title)}</div>{picture}</div>'
+
+
+def _picture(width: int, height: int, inside: str, told: str) -> str:
+    size = f'width="{width}" height="{height}"'
+    drawn = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}">{inside}</svg>'
+    data = base64.b64encode(drawn.encode()).decode()
+    return f'<img {size} alt="{html.escape(told, quote=True)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def _line(i: int, x: Sequence[float], y: Sequence[float], right: float, low: float, high: float) -> str:

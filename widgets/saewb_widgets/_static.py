@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
-_CELL = "padding:1px 10px 1px 0;text-align:right;white-space:nowrap;vertical-align:top"
+_CELL = "padding:1px 10px 1px 0;white-space:nowrap;vertical-align:top"
+_FIGURE = f"{_CELL};text-align:right"
 _WIDE = "padding:1px 0;text-align:left;white-space:pre-wrap"
 
 
@@ -23,9 +25,9 @@ def rows(listed: Iterable[dict[str, Any]]) -> str:
     out = []
     for r in listed:
         pieces = "".join(token(s, a, bool(x), j == r.get("at")) for j, (s, a, x) in enumerate(r["tokens"]))
-        figures = "".join(f'<td style="{_CELL}">{v}</td>' for v in (r["latent"], percent(r["density"]), r["max"]))
+        figures = "".join(f'<td style="{_FIGURE}">{v}</td>' for v in (r["latent"], percent(r["density"]), r["max"]))
         out.append(f'<tr>{figures}<td style="{_WIDE}">{pieces or "never fires"}</td></tr>')
-    head = "".join(f'<th style="{_CELL}">{h}</th>' for h in ("latent", "fires on", "largest"))
+    head = "".join(f'<th style="{_FIGURE}">{h}</th>' for h in ("latent", "fires on", "largest"))
     where = f'<th style="{_WIDE}">where it is strongest</th>'
     return f'<table style="border-collapse:collapse"><tr>{head}{where}</tr>{"".join(out)}</table>'
 
@@ -35,7 +37,7 @@ def page(p: dict[str, Any], contexts: int = 8) -> str:
     words = ", ".join(f"<code>{html.escape(s.strip() or s)}</code> {v:+.2f}" for s, _, v in p["raised"][:6])
     facts = f"fires on {percent(p['density'])} of tokens, largest {p['max']}, mean {p['mean']}"
     lines = "".join(
-        f'<tr><td style="{_CELL}">{c["acts"][c["at"]]}</td>{_pieces(p, c)}</tr>' for c in p["top"][:contexts]
+        f'<tr><td style="{_FIGURE}">{c["acts"][c["at"]]}</td>{_pieces(p, c)}</tr>' for c in p["top"][:contexts]
     )
     likelier = f"<div>makes likelier: {words}</div>" if words else ""
     table = f'<table style="border-collapse:collapse">{lines}</table>'
@@ -56,7 +58,14 @@ def percent(share: float) -> str:
 
 
 def grid(head: Iterable[str], body: Iterable[Iterable[object]]) -> str:
-    """A small table of figures."""
-    top = "".join(f'<th style="{_CELL}">{html.escape(h)}</th>' for h in head)
-    lines = ("".join(f'<td style="{_CELL}">{html.escape(str(v))}</td>' for v in line) for line in body)
+    """A small table: figures to the right, words to the left, a column's title as what stands first under it."""
+    told = [[str(value) for value in line] for line in body]
+    first = told[0] if told else []
+    top = "".join(_cell("th", title, under) for title, under in zip_longest(head, first, fillvalue=""))
+    lines = ("".join(_cell("td", value, value) for value in line) for line in told)
     return f'<table style="border-collapse:collapse"><tr>{top}</tr>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
+
+
+def _cell(tag: str, text: str, like: str) -> str:
+    side = "right" if like.lstrip("+-\u2212")[:1].isdigit() else "left"
+    return f'<{tag} style="{_CELL};text-align:{side}">{html.escape(text)}</{tag}>'
