@@ -35,7 +35,8 @@ class JumpReLU:
 
     Adam moves a theta by about lr per step, so that in a run of some hundred steps L0 ends near where `init_threshold`
     puts it: start where the first batch's L0 is about ten times the target (1 to 2 for activations of length sqrt(d),
-    as `normalisation="centred"` gives).
+    as `normalisation="centred"` gives). And the step's loss only ever lowers L0, however small the controller makes it;
+    "quadratic" pulls from both sides.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 9, 11, 12 (loss, estimators; an appendix has a target L0);
