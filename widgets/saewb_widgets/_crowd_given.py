@@ -80,11 +80,10 @@ class Given:
         """What the largest |cos| can be drawn against."""
         return ["density", "norm"] if name in self.index else ["norm"]
 
-    def across(self, name: str, side: str, scatter: str) -> Any:
-        """The length or the density of each direction, an array `[n]`."""
-        if scatter == "density":
-            return self.index[name].density.numpy()
-        return self.matrix(name, side).detach().float().norm(dim=1).cpu().numpy()
+    def across(self, name: str, side: str) -> dict[str, Any]:
+        """By the names of `scatters`, the length and the density of each direction, arrays `[n]`."""
+        norm = self.matrix(name, side).detach().float().norm(dim=1).cpu().numpy()
+        return {"norm": norm, **({"density": self.index[name].density.numpy()} if name in self.index else {})}
 
     def code(self, name: str, side: str, scatter: str, neighbours: int) -> list[str]:
         """Lines that make `found`, `points`, and of several `compared`."""

@@ -18,10 +18,11 @@ _DASHES = ("none", "5 3", "2 3", "8 3 2 3")
 _W, _H, _LEFT, _BOTTOM, _NEVER = 420, 190, 34, 18, 16  # of the still's charts; the strip of those that never fire
 
 
-def figures(found: Any, frame: Any) -> dict[str, Any]:
+def figures(name: str, found: Any, frame: Any) -> dict[str, Any]:
     """What a `Superposition` says of all pairs.
 
     Args:
+        name: of what.
         found: the result.
         frame: its `to_frame()`.
     """
@@ -38,6 +39,7 @@ def figures(found: Any, frame: Any) -> dict[str, Any]:
             ["effective dimensions", short(found.effective_dim), f"of {found.d:,}"],
             *([["of length 0", found.n_zero, "directions"]] if found.n_zero else []),
         ],
+        "of": name,
         "cosines": found.histogram.tolist(),
         "largest": _largest(frame),
     }

@@ -222,12 +222,13 @@ class SuperpositionPanel(Panel):
         self._due = due
         if due is None:
             return
-        matrix, neighbours, several = self.given.matrix(*due), self._neighbours, self.given.form != "one"
+        given, neighbours, several = self.given, self._neighbours, self.given.form != "one"
+        matrix = given.matrix(*due)
 
         def work() -> Any:
             try:
                 found = saewb.superposition(matrix, neighbours=neighbours)
-                return found, found.to_frame()
+                return found, found.to_frame().assign(**given.across(*due))
             except Exception as error:  # raised in `_have`, once the next is under way
                 return error
 
@@ -259,10 +260,9 @@ class SuperpositionPanel(Panel):
 
     def _turn_to(self) -> None:
         """Look at another one: at the direction chosen there before, if one was."""
-        which, given = self.which, self.given
-        many = given.form != "one"
-        scatters = given.scatters(which)
-        self.facts = {"names": given.names if many else [], "sides": given.sides(which), "scatters": scatters}
+        which, given, self.result, self.points = self.which, self.given, None, None
+        names, scatters = given.names if given.form != "one" else [], given.scatters(which)
+        self.facts = {"names": names, "sides": given.sides(which), "scatters": scatters}
         if self.scatter not in scatters:
             self.scatter = scatters[0]
         self._choose(self._picked.get(which, 0))
@@ -301,7 +301,7 @@ class SuperpositionPanel(Panel):
         self.title = self._title()
         is_sae = self.given.is_sae(self.which)
         self.about = f"{self._size()}. {self.given.of[self.which]!r}" if is_sae else self._size()
-        self.figures = _crowd_packing.figures(self.result, frame)
+        self.figures = _crowd_packing.figures(self.which, self.result, frame)
         table = frame.sort_values("max_abs_cos", ascending=not self.closest_first, kind="stable")
         listed = table.head(_LISTED).reset_index()[["feature", "max_abs_cos", "nearest", "nearest_cos"]]
         self.rows = {"rows": [[int(i), _packing.short(m), int(j), _packing.short(c)] for i, m, j, c in listed.values]}
@@ -320,9 +320,7 @@ class SuperpositionPanel(Panel):
 
     def _draw(self) -> None:
         """The scatter."""
-        across = self.given.across(self.which, self.side, self.scatter)
-        frame = self._results[self.which, self.side][1]
-        self.points = frame[["max_abs_cos"]].assign(**{self.scatter: across})
+        self.points = self._results[self.which, self.side][1][["max_abs_cos", self.scatter]]
         norm = _NORMS[self.side] if self.given.is_sae(self.which) else "its length"
         what = norm if self.scatter == "norm" else "the fraction of tokens it fires on"
         self.dots = _crowd_packing.dots(self.points, self.scatter, what)

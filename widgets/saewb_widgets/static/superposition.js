@@ -98,7 +98,7 @@ function crowd(parts) {
     if (had) (box.querySelector("[aria-pressed=true]") || near).focus({ preventScroll: true }); };
   const pressed = (box, trait) => [...box.children].forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.value === model.get(trait))));
   const same = (s) => s;
-  const which = () => { if (names.children.length !== model.get("facts").names.length)
+  const which = () => { if (!names.children.length)
     choice(names, model.get("facts").names, "which", same, (s) => `Look at ${s}`, look); };
   const look = (name) => { const row = (model.get("beside").rows || []).find((r) => r.name === name);
     set(row && row.why === "no encoder" ? { which: name, side: "decoder" } : { which: name }); };
@@ -118,7 +118,7 @@ function crowd(parts) {
     (b.rows || []).forEach((r) => { const e = make("tr"), first = cell("th", r.name);
       first.scope = "row";
       e.setAttribute("aria-current", String(r.name === model.get("which")));
-      if (r.figures) e.append(first, cell("td", count(r.n)), cell("td", count(r.d)), ...r.figures.map((v) => cell("td", digits(v))));
+      if (r.figures) e.append(first, cell("td", count(r.n)), cell("td", count(r.d)), ...r.figures.map((v, k) => cell("td", k < r.figures.length - 1 ? v.toFixed(3) : digits(v))));
       else { const why = cell("td", r.why); why.colSpan = 2 + b.heads.length; why.className = "why"; e.append(first, why); }
       t.append(e); });
     all.replaceChildren(t, ...(b.note ? [make("p", "", b.note)] : []));
@@ -131,7 +131,7 @@ function crowd(parts) {
     f.figures.forEach(([name, value, note]) => { const e = make("div");
       e.append(make("dt", "", name), make("dd", "", digits(value)), make("small", "", note)); figures.append(e); });
     // The others as lines, as many counts in all as of the one that is looked at.
-    const sum = (a) => a.reduce((x, y) => x + y, 0) || 1, order = model.get("facts").names, own = model.get("which");
+    const sum = (a) => a.reduce((x, y) => x + y, 0) || 1, order = model.get("facts").names, own = f.of;
     const others = Object.entries(model.get("beside").outlines || {}).filter(([name]) => name !== own);
     const chart = (where, counts, key, height, how) => {
       const lines = others.map(([name, o]) => [name, o[key].map((c) => height((c * sum(counts)) / sum(o[key])))]), drawn = counts.map(height);
