@@ -242,6 +242,9 @@ def test_wrong_ones_of_several(sae, other):
     with pytest.raises(ValueError, match="direction 300 of 300"):
         panel.set_state({"which": "other", "selected": 300})
     assert "0 to 299" in panel.complaint
+    panel.which = "other"
+    panel.set_state({"selected": 900, "which": "topk"})
+    assert (panel.selected, panel.page["direction"], panel.complaint) == (900, 900, "")
 
 
 def test_several_are_computed_one_after_the_other(monkeypatch, sae, other):

@@ -198,7 +198,8 @@ class SuperpositionPanel(Panel):
     def _selected_anew(self, _: Any = None) -> None:
         if self._ready and not self._choosing:
             self._picked[self.which] = self.selected
-            self._turn()
+            if self._results.get((self.which, self.side), (None,))[0] is self.result:
+                self._turn()
 
     # -- computing, one after the other -------------------------------------------------------------------------------
 
