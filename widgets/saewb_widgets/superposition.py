@@ -10,7 +10,7 @@ import saewb
 from saewb import errors
 from saewb_widgets import _crowd_packing, _packing, _static
 from saewb_widgets._crowd_given import SIDES, Given
-from saewb_widgets._panel import Panel, guarded, refused, source
+from saewb_widgets._panel import Panel, follows, guarded, refused, source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +81,7 @@ class SuperpositionPanel(Panel):
         self._results: dict[tuple[str, str], tuple[Any, pd.DataFrame]] = {}
         self._failed: dict[tuple[str, str], Exception] = {}
         self._due: tuple[str, str] | None = None  # what is being computed
-        self._ready, self._choosing = False, False
+        self._choosing = False  # a direction unasked
         traits.setdefault("which", self.given.names[0])
         if traits["which"] in self.given.of:
             self.given.matrix(traits["which"], traits.get("side", "decoder"))  # says if there is none
@@ -173,30 +173,24 @@ class SuperpositionPanel(Panel):
                 raise ValueError(errors.explain(f"direction {got} of {n}.", want=f"0 to {n - 1}"))
         return got
 
-    @t.observe("which")
-    @guarded
-    def _another(self, _: Any = None) -> None:
-        if self._ready:
-            self._turn_to()
-            self._compute()
+    @follows("which")
+    def _another(self) -> None:
+        self._turn_to()
+        self._compute()
 
-    @t.observe("side", "closest_first")
-    @guarded
-    def _asked_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self._compute()
+    @follows("side", "closest_first")
+    def _asked_anew(self) -> None:
+        self._compute()
 
-    @t.observe("scatter")
-    @guarded
-    def _drawn_anew(self, _: Any = None) -> None:
-        if self._ready and self.result is not None:
+    @follows("scatter")
+    def _drawn_anew(self) -> None:
+        if self.result is not None:
             self._draw()
             self._turn()
 
-    @t.observe("selected")
-    @guarded
-    def _selected_anew(self, _: Any = None) -> None:
-        if self._ready and not self._choosing:
+    @follows("selected")
+    def _selected_anew(self) -> None:
+        if not self._choosing:
             self._picked[self.which] = self.selected
             if self._results.get((self.which, self.side), (None,))[0] is self.result:
                 self._turn()
