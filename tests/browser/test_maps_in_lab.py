@@ -160,7 +160,7 @@ def compared(book):
     several.locator(".dots canvas[data-of]").wait_for()
     several.locator(".beside tr >> nth=3").locator("td >> nth=3").wait_for()  # the last one is there
     several.locator(".busy:not(.late)", has_text="cosines").wait_for(state="hidden")
-    assert several.locator(".hists path.outline").count() == 4
+    assert several.locator("svg.bars path.outline").count() == 4
     canvas, first = several.locator(".dots canvas"), several.locator(".dots canvas").get_attribute("data-at")
     several.locator(".near .row button").nth(2).click()
     several.locator(f".dots canvas:not([data-at='{first}'])").wait_for()
