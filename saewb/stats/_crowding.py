@@ -66,6 +66,17 @@ class Superposition:
             bin_edges=torch.linspace(-1, 1, asked.bins + 1, dtype=torch.float64),
         )
 
+    def figures(self) -> dict[str, float | int]:
+        """All that is one number, by name: `pd.DataFrame({"a": a.figures(), "b": b.figures()}).T` compares two.
+
+        `mean_p95_abs_cos` is `mean_percentile_abs_cos[95]`, and so for each percentile.
+        """
+        by_p = {f"mean_p{p:g}_abs_cos": v for p, v in self.mean_percentile_abs_cos.items()}
+        names = ("mean_abs_cos", "rms_cos", "welch_bound", "effective_dim", "n_zero")
+        sizes = {"n_features": self.n_features, "d": self.d}
+        rest = {name: getattr(self, name) for name in names}
+        return {**sizes, "mean_max_abs_cos": self.mean_max_abs_cos, **by_p, **rest}
+
     def to_frame(self) -> pd.DataFrame:
         """One row per direction: its largest |cos|, percentiles, nearest direction and the cosine with it."""
         import pandas as pd

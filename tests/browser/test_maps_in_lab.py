@@ -12,12 +12,25 @@ import lab
 import pytest
 
 SETUP = "import saewb, torch\nfrom saewb_widgets import CorrelationPanel, SuperpositionPanel"
+# A callback of an ipykernel that hears clicks beside a cell has to wait for the panel's lock.
+BUSY = "import time\nwith panel._lock:\n    print('asleep')\n    time.sleep(3)"
 SAES = [
     f"{SETUP}\npanel = SuperpositionPanel(saewb.load_sae('tiny'))\npanel",
     "print(panel.selected, panel.side, panel.closest_first)",
     "panel.selected = 99999",
     "exec(panel.code(), given := {'sae': saewb.load_sae('tiny')})\nprint(given['neighbours'] == panel.neighbours)",
     "big = SuperpositionPanel(torch.randn(5000, 16))\nbig",
+    """from saewb.index import build_index
+sae, texts = saewb.load_sae('tiny'), [d.text for d in saewb.embedded.held_out_texts()[:30]]
+given = {'topk': sae, 'random': torch.randn(6000, 64), 'read': sae.W_enc.T.detach()}
+index = {'topk': build_index(saewb.load_model('tiny', device='cpu'), sae, texts)}
+several = SuperpositionPanel(given, index=index)
+several""",
+    """several.wait()
+exec(several.code(), made := {'directions': given, 'index': index})
+print(several.which, several.scatter, several.selected, [made['compared'].equals(several.compared),
+    made['points'].equals(several.points), made['neighbours'] == several.neighbours])""",
+    BUSY.replace("panel", "several"),
 ]
 MATRICES = [
     f"""{SETUP}
@@ -36,7 +49,7 @@ first, true = saewb.matrix_view(learnt, by='cosine'), saewb.matrix_view(dictiona
 two = CorrelationPanel(first, against=true, matched=feature)
 two""",
     "wide = CorrelationPanel(saewb.random_low_rank_correlation(65_536, 50, seed=1), order='index')\nwide",
-    "import time; time.sleep(1.5)",
+    BUSY,
 ]
 
 
@@ -119,7 +132,8 @@ def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
         assert book.output(3).strip() == "True"
         book.run(4)
         in_cell(page, 4).locator("h3", has_text="Nearest to").wait_for()
-        in_both_themes(book, superposition_lab=panel)
+        several = compared(book)
+        in_both_themes(book, superposition_lab=panel, superposition_several_lab=several)
         page.wait_for_timeout(2500)  # what stands in follows
         outputs = book.save()["cells"][0]["outputs"]
         assert [sorted(o["data"]) for o in outputs] == [
@@ -133,6 +147,54 @@ def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
         assert "Neighbours of 775" in cells[0], where
         assert "not computed yet" not in cells[4], where
         assert re.search(r"5[,.]?000 directions in 16", cells[4]), where
+        assert "Superposition of directions of random" in cells[5], where
+        assert re.search(r"random\s+6,000\s+64", cells[5]), where
+        assert "against its length" in cells[5], where
+
+
+def compared(book):
+    """Several SAEs: dots clicked, another one looked at, and that while the kernel is busy."""
+    page = book.page
+    book.run(5)
+    several = in_cell(page, 5)
+    several.locator(".dots canvas[data-of]").wait_for()
+    several.locator(".beside tr >> nth=3").locator("td >> nth=3").wait_for()  # the last one is there
+    several.locator(".busy:not(.late)", has_text="cosines").wait_for(state="hidden")
+    assert several.locator("svg.bars path.outline").count() == 4
+    canvas, first = several.locator(".dots canvas"), several.locator(".dots canvas").get_attribute("data-at")
+    several.locator(".near .row button").nth(2).click()
+    several.locator(f".dots canvas:not([data-at='{first}'])").wait_for()
+    canvas.scroll_into_view_if_needed()
+    (x, y), box = map(float, first.split(",")), canvas.bounding_box()
+    page.mouse.move(box["x"] + x, box["y"] + y)
+    assert several.locator(".tip").inner_text().startswith("648\nlargest |cos| 0.901\nfires on ")
+    page.mouse.click(box["x"] + x, box["y"] + y)
+    several.locator("h3", has_text="Nearest to 648").wait_for()
+    book.run(6)
+    assert book.output(6).strip() == "topk density 648 [True, True, True]"
+    while_busy(book, 7, several, several.get_by_role("button", name="Look at random").click)
+    several.locator("header h2", has_text="Superposition of directions of random").wait_for()
+    book.run(6)
+    assert re.fullmatch(r"random norm \d+ \[True, True, True\]", book.output(6).strip())
+    return several
+
+
+def while_busy(book, cell, panel, act):
+    """What is done while a cell runs is said to wait for it; the caller looks whether it is answered then."""
+    page = book.page
+    page.evaluate(
+        "i => { const nb = jupyterapp.shell.currentWidget.content; nb.activeCellIndex = i; nb.deselectAll();"
+        " jupyterapp.commands.execute('notebook:run-cell'); }",
+        cell,
+    )
+    page.locator(f".jp-Notebook .jp-Cell >> nth={cell}").locator(".jp-OutputArea", has_text="asleep").wait_for()
+    began = time.perf_counter()
+    act()
+    panel.locator(".late:visible", has_text="waiting for the kernel, which is busy").wait_for()
+    said = time.perf_counter() - began
+    panel.locator(".late").wait_for(state="hidden")
+    took = time.perf_counter() - began
+    print(f"\nclicked while a cell ran: said to wait after {said:.1f} s, answered after {took:.1f} s")
 
 
 def drawn(panel, after=0):
@@ -212,6 +274,9 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         page.mouse.move(twin["x"] + 40, twin["y"] + 40)
         page.mouse.move(twin["x"] + 42, twin["y"] + 40)
         assert " and " in two.locator(".tip").inner_text().splitlines()[-1]
+        while_busy(book, 5, panel, lambda: panel.locator("select[aria-label=Order]").select_option("index"))
+        book.run(1)
+        assert book.output(1).strip().endswith("index")
         in_both_themes(book, correlation_lab=panel, two_matrices_lab=two)
         zooming(book)
         page.wait_for_timeout(2500)  # what stands in follows

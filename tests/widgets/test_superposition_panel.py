@@ -148,3 +148,214 @@ def test_examples_run():
     found = doctest.testmod(superposition)
     assert found.attempted > 3
     assert found.failed == 0
+
+
+# -- several ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other():
+    return torch.randn(300, 20, generator=torch.Generator().manual_seed(1))
+
+
+def test_several_are_beside_each_other_and_code_gives_them(sae, other):
+    given = {"topk": sae, "other": other}
+    panel = SuperpositionPanel(given, neighbours=3, which="other")
+    assert repr(panel) == (
+        f"SuperpositionPanel('other' of 2, direction {panel.selected}, tensor, 300 directions in 20 dimensions)"
+    )
+    for which, rows in (("other", other), ("topk", sae.W_dec.detach())):
+        panel.which = which
+        cos = cosines(rows)
+        closest = int(cos.abs().amax(1).argmax())
+        assert panel.selected in (closest, int(cos[closest].abs().argmax()))
+        made = executed(panel, directions=given)
+        assert made["neighbours"] == panel.neighbours
+        assert made["compared"].equals(panel.compared)
+        assert made["points"].equals(panel.points)
+        assert made["points"].norm.tolist() == pytest.approx(rows.norm(dim=1).tolist(), rel=1e-5)
+        assert made["found"].histogram.tolist() == panel.figures["cosines"]
+        row = next(r for r in panel.beside["rows"] if r["name"] == which)
+        n, d = rows.shape
+        assert (row["n"], row["d"]) == (n, d)
+        largest, p95, p99, rms, welch, dims = row["figures"]
+        off = cos[~torch.eye(n, dtype=torch.bool)].reshape(n, n - 1)
+        assert largest == pytest.approx(cos.abs().amax(1).mean().item(), rel=1e-3)
+        by_p = off.abs().quantile(torch.tensor([0.95, 0.99], dtype=torch.float64), dim=1).mean(1)
+        assert [p95, p99] == pytest.approx(by_p.tolist(), rel=1e-3)
+        assert rms == pytest.approx(off.square().mean().sqrt().item(), rel=1e-3)
+        assert welch == pytest.approx(((n - d) / (d * (n - 1))) ** 0.5, rel=1e-3)
+        assert dims == pytest.approx(panel.result.effective_dim, rel=1e-3)
+        assert [sum(o["cosines"]) for o in panel.beside["outlines"].values()] == [1024 * 1023 // 2, 300 * 299 // 2]
+    assert "Welch bound" in panel.beside["note"]  # they differ in d
+    said = panel._repr_mimebundle_()[0]["text/html"]
+    assert said.count("<svg") == 2
+    assert ">other<" in said
+    assert "Welch bound" in said
+
+
+def test_a_list_goes_by_place_and_each_keeps_its_selection(sae, other):
+    panel = SuperpositionPanel([other, sae], neighbours=3)
+    assert panel.facts["names"] == ["0", "1"]
+    panel.which = "1"
+    panel.selected = 1000
+    panel.which = "0"
+    assert panel.selected < 300
+    panel.which = "1"
+    assert panel.selected == 1000
+    assert executed(panel, directions=[other, sae])["compared"].equals(panel.compared)
+    both = SuperpositionPanel([sae, sae], side="encoder")
+    made = executed(both, saes=[sae, sae])
+    assert made["compared"].equals(both.compared)
+    assert made["neighbours"] == both.neighbours
+    assert made["points"].equals(both.points)
+    assert both.beside["note"] == ""
+
+
+def test_an_encoder_that_not_all_have(sae, other):
+    panel = SuperpositionPanel({"topk": sae, "other": other}, side="encoder")
+    assert panel.beside["rows"][1] == {"name": "other", "why": "no encoder"}
+    assert executed(panel, directions={"topk": sae, "other": other})["compared"].equals(panel.compared)
+    with pytest.raises(ValueError, match="a tensor has no encoder"):
+        panel.which = "other"
+    assert panel.which == "topk"
+    panel.set_state({"which": "other", "side": "decoder"})  # what the front end sends
+    assert (panel.which, panel.side, panel.complaint) == ("other", "decoder", "")
+    assert panel.facts["sides"] == []
+    assert len(panel.neighbours) == 12
+
+
+def test_wrong_ones_of_several(sae, other):
+    for wrong, error, says in (
+        ([], ValueError, "an empty list"),
+        ({}, ValueError, "an empty dict"),
+        ({1: sae, "1": sae}, ValueError, "2 of the name '1'"),
+        ({"a": sae, "b": "a path"}, TypeError, "got a str"),
+    ):
+        with pytest.raises(error, match=says):
+            SuperpositionPanel(wrong)
+    with pytest.raises(ValueError, match="which is 'tpok'.\n  near: topk"):
+        SuperpositionPanel({"topk": sae}, which="tpok")
+    panel = SuperpositionPanel({"topk": sae, "other": other})
+    with pytest.raises(ValueError, match="near: other"):
+        panel.which = "othr"
+    with pytest.raises(ValueError, match="direction 300 of 300"):
+        panel.set_state({"which": "other", "selected": 300})
+    assert "0 to 299" in panel.complaint
+    panel.which = "other"
+    panel.set_state({"selected": 900, "which": "topk"})
+    assert (panel.selected, panel.page["direction"], panel.complaint) == (900, 900, "")
+
+
+def test_several_are_computed_one_after_the_other(monkeypatch, sae, other):
+    monkeypatch.setattr(superposition, "_AT_ONCE", 10)
+    go, real, order = threading.Semaphore(0), saewb.superposition, []
+
+    def held(rows, **how):
+        order.append(len(rows))
+        go.acquire(timeout=30)
+        return real(rows, **how)
+
+    monkeypatch.setattr(saewb, "superposition", held, raising=False)
+    bad = torch.full((50, 4), torch.nan)
+    panel = SuperpositionPanel({"topk": sae, "bad": bad, "other": other}, which="other")
+    assert panel.busy == "cosines between 300 directions of other"
+    assert [r["why"] for r in panel.beside["rows"]] == ["not computed yet"] * 3
+    go.release()
+    while panel.result is None:
+        panel.collect()
+    assert panel.busy == "cosines between 1,024 directions of topk"
+    assert panel.compared.index.tolist() == ["other"]
+    go.release(2)
+    with pytest.raises(ValueError, match="not finite"):
+        panel.wait(60)
+    panel.wait(60)
+    assert order == [300, 1024, 50]
+    assert panel.compared.index.tolist() == ["topk", "other"]
+    assert "not finite" in panel.beside["rows"][1]["why"]
+    panel.which = "topk"
+    assert panel.result.n_features == 1024
+    assert panel.busy == "cosines between 50 directions of bad"  # once more
+    go.release()
+
+
+# -- the scatter ------------------------------------------------------------------------------------------------------
+
+
+def test_density_is_the_indexs_and_code_gives_it(sae):
+    index = panels.index()
+    panel = SuperpositionPanel(sae, index=index)
+    assert panel.scatter == "density"
+    for scatter in ("density", "norm"):
+        panel.scatter = scatter
+        made = executed(panel, sae=sae, index=index)
+        assert made["points"].equals(panel.points)
+        assert panel.dots["latents"] == list(range(1024))
+        assert panel.dots["x"] == pytest.approx(panel.points[scatter].tolist(), rel=1e-3)
+        assert panel.dots["y"] == pytest.approx(cosines(sae.W_dec.detach()).abs().amax(1).tolist(), rel=1e-3)
+        assert panel.page["at"] == [panel.dots["x"][panel.selected], panel.dots["y"][panel.selected]]
+    assert panel.points.norm.tolist() == pytest.approx(sae.W_dec.norm(dim=1).tolist())
+    panel.scatter = "density"
+    assert panel.points.density.tolist() == index.table().density.tolist()
+    assert "fraction of tokens" in panel.static_html()
+
+
+def test_many_dots_are_a_choice_that_keeps_the_extremes():
+    index = panels.many()
+    rows = torch.randn(len(index), 3, generator=torch.Generator().manual_seed(0))
+    panel = SuperpositionPanel(rows[:20_000])
+    panel.wait()
+    points, dots = panel.points, panel.dots
+    assert 3500 < len(dots["latents"]) <= 4000
+    assert len(set(dots["latents"])) == len(dots["latents"])
+    assert f"{len(dots['latents']):,} of 20,000" in dots["said"]
+    shown = set(dots["latents"])
+    for name in ("norm", "max_abs_cos"):
+        assert {points[name].idxmax(), points[name].idxmin()} <= shown
+        assert points[name].nlargest(250).min() >= points[name].loc[sorted(shown)].nlargest(250).min()
+    assert panels.sent(panel) < 300_000
+
+
+def test_latents_that_never_fire_have_a_place(sae):
+    index = panels.silent()
+    rows = torch.randn(len(index), 7, generator=torch.Generator().manual_seed(0))
+    panel = SuperpositionPanel(rows, index=index)
+    assert panel.dots["x"][3] == 0
+    assert ">never<" in panel.static_html()
+
+
+def test_an_index_of_another_sae_is_refused(sae, other):
+    index = panels.index()
+    with pytest.raises(ValueError, match=r"the index has 1,024 latents, the directions are 300\.\n  want: .*\n  fix: "):
+        SuperpositionPanel(other, index=index)
+    turned = sae.W_dec.detach().flip(0)
+    with pytest.raises(ValueError, match="the index is of another SAE: latents .* here"):
+        SuperpositionPanel(turned, index=index)
+    SuperpositionPanel(sae.W_dec.detach().half() * 3, index=index)  # its own, folded and rounded
+    with pytest.raises(ValueError, match="the index of 'other' has"):
+        SuperpositionPanel({"topk": sae, "other": other}, index={"other": index})
+    with pytest.raises(ValueError, match="'tpok', which is none of the SAEs.\n  near: topk"):
+        SuperpositionPanel({"topk": sae, "other": other}, index={"tpok": index})
+    with pytest.raises(TypeError, match="several SAEs and a FeatureIndex"):
+        SuperpositionPanel({"topk": sae, "other": other}, index=index)
+    with pytest.raises(ValueError, match="1 indexes of 2 SAEs"):
+        SuperpositionPanel([sae, other], index=[index])
+    with pytest.raises(TypeError, match="want: a FeatureIndex"):
+        SuperpositionPanel(sae, index="a path")
+    panel = SuperpositionPanel(sae)
+    with pytest.raises(ValueError, match=r"scatter is 'density'.\n  want: norm\n  fix:  Superpos.*index="):
+        panel.scatter = "density"
+
+
+def test_only_some_have_an_index(sae, other):
+    index = panels.index()
+    for given, indexes, names in (
+        ({"other": other, "topk": sae}, {"topk": index}, ("other", "topk")),
+        ([other, sae], [None, index], ("0", "1")),
+    ):
+        panel = SuperpositionPanel(given, index=indexes, which=names[1])
+        assert panel.scatter == "density"
+        assert executed(panel, directions=given, index=indexes)["points"].equals(panel.points)
+        panel.which = names[0]
+        assert (panel.scatter, panel.facts["scatters"]) == ("norm", ["norm"])
+        assert executed(panel, directions=given, index=indexes)["points"].equals(panel.points)

@@ -113,30 +113,3 @@ def tried(tokens: Sequence[str], special: Sequence[int], found: Any) -> dict[str
         for i, g in found.groupby("latent")
     }
     return {"tokens": list(tokens), "special": list(special), "latents": [[int(i), fired[i]] for i in best]}
-
-
-def crowding(found: Any, frame: Any, bins: int) -> dict[str, Any]:
-    """What a `Superposition` says of all pairs.
-
-    Args:
-        found: the result.
-        frame: its `to_frame()`.
-        bins: of the largest |cos| of each direction, 0..1.
-    """
-    places = (frame["max_abs_cos"] * bins).astype(int).clip(upper=bins - 1).value_counts()
-    by_p = [
-        [f"percentile {p:g} of |cos|", short(v), "mean over directions"]
-        for p, v in found.mean_percentile_abs_cos.items()
-    ]
-    return {
-        "figures": [
-            ["largest |cos|", short(found.mean_max_abs_cos), "with the nearest other, mean over directions"],
-            *by_p,
-            ["|cos|", short(found.mean_abs_cos), "mean over pairs"],
-            ["root mean square", short(found.rms_cos), f"of the cosine; at least {found.welch_bound:.3g} (Welch)"],
-            ["effective dimensions", short(found.effective_dim), f"of {found.d:,}"],
-            *([["of length 0", found.n_zero, "directions"]] if found.n_zero else []),
-        ],
-        "cosines": found.histogram.tolist(),
-        "largest": [int(places.get(k, 0)) for k in range(bins)],
-    }

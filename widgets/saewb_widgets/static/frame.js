@@ -89,8 +89,8 @@ const isDark = (el) => {
   return matchMedia("(prefers-color-scheme: dark)").matches;
 };
 
-const bars = (counts, { label, tip, cls = "", on = () => false }) => {
-  const ns = "http://www.w3.org/2000/svg", svg = document.createElementNS(ns, "svg"), most = Math.max(1e-12, ...counts);
+const bars = (counts, { label, tip, cls = "", on = () => false, most = Math.max(1e-12, ...counts) }) => {
+  const ns = "http://www.w3.org/2000/svg", svg = document.createElementNS(ns, "svg");
   svg.setAttribute("viewBox", `0 0 ${counts.length || 1} 1`);
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("role", "img");
@@ -131,7 +131,12 @@ function framed({ model, el }, name, build) {
   root.append(tip);
   el.append(root);
 
+  const kept = () => { // the focus of what goes away, or the notebook would hear the next key
+    root.tabIndex = -1;
+    root.focus({ preventScroll: true });
+    root.addEventListener("blur", () => root.removeAttribute("tabindex"), { once: true }); };
   const said = (box, text) => {
+    if (box.contains(document.activeElement)) kept();
     box.replaceChildren();
     box.hidden = !text;
     if (text) box.append(make("pre", "", text), button("\u00d7", "quiet", () => ask("dismiss"), "Dismiss"));
