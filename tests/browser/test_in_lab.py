@@ -54,6 +54,7 @@ def test_feature_browser_in_jupyterlab(notebook):
     page.locator(".saewb .total", has_text=f"{len(found)} of 1,024").wait_for()
     notebook.run(3)
     assert "latent 99999" in notebook.output(3)
+    assert "traitlets" not in notebook.output(3)
     page.locator(".saewb .complaint", has_text="want: 0 to 1023").wait_for()
     notebook.do("apputils:change-theme", theme="JupyterLab Dark")
     page.locator(".saewb[data-theme=dark]").wait_for()

@@ -74,6 +74,10 @@ def follows(*names: str) -> Callable[[Callable[[Any], None]], Any]:
 class Refused(t.TraitError, ValueError):
     """A value that a trait does not take: what came with it from the front end is taken back too."""
 
+    def _render_traceback_(self) -> list[str]:
+        """For IPython: what is wrong is the value, and the way to it leads through traitlets only."""
+        return [f"ValueError: {self}"]
+
 
 @contextmanager
 def refused() -> Iterator[None]:
