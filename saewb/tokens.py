@@ -136,7 +136,7 @@ def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -
         raise ValueError(
             explain(what, want="[rows, ctx], with rows of at least two tokens: one to predict the next from")
         )
-    n_words = getattr(model.cfg, "d_vocab", None)
+    n_words = getattr(getattr(model, "cfg", None), "d_vocab", None)
     if n_words is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
         what = f"got token ids {int(tokens.min()):,} to {int(tokens.max()):,}; this model has {n_words:,}."
         raise ValueError(explain(what, want="ids of this model's own tokenizer", fix="model.to_tokens(text)"))

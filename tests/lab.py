@@ -49,6 +49,14 @@ class Notebook:
         """Wait for the notebook and its kernel: after `page.reload()` too."""
         _wait_for_kernel(self.page)
 
+    def stands_in(self, cell, text):
+        """Wait until what stands in for the panel under a cell, once there is no kernel, says this."""
+        self.page.wait_for_function(
+            "([i, text]) => [...document.querySelectorAll('.jp-Notebook .jp-Cell')[i]"
+            ".querySelectorAll('[class^=saewb-still]')].some(still => still.textContent.includes(text))",
+            arg=[cell, text],
+        )
+
     def save(self):
         """Save, and read what was saved."""
         self.do("docmanager:save")

@@ -418,7 +418,7 @@ def test_one_sae_at_two_points(model):
         with pytest.raises(ValueError, match="more than once"):
             attached.latents[sae]
         assert not torch.equal(attached.latents[RESID], attached.latents[OTHER])
-        with pytest.raises(ValueError, match="not here"):
+        with pytest.raises(ValueError, match="is not attached here"):
             attached.latents["blocks.0.hook_mlp_out"]
 
 

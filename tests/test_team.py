@@ -31,6 +31,10 @@ def rows(folder):
 
 
 def assert_close(a, b, what):
+    if isinstance(a, list):  # counts of latents, and where they are cut a rounding may move one
+        assert sum(a) == sum(b), (what, a, b)
+        assert sum(abs(x - y) for x, y in zip(a, b, strict=True)) <= 2, (what, a, b)
+        return
     assert abs(a - b) <= TOLERANCE * (abs(a) + 1e-3), (what, a, b)
 
 

@@ -134,7 +134,7 @@ def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
         in_cell(page, 4).locator("h3", has_text="Nearest to").wait_for()
         several = compared(book)
         in_both_themes(book, superposition_lab=panel, superposition_several_lab=several)
-        page.wait_for_timeout(2500)  # what stands in follows
+        book.stands_in(0, "Neighbours of 775")
         outputs = book.save()["cells"][0]["outputs"]
         assert [sorted(o["data"]) for o in outputs] == [
             ["application/vnd.jupyter.widget-view+json", "text/plain"],
@@ -279,7 +279,9 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         assert book.output(1).strip().endswith("index")
         in_both_themes(book, correlation_lab=panel, two_matrices_lab=two)
         zooming(book)
-        page.wait_for_timeout(2500)  # what stands in follows
+        book.stands_in(0, "Firing together")
+        book.stands_in(3, "two matrices")
+        book.stands_in(4, "65,536 x 65,536")
         book.save()
         quiet(page)
     for where, cells in lab.without_a_kernel(browser, tmp_path, pictured("correlation")).items():

@@ -75,7 +75,8 @@ def test_prompts_and_steering_in_jupyterlab(opened, browser, tmp_path, reading):
         steer(notebook)
         pictures(notebook)
         texts = json.loads(notebook.output(6))[1:]
-        notebook.page.wait_for_timeout(2500)  # what stands in for a panel follows
+        notebook.stands_in(0, "logit effect")
+        notebook.stands_in(5, texts[1].split()[-1])
         notebook.save()
     folder = os.environ.get("SAEWB_SCREENSHOTS")
     for where, cells in lab.without_a_kernel(browser, tmp_path, folder and (folder, "prompts")).items():

@@ -120,7 +120,7 @@ def test_training_panel_in_jupyterlab(opened, browser, tmp_path, capsys):
         what_goes_wrong_is_said(notebook, panel)
         pictured(page, "training")
         notebook.run(1)  # displayed anew: since the page was reloaded, what stands in for a panel follows it no more
-        second.get_by_label("Run two").wait_for()
+        notebook.stands_in(1, "20,480 of 20,480")
         notebook.save()
         assert notebook.complaints == []
         assert page.asked == []
@@ -238,6 +238,7 @@ def test_catalogue_picker_in_jupyterlab(opened, browser, tmp_path, monkeypatch, 
             panel.get_by_role("button", name="Dismiss").click()
             panel.locator(".complaint").wait_for(state="hidden")
             pictured(page, "catalogue")
+            notebook.stands_in(0, entry.repo)
             notebook.save()
             assert notebook.complaints == []
             assert page.asked == []
