@@ -7,6 +7,7 @@ passes, leave the model as it was, and are kept in a list by model so that one w
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def on_model(model: nn.Module) -> tuple[OnModel, ...]:
     return tuple(_there.get(model, ()))
 
 
-class OnModel:
+class OnModel(ABC):
     """To be told how to go on and off, and what to do in a pass."""
 
     _again: ClassVar[str]  # the line to type for another one, once this is over
@@ -73,19 +74,22 @@ class OnModel:
                 raise
             _there.setdefault(model, []).append(self)
 
+    @abstractmethod
     def _put_on(self) -> None:
         """Place the hooks; one that fails leaves it to `_take_off` to remove those before it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take_off(self) -> None:
         """Remove the hooks that are there, newest first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _announce(self, tokens: Tensor | None) -> None:
         """The model was called, with these token ids if it was with ids."""
 
+    @abstractmethod
     def _begin(self, cached_tokens: int) -> None:
         """Its first layer runs; so many tokens of the text are in the cache of keys and values."""
 
+    @abstractmethod
     def _end(self) -> None:
         """The pass is over."""
