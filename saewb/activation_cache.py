@@ -134,6 +134,7 @@ def _there(folder: Path, asked: dict[str, Any]) -> bool:
 def _write(folder: Path, source: ModelSource, asked: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
     n_tokens, size = asked["n_tokens"], asked["shard_tokens"]
     batches, done = Exact(source, size), 0
     if (folder / _PROGRESS).is_file():

@@ -171,7 +171,9 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
         ...     saewb.load_sae(path).cfg.d_sae
         1024
     """
-    return saelens.write(sae, Path(folder), overwrite=overwrite)
+    folder = Path(folder).expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return saelens.write(sae, folder, overwrite=overwrite)
 
 
 def _facts(origin: Origin, scaling_factor: float | None) -> Facts:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, final
 
 from saewb.errors import FormatError, explain
+from saewb.formats import saelens
 from saewb.loading import load_sae, save_sae
 from saewb.statefile import read_state, write_state, write_text
 
@@ -120,13 +121,24 @@ class RunFolder:
         Raises:
             OSError: if the disk is full, or the folder is gone.
         """
-        if not self.path.is_dir():
-            raise FileNotFoundError(_gone(self.path))
-        write_state(self.checkpoint_path, dict(state))
-        folders = [self.path / "saes"] + ([] if keep is None else [self.path / "saes_at" / f"{keep:012d}"])
-        for folder in folders:
-            for name, sae in saes.items():
-                save_sae(sae, folder / name, overwrite=True)
+        try:
+            write_state(self.checkpoint_path, dict(state))
+            self._write(saes, "saes")
+            if keep is not None:
+                self._write(saes, "saes_at", f"{keep:012d}")
+        except OSError as error:
+            if self.path.is_dir():
+                raise
+            raise FileNotFoundError(_gone(self.path)) from error
+
+    def _write(self, saes: Mapping[str, Any], *below: str) -> None:
+        """Folder by folder: a run's folder that somebody deletes meanwhile is not made anew."""
+        folder = self.path
+        for name in below:
+            folder = folder / name
+            folder.mkdir(exist_ok=True)
+        for name, sae in saes.items():
+            saelens.write(sae, folder / name, overwrite=True)
 
     def state(self) -> dict[str, Any]:
         """The last checkpoint.

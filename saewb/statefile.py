@@ -63,11 +63,11 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a new file beside `path`, and give it that name once it is on the disk.
 
     Raises:
+        FileNotFoundError: if the folder is not there: one that was deleted is not made anew.
         OSError: as `fill` does; safetensors' own error for a full disk is turned into one.
     """
     from safetensors import SafetensorError
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         try:

@@ -78,7 +78,7 @@ ROOMS = {
     "objectives": "config errors objectives pursuit sae team",
     "sparse_step": "errors objectives products team",
     "training": "arithmetic config errors firing metrics objectives pursuit sae sparse_step team training",
-    "run_folder": "errors loading statefile",
+    "run_folder": "errors formats loading statefile",
     "run_view": "",
     "memory": "",
     "sinks": "",

@@ -425,12 +425,36 @@ def test_a_folder_that_is_deleted_while_its_run_goes_on(tmp_path):
     until(lambda: shutil.rmtree(tmp_path / "r", ignore_errors=True) or not (tmp_path / "r").exists())  # as it writes
     at = run.progress.step
     until(lambda: run.progress.step > at + 12)
-    assert any("is not there any more" in note for note in run.notes)
+    assert any("is not there any more" in note for note in run.notes), (at, run.progress, run.notes)
     run.stop()
     with pytest.raises(FileNotFoundError, match=r"is not there any more.\n  want: (.|\n)*saewb.save_sae\(run.sae"):
         run.wait()
     assert (run.state, run.sae.cfg.d_sae) == ("failed", 24)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("keep_saes", [False, True])
+def test_a_folder_deleted_within_a_checkpoint_is_not_made_anew(tmp_path, keep_saes, monkeypatch):
+    """Deleted by somebody else at each of the moments at which a file or folder of the checkpoint gets its name."""
+    real, left = os.replace, []
+
+    def deletes(*names):
+        real(*names)
+        left[0] -= 1
+        if not left[0]:
+            shutil.rmtree(tmp_path / "r")
+
+    for at in (1, 2, 3):
+        folder = run_folder.RunFolder(tmp_path / "r")
+        sae = saewb.load_sae("tiny")
+        left[:] = [at]
+        with monkeypatch.context() as patched, pytest.raises(FileNotFoundError, match="is not there any more"):
+            patched.setattr(os, "replace", deletes)
+            patched.setattr(type(tmp_path), "rename", lambda old, new: deletes(old, new))
+            for n_tokens in range(10):
+                folder.checkpoint({"n": n_tokens}, {"a": sae, "b": sae}, n_tokens if keep_saes else None)
+        folder.close()
+        assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("how", ["the script ends", "SIGTERM"])

@@ -18,7 +18,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[s
     folder nor a lost old one. Between moving the old one aside and the new one in, two renames, `target` is absent.
 
     Args:
-        target: where the folder shall be; parents are made.
+        target: where the folder shall be; in one that is there.
         fill: writes plain files into the folder it is given.
         ours: names of the files that may be replaced. A target with anything else in it is left alone.
         overwrite: whether a target that is not empty may be replaced.
@@ -27,7 +27,6 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[s
     """
     target = Path(os.path.abspath(target.expanduser()))
     _may_replace(target, set(ours), overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
     fresh.mkdir()
     try:

@@ -134,7 +134,7 @@ def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool 
 
     Args:
         sae: any of saewb's classes.
-        folder: a new or empty one; parents are made.
+        folder: a new or empty one, in one that is there.
         overwrite: replace an SAE that is there. A folder with any other files in it is never replaced.
     Returns:
         The folder's full path.
