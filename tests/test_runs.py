@@ -1,6 +1,7 @@
 """Runs: in the background, controlled, kept on the disk whatever happens, resumed bit for bit."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -444,15 +445,13 @@ def test_a_folder_deleted_within_a_checkpoint_is_not_made_anew(tmp_path, keep_sa
         if not left[0]:
             shutil.rmtree(tmp_path / "r")
 
+    monkeypatch.setattr(os, "replace", deletes)
+    monkeypatch.setattr(type(tmp_path), "rename", lambda old, new: deletes(old, new))
+    saes = dict.fromkeys("ab", saewb.load_sae("tiny"))
     for at in (1, 2, 3):
-        folder = run_folder.RunFolder(tmp_path / "r")
-        sae = saewb.load_sae("tiny")
-        left[:] = [at]
-        with monkeypatch.context() as patched, pytest.raises(FileNotFoundError, match="is not there any more"):
-            patched.setattr(os, "replace", deletes)
-            patched.setattr(type(tmp_path), "rename", lambda old, new: deletes(old, new))
-            for n_tokens in range(10):
-                folder.checkpoint({"n": n_tokens}, {"a": sae, "b": sae}, n_tokens if keep_saes else None)
+        folder, left[:] = run_folder.RunFolder(tmp_path / "r"), [at]
+        with pytest.raises(FileNotFoundError, match="is not there any more"):
+            any(folder.checkpoint({}, saes, 0 if keep_saes else None) for _ in itertools.count())
         folder.close()
         assert not (tmp_path / "r").exists()
 
