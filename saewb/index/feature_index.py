@@ -16,6 +16,7 @@ from saewb.index.facts import IndexFacts
 from saewb.index.gather import Gathering
 from saewb.index.latent import Latent, page
 from saewb.index.matrix import firing_matrix
+from saewb.index.readable import readable
 from saewb.index.together import N_COACTIVE, coactive
 from saewb.index.words import Words
 
@@ -105,7 +106,7 @@ class FeatureIndex:
 
     def ranking(self, n: int | None = None) -> list[int]:
         """Latents a person can probably name, first those of which a context says more than a single token does."""
-        order = overview.readable(self.facts, self.tensors, self.words).argsort(descending=True, stable=True)
+        order = readable(self.facts, self.tensors, self.words).argsort(descending=True, stable=True)
         return order[:n].tolist()
 
     def search(self, what: str | int | re.Pattern[str], n: int | None = None) -> pd.DataFrame:

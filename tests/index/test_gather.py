@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from saewb.index.firings import Firings
 from saewb.index.gather import Gathering, Plan
 from saewb.index.latent import Context, quantile_groups
-from saewb.index.overview import commonest
+from saewb.index.readable import commonest
 from saewb.index.shelf import EMPTY, Shelf
 from saewb.index.together import coactive
 
