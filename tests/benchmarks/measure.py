@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-VERSIONS = ("saewb", "torch", "transformer-lens", "transformers", "sae-lens", "sae-dashboard")
+VERSIONS = ("saewb", "torch", "transformer-lens", "transformers", "sae-lens", "sae-dashboard", "eai-sparsify")
 
 
 @dataclass(frozen=True)

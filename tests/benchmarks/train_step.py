@@ -2,15 +2,16 @@
 
 Whole steps (losses, gradients, clipping, Adam) on the same batch from the same weights, the candidates taken in turn so
 that a busy machine troubles all alike: saewb by sparse steps in full precision and with a low-precision product
-selecting, saewb by autograd, and sae-lens where it is installed. Beside the medians: how many times quicker than
-sae-lens (or autograd) a step is, paired, by the clock and in processor time (the surer figure on a busy machine); how
-far the first step's squared error and loss are from autograd's; and with --memory the peak memory of a fresh process
-above what importing and the data took (Linux). Passes or fails nothing.
+selecting, saewb by autograd, and sae-lens and, for TopK, sparsify where they are installed. Beside the medians: how
+many times quicker than sae-lens (or autograd) a step is, paired, by the clock and in processor time (the surer figure
+on a busy machine); how far the first step's squared error and loss are from autograd's; and with --memory the peak
+memory of a fresh process above what importing and the data took (Linux). Passes or fails nothing.
 
 Latents of the objectives without a k get biases with which k are on per token, as after training.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import statistics
@@ -146,6 +147,37 @@ def peer(name, options, x):
     return step
 
 
+def sparsify(options, x):
+    """A step of EleutherAI's sparsify on the same weights, as its `Trainer` makes it with Adam: it does not clip."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    d_in, unit = x.shape[1], options.rows == "unit"
+    config = SparseCoderConfig(num_latents=options.d_sae, k=options.k, normalize_decoder=unit)
+    coder = SparseCoder(d_in, config, device=str(x.device), dtype=torch.float32)
+    params = weights("topk", objective_for("topk", options.d_sae, options.k, options.rows), x, options.k).state_dict()
+    coder.encoder.weight.data.copy_(params["W_enc"].T)
+    coder.encoder.bias.data.copy_(params["b_enc"])
+    coder.W_dec.data.copy_(params["W_dec"])
+    coder.b_dec.data.copy_(params["b_dec"])
+    optimizer = torch.optim.Adam(coder.parameters(), lr=LR)
+    fired = torch.zeros(options.d_sae, dtype=torch.bool, device=x.device)
+
+    def step(batch):
+        if unit:
+            coder.set_decoder_norm_to_unit_norm()
+        out = coder(batch)
+        fired[out.latent_indices.flatten()] = True
+        out.fvu.backward()
+        if unit:
+            coder.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        mse = (out.fvu * (batch - batch.mean(0)).square().sum() / len(batch)).detach()
+        return mse, mse
+
+    return step
+
+
 def candidates(name, options, x):
     """The steps to compare, by name."""
     made = {"saewb": lambda: ours(name, options, "full", x)}
@@ -157,6 +189,8 @@ def candidates(name, options, x):
         made["saewb, autograd"] = lambda: ours(name, options, "plain", x)
     if has("sae_lens") and name != "abstopk" and not options.no_peer:
         made["sae-lens"] = lambda: peer(name, options, x)
+    if has("sparsify") and name == "topk" and not (options.no_peer or options.dead_frac):
+        made["sparsify"] = lambda: sparsify(options, x)
     return made
 
 
@@ -187,8 +221,8 @@ def measured_alone(name, candidate, options):
 
 def alone(options, x):
     """The fresh process's part."""
-    if options.alone == "sae-lens":
-        import sae_lens  # noqa: F401
+    if options.alone in ("sae-lens", "sparsify"):
+        importlib.import_module(options.alone.replace("-", "_"))
     torch._dynamo  # noqa: B018  importing it is not the step's memory
     held = reset_peak()
     step = candidates(options.objective, options, x)[options.alone]()
@@ -232,7 +266,7 @@ def main() -> None:
     parser.add_argument("--dead-frac", type=float, default=0.0, help="share of latents that are dead")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
     parser.add_argument("--no-plain", action="store_true", help="without the autograd step")
-    parser.add_argument("--no-peer", action="store_true", help="without sae-lens")
+    parser.add_argument("--no-peer", action="store_true", help="without sae-lens and sparsify")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
