@@ -153,11 +153,12 @@ def _devices() -> Iterator[Finding]:
 
 
 def _memory() -> str:
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # no such question on this system
+    from saewb.memory import available
+
+    free = available("cpu")
+    if free is None:
         return ""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB of memory unused"
 
 

@@ -83,7 +83,7 @@ def estimate_memory(
     row = sum(widths.values()) * itemsize
     buffer = (buffer_tokens + (prefetch + 2) * batch_tokens) * row
     return MemoryEstimate(
-        weights, step, buffer, weights * 3 // 4 + buffer, _forward(model, pass_tokens), _available(device)
+        weights, step, buffer, weights * 3 // 4 + buffer, _forward(model, pass_tokens), available(device)
     )
 
 
@@ -96,7 +96,8 @@ def _forward(model: Any, pass_tokens: int) -> int:
     return pass_tokens * per_token * next(model.parameters()).element_size()
 
 
-def _available(device: torch.device | str) -> int | None:
+def available(device: torch.device | str) -> int | None:
+    """Bytes that can still be taken there, caches given up; None where that cannot be known."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

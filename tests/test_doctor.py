@@ -43,6 +43,13 @@ def test_all_is_well_here_but_for_what_is_absent():
     assert found._repr_html_().count("<tr>") == len(found.findings)
 
 
+def test_memory_that_caches_hold_counts_as_unused(monkeypatch):
+    monkeypatch.setattr(saewb.memory, "available", lambda device: 3 * 2**30)
+    assert ", 3.0 of " in finding("CPU").found
+    monkeypatch.setattr(saewb.memory, "available", lambda device: None)
+    assert "memory" not in finding("CPU").found
+
+
 def test_a_missing_and_an_old_package(versions):
     versions |= {"safetensors": None, "transformer-lens": "2.16.1", "jupyterlab": None}
     missing, old, lab = finding("safetensors"), finding("transformer-lens"), finding("jupyterlab")

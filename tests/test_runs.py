@@ -566,7 +566,7 @@ def test_what_is_wrong_is_said_before_it_starts(how, error, says):
 def test_too_much_memory_is_said_before_it_starts(monkeypatch):
     import saewb.memory
 
-    monkeypatch.setattr(saewb.memory, "_available", lambda device: 16 * (24 * 33 + 16))  # the weights, and nothing else
+    monkeypatch.setattr(saewb.memory, "available", lambda device: 16 * (24 * 33 + 16))  # the weights, and nothing else
     with pytest.warns(UserWarning, match=r"(?s)GiB.*available.*fix:"):
         run = train()
     run.wait()
