@@ -28,7 +28,7 @@ ROOMS = {
     "pursuit": "arithmetic config errors",
     "temporal": "arithmetic config errors",
     "metrics": "errors",
-    "stats": "arithmetic errors stats",
+    "stats": "arithmetic errors products stats",
     "enrichment": "errors",
     "token_kinds": "errors",
     "tokens": "errors packing",

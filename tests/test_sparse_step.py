@@ -474,6 +474,18 @@ def test_products_are_as_exact_as_they_say(how, scaled):
         torch.testing.assert_close(plain, (x.double() @ W.double().T + b.double()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("copied", [2**20, 1000, 7])
+def test_products_written_where_they_are_wanted(dtype, copied, monkeypatch):
+    monkeypatch.setattr(precision, "_COPIED", copied)
+    rng = torch.Generator().manual_seed(0)
+    W, x = (torch.randn(n, 32, generator=rng, dtype=dtype) for n in (210, 60))
+    whole = torch.full((80, 210), torch.nan, dtype=dtype)
+    assert precision.multiply_into(whole[:30], x[::2], W).data_ptr() == whole.data_ptr()
+    torch.testing.assert_close(whole[:30].double(), x[::2].double() @ W.double().T, atol=1e-5, rtol=1e-5)
+    assert whole[30:].isnan().all()
+
+
 def test_best_precision_is_what_the_processor_says(monkeypatch):
     cpu, said = torch.device("cpu"), set()
     for name in ("_is_vnni_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):

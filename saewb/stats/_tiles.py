@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.products.precision import multiply_into
 
 _CHUNK = 2**18  # cosines that one thread works on: with its copies they stay in its share of the cache
 _TILE = 2**22  # cosines multiplied at a time, if that makes at least `_ROWS` rows
-_SAMPLE = 1024  # values that a limit is guessed from
+_SERIAL = 2**15 - 1  # elements that torch works on without starting threads
 _ROWS = 128  # with fewer, reading all directions from memory costs more than multiplying them
 
 
@@ -50,41 +51,55 @@ class Found:
     counts: Int[Tensor, " bins"]  # cosines with later directions
 
     @classmethod
-    def join(cls, parts: Sequence[Found], asked: Asked) -> Found:
-        """Of all these rows, in their order."""
-        per_row = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls) if f.name != "counts"}
-        return cls(**per_row, counts=torch.stack([p.counts for p in parts]).sum(0))
+    def join(cls, parts: Iterable[Found], asked: Asked) -> Found:
+        """Of all these rows, in their order. Each is let go of once it is copied."""
+        whole, at = None, 0
+        for part in parts:
+            per_row = {f.name: getattr(part, f.name) for f in fields(cls)}
+            counts = per_row.pop("counts")
+            if whole is None:
+                made = {name: x.new_empty(asked.n, *x.shape[1:]) for name, x in per_row.items()}
+                whole = cls(**made, counts=torch.zeros_like(counts))
+            for name, x in per_row.items():
+                getattr(whole, name)[at : at + len(x)] = x
+            whole.counts.add_(counts)
+            at += len(part.total)
+        return whole
 
 
-def tile_rows(unit: Tensor, max_bytes: int) -> int:
-    """How many rows of cosines are made at a time, within `max_bytes` of working memory."""
-    row = len(unit) * unit.element_size()
-    if unit.device.type == "cpu":
-        # A thread has absolute values of its chunk, and, if all are large, places, rows, columns, values, padded ones.
-        fixed, per_row = torch.get_num_threads() * _chunk_rows(len(unit)) * (3 * row + 33 * len(unit)), row
-    else:
-        fixed, per_row = 0, 3 * row + 32 * len(unit)  # what sorting with indices takes
-    rows = (max_bytes - fixed) // per_row
-    if rows < 1:
-        want = f"at least {fixed + per_row:,} for {len(unit):,} directions"
-        raise ValueError(explain(f"superposition got max_bytes={max_bytes:,}.", want=want))
-    return int(min(rows, max(_ROWS, _TILE // len(unit)), len(unit)))
-
-
-def tiles(unit: Float[Tensor, "n d"], asked: Asked, rows: int) -> Iterator[Found]:
-    """What was asked for, of all rows, a tile at a time."""
+def tiles(unit: Float[Tensor, "n d"], asked: Asked, max_bytes: int) -> Iterator[Found]:
+    """What was asked for, of all rows, a tile at a time, within `max_bytes` of working memory."""
+    row = unit.element_size() * asked.n
     if unit.device.type != "cpu":
+        rows = _tile_rows(asked.n, max_bytes, 3 * row + 32 * asked.n)  # what sorting with indices takes
         yield from (_by_sorting(unit, start, min(start + rows, asked.n), asked) for start in range(0, asked.n, rows))
         return
+    each = _chunk_bytes(asked, unit.element_size())
+    workers = max(1, min(torch.get_num_threads(), max_bytes // 2 // each))
+    rows = _tile_rows(asked.n, max_bytes, 2 * row, workers * each)  # the product may be copied to its place
     tile = torch.empty(rows, asked.n, dtype=unit.dtype)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for start in range(0, asked.n, rows):
-            cosines = torch.mm(unit[start : start + rows], unit.T, out=tile[: min(rows, asked.n - start)]).numpy()
+            cosines = multiply_into(tile[: min(rows, asked.n - start)], unit[start : start + rows], unit).numpy()
             yield from pool.map(lambda chunk: _by_selecting(*chunk, asked), _chunks(cosines, start))
 
 
+def _tile_rows(n: int, max_bytes: int, per_row: int, fixed: int = 0) -> int:
+    rows = (max_bytes - fixed) // per_row
+    if rows < 1:
+        want = f"at least {fixed + per_row:,} for {n:,} directions"
+        raise ValueError(explain(f"superposition got max_bytes={max_bytes:,}.", want=want))
+    return int(min(rows, max(_ROWS, _TILE // n), n))
+
+
 def _chunk_rows(n: int) -> int:
-    return max(1, _CHUNK // n)
+    return max(1, min(n, _CHUNK // n))
+
+
+def _chunk_bytes(asked: Asked, size: int) -> int:
+    """What a thread takes: twice the absolute values, two masks, the nearest in some forms, and places in one row."""
+    n, k = asked.n, asked.neighbours
+    return _chunk_rows(n) * ((2 * size + 2) * n + (2 * size + 32) * k) + 9 * n
 
 
 def _chunks(cosines: np.ndarray, start: int) -> Iterable[tuple[np.ndarray, int]]:
@@ -96,91 +111,59 @@ def _chunks(cosines: np.ndarray, start: int) -> Iterable[tuple[np.ndarray, int]]
 
 
 def _by_selecting(cosines: np.ndarray, first: int, asked: Asked) -> Found:
-    """Of rows `first` onwards of the cosines, which are changed."""
+    """Of rows `first` onwards of the cosines."""
     m, n = cosines.shape
-    counts = _counts(cosines, first, asked.bins)
+    work = np.empty_like(cosines)
+    counts = _counts(cosines, first, asked.bins, work)
     size = np.abs(cosines)
     size[np.arange(m), first + np.arange(m)] = -1.0  # itself, below all others
     total = size.sum(1).astype(np.float64) + 1
     ranks, cut = asked.ranks(), n - asked.neighbours
-    wanted = sorted({cut, *(rank for low, high, _ in ranks for rank in (low, high))})
-    large = _large(size, n - wanted[0])
-    offset = n - large.padded.shape[1]  # ranks are counted from the smallest, of which some were left out
-    large.padded.partition([rank - offset for rank in wanted], axis=1)
-    at = {rank: large.padded[:, rank - offset] for rank in wanted}
+    at = _ordered(size, {cut, *(rank for low, high, _ in ranks for rank in (low, high))}, work)
     columns = [at[low] + (at[high] - at[low]) * size.dtype.type(share) for low, high, share in ranks]
-    nearest = _nearest(large, at[cut], asked.neighbours)
-    signed = cosines[np.arange(m)[:, None], nearest]
+    nearest = _nearest(size, at[cut], asked.neighbours)
+    signed = np.take_along_axis(cosines, nearest, axis=1)
     percentiles = np.stack(columns, 1) if columns else np.empty((m, 0), size.dtype)
     return Found(*map(torch.from_numpy, (np.abs(signed), nearest, signed, percentiles, total, counts)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Large:
-    """The large values of each row: at least as many as were asked for."""
-
-    row: np.ndarray  # of each, ascending
-    column: np.ndarray  # of each, ascending within a row
-    value: np.ndarray
-    padded: np.ndarray  # the values again, a row each, with -1 where a row has fewer
-
-
-def _large(size: np.ndarray, n_wanted: int) -> _Large:
-    """The `n_wanted` largest values of each row, and some more.
-
-    A lower limit is guessed from a sample of the row; where too few are above it, all values are taken. So it costs
-    one comparison per value to leave most of them out, and what is left is small enough to be put in order.
-    """
-    m, n = size.shape
-    limit = _guess(size, n_wanted / n)
-    place = np.flatnonzero(size >= limit[:, None])
-    starts = np.searchsorted(place, np.arange(m + 1) * n)
-    if (few := np.diff(starts) < n_wanted).any():
-        limit[few] = 0
-        place = np.flatnonzero(size >= limit[:, None])
-        starts = np.searchsorted(place, np.arange(m + 1) * n)
-    each = np.diff(starts)
-    row = np.repeat(np.arange(m), each)
-    value = size.ravel()[place]
-    padded = np.full((m, each.max()), -1, size.dtype)
-    padded[row, np.arange(len(place)) - starts[row]] = value
-    return _Large(row, place - row * n, value, padded)
+def _ordered(size: np.ndarray, ranks: set[int], work: np.ndarray) -> dict[int, np.ndarray]:
+    """Order statistics of each row, by rank from the smallest. One partition, then only what is above it is sorted."""
+    low = min(ranks)
+    np.copyto(work, size)
+    work.partition(low, axis=1)
+    work[:, low:].sort(axis=1)
+    return {rank: work[:, rank].copy() for rank in ranks}
 
 
-def _guess(size: np.ndarray, share: float) -> np.ndarray:
-    """Per row, a value that at least this share of it most likely reaches: 4 standard errors on the safe side."""
-    m, n = size.shape
-    sample = size[:, :: max(1, n // _SAMPLE)].copy()
-    drawn = sample.shape[1]
-    safe = share + 4 * math.sqrt(share * (1 - share) / drawn)
-    if safe > 0.4 or n < 4 * _SAMPLE:
-        return np.zeros(m, size.dtype)
-    rank = int((1 - safe) * drawn)
-    sample.partition(rank, axis=1)
-    return np.maximum(sample[:, rank], 0)
-
-
-def _nearest(large: _Large, kth: np.ndarray, k: int) -> np.ndarray:
+def _nearest(size: np.ndarray, kth: np.ndarray, k: int) -> np.ndarray:
     """Columns of the k largest values of each row, of equal ones the first; `kth` is the k-th largest value."""
-    hit = np.flatnonzero(large.value >= kth[large.row])
-    row, column, value = large.row[hit], large.column[hit], large.value[hit]
-    order = np.lexsort((column, -value, row))
-    starts = np.searchsorted(row, np.arange(len(kth)))  # a row has k hits or, with ties, more
-    return column[order[starts[:, None] + np.arange(k)]]
+    m, n = size.shape
+    hit = size >= kth[:, None]
+    if np.count_nonzero(hit) > m * k:  # values that equal the k-th: the last ones are too many
+        for row, many in enumerate(np.count_nonzero(hit, axis=1) - k):
+            if many:
+                hit[row, np.flatnonzero(size[row] == kth[row])[-many:]] = False
+    column = (np.flatnonzero(hit) % n).reshape(m, k)
+    order = np.argsort(-np.take_along_axis(size, column, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(column, order, axis=1)
 
 
-def _counts(cosines: np.ndarray, first: int, bins: int) -> np.ndarray:
+def _counts(cosines: np.ndarray, first: int, bins: int, work: np.ndarray) -> np.ndarray:
     """Cosines with later directions, by bin of equal width over -1..1; bins hold their lower edge."""
     m = len(cosines)
     near = cosines[:, first : first + m][np.triu_indices(m, 1)]
-    return _binned(near, bins) + _binned(cosines[:, first + m :], bins)
+    return _binned(near, bins, work) + _binned(cosines[:, first + m :], bins, work)
 
 
-def _binned(values: np.ndarray, bins: int) -> np.ndarray:
-    scaled = values * values.dtype.type(bins / 2)
-    scaled += values.dtype.type(bins / 2)
+def _binned(values: np.ndarray, bins: int, work: np.ndarray) -> np.ndarray:
+    half = values.dtype.type(bins / 2)
+    scaled = np.multiply(values, half, out=work.ravel()[: values.size].reshape(values.shape))
+    scaled += half
     # Rounding may put a cosine a hair outside of -1..1: those below 0 are cut to 0, those above have the last place.
-    counts = np.bincount(scaled.astype(np.intp).ravel(), minlength=bins + 1)
+    places = torch.from_numpy(scaled.astype(np.int16).ravel())
+    # torch counts small integers as they are, numpy would widen them; in parts, so that it does not start threads
+    counts = sum(torch.bincount(part, minlength=bins + 1) for part in places.split(_SERIAL)).numpy()
     counts[bins - 1] += counts[bins]
     return counts[:bins]
 

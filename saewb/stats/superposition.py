@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.stats._crowding import Superposition
-from saewb.stats._tiles import Asked, Found, tile_rows, tiles
+from saewb.stats._tiles import Asked, Found, tiles
 
 MAX_BYTES = 2**28
 
@@ -64,8 +64,7 @@ def superposition(
     n = len(unit)
     asked = Asked(n, tuple(percentiles), min(neighbours, n - 1), bins)
     _check(asked, neighbours)
-    rows = tile_rows(unit, max_bytes)
-    found = Found.join([part for part in tiles(unit, asked, rows)], asked)
+    found = Found.join(tiles(unit, asked, max_bytes), asked)
     return Superposition.of(found, asked, unit)
 
 

@@ -167,9 +167,8 @@ def test_sorting_finds_what_selecting_finds(directions, rows):
 
 
 @pytest.mark.parametrize("kind", ["random", "half zero", "sorted by likeness"])
-def test_limits_guessed_from_a_sample_lose_nothing(kind, monkeypatch):
-    """Enough features that most cosines are left out early; the last kinds are such that the guess is wrong."""
-    monkeypatch.setattr(_tiles, "_SAMPLE", 200)
+def test_percentiles_low_and_high(kind):
+    """Of features of which many are equally near, and of which the near ones stand together."""
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(1000, 16, generator=rng)
     if kind == "half zero":
@@ -190,6 +189,18 @@ def test_limits_guessed_from_a_sample_lose_nothing(kind, monkeypatch):
 def test_of_equally_near_ones_the_first_come_first():
     found = superposition(torch.eye(5), neighbours=2)
     assert found.nearest.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
+
+
+def test_of_many_equally_near_ones_the_first_come_first():
+    """Three directions, many times: first those that are the same, then of those that are next the first."""
+    kinds = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-2.4, -0.7]])[
+        torch.randint(0, 3, (3000,), generator=torch.Generator().manual_seed(2))
+    ]
+    kinds[100:] = kinds[100:101]  # so that the others have 30 or so alike, and then many that are equally far
+    unit = torch.nn.functional.normalize(kinds, dim=1)
+    cosines = (unit @ unit.T).abs().double().round(decimals=4).fill_diagonal_(-1)
+    expected = cosines.sort(dim=1, descending=True, stable=True).indices[:, :60]
+    assert torch.equal(superposition(kinds, neighbours=60).nearest, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -214,6 +225,14 @@ def test_any_memory_and_any_number_of_threads_give_the_same(threads, max_bytes, 
     finally:
         torch.set_num_threads(before)
     check(found, torch.randn(300, 8, generator=torch.Generator().manual_seed(3)))
+
+
+def test_many_cores_share_the_memory(monkeypatch):
+    truth = superposition(RANDOM.repeat(30, 1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    found = superposition(RANDOM.repeat(30, 1), max_bytes=20_000_000)
+    assert torch.equal(found.nearest, truth.nearest)
+    assert torch.equal(found.histogram, truth.histogram)
 
 
 def test_memory_is_what_was_said():
