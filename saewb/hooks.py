@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ from saewb.errors import explain, near
 Edit = Callable[[Tensor], "Tensor | None"]  # gets the activation; what it returns, unless None, is used on
 
 INNER = ".hook_sae_"  # in the name of every point that an attachment adds
+_OURS = "_of_saewb"  # an attribute of functions that were put on modules that are no points
 
 _tables: weakref.WeakKeyDictionary[nn.Module, dict[str, Point]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
-_ours: weakref.WeakSet[Callable] = weakref.WeakSet()  # what was put on modules that are no points
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class Point:
         found = re.match(r"blocks\.(\d+)\.", self.name)
         return int(found[1]) if found else None
 
-    @property
+    @cached_property
     def is_module_input(self) -> bool:
         """Whether the place is the input of a module rather than a HookPoint."""
         return not hasattr(self.module, "fwd_hooks")
@@ -57,6 +58,16 @@ class Point:
     def add(self, edit: Edit) -> Hook:
         """Call `edit` with the activation whenever it is computed, after the hooks that are there already."""
         return Hook(self, edit)
+
+
+@dataclass(frozen=True, eq=False)
+class InnerPoints:
+    """HookPoints that an attachment adds to one point, `<point>.hook_sae_<key>`."""
+
+    names: tuple[str, ...]  # of the point
+    by_key: dict[str, nn.Module]
+    by_attribute: dict[str, nn.Module]  # as attributes of the point's own module
+    by_name: dict[str, nn.Module]  # under every name of the point
 
 
 class Hook:
@@ -83,17 +94,20 @@ class Hook:
     def is_on(self) -> bool:
         """False after `remove`, and after `model.reset_hooks(including_permanent=True)`."""
         if self._point.is_module_input:
-            return self._handle.id in self._point.module._forward_pre_hooks
+            return self._handle is not None and self._handle.id in self._point.module._forward_pre_hooks
         return any(handle is self._handle for handle in self._point.module.fwd_hooks)
 
     def remove(self) -> None:
         """Take exactly this hook away; it may be gone already."""
-        if self._point.is_module_input:
-            self._handle.remove()
+        mine, self._handle = self._handle, None  # which leads back here: a hook that is off is in no cycle
+        if mine is None:
             return
-        self._handle.hook.remove()
+        if self._point.is_module_input:
+            mine.remove()
+            return
+        mine.hook.remove()
         handles = self._point.module.fwd_hooks
-        handles[:] = [handle for handle in handles if handle is not self._handle]
+        handles[:] = [handle for handle in handles if handle is not mine]
 
 
 def lock(model: nn.Module) -> threading.RLock:
@@ -145,37 +159,36 @@ def point_names(model: nn.Module) -> list[str]:
     return sorted(_table(model))
 
 
-def inner_points(model: nn.Module, point: Point, keys: Iterable[str]) -> dict[str, nn.Module]:
-    """HookPoints of the class this model uses, named `<point>.hook_sae_<key>`; not yet part of the model."""
-    made = {}
-    for key in keys:
-        made[key] = type(next(iter(_registered(model).values())))()
-        made[key].name = f"{point.name}{INNER}{key}"
-    return made
+def inner_points(model: nn.Module, point: Point, keys: Iterable[str]) -> InnerPoints:
+    """HookPoints of the class this model uses; not yet part of the model."""
+    kind = type(next(iter(_registered(model).values())))
+    made = {key: kind() for key in keys}
+    for key, hook_point in made.items():
+        hook_point.name = f"{point.name}{INNER}{key}"
+    attributes = {INNER[1:] + key: hook_point for key, hook_point in made.items()}
+    by_name = {f"{name}{INNER}{key}": hook_point for key, hook_point in made.items() for name in point.names}
+    return InnerPoints(point.names, made, attributes, by_name)
 
 
-def publish(model: nn.Module, point: Point, inner: Mapping[str, nn.Module]) -> None:
+def publish(model: nn.Module, point: Point, inner: InnerPoints) -> None:
     """Make `inner` visible to the model's run_with_cache, run_with_hooks, add_hook and hook_dict, under every name."""
-    for key, hook_point in inner.items():
-        # An attribute too: `add_hook` of a 3.x Bridge walks attributes. Past nn.Module, so that it is no submodule.
-        point.module.__dict__[INNER[1:] + key] = hook_point
-        for mapping in _mappings(model):
-            for name in point.names:
-                mapping[f"{name}{INNER}{key}"] = hook_point
+    # An attribute too: `add_hook` of a 3.x Bridge walks attributes. Past nn.Module, so that it is no submodule.
+    point.module.__dict__.update(inner.by_attribute)
+    for mapping in _mappings(model):
+        mapping.update(inner.by_name)
 
 
-def unpublish(model: nn.Module, point: Point, inner: Mapping[str, nn.Module]) -> None:
+def unpublish(model: nn.Module, point: Point, inner: InnerPoints) -> None:
     """Undo `publish`; names that by now mean another point are left alone."""
-    for key, hook_point in inner.items():
-        _forget(point.module.__dict__, INNER[1:] + key, hook_point)
-        for mapping in _mappings(model):
-            for name in point.names:
-                _forget(mapping, f"{name}{INNER}{key}", hook_point)
+    _forget(point.module.__dict__, inner.by_attribute)
+    for mapping in _mappings(model):
+        _forget(mapping, inner.by_name)
 
 
-def _forget(mapping: dict[str, object], name: str, value: object) -> None:
-    if mapping.get(name) is value:
-        del mapping[name]
+def _forget(mapping: dict[str, object], published: Mapping[str, object]) -> None:
+    for name, value in published.items():
+        if mapping.get(name) is value:
+            del mapping[name]
 
 
 @contextmanager
@@ -214,7 +227,7 @@ def twin(model: nn.Module) -> nn.Module:
         made = copy.deepcopy(model, memo)
     for module in _modules(made):
         for registered in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, function in registered.items() if function in _ours]:
+            for key in [key for key, function in registered.items() if hasattr(function, _OURS)]:
                 del registered[key]  # torch's notes on how to call it stay, and are of no hook
     return made
 
@@ -240,7 +253,7 @@ def is_bare(model: nn.Module) -> bool:
 
 def ours(function: Callable) -> Callable:
     """The same, known as what saewb has put on a module: a twin does without it."""
-    _ours.add(function)
+    setattr(function, _OURS, True)
     return function
 
 
@@ -257,8 +270,8 @@ def _registered(model: nn.Module) -> dict[str, nn.Module]:
 def _mappings(model: nn.Module) -> Iterable[dict[str, nn.Module]]:
     if is_bridge(model):
         return [model._hook_registry]
-    found = [getattr(model, name, None) for name in ("hook_dict", "mod_dict")]
-    if not all(isinstance(mapping, dict) for mapping in found):
+    found = [getattr(model, "hook_dict", None), getattr(model, "mod_dict", None)]
+    if not (isinstance(found[0], dict) and isinstance(found[1], dict)):
         what = f"{type(model).__name__} has no hook points: it is no model of TransformerLens."
         want = "a TransformerBridge (transformer-lens 3.x, 4.x) or a HookedTransformer (3.x)"
         raise TypeError(explain(what, want=want, fix="model = saewb.load_model(model, tokenizer=tokenizer)"))

@@ -19,7 +19,7 @@ from saewb import hooks, passes
 from saewb.change import Change, How
 from saewb.errors import explain
 from saewb.on_model import OnModel
-from saewb.placing import places
+from saewb.placing import places, points
 from saewb.positions import Positions, Where, where
 from saewb.tokens import special_ids, special_mask
 
@@ -213,8 +213,7 @@ def _change(
     values = [float(value) for value in latents.values()]
     if wrong := [v for v in values if v != v or abs(v) == float("inf")]:
         raise ValueError(explain(f"steer got the value {wrong[0]}.", want="finite numbers"))
-    read, write = hooks.resolve(model, source), hooks.resolve_writable(model, target)
-    return Change(sae, read, write, target, numbers, values, how, mask)
+    return Change(sae, *points(model, source, target), target, numbers, values, how, mask)
 
 
 def _listed(latents: object) -> list[int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saewb import hooks, splice
 from saewb.arithmetic import TILE
 from saewb.errors import explain
-from saewb.placing import places
+from saewb.placing import places, points
 from saewb.sae import SAE
 from saewb.tokens import prompt_ids, special_ids, special_mask
 
@@ -96,8 +96,8 @@ def case(
 def _site(model: nn.Module, sae: nn.Module) -> Site:
     if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
         raise TypeError(explain(f"got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
-    read, write = places(sae, None, None)
-    return Site(sae, hooks.resolve(model, read).name, hooks.resolve_writable(model, write).name, write)
+    source, target = places(sae, None, None)
+    return Site(sae, *(point.name for point in points(model, source, target)), target)
 
 
 def _metric(model: nn.Module, metric: Metric) -> Callable[[Tensor], Tensor]:

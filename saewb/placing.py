@@ -41,7 +41,7 @@ def _splice(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | 
         raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
     source, target = places(sae, hook, hook_out)
     place = source if source == target else f"{source} => {target}"
-    return Splice(model, sae, hooks.resolve(model, source), hooks.resolve_writable(model, target), place, error_term)
+    return Splice(model, sae, *points(model, source, target), place, error_term)
 
 
 def _check_not_moved(clt: CrossLayerTranscoder, hook: str | None, hook_out: str | None) -> None:
@@ -72,6 +72,17 @@ def places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str,
         what = f"{sae!r} is a transcoder and does not say where it writes."
         raise ValueError(explain(what, fix='saewb.attach(model, sae, hook_out="blocks.4.hook_mlp_out")'))
     return source, target
+
+
+def points(model: nn.Module, source: str, target: str) -> tuple[hooks.Point, hooks.Point]:
+    """Of these names, where an SAE reads and writes; one point if they are one name.
+
+    Raises:
+        ValueError: as `hooks.resolve` and `hooks.resolve_writable`.
+    """
+    read = None if source == target else hooks.resolve(model, source)
+    write = hooks.resolve_writable(model, target)
+    return read or write, write
 
 
 def _one_each(names: object, n: int, argument: str) -> list[str | None]:

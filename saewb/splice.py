@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,22 @@ from saewb.sae import SAE, TopLatents
 
 _INNER = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
-# Who writes at a point, innermost attachment last: only that one runs. Weak, so that a forgotten model can go.
-_stacks: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Splice]]] = weakref.WeakKeyDictionary()
-# HookPoints that an earlier attachment at this point has given back: making one costs more than attaching.
-_spare: weakref.WeakKeyDictionary[nn.Module, list[dict[str, nn.Module]]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A point that is or was written to. It does not hold its module, so that a forgotten model can go."""
+
+    stack: list[weakref.ref[Splice]] = field(default_factory=list)  # innermost attachment last: only that one runs
+    # Given back by earlier attachments: making HookPoints costs more than attaching.
+    spare: list[hooks.InnerPoints] = field(default_factory=list)
+
+    @property
+    def top(self) -> Splice | None:
+        """Who is in force."""
+        return self.stack[-1]() if self.stack else None
+
+
+_places: weakref.WeakKeyDictionary[nn.Module, _Place] = weakref.WeakKeyDictionary()
 
 
 class Splice:
@@ -40,7 +53,7 @@ class Splice:
         self.same_point = read.module is write.module
         self.fired = False
         self.first_layer = 0  # at which the pass under way starts
-        self.enter: Callable[[], None] = lambda: None  # called whenever a point fires
+        self.enter = _nobody  # called whenever a point fires
         self.token_mask: Callable[[Tensor], Tensor] | None = None
         self._model = weakref.ref(model)
         self._latents: Tensor | TopLatents | None = None
@@ -48,48 +61,53 @@ class Splice:
         self._touched = False
         self._carries_on = getattr(sae, "carries_on", False)  # later layers of the same object need its latents
         self._hooks: list[hooks.Hook] = []
+        self._here = _places.get(write.module) or _places.setdefault(write.module, _Place())
 
     # -- on and off --------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Put it on the model, on top of whoever writes there already."""
-        model, stack = self._model(), _stacks.setdefault(self.write.module, [])
-        spare = _spare.get(self.write.module)
-        self._inner = spare.pop() if spare else hooks.inner_points(model, self.write, _INNER)
+        model, spare = self._model(), self._here.spare
+        found = spare.pop() if spare else None
+        if found is None or found.names != self.write.names:  # the point has other names by now
+            found = hooks.inner_points(model, self.write, _INNER)
+        self._published, self._inner = found, found.by_key
         if not self.same_point:
             self._hooks.append(self.read.add(self._on_read))
         self._hooks.append(self.write.add(self._on_write))
-        if (outer := top(self.write)) is not None:
-            hooks.unpublish(model, self.write, outer._inner)
-        stack.append(weakref.ref(self))
-        hooks.publish(model, self.write, self._inner)
+        if (outer := self._here.top) is not None:
+            hooks.unpublish(model, self.write, outer._published)
+        self._here.stack.append(weakref.ref(self))
+        hooks.publish(model, self.write, self._published)
 
     def uninstall(self) -> None:
         """Take it off again; whoever it was put on top of is back in force."""
-        model, stack = self._model(), _stacks.get(self.write.module, [])
-        for hook in self._hooks:
-            hook.remove()
+        model, stack = self._model(), self._here.stack
+        while self._hooks:
+            self._hooks.pop().remove()
+        self.enter, self.token_mask = _nobody, None  # what is over holds nobody
         was_top = self.is_top
         stack[:] = [ref for ref in stack if ref() not in (None, self)]
         if model is not None and was_top:
-            hooks.unpublish(model, self.write, self._inner)
-            if (outer := top(self.write)) is not None:
-                hooks.publish(model, self.write, outer._inner)
-        for point in self._inner.values():
-            if _hooked(point):
-                point.remove_hooks(dir="both", including_permanent=True)
-        _spare.setdefault(self.write.module, []).append(self._inner)
+            hooks.unpublish(model, self.write, self._published)
+            if (outer := self._here.top) is not None:
+                hooks.publish(model, self.write, outer._published)
+        hooked = [point for point in self._inner.values() if _hooked(point)]
+        for point in hooked:
+            point.remove_hooks(dir="both", including_permanent=True)
+        if not any(_hooked(point) for point in hooked):  # a hook past transformer-lens stays, and goes with its point
+            self._here.spare.append(self._published)
         self.clear()
 
     @property
     def is_top(self) -> bool:
         """Whether no later attachment writes at the same point."""
-        return top(self.write) is self
+        return self._here.top is self
 
     @property
     def overrides(self) -> bool:
         """Whether another attachment that writes at the same point is still there."""
-        return len(_stacks.get(self.write.module, [])) > 1
+        return len(self._here.stack) > 1
 
     # -- in a forward pass -------------------------------------------------------------------------------------------
 
@@ -108,7 +126,7 @@ class Splice:
 
     def latents(self) -> Tensor:
         """The latents of the last forward pass, `[..., d_sae]`."""
-        if self._latents is None and not any(ref() is self for ref in _stacks.get(self.write.module, [])):
+        if self._latents is None and not any(ref() is self for ref in self._here.stack):
             what = f"{self.sae!r} is detached, and its latents are forgotten."
             raise ValueError(explain(what, fix="read attached.latents inside the with block"))
         if self._latents is None:
@@ -152,11 +170,11 @@ class Splice:
     def _run(self, x: Tensor, target: Tensor) -> Tensor:
         flat_target = flat(self.sae, target, self.sae.cfg.d_out, self.write.name)
         self._touched = self._carries_on and self.sae.disturbed
-        given = x
+        given, token_mask = x, self.token_mask  # a hook inside may detach this
         if _hooked(self._inner["input"]):
             x = self._pass("input", x.clone())  # an edit in place there must not reach the target
         recon = self._reconstruct(x)
-        mask = None if self.token_mask is None else self._mask(target)
+        mask = None if token_mask is None else token_mask(target)[..., None]
         if recon is None:  # nobody looks inside and the error term makes it whole
             out = flat_target
         else:
@@ -198,9 +216,6 @@ class Splice:
         self._touched |= result is not value or version is None or _version(value) != version
         return result
 
-    def _mask(self, target: Tensor) -> Tensor:
-        return self.token_mask(target)[..., None]
-
 
 def flat(sae: nn.Module, activation: Tensor, width: int, name: str) -> Tensor:
     """An activation as an SAE takes it, `[batch, pos, width]`: its one head, or all heads side by side, or as it is.
@@ -241,8 +256,12 @@ def unflat(sae: nn.Module, out: Tensor, activation: Tensor) -> Tensor:
 
 def top(point: hooks.Point) -> Splice | None:
     """The splice in force at this write point."""
-    stack = _stacks.get(point.module, [])
-    return stack[-1]() if stack else None
+    here = _places.get(point.module)
+    return None if here is None else here.top
+
+
+def _nobody() -> None:
+    """Is told of nothing."""
 
 
 def _version(x: Tensor) -> int | None:

@@ -526,7 +526,7 @@ def test_a_model_without_hook_points():
 
 def test_a_point_the_model_never_reaches(model):
     """A HookPoint that exists and no forward pass goes through."""
-    dead = hooks.inner_points(model, hooks.resolve(model, RESID), ["x"])["x"]
+    dead = hooks.inner_points(model, hooks.resolve(model, RESID), ["x"]).by_key["x"]
     dead.name = "blocks.1.hook_dead"
     (model._hook_registry if hasattr(model, "_hook_registry") else model.hook_dict)["blocks.1.hook_dead"] = dead
     try:

@@ -1,6 +1,8 @@
 """Each defect of attaching that was seen in the peer (named after it), shown absent here."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import small
@@ -235,3 +237,49 @@ def test_hook_resid_mid_of_a_bridge_is_not_the_residual_stream(model, verb):
             work()
     else:
         work()
+
+
+@pytest.mark.parametrize("how", [{}, {"error_term": True}, {"skip_special_tokens": [1]}])
+def test_what_is_detached_is_freed_at_once_and_not_when_cycles_are_looked_for(model, how):
+    sae = small.sae(RESID)
+    gc.disable()
+    try:
+        with attach(model, sae, **how) as attached:
+            model(small.tokens())
+        there = [weakref.ref(sae), weakref.ref(attached), weakref.ref(attached._splices[0])]
+        del sae, attached
+        assert [ref() for ref in there] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("past", ["transformer-lens", "torch", "torch, before it"])
+def test_what_was_hooked_inside_one_attachment_is_not_in_the_next(model, past):
+    sae, tokens = small.sae(RESID), small.tokens()
+    with attach(model, sae):
+        want = model(tokens)
+        inside = model.hook_dict[f"{RESID}.hook_sae_acts_post"]
+        if past == "transformer-lens":
+            inside.add_hook(lambda latents, hook: latents * 0, is_permanent=True)
+        elif past == "torch":
+            inside.register_forward_hook(lambda module, given, latents: latents * 0)
+        else:
+            inside.register_forward_pre_hook(lambda module, given: (given[0] * 0,))
+        assert not torch.equal(model(tokens), want)
+    with attach(model, sae):
+        assert torch.equal(model(tokens), want)
+
+
+def test_a_point_that_got_another_name_is_known_by_it_in_the_next_attachment(model):
+    sae, point = small.sae(RESID), hooks.resolve(model, RESID)
+    attach(model, sae).detach()
+    mapping = model._hook_registry if hasattr(model, "_hook_registry") else model.hook_dict
+    mapping["blocks.1.hook_new_name"] = point.module
+    try:
+        with pytest.raises(ValueError, match="no hook named"):  # for which the names are looked up again
+            attach(model, small.sae("nowhere"))
+        with attach(model, sae):
+            assert "blocks.1.hook_new_name.hook_sae_input" in model.hook_dict
+        assert "blocks.1.hook_new_name.hook_sae_input" not in model.hook_dict
+    finally:
+        del mapping["blocks.1.hook_new_name"]

@@ -1,8 +1,9 @@
 """What attaching costs: `python -m tests.benchmarks.attach [--model tiny|smollm2-135m]`.
 
 Entering and leaving, with no forward pass, and the forward pass with ten top-k SAEs, against the bare forward pass of
-the same run; and against sae-lens where it is installed. Prints medians and ratios; passes or fails
-nothing.
+the same run; and against sae-lens where it is installed. Entering and leaving is measured twice: in turn with the
+peer, after which the processor has to fetch everything from memory again, and again and again by itself; each beside
+hooks that do nothing, on the same points. Prints medians and ratios; passes or fails nothing.
 """
 
 import tempfile
@@ -53,10 +54,17 @@ def main() -> None:
     model = saewb.load_model(options.model, device=device)
     tokens = torch.randint(5, 2000, (4, 128), generator=torch.Generator().manual_seed(0)).to(device)
     many = [sae.to(device) for sae in saes_for(model, 8 if options.model == "tiny" else 10)]
-    n = len(many)
+    n, there = len(many), dict(model.hook_dict)
 
     def enter_and_leave(saes):
         saewb.attach(model, saes).detach()
+
+    def hooks_only(saes):
+        points = [there[sae.cfg.hook] for sae in saes]
+        for point in points:
+            point.add_hook(lambda activation, hook: None)
+        for point in points:
+            point.remove_hooks()
 
     def forward(**how):
         with torch.no_grad(), saewb.attach(model, many, **how):
@@ -66,7 +74,10 @@ def main() -> None:
         with torch.no_grad():
             model(tokens)
 
-    one, all_of_them = {"saewb": lambda: enter_and_leave(many[:1])}, {"saewb": lambda: enter_and_leave(many)}
+    def entering(saes):
+        return {"saewb": lambda: enter_and_leave(saes), "hooks that do nothing": lambda: hooks_only(saes)}
+
+    one, all_of_them = entering(many[:1]), entering(many)
     passes = {"bare": bare, "saewb": forward, "saewb, error term": lambda: forward(error_term=True)}
     if has("sae_lens"):
         theirs = peer_model(options.model, device)
@@ -87,7 +98,10 @@ def main() -> None:
     enters = 20 if options.quick else 200
     for calls, what in ((one, "1 SAE"), (all_of_them, f"{n} SAEs")):
         title = f"attach and detach {what}, no forward pass, {options.model}"
-        report.add(Table.made(title, medians(calls, enters, device), "saewb"))
+        took = medians(calls, enters, device)
+        for name in ("saewb", "hooks that do nothing"):
+            took |= {f"{name}, again and again": medians({name: calls[name]}, enters, device)[name]}
+        report.add(Table.made(title, took, "saewb"))
     took = medians(passes, 2 if options.quick else options.rounds, device)
     report.add(Table.made(f"a forward pass of 4 x 128 tokens with {n} top-k SAEs, {options.model}", took, "bare"))
 
