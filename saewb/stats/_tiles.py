@@ -97,7 +97,7 @@ def _chunk_rows(n: int) -> int:
 
 
 def _chunk_bytes(asked: Asked, size: int) -> int:
-    """What a thread takes: twice the absolute values, two masks, the nearest in some forms, and places in one row."""
+    """What a thread takes: absolute values twice, masks or bins, forms of the nearest, and a row's places."""
     n, k = asked.n, asked.neighbours
     return _chunk_rows(n) * ((2 * size + 2) * n + (2 * size + 32) * k) + 9 * n
 

@@ -2,8 +2,8 @@
 
 1. Directions are brought to length 1, once.
 2. A tile of rows at a time is multiplied with all of them: the cosines of a few directions with every other.
-3. Of each row the order statistics that were asked for are selected (not sorted), the nearest are looked up, and its
-   cosines with later rows are counted, so that each pair is counted once. Then the tile is forgotten.
+3. Of each row the lowest order statistic that was asked for is selected and what is above it sorted, the nearest are
+   looked up, and its cosines with later rows are counted, each pair once. Then the tile is forgotten.
 """
 
 from __future__ import annotations
