@@ -70,6 +70,7 @@ function training({ body, model, on, set, ask }) {
       r.where.textContent = parts.join(" \u00b7 ");
       r.fill.style.width = 100 * s.frac + "%";
       r.bar.setAttribute("aria-valuenow", Math.round(100 * s.frac));
+      r.bar.setAttribute("aria-valuetext", parts[0]);
       r.buttons.pause.hidden = !(s.here && s.state === "running");
       r.buttons.resume.hidden = !(s.here && s.state === "paused");
       r.buttons.stop.hidden = !(s.here && (s.state === "running" || s.state === "paused"));
