@@ -15,7 +15,7 @@ from saewb.objectives import Objective
 from saewb.team import ALONE, Team
 from saewb.training.checks import check_state, check_trainee, plain
 from saewb.training.config import TrainConfig
-from saewb.training.learner import Learner, Trainee, described
+from saewb.training.learner import Learner, Trainee, described, starts_from_data
 from saewb.training.record import TrainStep
 from saewb.training.units import AnySAE, Units, estimated, from_estimates, whitening_units
 
@@ -267,7 +267,8 @@ class Training:
 
     @property
     def _estimates(self) -> bool:
-        return self.config.normalisation in _ESTIMATED or self.config.b_dec == "mean"
+        fits = any(map(starts_from_data, self._trainees.values()))
+        return self.config.normalisation in _ESTIMATED or self.config.b_dec == "mean" or fits
 
     def _start(self) -> None:
         if not self._pending:
@@ -282,6 +283,8 @@ class Training:
         for point in points:
             self._units[point], means[point] = self._estimated(point) if self._estimates else (self._fixed(), None)
         self._make_learners({point: values[point].shape[1] for point in points}, means)
+        for name, learner in self._learners.items():
+            learner.fit([batch.values[self._points(name)[0]] for batch in self._pending])
 
     def _check_held_out(self, points: list[str]) -> None:
         for point in points:
