@@ -45,8 +45,7 @@ _live: weakref.WeakSet[Run] = weakref.WeakSet()  # to be stopped when the interp
 class Run:
     """A training in the background; made by `saewb.train` and `saewb.resume_run`.
 
-    All of it at any time, from any thread. `run.error` is what it failed of; `run.notes` what is worth knowing;
-    `run.memory` the estimate before it started.
+    All of it at any time, from any thread. `run.memory` is the estimate before it started.
     """
 
     def __init__(
@@ -186,8 +185,7 @@ class Run:
     def saes(self) -> dict[str, Any]:
         """The SAEs so far, by name: copies, in the model's units, proved to do what training does.
 
-        Raises:
-            RuntimeError: if the run was stopped before there were any.
+        Raises a RuntimeError if the run was stopped before there were any.
         """
         if self._saes is not None:
             return dict(self._saes)
@@ -202,8 +200,8 @@ class Run:
             ValueError: if several are trained.
         """
         if len(self._places) != 1:
-            names = ", ".join(map(repr, self._places))
-            raise ValueError(explain(f"this run trains {len(self._places)} SAEs.", want=names, fix="run.saes[name]"))
+            want, what = ", ".join(map(repr, self._places)), f"this run trains {len(self._places)} SAEs."
+            raise ValueError(explain(what, want=want, fix="run.saes[name]"))
         return next(iter(self.saes.values()))
 
     @property
@@ -272,9 +270,8 @@ class Run:
         with self._turn():
             more = not self._stopping and self._training.read_ahead(self._feed.fill)
             now = run_up(self._feed.stream.filling, self._training.ahead)
-            if None in (now, self._run_up) or now.what != self._run_up.what:
-                self._pace = Pace()
-            elif more:
+            self._pace = self._pace if now and self._run_up and now.what == self._run_up.what else Pace()
+            if now:
                 self._pace.note(now.n_tokens)
             self._run_up = now
             return more
@@ -339,8 +336,8 @@ class Run:
         self._ended.set()
 
     def _last(self, error: BaseException | None) -> None:
-        if self._done[0] == 0 and self._training.ahead is not None:
-            return  # stopped before there were weights
+        if self._done[0] == 0 and self._training.ahead is not None:  # stopped before there were weights
+            return
         if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
             self._saes = self._exported()  # a checkpoint that there was stays
             return

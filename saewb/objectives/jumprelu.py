@@ -44,8 +44,11 @@ class JumpReLU:
         theta_i = half way between the n_i-th and the next largest z_i;   sum_i n_i = N init_l0, no two n_i further
         apart than 1;   theta_i >= 0, so that more than about d_sae / 2 latents are not to be had
 
-    with `init_l0` PLACEHOLDER
-    And the step's loss only ever lowers L0, however small the controller makes it; "quadratic" pulls from both sides.
+    with `init_l0` of three times the target: L0 falls by that while the first directions are learnt. (On SmolLM2-135M,
+    layer 15, 4,608 latents, 131,072 tokens, target 32 and l0=0.3, bandwidth=1, held-out L0 and FVU: "step" 34 and 0.72
+    from thresholds of 1.4, which the controller overshoots; 20 and 0.35 from three times the target, 14 and 0.38 from
+    the target. "quadratic" 40 and 0.29; 22 and 0.35; 14 and 0.38.) Where there are few steps, more is nearer.
+    The step's loss only ever lowers L0, however small the controller makes it; "quadratic" pulls from both sides.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 9, 11, 12 (loss, estimators; an appendix has a target L0);
