@@ -37,17 +37,21 @@ class JumpReLU:
     there is none: the record's warning says so. `threshold="direct"` trains theta itself, kept >= 0; "log" trains
     log theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all.
 
-    Adam moves a theta by about lr per step, so that in a run of some hundred steps L0 ends near where it starts. With
-    a target it therefore starts from data, unless `init_threshold` says where: of the first tokens, N, those that
-    estimates are made from, each latent is on on the same share,
+    Adam moves a theta by about lr per step: in a run of some hundred steps L0 ends near where it starts. With a target
+    (or `init_l0`), and no `init_threshold`, thresholds start from the N first tokens, on which estimates are made: each
+    latent is on equally often, and init_l0 are on per token,
 
-        theta_i = half way between the n_i-th and the next largest z_i;   sum_i n_i = N init_l0, no two n_i further
-        apart than 1;   theta_i >= 0, so that more than about d_sae / 2 latents are not to be had
+        theta_i = half way between the n_i-th largest z_i and the next;   sum_i n_i = N init_l0, all n_i equal or one
+        apart;   theta_i >= 0, so that init_l0 above about d_sae / 2 is not reached
 
-    with `init_l0` of three times the target: L0 falls by that while the first directions are learnt. (On SmolLM2-135M,
-    layer 15, 4,608 latents, 131,072 tokens, target 32 and l0=0.3, bandwidth=1, held-out L0 and FVU: "step" 34 and 0.72
-    from thresholds of 1.4, which the controller overshoots; 20 and 0.35 from three times the target, 14 and 0.38 from
-    the target. "quadratic" 40 and 0.29; 22 and 0.35; 14 and 0.38.) Where there are few steps, more is nearer.
+    None starts at three times the target, since L0 falls to about a third while the first directions are learnt. On
+    SmolLM2-135M, layer 15, 4,608 latents, 131,072 tokens, target 32, l0=0.3, bandwidth=1 (held-out L0, FVU):
+
+                     init_threshold=1.4 (L0 330)    init_l0=96      init_l0=32
+        step         34, 0.72                       20, 0.35        14, 0.38
+        quadratic    40, 0.29                       22, 0.35        14, 0.38
+
+    From far above the target the controller makes `l0` so large that the step's loss spoils the reconstruction.
     The step's loss only ever lowers L0, however small the controller makes it; "quadratic" pulls from both sides.
 
     Source:
