@@ -81,7 +81,6 @@ _HOME = {  # public name: the module that has it
     "stream_tensors": "streams",
     "stream_iterable": "streams",
     "stream_draws": "streams",
-    "norm_factor": "streams",
     "ActivationCache": "activation_cache",
     "cache_activations": "activation_cache",
     "Standard": "objectives",

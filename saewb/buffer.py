@@ -62,6 +62,20 @@ class Exact:
             have += len(chunk)
         return self._cut(min(n, have))
 
+    def some(self, n: int) -> Activations | None:
+        """1 to `n` of the next tokens, for which at most one chunk is computed; None at the end."""
+        first = self.look()
+        return None if first is None else self._cut(min(n, len(first)))
+
+    def look(self) -> Activations | None:
+        """One or more of the next tokens, which stay where they are; None at the end."""
+        while not self._left:
+            chunk = next(self._source, None)
+            if chunk is None:
+                return None
+            self._left += [chunk] if len(chunk) else []
+        return self._left[0]
+
     def _cut(self, n: int) -> Activations:
         parts = []
         while n > 0:
@@ -73,10 +87,10 @@ class Exact:
             n -= len(first)
         return joined(parts)
 
-    def state(self) -> dict[str, Any]:
-        """With the tokens that were computed and not given yet."""
-        left = joined(self._left) if self._left else None
-        return {"source": self._source.state(), "left": packed(left)}
+    def state(self, before: Activations | None = None) -> dict[str, Any]:
+        """With the tokens that were computed and not given yet; `before` are such that were given and come back."""
+        left = [part for part in (before, *self._left) if part is not None]
+        return {"source": self._source.state(), "left": packed(joined(left) if left else None)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
@@ -90,7 +104,7 @@ class Mixed:
     """The tokens of a source in batches of exactly `n`, mixed over `size` tokens; each token once.
 
     Memory: `size` tokens, allocated once, on the device and in the dtype of the source; as much again on the host while
-    a `state()` is kept.
+    a `state()` is kept. The first batch fills it; `fill()` does so a chunk at a time, for who wants to stop in between.
 
     Args:
         source: of chunks of any size.
@@ -104,6 +118,7 @@ class Mixed:
         self.n, self.size = n, -(-size // n) * n
         self._rng = torch.Generator().manual_seed(seed)
         self._buffer: Activations | None = None
+        self.n_filled, self.full = 0, False  # tokens there, until there are `size`, or all that the source has
         self._order = torch.empty(0, dtype=torch.int64)  # places still to be visited in this round
         self._filling = True
 
@@ -111,8 +126,10 @@ class Mixed:
         return self
 
     def __next__(self) -> Activations:
+        while self.fill():
+            pass
         if self._buffer is None:
-            self._fill()
+            raise StopIteration
         if len(self._order) == 0:
             if not self._filling:
                 raise StopIteration
@@ -130,22 +147,36 @@ class Mixed:
             _put(self._buffer, places, fresh)
         return batch
 
-    def _fill(self) -> None:
-        first = self._fresh.take(self.size, whole=False)
-        self._buffer = Activations(
-            {name: value.clone() for name, value in first.values.items()},
-            None if first.ids is None else first.ids.clone(),
-        )
+    def fill(self) -> bool:
+        """Take one chunk of the source towards a full buffer; whether there was something to take."""
+        if self.full:
+            return False
+        some = self._fresh.some(self.size - self.n_filled)
+        if some is None:  # the source has ended
+            self._buffer = None if self._buffer is None else self._buffer.rows(torch.arange(self.n_filled))  # a copy
+            self.full = True
+            return False
+        if self._buffer is None:
+            self._buffer = _room(some, self.size)
+        _put(self._buffer, torch.arange(self.n_filled, self.n_filled + len(some)), some)
+        self.n_filled += len(some)
+        self.full = self.n_filled == self.size
+        return True
+
+    def look(self) -> Activations | None:
+        """Some tokens of it, or of those that come first; None if there are none."""
+        return self._fresh.look() if self._buffer is None else self._buffer
 
     def _drain(self) -> None:
         self._order = torch.randperm(len(self._buffer), generator=self._rng)
 
     def state(self) -> dict[str, Any]:
         """With the buffer itself: exact, at the price of its size. (To compute it anew would take all passes since the
-        round before last, and a model that is still the same.)"""
+        round before last, and a model that is still the same.) What is there while it fills counts as not given yet."""
+        part = None if self.full or self._buffer is None else self._buffer.rows(slice(0, self.n_filled))
         return {
-            "fresh": self._fresh.state(),
-            "buffer": packed(self._buffer),
+            "fresh": self._fresh.state(part),
+            "buffer": packed(self._buffer if self.full else None),
             "order": self._order.clone(),
             "filling": self._filling,
             "rng": self._rng.get_state(),
@@ -155,8 +186,14 @@ class Mixed:
         """Go on from `state()`."""
         self._fresh.restore(state["fresh"])
         self._buffer = unpacked(state["buffer"])
+        self.full, self.n_filled = self._buffer is not None, 0 if self._buffer is None else len(self._buffer)
         self._order, self._filling = state["order"].clone(), bool(state["filling"])
         self._rng.set_state(state["rng"].cpu())
+
+
+def _room(like: Activations, size: int) -> Activations:
+    values = {name: value.new_empty(size, value.shape[1]) for name, value in like.values.items()}
+    return Activations(values, None if like.ids is None else like.ids.new_empty(size))
 
 
 def _put(buffer: Activations, places: torch.Tensor, fresh: Activations) -> None:

@@ -32,6 +32,13 @@ class Feed:
             self._last, self._again = self._again, None
         return self._last
 
+    def fill(self) -> bool:
+        """As the stream's."""
+        self.broke = True
+        more = self._again is None and self.stream.fill()
+        self.broke = False
+        return more
+
     def put_back(self) -> None:
         """The next batch is the last one again."""
         self._again = self._last

@@ -287,11 +287,12 @@ def _source(
 
 
 def _widths_of(feed: Feed, trainees: Mapping[str, Trainee]) -> dict[str, int]:
-    """Looks at the first batch, and puts it back."""
-    first = next(feed, None)
+    """Looks at the first tokens, which are not waited for longer than it takes to compute some."""
+    first = feed.stream.look()
+    if first is None and (first := next(feed, None)) is not None:
+        feed.put_back()
     if first is None:
         raise ValueError(explain("the stream is empty.", want="one batch or more"))
-    feed.put_back()
     for point in points_of(trainees):
         if point not in first.values:
             known = list(first.values)

@@ -58,6 +58,11 @@ class PastRun:
         """The cell that starts an equal run; needs `model` and `tokens` (and `held_out`, if it measured on them)."""
         return code_of(self.facts, self.rows)
 
+    @property
+    def before_first_step(self) -> bool:
+        """Whether it goes on and has not come to a step: it reads what that needs, e.g. fills its mixing buffer."""
+        return self.state == "running" and not self.rows
+
     def again(self) -> PastRun:
         """As the folder tells it now: of the history, only what has been added is read.
 
@@ -73,7 +78,8 @@ class PastRun:
 
     def __repr__(self) -> str:
         n_tokens = self.rows[-1]["n_tokens"] if self.rows else 0
-        return f"PastRun({self.folder.name}, {self.state}, {n_tokens:,} tokens, {', '.join(self.names)})"
+        where = "before its first step" if self.before_first_step else f"{n_tokens:,} tokens"
+        return f"PastRun({self.folder.name}, {self.state}, {where}, {', '.join(self.names)})"
 
 
 @dataclass(frozen=True)

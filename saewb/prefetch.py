@@ -105,6 +105,11 @@ class Prefetched:
             channel.change.notify_all()
             return item
 
+    @property
+    def started(self) -> bool:
+        """Whether the thread has been started: a batch has been asked for."""
+        return self._channel.thread is not None
+
     def state(self) -> dict[str, Any]:
         """As of the last batch given: with the batches that are ready, and the source behind them, at rest."""
         channel = self._channel

@@ -17,7 +17,6 @@ import math
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -29,7 +28,7 @@ from saewb.memory import MemoryEstimate
 from saewb.past_run import code_of, frame_of
 from saewb.run_folder import RunFolder
 from saewb.run_record import RunOptions, before_failed_step, out_of_memory
-from saewb.run_view import Progress, line, page
+from saewb.run_view import Pace, Progress, line, page, run_up
 from saewb.sinks import Sink
 from saewb.team import ALONE, Team
 from saewb.training import Training, TrainStep
@@ -46,8 +45,7 @@ _live: weakref.WeakSet[Run] = weakref.WeakSet()  # to be stopped when the interp
 class Run:
     """A training in the background; made by `saewb.train` and `saewb.resume_run`.
 
-    All of it at any time, from any thread. `run.error` is what it failed of; `run.notes` what is worth knowing;
-    `run.memory` the estimate before it started.
+    All of it at any time, from any thread. `run.memory` is the estimate before it started.
     """
 
     def __init__(
@@ -79,9 +77,10 @@ class Run:
         self._paused, self._stopping = False, False
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
-        self._done = (training.n_steps, training.n_tokens)
+        self._done = self._from = (training.n_steps, training.n_tokens)
+        self._run_up = run_up(feed.stream.filling, training.ahead)
         self._seconds = seconds  # of work, without pauses, over all sessions
-        self._recent: deque[tuple[float, int]] = deque(maxlen=1000)
+        self._pace = Pace()
         self._thread = threading.Thread(target=self._work, name="saewb-train", daemon=True)
         atexit.unregister(_at_exit)
         atexit.register(_at_exit)
@@ -91,7 +90,7 @@ class Run:
     # -- control -----------------------------------------------------------------------------------------------------
 
     def pause(self) -> Run:
-        """Rest after the step under way; returns when it does."""
+        """Rest after the step under way, or the forward pass before the first one; returns when it does."""
         with self._between():
             self._paused = True
         return self
@@ -107,11 +106,14 @@ class Run:
             raise RuntimeError(explain(f"{self!r} has ended.", want="a run that is paused", fix=fix))
         with self._between():
             self._paused = False
-            self._recent.clear()
+            self._pace = Pace()
         return self
 
     def stop(self) -> Run:
-        """End after the step under way, with a checkpoint; returns when that is done. One that ended stays so."""
+        """End after the step under way, with a checkpoint; returns when that is done. One that ended stays so.
+
+        Before the first step: after the forward pass under way, and then there is no SAE.
+        """
         self._stopping = True
         with self._between():
             pass
@@ -154,13 +156,10 @@ class Run:
     @property
     def progress(self) -> Progress:
         """How far it is, how fast, and which layers of the model run."""
-        (step, n_tokens), recent = self._done, list(self._recent)
-        speed = left = None
-        if self._final is None and len(recent) > 1 and recent[-1][0] > recent[0][0]:
-            speed = (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
-            left = (self._config.n_steps - step) * self._config.batch_tokens / speed
+        (step, n_tokens), ahead, speed = self._done, self._run_up, None if self._final else self._pace.speed()
+        left = None if speed is None or ahead else (self._config.n_steps - step) * self._config.batch_tokens / speed
         total = self._config.n_steps * self._config.batch_tokens
-        return Progress(self.state, step, self._config.n_steps, n_tokens, total, speed, left, *self._layers)
+        return Progress(self.state, step, self._config.n_steps, n_tokens, total, speed, left, *self._layers, ahead)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -184,7 +183,10 @@ class Run:
 
     @property
     def saes(self) -> dict[str, Any]:
-        """The SAEs so far, by name: copies, in the model's units, proved to do what training does."""
+        """The SAEs so far, by name: copies, in the model's units, proved to do what training does.
+
+        Raises a RuntimeError if the run was stopped before there were any.
+        """
         if self._saes is not None:
             return dict(self._saes)
         with self._between():
@@ -198,8 +200,8 @@ class Run:
             ValueError: if several are trained.
         """
         if len(self._places) != 1:
-            names = ", ".join(map(repr, self._places))
-            raise ValueError(explain(f"this run trains {len(self._places)} SAEs.", want=names, fix="run.saes[name]"))
+            want, what = ", ".join(map(repr, self._places)), f"this run trains {len(self._places)} SAEs."
+            raise ValueError(explain(what, want=want, fix="run.saes[name]"))
         return next(iter(self.saes.values()))
 
     @property
@@ -247,23 +249,39 @@ class Run:
         self._journal.tell("begin", self._done, self._facts)
         try:
             steps = iter(self._training)
+            while self._runs_up():
+                pass
             while (step := self._next(steps)) is not None:
                 self._after(step)
         except BaseException as caught:  # a thread that died must not look like one that runs
             error = out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
         self._end(error)
 
-    def _next(self, steps: Iterator[TrainStep]) -> TrainStep | None:
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         with self._gate:
             self._gate.wait_for(lambda: self._stopping or not (self._paused or self._waiting))
             began = time.monotonic()
-            step = None if self._team.any(self._stopping) else next(steps, None)
+            yield
             self._seconds += time.monotonic() - began
+
+    def _runs_up(self) -> bool:
+        """A forward pass, or a batch, of what the first step needs; whether it needs more."""
+        with self._turn():
+            more = not self._stopping and self._training.read_ahead(self._feed.fill)
+            now = run_up(self._feed.stream.filling, self._training.ahead)
+            self._pace = self._pace if now and self._run_up and now.what == self._run_up.what else Pace()
+            if now:
+                self._pace.note(now.n_tokens)
+            self._run_up = now
+            return more
+
+    def _next(self, steps: Iterator[TrainStep]) -> TrainStep | None:
+        with self._turn():
+            step = None if self._team.any(self._stopping) else next(steps, None)
             if step is not None:
                 self._done = (step.step, step.n_tokens)
-                self._recent.append((time.monotonic(), step.n_tokens))
-                while self._recent[-1][0] - self._recent[0][0] > 10:
-                    self._recent.popleft()
+                self._pace.note(step.n_tokens)
             return step
 
     def _after(self, step: TrainStep) -> None:
@@ -281,6 +299,8 @@ class Run:
                     self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
 
     def _exported(self) -> dict[str, Any]:
+        if self._training is None:
+            raise RuntimeError(explain(f"{self!r} has no SAE.", want="a run that came to its first step"))
         return {name: self._finish(sae) for name, sae in self._training.saes.items()}
 
     def _keep(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -310,14 +330,16 @@ class Run:
         if self._folder is not None:
             self._folder.close()
         self._feed.stream.close()
-        if self._saes is not None:
+        if self._saes is not None or error is None:
             self._training = self._feed = None  # weights, moments and buffers go; the SAEs stay
         _live.discard(self)
         self._ended.set()
 
     def _last(self, error: BaseException | None) -> None:
-        if self._folder is None or self._done[0] == 0 or isinstance(error, FloatingPointError):
-            self._saes = self._exported()
+        if self._done[0] == 0 and self._training.ahead is not None:  # stopped before there were weights
+            return
+        if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
+            self._saes = self._exported()  # a checkpoint that there was stays
             return
         half = error is not None and not self._feed.broke
         self._saes = self._keep(before_failed_step(self._training, self._feed) if half else None)

@@ -49,6 +49,7 @@ class ActivationStream:
             raise ValueError(explain(what, want="0 or more tokens, 0 or more batches"))
         self.source, self.batch_tokens = source, batch_tokens
         batches = Mixed(source, batch_tokens, buffer_tokens, seed) if buffer_tokens else Exact(source, batch_tokens)
+        self._cut = batches
         self._batches = Prefetched(batches, prefetch) if prefetch else batches
         self._ahead: deque[Activations] = deque()  # of a state with a thread, restored without one
 
@@ -57,6 +58,29 @@ class ActivationStream:
 
     def __next__(self) -> Activations:
         return self._ahead.popleft() if self._ahead else next(self._batches)
+
+    def fill(self) -> bool:
+        """Take one chunk of the source towards a full mixing buffer; whether there was something to take.
+
+        The first batch fills it in one go: this is for who wants to look, or to stop, in between.
+        """
+        return isinstance(self._cut, Mixed) and not self._in_a_thread and self._cut.fill()
+
+    @property
+    def filling(self) -> tuple[int, int] | None:
+        """(tokens there, tokens wanted) of a mixing buffer that is not full yet; else None. For any thread."""
+        cut = self._cut
+        return (cut.n_filled, cut.size) if isinstance(cut, Mixed) and not cut.full else None
+
+    def look(self) -> Activations | None:
+        """Some tokens of those to come, which stay where they are. None if there are none, or a thread is at them."""
+        if self._ahead:
+            return self._ahead[0]
+        return None if self._in_a_thread else self._cut.look()
+
+    @property
+    def _in_a_thread(self) -> bool:
+        return isinstance(self._batches, Prefetched) and self._batches.started
 
     @property
     def stop_layer(self) -> int | None:
@@ -243,36 +267,3 @@ def stream_draws(
         Activations(16 tokens: activations 8)
     """
     return ActivationStream(DrawnSource(draw, seed, point, batch_tokens), batch_tokens, prefetch=prefetch)
-
-
-def norm_factor(batches: Iterable[Activations], n_tokens: int) -> dict[str, float]:
-    """The factor that gives the activations of each point a mean length of sqrt(d), estimated once, over tokens.
-
-        sqrt(d) / mean ||x||        (mean over all tokens taken, in float64)
-
-    Args:
-        batches: a stream; whole batches are taken until `n_tokens` tokens are there.
-        n_tokens: to estimate on; 1 or more.
-    Returns:
-        By point, per unit of the model's activations.
-    Raises:
-        ValueError: if the stream is empty, or all lengths are 0.
-    Example:
-        >>> norm_factor(stream_tensors(torch.full((10, 4), 3.0), batch_tokens=5), 10)
-        {'activations': 0.3333333333333333}
-    """
-    totals: dict[str, Tensor] = {}
-    widths: dict[str, int] = {}
-    n = 0
-    for batch in batches:
-        for name, x in batch.values.items():
-            length = torch.linalg.vector_norm(x.float(), dim=1).double().sum()
-            totals[name] = totals.get(name, 0) + length
-            widths[name] = x.shape[1]
-        n += len(batch)
-        if n >= n_tokens:
-            break
-    means = {name: float(total) / n for name, total in totals.items()}
-    if not means or not all(mean > 0 for mean in means.values()):
-        raise ValueError(explain(f"no lengths to normalise by in {n} tokens: {means}.", want="a stream of activations"))
-    return {name: widths[name] ** 0.5 / mean for name, mean in means.items()}

@@ -391,6 +391,9 @@ def test_warnings_on_coefficients():
         (lambda: saewb.JumpReLU(64, target_l0=65), "up to d_sae=64"),
         (lambda: saewb.JumpReLU(64, sparsity="l1"), "'step', 'tanh', 'quadratic'"),
         (lambda: saewb.JumpReLU(64, bandwidth=0), "bandwidth=0"),
+        (lambda: saewb.JumpReLU(64, init_l0=0), "init_l0=0.\n  want: 0 to d_sae=64"),
+        (lambda: saewb.JumpReLU(64, init_l0=64), "init_l0=64"),
+        (lambda: saewb.JumpReLU(64, init_l0=8, init_threshold=1.0), "and no init_threshold"),
         (lambda: saewb.JumpReLU(64, threshold="log", init_threshold=0), "more than 0 with threshold='log'"),
         (lambda: saewb.JumpReLU(64, pre_act_on="living"), "'dead' or 'all'"),
         (lambda: saewb.MatchingPursuit(64, max_iterations=0), "max_iterations=0"),
@@ -399,3 +402,47 @@ def test_warnings_on_coefficients():
 def test_wrong_fields(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+# -- thresholds from data --------------------------------------------------------------------------------------------
+
+
+def test_thresholds_by_hand():
+    objective = saewb.JumpReLU(2, init_l0=1.25)  # of 4 tokens 5 activations: 3 of the first latent, 2 of the second
+    params = objective.start(2)
+    with torch.no_grad():
+        params.W_enc.copy_(torch.eye(2))
+    x = torch.tensor([[1.0, 9.0], [2.0, 7.0], [3.0, 1.0], [5.0, 4.0]])
+    objective.fit(params, [x[:1], x[1:]])
+    assert params.threshold.tolist() == [1.5, 5.5]
+    assert (x > params.threshold).sum(0).tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("threshold", ["direct", "log"])
+@pytest.mark.parametrize("l0", [0.01, 0.5, 3.7, 5.0])
+def test_thresholds_give_the_first_tokens_the_l0_that_is_asked_for(l0, threshold, monkeypatch):
+    monkeypatch.setattr(saewb.objectives.jumprelu, "_AT_ONCE", 5 * 640)  # five latents at a time
+    objective = saewb.JumpReLU(32, init_l0=l0, threshold=threshold)
+    params = objective.start(8, seed=1)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        params.b_dec.copy_(torch.randn(8, generator=rng))
+        params.b_enc.copy_(torch.randn(32, generator=rng) / 4)
+    x = torch.randn(640, 8, generator=rng) * torch.arange(1, 9) + 1
+    objective.fit(params, x.split(100))
+    fired = objective.losses(params, x, x, objective.state()).fired
+    assert int(fired.sum()) == round(640 * l0)
+    assert int(fired.max() - fired.min()) <= 1
+
+
+def test_where_thresholds_start():
+    start_l0 = lambda **how: saewb.JumpReLU(64, **how).start_l0  # noqa: E731
+    assert start_l0() is None
+    assert start_l0(target_l0=5) == 15
+    assert start_l0(target_l0=30) == 32
+    assert start_l0(target_l0=5, init_l0=5) == start_l0(init_l0=5) == 5
+    assert start_l0(target_l0=5, init_threshold=0.01) is None
+    below = saewb.JumpReLU(4, init_l0=3.9)  # which would take thresholds below 0
+    params = below.start(4)
+    below.fit(params, [torch.randn(100, 4, generator=torch.Generator().manual_seed(0))])
+    assert params.threshold.tolist() == [0.0] * 4

@@ -161,19 +161,6 @@ def test_a_paused_run_stops_too():
     assert run.stop().state == "stopped"
 
 
-def test_stopped_before_the_first_step_it_has_an_sae_all_the_same():
-    started = threading.Event()
-
-    def draw(n, rng):
-        started.wait(5)
-        return torch.randn(n, 8, generator=rng)
-
-    started.set()
-    run = saewb.train(None, stream_draws(draw, seed=0, batch_tokens=40), TOPK, n_tokens=10**6, batch_tokens=40)
-    run.stop()
-    assert run.sae.cfg.d_in == 8
-
-
 def test_two_runs_at_once_on_one_model_while_cells_use_it():
     small.bridge()
     alone = [train(seed=0).wait(), train(seed=1).wait()]

@@ -18,7 +18,6 @@ from saewb.buffer import Exact, Mixed
 from saewb.sources import IterableSource
 from saewb.streams import (
     ActivationStream,
-    norm_factor,
     stream_activations,
     stream_draws,
     stream_iterable,
@@ -313,15 +312,6 @@ def test_shapes_that_do_not_fit():
         stream_tensors(torch.zeros(0, 3))
 
 
-def test_norm_factor_is_weighted_by_rows_and_taken_once():
-    x = torch.cat([torch.full((30, 4), 1.0), torch.full((10, 4), 5.0)])  # lengths 2 and 10: mean 4
-    assert norm_factor(stream_tensors(x, batch_tokens=8), 40) == {"activations": 2 / 4}
-    with pytest.raises(ValueError, match="no lengths"):
-        norm_factor(stream_tensors(torch.zeros(8, 2), batch_tokens=4), 8)
-    with pytest.raises(ValueError, match="no lengths"):
-        norm_factor([], 8)
-
-
 def test_a_buffer_takes_no_more_than_its_size():
     batches = Mixed(IterableSource(numbered(400).split(3), "x"), 10, 100, seed=0)
     next(batches)
@@ -329,3 +319,58 @@ def test_a_buffer_takes_no_more_than_its_size():
     left = Exact(IterableSource(numbered(400).split(50), "x"), 10)
     next(left)
     assert sum(len(part) for part in left._left) == 40
+
+
+# -- a buffer that fills ---------------------------------------------------------------------------------------------
+
+
+def filled_by_pieces(**how):
+    return stream_iterable(numbered(400).split(7), batch_tokens=10, buffer_tokens=95, seed=3, **how)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_buffer_filled_by_pieces_gives_the_same_batches(prefetch):
+    stream, told = filled_by_pieces(prefetch=prefetch), []
+    assert stream.filling == (0, 100)
+    assert stream.look().values["activations"][0, 0] == 0  # and it stays where it is
+    while stream.fill():
+        told.append(stream.filling)
+    assert told == [*((n, 100) for n in range(7, 99, 7)), None]
+    assert stream.filling is None
+    assert stream.fill() is False
+    assert order(stream) == order(filled_by_pieces())
+    assert (stream.look() is None, stream.fill()) == (prefetch > 0, False)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("pieces", [0, 1, 9, 30])
+def test_a_state_of_a_buffer_that_fills_goes_on_with_what_is_there(pieces, prefetch):
+    stream = filled_by_pieces(prefetch=prefetch)
+    for _ in range(pieces):
+        stream.fill()
+    state = stream.state()
+    again = filled_by_pieces(prefetch=2 - prefetch)
+    again.restore(state)
+    assert state["source"]["fresh"]["source"]["given"] == min(15, pieces)  # nothing is computed anew
+    assert order(again) == order(stream) == order(filled_by_pieces())
+
+
+def test_a_source_that_ends_while_the_buffer_fills():
+    short = lambda n: stream_iterable(numbered(n).split(7), batch_tokens=10, buffer_tokens=100)  # noqa: E731
+    stream = short(35)
+    while stream.fill():
+        pass
+    assert stream.filling is None
+    assert stream._cut._buffer.n_bytes == 35 * 2 * 4
+    assert sorted(order(stream)) == sorted(order(short(35)))
+    assert len(set(order(short(35)))) == 30
+    empty = short(0)
+    assert (empty.fill(), empty.filling, list(empty), empty.look()) == (False, None, [], None)
+
+
+def test_a_stream_is_looked_at_without_taking_from_it():
+    for prefetch, buffer in itertools.product([0, 2], [0, 30]):
+        stream = stream_iterable(numbered(100).split(7), batch_tokens=10, buffer_tokens=buffer, prefetch=prefetch)
+        first = stream.look()
+        assert {name: value.shape for name, value in first.values.items()} == {"activations": (7, 2)}
+        assert sorted(order(stream)) == list(range(100))

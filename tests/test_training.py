@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -593,3 +594,54 @@ def test_restore_refuses_another_training():
     longer = Training(stream(), Trainee(OBJECTIVES["topk"], "x"), replace(CONFIG, n_tokens=60 * B))
     longer.restore(state)
     assert run(longer)[-1].step == 60
+
+
+# -- thresholds from data --------------------------------------------------------------------------------------------
+
+
+def skewed(seed=0):
+    x = torch.randn(2048, 8, generator=torch.Generator().manual_seed(seed)) * torch.arange(1, 9) + 1
+    return saewb.stream_tensors({"h": x}, batch_tokens=64, repeat=True)
+
+
+@pytest.mark.parametrize("normalisation", ["none", "centred", "whitened", "layer_norm"])
+@pytest.mark.parametrize("b_dec", ["zeros", "mean"])
+def test_thresholds_are_taken_from_the_tokens_that_estimates_are(normalisation, b_dec):
+    how = {"n_tokens": 256, "batch_tokens": 64, "normalisation": normalisation, "b_dec": b_dec}
+    objectives = {"a": saewb.JumpReLU(24, target_l0=1.5), "b": saewb.JumpReLU(24, init_l0=2.5, threshold="log")}
+    steps = iter(saewb.Training(skewed(), objectives, saewb.TrainConfig(estimate_tokens=64, **how)))
+    first = next(steps)  # the batch they are taken from, before weights change
+    assert [float(first.saes[name].l0) for name in "ab"] == pytest.approx([4.5, 2.5], abs=1 / 64)
+    wide = saewb.Training(skewed(), objectives, saewb.TrainConfig(**how))
+    assert wide.ahead == (
+        "estimating " + ("the normalisation" if normalisation in ("centred", "whitened") else "on the first tokens"),
+        0,
+        256,
+    )
+    assert float(next(iter(wide)).saes["a"].l0) == pytest.approx(4.5, rel=0.25)
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 9])
+def test_thresholds_from_data_resume_bit_for_bit(at):
+    config = saewb.TrainConfig(n_tokens=640, batch_tokens=64, estimate_tokens=256, normalisation="none")
+    made = lambda: saewb.Training(skewed(), saewb.JumpReLU(24, l0=0.1, target_l0=3.0, bandwidth=1.0), config)  # noqa: E731
+    whole, half, again = made(), made(), made()
+    for _ in whole:
+        pass
+    for _ in itertools.islice(half, at):
+        pass
+    again.restore(half.state())
+    for _ in again:
+        pass
+    for (name, a), b in zip(again.saes["sae"].named_parameters(), whole.saes["sae"].parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_an_sae_to_go_on_from_keeps_its_thresholds():
+    config = saewb.TrainConfig(n_tokens=128, batch_tokens=64, lr=1e-12)
+    first = saewb.Training(skewed(), saewb.JumpReLU(24, init_threshold=1.0), config)
+    for _ in first:
+        pass
+    sae = first.saes["sae"]
+    on = saewb.Training(skewed(), saewb.Trainee(saewb.JumpReLU(24, target_l0=3.0), init=sae), config)
+    torch.testing.assert_close(on.saes["sae"].threshold, sae.threshold)

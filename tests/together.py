@@ -20,7 +20,7 @@ OBJECTIVES = {
     "topk": saewb.TopK(24, k=4),
     "batchtopk": saewb.BatchTopK(24, k=3.5),
     "matryoshka": saewb.Matryoshka(24, k=4.0, widths=(5, 12), rows="free", init_norm=0.3),
-    "jumprelu": saewb.JumpReLU(24, l0=0.05, init_threshold=0.1, bandwidth=0.3, target_l0=4.0),
+    "jumprelu": saewb.JumpReLU(24, l0=0.05, bandwidth=0.3, target_l0=4.0),
     "standard": saewb.Standard(24, l1=0.3, warmup_tokens=200),
     "gated": saewb.Gated(24, l1=0.3),
 }

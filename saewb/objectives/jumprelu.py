@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,9 @@ from saewb.objectives.losses import Losses, State, fresh_state, measured, square
 from saewb.objectives.straight_through import gate, step
 from saewb.objectives.weights import Params, Rows, exported, from_sae, safe_norms, started
 from saewb.sae import SAE
+
+_ABOVE = 3  # times the target, at the start: it falls to about a third while the first directions are learnt
+_AT_ONCE = 2**25  # pre-activations that thresholds are taken from at a time
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,28 @@ class JumpReLU:
     there is none: the record's warning says so. `threshold="direct"` trains theta itself, kept >= 0; "log" trains
     log theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all.
 
-    Adam moves a theta by about lr per step, so that in a run of some hundred steps L0 ends near where `init_threshold`
-    puts it: start where the first batch's L0 is about ten times the target (1 to 2 for activations of length sqrt(d),
-    as `normalisation="centred"` gives). And the step's loss only ever lowers L0, however small the controller makes it;
-    "quadratic" pulls from both sides.
+    Adam moves a theta by about lr per step: in a run of some hundred steps L0 ends near where it starts. With a target
+    (or `init_l0`), and no `init_threshold`, thresholds start from the N first tokens, on which estimates are made: each
+    latent is on equally often, and init_l0 are on per token,
+
+        theta_i = half way between the n_i-th largest z_i and the next;   sum_i n_i = N init_l0, all n_i equal or one
+        apart;   theta_i >= 0, so that init_l0 above about d_sae / 2 is not reached
+
+    None starts at three times the target, since L0 falls to about a third while the first directions are learnt. On
+    SmolLM2-135M, layer 15, 4,608 latents, 131,072 tokens, target 32, l0=0.3, bandwidth=1 (held-out L0, FVU):
+
+                     init_threshold=1.4 (L0 330)    init_l0=96      init_l0=32
+        step         34, 0.72                       20, 0.35        14, 0.38
+        quadratic    40, 0.29                       22, 0.35        14, 0.38
+
+    From far above the target the controller makes `l0` so large that the step's loss spoils the reconstruction.
+    The step's loss only ever lowers L0, however small the controller makes it; "quadratic" pulls from both sides.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 9, 11, 12 (loss, estimators; an appendix has a target L0);
         Conerly et al. 2025, Transformer Circuits, January 2025 (tanh, estimator also to the input, pre-activation
-        loss). The quadratic loss is scaled as SAELens scales it.
+        loss; biases from data by which each latent is on on the same share of tokens, here thresholds). The quadratic
+        loss is scaled as SAELens scales it.
     Example:
         >>> objective = JumpReLU(d_sae=32, l0=0.1, sparsity="quadratic", target_l0=4)
         >>> params, x = objective.start(8), torch.ones(5, 8)
@@ -55,7 +72,8 @@ class JumpReLU:
     target_l0: float | None = None  # latents per token: inside the loss (quadratic), else steered to by changing `l0`
     warmup_tokens: int = 0  # tokens over which `l0` rises from 0
     bandwidth: float = 0.05  # width of the straight-through window, in units of the pre-activations
-    init_threshold: float = 0.01  # in units of the pre-activations
+    init_threshold: float | None = None  # of all latents, in units of the pre-activations; None: see init_l0
+    init_l0: float | None = None  # latents per token at the start, by data; None: 3 target_l0, or thresholds of 0.01
     threshold: Literal["direct", "log"] = "direct"  # what is trained
     to_input: bool = False  # whether the estimator's gradient also reaches the pre-activations
     tanh_scale: float = 4.0  # per unit of length written
@@ -73,8 +91,10 @@ class JumpReLU:
         check(self.pre_act_on in ("dead", "all"), "pre_act_on", self.pre_act_on, "'dead' or 'all'")
         for name in ("bandwidth", "tanh_scale"):
             check(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        low = self.init_threshold > 0 or (self.init_threshold == 0 and self.threshold == "direct")
-        check(low, "init_threshold", self.init_threshold, "0 or more; more than 0 with threshold='log'")
+        least, low = self.init_threshold, 0 if self.threshold == "direct" else 1e-30
+        check(least is None or least >= low, "init_threshold", least, "0 or more; more than 0 with threshold='log'")
+        alone = self.init_l0 is None or (least is None and 0 < self.init_l0 < self.d_sae)
+        check(alone, "init_l0", self.init_l0, f"0 to d_sae={self.d_sae} latents per token, and no init_threshold")
         check(self.pre_act >= 0, "pre_act", self.pre_act, "a weight, 0 or more")
         check_coefficient(check, "l0", self.l0, self.warmup_tokens, self.target_l0)
         needs = self.sparsity != "quadratic" or self.target_l0 is not None
@@ -86,6 +106,13 @@ class JumpReLU:
         """The weight of the sparsity loss; steered only where the loss does not aim at the target by itself."""
         steered = None if self.sparsity == "quadratic" else self.target_l0
         return {"l0": Coefficient(self.l0, self.warmup_tokens, steered)}
+
+    @property
+    def start_l0(self) -> float | None:
+        """Latents per token that `fit` makes the first tokens have on; None if it has nothing to do."""
+        if self.init_l0 is not None or self.init_threshold is not None or self.target_l0 is None:
+            return self.init_l0
+        return min(_ABOVE * self.target_l0, self.d_sae / 2)
 
     def state(self, device: torch.device | str = "cpu") -> State:
         """For a first step at full weight: nothing is dead."""
@@ -101,7 +128,7 @@ class JumpReLU:
         device: torch.device | str = "cpu",
     ) -> Params:
         """Weights to begin with; `d_out` makes it a transcoder, whose input is not centred by b_dec."""
-        theta = torch.tensor(self.init_threshold)
+        theta = torch.tensor(0.01 if self.init_threshold is None else self.init_threshold)
         own = {"log_threshold": theta.log().item()} if self.threshold == "log" else {"threshold": theta.item()}
         norm, skip, extra = self.init_norm, self.skip, {"b_enc": 0.0, **own}
         return started(
@@ -116,6 +143,25 @@ class JumpReLU:
         tensors = dict(params.named_parameters())
         tensors["log_threshold"] = tensors.pop("threshold").detach().clamp_min(1e-8).log()
         return Params(tensors, params.pre_bias)
+
+    @torch.no_grad()
+    def fit(self, params: Params, batches: Sequence[Float[Tensor, "tokens d_in"]]) -> None:
+        """Thresholds by which `start_l0` of the latents are on per token of these batches, in place; see above."""
+        n = sum(map(len, batches))
+        each, more = divmod(round(n * self.start_l0), self.d_sae)
+        directions, x = params.W_enc.T, [params.centred(batch).T for batch in batches]
+        for first in range(0, self.d_sae, width := max(1, _AT_ONCE // n)):
+            some = slice(first, first + width)
+            z = torch.cat([directions[some] @ batch for batch in x], 1) + params.b_enc[some, None]
+            top = z.topk(min(n, each + 2), dim=1).values
+            once_more = torch.arange(first, first + len(z), device=z.device) < more
+            on = (each + once_more.long())[:, None]
+            ends = (top.gather(1, (on - 1).clamp_min(0)) + top.gather(1, on.clamp_max(n - 1))) / 2
+            theta = torch.where(on > 0, ends, 1.5 * top[:, :1] - 0.5 * top[:, 1:2])[:, 0]
+            if self.threshold == "log":
+                params.log_threshold[some] = theta.clamp_min(1e-8).log()
+            else:
+                params.threshold[some] = theta.clamp_min(0)
 
     def losses(
         self, params: Params, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], state: State

@@ -3,7 +3,7 @@
     stream -> Training -> TrainStep, TrainStep, ...     and at any time    training.saes, training.state()
 
 `config` says how, `units` in which units, `learner` is one SAE's step, `paths` the two ways to its gradients, `loop`
-drives all SAEs over one stream, `record` is what a step reports.
+drives all SAEs over one stream, `checks` is what goes together, `record` what a step reports.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ A step, given one batch in training units:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
@@ -22,6 +22,7 @@ from saewb.firing import FiringStream
 from saewb.metrics import ReconstructionStream
 from saewb.objectives import (
     BatchTopK,
+    JumpReLU,
     Losses,
     Matryoshka,
     Objective,
@@ -111,6 +112,11 @@ class Learner:
         self._n_batches = 0
         self._gradients = choose(trainee.objective, config)
         self._optimizer = _optimizer(self.params, config)
+
+    def fit(self, batches: Sequence[Float[Tensor, "tokens d_in"]]) -> None:
+        """Take from the first batches, in the model's units, what the objective starts with."""
+        if starts_from_data(self.trainee):
+            self.trainee.objective.fit(self.params, [self.read.apply(self._placed(x)) for x in batches])
 
     def learn(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], n_tokens: int) -> Figures:
         """One step on (this process's share of) a batch in training units, after `n_tokens` tokens."""
@@ -263,6 +269,12 @@ class Learner:
             n_thresholds=saved["n_thresholds"],
             dead_rows=self._looked.nonzero()[:, 0],
         )
+
+
+def starts_from_data(trainee: Trainee) -> bool:
+    """Whether something of it besides its units is taken from the first tokens: thresholds."""
+    objective = trainee.objective
+    return isinstance(objective, JumpReLU) and objective.start_l0 is not None and trainee.init is None
 
 
 def described(trainee: Trainee) -> dict[str, Any]:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol, Union, final
 
 import torch
 from torch import Tensor
 
 from saewb.errors import explain, near
-from saewb.objectives import MatchingPursuit, Objective
+from saewb.objectives import Objective
 from saewb.team import ALONE, Team
+from saewb.training.checks import check_state, check_trainee, plain
 from saewb.training.config import TrainConfig
-from saewb.training.learner import Learner, Trainee, described
+from saewb.training.learner import Learner, Trainee, described, starts_from_data
 from saewb.training.record import TrainStep
 from saewb.training.units import AnySAE, Units, estimated, from_estimates, whitening_units
 
 PROBE_ROWS = 256  # of the last batch, that an export is proved on
-MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # when training is resumed
+_ESTIMATED = ("constant", "centred", "whitened")  # normalisations that are estimated
 
 
 class Batch(Protocol):
@@ -98,7 +98,7 @@ class Training:
         self._stream = stream
         self._trainees = {name: s if isinstance(s, Trainee) else Trainee(s) for name, s in named.items()}
         for name, trainee in self._trainees.items():
-            _check_trainee(name, trainee, config)
+            check_trainee(name, trainee, config)
         self._signature = {
             name: {**described(t), "read": t.read, "write": t.write, "lr": t.lr} for name, t in self._trainees.items()
         }
@@ -108,6 +108,7 @@ class Training:
         self._pending: deque[Batch] = deque()  # taken from the stream for estimates, to be trained on next
         self._place: dict[str, Any] = {}  # of the stream before the first batch that was pending
         self._n_taken = 0  # batches trained on since then
+        self._n_skip = self._skipped = 0  # batches that were trained on before it was resumed; those gone by again
         self._units: dict[str, Units] = {}
         self._learners: dict[str, Learner] = {}
         self._probe: dict[str, Tensor] = {}
@@ -158,7 +159,8 @@ class Training:
         Raises:
             RuntimeError: if an SAE's output is not that of the training to 1e-5 of a row's length.
         """
-        self.begin()
+        if not self._learners:
+            self.begin()
         made = {}
         for name, learner in self._learners.items():
             metadata = {
@@ -178,7 +180,7 @@ class Training:
         self.begin()
         units = {p: u.snapshot() for p, u in self._units.items()}
         return {
-            "config": _plain(self.config),
+            "config": plain(self.config),
             "trainees": self._signature,
             "points": {name: [t.read, t.write] for name, t in self._trainees.items()},
             "n_steps": self.n_steps,
@@ -197,7 +199,7 @@ class Training:
         Raises:
             ValueError: if the SAEs, or a field of the config that must not change, are not those of the state.
         """
-        self._check_state(state)
+        check_state(state, self._signature, self.config)
         self._device = self._device or torch.device(state["device"])
         for name, (read, write) in state["points"].items():
             self._trainees[name] = replace(self._trainees[name], read=read, write=write)
@@ -210,18 +212,7 @@ class Training:
         self._pending.clear()
         self._stream.restore(state["stream"])
         self._iterator = iter(self._stream)
-        for _ in range(state["n_taken"]):
-            next(self._iterator)
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state["trainees"] != self._signature:
-            what = f"the state is of other SAEs: {state['trainees']}."
-            raise ValueError(explain(what, want=str(self._signature)))
-        mine = _plain(self.config)
-        changed = {k for k, v in state["config"].items() if mine.get(k) != v} - MAY_CHANGE
-        if changed:
-            text = ", ".join(f"{k}={state['config'][k]!r}, now {mine.get(k)!r}" for k in sorted(changed))
-            raise ValueError(explain(f"the state was made with {text}.", want="the same config"))
+        self._n_skip, self._skipped = state["n_taken"], 0
 
     def begin(self) -> None:
         """Estimates and first weights, from the stream's first batches, which are then trained on.
@@ -229,13 +220,57 @@ class Training:
         The first step does it, or whatever needs weights. With several processes that share the model's passes: for
         all of them to call, before one asks for SAEs alone.
         """
+        while self.read_ahead():
+            pass
+
+    def read_ahead(self, fill: Callable[[], bool] = lambda: False) -> bool:
+        """A part of what `begin()` does; whether there is more of it. For who wants to look, or to stop, in between.
+
+        Args:
+            fill: called before a batch is taken until it says that there is no more to do, e.g. `stream.fill`.
+        """
+        if self._iterator is None:
+            self._place, self._iterator = self._stream.state(), iter(self._stream)
+        if fill():
+            return True
+        if self._skipped < self._n_skip:
+            next(self._iterator)
+            self._skipped += 1
+            return self.ahead is not None
         if self._learners:
-            return
+            return False
+        if len(self._pending) < self._n_wanted and (batch := next(self._iterator, None)) is not None:
+            self._pending.append(batch)
+            return True
+        self._start()
+        return False
+
+    @property
+    def ahead(self) -> tuple[str, int, int] | None:
+        """(what for, tokens there, tokens wanted) of what is read before the first step; None once that may come.
+
+        At any time, of any thread.
+        """
+        size, normalises = self.config.batch_tokens, self.config.normalisation in _ESTIMATED
+        if self._skipped < self._n_skip:
+            return "going back to its place", self._skipped * size, self._n_skip * size
+        what = "estimating " + ("the normalisation" if normalises else "on the first tokens")
+        what = what if self._estimates else "reading the first batch"
+        return None if self._learners else (what, len(self._pending) * size, self._n_wanted * size)
+
+    @property
+    def _n_wanted(self) -> int:
+        """Batches that are read before the first step."""
         config = self.config
-        self._place, self._iterator = self._stream.state(), iter(self._stream)
-        estimates = config.normalisation in ("constant", "centred", "whitened") or config.b_dec == "mean"
-        tokens = min(config.n_tokens, config.estimate_tokens or 8 * config.batch_tokens) if estimates else 1
-        self._pending.extend(islice(self._iterator, -(-tokens // config.batch_tokens)))
+        tokens = min(config.n_tokens, config.estimate_tokens or 8 * config.batch_tokens) if self._estimates else 1
+        return -(-tokens // config.batch_tokens)
+
+    @property
+    def _estimates(self) -> bool:
+        fits = any(map(starts_from_data, self._trainees.values()))
+        return self.config.normalisation in _ESTIMATED or self.config.b_dec == "mean" or fits
+
+    def _start(self) -> None:
         if not self._pending:
             raise ValueError(explain("the stream is empty.", want="at least one batch"))
         values = self._checked(self._pending[0])
@@ -246,8 +281,10 @@ class Training:
         self._probe = {point: values[point][:PROBE_ROWS].clone() for point in points}
         means = {}
         for point in points:
-            self._units[point], means[point] = self._estimated(point) if estimates else (self._fixed(), None)
+            self._units[point], means[point] = self._estimated(point) if self._estimates else (self._fixed(), None)
         self._make_learners({point: values[point].shape[1] for point in points}, means)
+        for name, learner in self._learners.items():
+            learner.fit([batch.values[self._points(name)[0]] for batch in self._pending])
 
     def _check_held_out(self, points: list[str]) -> None:
         for point in points:
@@ -308,19 +345,3 @@ class Training:
             what = f"the stream yields {len(batch)} tokens per batch, the config asks for {self.config.batch_tokens}."
             raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., batch_tokens={len(batch)})"))
         return batch.values
-
-
-def _check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
-    per_token = config.normalisation in ("layer_norm", "constant_norm")
-    skip = "skip" in {f.name for f in fields(trainee.objective)} and trainee.objective.skip
-    if per_token and (skip or trainee.is_transcoder):
-        what = f"normalisation={config.normalisation!r} with {name!r}, a transcoder or with a skip matrix."
-        raise ValueError(explain(what, want="'none', 'constant' or 'centred': a scale per token says nothing about y"))
-    if config.normalisation == "whitened" and isinstance(trainee.objective, MatchingPursuit):
-        what = f"normalisation='whitened' with {name!r}, which does matching pursuit."
-        raise ValueError(explain(what, want="'constant' or 'centred': its encoder is its decoder, whitened it is not"))
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    return {**plain, "autocast": None if config.autocast is None else str(config.autocast)}

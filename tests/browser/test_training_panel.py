@@ -1,5 +1,6 @@
 """TrainingPanel's front end in Chromium, over the real panel."""
 
+import os
 import time
 
 import chromium
@@ -7,6 +8,7 @@ import panels
 import pytest
 import torch
 from saewb_widgets import TrainingPanel
+from slow_streams import Gated
 
 import saewb
 from saewb.streams import stream_draws
@@ -82,6 +84,27 @@ def test_a_run_is_watched_paused_and_stopped(page, live):
     page.get_by_role("button", name="a run equal to mine").click()
     page.locator(".notice pre").wait_for()
     assert page.inner_text(".notice pre").strip() == panel.code("mine").strip()
+
+
+def test_a_buffer_that_fills_is_seen_to_fill_until_the_run_begins(page):
+    gated = Gated()
+    gated.let()
+    how = {"n_tokens": 400, "batch_tokens": 40, "estimate_tokens": 80}
+    run = saewb.train(None, gated.stream(), saewb.TopK(d_sae=24, k=4), **how)
+    gated.until_asked(2)
+    chromium.mount(page, TrainingPanel({"mine": run}))
+    where, fill = page.locator(".run.before .where"), page.locator(".run.before .bar i")
+    assert where.inner_text() == "filling the buffer, 40 of 200 tokens"
+    assert fill.get_attribute("style") == "width: 20%;"
+    gated.let(2)
+    page.locator(".where", has_text="filling the buffer, 120 of 200 tokens").wait_for()
+    bar = page.get_by_role("progressbar", name="Progress of mine")
+    assert bar.get_attribute("aria-valuetext") == "filling the buffer, 120 of 200 tokens"
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/filling.png")
+    gated.let(100)
+    page.locator(".run[data-state=finished]:not(.before)").wait_for()
+    assert page.locator(".where").inner_text().startswith("400 of 400 tokens")
 
 
 def test_curves_of_several_runs_are_laid_over_one_another(page):

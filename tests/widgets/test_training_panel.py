@@ -12,6 +12,7 @@ import pytest
 import small
 import torch
 from saewb_widgets import TrainingPanel, _charts, training
+from slow_streams import Gated
 from traitlets import TraitError
 
 import saewb
@@ -156,6 +157,31 @@ def test_a_run_is_paused_gone_on_with_and_stopped():
     for run, what, says in (("other", "stop", "no run"), ("mine", "halt", "want: pause")):
         with pytest.raises((KeyError, ValueError), match=says):
             panel.control(run, what)
+
+
+def test_a_run_whose_buffer_fills_does_not_look_dead(tmp_path):
+    gated = Gated()
+    gated.let()
+    run = saewb.train(None, gated.stream(), TOPK, n_tokens=400, batch_tokens=40, folder=tmp_path / "r")
+    gated.until_asked(2)
+    panel = TrainingPanel({"mine": run, "elsewhere": tmp_path / "r"})
+    mine, elsewhere = panel.status
+    assert (mine["before"], mine["frac"]) == ("filling the buffer, 40 of 200 tokens", 0.2)
+    assert (elsewhere["before"][:22], elsewhere["state"]) == ("before its first step:", "running")
+    assert "filling the buffer, 40 of 200 tokens" in panel.static_html()
+    gated.let(2)
+    gated.until_asked(2)
+    panel.refresh()
+    assert panel.status[0]["before"] == "filling the buffer, 120 of 200 tokens"
+    panel.control("mine", "stop")
+    until(lambda: run._waiting)
+    gated.let()
+    panel.wait(60)
+    mine, elsewhere = panel.status
+    assert (mine["state"], mine["before"]) == ("stopped", "filling the buffer, 160 of 200 tokens")
+    panel.refresh()
+    elsewhere = panel.status[1]
+    assert (elsewhere["state"], elsewhere["before"], elsewhere["resume"]) == ("stopped", "", "")
 
 
 def test_news_takes_no_error_away():

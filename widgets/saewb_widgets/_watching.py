@@ -66,7 +66,8 @@ class Watched:
 
     def _here(self) -> dict[str, Any]:
         run, p = self.run, self.run.progress
-        made = {"state": p.state, "frac": round(p.frac, 4), "n_tokens": p.n_tokens, "total": p.total_tokens}
+        made = {"state": p.state, "frac": round((p.run_up or p).frac, 4)}
+        made |= {"n_tokens": p.n_tokens, "total": p.total_tokens, "before": str(p.run_up or "")}
         made["speed"] = p.tokens_per_s and float(f"{p.tokens_per_s:.3g}")
         made["left"] = None if p.seconds_left is None else round(p.seconds_left)
         if run.error is not None:
@@ -79,7 +80,9 @@ class Watched:
         run = self.run
         step, total = run.facts["config"]["batch_tokens"], run.facts["config"]["n_tokens"]
         made = {"state": run.state, "frac": round(run.frac, 4), "total": total // step * step}
-        made["n_tokens"] = run.rows[-1]["n_tokens"] if run.rows else 0
+        made |= {"n_tokens": run.rows[-1]["n_tokens"] if run.rows else 0, "before": ""}
+        if run.before_first_step:
+            made["before"] = "before its first step: its buffer fills, or means are estimated"
         if self._gone:
             return made | {"state": "gone", "error": self._missing()}
         said = {"failed": run.error, "cut off": CUT_OFF}.get(run.state)

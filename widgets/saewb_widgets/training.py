@@ -176,7 +176,8 @@ class TrainingPanel(Panel):
             rows = [(key, text) for key, text in self.typed.items()]
             return f"<div>not started: {self.kind}</div>" + _static.grid(("field", "value"), rows)
         rows = [
-            (s["name"], s["state"], f"{s['n_tokens']:,} of {s['total']:,}", s.get("error", "")) for s in self.status
+            (s["name"], s["state"], s["before"] or f"{s['n_tokens']:,} of {s['total']:,}", s.get("error", ""))
+            for s in self.status
         ]
         return _static.grid(("run", "state", "tokens", ""), rows) + _charts.charts(self.series, self.scale)
 

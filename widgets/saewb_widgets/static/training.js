@@ -61,14 +61,16 @@ function training({ body, model, on, set, ask }) {
     for (const [name, r] of rows) if (!names.has(name)) { r.e.remove(); rows.delete(name); }
     told.forEach((s) => {
       if (!rows.has(s.name)) { rows.set(s.name, row(s.name)); runs.append(rows.get(s.name).e); }
-      const r = rows.get(s.name), parts = [`${count(s.n_tokens)} of ${count(s.total)} tokens`];
+      const r = rows.get(s.name), parts = [s.before || `${count(s.n_tokens)} of ${count(s.total)} tokens`];
       if (s.speed) parts.push(`${count(s.speed)} tokens/s`);
       if (s.state === "running" && s.left !== null && s.left !== undefined) parts.push(`${clock(s.left)} left`);
       r.state.textContent = s.state;
       r.e.dataset.state = s.state;
+      r.e.classList.toggle("before", !!s.before);
       r.where.textContent = parts.join(" \u00b7 ");
       r.fill.style.width = 100 * s.frac + "%";
       r.bar.setAttribute("aria-valuenow", Math.round(100 * s.frac));
+      r.bar.setAttribute("aria-valuetext", parts[0]);
       r.buttons.pause.hidden = !(s.here && s.state === "running");
       r.buttons.resume.hidden = !(s.here && s.state === "paused");
       r.buttons.stop.hidden = !(s.here && (s.state === "running" || s.state === "paused"));
