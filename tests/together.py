@@ -100,8 +100,11 @@ def main(what, folder):
         try:
             run.wait()
         finally:
-            (folder / f"{team.rank}.json").write_text(json.dumps([run.state, str(run.error)]))
-            time.sleep(3)  # that both have written before the launcher ends the other
+            (folder / f"{team.rank}.half").write_text(json.dumps([run.state, str(run.error)]))
+            (folder / f"{team.rank}.half").rename(folder / f"{team.rank}.json")
+            end = time.monotonic() + 60  # when one ends the launcher ends the other, which is to have written too
+            while not all((folder / f"{rank}.json").exists() for rank in (0, 1)) and time.monotonic() < end:
+                time.sleep(0.05)
 
 
 if __name__ == "__main__":
