@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from saewb.arithmetic import Latents, Tap, tapped, threshold_gate
 from saewb.config import checker
 from saewb.errors import FormatError, explain
+from saewb.fitting import check_fit, fitting, not_a_tensor
 
 CrossLayerGate = Literal["relu", "jumprelu"]
 
@@ -180,7 +181,7 @@ class CrossLayerTranscoder(nn.Module):
         if tap is not None and latents is not None:
             what = "encode_layer got both latents= and tap=."
             raise ValueError(explain(what, want="one of them; a tap sees all latents"))
-        x, chosen = self._fitting(x), slice(None) if latents is None else latents
+        x, chosen = fitting(self, x, self.cfg.d_in), slice(None) if latents is None else latents
         pre = torch.tensordot(x, self.W_enc[layer][:, chosen].to(self.dtype), 1) + self.b_enc[layer][chosen]
         threshold = self.threshold[layer][chosen] if self.cfg.gate == "jumprelu" else None
         return tapped(tap, "acts_post", threshold_gate(tapped(tap, "acts_pre", pre), threshold))
@@ -206,7 +207,7 @@ class CrossLayerTranscoder(nn.Module):
         Raises:
             ValueError: if latents of an earlier layer, or `x`, are needed and missing.
         """
-        return self._decoded([active(z) for z in latents[: layer + 1]], layer, x, tap)
+        return self._decoded(self._sources(latents[: layer + 1]), layer, x, tap)
 
     def encode(self, xs: Sequence[Float[Tensor, "..."]]) -> list[Tensor]:
         """`encode_layer` of every layer.
@@ -229,7 +230,7 @@ class CrossLayerTranscoder(nn.Module):
         Returns:
             For each of `cfg.hooks_out` `[..., d_out]`.
         """
-        sources = [active(z) for z in self._one_each(latents)]
+        sources = self._sources(self._one_each(latents, "latents"))
         given = [None] * len(sources) if xs is None else self._one_each(xs)
         return [self._decoded(sources, layer, x) for layer, x in enumerate(given)]
 
@@ -250,14 +251,17 @@ class CrossLayerTranscoder(nn.Module):
         if x is None:
             what = "decode of a cross-layer transcoder with a skip matrix needs its input."
             raise ValueError(explain(what, fix="clt.decode(latents, xs)"))
-        return recon + self._fitting(x) @ self.W_skip[layer].to(self.dtype)
+        return recon + fitting(self, x, self.cfg.d_in) @ self.W_skip[layer].to(self.dtype)
 
-    def _fitting(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.cfg.d_in,):
-            raise ValueError(explain(f"{self!r} got x of shape {tuple(x.shape)}.", want=f"[..., d_in={self.cfg.d_in}]"))
-        return x.to(self.dtype)
+    def _sources(self, latents: Sequence[Tensor]) -> list[Active]:
+        for z, width in zip(latents, self.cfg.d_sae, strict=False):
+            check_fit(self, z, width, "latents")
+        return [active(z) for z in latents]
 
-    def _one_each(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _one_each(self, given: Sequence[Tensor], role: str = "x") -> Sequence[Tensor]:
+        texts = isinstance(given, (list, tuple)) and any(isinstance(one, str) for one in given)
+        if texts or isinstance(given, str) or not hasattr(given, "__len__"):
+            raise not_a_tensor(self, given, role, f"for each of its {self.cfg.n_layers} layers, in a list")
         if isinstance(given, Tensor) or len(given) != self.cfg.n_layers:
             got = f"one tensor {tuple(given.shape)}" if isinstance(given, Tensor) else f"{len(given)} tensors"
             raise ValueError(explain(f"{self!r} got {got}.", want=f"a list of {self.cfg.n_layers}, one for each layer"))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from saewb.arithmetic import TILE, Latents, Tap, scaled, tapped, unscaled
 from saewb.config import Scaling, WritesWhereItReads, checker, describe
 from saewb.errors import FormatError, explain
+from saewb.fitting import fitting
 
 _check = checker("PursuitConfig")
 
@@ -161,7 +162,7 @@ class PursuitSAE(nn.Module):
         """
         if tap is not None and latents is not None:
             raise ValueError(explain("encode got both latents= and tap=.", want="one of them; a tap sees all latents"))
-        h = scaled(self._fitting(x), self.cfg.scaling)
+        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.scaling)
         rows = (h - self.b_dec if self.cfg.pre_bias == "tied" else h).reshape(-1, self.cfg.d_in)
         if latents is None:
             return tapped(tap, "acts_post", self._pursue(rows).reshape(*h.shape[:-1], self.cfg.d_sae))
@@ -182,9 +183,10 @@ class PursuitSAE(nn.Module):
             x: the input they came from; needed, and only used, with a scaling.
             tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
         Raises:
-            ValueError: if `x` is needed and missing.
+            TypeError: if `latents` is no tensor.
+            ValueError: if its last axis is not d_sae; if `x` is needed and missing.
         """
-        recon = latents.to(self.dtype) @ self.W_dec
+        recon = fitting(self, latents, self.cfg.d_sae, "latents") @ self.W_dec
         recon = tapped(tap, "recons", recon + self.b_dec if self.cfg.pre_bias == "tied" else recon)
         if self.cfg.scaling == "none":
             return recon
@@ -194,7 +196,7 @@ class PursuitSAE(nn.Module):
                     f"decode of an SAE with scaling={self.cfg.scaling!r} needs its input.", fix="sae.decode(latents, x)"
                 )
             )
-        return unscaled(recon, self._fitting(x), self.cfg.scaling)
+        return unscaled(recon, fitting(self, x, self.cfg.d_in), self.cfg.scaling)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """`decode(encode(x), x)`."""
@@ -229,11 +231,6 @@ class PursuitSAE(nn.Module):
             )
         cfg = replace(self.cfg, residual_threshold=self.cfg.residual_threshold / factor)
         return PursuitSAE.from_tensors(cfg, {"W_dec": self.W_dec.clone(), "b_dec": self.b_dec / factor})
-
-    def _fitting(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.cfg.d_in,):
-            raise ValueError(explain(f"{self!r} got x of shape {tuple(x.shape)}.", want=f"[..., d_in={self.cfg.d_in}]"))
-        return x.to(self.dtype)
 
     def _pursue(self, residual: Tensor) -> Tensor:
         # Tokens that are done leave `residual` and `token`, so later rounds cost only what is still moving. The choices

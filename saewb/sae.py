@@ -31,6 +31,7 @@ from saewb.arithmetic import (
 )
 from saewb.config import SAEConfig, describe, tensor_shapes
 from saewb.errors import FormatError, explain
+from saewb.fitting import fitting
 from saewb.products.rough import Rough, chosen
 
 __all__ = ["SAE", "SAEConfig", "TopLatents", "describe", "replace_config", "tensor_shapes"]
@@ -148,6 +149,7 @@ class SAE(nn.Module):
         Returns:
             `[..., d_sae]`, or exactly `encode(x)[..., latents]`.
         Raises:
+            TypeError: if `x` is no tensor.
             ValueError: if the last axis of `x` is not d_in, or if `tap` is given together with `latents`.
         Example:
             >>> sae = SAE(SAEConfig(d_in=4, d_sae=9)); x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -204,7 +206,8 @@ class SAE(nn.Module):
         Returns:
             `[..., d_out]`.
         Raises:
-            ValueError: if `x` is needed and missing.
+            TypeError: if `latents` is no tensor.
+            ValueError: if its last axis is not d_sae; if `x` is needed and missing.
         """
         recon = tapped(tap, "recons", self._decoded(latents))
         if self.cfg.scaling == "none" and not self.cfg.skip:
@@ -216,7 +219,7 @@ class SAE(nn.Module):
                     fix="sae.decode(latents, x)",
                 )
             )
-        x = self._fitting(x)
+        x = fitting(self, x, self.cfg.d_in)
         recon = unscaled(recon, x, self.cfg.scaling)
         return recon + x @ self.W_skip if self.cfg.skip else recon
 
@@ -283,14 +286,9 @@ class SAE(nn.Module):
             self.cfg, {name: new[name] if name in new else p.clone() for name, p in self._parameters.items()}
         )
 
-    def _fitting(self, x: Tensor) -> Tensor:
-        if x.shape[-1:] != (self.cfg.d_in,):
-            raise ValueError(explain(f"{self!r} got x of shape {tuple(x.shape)}.", want=f"[..., d_in={self.cfg.d_in}]"))
-        return x.to(self.dtype)
-
     def centred(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """What the encoder's matrix is multiplied with: scale(x) - b_pre."""
-        h = scaled(self._fitting(x), self.cfg.scaling)
+        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.scaling)
         return h if self.b_pre is None else h - self.b_pre
 
     def _gate(self, pre: Tensor) -> Tensor:
@@ -307,7 +305,7 @@ class SAE(nn.Module):
 
     def _decoded(self, latents: Tensor | TopLatents) -> Tensor:
         if not isinstance(latents, TopLatents):
-            return latents.to(self.dtype) @ self.W_dec + self.b_dec
+            return fitting(self, latents, self.cfg.d_sae, "latents") @ self.W_dec + self.b_dec
         summed = nn.functional.embedding_bag(latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum")
         return (summed + self.b_dec).view(*latents.shape[:-1], self.cfg.d_out)
 

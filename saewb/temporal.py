@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from saewb.arithmetic import Latents, Tap, scaled, tapped, unscaled
 from saewb.config import Scaling, WritesWhereItReads, checker, describe
 from saewb.errors import FormatError, explain
+from saewb.fitting import fitting, not_a_tensor
 
 _check = checker("TemporalConfig")
 
@@ -237,7 +238,8 @@ class TemporalSAE(nn.Module):
             x: the input they came from, whole: the predicted part and the scale come from it.
             tap: called with ("recons", (latents + predicted) @ W_dec + b_dec); what it returns is used on.
         Raises:
-            ValueError: if `x` is missing or is not `[batch, pos, d_in]`.
+            TypeError: if one of them is no tensor.
+            ValueError: if `x` is missing or is not `[batch, pos, d_in]`, or `latents` of another width.
         """
         if x is None:
             raise ValueError(
@@ -247,7 +249,8 @@ class TemporalSAE(nn.Module):
                 )
             )
         x = self._fitting(x)
-        return self._decoded(latents.to(self.dtype), self._foretold(x)[0], x, tap)
+        latents = fitting(self, latents, self.cfg.d_sae, "latents")
+        return self._decoded(latents, self._foretold(x)[0], x, tap)
 
     def forward(self, x: Float[Tensor, "*batch_pos d_in"]) -> Float[Tensor, "*batch_pos d_in"]:
         """`decode(encode(x), x)`, with the attention done once."""
@@ -275,11 +278,14 @@ class TemporalSAE(nn.Module):
         return TemporalSAE.from_tensors(cfg, {name: t.clone() for name, t in self.state_dict().items()})
 
     def _fitting(self, x: Tensor) -> Tensor:
+        want = f"[batch, pos, d_in={self.cfg.d_in}]"
+        if not isinstance(x, Tensor):
+            raise not_a_tensor(self, x, "x", want)
         if x.ndim != 3 or x.shape[-1] != self.cfg.d_in:
             raise ValueError(
                 explain(
                     f"{self!r} got x of shape {tuple(x.shape)}.",
-                    want=f"[batch, pos, d_in={self.cfg.d_in}], since it predicts each token from those before it",
+                    want=f"{want}, since it predicts each token from those before it",
                     fix="sae(x[None])" if x.ndim == 2 else "",
                 )
             )

@@ -1,5 +1,6 @@
 """The errors that a newcomer makes, and that each says what to do."""
 
+import json
 import subprocess
 import sys
 
@@ -248,3 +249,98 @@ for call in (
     assert "fix:  saewb.enrich(sae.W_dec @ model.W_U, sets)" in told
     assert "coactivation got a str for a batch" in told
     assert "fix:  coactivation([sae.encode(x)])" in told
+
+
+MISTAKES = """
+import json, numpy as np, torch, saewb
+from saewb.cross_layer import cross_layer_shapes
+
+hooks = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+cfg = saewb.CrossLayerConfig(8, (12, 12), hooks)
+zeros = {name: [torch.zeros(shape) for shape in shapes] for name, shapes in cross_layer_shapes(cfg).items()}
+saes = {
+    "pursuit": saewb.PursuitSAE(saewb.PursuitConfig(8, 12)),
+    "temporal": saewb.TemporalSAE(saewb.TemporalConfig(8, 12, n_heads=1, bottleneck_factor=4)),
+    "transcoder": saewb.SAE(saewb.SAEConfig(8, 12, d_out=6, hook=hooks[0], hook_out=hooks[1])),
+    "clt": saewb.CrossLayerTranscoder.from_tensors(cfg, zeros),
+    "topk": saewb.SAE(saewb.SAEConfig(8, 12, gate="topk", k=3)),
+}
+x = torch.zeros(1, 3, 8)
+wrong = {
+    "text": "A cat sat", "texts": ["A cat", "A dog"], "array": np.zeros((2, 3, 8), np.float32),
+    "list": [[0.0] * 8, [0.0] * 8], "nothing": None, "ids": torch.tensor([[1, 2, 3]]), "short": x[..., :5], "x": x,
+}
+said = {}
+for name, sae in saes.items():
+    several = [x, x] if name == "clt" else x
+    calls = {"encode": sae.encode, "forward": sae, "decode": lambda given: sae.decode(given, several)}
+    for verb, call in calls.items():
+        for what, given in wrong.items():
+            each = [given, given] if name == "clt" and isinstance(given, torch.Tensor) else given
+            try:
+                call(each)
+                said[f"{name} {verb} {what}"] = "", ""
+            except Exception as error:
+                said[f"{name} {verb} {what}"] = type(error).__name__, str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said():
+    """What an SAE says to wrong arguments, outside of the tests' own checks of annotations, which come before."""
+    run = subprocess.run([sys.executable, "-c", MISTAKES], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+ARCHITECTURES = ["pursuit", "temporal", "transcoder", "clt", "topk"]
+NO_TENSOR = {
+    "text": "the text 'A cat sat'",
+    "texts": "the text 'A cat'",
+    "array": "ndarray for",
+    "list": "list for",
+    "nothing": "NoneType for",
+}
+FIX = {
+    "text": "saewb.read_prompt(model, 'A cat sat', sae)",
+    "array": "torch.from_numpy(",
+    "list": "torch.tensor(",
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("verb", ["encode", "decode", "forward"])
+@pytest.mark.parametrize("wrong", NO_TENSOR)
+def test_what_is_no_tensor_given_to_an_sae(said, name, verb, wrong):
+    kind, text = said[f"{name} {verb} {wrong}"]
+    assert kind == "TypeError"
+    assert NO_TENSOR[wrong] in text
+    assert FIX.get(wrong, "") in text
+    assert ("latents, as sae.encode(x) gives them" if verb == "decode" else "activations of a model") in text
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_tensors_of_another_width_given_to_an_sae(said, name):
+    for verb in ("encode", "forward"):
+        assert said[f"{name} {verb} x"] == ["", ""]
+        kind, text = said[f"{name} {verb} short"]
+        assert kind == "ValueError"
+        assert "x of shape (1, 3, 5)" in text
+        assert "d_in=8]" in text
+    for what, width in (("x", 8), ("short", 5)):
+        kind, text = said[f"{name} decode {what}"]
+        assert kind == "ValueError"
+        assert f"latents of shape (1, 3, {width})" in text
+        assert "want: [..., d_sae=12]" in text
+        assert ("fix:  sae.decode(sae.encode(x), x)" in text) == (width == 8)
+
+
+@pytest.mark.parametrize("name", ["pursuit", "transcoder", "clt", "topk"])
+def test_token_ids_given_to_an_sae(said, name):
+    kind, text = said[f"{name} encode ids"]
+    assert kind == "ValueError"
+    assert "fix:  saewb.read_prompt(model, tokens, sae)" in text
+
+
+def test_what_it_says_to_type_for_a_text_works(model, sae):
+    assert len(saewb.read_prompt(model, "A cat sat", sae).tokens) > 2

@@ -34,15 +34,15 @@ from saewb.tokens import special_ids, token_rows
 
 
 @overload
-def build_index(model: nn.Module, sae: nn.Module, tokens: Tensor | Sequence[str], **how) -> FeatureIndex: ...
+def build_index(model: nn.Module, sae: nn.Module, tokens: Tensor | Sequence[str], **how: object) -> FeatureIndex: ...
 @overload
 def build_index(
-    model: nn.Module, sae: Sequence[nn.Module], tokens: Tensor | Sequence[str], **how
+    model: nn.Module, sae: Sequence[nn.Module], tokens: Tensor | Sequence[str], **how: object
 ) -> list[FeatureIndex]: ...
 def build_index(
-    model,
-    sae,
-    tokens,
+    model: nn.Module,
+    sae: nn.Module | Sequence[nn.Module],
+    tokens: Tensor | Sequence[str],
     *,
     hook: str | None = None,
     n_top: int = 20,
@@ -62,7 +62,7 @@ def build_index(
     seed: int = 0,
     progress: bool = False,
     neuronpedia: str | None = None,
-):
+) -> FeatureIndex | list[FeatureIndex]:
     """What every latent of an SAE does on text, from one pass over it: contexts, histogram, density, and the weights'.
 
     The model runs to the hook only, once for all SAEs. What is held does not grow with the text. The pass takes
@@ -124,13 +124,13 @@ def build_index(
     several = not isinstance(sae, nn.Module)
     saes = list(sae) if several else [sae]
     before, after = (window, window) if isinstance(window, int) else window
-    sizes = {"n_top": n_top, "n_quantiles": n_quantiles, "per_quantile": per_quantile, "batch_size": batch_size}
-    _check_sizes(sizes, before=before, after=after, first_row=first_row, coactive_tokens=coactive_tokens)
+    positive = {"n_top": n_top, "n_quantiles": n_quantiles, "per_quantile": per_quantile, "batch_size": batch_size}
+    _check_sizes(positive, before=before, after=after, first_row=first_row, coactive_tokens=coactive_tokens)
     ids = token_rows(model, tokens, ctx_len)
     special = special_ids(model, skip_special_tokens)
     text = Text(ids, special, first_row, batch_size, next(model.parameters()).device)
-    gathered = (n_top, n_quantiles, per_quantile, before, after, coactive_tokens, seed, special)
-    plans = [_facts(model, s, hook, ids.shape[1], *gathered, neuronpedia) for s in saes]
+    sizes = (ids.shape[1], n_top, n_quantiles, per_quantile, before, after, coactive_tokens)
+    plans = [_facts(model, s, hook, sizes, seed, special, neuronpedia) for s in saes]
     places = _places(folder, len(saes), several)
     builds = [_started(s, f, p) for s, f, p in zip(saes, plans, places, strict=True)]
     _pass(model, builds, text, progress, save_every_s)
@@ -182,7 +182,15 @@ def _check_sizes(positive: dict[str, int], **others: int) -> None:
             raise ValueError(explain(f"build_index got {name}={got!r}.", want=f"an integer, at least {least}"))
 
 
-def _facts(model, sae, hook, ctx, n_top, n_q, per_q, before, after, coactive_tokens, seed, special, neuronpedia):
+def _facts(
+    model: nn.Module,
+    sae: nn.Module,
+    hook: str | None,
+    sizes: tuple[int, ...],  # as IndexFacts has them, from ctx_len to coactive_tokens
+    seed: int,
+    special: Sequence[int],
+    neuronpedia: str | None,
+) -> IndexFacts:
     with hooks.lock(model), attach(model, sae, hook=hook) as attached:  # says what is wrong with it
         (write,) = attached.latents
     read = hook or sae.cfg.hook
@@ -190,10 +198,8 @@ def _facts(model, sae, hook, ctx, n_top, n_q, per_q, before, after, coactive_tok
     typed = next((name for name in (sae.cfg.hook_out, read) if name in names), write)
     page = neuronpedia or sae.cfg.metadata.get("neuronpedia_id") or sae.cfg.metadata.get("neuronpedia")
     l0_most = sae.cfg.k if isinstance(sae, SAE) and sae.cfg.k is not None else sae.cfg.d_sae
-    sizes = (sae.cfg.d_sae, ctx, n_top, n_q, per_q, before, after, coactive_tokens, l0_most, seed)
-    return IndexFacts(
-        *sizes, tuple(special), (), 0, repr(sae), str(model.cfg.model_name), read, typed, None, page or None
-    )
+    made = (sae.cfg.d_sae, *sizes, l0_most, seed, tuple(special), (), 0, repr(sae), str(model.cfg.model_name))
+    return IndexFacts(*made, read, typed, None, page or None)
 
 
 def _places(folder: str | Path | None, n: int, several: bool) -> list[Path | None]:

@@ -3,7 +3,7 @@
 Entering and leaving, with no forward pass, and the forward pass with ten top-k SAEs, against the bare forward pass of
 the same run; and against sae-lens where it is installed. Entering and leaving is measured twice: in turn with the
 peer, after which the processor has to fetch everything from memory again, and again and again by itself; each beside
-hooks that do nothing, on the same points. Prints medians and ratios; passes or fails nothing.
+plain hooks, which do nothing, on the same points. Prints medians and ratios; passes or fails nothing.
 """
 
 import tempfile
@@ -75,7 +75,7 @@ def main() -> None:
             model(tokens)
 
     def entering(saes):
-        return {"saewb": lambda: enter_and_leave(saes), "hooks that do nothing": lambda: hooks_only(saes)}
+        return {"saewb": lambda: enter_and_leave(saes), "plain hooks": lambda: hooks_only(saes)}
 
     one, all_of_them = entering(many[:1]), entering(many)
     passes = {"bare": bare, "saewb": forward, "saewb, error term": lambda: forward(error_term=True)}
@@ -99,7 +99,7 @@ def main() -> None:
     for calls, what in ((one, "1 SAE"), (all_of_them, f"{n} SAEs")):
         title = f"attach and detach {what}, no forward pass, {options.model}"
         took = medians(calls, enters, device)
-        for name in ("saewb", "hooks that do nothing"):
+        for name in ("saewb", "plain hooks"):
             took |= {f"{name}, again and again": medians({name: calls[name]}, enters, device)[name]}
         report.add(Table.made(title, took, "saewb"))
     took = medians(passes, 2 if options.quick else options.rounds, device)
