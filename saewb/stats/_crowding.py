@@ -132,7 +132,7 @@ def _moments(unit: Float[Tensor, "n d"]) -> _Moments:
     crowded = n > 4 * d
     trace, fourth, n_zero = (torch.zeros((), dtype=torch.float64, device=unit.device) for _ in range(3))
     inner = torch.zeros(d, d, dtype=torch.float64, device=unit.device)
-    for block in unit.split(max(1, 2**20 // d)):
+    for block in unit.split(max(1, 2**19 // d)):
         if crowded:
             inner += (block.T @ block).double()
         block = block.double()

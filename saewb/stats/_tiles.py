@@ -16,7 +16,7 @@ from saewb.errors import explain
 from saewb.products.precision import multiply_into
 
 _CHUNK = 2**18  # cosines that one thread works on: with its copies they stay in its share of the cache
-_TILE = 2**22  # cosines multiplied at a time, if that makes at least `_ROWS` rows
+_TILE = 2**23  # cosines multiplied at a time, if that makes at least `_ROWS` rows
 _SERIAL = 2**15 - 1  # elements that torch works on without starting threads
 _ROWS = 128  # with fewer, reading all directions from memory costs more than multiplying them
 

@@ -40,7 +40,8 @@ def superposition(
     be below sqrt((n - d) / (d (n - 1))), the Welch bound, which random directions nearly reach.
 
     Memory beyond the directions, a copy of them of length 1 and the result is at most `max_bytes`, whatever n: 262,144
-    directions never take n * n. Time is that of the product, n * n * d, and about half as much again.
+    directions never take n * n. Time grows with n * n * d: for 16,384 directions in 576 dimensions it is about what
+    `directions @ directions.T` takes on a CPU.
 
     Args:
         directions: one per row, of any length; or an SAE, of which the decoder's (`sae.W_dec`) are taken. The encoder's
