@@ -128,12 +128,20 @@ class Fired(Entries):
     def means(
         self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int
     ) -> Float[Tensor, "blocks_r blocks_c"]:
-        """sum_ij r_ij = sum_t (sum_i z_ti) (sum_j z_tj) / N, where z is standardised; less the diagonal."""
+        """Sums of entries without making one, less the diagonal.
+
+            sum_ij r_ij = sum_t (sum_i z_ti - s_i) (sum_j z_tj - s_j) / N - sum_ij (away_i - s_i) (away_j - s_j)
+
+        for any s: products are summed in float32, so s is `away` for latents that mostly fire, of whose z that is the
+        most, and 0 for others, whose zeros stay zeros.
+        """
         n_r, n_c = -(-len(rows) // step), -(-len(cols) // step)
         in_row, in_col = self._block_of(rows, step), self._block_of(cols, step)
         known, away = (~self.away.isnan()).double(), self.away.nan_to_num(0)
-        total = self._met(in_row, in_col, n_r, n_c) / self.n_tokens
-        total -= _by_block(away, in_row, n_r)[:, None] * _by_block(away, in_col, n_c)
+        off = torch.where(2 * self.fires() > self.n_tokens, away, 0)
+        off_r, off_c = _by_block(off, in_row, n_r).float(), _by_block(off, in_col, n_c).float()
+        total = self._met(in_row, in_col, off_r, off_c) / self.n_tokens
+        total -= (_by_block(away, in_row, n_r) - off_r)[:, None] * (_by_block(away, in_col, n_c) - off_c)
         count = _by_block(known, in_row, n_r)[:, None] * _by_block(known, in_col, n_c)
         here, there = diagonal(rows, cols, len(self.away))
         own = known[rows[here]]  # the entry of a feature with itself is 1
@@ -190,25 +198,31 @@ class Fired(Entries):
         block[chosen] = torch.arange(len(chosen), device=self.device) // step
         return block
 
-    def _met(self, in_row: Tensor, in_col: Tensor, n_r: int, n_c: int) -> Float[Tensor, "blocks_r blocks_c"]:
-        """Sums over tokens of products of blocks' activations, in units of their spread."""
-        total = self.away.new_zeros(n_r, n_c)
-        at = max(1, _MEANS // max(n_r, n_c))
+    def _met(
+        self, in_row: Tensor, in_col: Tensor, off_r: Float[Tensor, " blocks_r"], off_c: Float[Tensor, " blocks_c"]
+    ) -> Float[Tensor, "blocks_r blocks_c"]:
+        """Sums over tokens of products of blocks' activations, in units of their spread, less `off`."""
+        total = self.away.new_zeros(len(off_r), len(off_c))
+        at = max(1, _MEANS // max(total.shape))
         for first in range(0, self.n_tokens, at):
             last = min(self.n_tokens, first + at)
-            a = self._in_blocks(first, last, in_row, n_r)
-            total += (a.T @ (a if in_col is in_row else self._in_blocks(first, last, in_col, n_c))).double()
+            a = self._in_blocks(first, last, in_row, off_r)
+            total += (a.T @ (a if in_col is in_row else self._in_blocks(first, last, in_col, off_c))).double()
         return total
 
-    def _in_blocks(self, first: int, last: int, block: Tensor, n: int) -> Float[Tensor, "tokens blocks"]:
-        """Of some tokens, sums of z over blocks."""
+    def _in_blocks(
+        self, first: int, last: int, block: Tensor, off: Float[Tensor, " blocks"]
+    ) -> Float[Tensor, "tokens blocks"]:
+        """Of some tokens, sums of z over blocks, less `off`."""
+        n = len(off)
         starts = self.by_token.starts[first : last + 1]
         begin, end = int(starts[0]), int(starts[-1])
         token = torch.arange(last - first, device=self.device).repeat_interleave(starts.diff())
         of = block[self.by_token.item[begin:end]]
         place = torch.where(of >= 0, token * n + of, (last - first) * n)  # one place more, for those in no block
         out = torch.zeros((last - first) * n + 1, device=self.device)
-        return out.index_add_(0, place, self.by_token.value[begin:end].float())[:-1].view(last - first, n)
+        out.index_add_(0, place, self.by_token.value[begin:end].float())
+        return out[:-1].view(last - first, n).sub_(off)
 
 
 def _by_block(x: Float[Tensor, " n"], block: Int[Tensor, " n"], n: int) -> Float[Tensor, " blocks"]:

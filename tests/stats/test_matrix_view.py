@@ -108,6 +108,19 @@ def test_cells_are_means_and_strongest_entries(name, cells, data):
     close(got, want)
 
 
+def test_means_of_latents_that_always_fire_far_from_0():
+    """Their activations differ by a hundredth of their size: products must not lose that."""
+    acts = firings(d_sae=12)
+    acts[:, 5] += 100
+    acts[:, 6] = 50 + acts[:, 1]
+    acts = acts[:, [i for i in range(12) if i not in (3, 7, 8)]]  # which fire never, once, always alike
+    full = torch.tensor(np.corrcoef(acts.double().numpy().T))
+    view = fired(acts, "correlation")
+    for rows, cols in (([4], [4, 7]), ([5], [5, 1]), (range(9), range(9))):
+        got = view.pooled(rows, cols, 64, "mean")
+        close(got, reduced(full, list(rows), list(cols), 64, "mean"), atol=1e-5)
+
+
 @named
 def test_a_scan_finds_what_brute_force_does(name, monkeypatch):
     view, full = VIEWS[name]
