@@ -18,7 +18,7 @@ from torch import Tensor
 from saewb.stats._entries import Entries, diagonal
 
 _PAIRS = 2**20  # added at a time, about 50 bytes each
-_MEANS = 2**24  # numbers of [tokens, blocks] held at a time
+_MEANS = 2**23  # numbers of [tokens, blocks] held at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class Fired(Entries):
         in_row, in_col = self._block_of(rows, step), self._block_of(cols, step)
         known, away = (~self.away.isnan()).double(), self.away.nan_to_num(0)
         off = torch.where(2 * self.fires() > self.n_tokens, away, 0)
-        off_r, off_c = _by_block(off, in_row, n_r).float(), _by_block(off, in_col, n_c).float()
+        off_r, off_c = _by_block(off, in_row, n_r), _by_block(off, in_col, n_c)
         total = self._met(in_row, in_col, off_r, off_c) / self.n_tokens
         total -= (_by_block(away, in_row, n_r) - off_r)[:, None] * (_by_block(away, in_col, n_c) - off_c)
         count = _by_block(known, in_row, n_r)[:, None] * _by_block(known, in_col, n_c)
@@ -220,9 +220,8 @@ class Fired(Entries):
         token = torch.arange(last - first, device=self.device).repeat_interleave(starts.diff())
         of = block[self.by_token.item[begin:end]]
         place = torch.where(of >= 0, token * n + of, (last - first) * n)  # one place more, for those in no block
-        out = torch.zeros((last - first) * n + 1, device=self.device)
-        out.index_add_(0, place, self.by_token.value[begin:end].float())
-        return out[:-1].view(last - first, n).sub_(off)
+        out = self.away.new_zeros((last - first) * n + 1).index_add_(0, place, self.by_token.value[begin:end])
+        return out[:-1].view(last - first, n).sub_(off).float()
 
 
 def _by_block(x: Float[Tensor, " n"], block: Int[Tensor, " n"], n: int) -> Float[Tensor, " blocks"]:
