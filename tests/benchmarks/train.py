@@ -3,8 +3,8 @@
 The same job (a language model's activations at one point, mixed, and a TopK SAE trained on them) by saewb's `Training`
 over `stream_activations` with the model in float32 and bfloat16, and, where it is installed, by sae-lens' activations
 store and trainer in float32. Each in a fresh process, after a warm-up of two batches over a full buffer; the stores mix
-over the same number of tokens, and `steps` is a multiple of it, so that all pay for what they read ahead. Prints the
-time of a batch, and tokens per second by the clock and by processor time.
+over the same number of tokens, and `steps` is a multiple of it, so that all pay for what they read ahead; latents are
+dead after the same silence. Prints the time of a batch, and tokens per second by the clock and by processor time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def ours(model, rows, options):
     how = {"batch_tokens": options.batch, "buffer_tokens": buffer, "repeat": True, "skip_special_tokens": False}
     stream = saewb.stream_activations(model, rows, options.hook, **how)
     total = (options.steps + 2) * options.batch
-    config = saewb.TrainConfig(n_tokens=total, batch_tokens=options.batch, normalisation="none")
+    window = 1000 * options.batch  # sae-lens' default: in so few steps neither has dead latents to revive
+    config = saewb.TrainConfig(total, batch_tokens=options.batch, normalisation="none", dead_after_tokens=window)
     return iter(saewb.Training(stream, saewb.TopK(options.d_sae, options.k), config))
 
 
