@@ -157,6 +157,7 @@ class Team:
         if self.size > 1:
             with suppress(RuntimeError, ValueError):  # closed already, or the other end is
                 dist.destroy_process_group(self._group)
+            self._group, self.size = None, 1  # the last reference: with it the connections close
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

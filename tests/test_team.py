@@ -132,6 +132,7 @@ def test_a_failure_in_one_ends_all_and_says_why(tmp_path):
     assert "not callable" in error_1
     assert "another process of this training failed or ended" in error
     assert (tmp_path / "failed" / "checkpoint.safetensors").exists()
+    assert (tmp_path / "1.saw").read_text() == "True"  # the other ended while the one that failed was still there
 
 
 CONFIG = """

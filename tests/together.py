@@ -102,9 +102,10 @@ def main(what, folder):
         finally:
             (folder / f"{team.rank}.half").write_text(json.dumps([run.state, str(run.error)]))
             (folder / f"{team.rank}.half").rename(folder / f"{team.rank}.json")
-            end = time.monotonic() + 60  # when one ends the launcher ends the other, which is to have written too
-            while not all((folder / f"{rank}.json").exists() for rank in (0, 1)) and time.monotonic() < end:
+            end, other = time.monotonic() + 60, folder / f"{1 - team.rank}.json"
+            while not other.exists() and time.monotonic() < end:  # for the launcher ends the other when one ends
                 time.sleep(0.05)
+            (folder / f"{team.rank}.saw").write_text(str(other.exists()))
 
 
 if __name__ == "__main__":
