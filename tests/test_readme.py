@@ -19,13 +19,13 @@ def test_the_code_runs_and_does_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(saewb.embedded, "held_out_texts", lambda: documents)
     monkeypatch.chdir(tmp_path)
     names = {}
-    code = code.replace(
-        '    model.generate("It is a")', '    said = model.generate("It is a", do_sample=False, verbose=False)'
-    )
+    code = code.replace("    model.generate(", "    said = model.generate(verbose=False, input=")
     code = code.replace("n_tokens=300_000", "n_tokens=20_480")
     exec(compile(code, "README.md", "exec"), names)
     names["run"].wait()
-    assert re.search("country|island|city|river", names["said"])  # "about places"
+    before = names["model"].generate("It is a", do_sample=False, verbose=False)
+    steered, clean = re.search(r'do_sample=False\)  # "(.+)"; it was "(.+)"', TEXT).groups()
+    assert (steered in names["said"], clean in before) == (True, True)
     assert names["run"].sae.cfg.d_sae == 512
     assert (tmp_path / "features.html").stat().st_size > 100_000
 
