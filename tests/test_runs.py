@@ -565,7 +565,7 @@ def test_too_much_memory_is_said_before_it_starts(monkeypatch):
 
 
 def test_progress_and_page():
-    run = train(saes={"<b>": TOPK} if False else {"a": TOPK, "b": TOPK}).wait()
+    run = train(saes={"a": TOPK, "b": TOPK}).wait()
     progress = run.progress
     assert str(progress) == "finished: 960 of 960 tokens (100%), 2 of 3 layers run"
     assert repr(run) == "Run(finished, 960 of 960 tokens, 2 SAEs)"

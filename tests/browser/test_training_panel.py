@@ -100,7 +100,7 @@ def test_a_buffer_that_fills_is_seen_to_fill_until_the_run_begins(page):
     page.locator(".where", has_text="filling the buffer, 120 of 200 tokens").wait_for()
     bar = page.get_by_role("progressbar", name="Progress of mine")
     assert bar.get_attribute("aria-valuetext") == "filling the buffer, 120 of 200 tokens"
-    if folder := os.environ.get("SCREENSHOTS"):
+    if folder := os.environ.get("SAEWB_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/filling.png")
     gated.let(100)
     page.locator(".run[data-state=finished]:not(.before)").wait_for()
