@@ -68,10 +68,10 @@ def evaluate(options: argparse.Namespace) -> int:
     """`saewb eval`: load, evaluate, print; several SAEs as a table."""
     model = saewb.load_model(options.model)
     if options.texts is None:
-        texts = [document.text for document in saewb.embedded.held_out_texts()]
+        texts = [document.text for document in saewb.tiny.held_out_texts()]
     else:
         texts = [line for line in options.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    tokens = saewb.tokens.token_rows(model, texts, options.ctx_len)[: options.n_rows]
+    tokens = saewb.data.tokens.token_rows(model, texts, options.ctx_len)[: options.n_rows]
     saes = {name: tuple(name.split("::", 1)) if "::" in name else name for name in options.saes}
     table = saewb.evaluate_many(
         model,
@@ -98,7 +98,7 @@ def demo(options: argparse.Namespace) -> int:
     model = saewb.load_model(model_name)
     print(f"{model.cfg.n_layers} layers of width {model.cfg.d_model}, on {model.cfg.device}")
     sae = _sae(model, model_name)
-    texts = [document.text for document in saewb.embedded.held_out_texts()][: 300 if model_name == "tiny" else 20]
+    texts = [document.text for document in saewb.tiny.held_out_texts()][: 300 if model_name == "tiny" else 20]
 
     _show(f"with saewb.attach(model, sae) as attached:\n        model({prompt!r})\n    attached.latents[sae]")
     tokens = model.to_tokens(prompt)
@@ -161,9 +161,9 @@ def lab(folder: Path | None, rest: Sequence[str] = ()) -> int:
 
 def train(file: Path) -> int:
     """Train as a YAML file says, with a line of progress every few seconds; Ctrl-C and SIGTERM leave a checkpoint."""
-    from saewb.run_record import exit_on_sigterm
-    from saewb.team import Team
-    from saewb.train_file import train_file
+    from saewb.distributed import Team
+    from saewb.training.run_record import exit_on_sigterm
+    from saewb.training.train_file import train_file
 
     exit_on_sigterm()
     try:
@@ -213,7 +213,7 @@ def _train_small(model, sae, held_out, n_tokens: int) -> None:
         f'run = saewb.train(model, texts, saewb.TopK(d_sae=512, k=16), hook="{hook}",\n'
         f"        n_tokens={n_tokens:_}, batch_tokens=1024, lr=3e-3)    # at once: it trains in the background"
     )
-    texts = [document.text for document in saewb.embedded.texts()]
+    texts = [document.text for document in saewb.tiny.texts()]
     run = saewb.train(
         model, texts, saewb.TopK(d_sae=512, k=16), hook=hook, n_tokens=n_tokens, batch_tokens=1024, lr=3e-3
     )

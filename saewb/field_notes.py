@@ -23,7 +23,7 @@ def field_notes(owner: type) -> dict[str, str]:
     Returns:
         By name, in the fields' order.
     Example:
-        >>> from saewb.config import SAEConfig
+        >>> from saewb.sae.config import SAEConfig
         >>> field_notes(SAEConfig)["d_sae"]
         'number of latents'
     """
@@ -49,7 +49,7 @@ def field_choices(owner: type) -> dict[str, tuple[str, ...]]:
     Returns:
         The texts of each field.
     Example:
-        >>> from saewb.config import SAEConfig
+        >>> from saewb.sae.config import SAEConfig
         >>> field_choices(SAEConfig)["pre_bias"]
         ('none', 'tied', 'own')
     """

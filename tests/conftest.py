@@ -10,25 +10,24 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         "saewb.sae",
-        "saewb.arithmetic",
         "saewb.metrics",
-        "saewb.tokens",
-        "saewb.pursuit",
-        "saewb.temporal",
+        "saewb.kernels.topk",
+        "saewb.models.tokenizer",
+        "saewb.models.unembed",
+        "saewb.data.tokens",
         "saewb.stats",
-        "saewb.enrichment",
-        "saewb.objectives.weights",
-        "saewb.objectives.losses",
-        "saewb.objectives.dead",
-        "saewb.objectives.straight_through",
-        *(f"saewb.index.{part}" for part in ("counts", "firings", "gather", "loss_effects", "shelf", "weights")),
+        *(f"saewb.training.objectives.{part}" for part in ("params", "losses", "dead", "straight_through")),
+        *(
+            f"saewb.features.{part}"
+            for part in ("accumulate", "counts", "enrichment", "logit_effects", "loss_effects", "top_contexts")
+        ),
     ],
     "beartype.beartype",
 )
 
 import pytest
-import small
 import torch
+from helpers import tiny_models
 
 torch.set_num_threads(1)  # models this small are slower on two, and much slower on a busy machine
 
@@ -41,10 +40,10 @@ def _own_randomness():
         yield
 
 
-@pytest.fixture(params=small.kinds())
+@pytest.fixture(params=tiny_models.kinds())
 def model(request):
     """The same three-layer model of random weights as each kind of model that this transformer-lens has."""
-    made = small.bridge() if request.param == "bridge" else small.hooked()
-    before = small.snapshot(made)
+    made = tiny_models.bridge() if request.param == "bridge" else tiny_models.hooked()
+    before = tiny_models.snapshot(made)
     yield made
-    assert small.snapshot(made) == before, "a test left hooks on the model"
+    assert tiny_models.snapshot(made) == before, "a test left hooks on the model"

@@ -127,11 +127,11 @@ def test_calls_are_taken_in_turn_and_the_first_round_does_not_count():
 def test_a_list_of_tokens_read_as_an_index_has_it_is_what_an_index_has():
     """The part that makes SAEDashboard's list and saewb's comparable, on saewb's own activations."""
     model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
-    texts = [document.text for document in saewb.embedded.held_out_texts()[:6]]
-    ids = saewb.tokens.token_rows(model, texts, 32)
+    texts = [document.text for document in saewb.tiny.held_out_texts()[:6]]
+    ids = saewb.data.tokens.token_rows(model, texts, 32)
     ids = torch.cat([ids, ids[:3]])  # equal windows too
     made = saewb.build_index(model, sae, ids, window=dashboard.WINDOW)
-    special = saewb.tokens.special_ids(model, True)
+    special = saewb.data.tokens.special_ids(model, True)
     with torch.no_grad():
         acts = sae.encode(saewb.activations.capture(model, ids, [sae.cfg.hook])[sae.cfg.hook])
     acts[torch.isin(ids, torch.tensor(special))] = 0

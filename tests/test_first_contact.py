@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import saewb
-from saewb.devices import usable
-from saewb.sae import replace_config
+from saewb.errors import usable
+from saewb.sae.sae import replace_config
 
 TEXTS = ["The river flows through the city."] * 40
 HOOK = "blocks.2.hook_resid_post"
@@ -131,7 +131,7 @@ def test_a_number_of_a_layer_as_hook(model, sae):
 def hugging_face_model():
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(saewb.embedded.folder("model"))
+    return AutoModelForCausalLM.from_pretrained(saewb.tiny.folder("model"))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saewb import metrics
-from saewb.firing import FiringStream
 from saewb.metrics import ReconstructionStream, cosine, density, explained_variance, fvu, l0, mse
+from saewb.stats.firing import FiringStream
 
 X = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) + 3  # an offset, so that 0 and the mean differ
 NOISY = X + torch.randn(50, 7, generator=torch.Generator().manual_seed(1))

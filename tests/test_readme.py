@@ -15,8 +15,8 @@ NAMES = {*saewb._HOME, *saewb._MODULES}
 
 def test_the_code_runs_and_does_what_it_says(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    documents = saewb.embedded.held_out_texts()[:40]
-    monkeypatch.setattr(saewb.embedded, "held_out_texts", lambda: documents)
+    documents = saewb.tiny.held_out_texts()[:40]
+    monkeypatch.setattr(saewb.tiny, "held_out_texts", lambda: documents)
     monkeypatch.chdir(tmp_path)
     names = {}
     code = code.replace("    model.generate(", "    said = model.generate(verbose=False, input=")

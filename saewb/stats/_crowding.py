@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.stats._table import html_table, text_table
+from saewb._display import html_table, text_table
 from saewb.stats._tiles import Asked, Found, pairs
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.stats._together import Coactivation
+from saewb.stats.cooccurrence import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation, correlation_stats
 
 _COUNTED = 32  # operations that an entry of counts costs, about

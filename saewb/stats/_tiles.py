@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.products.precision import multiply_into
+from saewb.kernels.precision import multiply_into
 
 _CHUNK = 2**18  # cosines that one thread works on: with its copies they stay in its share of the cache
 _TILE = 2**23  # cosines multiplied at a time, if that makes at least `_ROWS` rows

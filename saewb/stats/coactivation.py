@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.arithmetic import TopLatents
 from saewb.errors import explain
-from saewb.stats._together import Coactivation, Side, triangle
+from saewb.sae.sparse import TopLatents
+from saewb.stats.cooccurrence import Coactivation, Side, triangle
 
 MAX_BYTES = 2 * 10**9
 _PAIRS = 2**19  # added at a time

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from saewb.synthetic.data import Sample, SyntheticData, load_synthetic
 from saewb.synthetic.dictionary import FeatureDictionary, matched_sae, orthogonalized, random_dictionary
-from saewb.synthetic.firings import Firings, Magnitudes, constant, linear, random, zipfian
+from saewb.synthetic.firing_patterns import Firings, Magnitudes, constant, linear, random, zipfian
 from saewb.synthetic.hierarchy import Hierarchy, Node, random_hierarchy
 from saewb.synthetic.matching import (
     best_matches,

@@ -18,7 +18,7 @@ from saewb.errors import FormatError, explain
 from saewb.stats.correlation import LowRankCorrelation
 from saewb.stats.sampling import CorrelatedNormals
 from saewb.synthetic.dictionary import FeatureDictionary
-from saewb.synthetic.firings import Firings, Magnitudes, independent, normal_threshold
+from saewb.synthetic.firing_patterns import Firings, Magnitudes, independent, normal_threshold
 from saewb.synthetic.hierarchy import Hierarchy, Node
 
 _BLOCK = 2**24  # normal numbers drawn at a time (64 MiB), for correlated features

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.metrics import float64
-from saewb.sae import SAE
-from saewb.synthetic.firings import Firings
+from saewb.sae.sae import SAE
+from saewb.synthetic.firing_patterns import Firings
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,7 +157,7 @@ def matched_sae(
     Raises:
         ValueError: if the widths differ, or `order` names a feature that is not there.
     Example:
-        >>> from saewb.sae import SAE, SAEConfig
+        >>> from saewb.sae.sae import SAE, SAEConfig
         >>> dictionary = random_dictionary(16, 8)
         >>> made = matched_sae(SAE(SAEConfig(8, 16)), dictionary)
         >>> bool(torch.allclose(made.W_dec, dictionary.directions))

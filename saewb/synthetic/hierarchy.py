@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.synthetic.firings import Firings
+from saewb.synthetic.firing_patterns import Firings
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def recovery(
     Source:
         The figures of sae-lens' `eval_sae_on_synthetic_data`; MCC of arXiv:2505.20254.
     Example:
-        >>> from saewb.sae import SAE, SAEConfig
+        >>> from saewb.sae.sae import SAE, SAEConfig
         >>> from saewb.synthetic import SyntheticData, constant, matched_sae, random_dictionary
         >>> data = SyntheticData(random_dictionary(32, 32), constant(32, 0.05))
         >>> found = recovery(matched_sae(SAE(SAEConfig(32, 32)), data.dictionary), data, 2000)

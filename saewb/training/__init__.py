@@ -8,10 +8,12 @@ drives all SAEs over one stream, `checks` is what goes together, `record` what a
 
 from __future__ import annotations
 
+import lazy_loader
+
 from saewb.training.config import TrainConfig
-from saewb.training.learner import Trainee
 from saewb.training.loop import Batch, Stream, Training
-from saewb.training.record import DENSITY_EDGES, Diverged, Figures, HeldOut, TrainStep
+from saewb.training.step_metrics import DENSITY_EDGES, Diverged, Figures, HeldOut, TrainStep
+from saewb.training.trainer import Trainee
 
 __all__ = [
     "DENSITY_EDGES",
@@ -25,3 +27,5 @@ __all__ = [
     "Trainee",
     "Training",
 ]
+
+__getattr__, _, _ = lazy_loader.attach(__name__, submodules=["loggers", "objectives", "memory"])

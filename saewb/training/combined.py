@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.objectives import Losses
-from saewb.team import Team
+from saewb.distributed import Team
+from saewb.training.objectives import Losses
 
 
 @torch.no_grad()

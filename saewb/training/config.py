@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
-from saewb.config import checker
 from saewb.errors import explain
+from saewb.sae.config import checker
 
 Schedule = Literal["constant", "linear", "cosine", "restarts"]
 Normalisation = Literal["none", "constant", "centred", "whitened", "layer_norm", "constant_norm"]
@@ -43,7 +43,9 @@ class TrainConfig:
     autocast: torch.dtype | None = None  # of products in the plain losses: torch.bfloat16; weights stay float32
     compile: str | None = None  # backend of torch.compile for the plain losses, e.g. "inductor"
     step: Step = "auto"  # how gradients are computed: see `saewb.training.paths.choose`
-    normalisation: Normalisation = "centred"  # of activations: see `saewb.training.units`; "none" for synthetic ones
+    normalisation: Normalisation = (
+        "centred"  # of activations: see `saewb.training.normalization`; "none" for synthetic ones
+    )
     shrinkage: float = 1e-3  # of the covariance, for "whitened": see `saewb.training.whitening`
     estimate_tokens: int | None = None  # that means and factors are estimated on; held meanwhile; None means 8 batches
     b_dec: Literal["zeros", "mean"] = "zeros"  # where the decoder's bias starts

@@ -10,21 +10,21 @@ from typing import Any, Protocol, Union, final
 import torch
 from torch import Tensor
 
+from saewb.distributed import ALONE, Team
 from saewb.errors import explain, near
-from saewb.objectives import Objective
-from saewb.team import ALONE, Team
 from saewb.training.checks import check_state, check_trainee, plain
 from saewb.training.config import TrainConfig
-from saewb.training.learner import Learner, Trainee, described, starts_from_data
-from saewb.training.record import TrainStep
-from saewb.training.units import AnySAE, Units, estimated, from_estimates, whitening_units
+from saewb.training.normalization import AnySAE, Units, estimated, from_estimates, whitening_units
+from saewb.training.objectives import Objective
+from saewb.training.step_metrics import TrainStep
+from saewb.training.trainer import Learner, Trainee, described, starts_from_data
 
 PROBE_ROWS = 256  # of the last batch, that an export is proved on
 _ESTIMATED = ("constant", "centred", "whitened")  # normalisations that are estimated
 
 
 class Batch(Protocol):
-    """Activations of the same tokens at several points: what a stream yields (`saewb.activations.Activations`)."""
+    """Activations of the same tokens at several points: what a stream yields (`saewb.models.capture.Activations`)."""
 
     values: Mapping[str, Tensor]  # by point, [tokens, d]; row t of each is the same token
 

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.objectives import Losses, Objective, Params, State
-from saewb.sparse_step import MAX_DENSITY, best_precision, has_sparse_step, sparse_step
 from saewb.training.config import TrainConfig
+from saewb.training.objectives import Losses, Objective, Params, State
+from saewb.training.sparse_step import MAX_DENSITY, best_precision, has_sparse_step, sparse_step
 
 # Fills `.grad` of every parameter with the gradient of the total, in the parameter's own memory order.
 Gradients = Callable[

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.sae import SAE
+from saewb.sae.sae import SAE
 
 _FLAT = 1e-12  # of the largest eigenvalue: below, a direction has no variance
 

@@ -30,8 +30,8 @@ TIED = 2e-4, 3e-6  # activations as near as this are a tie: theirs are rounded t
 
 def language_model(name: str):
     """The Hugging Face model behind a name that `saewb.load_model` takes offline."""
-    from saewb.gguf_llama import llama_from_gguf
-    from saewb.models import smollm2_path, tiny_path
+    from saewb.models.gguf_llama import llama_from_gguf
+    from saewb.models.load import smollm2_path, tiny_path
 
     if name == "tiny":
         from transformers import AutoModelForCausalLM
@@ -143,9 +143,9 @@ def compare(options, report: Report) -> Agreement:
     model = saewb.load_model(options.model, device="cpu")
     d_sae = options.d_sae if options.d_sae is not None else (0 if options.model == "tiny" else 4608)
     sae = sae_for(model, d_sae)
-    texts = [document.text for document in saewb.embedded.texts()]
-    ids = saewb.tokens.token_rows(model, texts, 128)[: 8 if options.quick else options.rows]
-    special = saewb.tokens.special_ids(model, True)
+    texts = [document.text for document in saewb.tiny.texts()]
+    ids = saewb.data.tokens.token_rows(model, texts, 128)[: 8 if options.quick else options.rows]
+    special = saewb.data.tokens.special_ids(model, True)
     step = max(1, sae.cfg.d_sae // options.compared)
     compared = list(range(0, sae.cfg.d_sae, step))
     with tempfile.TemporaryDirectory() as place:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 import saewb
-from saewb.activations import capture
+from saewb.models.capture import capture
 
 from .measure import Report, Table, arguments, medians
 
@@ -40,8 +40,8 @@ def main() -> None:
     }
     if options.model == "tiny":
         saes["embedded"] = saewb.load_sae("tiny").to(options.device)
-    texts = [document.text for document in saewb.embedded.held_out_texts()]
-    tokens = saewb.tokens.token_rows(model, texts, 128)[: options.rows]
+    texts = [document.text for document in saewb.tiny.held_out_texts()]
+    tokens = saewb.data.tokens.token_rows(model, texts, 128)[: options.rows]
     calls = {
         "forward + encode + decode": lambda: _parts(model, list(saes.values()), tokens.to(options.device)),
         "evaluate_many": lambda: saewb.evaluate_many(model, saes, tokens, at_once=64, losses=False),

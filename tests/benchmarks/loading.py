@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from saewb.formats import Facts, read
-from saewb.sae import SAE, SAEConfig
+from saewb.pretrained.formats import Facts, read
+from saewb.sae.sae import SAE, SAEConfig
 
 from .measure import Report, Table, arguments, has, peak_mb, reset_peak, seconds
 

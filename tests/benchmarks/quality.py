@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import saewb
-from saewb.embedded.make import fetch_corpus, hold_out, read_corpus
+from saewb.tiny.make import fetch_corpus, hold_out, read_corpus
 
 from .index import cache
 from .measure import Report, Row, Table, arguments
@@ -100,7 +100,7 @@ def main() -> None:
 
 def table(run, model, held_out, options) -> Table:
     """What each SAE does to the model on held-out text, how much of it died, and how quickly all were trained."""
-    rows = saewb.tokens.token_rows(model, held_out, CTX)[:ROWS]
+    rows = saewb.data.tokens.token_rows(model, held_out, CTX)[:ROWS]
     measured = saewb.evaluate_many(model, run.saes, rows, ctx_len=CTX)
     last = run.history.iloc[-1]
     notes = {name: _figures(measured.loc[name]) + f", dead {last[name + '/dead_frac']:.1%}" for name in run.saes}

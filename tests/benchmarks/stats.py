@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-from saewb.products.precision import multiply_into
+from saewb.kernels.precision import multiply_into
 from saewb.stats.coactivation import CoactivationStream
 from saewb.stats.correlation import correlation_stats, random_correlation, random_low_rank_correlation
 from saewb.stats.sampling import CorrelatedNormals

@@ -31,7 +31,7 @@ SIZES = ("model", "hook", "d_sae", "k", "batch", "ctx_len", "buffer", "steps", "
 def token_rows(model, options):
     """Rows of ids for all of it, the embedded texts again and again."""
     n = (options.steps + 2 + options.buffer) * options.batch // (options.ctx_len - 1) + 64
-    texts = [document.text for document in saewb.embedded.texts()]
+    texts = [document.text for document in saewb.tiny.texts()]
     return next(saewb.stream_tokens(texts, model.tokenizer, ctx_len=options.ctx_len, rows=n, repeat=True))
 
 

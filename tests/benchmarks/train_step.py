@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 import saewb
-from saewb.products.precision import finer
-from saewb.sparse_step import best_precision, clipped_step, sparse_step
+from saewb.kernels.precision import finer
+from saewb.training.sparse_step import best_precision, clipped_step, sparse_step
 
 from .measure import Report, Row, Table, arguments, has, peak_mb, reset_peak
 
@@ -83,7 +83,7 @@ def ours(name, options, how, x):
     state = objective.state(x.device)
     if options.dead_frac:
         dead = torch.arange(objective.d_sae, device=x.device) % round(1 / options.dead_frac) == 0
-        state = saewb.objectives.with_dead(state, dead)
+        state = saewb.training.objectives.with_dead(state, dead)
     optimizer = torch.optim.Adam(params.parameters(), lr=LR, fused=True)
 
     def step(batch):
@@ -95,9 +95,9 @@ def ours(name, options, how, x):
             losses = sparse_step(objective, params, batch, batch, state, how)
             assert losses is not None, "too dense"
         if objective.rows == "unit":
-            saewb.objectives.project_gradient(params)
+            saewb.training.objectives.project_gradient(params)
         clipped_step(optimizer, params.parameters(), 1.0)
-        saewb.objectives.constrain(params, objective.rows)
+        saewb.training.objectives.constrain(params, objective.rows)
         return losses.terms["mse"].detach(), losses.total.detach()
 
     return step

@@ -1,7 +1,7 @@
 """A Chromium for each file of panels' tests: while one is open, its loop runs in this thread, and none may follow."""
 
-import chromium
 import pytest
+from helpers import chromium
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@
 import threading
 import time
 
-import chromium
-import panels
 import pytest
+from helpers import chromium, panel_driver
 from saewb_widgets import CataloguePicker
 
 import saewb
@@ -23,7 +22,7 @@ def steps(monkeypatch):
             assert come.acquire(timeout=60)
             progress(tenth * 15_109_632, 151_096_320)
         if id == "blocks.0.hook_resid_pre":
-            raise ConnectionError(f"{panels.HOSTILE}: the download broke off.\n  fix:  saewb.load_sae(...)")
+            raise ConnectionError(f"{panel_driver.HOSTILE}: the download broke off.\n  fix:  saewb.load_sae(...)")
         return f"an SAE of {release} {id}"
 
     monkeypatch.setattr(saewb, "load_sae", load_sae, raising=False)
@@ -71,7 +70,7 @@ def test_filters_narrow_the_table_and_say_what_is_left(page, capsys):
     page.locator(".total", has_text="13,857 SAEs, 38").wait_for()
     assert page.get_by_label("model", exact=True).input_value() == ""
     with capsys.disabled():
-        print(f"\nCataloguePicker: first view {first:.2f} s, {panels.sent(panel) / 1000:.0f} kB")
+        print(f"\nCataloguePicker: first view {first:.2f} s, {panel_driver.sent(panel) / 1000:.0f} kB")
     assert page.raised == []
 
 

@@ -4,11 +4,11 @@ import os
 import threading
 import time
 
-import chromium
-import panels
 import pytest
 import torch
-from saewb_widgets import CorrelationPanel, _map_looking
+from helpers import chromium, panel_driver
+from saewb_widgets import CorrelationPanel
+from saewb_widgets.correlation import view as _map_looking
 
 import saewb
 from saewb.stats import _overview
@@ -35,7 +35,7 @@ def pixel(page, fx, fy):
 
 
 def test_zooming_moving_and_the_pair(page):
-    panel = CorrelationPanel(panels.index())
+    panel = CorrelationPanel(panel_driver.index())
     flush = chromium.mount(page, panel)
     seq = drawn(page, panel)
     box = page.locator("canvas.map").bounding_box()
@@ -102,8 +102,8 @@ def test_sixty_five_thousand_features(page):
     flush = chromium.mount(page, panel)
     seq = drawn(page, panel)
     took = time.perf_counter() - begun
-    print(f"\n65,536 x 65,536: first view {1000 * took:.0f} ms, {panels.sent(panel) + 65_536:,} bytes")
-    assert panels.sent(panel) + 65_536 < 300_000
+    print(f"\n65,536 x 65,536: first view {1000 * took:.0f} ms, {panel_driver.sent(panel) + 65_536:,} bytes")
+    assert panel_driver.sent(panel) + 65_536 < 300_000
     for window in ((0, 30_000, 0, 30_000), (5000, 9000, 5000, 9000), (5000, 7000, 100, 2100), (5000, 5200, 100, 300)):
         panel.view = window
         begun = time.perf_counter()
@@ -184,8 +184,8 @@ def test_the_model_is_stopped_and_run_again(page, monkeypatch):
         return real(*args, progress=progress, **kwargs)
 
     monkeypatch.setattr(saewb, "latent_matrix", slow, raising=False)
-    model, sae = panels.embedded()
-    texts = [d.text for d in saewb.embedded.held_out_texts()[:10]]
+    model, sae = panel_driver.embedded()
+    texts = [d.text for d in saewb.tiny.held_out_texts()[:10]]
     panel = CorrelationPanel(sae, model=model, tokens=texts)
     chromium.mount(page, panel)
     page.locator(".busy", has_text="running the model: 4,096 tokens").wait_for()
@@ -232,7 +232,7 @@ def test_tiny_and_undefined_matrices(page, matrix):
 
 
 def test_hostile_tokens_are_text_and_errors_are_shown(page):
-    panel = CorrelationPanel(panels.hostile().matrix(min_fires=1), index=panels.hostile(), order="index")
+    panel = CorrelationPanel(panel_driver.hostile().matrix(min_fires=1), index=panel_driver.hostile(), order="index")
     flush = chromium.mount(page, panel)
     drawn(page, panel)
     for i in range(12):
@@ -256,7 +256,7 @@ def test_hostile_tokens_are_text_and_errors_are_shown(page):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_light_and_dark(page, theme):
     page.evaluate("c => { document.body.style.background = c; }", "#ffffff" if theme == "light" else "#111111")
-    panel = CorrelationPanel(panels.index())
+    panel = CorrelationPanel(panel_driver.index())
     panel.pair = tuple(panel.figures["pairs"][0][:2])
     chromium.mount(page, panel)
     page.locator(f".saewb[data-theme={theme}]").wait_for()

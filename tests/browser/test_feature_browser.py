@@ -3,17 +3,17 @@
 import re
 from dataclasses import replace
 
-import chromium
-import panels
 import pytest
-from saewb_widgets import FeatureBrowser, feature_browser
+from helpers import chromium, panel_driver
+from saewb_widgets import FeatureBrowser
+from saewb_widgets.feature_browser import panel as feature_browser
 
 import saewb
 
 
 @pytest.fixture
 def panel():
-    return FeatureBrowser(panels.index())
+    return FeatureBrowser(panel_driver.index())
 
 
 def heading(page, latent):
@@ -75,7 +75,7 @@ def test_typing_searches_and_sorts(page, panel):
     chromium.mount(page, panel)
     page.fill("input[type=search]", "physicist")
     page.locator(".total", has_text=" of 1,024").wait_for()
-    assert panel.latents == panels.index().search("physicist").index.tolist()
+    assert panel.latents == panel_driver.index().search("physicist").index.tolist()
     assert listed(page) == panel.latents[: len(listed(page))]
     page.fill("input[type=search]", "surely nowhere in it")
     page.locator(".rows .none").wait_for()
@@ -84,7 +84,7 @@ def test_typing_searches_and_sorts(page, panel):
     page.get_by_role("button", name="Sort by largest").click()
     page.locator(".columns button[aria-current=true]", has_text="largest").wait_for()
     assert panel.sort == "max"
-    assert listed(page)[0] == panel.latents[0] == int(panels.index().table()["max"].idxmax())
+    assert listed(page)[0] == panel.latents[0] == int(panel_driver.index().table()["max"].idxmax())
     page.select_option("select[aria-label='Which latents']", "silent")
     page.locator(".total", has_text=" of 1,024").wait_for()
     assert panel.show_only == "silent"
@@ -124,7 +124,7 @@ def test_the_keyboard_is_enough(page, panel):
 
 
 def test_scrolling_asks_for_few_rows(page):
-    index = panels.many()
+    index = panel_driver.many()
     panel = FeatureBrowser(index, sort="latent", descending=False)
     panel.wait(120)
     chromium.mount(page, panel)
@@ -156,20 +156,20 @@ def test_busy_is_said_until_it_is_done(page, monkeypatch):
     monkeypatch.setattr(feature_browser, "_AT_ONCE", 10)
     go, real = threading.Event(), saewb.FeatureIndex.table
     monkeypatch.setattr(saewb.FeatureIndex, "table", lambda self: (go.wait(30), real(self))[1])
-    panel = FeatureBrowser(panels.index())
+    panel = FeatureBrowser(panel_driver.index())
     chromium.mount(page, panel)
     assert page.inner_text(".busy") == "ranking 1,024 latents…"
     assert page.get_attribute(".saewb", "aria-busy") == "true"
     heading(page, 0)
     go.set()
     page.locator(".saewb[aria-busy=false]").wait_for()
-    heading(page, panels.index().ranking(1)[0])
+    heading(page, panel_driver.index().ranking(1)[0])
     assert page.inner_text(".busy") == ""
 
 
 def test_an_error_is_shown_and_the_panel_goes_on(page):
-    index = panels.index()
-    tensors = panels.Gone(index.tensors)
+    index = panel_driver.index()
+    tensors = panel_driver.Gone(index.tensors)
     panel = FeatureBrowser(replace(index, tensors=tensors))
     chromium.mount(page, panel)
     before = panel.selected
@@ -189,23 +189,23 @@ def test_an_error_is_shown_and_the_panel_goes_on(page):
 
 
 def test_hostile_tokens_are_text(page):
-    panel = FeatureBrowser(panels.hostile(), notes={3: panels.HOSTILE})
+    panel = FeatureBrowser(panel_driver.hostile(), notes={3: panel_driver.HOSTILE})
     flush = chromium.mount(page, panel)
     for i in range(40):
         panel.selected = i
         flush()
     assert page.locator("img").count() == 0
     assert page.locator("script").count() == 0
-    assert page.inner_text("header h2").startswith(f"Features of {panels.HOSTILE}")
+    assert page.inner_text("header h2").startswith(f"Features of {panel_driver.HOSTILE}")
     words = set(page.evaluate("[...document.querySelectorAll('.t')].map((e) => e.textContent)"))
-    assert {panels.HOSTILE, "</script><script>alert(1)</script>", "__proto__"} <= words
-    panel.query = panels.HOSTILE
+    assert {panel_driver.HOSTILE, "</script><script>alert(1)</script>", "__proto__"} <= words
+    panel.query = panel_driver.HOSTILE
     flush()
-    assert page.input_value("input[type=search]") == panels.HOSTILE
+    assert page.input_value("input[type=search]") == panel_driver.HOSTILE
 
 
 def test_a_text_of_ones_own(page):
-    panel = FeatureBrowser(panels.index(), *panels.embedded())
+    panel = FeatureBrowser(panel_driver.index(), *panel_driver.embedded())
     chromium.mount(page, panel)
     page.fill(".try input", "Marie Curie was a Polish physicist.")
     page.keyboard.press("Enter")
@@ -249,6 +249,6 @@ def test_it_fits_a_narrow_place_and_leaves_nothing_behind(page, panel):
 
 
 def test_a_latent_that_never_fires_has_a_page(page):
-    chromium.mount(page, FeatureBrowser(panels.silent(), selected=3))
+    chromium.mount(page, FeatureBrowser(panel_driver.silent(), selected=3))
     heading(page, 3)
     assert "It never fired." in page.inner_text(".main")

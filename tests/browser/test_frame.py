@@ -1,6 +1,6 @@
 """The frame that all panels share, over a model that answers when the test lets it."""
 
-from saewb_widgets._panel import source
+from saewb_widgets.panel import source
 
 _MADE = """
   window.open_ = [];
@@ -12,7 +12,7 @@ _MADE = """
 
 
 def test_a_kernel_that_does_not_answer_is_said_to_be_busy(page):
-    page.evaluate("code => { new Function(code)(); }", f"{source('frame.js')}\n{_MADE}")
+    page.evaluate("code => { new Function(code)(); }", f"{source('shared/frame.js')}\n{_MADE}")
     late = page.locator(".late")
     page.evaluate("ask_('pause')")
     page.wait_for_timeout(1000)

@@ -3,9 +3,8 @@
 import os
 import re
 
-import lab
-import panels
 import pytest
+from helpers import jupyterlab, panel_driver
 
 CELLS = [
     "from saewb_widgets import FeatureBrowser\npanel = FeatureBrowser('an.index')\npanel",
@@ -19,15 +18,15 @@ CELLS = [
 def notebook(browser, tmp_path):
     if "CI" not in os.environ:
         pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install 'saewb[lab]'")
-    panels.index().save(tmp_path / "an.index")
-    with lab.opened(browser, tmp_path, CELLS) as book:
+    panel_driver.index().save(tmp_path / "an.index")
+    with jupyterlab.opened(browser, tmp_path, CELLS) as book:
         yield book
         assert book.page.complaints == []
         assert book.page.asked == []
 
 
 def test_feature_browser_in_jupyterlab(notebook):
-    page, index = notebook.page, panels.index()
+    page, index = notebook.page, panel_driver.index()
     notebook.run(0)
     order = index.ranking()
 

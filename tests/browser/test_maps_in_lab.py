@@ -8,8 +8,8 @@ import os
 import re
 import time
 
-import lab
 import pytest
+from helpers import jupyterlab
 
 SETUP = "import saewb, torch\nfrom saewb_widgets import CorrelationPanel, SuperpositionPanel"
 # A callback of an ipykernel that hears clicks beside a cell has to wait for the panel's lock.
@@ -20,8 +20,8 @@ SAES = [
     "panel.selected = 99999",
     "exec(panel.code(), given := {'sae': saewb.load_sae('tiny')})\nprint(given['neighbours'] == panel.neighbours)",
     "big = SuperpositionPanel(torch.randn(5000, 16))\nbig",
-    """from saewb.index import build_index
-sae, texts = saewb.load_sae('tiny'), [d.text for d in saewb.embedded.held_out_texts()[:30]]
+    """from saewb.features import build_index
+sae, texts = saewb.load_sae('tiny'), [d.text for d in saewb.tiny.held_out_texts()[:30]]
 given = {'topk': sae, 'random': torch.randn(6000, 64), 'read': sae.W_enc.T.detach()}
 index = {'topk': build_index(saewb.load_model('tiny', device='cpu'), sae, texts)}
 several = SuperpositionPanel(given, index=index)
@@ -36,7 +36,7 @@ MATRICES = [
     f"""{SETUP}
 from saewb.synthetic import best_matches, random_dictionary
 model, sae = saewb.load_model('tiny', device='cpu'), saewb.load_sae('tiny')
-texts = [d.text for d in saewb.embedded.held_out_texts()[:40]]
+texts = [d.text for d in saewb.tiny.held_out_texts()[:40]]
 panel = CorrelationPanel(sae, model=model, tokens=texts, by='phi')
 panel""",
     "print(panel.view, panel.pair, panel.order)",
@@ -59,7 +59,7 @@ def opened(browser, tmp_path):
         pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install 'saewb[lab]'")
 
     def notebook(cells):
-        return lab.opened(browser, tmp_path, cells)
+        return jupyterlab.opened(browser, tmp_path, cells)
 
     return notebook
 
@@ -141,7 +141,7 @@ def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
             ["text/html"],
         ]
         quiet(page)
-    for where, cells in lab.without_a_kernel(browser, tmp_path, pictured("superposition")).items():
+    for where, cells in jupyterlab.without_a_kernel(browser, tmp_path, pictured("superposition")).items():
         assert "Error displaying" not in "".join(cells), where
         assert "Superposition of encoder directions" in cells[0], where
         assert "Neighbours of 775" in cells[0], where
@@ -284,7 +284,7 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         book.stands_in(4, "65,536 x 65,536")
         book.save()
         quiet(page)
-    for where, cells in lab.without_a_kernel(browser, tmp_path, pictured("correlation")).items():
+    for where, cells in jupyterlab.without_a_kernel(browser, tmp_path, pictured("correlation")).items():
         assert "Error displaying" not in "".join(cells), where
         assert "Firing together" in cells[0], where
         assert "not been run" not in cells[0], where

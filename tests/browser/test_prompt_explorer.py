@@ -5,10 +5,8 @@ import threading
 import time
 from dataclasses import replace
 
-import chromium
-import panels
 import pytest
-import small
+from helpers import chromium, panel_driver, tiny_models
 from saewb_widgets import PromptExplorer
 
 import saewb
@@ -17,7 +15,7 @@ TEXT = "Marie Curie was a Polish physicist.\nShe won the Nobel Prize"
 
 
 def explorer(**traits):
-    return PromptExplorer(*panels.embedded(), panels.index(), **{"prompt": TEXT, **traits})
+    return PromptExplorer(*panel_driver.embedded(), panel_driver.index(), **{"prompt": TEXT, **traits})
 
 
 def listed(page):
@@ -38,7 +36,7 @@ def test_a_prompt_is_typed_and_its_tokens_and_latents_clicked(page):
     page.fill("textarea", TEXT)
     page.keyboard.press("Enter")
     page.locator(".token").first.wait_for()
-    print(f"typed and read in {time.perf_counter() - start:.2f} s, {panels.sent(panel) // 1000} kB")
+    print(f"typed and read in {time.perf_counter() - start:.2f} s, {panel_driver.sent(panel) // 1000} kB")
     tokens = panel.window["tokens"]
     assert page.locator(".token").count() == len(tokens)
     assert page.locator(".token.mark").inner_text() == "<|endoftext|>"
@@ -177,7 +175,7 @@ def test_it_says_how_far_it_is_and_stops(page):
     def slow(activation):
         assert go.acquire(timeout=60)
 
-    held = saewb.hooks.resolve(panel.given.runner.model, "blocks.1.hook_resid_post").add(slow)
+    held = saewb.models.hook_points.resolve(panel.given.runner.model, "blocks.1.hook_resid_post").add(slow)
     chromium.mount(page, panel)
     page.fill("textarea", "A cat")
     page.keyboard.press("Enter")
@@ -196,14 +194,14 @@ def test_it_says_how_far_it_is_and_stops(page):
 
 def test_hostile_tokens_are_text(page):
     panel = PromptExplorer(
-        small.bridge(), small.sae("blocks.1.hook_resid_post"), panels.hostile(), prompt="w3 w9 w20 w4"
+        tiny_models.bridge(), tiny_models.sae("blocks.1.hook_resid_post"), panel_driver.hostile(), prompt="w3 w9 w20 w4"
     )
-    names = (*panels.NAMES[:4], "\n")
+    names = (*panel_driver.NAMES[:4], "\n")
     panel._found = replace(panel._found, reading=replace(panel.reading, tokens=names))
     panel._arrived((panel._found, None))
     chromium.mount(page, panel)
     assert page.locator("img").count() == page.locator("script").count() == 0
-    assert page.locator(".token").nth(0).text_content().replace("\u00b7", " ") == panels.HOSTILE
+    assert page.locator(".token").nth(0).text_content().replace("\u00b7", " ") == panel_driver.HOSTILE
     panel.prompt = ""
 
 
@@ -211,8 +209,8 @@ def test_hostile_tokens_are_text(page):
 def test_several_saes_in_a_narrow_place_in_both_themes(page, theme):
     page.set_viewport_size({"width": 480, "height": 900})
     page.evaluate("c => { document.body.style.background = c; }", "#ffffff" if theme == "light" else "#111111")
-    model, sae = panels.embedded()
-    panel = PromptExplorer(model, [sae, sae], [panels.index(), None], prompt=TEXT)
+    model, sae = panel_driver.embedded()
+    panel = PromptExplorer(model, [sae, sae], [panel_driver.index(), None], prompt=TEXT)
     chromium.mount(page, panel)
     page.locator(f".saewb[data-theme={theme}]").wait_for()
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")

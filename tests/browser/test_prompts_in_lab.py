@@ -6,9 +6,8 @@ import re
 import time
 from contextlib import contextmanager
 
-import lab
-import panels
 import pytest
+from helpers import jupyterlab, panel_driver
 
 TEXT = "Marie Curie was a Polish physicist.\nShe won the Nobel Prize"
 CELLS = [
@@ -37,11 +36,11 @@ def opened(browser, tmp_path):
     """A function that opens the notebook."""
     if "CI" not in os.environ:
         pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install 'saewb[lab]'")
-    panels.index().save(tmp_path / "an.index")
+    panel_driver.index().save(tmp_path / "an.index")
 
     @contextmanager
     def of():
-        with lab.opened(browser, tmp_path, CELLS) as book:
+        with jupyterlab.opened(browser, tmp_path, CELLS) as book:
             yield book
             assert book.page.complaints == []
             assert book.page.asked == []
@@ -53,7 +52,7 @@ def opened(browser, tmp_path):
 def reading():
     import saewb
 
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     return saewb.read_prompt(model, TEXT, sae)
 
 
@@ -79,7 +78,7 @@ def test_prompts_and_steering_in_jupyterlab(opened, browser, tmp_path, reading):
         notebook.stands_in(5, texts[1].split()[-1])
         notebook.save()
     folder = os.environ.get("SAEWB_SCREENSHOTS")
-    for where, cells in lab.without_a_kernel(browser, tmp_path, folder and (folder, "prompts")).items():
+    for where, cells in jupyterlab.without_a_kernel(browser, tmp_path, folder and (folder, "prompts")).items():
         assert "Error displaying" not in "".join(cells), where
         for said in ("Latents of tiny on a prompt", "physicist", "logit effect"):
             assert said in cells[0], (where, said)

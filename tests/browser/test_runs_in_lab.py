@@ -4,20 +4,19 @@ import os
 import re
 import time
 
-import hub_stand_in
-import lab
 import pytest
-from architectures import feed_forward
+from helpers import fake_hub, jupyterlab
+from helpers.architecture_registry import feed_forward
 
 import saewb
-from saewb.loading import save_sae
+from saewb.pretrained.load import save_sae
 
 HOOK = "blocks.2.hook_resid_post"
 JB = ("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
 TRAINING = [
     f"""import saewb, shutil, time
 from saewb_widgets import TrainingPanel
-model, texts = saewb.load_model("tiny"), [d.text for d in saewb.embedded.texts()[:200]]
+model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.texts()[:200]]
 how = dict(hook={HOOK!r}, batch_tokens=512, buffer_tokens=4_096, log_every_steps=1, lr=3e-3)
 panel = TrainingPanel(model=model, tokens=texts, objective=saewb.TopK(512, k=8), n_tokens=10_000, **how)
 panel""",
@@ -58,7 +57,7 @@ def opened(browser, tmp_path):
         pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install 'saewb[lab]'")
 
     def of(cells):
-        return lab.opened(browser, tmp_path, cells)
+        return jupyterlab.opened(browser, tmp_path, cells)
 
     return of
 
@@ -127,7 +126,7 @@ def test_training_panel_in_jupyterlab(opened, browser, tmp_path, capsys):
     with capsys.disabled():
         print(f"\nTrainingPanel in JupyterLab: model and form {opening:.1f} s, filled and started {filling:.1f} s")
     pictures = os.environ.get("SAEWB_SCREENSHOTS")
-    found = lab.without_a_kernel(browser, tmp_path, pictures and (pictures, "training"))
+    found = jupyterlab.without_a_kernel(browser, tmp_path, pictures and (pictures, "training"))
     for where, texts in found.items():
         for text in ("stopped", "crashing", "OSError: <b>the disk is gone</b>", "density", "FVU", "20,480 of 20,480"):
             assert text in texts[1], (where, text, texts[1])
@@ -212,11 +211,11 @@ def what_goes_wrong_is_said(notebook, panel):
 
 
 def test_catalogue_picker_in_jupyterlab(opened, browser, tmp_path, monkeypatch, capsys):
-    entry = saewb.releases.find(*JB)
+    entry = saewb.pretrained.catalogue.find(*JB)
     sae = feed_forward(2, d_in=64, d_sae=128, hook=entry.hook, model="gpt2-small")
     files = {f"{entry.path}/{f.name}": f.read_bytes() for f in save_sae(sae, tmp_path / "published").iterdir()}
     slow = {"sae_weights.safetensors": [(1_000, 0.2), (4_000, 0.1)]}
-    with hub_stand_in.hub({entry.repo: files}, faults=slow) as (address, log):
+    with fake_hub.hub({entry.repo: files}, faults=slow) as (address, log):
         settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
         for name, value in {**settings, "NO_PROXY": "127.0.0.1,localhost", "HF_TOKEN": "hf_of_the_stand_in"}.items():
             monkeypatch.setenv(name, value)
@@ -245,7 +244,7 @@ def test_catalogue_picker_in_jupyterlab(opened, browser, tmp_path, monkeypatch, 
     with capsys.disabled():
         print(f"\nCataloguePicker in JupyterLab: import and first view {opening:.1f} s")
     pictures = os.environ.get("SAEWB_SCREENSHOTS")
-    found = lab.without_a_kernel(browser, tmp_path, pictures and (pictures, "catalogue"))
+    found = jupyterlab.without_a_kernel(browser, tmp_path, pictures and (pictures, "catalogue"))
     for where, texts in found.items():
         for text in ("Published SAEs", *JB, "24,576", "151 MB", entry.repo):
             assert text in texts[0], (where, text, texts[0])

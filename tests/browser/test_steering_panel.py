@@ -3,18 +3,17 @@
 import threading
 import time
 
-import chromium
-import panels
 import pytest
+from helpers import chromium, panel_driver
 from saewb_widgets import SteeringPanel
 
 import saewb
 
 
 def made(**traits):
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     given = {"latents": {972: 16.0}, "prompt": "The scientist", "max_new_tokens": 6, **traits}
-    panel = SteeringPanel(model, sae, panels.index(), **given)
+    panel = SteeringPanel(model, sae, panel_driver.index(), **given)
     panel.wait()
     return panel
 
@@ -28,7 +27,7 @@ def test_latents_are_found_changed_and_steer_the_text(page):
     begin = time.perf_counter()
     chromium.mount(page, panel)
     page.get_by_text("both texts will be the same").wait_for()
-    print(f"first view: {1000 * (time.perf_counter() - begin):.0f} ms, {panels.sent(panel):,} bytes")
+    print(f"first view: {1000 * (time.perf_counter() - begin):.0f} ms, {panel_driver.sent(panel):,} bytes")
     find = page.get_by_role("searchbox", name="Find latents to add")
     find.fill("972")
     page.get_by_role("button", name="Add latent 972").click()
@@ -79,7 +78,7 @@ def test_a_slider_is_throttled_and_the_last_value_counts(page):
     assert panel.latents[0]["value"] == value
     print(f"20 steps of a slider: {sum('latents' in c for c in page.calls[before:])} messages")
     idle(page)
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     want = saewb.next_token_changes(
         model, panel.prompt, lambda: saewb.steer(model, sae, {972: value}, positions=slice(1, None)), n=20
     )
@@ -123,18 +122,18 @@ def test_errors_are_shown_and_hostile_text_is_text(page):
     prompt.fill("word " * 2000)
     page.get_by_role("button", name="Write both texts").click()
     page.locator(".complaint pre", has_text="the model's context 512").wait_for(timeout=60_000)
-    prompt.fill(panels.HOSTILE)
+    prompt.fill(panel_driver.HOSTILE)
     page.get_by_role("button", name="Write both texts").click()
     page.locator(".complaint").wait_for(state="hidden", timeout=60_000)
     idle(page)
-    assert page.locator(".texts .given").first.inner_text() == panels.HOSTILE
-    panel.movers = [[1, panels.HOSTILE, 0.1, 0.2, 0.1]]
+    assert page.locator(".texts .given").first.inner_text() == panel_driver.HOSTILE
+    panel.movers = [[1, panel_driver.HOSTILE, 0.1, 0.2, 0.1]]
     flush()
-    page.locator(".mover .t", has_text=panels.HOSTILE).wait_for()
+    page.locator(".mover .t", has_text=panel_driver.HOSTILE).wait_for()
     assert page.locator("img").count() == 0
     prompt.fill("another")
     page.get_by_text("with earlier settings").first.wait_for()
-    assert page.locator(".texts .given").first.inner_text() == panels.HOSTILE
+    assert page.locator(".texts .given").first.inner_text() == panel_driver.HOSTILE
     find = page.get_by_role("searchbox", name="Find latents to add")
     find.fill("99999")
     page.get_by_text("Nothing found").wait_for()

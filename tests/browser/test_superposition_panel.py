@@ -1,13 +1,12 @@
 """SuperpositionPanel's front end in Chromium, over the real panel."""
 
-import chromium
-import panels
 import torch
+from helpers import chromium, panel_driver
 from saewb_widgets import SuperpositionPanel
 
 
 def test_neighbours_lead_on_and_sides_change(page):
-    panel = SuperpositionPanel(panels.embedded()[1])
+    panel = SuperpositionPanel(panel_driver.embedded()[1])
     chromium.mount(page, panel)
     first = panel.selected
     page.locator("h3", has_text=f"Nearest to {first}").wait_for()
@@ -43,7 +42,7 @@ def test_few_directions_in_a_narrow_place(page):
 
 def test_the_focus_stays_where_keys_are_heard(page):
     """What is drawn anew takes the focus along: in JupyterLab the next d d would delete the cell."""
-    panel = SuperpositionPanel(panels.embedded()[1])
+    panel = SuperpositionPanel(panel_driver.embedded()[1])
     chromium.mount(page, panel)
     focused = (
         "() => { const e = document.activeElement; return !!e.closest('.saewb') && e.dataset.lmSuppressShortcuts; }"
@@ -60,10 +59,10 @@ def test_the_focus_stays_where_keys_are_heard(page):
 
 
 def three(**how):
-    sae = panels.embedded()[1]
+    sae = panel_driver.embedded()[1]
     rng = torch.Generator().manual_seed(0)
     given = {"topk": sae, "<b>random</b>": torch.randn(300, 20, generator=rng), "read": sae.W_enc.T.detach()}
-    return SuperpositionPanel(given, index={"topk": panels.index()}, **how)
+    return SuperpositionPanel(given, index={"topk": panel_driver.index()}, **how)
 
 
 def test_several_are_beside_each_other(page):
@@ -103,7 +102,7 @@ def test_several_are_beside_each_other(page):
 
 
 def test_dots_are_hovered_and_clicked(page):
-    panel = SuperpositionPanel(panels.embedded()[1], index=panels.index())
+    panel = SuperpositionPanel(panel_driver.embedded()[1], index=panel_driver.index())
     chromium.mount(page, panel)
     canvas = page.locator(".dots canvas")
     page.locator(".dots canvas[data-of='648']").wait_for()
@@ -158,7 +157,7 @@ def test_a_complaint_that_is_dismissed_leaves_the_focus_in_the_panel(page):
 
 
 def test_an_exception_is_shown_and_goes_away(page):
-    panel = SuperpositionPanel(panels.embedded()[1])
+    panel = SuperpositionPanel(panel_driver.embedded()[1])
     flush = chromium.mount(page, panel)
     try:
         panel.selected = 5000

@@ -3,15 +3,14 @@
 import os
 import time
 
-import chromium
-import panels
 import pytest
 import torch
+from helpers import chromium, panel_driver
+from helpers.gated_stream import Gated
 from saewb_widgets import TrainingPanel
-from slow_streams import Gated
 
 import saewb
-from saewb.streams import stream_draws
+from saewb.data.stream import stream_draws
 
 HOOK = "blocks.2.hook_resid_post"
 
@@ -124,8 +123,8 @@ def test_curves_of_several_runs_are_laid_over_one_another(page):
 
 
 def test_a_form_says_what_is_wrong_and_starts_a_run(page, tmp_path):
-    model = panels.embedded()[0]
-    texts = [d.text for d in saewb.embedded.held_out_texts()]
+    model = panel_driver.embedded()[0]
+    texts = [d.text for d in saewb.tiny.held_out_texts()]
     panel = TrainingPanel(
         model=model,
         tokens=texts,

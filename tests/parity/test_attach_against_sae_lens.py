@@ -3,27 +3,27 @@
 import copy
 
 import pytest
-import small
 import torch
+from helpers import tiny_models
 
-from saewb import hooks
-from saewb.attachment import attach
-from saewb.loading import load_sae, save_sae
+from saewb.interventions.attachment import attach
+from saewb.models import hook_points as hooks
+from saewb.pretrained.load import load_sae, save_sae
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 
 RESID = "blocks.1.hook_resid_post"
 KEYS = ["input", "acts_pre", "acts_post", "recons", "error", "output"]
 KINDS = {
-    "relu": lambda: small.sae(RESID, pre_bias="tied"),
-    "jumprelu": lambda: small.sae(RESID, "jumprelu"),
-    "topk": lambda: small.sae(RESID, "topk", k=5),
-    "abstopk": lambda: small.sae(RESID, "abstopk", k=5),
-    "layer norm": lambda: small.sae(RESID, scaling="layer_norm", pre_bias="tied"),
-    "constant norm": lambda: small.sae(RESID, scaling="constant_norm"),
-    "hook_z": lambda: small.sae("blocks.2.attn.hook_z", "topk", k=5),
-    "attn_out": lambda: small.sae("blocks.0.hook_attn_out"),
-    "transcoder": lambda: small.sae("blocks.1.hook_resid_pre", "jumprelu", hook_out="blocks.1.hook_mlp_out"),
+    "relu": lambda: tiny_models.sae(RESID, pre_bias="tied"),
+    "jumprelu": lambda: tiny_models.sae(RESID, "jumprelu"),
+    "topk": lambda: tiny_models.sae(RESID, "topk", k=5),
+    "abstopk": lambda: tiny_models.sae(RESID, "abstopk", k=5),
+    "layer norm": lambda: tiny_models.sae(RESID, scaling="layer_norm", pre_bias="tied"),
+    "constant norm": lambda: tiny_models.sae(RESID, scaling="constant_norm"),
+    "hook_z": lambda: tiny_models.sae("blocks.2.attn.hook_z", "topk", k=5),
+    "attn_out": lambda: tiny_models.sae("blocks.0.hook_attn_out"),
+    "transcoder": lambda: tiny_models.sae("blocks.1.hook_resid_pre", "jumprelu", hook_out="blocks.1.hook_mlp_out"),
 }
 
 
@@ -32,10 +32,10 @@ def peer(request):
     """(their model, our model): one kind, one set of weights."""
     if request.param == "bridge":
         theirs = sae_lens.SAETransformerBridge.boot_transformers(
-            "small", hf_model=copy.deepcopy(small.hf_llama()), tokenizer=small.tokenizer(), device="cpu"
+            "small", hf_model=copy.deepcopy(tiny_models.hf_llama()), tokenizer=tiny_models.tokenizer(), device="cpu"
         )
-        return theirs, small.bridge()
-    ours = small.hooked()
+        return theirs, tiny_models.bridge()
+    ours = tiny_models.hooked()
     theirs = sae_lens.HookedSAETransformer(ours.cfg, tokenizer=ours.tokenizer)
     weights = {name: ours.state_dict().get(name, value) for name, value in theirs.state_dict().items()}
     theirs.load_state_dict(weights)
@@ -46,7 +46,7 @@ def peer(request):
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_inner_point(peer, tmp_path, kind, error_term):
     theirs, ours = peer
-    sae, tokens = KINDS[kind](), small.tokens()
+    sae, tokens = KINDS[kind](), tiny_models.tokens()
     their_sae = sae_lens.SAE.load_from_disk(save_sae(sae, tmp_path / "sae"))
     with torch.no_grad():
         want_logits, want = theirs.run_with_cache_with_saes(tokens, saes=[their_sae], use_error_term=error_term)
@@ -102,7 +102,7 @@ def their_sae(kind, seed=3):
 @pytest.mark.parametrize("kind", list(THEIRS))
 def test_saes_of_the_peers_own_making(peer, tmp_path, kind, error_term):
     theirs, ours = peer
-    made, tokens = their_sae(kind), small.tokens()
+    made, tokens = their_sae(kind), tiny_models.tokens()
     made.save_model(tmp_path)
     sae = load_sae(tmp_path)
     with torch.no_grad():
@@ -139,19 +139,23 @@ def test_special_tokens_on_a_hooked_transformer(peer, tmp_path):
     theirs, ours = peer
     if type(theirs).__name__ != "HookedSAETransformer":
         pytest.skip("the peer passes special tokens by on a HookedTransformer only")
-    sae, tokens = small.sae(RESID), small.tokens()
+    sae, tokens = tiny_models.sae(RESID), tiny_models.tokens()
     their_sae = sae_lens.SAE.load_from_disk(save_sae(sae, tmp_path / "sae"))
     with torch.no_grad():
-        want = theirs.run_with_saes(tokens, saes=[their_sae], exclude_special_tokens=[small.BOS, 7])
-        with attach(ours, sae, skip_special_tokens=[small.BOS, 7]):
+        want = theirs.run_with_saes(tokens, saes=[their_sae], exclude_special_tokens=[tiny_models.BOS, 7])
+        with attach(ours, sae, skip_special_tokens=[tiny_models.BOS, 7]):
             torch.testing.assert_close(ours(tokens), want, atol=1e-5, rtol=1e-5)
 
 
 def test_several_saes(peer, tmp_path):
     theirs, ours = peer
-    saes = [small.sae("blocks.0.hook_resid_post"), small.sae("blocks.1.hook_mlp_out", "topk", k=4), small.sae(RESID)]
+    saes = [
+        tiny_models.sae("blocks.0.hook_resid_post"),
+        tiny_models.sae("blocks.1.hook_mlp_out", "topk", k=4),
+        tiny_models.sae(RESID),
+    ]
     paths = [save_sae(sae, tmp_path / str(i)) for i, sae in enumerate(saes)]
     with torch.no_grad():
-        want = theirs.run_with_saes(small.tokens(), saes=[sae_lens.SAE.load_from_disk(path) for path in paths])
+        want = theirs.run_with_saes(tiny_models.tokens(), saes=[sae_lens.SAE.load_from_disk(path) for path in paths])
         with attach(ours, saes):
-            torch.testing.assert_close(ours(small.tokens()), want, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours(tiny_models.tokens()), want, atol=1e-4, rtol=1e-4)

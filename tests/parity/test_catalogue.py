@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from saewb import releases
-from saewb.releases._expand import expand
+from saewb.pretrained import catalogue as releases
+from saewb.pretrained.catalogue._expand import expand
 
 directory = pytest.importorskip("sae_lens.loading.pretrained_saes_directory")
 

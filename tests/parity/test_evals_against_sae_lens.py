@@ -10,15 +10,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import small
 import torch
-from models_on_3x import tiny_hooked
+from helpers import tiny_models
+from helpers.transformer_lens_3 import tiny_hooked
 
-from saewb.embedded import held_out_texts
-from saewb.evals import evaluate
+from saewb.data.tokens import pack
+from saewb.evals.evaluation import evaluate
 from saewb.metrics import ReconstructionStream, fvu
-from saewb.sae import SAE, SAEConfig
-from saewb.tokens import pack
+from saewb.sae.sae import SAE, SAEConfig
+from saewb.tiny import held_out_texts
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from sae_lens.evals import (  # noqa: E402  (after the check that it is there)
@@ -98,7 +98,7 @@ def theirs_on(model, ours, *batches, special=()):
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
 @pytest.mark.parametrize(("gate", "k"), [("relu", None), ("jumprelu", None), ("topk", 4), ("abstopk", 4)])
 def test_all_tokens(model, hook, gate, k):
-    ours, ids = small.sae(hook, gate=gate, k=k), small.tokens(12, 9)
+    ours, ids = tiny_models.sae(hook, gate=gate, k=k), tiny_models.tokens(12, 9)
     found = evaluate(model, ours, ids, batch_size=6, skip_special_tokens=False)
     theirs, by_latent = theirs_on(model, ours, ids)
     for name in SHARED.keys() - {"ce_recovered_zero"}:
@@ -117,7 +117,7 @@ def test_all_tokens(model, hook, gate, k):
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
 def test_special_tokens_masked(model, hook):
     """All but ablation: see `test_ablation_of_masked_tokens`."""
-    ours, ids = small.sae(hook), small.tokens(12, 9)
+    ours, ids = tiny_models.sae(hook), tiny_models.tokens(12, 9)
     found = evaluate(model, ours, ids, batch_size=6)
     theirs, _ = theirs_on(model, ours, ids, special=[1, 2, 3])
     for name in SHARED.keys() - OF_ABLATION:
@@ -126,7 +126,7 @@ def test_special_tokens_masked(model, hook):
 
 def test_special_tokens_in_the_middle_of_rows(model):
     """Figures without a target are the same there too; a loss is the mean of sae-lens' own, text from text."""
-    ours, ids = small.sae(RESID), small.tokens(12, 9)
+    ours, ids = tiny_models.sae(RESID), tiny_models.tokens(12, 9)
     ids[2, 4], ids[5, 8], ids[7, 1] = 1, 2, 3
     found = evaluate(model, ours, ids, batch_size=6)
     theirs, _ = theirs_on(model, ours, ids, special=[1, 2, 3])
@@ -155,7 +155,7 @@ def test_on_the_embedded_model_and_text():
 
 def test_ablation_of_masked_tokens(model):
     """It zeroes masked tokens too, which its SAE leaves alone: an SAE that writes zero seems to recover something."""
-    ours, ids = small.sae(RESID), small.tokens(12, 9)
+    ours, ids = tiny_models.sae(RESID), tiny_models.tokens(12, 9)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.zero_()
@@ -181,8 +181,8 @@ def test_explained_variance_of_data_far_from_zero():
 
 def test_relative_reconstruction_bias_over_batches_of_different_scale(model):
     """It averages a ratio per batch, whatever the batch weighs; both sums come before the ratio here."""
-    ours = small.sae(RESID)
-    first, second = small.tokens(6, 9), small.tokens(6, 9, seed=3)
+    ours = tiny_models.sae(RESID)
+    first, second = tiny_models.tokens(6, 9), tiny_models.tokens(6, 9, seed=3)
     both = torch.cat([first, second])
     theirs, _ = theirs_on(model, ours, first, second)
     at_once, _ = theirs_on(model, ours, both)
@@ -193,7 +193,7 @@ def test_relative_reconstruction_bias_over_batches_of_different_scale(model):
 
 def test_cosine_of_a_reconstruction_that_is_zero(model):
     """It divides by the length of the reconstruction: one token on which nothing fires makes the mean nan."""
-    ours, ids = small.sae(RESID), small.tokens(12, 9)
+    ours, ids = tiny_models.sae(RESID), tiny_models.tokens(12, 9)
     with torch.no_grad():
         ours.b_dec.zero_()
         ours.b_enc.fill_(-1e6)

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from objectives_list import D_IN, D_SAE, InMemory, batch, drawn, recovered, true_features
+from helpers.objective_registry import D_IN, D_SAE, InMemory, batch, drawn, recovered, true_features
 
 import saewb
-from saewb.objectives import next_threshold, with_dead
+from saewb.training.objectives import next_threshold, with_dead
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from sae_lens.config import LoggingConfig, SAETrainerConfig  # noqa: E402  (after the check that it is there)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saewb.packing import Packer
+from saewb.data.packing import Packer
 
 pytest.importorskip("sae_lens", reason="the oracle has an environment of its own")
 concat = pytest.importorskip("sae_lens.tokenization_and_batching").concat_and_batch_sequences

@@ -15,9 +15,9 @@ import types
 
 import pytest
 import torch
-from published_files import DICT_CLASSES, SPARSIFY, D, F, K, dictionary_learning, inputs, sparsify
+from helpers.format_fixtures import DICT_CLASSES, SPARSIFY, D, F, K, dictionary_learning, inputs, sparsify
 
-from saewb.formats import read
+from saewb.pretrained.formats import read
 
 X = torch.from_numpy(inputs(20)).float()
 NEAR = {"atol": 2e-5, "rtol": 1e-5}

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from published_files import (
+from helpers.format_fixtures import (
     DICT_CLASSES,
     QWEN,
     D,
@@ -22,7 +22,7 @@ from published_files import (
     sparsify,
 )
 
-from saewb.formats import Facts, read
+from saewb.pretrained.formats import Facts, read
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from sae_lens.loading import pretrained_sae_loaders as loaders  # noqa: E402  (after the check that it is there)

@@ -15,9 +15,9 @@ from formats import (
     test_single_files,
     test_temporal_conf,
 )
-from published import D, F, O, inputs, weights
+from helpers.format_tensors import D, F, O, inputs, weights
 
-from saewb.formats import Facts, read
+from saewb.pretrained.formats import Facts, read
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from huggingface_hub.errors import EntryNotFoundError  # noqa: E402  (after the check that sae-lens is there)

@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, D_IN, D_OUT, D_SAE, activations, feed_forward
+from helpers.architecture_registry import ARCHITECTURES, D_IN, D_OUT, D_SAE, activations, feed_forward
 
-from saewb.loading import load_sae, save_sae
-from saewb.temporal import TemporalSAE
+from saewb.pretrained.load import load_sae, save_sae
+from saewb.sae.temporal import TemporalSAE
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from sae_lens.registry import get_sae_class, get_sae_training_class  # noqa: E402  (after the check that it is there)

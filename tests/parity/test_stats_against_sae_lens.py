@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from saewb.enrichment import enrichment_scores
+from saewb.features.enrichment import enrichment_scores
 from saewb.stats.correlation import (
     LowRankCorrelation,
     correlation_stats,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 from saewb.synthetic import (
     RecoveryStream,
     SyntheticData,

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.peak_memory import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peak import peak_bytes
 
-from saewb.arithmetic import TopLatents
 from saewb.errors import FormatError
+from saewb.sae.sparse import TopLatents
 from saewb.stats import coactivation as module
 from saewb.stats.coactivation import CoactivationStream, coactivation, needed_bytes
 from saewb.stats.correlation import correlation_stats
@@ -158,7 +158,7 @@ def test_nothing_fires():
 
 @pytest.mark.parametrize("by", ["phi", "jaccard", "correlation"])
 def test_partners_and_pairs_are_the_largest_of_the_blocks(by, monkeypatch):
-    from saewb.stats import _together
+    from saewb.stats import cooccurrence as _together
 
     monkeypatch.setattr(_together, "_TILE", 30)  # a few rows at a time
     found = coactivation([latents()])
@@ -345,10 +345,10 @@ def test_other_files_are_refused(tmp_path):
 
 def test_on_real_activations_of_the_embedded_sae():
     import saewb
-    from saewb.activations import capture
+    from saewb.models.capture import capture
 
     model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
-    ids = saewb.pack([d.text for d in saewb.embedded.held_out_texts()[:40]], model.tokenizer, 64)
+    ids = saewb.pack([d.text for d in saewb.tiny.held_out_texts()[:40]], model.tokenizer, 64)
     with torch.no_grad():
         x = capture(model, ids, [sae.cfg.hook])[sae.cfg.hook].flatten(0, 1)
         found, dense = coactivation(sae.encode_topk(part) for part in x.split(300)), sae.encode(x)

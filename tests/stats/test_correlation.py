@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.peak_memory import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peak import peak_bytes
 
 from saewb.stats.correlation import (
     LowRankCorrelation,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saewb
-from saewb.stats import _best, _entries, _fired, _ordering, _overview, _pooling, matrix_view
+from saewb.stats import _best, _entries, _fired, _ordering, _overview, _pooling
+from saewb.stats import correlation_map as matrix_view
 from saewb.stats._fired import Fired
 from saewb.stats.coactivation import coactivation
 from saewb.stats.correlation import LowRankCorrelation, correlation_stats, random_low_rank_correlation

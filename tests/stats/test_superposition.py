@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.peak_memory import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peak import peak_bytes
 
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 from saewb.stats import _tiles
 from saewb.stats.superposition import superposition
 

@@ -30,7 +30,7 @@ from saewb.synthetic import (
     random_hierarchy,
     zipfian,
 )
-from saewb.synthetic.firings import independent
+from saewb.synthetic.firing_patterns import independent
 
 MILLION = 1_000_000
 
@@ -301,7 +301,7 @@ def test_embedding_sparse_and_dense_and_noise():
 
 
 def test_an_sae_that_matches():
-    from saewb.sae import SAE, SAEConfig
+    from saewb.sae.sae import SAE, SAEConfig
 
     dictionary = random_dictionary(24, 16, bias_scale=1.0)
     order = torch.tensor([3, 1, 20])

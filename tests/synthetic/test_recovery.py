@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 from saewb.synthetic import (
     FeatureDictionary,
     Firings,

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import threading
 
-import panels
 import pytest
-from architectures import feed_forward
-from hub_stand_in import hub
-from saewb_widgets import CataloguePicker, _shelf, catalogue_picker
+from helpers import panel_driver
+from helpers.architecture_registry import feed_forward
+from helpers.fake_hub import hub
+from saewb_widgets import CataloguePicker
+from saewb_widgets.catalogue_picker import filter as _shelf
+from saewb_widgets.catalogue_picker import panel as catalogue_picker
 
 import saewb
-from saewb.loading import save_sae
+from saewb.pretrained.load import save_sae
 
 JB = ("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
 FILTERS = [
@@ -48,7 +50,7 @@ def test_the_table_is_what_code_makes_and_one_page_of_it_is_sent(asked):
     assert table.equals(panel.table)
     assert panel.rows["total"] == len(table)
     assert [r[:2] for r in panel.rows["rows"]] == table[["release", "id"]][:100].values.tolist()
-    assert panels.sent(panel) < 100_000
+    assert panel_driver.sent(panel) < 100_000
 
 
 def test_rows_by_other_means(everything):
@@ -147,7 +149,7 @@ def test_a_saved_notebook_shows_rows_and_the_page(monkeypatch):
     said = panel._repr_mimebundle_()[0]["text/html"]
     for text in ("blocks.0.hook_resid_pre", "151 MB", "24,576", "jbloom/GPT2-Small-SAEs-Reformatted"):
         assert text in said
-    panel.page = {**panel.page, "repo": panels.HOSTILE}
+    panel.page = {**panel.page, "repo": panel_driver.HOSTILE}
     assert "<img" not in panel.static_html()
     assert repr(panel) == "CataloguePicker(13 of 13,857 SAEs, gpt2-small-res-jb blocks.8.hook_resid_pre)"
 
@@ -309,7 +311,7 @@ def in_an_interpreter(code, endpoint, home, **environment):
 @pytest.fixture
 def published(tmp_path):
     """A repository of the catalogue with one SAE of 70 kB in it."""
-    entry = saewb.releases.find(*JB)
+    entry = saewb.pretrained.catalogue.find(*JB)
     sae = feed_forward(2, d_in=64, d_sae=128, hook=entry.hook, model="gpt2-small")
     folder = save_sae(sae, tmp_path / "published")
     return entry, {f"{entry.path}/{file.name}": file.read_bytes() for file in folder.iterdir()}
@@ -363,7 +365,7 @@ def test_no_network_a_gated_place_and_one_that_is_not_there(published, tmp_path)
         ("gemma-scope-2b-pt-res", "layer_0/width_16k/average_l0_13"),
         ("gpt2-small-mlp-tm", "blocks.3.hook_mlp_out"),
     )
-    repos = [saewb.releases.find(*name).repo for name in (closed, missing)]
+    repos = [saewb.pretrained.catalogue.find(*name).repo for name in (closed, missing)]
     code = f"""
 said = []
 for name in ({closed}, {missing}):

@@ -8,10 +8,12 @@ import threading
 import zlib
 from dataclasses import replace
 
-import panels
 import pytest
 import torch
-from saewb_widgets import CorrelationPanel, _map_looking, correlation
+from helpers import panel_driver
+from saewb_widgets import CorrelationPanel
+from saewb_widgets.correlation import panel as correlation
+from saewb_widgets.correlation import view as _map_looking
 
 import saewb
 from saewb.stats import _overview
@@ -39,8 +41,8 @@ def sources():
     return {
         "low rank": ((low(),), "of"),
         "dense": ((low(40).dense(),), "of"),
-        "sae": ((panels.embedded()[1],), "of"),
-        "index": ((panels.index(),), "index"),
+        "sae": ((panel_driver.embedded()[1],), "of"),
+        "index": ((panel_driver.index(),), "index"),
         "learnt and true": ((dictionary.directions[torch.randperm(20)], dictionary), "of"),
     }
 
@@ -126,15 +128,15 @@ def test_what_it_is_made_with_is_checked():
     with pytest.raises(TypeError, match="near: view"):
         CorrelationPanel(low(), veiw=(0, 1, 0, 1))
     with pytest.raises(ValueError, match="one of model and tokens"):
-        CorrelationPanel(panels.embedded()[1], model=panels.embedded()[0])
+        CorrelationPanel(panel_driver.embedded()[1], model=panel_driver.embedded()[0])
     with pytest.raises(ValueError, match="index is of 1,024 features, the matrix has 300"):
-        CorrelationPanel(low(), index=panels.index())
+        CorrelationPanel(low(), index=panel_driver.index())
     with pytest.raises(ValueError, match="asked to 'explode'"):
         press(CorrelationPanel(low()), "explode")
 
 
 def test_a_pair_has_both_features():
-    index = panels.index()
+    index = panel_driver.index()
     panel = CorrelationPanel(index)
     i, j, value = panel.figures["pairs"][0]
     panel.pair = (i, j)
@@ -153,8 +155,8 @@ def test_a_pair_has_both_features():
 
 
 def on_text(**more):
-    model, sae = panels.embedded()
-    texts = [d.text for d in saewb.embedded.held_out_texts()[:10]]
+    model, sae = panel_driver.embedded()
+    texts = [d.text for d in saewb.tiny.held_out_texts()[:10]]
     return CorrelationPanel(sae, model=model, tokens=texts, **more), {"model": model, "sae": sae, "tokens": texts}
 
 
@@ -218,7 +220,7 @@ def test_the_model_can_be_stopped_and_run_again(held):
 
 
 def test_a_model_that_fails_says_so():
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     panel = CorrelationPanel(sae, model=model, tokens=[""])
     with pytest.raises(ValueError, match="tokens"):
         panel.wait(60)
@@ -328,8 +330,8 @@ def test_empty_tiny_and_undefined_matrices():
 
 
 def test_an_index_deleted_under_the_panel():
-    index = panels.index()
-    tensors = panels.Gone(index.tensors)
+    index = panel_driver.index()
+    tensors = panel_driver.Gone(index.tensors)
     panel = CorrelationPanel(replace(index, tensors=tensors))
     tensors.there = False
     with pytest.raises(OSError, match="stale file handle"):
@@ -382,14 +384,14 @@ def test_a_saved_notebook_shows_a_picture():
     lines = zlib.decompress(raw[begin : begin + size])
     levels = panel.shown.levels(panel.shown.scale)
     assert lines == b"".join(b"\0" + levels[i * width : (i + 1) * width] for i in range(height))
-    assert panels.sent(panel) < 300_000
+    assert panel_driver.sent(panel) < 300_000
 
 
 def test_65_thousand_features_send_little():
     panel = CorrelationPanel(low(65_536), order="index")
     ((head, (levels,)),) = press(panel, "tile", seq=1)
     assert head["shape"] == [256, 256]
-    assert panels.sent(panel) + len(levels) < 300_000
+    assert panel_driver.sent(panel) + len(levels) < 300_000
     press(panel, "stop")
     panel.wait(120)
 

@@ -9,17 +9,18 @@ import threading
 import time
 from dataclasses import replace
 
-import panels
 import pytest
 import saewb_widgets
-from saewb_widgets import FeatureBrowser, feature_browser
+from helpers import panel_driver
+from saewb_widgets import FeatureBrowser
+from saewb_widgets.feature_browser import panel as feature_browser
 
 import saewb
 
 
 @pytest.fixture
 def index():
-    return panels.index()
+    return panel_driver.index()
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_wrong_values_from_the_front_end_are_taken_back(panel):
 
 
 def test_an_index_deleted_under_the_panel(index, tmp_path):
-    tensors = panels.Gone(index.tensors)
+    tensors = panel_driver.Gone(index.tensors)
     panel = FeatureBrowser(replace(index, tensors=tensors))
     page = panel.page
     tensors.there = False
@@ -297,7 +298,7 @@ def test_messages_that_are_none(panel):
 
 
 def test_a_text_of_ones_own(index):
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     text = "Marie Curie was a Polish physicist."
     panel = FeatureBrowser(index, model, sae, prompt=text)
     found = index.find(model, sae, text)
@@ -413,10 +414,10 @@ def test_work_that_fails_is_said_where_it_is_asked_for(monkeypatch, index):
 
 
 def test_65536_latents_are_shown_within_a_second_and_300_kb():
-    index = panels.many()
+    index = panel_driver.many()
     start = time.thread_time()  # of this thread: the machine may be busy, and the ranking has its own
     panel = FeatureBrowser(index)
-    assert panels.sent(panel) < 300_000
+    assert panel_driver.sent(panel) < 300_000
     began = time.thread_time() - start
     panel.wait(120)
     start = time.thread_time()
@@ -425,7 +426,7 @@ def test_65536_latents_are_shown_within_a_second_and_300_kb():
     panel.sort = "density"
     assert len(panel.latents) == 65_536
     assert len(panel.rows["rows"]) == feature_browser.WINDOW
-    assert panels.sent(panel) < 300_000
+    assert panel_driver.sent(panel) < 300_000
     print(f"first view {began * 1000:.0f} ms, a latent {turned * 1000:.1f} ms")
     assert began < 1
     assert turned < 0.1
@@ -453,13 +454,13 @@ def test_a_saved_notebook_shows_a_view(panel, index):
 
 
 def test_hostile_tokens_are_text_where_no_kernel_runs():
-    said = FeatureBrowser(panels.hostile())._repr_mimebundle_()[0]["text/html"]
+    said = FeatureBrowser(panel_driver.hostile())._repr_mimebundle_()[0]["text/html"]
     assert not re.search(r"<img|<script|<!--", said)
     assert "&lt;img src=x" in said
 
 
 def test_a_latent_that_never_fires_and_weights_that_say_nothing():
-    panel = FeatureBrowser(panels.silent(), selected=3, show_only="silent")
+    panel = FeatureBrowser(panel_driver.silent(), selected=3, show_only="silent")
     assert panel.latents == [3]
     assert panel.page["top"] == panel.page["raised"] == panel.page["by_decoder"] == []
     assert panel.page["histogram"]["counts"] == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 from saewb_widgets.figures import feature_similarity
 
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 from saewb.synthetic import matched_sae, random_dictionary
 
 

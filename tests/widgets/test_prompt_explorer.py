@@ -8,12 +8,12 @@ import threading
 import time
 from dataclasses import replace
 
-import panels
 import pytest
-import small
 import test_cross_layer as cross
 import torch
-from saewb_widgets import PromptExplorer, prompt_explorer
+from helpers import panel_driver, tiny_models
+from saewb_widgets import PromptExplorer
+from saewb_widgets.prompt_explorer import panel as prompt_explorer
 
 import saewb
 
@@ -24,11 +24,11 @@ WORDS = "w3 w9 w20 w4 w11 w7"
 
 @pytest.fixture
 def index():
-    return panels.index()
+    return panel_driver.index()
 
 
 def explorer(index=None, **traits):
-    return PromptExplorer(*panels.embedded(), index, **{"prompt": TEXT, **traits})
+    return PromptExplorer(*panel_driver.embedded(), index, **{"prompt": TEXT, **traits})
 
 
 def changed(panel, **traits):
@@ -89,7 +89,7 @@ def test_code_gives_what_is_shown(index, name):
 
 
 def test_it_opens_on_the_last_token_and_says_what_fires_there(index):
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     panel = explorer(index)
     reading = saewb.read_prompt(model, TEXT, sae)
     assert tuple(panel.window["tokens"]) == reading.tokens
@@ -192,15 +192,15 @@ def test_dense_latents_are_hidden(index):
 @pytest.fixture
 def several():
     return [
-        small.sae(RESID),
-        small.sae(RESID, "topk", k=5, seed=3),
-        small.sae("blocks.1.mlp.hook_in", hook_out="blocks.1.hook_mlp_out", d_sae=30),
+        tiny_models.sae(RESID),
+        tiny_models.sae(RESID, "topk", k=5, seed=3),
+        tiny_models.sae("blocks.1.mlp.hook_in", hook_out="blocks.1.hook_mlp_out", d_sae=30),
     ]
 
 
 def test_several_saes(several):
-    index = saewb.build_index(small.bridge(), several[1], small.tokens(8, 9))
-    panel = PromptExplorer(small.bridge(), several, [None, index, None], prompt=WORDS)
+    index = saewb.build_index(tiny_models.bridge(), several[1], tiny_models.tokens(8, 9))
+    panel = PromptExplorer(tiny_models.bridge(), several, [None, index, None], prompt=WORDS)
     assert panel.facts["saes"] == [RESID, f"{RESID} (2)", "blocks.1.mlp.hook_in => blocks.1.hook_mlp_out"]
     assert set(panel.latents.sae) == set(panel.facts["saes"])
     assert not panel.words["compared"]  # two write to the same point
@@ -209,7 +209,7 @@ def test_several_saes(several):
         changed(panel, shown=k, rank="logit_effect")
         assert set(panel.latents.sae) == {panel.facts["saes"][k]}
         assert panel.words["compared"]
-        words = saewb.next_tokens(small.bridge(), WORDS, several[k]).to_frame()
+        words = saewb.next_tokens(tiny_models.bridge(), WORDS, several[k]).to_frame()
         assert panel.next_tokens.to_frame().equals(words)
         assert all((r["hint"] is None) == (k != 1) for r in panel.listing["rows"])
         check_code(panel)
@@ -226,7 +226,7 @@ def test_several_saes(several):
 
 def test_a_cross_layer_transcoder_is_read_layer_by_layer():
     clt = cross.made(read="blocks.{}.hook_resid_pre")
-    panel = PromptExplorer(small.bridge(), [clt, small.sae(RESID)], prompt=WORDS, rank="logit_effect")
+    panel = PromptExplorer(tiny_models.bridge(), [clt, tiny_models.sae(RESID)], prompt=WORDS, rank="logit_effect")
     assert len(panel.facts["saes"]) == 4
     check_code(panel)
     changed(panel, shown=2)
@@ -246,8 +246,8 @@ def test_a_cross_layer_transcoder_is_read_layer_by_layer():
 
 
 def test_an_sae_without_direct_effects_says_so():
-    sae = small.sae("blocks.1.attn.hook_q", d_in=4, head=1)
-    panel = PromptExplorer(small.bridge(), sae, prompt=WORDS)
+    sae = tiny_models.sae("blocks.1.attn.hook_q", d_in=4, head=1)
+    panel = PromptExplorer(tiny_models.bridge(), sae, prompt=WORDS)
     with pytest.raises(ValueError, match="no direct effects on logits are known"):
         changed(panel, rank="logit_effect")
     assert panel.rank == "activation"
@@ -271,7 +271,7 @@ def test_no_prompt_and_back():
 
 def test_a_long_prompt_is_sent_in_parts():
     text = "A cat sat. " * 100
-    n = panels.embedded()[0].to_tokens(text).shape[1]
+    n = panel_driver.embedded()[0].to_tokens(text).shape[1]
     assert prompt_explorer.TOKENS < n <= 512
     panel = explorer(prompt=text, everywhere=True)
     assert (panel.window["total"], panel.window["offset"]) == (n, 400)  # where the last token is
@@ -283,17 +283,17 @@ def test_a_long_prompt_is_sent_in_parts():
     assert panel.window["offset"] == 400
     panel.position = 3
     assert panel.window["offset"] == 0
-    assert panels.sent(panel) < 100_000
+    assert panel_driver.sent(panel) < 100_000
     check_code(panel)
 
 
 def test_a_prompt_of_2000_tokens_is_read_where_the_context_takes_it():
-    model = small.new_bridge()
+    model = tiny_models.new_bridge()
     model.cfg.n_ctx = 2048  # rotary: nothing else of it knows a limit
-    panel = PromptExplorer(model, small.sae(RESID), prompt=" ".join(f"w{k % 20}" for k in range(1999)))
+    panel = PromptExplorer(model, tiny_models.sae(RESID), prompt=" ".join(f"w{k % 20}" for k in range(1999)))
     assert panel.window["total"] == 2000
     assert len(panel.window["tokens"]) == 400
-    assert panels.sent(panel) < 150_000
+    assert panel_driver.sent(panel) < 150_000
     panel.everywhere = True
     assert panel.listing["total"] <= 40
 
@@ -349,14 +349,14 @@ def test_wrong_values(index):
 
 
 def test_what_it_is_made_with_is_checked(index):
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     for made, error, says in (
         (lambda: PromptExplorer(model, sae, promt="x"), TypeError, "near: prompt"),
         (lambda: PromptExplorer(model, "sae"), TypeError, "got str as an SAE"),
         (lambda: PromptExplorer(model, []), ValueError, "got no SAE"),
-        (lambda: PromptExplorer(model, small.sae("blocks.9.hook_resid_post")), ValueError, "no hook named"),
-        (lambda: PromptExplorer(model, small.sae(RESID)), ValueError, "do not fit"),
-        (lambda: PromptExplorer(model, sae, panels.silent()), ValueError, "which has 1024 latents"),
+        (lambda: PromptExplorer(model, tiny_models.sae("blocks.9.hook_resid_post")), ValueError, "no hook named"),
+        (lambda: PromptExplorer(model, tiny_models.sae(RESID)), ValueError, "do not fit"),
+        (lambda: PromptExplorer(model, sae, panel_driver.silent()), ValueError, "which has 1024 latents"),
         (lambda: PromptExplorer(model, sae, 3), TypeError, "got a int as an index"),
         (lambda: PromptExplorer(model, [sae, sae], index), ValueError, "one index for 2 SAEs"),
         (lambda: PromptExplorer(model, sae, [index]), ValueError, "fix:  PromptExplorer\\(model, sae, index\\)"),
@@ -368,7 +368,7 @@ def test_what_it_is_made_with_is_checked(index):
 
 
 def test_an_index_from_its_folder(index, tmp_path):
-    panel = PromptExplorer(*panels.embedded(), index.save(tmp_path / "an.index"), prompt=TEXT)
+    panel = PromptExplorer(*panel_driver.embedded(), index.save(tmp_path / "an.index"), prompt=TEXT)
     assert panel.latents.equals(explorer(index).latents)
 
 
@@ -454,7 +454,7 @@ def test_it_says_how_far_it_is_and_stops(monkeypatch):
         passed.append(1)
         assert go.acquire(timeout=60)
 
-    held = saewb.hooks.resolve(twin, "blocks.1.hook_resid_post").add(slow)
+    held = saewb.models.hook_points.resolve(twin, "blocks.1.hook_resid_post").add(slow)
     panel.prompt = TEXT
     until(lambda: passed)
     press(panel, "collect")
@@ -470,7 +470,7 @@ def test_it_says_how_far_it_is_and_stops(monkeypatch):
     assert panel.notice == ""
     check_code(panel)
     before = panel.latents
-    held = saewb.hooks.resolve(twin, "blocks.1.hook_resid_post").add(slow)
+    held = saewb.models.hook_points.resolve(twin, "blocks.1.hook_resid_post").add(slow)
     panel.rank, panel.target = "attribution", " the"
     until(lambda: len(passed) > 1)
     panel.stop()
@@ -524,11 +524,11 @@ def test_a_model_that_fails_is_said_and_can_be_tried_again(monkeypatch):
 
 def test_cells_that_use_the_model_meanwhile_are_not_seen_here():
     panel = explorer(prompt="A cat")
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     ids = model.to_tokens(TEXT)
     with torch.no_grad():
         clean = model(ids)
-    before, seen = small.snapshot(model), []
+    before, seen = tiny_models.snapshot(model), []
     panel.rank = "attribution"
     panel.prompt = TEXT
     with torch.no_grad():
@@ -539,30 +539,30 @@ def test_cells_that_use_the_model_meanwhile_are_not_seen_here():
                 model(ids)
     for one in seen:
         torch.testing.assert_close(one, clean)
-    assert small.snapshot(model) == before
+    assert tiny_models.snapshot(model) == before
     check_code(panel)
 
 
 def test_a_cell_that_holds_the_model_does_not_hold_up_the_panel():
     panel = explorer(prompt="A cat")
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     with saewb.attach(model, sae, error_term=True):
         changed(panel, prompt="A dog")
     assert "".join(panel.window["tokens"]).endswith("A dog")
 
 
-@pytest.mark.parametrize("kind", small.kinds())
+@pytest.mark.parametrize("kind", tiny_models.kinds())
 def test_what_is_on_the_model_already_is_not_seen_here_and_the_code_says_so(kind):
-    model = small.bridge() if kind == "bridge" else small.hooked()
-    sae = small.sae("blocks.1.mlp.hook_in", hook_out="blocks.1.hook_mlp_out")
+    model = tiny_models.bridge() if kind == "bridge" else tiny_models.hooked()
+    sae = tiny_models.sae("blocks.1.mlp.hook_in", hook_out="blocks.1.hook_mlp_out")
     want = PromptExplorer(model, sae, prompt=WORDS)
     assert want.about == repr(sae)
-    with saewb.attach(model, sae), saewb.steer(model, small.sae(RESID), {3: 9.0}):
+    with saewb.attach(model, sae), saewb.steer(model, tiny_models.sae(RESID), {3: 9.0}):
         panel = PromptExplorer(model, sae, prompt=WORDS)
         assert panel.latents.equals(want.latents)
         assert panel.words == want.words
         assert panel.about.endswith("the model without what cells have put on it")
-        assert "bare = saewb.hooks.twin(model)" in panel.code()
+        assert "bare = saewb.models.hook_points.twin(model)" in panel.code()
         check_code(panel)
     changed(panel, prompt="w3 w9")
     assert panel.about == repr(sae)
@@ -570,7 +570,7 @@ def test_what_is_on_the_model_already_is_not_seen_here_and_the_code_says_so(kind
 
 
 def test_an_index_that_is_gone_is_said(index):
-    tensors = panels.Gone(index.tensors)
+    tensors = panel_driver.Gone(index.tensors)
     panel = explorer(replace(index, tensors=tensors))
     tensors.there = False
     with pytest.raises(OSError, match="stale"):
@@ -601,11 +601,13 @@ def test_a_front_end_that_sets_several_things():
 
 
 def test_hostile_tokens_are_text():
-    strings = {f"w{k}": name for k, name in enumerate(panels.NAMES)}
-    panel = PromptExplorer(small.bridge(), small.sae(RESID), panels.hostile(), prompt=WORDS)
+    strings = {f"w{k}": name for k, name in enumerate(panel_driver.NAMES)}
+    panel = PromptExplorer(tiny_models.bridge(), tiny_models.sae(RESID), panel_driver.hostile(), prompt=WORDS)
     panel._found = replace(
         panel._found,
-        reading=replace(panel.reading, tokens=tuple(strings.get(w, panels.HOSTILE) for w in panel.reading.tokens)),
+        reading=replace(
+            panel.reading, tokens=tuple(strings.get(w, panel_driver.HOSTILE) for w in panel.reading.tokens)
+        ),
     )
     panel._send_window()
     panel._list()

@@ -5,11 +5,11 @@ import threading
 import time
 from dataclasses import replace
 
-import panels
 import pytest
-import small
 import torch
-from saewb_widgets import SteeringPanel, steering
+from helpers import panel_driver, tiny_models
+from saewb_widgets import SteeringPanel
+from saewb_widgets.steering import panel as steering
 
 import saewb
 
@@ -18,8 +18,10 @@ RESID = "blocks.1.hook_resid_post"
 
 @pytest.fixture
 def made():
-    model, sae = panels.embedded()
-    return SteeringPanel(model, sae, panels.index(), latents={972: 16.0}, prompt="The scientist", max_new_tokens=6)
+    model, sae = panel_driver.embedded()
+    return SteeringPanel(
+        model, sae, panel_driver.index(), latents={972: 16.0}, prompt="The scientist", max_new_tokens=6
+    )
 
 
 def executed(panel, **given):
@@ -90,7 +92,7 @@ def test_code_gives_what_is_shown(made, positions, how):
 def test_it_is_what_generate_writes(made):
     made.generate()
     made.wait()
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     args = {"max_new_tokens": 6, "do_sample": False, "verbose": False}
     with torch.no_grad():
         assert model.generate("The scientist", **args).endswith("The scientist" + made.clean)
@@ -99,10 +101,10 @@ def test_it_is_what_generate_writes(made):
 
 
 def test_several_saes():
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     saes = [sae, sae.__class__(sae.cfg)]
     saes[1].load_state_dict({k: v.roll(1, 0) if k == "W_dec" else v for k, v in sae.state_dict().items()})
-    panel = SteeringPanel(model, saes, [None, panels.index()], latents={5: 9.0}, max_new_tokens=3)
+    panel = SteeringPanel(model, saes, [None, panel_driver.index()], latents={5: 9.0}, max_new_tokens=3)
     panel.add(7, 12.0, sae=1)
     panel.add(8, 2.0, "clamp", sae=1)
     assert repr(panel) == "SteeringPanel(add 0/5: 9, add 1/7: 12, clamp 1/8: 2, 'The', not the first, tiny)"
@@ -159,11 +161,11 @@ def test_a_new_generation_closes_the_one_under_way(made, monkeypatch):
 
 def test_cells_that_use_the_model_meanwhile_are_not_steered_nor_seen_in_the_texts(made):
     made.wait()
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     ids = torch.arange(5, 17)[None]
     with torch.no_grad():
         clean = model(ids)
-    before = small.snapshot(model)
+    before = tiny_models.snapshot(model)
     made.max_new_tokens = 40
     made.generate()
     seen = []
@@ -178,13 +180,13 @@ def test_cells_that_use_the_model_meanwhile_are_not_steered_nor_seen_in_the_text
     for one in seen:
         torch.testing.assert_close(one, clean)
     made.wait()
-    assert small.snapshot(model) == before
+    assert tiny_models.snapshot(model) == before
     shown = executed(made, model=model, sae=sae)
     same(made, shown)
 
 
 def test_a_cell_that_holds_the_model_does_not_hold_up_the_panel(made):
-    with saewb.hooks.lock(made.model):
+    with saewb.models.hook_points.lock(made.model):
         made.generate()
         made.wait(60)
     assert made.steered
@@ -193,14 +195,14 @@ def test_a_cell_that_holds_the_model_does_not_hold_up_the_panel(made):
 def test_what_is_on_the_model_already_is_not_seen_here_and_the_code_says_so(made):
     made.generate()
     made.wait()
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     with saewb.attach(model, sae), saewb.steer(model, sae, {4: 30.0}):
         panel = SteeringPanel(model, sae, latents={972: 16.0}, prompt="The scientist", max_new_tokens=6)
         panel.generate()
         panel.wait()
         assert (panel.clean, panel.steered) == (made.clean, made.steered)
         assert panel.about.endswith("the model without what cells have put on it")
-        assert "bare = saewb.hooks.twin(model)" in panel.code()
+        assert "bare = saewb.models.hook_points.twin(model)" in panel.code()
         same(panel, executed(panel, model=model, sae=sae))
     panel.generate()
     panel.wait()
@@ -209,8 +211,8 @@ def test_what_is_on_the_model_already_is_not_seen_here_and_the_code_says_so(made
 
 
 def test_an_sae_that_looks_back_has_the_whole_text_read():
-    model = small.bridge()
-    cfg = saewb.TemporalConfig(d_in=small.D_MODEL, d_sae=40, n_heads=2, bottleneck_factor=2, hook=RESID)
+    model = tiny_models.bridge()
+    cfg = saewb.TemporalConfig(d_in=tiny_models.D_MODEL, d_sae=40, n_heads=2, bottleneck_factor=2, hook=RESID)
     panel = SteeringPanel(model, saewb.TemporalSAE(cfg), latents={3: 4.0}, prompt="w3 w9", max_new_tokens=3)
     panel.generate()
     panel.wait()
@@ -235,7 +237,7 @@ def test_the_table_follows_and_texts_say_they_are_old(made):
     assert not made.stale
     made.add(972, 5.0)
     made.wait()
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     want = saewb.next_token_changes(
         model, made.prompt, lambda: saewb.steer(model, sae, {972: 5.0}, positions=slice(1, None)), n=20
     )
@@ -258,14 +260,14 @@ def test_search(made):
     made.query = "713"
     assert [row[:2] for row in made.found["rows"]] == [[0, 713]]
     made.query = "Brazil"
-    assert [i for _, i, _ in made.found["rows"]] == panels.index().search("Brazil", 12).index.tolist()
+    assert [i for _, i, _ in made.found["rows"]] == panel_driver.index().search("Brazil", 12).index.tolist()
     made.query = "9999"
     assert made.found["rows"] == []
     made.query = " "
     assert made.found == {}
     made.query = "zzzzqq"
     assert made.found["rows"] == []
-    bare = SteeringPanel(*panels.embedded())
+    bare = SteeringPanel(*panel_driver.embedded())
     with pytest.raises(ValueError, match="no index to search"):
         bare.query = "Brazil"
     assert "no index" in bare.complaint
@@ -305,15 +307,15 @@ def test_prompts_of_no_and_of_too_many_tokens(made):
 
 
 def test_a_prompt_of_2000_tokens_is_gone_on_from_where_the_context_takes_it():
-    model = small.new_bridge()
+    model = tiny_models.new_bridge()
     model.cfg.n_ctx = 2048  # rotary: nothing else of it knows a limit
     prompt = " ".join(f"w{k % 20}" for k in range(1999))
-    panel = SteeringPanel(model, small.sae(RESID), latents={3: 4.0}, prompt=prompt, max_new_tokens=2)
+    panel = SteeringPanel(model, tiny_models.sae(RESID), latents={3: 4.0}, prompt=prompt, max_new_tokens=2)
     panel.generate()
     panel.wait()
     assert panel.steered
     assert len(repr(panel)) < 110
-    assert panels.sent(panel) < 80_000
+    assert panel_driver.sent(panel) < 80_000
     same(panel, executed(panel, model=model, sae=panel.saes[0]))
 
 
@@ -334,9 +336,9 @@ def test_an_exception_half_way_is_shown_and_the_panel_goes_on(made, monkeypatch)
 
 
 def test_an_index_deleted_under_it(made):
-    index = panels.index()
-    gone = panels.Gone(index.tensors)
-    panel = SteeringPanel(*panels.embedded(), replace(index, tensors=gone), latents={972: 16.0}, max_new_tokens=2)
+    index = panel_driver.index()
+    gone = panel_driver.Gone(index.tensors)
+    panel = SteeringPanel(*panel_driver.embedded(), replace(index, tensors=gone), latents={972: 16.0}, max_new_tokens=2)
     label = panel.cards[0]
     gone.there = False
     with pytest.raises(OSError, match="stale file handle"):
@@ -375,28 +377,28 @@ def test_wrong_values(made):
         assert getattr(made, trait) == before
     with pytest.raises(ValueError, match="asked to 'explode'"):
         say(made, "explode")
-    model, sae = panels.embedded()
+    model, sae = panel_driver.embedded()
     with pytest.raises(TypeError, match="near: prompt"):
         SteeringPanel(model, sae, promt="x")
     with pytest.raises(TypeError, match="got a str as an SAE"):
         SteeringPanel(model, "sae")
     with pytest.raises(ValueError, match="d_in|do not fit"):
-        SteeringPanel(model, small.sae(RESID))
+        SteeringPanel(model, tiny_models.sae(RESID))
     with pytest.raises(ValueError, match="no hook named"):
-        SteeringPanel(model, small.sae("blocks.9.hook_resid_post"))
+        SteeringPanel(model, tiny_models.sae("blocks.9.hook_resid_post"))
     with pytest.raises(ValueError, match="the index is of 24"):
-        SteeringPanel(model, sae, panels.many(24))
+        SteeringPanel(model, sae, panel_driver.many(24))
     with pytest.raises(ValueError, match="1 SAEs and 2 indexes"):
         SteeringPanel(model, sae, [None, None])
 
 
 def test_hostile_tokens_are_escaped(made):
     made.wait()
-    made.prompt = panels.HOSTILE
+    made.prompt = panel_driver.HOSTILE
     made.generate()
     made.wait()
-    made.movers = [[1, panels.HOSTILE, 0.1, 0.2, 0.1]]
-    made.cards = [{**made.cards[0], "label": panels.HOSTILE}]
+    made.movers = [[1, panel_driver.HOSTILE, 0.1, 0.2, 0.1]]
+    made.cards = [{**made.cards[0], "label": panel_driver.HOSTILE}]
     said = made.snapshot().data
     assert "<img" not in said
     assert said.count("&lt;img") == 4  # the prompt beside both texts, the token, the label
@@ -406,7 +408,7 @@ def test_hostile_tokens_are_escaped(made):
 
 def test_a_first_view_is_small(made):
     made.wait()
-    assert panels.sent(made) < 60_000
+    assert panel_driver.sent(made) < 60_000
     assert "latent" in made._repr_mimebundle_()[0]["text/html"]
 
 

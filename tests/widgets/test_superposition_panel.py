@@ -3,17 +3,18 @@
 import doctest
 import threading
 
-import panels
 import pytest
 import torch
-from saewb_widgets import SuperpositionPanel, superposition
+from helpers import panel_driver
+from saewb_widgets import SuperpositionPanel
+from saewb_widgets.superposition import panel as superposition
 
 import saewb
 
 
 @pytest.fixture
 def sae():
-    return panels.embedded()[1]
+    return panel_driver.embedded()[1]
 
 
 @pytest.fixture
@@ -283,7 +284,7 @@ def test_several_are_computed_one_after_the_other(monkeypatch, sae, other):
 
 
 def test_density_is_the_indexs_and_code_gives_it(sae):
-    index = panels.index()
+    index = panel_driver.index()
     panel = SuperpositionPanel(sae, index=index)
     assert panel.scatter == "density"
     for scatter in ("density", "norm"):
@@ -301,7 +302,7 @@ def test_density_is_the_indexs_and_code_gives_it(sae):
 
 
 def test_many_dots_are_a_choice_that_keeps_the_extremes():
-    index = panels.many()
+    index = panel_driver.many()
     rows = torch.randn(len(index), 3, generator=torch.Generator().manual_seed(0))
     panel = SuperpositionPanel(rows[:20_000])
     panel.wait()
@@ -313,11 +314,11 @@ def test_many_dots_are_a_choice_that_keeps_the_extremes():
     for name in ("norm", "max_abs_cos"):
         assert {points[name].idxmax(), points[name].idxmin()} <= shown
         assert points[name].nlargest(250).min() >= points[name].loc[sorted(shown)].nlargest(250).min()
-    assert panels.sent(panel) < 300_000
+    assert panel_driver.sent(panel) < 300_000
 
 
 def test_latents_that_never_fire_have_a_place(sae):
-    index = panels.silent()
+    index = panel_driver.silent()
     rows = torch.randn(len(index), 7, generator=torch.Generator().manual_seed(0))
     panel = SuperpositionPanel(rows, index=index)
     assert panel.dots["x"][3] == 0
@@ -325,7 +326,7 @@ def test_latents_that_never_fire_have_a_place(sae):
 
 
 def test_an_index_of_another_sae_is_refused(sae, other):
-    index = panels.index()
+    index = panel_driver.index()
     with pytest.raises(ValueError, match=r"the index has 1,024 latents, the directions are 300\.\n  want: .*\n  fix: "):
         SuperpositionPanel(other, index=index)
     turned = sae.W_dec.detach().flip(0)
@@ -348,7 +349,7 @@ def test_an_index_of_another_sae_is_refused(sae, other):
 
 
 def test_only_some_have_an_index(sae, other):
-    index = panels.index()
+    index = panel_driver.index()
     for given, indexes, names in (
         ({"other": other, "topk": sae}, {"topk": index}, ("other", "topk")),
         ([other, sae], [None, index], ("0", "1")),

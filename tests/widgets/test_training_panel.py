@@ -9,14 +9,16 @@ import threading
 import time
 
 import pytest
-import small
 import torch
-from saewb_widgets import TrainingPanel, _charts, training
-from slow_streams import Gated
+from helpers import tiny_models
+from helpers.gated_stream import Gated
+from saewb_widgets import TrainingPanel
+from saewb_widgets import _charts as _charts
+from saewb_widgets.training import panel as training
 from traitlets import TraitError
 
 import saewb
-from saewb.streams import stream_draws
+from saewb.data.stream import stream_draws
 
 RESID = "blocks.1.hook_resid_post"
 TOPK = saewb.TopK(d_sae=24, k=4)
@@ -31,7 +33,9 @@ def drawn(panel):
 
 
 def train(folder=None, saes=TOPK, **how):
-    return saewb.train(small.bridge(), small.tokens(60, 7), saes, folder=folder, **{"hook": RESID, **HOW, **how})
+    return saewb.train(
+        tiny_models.bridge(), tiny_models.tokens(60, 7), saes, folder=folder, **{"hook": RESID, **HOW, **how}
+    )
 
 
 def endless(fails_at=None, **how):
@@ -57,11 +61,15 @@ def until(true, seconds=30):
 
 def form(**how):
     given = {"hook": RESID, "objective": TOPK, **HOW, **how}
-    return TrainingPanel(model=small.bridge(), tokens=small.tokens(60, 7), **given)
+    return TrainingPanel(model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7), **given)
 
 
 def executed(code):
-    given = {"model": small.bridge(), "tokens": small.tokens(60, 7), "held_out": small.tokens(9, 7, seed=2)}
+    given = {
+        "model": tiny_models.bridge(),
+        "tokens": tiny_models.tokens(60, 7),
+        "held_out": tiny_models.tokens(9, 7, seed=2),
+    }
     exec(code, given)
     return given
 
@@ -74,7 +82,7 @@ def figures(run):
 
 
 def test_curves_are_the_history_thinned_out_and_code_starts_an_equal_run(tmp_path):
-    run = train(tmp_path / "one", held_out=small.tokens(9, 7, seed=2), eval_every_tokens=400).wait()
+    run = train(tmp_path / "one", held_out=tiny_models.tokens(9, 7, seed=2), eval_every_tokens=400).wait()
     panel = TrainingPanel(run)
     assert repr(panel) == "TrainingPanel(one finished)"
     (series,) = panel.series
@@ -335,7 +343,7 @@ def test_what_is_started_is_what_the_form_and_its_code_say():
     panel.refresh()
     assert (panel.form_open, panel.alive, repr(panel)) == (False, False, "TrainingPanel(run 1 finished)")
     assert figures(executed(code)["run"].wait()).equals(figures(run))
-    assert panel.code() == run.code == code.replace("model,", f"model,  # {small.bridge().cfg.model_name}", 1)
+    assert panel.code() == run.code == code.replace("model,", f"model,  # {tiny_models.bridge().cfg.model_name}", 1)
     same = train(lr=1e-3, betas=(0.8, 0.99), schedule="cosine").wait()
     assert figures(same).equals(figures(run))
     panel.form_open = True
@@ -420,9 +428,9 @@ def test_wrong_arguments(tmp_path):
         ({}, ValueError, "nothing to train"),
         ({"runs": 3}, TypeError, "got a int"),
         ({"runs": tmp_path / "nowhere"}, FileNotFoundError, "no run in"),
-        ({"model": small.bridge(), "tokens": small.tokens(), "objective": 3}, TypeError, "want: TopK"),
-        ({"model": small.bridge(), "tokens": small.tokens(), "lrr": 3}, TypeError, "near: lr"),
-        ({"model": small.bridge()}, ValueError, "nothing to train"),
+        ({"model": tiny_models.bridge(), "tokens": tiny_models.tokens(), "objective": 3}, TypeError, "want: TopK"),
+        ({"model": tiny_models.bridge(), "tokens": tiny_models.tokens(), "lrr": 3}, TypeError, "near: lr"),
+        ({"model": tiny_models.bridge()}, ValueError, "nothing to train"),
     ):
         with pytest.raises(error, match=says):
             TrainingPanel(**given)

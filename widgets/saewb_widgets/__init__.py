@@ -14,13 +14,13 @@ import importlib
 from typing import Any
 
 _HOME = {  # public name: the module that has it
-    "CataloguePicker": "catalogue_picker",
-    "CorrelationPanel": "correlation",
-    "FeatureBrowser": "feature_browser",
-    "PromptExplorer": "prompt_explorer",
-    "SteeringPanel": "steering",
-    "SuperpositionPanel": "superposition",
-    "TrainingPanel": "training",
+    "CataloguePicker": "catalogue_picker.panel",
+    "CorrelationPanel": "correlation.panel",
+    "FeatureBrowser": "feature_browser.panel",
+    "PromptExplorer": "prompt_explorer.panel",
+    "SteeringPanel": "steering.panel",
+    "SuperpositionPanel": "superposition.panel",
+    "TrainingPanel": "training.panel",
 }
 
 __all__ = [*_HOME]

@@ -10,11 +10,11 @@ import saewb
 def about(saes: Any, model: Any) -> str:
     """The line under the title: the SAEs and, if something is on the model now, that it has no effect here."""
     made = "; ".join(map(repr, saes))
-    return made if saewb.hooks.is_bare(model) else f"{made} — the model without what cells have put on it"
+    return made if saewb.models.hook_points.is_bare(model) else f"{made} — the model without what cells have put on it"
 
 
 def named(model: Any) -> tuple[str, list[str]]:
     """The variable by which code runs what the panel runs, and the lines that make it of `model`."""
-    if saewb.hooks.is_bare(model):
+    if saewb.models.hook_points.is_bare(model):
         return "model", []
-    return "bare", ["bare = saewb.hooks.twin(model)  # the same weights, without what is on the model now"]
+    return "bare", ["bare = saewb.models.hook_points.twin(model)  # the same weights, without what is on the model now"]

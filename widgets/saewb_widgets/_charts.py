@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from saewb_widgets._watching import CHARTS, LOGS
+from saewb_widgets.training.monitor import CHARTS, LOGS
 
 _COLOURS = (
     "#c8701a",

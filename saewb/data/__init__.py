@@ -1,0 +1,20 @@
+"""Token rows and streams of activations to train and evaluate on."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "cache",
+        "documents",
+        "feed",
+        "orders",
+        "packing",
+        "prefetch",
+        "shuffle_buffer",
+        "sources",
+        "stream",
+        "token_streams",
+        "tokens",
+    ],
+)

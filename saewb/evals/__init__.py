@@ -1,0 +1,7 @@
+"""How good an SAE is: losses with it in the model, reconstruction, firing."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submodules=["eval_store", "evaluation", "model_losses", "result"]
+)

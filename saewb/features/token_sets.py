@@ -1,0 +1,169 @@
+"""Sets of a tokenizer's tokens that have something in common: built in, and the caller's own."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from saewb.errors import explain
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SCRIPTS = (
+    "LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "ARABIC", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI",
+    "TAMIL", "TELUGU", "KANNADA", "MALAYALAM", "THAI", "LAO", "TIBETAN", "GEORGIAN", "HANGUL", "ETHIOPIC", "KHMER",
+    "HIRAGANA", "KATAKANA", "CJK",
+)  # fmt: skip  # as the names of their characters begin in Unicode
+
+_WORDS = {
+    "pronouns": "i me my mine we us our ours you your yours he him his she her hers it its they them their theirs",
+    "articles": "a an the",
+    "prepositions": "in on at by for with from to of into over under between through during before after about against",
+    "conjunctions": "and or but nor so yet because although while if unless",
+    "forms of be": "be am is are was were been being",
+    "question words": "who whom whose what which when where why how",
+    "negations": "no not never none nothing nobody neither nor cannot",
+    "weekdays": "monday tuesday wednesday thursday friday saturday sunday",
+    "months": "january february march april may june july august september october november december",
+    "number words": "one two three four five six seven eight nine ten eleven twelve hundred thousand million billion",
+    "ordinals": "first second third fourth fifth sixth seventh eighth ninth tenth",
+    "colours": "red green blue yellow black white brown orange purple pink grey gray",
+}
+
+
+def token_sets(
+    tokenizer: Any, own: Mapping[str, Iterable[str]] | None = None, *, least: int = 5
+) -> dict[str, list[int]]:
+    """Tokens of a vocabulary that have something in common, for `enrich`: no download, any tokenizer.
+
+    By form: starts with a space, goes on a word (letters, no space in front), capitalised, all capitals, lower case,
+    single letter, digits, years (1000 to 2099), punctuation, white space, part of a character. By script, as Unicode
+    names it (Latin letters beyond a to z are "accented latin"). By meaning: some closed classes of English words.
+
+    A token is read as the text it stands for, without the space in front. Special tokens are in no set.
+
+    Args:
+        tokenizer: of the model, or the model itself.
+        own: further sets, by name: words, each of which is any token that reads so, whatever its case.
+        least: sets with fewer tokens are left out, since nothing can be said of them; `own` ones stay.
+    Returns:
+        Ascending ids, by name.
+    Raises:
+        ValueError: if no token reads as any of the words of a set of `own`.
+    Example:
+        >>> from saewb.models.load import load_model
+        >>> sets = token_sets(load_model("tiny", device="cpu"), {"rivers": ["river", "rivers", "lake"]})
+        >>> {"digits", "capitalised", "rivers"} <= set(sets)
+        True
+    """
+    texts = token_texts(tokenizer)
+    sets = {name: [i for i, text in texts.items() if fits(text)] for name, fits in _FORMS.items()}
+    words = {i: text.strip().lower() for i, text in texts.items()}
+    sets |= {name: _reading(words, listed.split()) for name, listed in _WORDS.items()}
+    sets |= _by_script(texts)
+    sets = {name: ids for name, ids in sets.items() if least <= len(ids) < len(texts)}
+    for name, listed in (own or {}).items():
+        sets[name] = _reading(words, [word.strip().lower() for word in listed])
+        if not sets[name]:
+            raise ValueError(explain(f"no token reads as a word of the set {name!r}.", want="words that are one token"))
+    return sets
+
+
+def tokens_where(tokenizer: Any, fits: str | Callable[[str], bool]) -> list[int]:
+    """Ids of the tokens whose text fits: a regular expression found in it, or a function that says so.
+
+    The text has its space in front where the token has one. Special tokens do not fit.
+
+    Args:
+        tokenizer: of the vocabulary; or a model that has one.
+        fits: a pattern for `re.search`, or a function of a token's text.
+    Returns:
+        Token ids, ascending.
+    Example:
+        >>> from saewb.models.load import load_model
+        >>> tiny = load_model("tiny", device="cpu")
+        >>> {token_texts(tiny)[i] for i in tokens_where(tiny, r"^ physic")} >= {" physicist"}
+        True
+    """
+    found = re.compile(fits).search if isinstance(fits, str) else fits
+    return [i for i, text in token_texts(tokenizer).items() if found(text)]
+
+
+def token_texts(tokenizer: Any) -> dict[int, str]:
+    """What each token of a vocabulary stands for, by id, its space in front included; special tokens left out.
+
+    A token that is only part of a character's bytes is U+FFFD.
+
+    Args:
+        tokenizer: of the vocabulary; or a model that has one.
+    Returns:
+        Text by token id.
+    Example:
+        >>> import saewb
+        >>> texts = token_texts(saewb.load_model("tiny", device="cpu"))
+        >>> " physicist" in texts.values(), "<|endoftext|>" in texts.values()
+        (True, False)
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    ids = [i for i in range(len(tokenizer)) if i not in special]
+    raw = tokenizer.convert_ids_to_tokens(ids)
+    decoded = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return {i: _text(token, text) for i, token, text in zip(ids, raw, decoded, strict=True) if token is not None}
+
+
+def _text(token: str, decoded: str) -> str:
+    # A sentencepiece decoder drops the space of a text's first token, which each token is here.
+    if token.startswith("▁"):
+        return " " + decoded.removeprefix(" ")
+    return decoded
+
+
+def _reading(words: Mapping[int, str], listed: Sequence[str]) -> list[int]:
+    wanted = set(listed)
+    return [i for i, word in words.items() if word in wanted]
+
+
+def _word(fits: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Of the text without what is white around it, which may not be empty."""
+    return lambda text: bool(word := text.strip()) and fits(word)
+
+
+def _is_punctuation(word: str) -> bool:
+    return all(unicodedata.category(c)[0] in "PS" for c in word) and "�" not in word
+
+
+_FORMS: dict[str, Callable[[str], bool]] = {
+    "starts with space": lambda text: text.startswith(" ") and bool(text.strip()),
+    "goes on a word": lambda text: text[:1].isalpha(),
+    "capitalised": _word(lambda word: word[0].isupper() and (len(word) == 1 or word[1:].islower())),
+    "all capitals": _word(lambda word: len(word) > 1 and word.isalpha() and word.isupper()),
+    "lower case": _word(lambda word: word.isalpha() and word.islower()),
+    "single letter": _word(lambda word: len(word) == 1 and word.isalpha()),
+    "digits": _word(lambda word: word.isdecimal()),
+    "years": _word(lambda word: re.fullmatch(r"(1\d|20)\d\d", word) is not None),
+    "punctuation": _word(_is_punctuation),
+    "white space": lambda text: bool(text) and not text.strip(),
+    "part of a character": lambda text: "�" in text,
+}
+
+
+def _by_script(texts: Mapping[int, str]) -> dict[str, list[int]]:
+    """A token is of a script if all its letters are; and "accented latin" if one of them is not of a to z."""
+    sets: dict[str, list[int]] = {}
+    for i, text in texts.items():
+        letters = [c for c in text if c.isalpha()]
+        scripts = {_script(c) for c in letters}
+        if len(scripts) == 1 and None not in scripts:
+            sets.setdefault(scripts.pop(), []).append(i)
+            if not "".join(letters).isascii() and _script(letters[0]) == "latin":
+                sets.setdefault("accented latin", []).append(i)
+    return sets
+
+
+def _script(letter: str) -> str | None:
+    name = unicodedata.name(letter, "")
+    return next((script.lower() for script in _SCRIPTS if name.startswith(script)), None)

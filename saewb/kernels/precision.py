@@ -1,0 +1,173 @@
+"""The dense product of a step, in the precision the hardware multiplies fastest.
+
+    full    the parameters' own dtype
+    bf16    both factors and the result rounded to bf16
+    int8    weights in 127 steps per latent, inputs in 127 steps of the batch's largest value; the result in bf16
+
+The last two only select (`saewb.kernels.select`, `saewb.training.sparse_step.selection`). Each is a private or new corner of
+torch and oneDNN: what is relied on is looked for, pinned by a test, and done otherwise where it is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Precision = Literal["full", "bf16", "int8"]
+Multiply = Callable[[Tensor], Tensor]  # rows of inputs [rows, d_in] -> scores [rows, d_sae], overwritten by the next
+
+MARGIN = {"bf16": 12, "int8": 24}  # candidates per token beyond k
+SPARE = {"full": 1.3, "bf16": 1.4, "int8": 1.5}  # candidates per pair that a whole batch keeps
+SLACK = {"full": 0.0, "bf16": 1 / 32, "int8": 5 / 64}  # first guess at the largest error, in typical scores
+
+# Of scores on a CPU: less than malloc hands out afresh, page by page, each time.
+_TILE_BYTES = 20 * 2**20
+_CUDA_TILE_BYTES = 2**29
+_BLOCK = 1024  # latents whose weights are converted at a time
+_COPIED = 2**20  # products at a time that are copied to where they are wanted
+_ROWS = 256  # the same for int8, where they are gone over several times
+
+
+def best_precision(device: torch.device) -> Precision:
+    """The precision that selects fastest on this device.
+
+    A CPU: "int8" if torch reports VNNI instructions and has oneDNN's quantised product, else "bf16" if it reports
+    avx512_bf16 or amx, else "full". A CUDA device: "bf16" from compute capability 8.0 on. Others: "full".
+
+    Example:
+        >>> best_precision(torch.device("cpu")) in ("full", "bf16", "int8")
+        True
+    """
+    if device.type == "cpu" and _reports("_is_vnni_supported") and has_int8():
+        return "int8"
+    return finer("int8", device)
+
+
+def finer(precision: Precision, device: torch.device) -> Precision:
+    """The next better precision that is worth its time on this device."""
+    if precision == "bf16" or device.type not in ("cpu", "cuda"):
+        return "full"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "full"
+    quick = _reports("_is_avx512_bf16_supported") or _reports("_is_amx_tile_supported")
+    return "bf16" if quick else "full"
+
+
+def has_int8() -> bool:
+    """Whether this torch has oneDNN's quantised product under the name and with the arguments used here."""
+    return hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
+
+
+def tile_rows(d_sae: int, device: torch.device) -> int:
+    """Tokens per tile, whole 64s, so that its scores take 20 MiB on a CPU, 512 MiB on a GPU, as float32."""
+    size = _TILE_BYTES if device.type == "cpu" else _CUDA_TILE_BYTES
+    return max(64, min(2048, size // (256 * d_sae) * 64))
+
+
+def multiplier(
+    W: Float[Tensor, "d_sae d_in"],
+    b: Float[Tensor, " d_sae"],
+    norms: Float[Tensor, " d_sae"] | None,
+    x: Float[Tensor, "batch d_in"],
+    precision: Precision,
+    scratch: Float[Tensor, "d_sae d_in"] | None = None,
+) -> Multiply:
+    """What gives `(rows @ W.T + b) * norms` of rows of `x`. One buffer: the next call overwrites the last one's result.
+
+    Args:
+        W: reading directions.
+        b: biases.
+        norms: factor per latent; None means 1.
+        x: all rows that will come, for their largest value.
+        precision: of the factors and the result; sums are wider inside.
+        scratch: memory for scaled weights in full precision; None makes some.
+    """
+    if precision == "full" and norms is not None and len(x) < W.shape[1]:  # fewer scores than weights to scale
+        plain = _product(W, b, x)
+        return lambda rows: plain(rows).mul_(norms)
+    b = b if norms is None else b * norms
+    if precision == "int8":
+        return _int8(W, b, norms, x)
+    if precision == "full" and norms is None:
+        return _product(W, b, x)
+    weights = scratch if scratch is not None and precision == "full" else None
+    if weights is None:
+        weights = torch.empty_like(W, dtype=torch.bfloat16 if precision == "bf16" else W.dtype)
+    for start, block in _blocks(W, norms):
+        weights[start : start + len(block)] = block
+    return _product(weights, b.to(weights.dtype), x)
+
+
+def multiply_into(
+    out: Float[Tensor, "rows d_sae"], x: Float[Tensor, "rows d_in"], W: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, "rows d_sae"]:
+    """`x @ W.T` in their own dtype, written to `out`: in full precision, by the library that is quicker here.
+
+    The quicker one cannot be told where to write, so products are copied: at most 4 MiB at a time.
+
+    Example:
+        >>> multiply_into(torch.empty(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        tensor([[3., 8.]])
+    """
+    if not _has_linear(W):
+        return torch.mm(x, W.T, out=out)
+    x, step = x.contiguous(), max(1, _COPIED // max(1, len(x)))
+    for start in range(0, len(W), step):
+        span = slice(start, start + step)
+        out[:, span] = torch.ops.mkldnn._linear_pointwise(x, W[span], None, "none", [], "")
+    return out
+
+
+def _product(W: Tensor, b: Tensor, x: Tensor) -> Multiply:
+    if _has_linear(W):  # biases cost no pass
+        return lambda rows: torch.ops.mkldnn._linear_pointwise(rows.to(W.dtype).contiguous(), W, b, "none", [], "")
+    buffer = torch.empty(max(1, min(len(x), tile_rows(len(W), x.device))), len(W), dtype=W.dtype, device=x.device)
+    return lambda rows: torch.addmm(b, rows.to(W.dtype), W.T, out=buffer[: len(rows)])
+
+
+def _has_linear(W: Tensor) -> bool:
+    """Whether oneDNN's product can take these: for float32 a quarter to a half quicker here than the BLAS of addmm."""
+    return W.dtype != torch.float64 and W.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _int8(W: Tensor, b: Tensor, norms: Tensor | None, x: Tensor) -> Multiply:
+    """`127 rows / x_max` as uint8 around 128, `127 W / max |W|` as int8, accumulated in int32, scaled to bf16.
+
+    The weights are handed over transposed but not in oneDNN's own order: putting them in order for every step costs
+    more than it saves.
+    """
+    whole, steps = torch.empty(W.shape[1], len(W), dtype=torch.int8), torch.empty_like(b)
+    room, small = torch.empty_like(W[:_ROWS]), torch.empty_like(W[:_ROWS], dtype=torch.int8)
+    for start in range(0, len(W), _ROWS):
+        block, span = W[start : start + _ROWS], slice(start, start + _ROWS)
+        scaled = torch.abs(block, out=room[: len(block)])
+        step = scaled.amax(1).clamp_(min=torch.finfo(W.dtype).tiny) / 127
+        scaled = torch.mul(block, 1 / step[:, None], out=scaled).round_()
+        whole[:, span] = small[: len(block)].copy_(scaled).T
+        steps[span] = step if norms is None else step * norms[span]
+    packed = whole.to_mkldnn()
+    step = max(float(x.abs().amax()), 1e-30) / 127 if len(x) else 1.0
+    steps, b, zeros = steps.float(), b.float(), torch.zeros(len(W), dtype=torch.int64)
+
+    def multiply(rows: Tensor) -> Tensor:
+        whole = rows.mul(1 / step).round_().add_(128).clamp_(1, 255).to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(
+            whole, step, 128, packed, steps, zeros, b, 1.0, 0, torch.bfloat16, "none", [], ""
+        )
+
+    return multiply
+
+
+def _blocks(W: Tensor, norms: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """(first latent, its and the next ones' weights times norms), few enough at a time for the caches."""
+    for start in range(0, len(W), _BLOCK):
+        block = W[start : start + _BLOCK]
+        yield start, block if norms is None else block * norms[start : start + _BLOCK, None]
+
+
+def _reports(name: str) -> bool:
+    return bool(getattr(torch.cpu, name, bool)())  # private to torch; absent means not known

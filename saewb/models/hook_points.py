@@ -1,0 +1,292 @@
+"""A model's hook points, by any of their names.
+
+Every difference between kinds and versions of models lives here and, for their forward passes, in `saewb.passes`.
+
+Three kinds of model are known, told apart by what they have, not by their class, so that transformer_lens is not
+imported here: TransformerBridge (transformer-lens 3.x and 4.x; points in `_hook_registry`, aliases computed),
+HookedTransformer and other HookedRootModules (points in `hook_dict` and `mod_dict`).
+
+Nothing here replaces a module or a method: hooks are added to the points that are there and taken away again.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from saewb.errors import explain, near
+
+Edit = Callable[[Tensor], "Tensor | None"]  # gets the activation; what it returns, unless None, is used on
+
+INNER = ".hook_sae_"  # in the name of every point that an attachment adds
+_OURS = "_of_saewb"  # an attribute of functions that were put on modules that are no points
+
+_tables: weakref.WeakKeyDictionary[nn.Module, dict[str, Point]] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One place in a model where an activation can be read and replaced."""
+
+    name: str  # the name the model itself uses
+    names: tuple[str, ...]  # every name that means this place, `name` first
+    module: nn.Module  # its HookPoint; or the MLP whose input it is, where the model has no HookPoint there
+
+    @property
+    def layer(self) -> int | None:
+        """The block it is in; None outside of blocks."""
+        found = re.match(r"blocks\.(\d+)\.", self.name)
+        return int(found[1]) if found else None
+
+    @cached_property
+    def is_module_input(self) -> bool:
+        """Whether the place is the input of a module rather than a HookPoint."""
+        return not hasattr(self.module, "fwd_hooks")
+
+    def add(self, edit: Edit) -> Hook:
+        """Call `edit` with the activation whenever it is computed, after the hooks that are there already."""
+        return Hook(self, edit)
+
+
+@dataclass(frozen=True, eq=False)
+class InnerPoints:
+    """HookPoints that an attachment adds to one point, `<point>.hook_sae_<key>`."""
+
+    names: tuple[str, ...]  # of the point
+    by_key: dict[str, nn.Module]
+    by_attribute: dict[str, nn.Module]  # as attributes of the point's own module
+    by_name: dict[str, nn.Module]  # under every name of the point
+
+
+class Hook:
+    """An `Edit` on a `Point`, until `remove`. Survives `model.reset_hooks()`."""
+
+    def __init__(self, point: Point, edit: Edit) -> None:
+        self._point, self._edit = point, edit
+        self.restore()
+
+    def restore(self) -> None:
+        """Put it (back) at the end of the point's hooks."""
+        if self._point.is_module_input:
+            on_input = ours(lambda module, args: self._on_input(args))
+            self._handle = self._point.module.register_forward_pre_hook(on_input)
+            return
+        self._point.module.add_hook(lambda activation, hook: self._edit(activation), is_permanent=True)
+        self._handle = self._point.module.fwd_hooks[-1]  # transformer-lens 3.x returns nothing
+
+    def _on_input(self, args: tuple) -> tuple | None:
+        edited = self._edit(args[0])
+        return None if edited is None else (edited, *args[1:])
+
+    @property
+    def is_on(self) -> bool:
+        """False after `remove`, and after `model.reset_hooks(including_permanent=True)`."""
+        if self._point.is_module_input:
+            return self._handle is not None and self._handle.id in self._point.module._forward_pre_hooks
+        return any(handle is self._handle for handle in self._point.module.fwd_hooks)
+
+    def remove(self) -> None:
+        """Take exactly this hook away; it may be gone already."""
+        mine, self._handle = self._handle, None  # which leads back here: a hook that is off is in no cycle
+        if mine is None:
+            return
+        if self._point.is_module_input:
+            mine.remove()
+            return
+        mine.hook.remove()
+        handles = self._point.module.fwd_hooks
+        handles[:] = [handle for handle in handles if handle is not mine]
+
+
+def lock(model: nn.Module) -> threading.RLock:
+    """The one re-entrant lock of this model, for whoever adds hooks, runs it and takes them away."""
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def resolve(model: nn.Module, name: str) -> Point:
+    """The point of that name, alias or canonical.
+
+    Args:
+        model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
+        name: e.g. "blocks.4.hook_resid_post"; on a HookedTransformer also "blocks.4.mlp.hook_in", the input of the MLP.
+    Raises:
+        TypeError: if `model` has no hook points.
+        ValueError: if it has none of that name, with the nearest; or if the point is switched off and cannot fire.
+    """
+    points = _registered(model)
+    point = _tables.get(model, {}).get(name)
+    if point is None or not (point.is_module_input or points.get(point.name) is point.module):
+        _tables[model] = _table(model)
+        point = _tables[model].get(name)
+    if point is None:
+        raise ValueError(_unknown(model, name))
+    _check_not_gated(model, point, name)
+    return point
+
+
+def resolve_writable(model: nn.Module, name: str) -> Point:
+    """The point of that name, where an activation that is replaced goes on through the model.
+
+    Raises:
+        ValueError: as `resolve`; and for `hook_resid_mid` of a TransformerBridge, which stands where the second norm is
+            read: what is written there reaches the MLP, and not the residual stream behind it.
+    """
+    point = resolve(model, name)
+    aside = [alias for alias in point.names[1:] if alias.endswith("hook_resid_mid")]
+    if aside and is_bridge(model):
+        what = f"{name!r} of a TransformerBridge is what the MLP reads: written there, nothing reaches the stream."
+        want = f"a HookedTransformer (transformer-lens 3.x), whose {aside[0]!r} is in the stream; or another point"
+        fix = f"saewb.attach(model, sae, hook={aside[0].replace('resid_mid', 'resid_post')!r})"
+        raise ValueError(explain(what, want=want, fix=fix))
+    return point
+
+
+def point_names(model: nn.Module) -> list[str]:
+    """All names of all points of the model itself, aliases included, sorted; without those of attached SAEs."""
+    return sorted(_table(model))
+
+
+def inner_points(model: nn.Module, point: Point, keys: Iterable[str]) -> InnerPoints:
+    """HookPoints of the class this model uses; not yet part of the model."""
+    kind = type(next(iter(_registered(model).values())))
+    made = {key: kind() for key in keys}
+    for key, hook_point in made.items():
+        hook_point.name = f"{point.name}{INNER}{key}"
+    attributes = {INNER[1:] + key: hook_point for key, hook_point in made.items()}
+    by_name = {f"{name}{INNER}{key}": hook_point for key, hook_point in made.items() for name in point.names}
+    return InnerPoints(point.names, made, attributes, by_name)
+
+
+def publish(model: nn.Module, point: Point, inner: InnerPoints) -> None:
+    """Make `inner` visible to the model's run_with_cache, run_with_hooks, add_hook and hook_dict, under every name."""
+    # An attribute too: `add_hook` of a 3.x Bridge walks attributes. Past nn.Module, so that it is no submodule.
+    point.module.__dict__.update(inner.by_attribute)
+    for mapping in _mappings(model):
+        mapping.update(inner.by_name)
+
+
+def unpublish(model: nn.Module, point: Point, inner: InnerPoints) -> None:
+    """Undo `publish`; names that by now mean another point are left alone."""
+    _forget(point.module.__dict__, inner.by_attribute)
+    for mapping in _mappings(model):
+        _forget(mapping, inner.by_name)
+
+
+def _forget(mapping: dict[str, object], published: Mapping[str, object]) -> None:
+    for name, value in published.items():
+        if mapping.get(name) is value:
+            del mapping[name]
+
+
+@contextmanager
+def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Hold the model's lock with these edits on it, by hook name; none of them is left on it afterwards.
+
+    Raises:
+        ValueError: for a name that does not exist or cannot fire.
+    """
+    with lock(model):
+        added: list[Hook] = []
+        try:
+            for name, edit in edits.items():
+                added.append(resolve(model, name).add(edit))
+            yield
+        finally:
+            for hook in reversed(added):
+                hook.remove()
+
+
+def is_bare(model: nn.Module) -> bool:
+    """Whether nothing is on its points: no SAE, no steering, no hook of anybody's."""
+    return not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def ours(function: Callable) -> Callable:
+    """The same, known as what saewb has put on a module: a twin does without it."""
+    setattr(function, _OURS, True)
+    return function
+
+
+def is_bridge(model: nn.Module) -> bool:
+    """Whether it is a TransformerBridge."""
+    return "_hook_registry" in getattr(model, "__dict__", {})
+
+
+def _registered(model: nn.Module) -> dict[str, nn.Module]:
+    """The dictionary in which the model keeps its points: its own, to be changed by `publish` only."""
+    return _mappings(model)[0]
+
+
+def _mappings(model: nn.Module) -> Iterable[dict[str, nn.Module]]:
+    if is_bridge(model):
+        return [model._hook_registry]
+    found = [getattr(model, "hook_dict", None), getattr(model, "mod_dict", None)]
+    if not (isinstance(found[0], dict) and isinstance(found[1], dict)):
+        what = f"{type(model).__name__} has no hook points: it is no model of TransformerLens."
+        want = "a TransformerBridge (transformer-lens 3.x, 4.x) or a HookedTransformer (3.x)"
+        raise TypeError(explain(what, want=want, fix="model = saewb.load_model(model, tokenizer=tokenizer)"))
+    return found
+
+
+def _table(model: nn.Module) -> dict[str, Point]:
+    """Every name of the model, each with its point. Milliseconds on a Bridge, which computes its aliases anew."""
+    _registered(model)  # says what is wrong with an object that is no such model
+    names_of: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.hook_dict.items():
+        if INNER not in name:
+            names_of.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    table: dict[str, Point] = {}
+    for key, names in names_of.items():
+        own = modules[key].name if modules[key].name in names else names[0]
+        point = Point(own, (own, *(name for name in names if name != own)), modules[key])
+        table.update(dict.fromkeys(names, point))
+    return table if is_bridge(model) else {**_mlp_inputs(model), **table}
+
+
+def _mlp_inputs(model: nn.Module) -> dict[str, Point]:
+    """`blocks.L.mlp.hook_in` of a HookedTransformer, which has no HookPoint there; published transcoders read it."""
+    mlps = {name: module for name, module in model.mod_dict.items() if name.endswith(".mlp")}
+    return {f"{name}.hook_in": Point(f"{name}.hook_in", (f"{name}.hook_in",), module) for name, module in mlps.items()}
+
+
+def _unknown(model: nn.Module, name: str) -> str:
+    names = point_names(model)
+    close = near(name, names) or near(f"blocks.{(re.findall('[0-9]+', name) or [0])[0]}.hook_resid_post", names)
+    what = f"no hook named {name!r} on this model ({len({id(p) for p in _tables[model].values()})} points)."
+    return explain(what, near=close, fix=f"saewb.attach(model, sae, hook={(close or names)[0]!r})")
+
+
+def _check_not_gated(model: nn.Module, point: Point, name: str) -> None:
+    switch = None if point.is_module_input else _switched_off_by(model, point)
+    if switch is None:
+        return
+    want = "a point that fires"
+    if switch == "use_hook_mlp_in":
+        want += f", e.g. {name.replace('.hook_mlp_in', '.mlp.hook_in')!r}, what the MLP itself reads"
+    what = f"hook {name!r} is switched off on this model and never fires."
+    raise ValueError(explain(what, want=want, fix=f"model.set_{switch}(True)"))
+
+
+def _switched_off_by(model: nn.Module, point: Point) -> str | None:
+    """The configuration flag that keeps the point from firing, or None."""
+    if is_bridge(model):
+        return model._gated_hook_reason(point.name)
+    try:
+        model.check_hooks_to_add(point.module, point.name, None)
+    except AssertionError as refusal:
+        return re.sub(r".* if (use_\w+) is False.*", r"\1", str(refusal)).replace(
+            "use_attn_result_hook", "use_attn_result"
+        )
+    return None

@@ -1,0 +1,7 @@
+"""Published and saved SAEs: find, download, read in any layout, write, share."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submodules=["catalogue", "formats", "load", "model_card", "resolve", "share"]
+)

@@ -1,0 +1,148 @@
+"""What is published: 13,857 SAEs of 170 releases, as sae-lens 6.54.12 lists them, with its slips corrected.
+
+The data is releases.jsonl, one release per line; where it differs from sae-lens, that line's `note` says how and why.
+Nothing is read before it is asked for, and asking for one release parses that line only.
+
+- `find(release, id)` is one entry; `releases()` are the names; `ids(release)` those of one.
+- `catalogue(...)` is the table, to look through and filter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from saewb.errors import explain, near
+from saewb.pretrained.catalogue._expand import expand
+from saewb.pretrained.catalogue.search import catalogue
+
+__all__ = ["Entry", "at", "catalogue", "find", "ids", "lines", "releases"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published SAE, and what is known of it without its files."""
+
+    release: str
+    id: str
+    repo: str  # "owner/name" on the hub
+    path: str  # of its folder or file in the repository
+    format: str  # the reader's name in sae-lens; "sae_lens" for its own layout
+    model: str  # the language model's name on the hub
+    hook: str  # the point of the model it reads
+    layer: int  # of that point
+    d_in: int  # width of what it reads
+    dtype: str  # of the published weights; e.g. "float32"
+    hook_out: str | None = None  # the point it writes; None means `hook`
+    d_sae: int | None = None  # number of latents, where it is known
+    l0: float | None = None  # mean number of active latents per token
+    l0_is: str = "measured"  # or "target": what training aimed at
+    architecture: str | None = None  # "relu", "jumprelu", "topk", "gated" or "temporal"
+    neuronpedia: str | None = None  # "model/source": the pages of its latents are neuronpedia.org/model/source/<latent>
+    norm_factor: float | None = None  # what its training inputs were multiplied with
+    variance_explained: float | None = None  # as its authors report it
+    bytes: int | None = None  # of the weights, estimated from shapes and dtype
+    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what its own configuration gets wrong
+    links: Mapping[str, str] = field(default_factory=dict, hash=False)
+    note: str = ""  # where this catalogue departs from sae-lens's, and what else to know
+
+
+def lines() -> Iterator[str]:
+    """The lines of the data file, each one release as JSON that begins with its name."""
+    return iter((files("saewb.pretrained.catalogue") / "releases.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+def releases() -> list[str]:
+    """The names of all releases, sorted.
+
+    Example:
+        >>> len(releases()), releases()[0]
+        (170, 'deepseek-r1-distill-llama-8b-qresearch')
+    """
+    return [_name(line) for line in lines()]
+
+
+def ids(release: str) -> list[str]:
+    """The ids of a release, in the order of publication.
+
+    Raises:
+        ValueError: if there is no such release; with near names.
+    Example:
+        >>> ids("gpt2-small-res-jb")[:2]
+        ['blocks.0.hook_resid_pre', 'blocks.1.hook_resid_pre']
+    """
+    return expand(_spec(release))["id"]
+
+
+def find(release: str, id: str) -> Entry:
+    """One published SAE by its names.
+
+    Raises:
+        ValueError: if there is no such release, or no such id in it; with near names and the line to type.
+    Example:
+        >>> entry = find("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
+        >>> entry.repo, entry.l0, entry.neuronpedia, entry.bytes
+        ('jbloom/GPT2-Small-SAEs-Reformatted', 60.0, 'gpt2-small/8-res-jb', 151096320)
+    """
+    spec = _spec(release)
+    columns = expand(spec)
+    if id not in columns["id"]:
+        close = near(id, columns["id"])
+        some = f"one of its {len(columns['id'])} ids, e.g. {', '.join(columns['id'][:3])}"
+        raise ValueError(
+            explain(
+                f"the release {release!r} has no SAE {id!r}.",
+                near=close,
+                want="" if close else some,
+                fix=f"saewb.load_sae({release!r}, {(close or columns['id'])[0]!r})",
+            )
+        )
+    return _entry(spec, columns, columns["id"].index(id))
+
+
+def at(repo: str, path: str) -> Entry | None:
+    """The entry of a place on the hub, if it is in the catalogue: the first of several that name it.
+
+    Example:
+        >>> at("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre").release
+        'gpt2-small-res-jb'
+    """
+    for line in lines():
+        if f'"repo":"{repo}"' in line:
+            spec = json.loads(line)
+            columns = expand(spec)
+            if path in columns["path"]:
+                return _entry(spec, columns, columns["path"].index(path))
+    return None
+
+
+_DEFAULTS = {"format": "sae_lens", "dtype": "float32"}
+_SHARED = (
+    *("release", "repo", "format", "model", "d_in", "dtype", "l0_is"),
+    *("architecture", "overrides", "links", "note"),
+)
+
+
+def _entry(spec: Mapping[str, Any], columns: Mapping[str, list[Any]], row: int) -> Entry:
+    shared = {name: spec[name] for name in _SHARED if name in spec}
+    return Entry(**_DEFAULTS | shared, **{name: values[row] for name, values in columns.items()})
+
+
+def _name(line: str) -> str:
+    return line.split('"', 4)[3]
+
+
+def _spec(release: str) -> dict[str, Any]:
+    for line in lines():
+        if _name(line) == release:
+            return json.loads(line)
+    raise ValueError(
+        explain(
+            f"no release named {release!r} in the catalogue ({len(releases())} releases).",
+            near=near(release, releases()),
+            fix="saewb.catalogue()  # lists all; saewb.catalogue(model=...) those of one model",
+        )
+    )

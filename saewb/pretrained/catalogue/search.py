@@ -1,0 +1,185 @@
+"""The catalogue as a table: written out, then filtered. Every name that matches nothing is an error with near names."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from saewb.errors import explain, near
+from saewb.pretrained.catalogue._expand import WIDTHS, expand, width
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COLUMNS = (
+    *("release", "id", "model", "site", "layer", "d_sae", "l0", "l0_is", "architecture", "neuronpedia", "repo", "path"),
+    *("format", "hook", "hook_out", "d_in", "bytes", "dtype", "norm_factor", "variance_explained", "label"),
+)
+_WHOLE = ("layer", "d_sae", "d_in", "bytes")
+_REAL = ("l0", "norm_factor", "variance_explained")
+_DEFAULTS = {"format": "sae_lens", "dtype": "float32", "l0_is": "measured"}
+
+
+def catalogue(
+    model: str | None = None,
+    *,
+    release: str | None = None,
+    site: str | None = None,
+    layer: int | Iterable[int] | None = None,
+    width: str | int | None = None,
+    l0: float | tuple[float, float] | None = None,
+    architecture: str | None = None,
+    neuronpedia: str | bool | None = None,
+    nearest_l0: float | None = None,
+) -> pd.DataFrame:
+    """The published SAEs that fit, one per row: all 13,857 of them without arguments.
+
+    `l0` is measured by the authors, or what training aimed at, as `l0_is` says. `bytes` is estimated from shapes and
+    dtype. Neither was checked against the files. A missing value is one that nobody publishes.
+
+    Args:
+        model: its name on the hub, the last part of it, or the name that TransformerLens has for it.
+        release: a release's name.
+        site: "resid_pre", "resid_mid", "resid_post", "attn_out", "z", "mlp_out", "embed" or "transcoder".
+        layer: a number, or several.
+        width: number of latents, as a number or a label such as "16k" (2**14).
+        l0: exactly this, or (least, most), both included.
+        architecture: "relu", "jumprelu", "topk", "gated" or "temporal".
+        neuronpedia: True for those with pages on Neuronpedia, False for those without, or one such id or address.
+        nearest_l0: of SAEs that differ in nothing else, only the one whose l0 is nearest to this.
+    Returns:
+        A DataFrame with columns release, id, model, site, layer, d_sae, l0, ...; `load_sae(row.release, row.id)`.
+    Raises:
+        ValueError: for a name that the catalogue does not have anywhere; with near names. Names that are there but not
+            together give an empty table.
+        TypeError: for a layer that is no number.
+    Example:
+        >>> found = catalogue(model="gemma-2-2b", site="resid_post", layer=20, width="16k", nearest_l0=70)
+        >>> found[["release", "id", "path"]].iloc[-1].tolist()
+        ['gemma-scope-2b-pt-res-canonical', 'layer_20/width_16k/canonical', 'layer_20/width_16k/average_l0_71']
+    """
+    found = _table()
+    if model is not None:
+        found = found[_model_mask(found, model)]
+    for name, value in (("release", release), ("site", _site(site)), ("architecture", architecture)):
+        if value is not None:
+            found = found[_known(found, name, value) == value]
+    if layer is not None:
+        found = found[found["layer"].isin(_layers(layer))]
+    if width is not None:
+        found = found[(found["d_sae"] == _latents(width)).fillna(False).astype(bool)]
+    if l0 is not None:
+        least, most = (l0, l0) if isinstance(l0, (int, float)) else l0
+        found = found[found["l0"].between(least, most)]
+    if neuronpedia is not None:
+        found = found[_neuronpedia_mask(found, neuronpedia)]
+    if nearest_l0 is not None:
+        found = _nearest(found, nearest_l0)
+    return found.reset_index(drop=True)
+
+
+def _table() -> pd.DataFrame:
+    import pandas as pd
+
+    text = (files("saewb.pretrained.catalogue") / "releases.jsonl").read_text(encoding="utf-8")
+    specs = [json.loads(line) for line in text.splitlines()]
+    rows = [expand(spec) for spec in specs]
+    counts = [len(one["id"]) for one in rows]
+    columns: dict[str, pd.Series] = {}
+    for name in _COLUMNS:
+        if name == "site":
+            columns[name] = _series(name, [site for one in rows for site in _sites(one["hook"], one["hook_out"])])
+        elif name in rows[0]:
+            columns[name] = _series(name, list(itertools.chain.from_iterable(one[name] for one in rows)))
+        else:  # the same for all of a release
+            shared = _series(name, [spec.get(name, _DEFAULTS.get(name)) for spec in specs])
+            columns[name] = shared.repeat(counts).reset_index(drop=True)
+    columns["l0_is"] = columns["l0_is"].where(columns["l0"].notna())
+    return pd.DataFrame(columns)
+
+
+def _series(name: str, values: list[Any]) -> pd.Series:
+    import pandas as pd
+
+    return pd.Series(values, dtype="Int64" if name in _WHOLE else "float64" if name in _REAL else None)
+
+
+def _sites(hooks: Sequence[str], outs: Sequence[str | None]) -> list[str]:
+    last = {hook: hook.rpartition(".")[2].removeprefix("hook_") for hook in set(hooks)}
+    return ["transcoder" if out else last[hook] for hook, out in zip(hooks, outs, strict=True)]
+
+
+def _site(site: str | None) -> str | None:
+    return None if site is None else site.rpartition(".")[2].removeprefix("hook_")
+
+
+def _unknown(name: str, got: object, known: Iterable[str]) -> ValueError:
+    known = sorted(set(known))
+    close = near(str(got), known)
+    want = "" if close else ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+    return ValueError(
+        explain(
+            f"catalogue got {name}={got!r}, which nothing in it has.",
+            near=close,
+            want=want,
+            fix=f"saewb.catalogue({name}={close[0]!r})" if close else "",
+        )
+    )
+
+
+def _known(found: pd.DataFrame, name: str, value: str) -> pd.Series:
+    if not (found[name] == value).any():
+        everywhere = _table()[name].dropna()
+        if not (everywhere == value).any():
+            raise _unknown(name, value, everywhere)
+    return found[name]
+
+
+def _model_mask(found: pd.DataFrame, model: str) -> pd.Series:
+    mask = found["model"].isin(_models_like(found, model))
+    if not mask.any():
+        names = [*found["model"].unique(), *found["model"].str.rpartition("/")[2].unique(), *found["label"].dropna()]
+        raise _unknown("model", model, names)
+    return mask
+
+
+def _models_like(found: pd.DataFrame, model: str) -> list[str]:
+    pairs = found[["model", "label"]].drop_duplicates().itertuples(index=False)
+    wanted = model.lower().removeprefix("openai-community/")
+    return [
+        full for full, label in pairs if wanted in (full.lower(), full.rpartition("/")[2].lower(), str(label).lower())
+    ]
+
+
+def _layers(layer: int | Iterable[int]) -> list[int]:
+    several = [layer] if isinstance(layer, (int, str)) else list(layer)
+    if any(not isinstance(one, int) for one in several):
+        fix = f"layer={int(layer)}" if isinstance(layer, str) and layer.isdecimal() else "layer=[5, 12, 20]"
+        raise TypeError(explain(f"catalogue got layer={layer!r}.", want="a number, or several", fix=fix))
+    return several
+
+
+def _latents(label: str | int) -> int:
+    if isinstance(label, int):
+        return label
+    if label.lower() not in WIDTHS and not label.isdecimal():
+        raise _unknown("width", label, WIDTHS)
+    return width(label.lower())
+
+
+def _neuronpedia_mask(found: pd.DataFrame, neuronpedia: str | bool) -> pd.Series:
+    if isinstance(neuronpedia, bool):
+        return found["neuronpedia"].notna() == neuronpedia
+    page = neuronpedia.partition("neuronpedia.org/")[2] or neuronpedia
+    page = "/".join(page.strip("/").split("/")[:2])  # an address may go on with a latent's number
+    return _known(found, "neuronpedia", page) == page
+
+
+def _nearest(found: pd.DataFrame, l0: float) -> pd.DataFrame:
+    with_l0 = found[found["l0"].notna()]
+    alike = ["release", "model", "hook", "hook_out", "d_sae", "architecture"]
+    away = (with_l0["l0"] - l0).abs().groupby([with_l0[name] for name in alike], dropna=False)
+    return with_l0.loc[sorted(away.idxmin())]

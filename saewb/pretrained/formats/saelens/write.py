@@ -1,0 +1,125 @@
+"""saewb's classes as a SAELens file has them: architecture, keys and tensors of version 6."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor
+
+from saewb.errors import explain
+from saewb.pretrained.formats.saelens.config import PLACES, reshape_of
+from saewb.pretrained.formats.saelens.folding import said
+from saewb.sae.matching_pursuit import PursuitSAE
+from saewb.sae.sae import SAE
+from saewb.sae.temporal import TemporalSAE
+
+# What is written is the form of this version. sae-lens reads files of version 6 by other rules than older ones.
+LAYOUT_VERSION = "6.54.12"
+_WRITTEN = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale", "centred": "none"}
+
+
+def compose(
+    sae: SAE | PursuitSAE | TemporalSAE, architecture: str, tied: bool, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The cfg.json of version 6 for one of the SAE classes; `understand` reads it back.
+
+    Args:
+        sae: its widths, scaling, hooks, model and metadata are written.
+        architecture: by the name it has in files.
+        tied: whether b_dec is subtracted before encoding.
+        options: the keys that only this architecture has.
+    """
+    cfg = sae.cfg
+    kept = {key: value for key, value in cfg.metadata.items() if key != "reshape_activations"}
+    metadata = kept if cfg.is_transcoder else said(kept, cfg.scaling, cfg.hook, cfg.model)
+    default = reshape_of(cfg.hook, cfg.head, architecture)
+    places = {theirs: getattr(cfg, ours) for theirs, ours in PLACES.items() if getattr(cfg, ours) is not None}
+    return {
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": tied,
+        "normalize_activations": _WRITTEN[cfg.scaling],
+        "reshape_activations": cfg.metadata.get("reshape_activations", default),
+        "metadata": {**metadata, **places, "sae_lens_version": LAYOUT_VERSION, "saewb_version": _saewb_version()},
+        **options,
+        "architecture": architecture,
+    }
+
+
+def _saewb_version() -> str:
+    try:
+        return version("saewb")
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout that was never installed
+
+
+def as_written(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
+    """Architecture, apply_b_dec_to_input, the architecture's own keys, and tensors as they stand in a file."""
+    if not isinstance(sae, (SAE, PursuitSAE, TemporalSAE)):
+        what = f"the SAELens layout has no {type(sae).__name__}: {sae!r}."
+        raise TypeError(explain(what, want="SAE, PursuitSAE or TemporalSAE"))
+    tensors = {name: t.detach() for name, t in sae.state_dict().items()}
+    cfg = sae.cfg
+    if isinstance(sae, PursuitSAE):
+        options = {
+            "residual_threshold": cfg.residual_threshold,
+            "max_iterations": cfg.max_iterations,
+            "stop_on_duplicate_support": cfg.stop_on_duplicate,
+        }
+        return "matching_pursuit", cfg.pre_bias == "tied", options, tensors
+    if isinstance(sae, TemporalSAE):
+        options = {
+            "n_heads": cfg.n_heads,
+            "n_attn_layers": cfg.n_attn_layers,
+            "bottleneck_factor": cfg.bottleneck_factor,
+            "sae_diff_type": cfg.gate,
+            "kval_topk": cfg.k,
+            "tied_weights": cfg.tied,
+            "activation_normalization_factor": cfg.factor,
+        }
+        if cfg.factor != 1:
+            options["normalize_activations"] = "constant_scalar_rescale"
+        return "temporal", cfg.pre_bias == "tied", options, tensors
+    return _feed_forward_as_written(sae, tensors)
+
+
+def _feed_forward_as_written(sae: SAE, w: dict[str, Tensor]) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
+    cfg = sae.cfg
+    transcoder = cfg.is_transcoder or cfg.skip
+    if transcoder and cfg.scaling != "none":
+        raise ValueError(
+            explain(
+                f"the SAELens layout has no skip matrix together with scaling={cfg.scaling!r}: {sae!r}.",
+                want="skip=False or scaling='none'",
+            )
+        )
+    architecture = "standard" if cfg.gate == "relu" else cfg.gate
+    if transcoder:
+        gate = "" if cfg.gate == "relu" else f"{cfg.gate}_"
+        architecture = f"{gate}{'skip_' if cfg.skip else ''}transcoder"
+    tied = cfg.pre_bias == "tied" and not transcoder
+    if sae.b_pre is not None and not tied:
+        shift = sae.b_pre.detach().double() @ w["W_enc"].double()
+        w = {**w, "b_enc": (w["b_enc"].double() - shift).to(sae.dtype)}
+        w.pop("b_pre", None)
+    if cfg.skip:
+        w = {**w, "W_skip": w["W_skip"].T}
+    options: dict[str, Any] = {"d_out": cfg.d_out} if transcoder else {}
+    if cfg.k is not None:
+        options |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    return architecture, tied, options, w
+
+
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, contiguous, no two in the same memory (safetensors refuses those)."""
+    taken: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = tensor.cpu().contiguous()
+        apart[name] = whole.clone() if whole.data_ptr() in taken else whole
+        taken.add(whole.data_ptr())
+    return apart

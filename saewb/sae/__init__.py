@@ -1,0 +1,18 @@
+"""SAEs: configurations, architectures, active latents."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "activation_functions",
+        "base",
+        "config",
+        "cross_layer",
+        "encoding",
+        "matching_pursuit",
+        "sae",
+        "sparse",
+        "temporal",
+    ],
+)

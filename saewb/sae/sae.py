@@ -1,0 +1,332 @@
+"""The sparse autoencoder: one class for every published feed-forward architecture.
+
+    latents = gate((scale(x) - b_pre) @ W_enc + b_enc)
+    recon   = unscale(latents @ W_dec + b_dec) (+ x @ W_skip)
+
+The gate is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else
+differs between papers is a matter of reading a file (`saewb.pretrained.formats`) or of training (`saewb.training.objectives`), not of
+another class here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saewb.errors import FormatError, explain
+from saewb.kernels.select import Rough, chosen
+from saewb.kernels.topk import TILE, top
+from saewb.sae.activation_functions import Latents, Tap, scaled, tapped, threshold_gate, unscaled
+from saewb.sae.base import fitting
+from saewb.sae.config import SAEConfig, describe, tensor_shapes
+from saewb.sae.sparse import TopLatents
+
+__all__ = ["SAE", "SAEConfig", "TopLatents", "describe", "replace_config", "tensor_shapes"]
+
+
+@final
+class SAE(nn.Module):
+    """A sparse autoencoder or transcoder.
+
+    Parameters, where they apply: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_out]` (row i is the direction
+    latent i writes), `b_dec [d_out]`, `b_pre [d_in]` (None, or `b_dec` itself when tied), `threshold [d_sae]`,
+    `W_skip [d_in, d_out]`. All have one dtype and device; inputs are cast to that dtype.
+
+    A new one has unit decoder rows in random directions, the encoder their transpose, and zero biases and thresholds.
+
+    Args:
+        cfg: what to build.
+        seed: of the initial directions; the global random state is neither read nor changed.
+        dtype: of the parameters.
+        device: of the parameters.
+    Source:
+        Gates: Bricken et al. 2023 (ReLU); Rajamanoharan et al. 2024, arXiv:2407.14435 eq. 1 (JumpReLU); Gao et al.
+        2024, arXiv:2406.04093 (TopK); arXiv:2510.00404 (AbsTopK). Transcoders: Dunefsky et al. 2024, arXiv:2406.11944.
+    Example:
+        >>> sae = SAE(SAEConfig(d_in=8, d_sae=32, gate="topk", k=3))
+        >>> x = torch.ones(2, 5, 8)
+        >>> sae.encode(x).shape, sae(x).shape, int((sae.encode(x) != 0).sum(-1).max())
+        (torch.Size([2, 5, 32]), torch.Size([2, 5, 8]), 3)
+    """
+
+    taps = ("acts_pre", "acts_post", "recons")  # the values `encode` and `decode` hand to `tap`, in this order
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+    def __init__(
+        self, cfg: SAEConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self._declare(cfg, _initial(cfg, seed, dtype, device))
+
+    @classmethod
+    def from_tensors(cls, cfg: SAEConfig, tensors: Mapping[str, Tensor]) -> SAE:
+        """An SAE around these very tensors: no copy, every one accounted for.
+
+        Args:
+            cfg: what they are the weights of.
+            tensors: by the names of this class; exactly those that `cfg` calls for.
+        Raises:
+            FormatError: if one is missing, left over, or of another shape than `cfg` says.
+        Example:
+            >>> a = SAE(SAEConfig(d_in=2, d_sae=4))
+            >>> SAE.from_tensors(a.cfg, a.state_dict())
+            SAE(relu, 2 -> 4 latents, float32 on cpu)
+        """
+        want = tensor_shapes(cfg)
+        if set(tensors) != set(want):
+            missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
+            raise FormatError(
+                explain(f"weights do not fit {cfg.gate!r}: missing {missing}, left over {extra}.", want=", ".join(want))
+            )
+        for name, shape in want.items():
+            if tuple(tensors[name].shape) != shape:
+                raise FormatError(
+                    explain(
+                        f"{name} has shape {tuple(tensors[name].shape)}.",
+                        want=f"{shape} for d_in={cfg.d_in}, d_sae={cfg.d_sae}, d_out={cfg.d_out}",
+                    )
+                )
+        sae = cls.__new__(cls)
+        nn.Module.__init__(sae)
+        sae._declare(cfg, tensors)
+        return sae
+
+    def _declare(self, cfg: SAEConfig, tensors: Mapping[str, Tensor]) -> None:
+        self.cfg = cfg
+        for name in tensor_shapes(cfg):
+            # Written past `register_parameter`, which refuses a name that is also a property of the class (`b_pre`).
+            self._parameters[name] = nn.Parameter(
+                tensors[name].detach(), requires_grad=tensors[name].is_floating_point()
+            )
+
+    @property
+    def b_pre(self) -> nn.Parameter | None:
+        """What is subtracted from the (scaled) input before encoding: None, `b_dec` itself when tied, or its own."""
+        return self.b_dec if self.cfg.pre_bias == "tied" else self._parameters.get("b_pre")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and of what comes out."""
+        return self.W_dec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters; inputs must be there."""
+        return self.W_dec.device
+
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], latents: Latents | None = None, tap: Tap | None = None
+    ) -> Float[Tensor, "..."]:
+        """Latent activations, in the units of the (scaled) input.
+
+            gate((scale(x) - b_pre) @ W_enc + b_enc)
+
+        ReLU keeps what is > 0, JumpReLU what is strictly > threshold (and > 0), TopK the k largest that are > 0,
+        AbsTopK the k largest in magnitude, with their sign, GroupMax the largest of each of k groups that is > 0.
+
+        Args:
+            x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
+            latents: only these: anything that may index the last axis. ReLU and JumpReLU compute those columns only;
+                a top-k gate must look at all latents of a token, and does so in tiles of 64 MiB.
+            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); what it returns is used on.
+        Returns:
+            `[..., d_sae]`, or exactly `encode(x)[..., latents]`.
+        Raises:
+            TypeError: if `x` is no tensor.
+            ValueError: if the last axis of `x` is not d_in, or if `tap` is given together with `latents`.
+        Example:
+            >>> sae = SAE(SAEConfig(d_in=4, d_sae=9)); x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+            >>> torch.equal(sae.encode(x, latents=[7, 2]), sae.encode(x)[:, [7, 2]])
+            True
+        """
+        if tap is not None and latents is not None:
+            raise ValueError(explain("encode got both latents= and tap=.", want="one of them; a tap sees all latents"))
+        h = self.centred(x)
+        if latents is None:
+            pre = h @ self.W_enc + self.b_enc
+            return tapped(tap, "acts_post", self._gate(tapped(tap, "acts_pre", pre)))
+        if self.cfg.k is not None:
+            return self._topk_subset(h, latents)
+        threshold = self.threshold[latents] if self.cfg.gate == "jumprelu" else None
+        return threshold_gate(torch.tensordot(h, self.W_enc[:, latents], 1) + self.b_enc[latents], threshold)
+
+    def encode_topk(self, x: Float[Tensor, "*batch d_in"], rough: Rough | None = None) -> TopLatents:
+        """What a top-k gate keeps, as k values and indices per token: `encode(x)` without its zeros.
+
+        On a CPU, without gradients, it takes a block of latents at a time: twice as quick as the product with all of a
+        wide SAE, and 32 MiB of pre-activations at most. Where the processor multiplies bf16 quickly, that chooses and
+        float32 decides: the same latents, three times as quick again, for one and a half times the memory of a W_enc of
+        up to 256 MiB (see `saewb.kernels.select`).
+
+        Args:
+            x: activations of the model, as for `encode`.
+            rough: of these weights, where there are many calls (`saewb.sae.encoding.Encoder`).
+        Raises:
+            ValueError: if the gate is a threshold, which keeps no fixed number.
+        """
+        if self.cfg.k is None:
+            what = f"encode_topk on a {self.cfg.gate!r} SAE."
+            raise ValueError(explain(what, want="a top-k gate", fix="sae.encode(x)"))
+        h = self.centred(x)
+        rows, shape = h.reshape(-1, h.shape[-1]), (*h.shape[:-1], self.cfg.d_sae)
+        return TopLatents(*chosen(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.gate, rough), shape)
+
+    def decode(
+        self,
+        latents: Float[Tensor, "*batch d_sae"] | TopLatents,
+        x: Float[Tensor, "*batch d_in"] | None = None,
+        tap: Tap | None = None,
+    ) -> Float[Tensor, "..."]:
+        """The reconstruction (or, for a transcoder, the prediction) in the model's units.
+
+            unscale(latents @ W_dec + b_dec) (+ x @ W_skip)
+
+        Args:
+            latents: `[..., d_sae]`, or what `encode_topk` gave.
+            x: the input they came from. Needed, and only used, where the output depends on it beyond the latents: with
+                a scaling (to undo it) and with a skip matrix.
+            tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
+        Returns:
+            `[..., d_out]`.
+        Raises:
+            TypeError: if `latents` is no tensor.
+            ValueError: if its last axis is not d_sae; if `x` is needed and missing.
+        """
+        recon = tapped(tap, "recons", self._decoded(latents))
+        if self.cfg.scaling == "none" and not self.cfg.skip:
+            return recon
+        if x is None:
+            raise ValueError(
+                explain(
+                    f"decode of an SAE with scaling={self.cfg.scaling!r}, skip={self.cfg.skip} needs its input.",
+                    fix="sae.decode(latents, x)",
+                )
+            )
+        x = fitting(self, x, self.cfg.d_in)
+        recon = unscaled(recon, x, self.cfg.scaling)
+        return recon + x @ self.W_skip if self.cfg.skip else recon
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "..."]:
+        """`decode(encode(x), x)`."""
+        return self.decode(self.encode(x), x)
+
+    @torch.no_grad()
+    def fold_decoder_norm(self) -> SAE:
+        """The same function with unit decoder rows, so that an activation is a length in the model's units.
+
+            n_i = ||W_dec[i]||:  W_dec[i] /= n_i,  W_enc[:, i] *= n_i,  b_enc[i] *= n_i,  threshold[i] *= n_i
+
+        Rows of norm 0 stay as they are. A new SAE; this one is not changed.
+
+        Raises:
+            ValueError: for a top-k gate whose rows differ in norm: rescaling would change which latents are kept.
+        """
+        norm = self.W_dec.norm(dim=1)
+        norm = torch.where(norm == 0, torch.ones_like(norm), norm)
+        if self.cfg.k is not None and not torch.allclose(norm, norm[:1].expand_as(norm), rtol=1e-4):
+            span = f"decoder norms from {norm.min():.3g} to {norm.max():.3g}"
+            what = f"{span} cannot be folded into a {self.cfg.gate!r} SAE: other latents would be kept."
+            raise ValueError(explain(what, want="rows of one norm, or gate 'relu' or 'jumprelu'"))
+        new = {"W_enc": self.W_enc * norm, "b_enc": self.b_enc * norm, "W_dec": self.W_dec / norm[:, None]}
+        if self.cfg.gate == "jumprelu":
+            new["threshold"] = self.threshold * norm
+        return self._with(new)
+
+    @torch.no_grad()
+    def fold_scaling(self, factor: float, factor_out: float | None = None) -> SAE:
+        """An SAE that was trained on `factor * x`, made to read `x` itself.
+
+            W_enc *= factor;  W_dec, b_dec /= factor_out;  b_pre /= factor;  W_skip *= factor / factor_out
+
+        Latents keep their values. A new SAE; this one is not changed.
+
+        Args:
+            factor: what its training inputs were multiplied with.
+            factor_out: the same for a transcoder's targets; None means `factor`.
+        Raises:
+            ValueError: if a factor is not positive, if this SAE also scales per token by more than taking out a mean,
+                or if b_pre is tied to b_dec and the factors differ.
+        """
+        out = factor if factor_out is None else factor_out
+        if not (factor > 0 and out > 0):
+            raise ValueError(
+                explain(f"fold_scaling got factor={factor}, factor_out={factor_out}.", want="positive numbers")
+            )
+        linear = self.cfg.scaling in ("none", "centred")  # taking out a mean commutes with a factor
+        if not linear or (out != factor and (self.cfg.pre_bias == "tied" or self.cfg.scaling != "none")):
+            fields = f"scaling={self.cfg.scaling!r}, pre_bias={self.cfg.pre_bias!r}"
+            what = f"a factor cannot be folded into {self!r} with {fields}."
+            raise ValueError(explain(what, want="scaling 'none' or 'centred', one factor where b_pre is b_dec"))
+        new = {"W_enc": self.W_enc * factor, "W_dec": self.W_dec / out, "b_dec": self.b_dec / out}
+        if self.cfg.pre_bias == "own":
+            new["b_pre"] = self.b_pre / factor
+        if self.cfg.skip:
+            new["W_skip"] = self.W_skip * (factor / out)
+        return self._with(new)
+
+    def _with(self, new: Mapping[str, Tensor]) -> SAE:
+        return SAE.from_tensors(
+            self.cfg, {name: new[name] if name in new else p.clone() for name, p in self._parameters.items()}
+        )
+
+    def centred(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """What the encoder's matrix is multiplied with: scale(x) - b_pre."""
+        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.scaling)
+        return h if self.b_pre is None else h - self.b_pre
+
+    def _gate(self, pre: Tensor) -> Tensor:
+        if self.cfg.k is None:
+            return threshold_gate(pre, self.threshold if self.cfg.gate == "jumprelu" else None)
+        values, indices = top(pre, self.cfg.k, self.cfg.gate)
+        return torch.zeros_like(pre).scatter(-1, indices, values)
+
+    def _topk_subset(self, h: Tensor, latents: Latents) -> Tensor:
+        rows = h.reshape(-1, h.shape[-1])
+        tiles = rows.split(max(1, TILE // self.cfg.d_sae))
+        kept = torch.cat([self._gate(tile @ self.W_enc + self.b_enc)[:, latents] for tile in tiles])
+        return kept.reshape(*h.shape[:-1], *kept.shape[1:])
+
+    def _decoded(self, latents: Tensor | TopLatents) -> Tensor:
+        if not isinstance(latents, TopLatents):
+            return fitting(self, latents, self.cfg.d_sae, "latents") @ self.W_dec + self.b_dec
+        summed = nn.functional.embedding_bag(latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum")
+        return (summed + self.b_dec).view(*latents.shape[:-1], self.cfg.d_out)
+
+    def __repr__(self) -> str:
+        return describe(self, self.cfg.gate if self.cfg.k is None else f"{self.cfg.gate} k={self.cfg.k}")
+
+
+def replace_config(sae: SAE, **changes: Any) -> SAE:
+    """The same weights, shared, under a configuration with other hooks, model or metadata.
+
+    Raises:
+        TypeError: for a field that SAEConfig does not have.
+    """
+    known = {f.name for f in fields(SAEConfig)}
+    if not set(changes) <= known:
+        raise TypeError(
+            explain(f"SAEConfig has no field {sorted(set(changes) - known)}.", want=", ".join(sorted(known)))
+        )
+    return SAE.from_tensors(replace(sae.cfg, **changes), dict(sae._parameters))
+
+
+def _initial(cfg: SAEConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+    made = {name: torch.zeros(shape) for name, shape in tensor_shapes(cfg).items()}
+    rng = torch.Generator().manual_seed(seed)
+    made["W_dec"] = nn.functional.normalize(torch.randn(cfg.d_sae, cfg.d_out, generator=rng), dim=1)
+    reads = (
+        made["W_dec"]
+        if cfg.d_in == cfg.d_out
+        else nn.functional.normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=rng), dim=1)
+    )
+    made["W_enc"] = reads.T.contiguous()
+    return {name: t.to(device=device, dtype=dtype) for name, t in made.items()}

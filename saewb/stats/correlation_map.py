@@ -1,0 +1,319 @@
+"""A correlation matrix of any size to look at: blocks of it exactly, all of it coarsely, in an order that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saewb.errors import explain, near
+from saewb.stats._entries import Counted, Dense, Entries, Factors, Picked, unit
+from saewb.stats._ordering import by_clusters
+from saewb.stats._overview import Overview, Pair, pooled
+from saewb.stats.cooccurrence import Coactivation
+from saewb.stats.correlation import CorrelationStats, LowRankCorrelation
+
+_TILE = 2**22  # entries made at a time where all columns of some rows are looked through
+_FIGURES = ("phi", "jaccard", "correlation")
+
+
+@dataclass(frozen=True)
+class PairFigures:
+    """Two features of a matrix."""
+
+    row: int  # a feature
+    col: int  # another, or one of the other set
+    value: float  # their entry; nan where it is not defined
+    fires_row: int | None  # tokens on which the first fires; None where that is not known, as below
+    fires_col: int | None
+    together: int | None  # tokens on which both do
+    n_tokens: int | None  # all tokens looked at
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class MatrixView:
+    """A matrix of any size, of which no more is made than is asked for. Made by `saewb.matrix_view`.
+
+    Entries that are not defined (a feature that never fires, a direction of length 0) are nan.
+    """
+
+    entries: Entries  # where its numbers come from: a matrix, factors, directions, firings
+    density: Float[Tensor, " n"] | None = None  # of the rows' features, fractions of tokens; None: not known
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, columns."""
+        return self.entries.shape
+
+    @property
+    def same(self) -> bool:
+        """Whether rows and columns are the same features: it is symmetric, and its diagonal says nothing."""
+        return self.entries.same
+
+    @property
+    def what(self) -> str:
+        """What an entry is: correlation, phi, jaccard or cosine."""
+        return self.entries.what
+
+    @property
+    def orders(self) -> tuple[str, ...]:
+        """What `order` takes."""
+        found = ("clusters",) if self.same else ("matched",)
+        return (*found, *(("density",) if self.density is not None else ()), "index")
+
+    @torch.no_grad()
+    def block(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
+        """Exact entries of some features, float32, on the CPU.
+
+        Raises:
+            ValueError: for a feature that is not there.
+        """
+        return self.entries.tile(self._index(rows, 0), self._index(cols, 1)).cpu()
+
+    def picked(self, features: Sequence[int] | Tensor) -> MatrixView:
+        """The same matrix between these features, each any number of times; -1 stands for none, and is not defined.
+
+        So the matrix of true features can be laid beside that of learnt latents, each latent's feature in its place.
+
+        Raises:
+            ValueError: for a feature that is not there, or if rows and columns are of two sets.
+        Example:
+            >>> truth = matrix_view(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+            >>> truth.picked([1, 0, -1]).block([0], [1, 2])
+            tensor([[0.5000,    nan]])
+        """
+        if not self.same:
+            raise ValueError(explain(f"{self!r} is of two sets.", want="one of correlations within a set"))
+        at = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
+        self._index(at[at >= 0], 0)
+        if bool((at < -1).any()) or not len(at):
+            raise ValueError(explain(f"picked got {at[:5].tolist()}.", want="features, or -1 for none"))
+        density = self.density
+        return MatrixView(
+            Picked(self.entries, at),
+            None if density is None else torch.where(at >= 0, density.to(at.device)[at.clamp(min=0)], 0),
+        )
+
+    @torch.no_grad()
+    def pooled(
+        self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor, step: int, cells: str = "strongest"
+    ) -> Float[Tensor, "cells_r cells_c"]:
+        """The same as cells of `step * step` entries: of each the strongest, with its sign, or the mean.
+
+        The diagonal of a symmetric matrix is left out (unless `step` is 1), and so is what is not defined. Strongest
+        entries take the time of making them all, 16 MB of them at a time; means of cosines, low-rank correlations and
+        firings that of a few products of sums.
+
+        Args:
+            rows: features, in the order wanted.
+            cols: likewise.
+            step: entries a side of a cell; the last cells have fewer.
+            cells: "strongest" or "mean".
+        """
+        if step < 1 or cells not in ("strongest", "mean"):
+            raise ValueError(explain(f"pooled got step={step}, cells={cells!r}.", want="1 or more; strongest or mean"))
+        return pooled(self.entries, self._index(rows, 0), self._index(cols, 1), step, cells)
+
+    @torch.no_grad()
+    def order(self, by: str = "index", seed: int = 0) -> Int[Tensor, " n"]:
+        """Rows in an order that shows what there is to see; the columns' is the same if they are the same features.
+
+        "clusters" puts features that go together side by side: up to 1,024 by average linkage of 1 - r; more of them
+        are first split by k-means in the space of the 32 leading eigenvectors (a few seconds for 65,536). "density":
+        those that fire most often first. "matched": each row at the column it is nearest to (largest magnitude), the
+        clearest first, so that a recovered dictionary is a diagonal. "index": as they are.
+
+        Args:
+            by: one of `orders`.
+            seed: of "clusters" of more than 1,024.
+        Raises:
+            ValueError: for an order that this matrix does not have.
+        Example:
+            >>> c = torch.tensor([[1.0, 0.1, 0.9], [0.1, 1.0, 0.0], [0.9, 0.0, 1.0]])
+            >>> matrix_view(c).order("clusters").tolist()
+            [1, 0, 2]
+        """
+        if by not in self.orders:
+            what = f"{self!r} has no order {by!r}."
+            raise ValueError(explain(what, near=near(by, self.orders), want=", ".join(self.orders)))
+        if by == "clusters":
+            return by_clusters(self.entries, seed)
+        if by == "density":
+            return self.density.argsort(descending=True, stable=True).cpu()
+        return self._matched() if by == "matched" else torch.arange(self.shape[0])
+
+    def overview(self, rows: Int[Tensor, " n"] | None = None, n_pairs: int = 100) -> Overview:
+        """All of it to look at, with rows (and columns, if they are the same features) in this order.
+
+        Args:
+            rows: a permutation, e.g. `order("clusters")`; None leaves them as they are.
+            n_pairs: strongest pairs to keep.
+        """
+        every = [torch.arange(n) for n in self.shape]
+        rows = every[0] if rows is None else rows.cpu()
+        if not torch.equal(rows.sort().values, every[0]):
+            raise ValueError(
+                explain("overview got rows that are no permutation.", want=f"each of {self.shape[0]} once")
+            )
+        return Overview(self.entries, rows, rows if self.same else every[1], n_pairs)
+
+    def stats(self) -> CorrelationStats | None:
+        """Root mean square and mean off the diagonal, of what is defined: at once where there is a closed form.
+
+        Else all entries are made, some at a time. None if no entry is defined.
+        """
+        if (found := self.entries.stats()) is not None:
+            return found
+        seen = self.overview()
+        for _ in seen.scan():
+            pass
+        return seen.stats
+
+    @torch.no_grad()
+    def partners(self, feature: int, k: int = 8, axis: int = 0) -> list[Pair]:
+        """The strongest entries of a row (of a column: axis=1), itself left out."""
+        chosen = self._index([feature], axis)
+        every = torch.arange(self.shape[1 - axis], device=self.entries.device)
+        row = (self.entries.tile(chosen, every)[0] if axis == 0 else self.entries.tile(every, chosen)[:, 0]).cpu()
+        size = row.abs().nan_to_num(-1)
+        if self.same:
+            size[feature] = -1
+        best = size.argsort(descending=True, stable=True)[:k]
+        return [
+            Pair(*((feature, j) if axis == 0 else (j, feature)), row[j].item()) for j in best.tolist() if size[j] >= 0
+        ]
+
+    def pair(self, row: int, col: int) -> PairFigures:
+        """What is known of two features."""
+        value, fires = self.block([row], [col]).item(), self.entries.fires()
+        both = self.entries.together(row, col)
+        known = fires is not None
+        of_col = int(fires[col]) if known and self.same else None
+        return PairFigures(row, col, value, int(fires[row]) if known else None, of_col, *(both or (None, None)))
+
+    def __repr__(self) -> str:
+        n, m = self.shape
+        return f"MatrixView({self.what}, {n:,} features)" if self.same else f"MatrixView({self.what}, {n:,} x {m:,})"
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _index(self, features: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " some"]:
+        chosen = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
+        n = self.shape[axis]
+        if bool((bad := (chosen < 0) | (chosen >= n)).any()):
+            raise ValueError(explain(f"no features {chosen[bad][:5].tolist()} in {self!r}.", want=f"0..{n - 1}"))
+        return chosen
+
+    def _matched(self) -> Tensor:
+        n, m = self.shape
+        every, place = torch.arange(m, device=self.entries.device), torch.arange(n, device=self.entries.device)
+        tiles = (self.entries.tile(part, every).abs().nan_to_num(-1) for part in place.split(max(1, _TILE // m)))
+        found = [tile.max(1) for tile in tiles]
+        column, size = torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+        by_size = size.argsort(descending=True, stable=True)
+        column = torch.where(size < 0, m, column)
+        return by_size[column[by_size].argsort(stable=True)].cpu()
+
+
+def matrix_view(
+    of: Any,
+    other: Any = None,
+    *,
+    by: str | None = None,
+    density: Float[Tensor, " n"] | None = None,
+) -> MatrixView:
+    """A matrix of any size to look at: 65,536 x 65,536 entries from their factors, none of which is made unasked.
+
+    Args:
+        of: a correlation matrix `[n, n]`; its factors; counts of a `Coactivation`; an SAE, whose directions' cosines
+            are meant; or, with by="cosine" or `other`, directions `[n, d]`.
+        other: an SAE, directions `[m, d]` or a synthetic `FeatureDictionary`: cosines between `of` and these.
+        by: of an SAE "decoder" (default) or "encoder"; of counts "phi" (default), "jaccard" or "correlation"; "cosine"
+            for directions.
+        density: of each feature, as a fraction of tokens: for an order. Counts bring their own.
+    Returns:
+        A MatrixView; nothing is computed yet.
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a matrix that is not square or not symmetric, or widths that differ.
+    Example:
+        >>> view = matrix_view(LowRankCorrelation.of(torch.tensor([[0.6], [0.8], [-0.5]])))
+        >>> view, view.block([0, 1], [2])
+        (MatrixView(correlation, 3 features), tensor([[-0.3000],
+                [-0.4000]]))
+    """
+    entries = _crossed(of, other, by) if other is not None else _entries(of, by)
+    if min(entries.shape) < 1:
+        raise ValueError(explain(f"a matrix of {entries.shape} features.", want="at least 1"))
+    fires = entries.fires()
+    if density is None and fires is not None:
+        density = fires / max(1, entries.together(0, 0)[1])
+    if density is not None and len(density) != entries.shape[0]:
+        what = f"density has {len(density)} values for {entries.shape[0]} features."
+        raise ValueError(explain(what, want="one for each"))
+    return MatrixView(entries, density)
+
+
+def _entries(of: Any, by: str | None) -> Entries:
+    if isinstance(of, LowRankCorrelation):
+        _check(by, ("correlation",), "a low-rank correlation")
+        factor = of.factor.float()
+        return Factors(factor, factor, True, "correlation")
+    if isinstance(of, Coactivation):
+        default = "phi"
+        _check(by, _FIGURES, "counts")
+        return Counted(of, by or default)
+    if isinstance(of, nn.Module) or by == "cosine":
+        rows = unit(_directions(of, by))
+        return Factors(rows, rows, True, "cosine")
+    if not isinstance(of, Tensor):
+        want = "a tensor [n, n], a LowRankCorrelation, a Coactivation or an SAE"
+        raise TypeError(explain(f"matrix_view got a {type(of).__name__}.", want=want))
+    _check(by, ("correlation",), "a matrix")
+    return _dense(of)
+
+
+def _crossed(of: Any, other: Any, by: str | None) -> Entries:
+    side = by if by in ("decoder", "encoder") else None
+    a, b = unit(_directions(of, side or "cosine")), unit(_directions(other, side or "cosine"))
+    if a.shape[1] != b.shape[1]:
+        what = f"directions of {a.shape[1]} and of {b.shape[1]} dimensions."
+        raise ValueError(explain(what, want="the same"))
+    return Factors(a, b.to(a.device), False, "cosine")
+
+
+def _directions(of: Any, by: str | None) -> Tensor:
+    found = getattr(of, "directions", of)  # of a dictionary
+    if isinstance(of, nn.Module):
+        _check(by, ("decoder", "encoder", "cosine"), "an SAE")
+        found = getattr(of, "W_enc", None) if by == "encoder" else getattr(of, "W_dec", None)
+        found = found.T if by == "encoder" and found is not None else found
+    if not isinstance(found, Tensor):
+        what = f"matrix_view got a {type(of).__name__}, which has no such directions."
+        raise TypeError(explain(what, want="a tensor [n, d], an SAE or a dictionary"))
+    if found.ndim != 2 or found.shape[1] == 0:
+        raise ValueError(explain(f"directions have shape {tuple(found.shape)}.", want="[n, d]"))
+    return found
+
+
+def _dense(matrix: Tensor) -> Entries:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        what, fix = f"the matrix has shape {tuple(matrix.shape)}.", "matrix_view(directions, by='cosine')"
+        raise ValueError(explain(what, want="[n, n]; for the cosines of directions [n, d] say so", fix=fix))
+    rows = max(1, _TILE // max(1, len(matrix)))
+    for i in range(0, len(matrix), rows):
+        part, turned = matrix[i : i + rows], matrix[:, i : i + rows].T
+        if not torch.allclose(part, turned, rtol=1e-4, atol=1e-5, equal_nan=True):
+            what = "the matrix is not symmetric."
+            raise ValueError(explain(what, want="a correlation matrix", fix="matrix_view((m + m.T) / 2)"))
+    return Dense(matrix.detach() if matrix.is_floating_point() else matrix.float())
+
+
+def _check(by: str | None, known: tuple[str, ...], what: str) -> None:
+    if by is not None and by not in known:
+        raise ValueError(explain(f"{what} has no {by!r}.", near=near(by, known), want=", ".join(known)))

@@ -1,0 +1,73 @@
+"""What saewb embeds, so that everything can be tried without a network: a tiny language model, an SAE on it, and text.
+
+The model writes English sentences and knows few facts; how good the SAE is stands under "held_out" in `sae/cfg.json`.
+All of it is made from scratch by `python -m saewb.tiny.make`. The text is Wikipedia's (CC BY-SA 4.0): see
+ATTRIBUTION.md.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from saewb.errors import explain
+
+_HERE = Path(__file__).parent
+TEXT_FILE = "texts.json.gz"
+
+
+@dataclass(frozen=True)
+class Document:
+    """The lead section of a Wikipedia article, lightly cleaned (ATTRIBUTION.md says how)."""
+
+    title: str  # of the article, which is also the attribution: https://en.wikipedia.org/wiki/<title>
+    text: str  # plain text, one paragraph
+    topic: str  # one of 12: Wikipedia's list of vital articles it comes from, or "Uncategorized"
+    held_out: bool  # True: neither tokenizer, model nor SAE was trained on it
+
+
+def texts() -> list[Document]:
+    """The embedded sample of text: about 2,000 article leads, topics in equal shares as far as there are enough.
+
+    Example:
+        >>> sorted(texts(), key=lambda d: len(d.text))[-1].topic in {d.topic for d in texts()}
+        True
+    """
+    return list(_texts())
+
+
+def held_out_texts() -> list[Document]:
+    """Those of `texts()` that neither the tokenizer, the model nor the SAE was trained on: for honest figures.
+
+    Example:
+        >>> len(held_out_texts()) >= 100
+        True
+    """
+    return [document for document in _texts() if document.held_out]
+
+
+def folder(what: Literal["model", "sae"]) -> Path:
+    """Where the embedded model (a Hugging Face directory) or SAE (SAELens layout) lies.
+
+    Args:
+        what: "model" or "sae".
+    Returns:
+        A folder of the installed package; read only.
+    Raises:
+        ValueError: for anything else.
+    Example:
+        >>> folder("sae").joinpath("cfg.json").exists()
+        True
+    """
+    if what not in ("model", "sae"):
+        raise ValueError(explain(f"nothing called {what!r} is embedded.", want="'model' or 'sae'"))
+    return _HERE / what
+
+
+@cache
+def _texts() -> tuple[Document, ...]:
+    return tuple(Document(**row) for row in json.loads(gzip.decompress((_HERE / TEXT_FILE).read_bytes())))

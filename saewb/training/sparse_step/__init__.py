@@ -1,0 +1,89 @@
+"""The fast training step: the numbers of `objective.losses(...)` and its backward pass, from the latents that are on.
+
+A dense step makes six products of batch x d_in x d_sae. Here:
+
+1. One of them is left, the encoder's, in row tiles whose results are not kept; where the hardware multiplies int8 or
+   bf16 faster it only selects, and the winners are scored again in full precision (`selection`, `saewb.kernels`).
+2. The latents that are on are kept as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
+   gradient of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
+3. The gradient of b_dec follows from that of the encoder's bias (`backward`).
+4. Losses of dead latents are dense over the dead ones only (`auxiliary`).
+
+No autograd (but for 4), no `[batch, d_sae]` tensor. Memory beyond weights, gradients and Adam's moments: a tile
+of 20 MiB, the weights once in low precision, about six tensors of the batch's size, 60 bytes per pair. `sparse_step`
+says per batch whether it pays. On a CPU the same weights and batch give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saewb.kernels.precision import Precision, best_precision
+from saewb.training.objectives import Gated, JumpReLU, Losses, MatchingPursuit, Objective, Params, Standard, State
+from saewb.training.sparse_step.adam import clipped_step
+from saewb.training.sparse_step.gated import gated_step
+from saewb.training.sparse_step.gradients import Batch
+from saewb.training.sparse_step.threshold import jumprelu_step, standard_step
+from saewb.training.sparse_step.topk import topk_step
+
+__all__ = ["MAX_DENSITY", "Precision", "best_precision", "clipped_step", "has_sparse_step", "sparse_step"]
+
+MAX_DENSITY = 1 / 12  # of latents on per token: from about there on, dense products are quicker than pairs
+
+
+@torch.no_grad()
+def sparse_step(
+    objective: Objective,
+    params: Params,
+    x: Float[Tensor, "batch d_in"],
+    y: Float[Tensor, "batch d_out"],
+    state: State,
+    precision: Precision = "full",
+    max_density: float = MAX_DENSITY,
+) -> Losses | None:
+    """Losses of one batch and, in each parameter's `.grad`, their gradients; None where a dense step is the right one.
+
+    Equal to `objective.losses(params, x, y, state)` and its backward pass up to rounding, whatever the precision. A
+    pre-activation within rounding of a threshold, or two equal scores, may fall the other way.
+
+    Args:
+        objective: what is trained for.
+        params: its weights, float32 or float64. Gradients replace those before, in the same memory on a CPU.
+        x: inputs, in training units, of the weights' dtype.
+        y: what is to be written; `x` itself for an autoencoder.
+        state: as for `objective.losses`.
+        precision: of the product that selects: see `best_precision`.
+        max_density: share of latents on per token, from which on a dense step is the right one.
+    Returns:
+        The losses, without autograd's graph. None if more than `max_density` of the latents are on (the first tile of
+        tokens shows it), or if the objective or dtype has no sparse step; gradients from before are then void.
+    Example:
+        >>> from saewb.training.objectives import TopK
+        >>> objective, x = TopK(d_sae=512, k=4), torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+        >>> params = objective.start(16)
+        >>> by_hand = sparse_step(objective, params, x, x, objective.state())
+        >>> bool(torch.isclose(by_hand.total, objective.losses(params, x, x, objective.state()).total))
+        True
+        >>> params.W_enc.grad.shape
+        torch.Size([16, 512])
+    """
+    exact = params.W_dec.dtype in (torch.float32, torch.float64) and x.dtype == y.dtype == params.W_dec.dtype
+    if not (len(x) and exact and has_sparse_step(objective)):
+        return None
+    limit = int(max_density * len(x) * params.d_sae)
+    batch = Batch(params, x, params.centred(x), y, precision, limit)
+    if isinstance(objective, Standard):
+        return standard_step(objective, batch, state)
+    if isinstance(objective, JumpReLU):
+        return jumprelu_step(objective, batch, state)
+    if isinstance(objective, Gated):
+        return gated_step(objective, batch, state)
+    return topk_step(objective, batch, state)
+
+
+def has_sparse_step(objective: Objective) -> bool:
+    """Whether there is one at all: not for matching pursuit, nor with a pre-activation loss of all latents."""
+    dense = isinstance(objective, JumpReLU) and objective.pre_act > 0 and objective.pre_act_on == "all"
+    return not dense and not isinstance(objective, MatchingPursuit)

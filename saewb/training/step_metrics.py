@@ -1,0 +1,131 @@
+"""What a training step reports. Figures stay on the device until somebody reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Union
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saewb.errors import explain
+from saewb.metrics import Reconstruction
+from saewb.stats.firing import Firing
+from saewb.training.objectives import Coefficient, CoefficientWarning, coefficient_warnings
+
+DENSITY_EDGES = tuple(10 ** (i / 4 - 7) for i in range(29))  # 10^-7 to 1, four bins for each factor of ten
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How an SAE does on activations it is not trained on, as it would be exported now, in the model's units."""
+
+    reconstruction: Reconstruction  # mse, fvu, cosine, ...
+    firing: Firing  # l0, density, dead and dense fractions
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """The loss is no longer a number."""
+
+    loss: float  # nan or inf
+
+    def __str__(self) -> str:
+        return f"the loss is {self.loss}: lower the learning rate, or go back to a checkpoint"
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """One SAE's step. Tensors are 0-d, on the training's device; `numbers()` reads them all at once."""
+
+    loss: Float[Tensor, ""]  # what was minimised: the sum of `losses`
+    losses: Mapping[str, Float[Tensor, ""]]  # by name, as they enter the sum, in training units
+    l0: Float[Tensor, ""]  # active latents per token, in this batch
+    fvu: Float[Tensor, ""]  # fraction of this batch's variance that is not explained
+    dead_frac: Float[Tensor, ""]  # fraction of latents silent for longer than `dead_after_tokens`
+    n_dense: Int[Tensor, ""]  # latents on more than `dense_above` of the last tokens
+    lr: float  # of this step
+    coefficients: Mapping[str, Float[Tensor, ""]]  # weights of sparsity losses in this step
+    extra: Mapping[str, Float[Tensor, ""]]  # what else the objective measures: "kept_min", "in_band"
+    densities: Float[Tensor, " d_sae"] = field(repr=False)  # share of about the last `density_tokens` it is on
+    held_out: HeldOut | None = None  # on steps that measured
+    watch: Mapping[str, Coefficient] = field(default_factory=dict, repr=False)  # how the weights were set
+    n_tokens: int = 0  # trained on after this step
+    d_sae: int = 0  # latents
+
+    def numbers(self) -> dict[str, float]:
+        """Every figure as a float, by name ("losses/mse", "coefficients/l1", ...): one wait for the device."""
+        named = self._named()
+        return self._told(named, torch.stack(list(named.values())).tolist())
+
+    def numbers_and_density(self) -> tuple[dict[str, float], list[int]]:
+        """`numbers()`, and how many latents are how frequent: one wait for the device, for both.
+
+        Returns:
+            (numbers, counts): counts[0] latents are on less often than `DENSITY_EDGES[0]`, or never; counts[i] at least
+            as often as edge i - 1 and less often than edge i; the last ones on every token. They sum to d_sae.
+        """
+        named = self._named()
+        edges = torch.tensor(DENSITY_EDGES, device=self.densities.device)
+        above = (self.densities >= edges[:, None]).sum(1).float()  # exact up to 2^24 latents
+        values = torch.cat([torch.stack(list(named.values())), above]).tolist()
+        least = [self.densities.numel(), *map(int, values[len(named) :]), 0]
+        return self._told(named, values[: len(named)]), [a - b for a, b in pairwise(least)]
+
+    def _named(self) -> dict[str, Tensor]:
+        named = {"loss": self.loss, "l0": self.l0, "fvu": self.fvu, "dead_frac": self.dead_frac}
+        named["n_dense"] = self.n_dense
+        for group in ("losses", "coefficients", "extra"):
+            named |= {f"{group}/{name}": value for name, value in getattr(self, group).items()}
+        return {name: value.detach().float() for name, value in named.items()}
+
+    def _told(self, named: Mapping[str, Tensor], values: list[float]) -> dict[str, float]:
+        return {**dict(zip(named, values, strict=True)), "lr": self.lr}
+
+    @property
+    def warnings(self) -> tuple[Union[CoefficientWarning, Diverged], ...]:
+        """What is wrong with this step's settings; waits for the device."""
+        numbers = self.numbers()
+        found: list[Any] = [] if math.isfinite(numbers["loss"]) else [Diverged(numbers["loss"])]
+        for name, coefficient in self.watch.items():
+            found += coefficient_warnings(
+                coefficient,
+                name,
+                numbers[f"coefficients/{name}"],
+                n_tokens=self.n_tokens,
+                l0=numbers["l0"],
+                d_sae=self.d_sae,
+                in_band=numbers.get("extra/in_band"),
+            )
+        return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """One step of a training: what each SAE did with one batch."""
+
+    step: int  # 1 after the first
+    n_tokens: int  # trained on so far, this step's included
+    saes: Mapping[str, Figures]  # by the SAE's name
+
+    @property
+    def only(self) -> Figures:
+        """The figures of the one SAE.
+
+        Raises:
+            ValueError: if several are trained.
+        """
+        if len(self.saes) != 1:
+            names = ", ".join(map(repr, self.saes))
+            raise ValueError(explain(f"this step has {len(self.saes)} SAEs.", want=names, fix="step.saes[name].l0"))
+        return next(iter(self.saes.values()))
+
+    @property
+    def warnings(self) -> dict[str, tuple[Union[CoefficientWarning, Diverged], ...]]:
+        """What is wrong, by SAE; only those with something; waits for the device."""
+        found = {name: figures.warnings for name, figures in self.saes.items()}
+        return {name: warnings for name, warnings in found.items() if warnings}

@@ -1,0 +1,176 @@
+"""The cache on the disk: exactly so many tokens, ids intact, goes on after a kill, read in any order."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from helpers import tiny_models
+
+import saewb
+from saewb.data.cache import ActivationCache, cache_activations
+from saewb.data.stream import stream_activations
+from saewb.models.capture import joined
+
+RESID, Z = "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"
+
+
+@pytest.fixture
+def ids():
+    return tiny_models.tokens(rows=60, length=20)
+
+
+def cached(folder, ids, **how):
+    return cache_activations(
+        tiny_models.bridge(), ids, [RESID, Z], folder, **{"n_tokens": 1000, "shard_tokens": 300, **how}
+    )
+
+
+def test_tokens_and_ids_are_exactly_the_models(tmp_path, ids):
+    cache = cached(tmp_path / "cache", ids)
+    want = next(stream_activations(tiny_models.bridge(), ids, [RESID, Z], batch_tokens=1000))
+    got = cache[0:1000]
+    assert len(cache) == 1000
+    for name in (RESID, Z):
+        assert torch.equal(got.values[name], want.values[name])
+    assert torch.equal(got.ids, want.ids)
+    assert got.ids.dtype == torch.int32
+    assert sorted(p.name for p in cache.folder.iterdir()) == [
+        "index.json",
+        *(f"shard_0000{i}.safetensors" for i in range(4)),
+    ]
+    assert torch.equal(cache[250:650].ids, want.ids[250:650])
+    assert torch.equal(cache[990:].values[Z], want.values[Z][990:])
+
+
+def test_ten_thousand_tokens_are_ten_thousand_and_half_precision_leaves_ids_alone(tmp_path):
+    model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.held_out_texts()]
+    cache = cache_activations(model, texts, RESID, tmp_path / "c", 10_000, dtype=torch.float16, repeat=True)
+    whole = cache[0:]
+    assert len(cache) == len(whole) == len(whole.ids) == 10_000
+    assert whole.values[RESID].dtype == torch.float16
+    rows = saewb.pack(texts, model.tokenizer, 128)
+    assert (
+        whole.ids.tolist()
+        == rows[~torch.isin(rows, torch.tensor(saewb.data.tokens.special_ids(model, True)))][:10_000].tolist()
+    )
+    assert int(whole.ids.max()) > 2048  # where float16 begins to skip integers
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_goes_on_after_an_interruption_with_the_same_bytes(tmp_path, ids, monkeypatch):
+    want = cached(tmp_path / "whole", ids)
+    import saewb.data.cache as module
+
+    real, calls = module.write_state, []
+
+    def interrupted(path, state):
+        if len(calls) == 2:
+            raise Killed
+        calls.append(path)
+        real(path, state)
+
+    monkeypatch.setattr(module, "write_state", interrupted)
+    with pytest.raises(Killed):
+        cached(tmp_path / "cut", ids)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="not finished(.|\n)*goes on"):
+        ActivationCache(tmp_path / "cut")
+    with pytest.raises(ValueError, match="n_tokens=1000, not 900"):
+        cached(tmp_path / "cut", ids, n_tokens=900)
+    cached(tmp_path / "cut", ids)
+    for shard in want.folder.iterdir():
+        assert (tmp_path / "cut" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_goes_on_after_kill_9(tmp_path, ids):
+    want = cached(tmp_path / "whole", ids)
+    code = f"""
+        import os, signal, small
+        import saewb.activation_cache as module
+        real, calls = module.write_file, []
+        def write(path, fill):  # killed while the third shard is being written
+            calls.append(path)
+            real(path, fill if len(calls) < 3 else lambda fresh: (fresh.write_bytes(b"half"), os.kill(os.getpid(), 9)))
+        module.write_file = write
+        module.cache_activations(tiny_models.bridge(), tiny_models.tokens(60, 20), [{RESID!r}, {Z!r}], {str(tmp_path / "cut")!r},
+                                 1000, shard_tokens=300)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd="tests", capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -9, done.stderr
+    assert len(list((tmp_path / "cut").glob("shard_*"))) == 2
+    cache = cached(tmp_path / "cut", ids)
+    for shard in want.folder.glob("[!.]*"):
+        assert (cache.folder / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_finished_cache_is_opened_not_made_again(tmp_path, ids, monkeypatch):
+    cache = cached(tmp_path / "c", ids)
+    before = {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()}
+    assert len(cached(tmp_path / "c", ids)) == 1000
+    assert {p.name: p.stat().st_mtime_ns for p in cache.folder.iterdir()} == before
+
+
+def test_shuffled_reading_gives_each_token_once_and_resumes(tmp_path, ids):
+    cache = cached(tmp_path / "c", ids)
+
+    def new():
+        return cache.stream(batch_tokens=50, seed=1, block_tokens=16, buffer_tokens=200, repeat=False, points=[RESID])
+
+    batches = list(new())
+    assert [len(b) for b in batches] == [50] * 20
+    got = joined(batches)
+    assert list(got.values) == [RESID]
+    key = lambda x: sorted(map(tuple, x.tolist()))  # noqa: E731
+    assert key(got.values[RESID]) == key(cache[0:].values[RESID])
+    assert not torch.equal(got.ids, cache[0:].ids)
+    one, two = new(), new()
+    for _ in range(7):
+        next(one)
+    two.restore(one.state())
+    assert all(torch.equal(a.values[RESID], b.values[RESID]) for a, b in zip(one, two, strict=True))
+    assert torch.equal(joined(list(cache.stream(batch_tokens=100, seed=None, repeat=False))).ids, cache[0:].ids)
+
+
+def test_reading_reads_only_what_is_asked(tmp_path, ids, monkeypatch):
+    cache, read = cached(tmp_path / "c", ids), []
+    real = ActivationCache._read
+    monkeypatch.setattr(ActivationCache, "_read", lambda self, *a: (read.append(a[:3]), real(self, *a))[1])
+    next(cache.stream(batch_tokens=16, block_tokens=16))
+    assert len(read) <= 2
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "says"),
+    [
+        ({"n_tokens": 19}, ValueError, r"a row has 20 tokens \(ctx_len\), more than the n_tokens=19"),
+        ({"n_tokens": 0}, ValueError, "n_tokens=0"),
+        ({"shard_tokens": 0}, ValueError, "shard_tokens=0"),
+        ({"n_tokens": 5000}, ValueError, "the tokens ended.*n_tokens=5000"),
+    ],
+)
+def test_errors_say_what_to_type(tmp_path, ids, how, error, says):
+    with pytest.raises(error, match=says):
+        cached(tmp_path / "c", ids, **how)
+
+
+def test_folders_that_are_no_cache(tmp_path, ids):
+    with pytest.raises(FileNotFoundError, match="no cache in"):
+        ActivationCache(tmp_path)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt"):
+        cached(tmp_path, ids)
+    cache = cached(tmp_path / "c", ids)
+    (cache.folder / "shard_00001.safetensors").unlink()
+    with pytest.raises(saewb.FormatError, match=r"lacks shard_00001"):
+        ActivationCache(cache.folder)
+    (cache.folder / "index.json").write_text(json.dumps({"n_tokens": 3}))
+    with pytest.raises(saewb.FormatError, match="no index"):
+        ActivationCache(cache.folder)

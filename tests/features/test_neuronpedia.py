@@ -1,0 +1,170 @@
+"""Links, embedded pages, explanations and lists, against a stand-in for the site; and the JSON its users know."""
+
+import json
+import threading
+import time
+import urllib.parse
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from helpers import tiny_models
+
+import saewb
+from saewb.features import build_index, neuronpedia
+from saewb.sae.sae import SAE, SAEConfig
+
+SOURCE = "gpt2-small/6-res-jb"
+
+
+class StandIn(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        latent = self.path.rsplit("/", 1)[-1]
+        if latent == "5":
+            time.sleep(1.5)
+        if latent == "404":
+            self.send_error(404)
+            return
+        found = {"index": latent, "explanations": [{"description": f"about {latent}", "explanationModelName": "m"}]}
+        answers = {"6": b"<html>", "7": b"[]", "8": b'{"explanations": 3}', "9": b'{"index": "9"}'}
+        self.answer(answers.get(latent, json.dumps(found).encode()))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers["x-api-key"], body))
+        made = {"url": "https://there/list/1"} if self.headers["x-api-key"] == "mine" else {"message": "wrong key"}
+        self.answer(json.dumps(made).encode())
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def site():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def sae(**metadata):
+    return SAE(SAEConfig(4, 8, hook="blocks.1.hook_resid_post", metadata=metadata))
+
+
+@pytest.mark.parametrize("of", [sae(neuronpedia_id=SOURCE), sae(neuronpedia=SOURCE)])
+def test_a_page_by_what_the_sae_names(of):
+    page = neuronpedia.page(of, 7)
+    assert page.url == f"https://www.neuronpedia.org/{SOURCE}/7"
+    shown = page._repr_html_()
+    assert f'<iframe src="{page.url}?embed=true&amp;' in shown
+    assert f'<a href="{page.url}"' in shown
+
+
+def test_an_sae_without_a_page_says_what_to_type():
+    with pytest.raises(ValueError, match=r"names no page(.|\n)*source='gpt2-small/6-res-jb'"):
+        neuronpedia.page(sae(), 7)
+    assert neuronpedia.page(sae(), 7, source=SOURCE).latent == 7
+    for wrong in ("x", 'a/b"><script>', "a/b/c"):
+        with pytest.raises(ValueError, match="no source of Neuronpedia"):
+            neuronpedia.page(None, 7, source=wrong)
+    for wrong in (-1, 1.5):
+        with pytest.raises(ValueError, match="want: an index"):
+            neuronpedia.page(None, wrong, source=SOURCE)
+
+
+def test_explanations_are_fetched_once(site, tmp_path):
+    how = {"source": SOURCE, "site": site.url, "cache": tmp_path}
+    found = neuronpedia.explanations(None, [1, 2], **how)
+    assert found == {i: (neuronpedia.Explanation(i, f"about {i}", "m"),) for i in (1, 2)}
+    assert site.asked == [f"/api/feature/{SOURCE}/{i}" for i in (1, 2)]
+    assert neuronpedia.explanations(None, [2, 1], **how) == found
+    assert len(site.asked) == 2
+    neuronpedia.explanations(None, [1], **how, max_age_days=0)
+    assert len(site.asked) == 3
+    assert neuronpedia.explanations(None, [9], **how) == {9: ()}
+
+
+def test_offline_says_so_in_one_line_and_the_cache_still_answers(site, tmp_path):
+    how = {"source": SOURCE, "cache": tmp_path}
+    found = neuronpedia.explanations(None, [1], site=site.url, **how)
+    url = site.url
+    site.shutdown()
+    site.server_close()
+    assert neuronpedia.explanations(None, [1], site=url, max_age_days=0, **how) == found
+    with pytest.raises(ConnectionError, match=r"Neuronpedia did not answer \(.*\): http://127") as error:
+        neuronpedia.explanations(None, [2], site=url, **how)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("latent", "error"), [(5, ConnectionError), (404, ConnectionError), (6, saewb.FormatError)])
+def test_answers_late_absent_or_strange(site, tmp_path, latent, error):
+    started = time.monotonic()
+    with pytest.raises(error):
+        neuronpedia.explanations(None, [latent], source=SOURCE, site=site.url, cache=tmp_path, timeout=0.3)
+    assert time.monotonic() - started < 1.2
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("latent", [7, 8])
+def test_answers_that_are_no_feature(site, tmp_path, latent):
+    with pytest.raises(saewb.FormatError, match="no feature|not a feature"):
+        neuronpedia.explanations(None, [latent], source=SOURCE, site=site.url, cache=tmp_path)
+
+
+def test_quick_lists_and_lists(site):
+    url = neuronpedia.quick_list(None, [7, 9], "A & B", source=SOURCE)
+    asked = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
+    assert asked["name"] == ["A & B"]
+    want = [{"modelId": "gpt2-small", "layer": "6-res-jb", "index": i} for i in ("7", "9")]
+    assert json.loads(asked["features"][0]) == want
+    made = neuronpedia.make_list(None, {7: "seven"}, "mine", "mine", source=SOURCE, site=site.url)
+    assert made == "https://there/list/1"
+    path, key, body = site.asked[-1]
+    assert (path, key, body["name"]) == ("/api/list/new-with-features", "mine", "mine")
+    assert body["features"] == [{"modelId": "gpt2-small", "layer": "6-res-jb", "index": 7, "description": "seven"}]
+    with pytest.raises(saewb.FormatError, match="wrong key"):
+        neuronpedia.make_list(None, [7], "mine", "yours", source=SOURCE, site=site.url)
+    for call in (neuronpedia.quick_list, neuronpedia.make_list):
+        with pytest.raises(ValueError, match="no latents"):
+            call(None, [], "x", *(["k"] if call is neuronpedia.make_list else []), source=SOURCE)
+
+
+def test_an_index_in_the_layout_of_the_site(model, tmp_path):
+    index = build_index(model, tiny_models.sae("blocks.1.hook_resid_post"), tiny_models.tokens(6, 8), n_top=3)
+    path = neuronpedia.export_json(index, tmp_path / "x" / "features.json", [3, 5], source=SOURCE)
+    read = json.loads(path.read_text())
+    assert [f["index"] for f in read] == ["3", "5"]
+    latent, first = index.latent(3), read[0]
+    assert (first["modelId"], first["layer"]) == ("gpt2-small", "6-res-jb")
+    assert first["pos_str"] == [w.token for w in latent.logits_top]
+    assert first["neg_values"] == [w.effect for w in latent.logits_bottom]
+    assert first["frac_nonzero"] == latent.density
+    assert sum(first["freq_hist_data_bar_heights"]) == latent.n_active
+    assert len(first["freq_hist_data_bar_values"]) == len(first["freq_hist_data_bar_heights"])
+    activation, context = first["activations"][0], latent.top[0]
+    assert activation["tokens"] == list(context.tokens)
+    assert activation["maxValue"] == max(activation["values"]) == context.value
+    assert activation["values"][activation["maxValueTokenIndex"]] == activation["maxValue"]
+    assert len(first["activations"]) == len(latent.top) + sum(map(len, latent.quantiles))
+    assert len(json.loads(neuronpedia.export_json(index, tmp_path / "all.json").read_text())) == len(index)
+    assert json.loads(neuronpedia.export_json(index, tmp_path / "none.json", []).read_text()) == []
+
+
+def test_an_index_knows_its_page(model, tmp_path):
+    index = build_index(model, tiny_models.sae("blocks.1.hook_resid_post"), tiny_models.tokens(), neuronpedia=SOURCE)
+    index.save(tmp_path / "i")
+    assert neuronpedia.page(saewb.load_index(tmp_path / "i"), 2).url.endswith(f"{SOURCE}/2")
+    with pytest.raises(ValueError, match="names no page"):
+        neuronpedia.page(replace(index, facts=replace(index.facts, neuronpedia=None)), 2)

@@ -1,0 +1,1 @@
+"""What tests share: small models, a stand-in for the hub, files in published layouts, drivers of panels."""

@@ -1,0 +1,175 @@
+"""What holds for every layout: one reader claims it, the files it names suffice, damage is a FormatError."""
+
+import fnmatch
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from formats import (
+    test_gemma_scope,
+    test_gemma_scope_2,
+    test_llama_scope,
+    test_saelens_runs,
+    test_single_files,
+    test_temporal_conf,
+)
+from helpers import format_fixtures
+from helpers.format_tensors import weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from saewb.errors import FormatError
+from saewb.pretrained.formats import FORMATS, Facts, read, recognise
+
+# layout -> (writes it into a repository and says where in it, facts)
+LAYOUTS = {
+    "saelens": (lambda repo: test_saelens_runs.checkpoint(repo / "output/k4", weights()), Facts()),
+    "gemma_scope": (
+        lambda repo: test_gemma_scope.written(repo / test_gemma_scope.PATH),
+        Facts(repo=test_gemma_scope.RES),
+    ),
+    "gemma_scope_2": (
+        lambda repo: test_gemma_scope_2.written(repo / test_gemma_scope_2.PATHS["resid_post"]),
+        Facts(),
+    ),
+    "llama_scope": (
+        lambda repo: test_llama_scope.written(repo / test_llama_scope.PATH, test_llama_scope.made()),
+        Facts(),
+    ),
+    "llama_scope_r1": (
+        lambda repo: test_llama_scope.written_r1(repo / test_llama_scope.R1_PATH, test_llama_scope.made_r1(0.5)),
+        Facts(scaling_factor=0.5),
+    ),
+    "temporal_conf": (
+        lambda repo: test_temporal_conf.written(repo / test_temporal_conf.FACTS.path, test_temporal_conf.weights()),
+        test_temporal_conf.FACTS,
+    ),
+    "attention_hook_z": (test_single_files.written_hook_z, Facts()),
+    "goodfire": (lambda repo: test_single_files.written_goodfire(repo, weights()), Facts()),
+    "deepseek_r1": (lambda repo: format_fixtures.deepseek_r1(repo).place, Facts()),
+    "openai": (lambda repo: format_fixtures.openai(repo).place, Facts()),
+    "qwen_scope": (lambda repo: format_fixtures.qwen_scope(repo).place, Facts()),
+    "sparsify": (lambda repo: format_fixtures.sparsify(repo, next(iter(format_fixtures.SPARSIFY))).place, Facts()),
+    "mwhanna": (lambda repo: format_fixtures.mwhanna(repo).place, Facts()),
+    "dictionary_learning": (
+        lambda repo: format_fixtures.dictionary_learning(repo / "a", "BatchTopKSAE").place,
+        Facts(),
+    ),
+}
+
+
+def made(name, root):
+    """The fixture of a layout in an own repository, and where in it."""
+    write, facts = LAYOUTS[name]
+    (root / "repo").mkdir(parents=True)
+    place = write(root / "repo")
+    return place, place.relative_to(root / "repo").as_posix(), facts
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_layout_claims_it(name, tmp_path):
+    place, _, _ = made(name, tmp_path)
+    assert [layout.__name__.rpartition(".")[2] for layout in FORMATS if layout.matches(place)] == [name]
+    nothing = [layout for layout in FORMATS if layout.matches(tmp_path) or layout.matches(tmp_path / "missing")]
+    assert nothing == []
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_files_it_names_are_those_it_needs(name, tmp_path):
+    place, path, facts = made(name, tmp_path)
+    want = read(place, facts)
+    patterns = recognise(place).files(path)
+    root = tmp_path / "repo"
+    for file in sorted(root.rglob("*")):
+        inside = file.relative_to(root).as_posix()
+        if file.is_file() and any(fnmatch.fnmatchcase(inside, pattern) for pattern in patterns):
+            (tmp_path / "fetched" / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "fetched" / inside)
+    assert not list((tmp_path / "fetched").rglob("trainer_state.pt"))
+    got = read(tmp_path / "fetched" / path, facts)
+    assert got.cfg == want.cfg
+    for key, tensor in want.state_dict().items():
+        assert torch.equal(got.state_dict()[key], tensor)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_dtype_and_device_asked_for(name, tmp_path):
+    place, _, facts = made(name, tmp_path)
+    sae = read(place, facts, dtype=torch.float16, device="meta")
+    assert {p.dtype for p in sae.parameters()} == {torch.float16}
+    assert {p.device.type for p in sae.parameters()} == {"meta"}
+    assert len({p.dtype for p in read(place, facts).parameters()}) == 1
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_messages_name_the_layout(name, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FormatError) as caught:
+        recognise(tmp_path)
+    layout = next(layout for layout in FORMATS if layout.__name__.endswith(f".{name}"))
+    assert layout.NAME in str(caught.value)
+    assert all(mark in str(caught.value) for mark in layout.MARKS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_are_read_or_refused(name, data, tmp_path_factory):
+    """One file cut short, with bytes flipped, emptied or gone: an SAE of the right widths, or a FormatError."""
+    place, path, facts = made(name, tmp_path_factory.mktemp(name))
+    root = place.parents[path.count("/")]
+    patterns = recognise(place).files(path)
+    files = [f for f in sorted(root.rglob("*")) if any(fnmatch.fnmatchcase(str(f), f"*{p}") for p in patterns)]
+    victim = data.draw(st.sampled_from(files), label="file")
+    raw = bytearray(victim.read_bytes())
+    for at, bits in data.draw(st.lists(st.tuples(st.integers(0, len(raw) - 1), st.integers(1, 255)), max_size=3)):
+        raw[at] ^= bits
+    del raw[data.draw(st.integers(0, len(raw)) | st.just(len(raw))) :]
+    victim.unlink()
+    if data.draw(st.integers(0, 9)):
+        victim.write_bytes(raw)
+    layout = next(layout for layout in FORMATS if layout.__name__.endswith(f".{name}"))
+    try:
+        sae = layout.read(place, facts)
+    except (FormatError, FileNotFoundError):
+        return
+    assert sae.W_dec.shape == (sae.cfg.d_sae, sae.cfg.d_out)
+
+
+CONFIGURED = [name for name in LAYOUTS if name not in ("gemma_scope", "goodfire", "deepseek_r1", "openai")]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 1 << 70)
+    | st.just(10**400)
+    | st.floats()
+    | st.sampled_from([0.5, 2.0, 16, 40, "topk", "relu", "blocks.3.hook_resid_post", "model.layers.3.output"])
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["in", "out", "k"]), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_configuration_is_read_or_refused(name, data, tmp_path_factory):
+    """One or two of its values are others: an SAE, or a FormatError; any other error fails."""
+    place, _, facts = made(name, tmp_path_factory.mktemp(name))
+    folder = place if place.is_dir() else place.parent
+    configs = [f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".yaml") and f.name != "runner_cfg.json"]
+    config = data.draw(st.sampled_from(configs))
+    said = yaml.safe_load(config.read_text())  # JSON too is YAML
+    for _ in range(data.draw(st.integers(1, 2))):
+        block = data.draw(st.sampled_from([said, *(value for value in said.values() if isinstance(value, dict))]))
+        if block:
+            block[data.draw(st.sampled_from(sorted(block)))] = data.draw(VALUES)
+    config.write_text(json.dumps(said) if config.suffix == ".json" else yaml.safe_dump(said))
+    layout = next(layout for layout in FORMATS if layout.__name__.endswith(f".{name}"))
+    try:
+        sae = layout.read(place, facts)
+    except FormatError:
+        return
+    assert sae.W_dec.shape == (sae.cfg.d_sae, sae.cfg.d_out)

@@ -1,0 +1,716 @@
+"""Runs: in the background, controlled, kept on the disk whatever happens, resumed bit for bit."""
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_models
+
+import saewb
+from saewb._files import read_state, write_state
+from saewb.data.stream import stream_draws, stream_iterable
+from saewb.training import run_folder
+
+RESID, MLP = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
+TOPK = saewb.TopK(d_sae=24, k=4)
+HOW = {"n_tokens": 960, "batch_tokens": 40, "buffer_tokens": 200, "log_every_steps": 1, "pass_tokens": 28}
+
+
+def train(folder=None, saes=TOPK, tokens=None, **how):
+    tokens = tiny_models.tokens(60, 7) if tokens is None else tokens
+    return saewb.train(tiny_models.bridge(), tokens, saes, folder=folder, **{"hook": RESID, **HOW, **how})
+
+
+def endless(n_tokens=10**7, **how):
+    """A run that does not end by itself."""
+    draws = stream_draws(lambda n, rng: torch.randn(n, 8, generator=rng), seed=0, batch_tokens=40)
+    return saewb.train(None, draws, TOPK, n_tokens=n_tokens, batch_tokens=40, **how)
+
+
+def until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def equal(a, b):
+    return a.cfg.d_sae == b.cfg.d_sae and all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def figures(run):
+    return run.history.drop(columns="seconds")
+
+
+# -- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_the_training_it_says(tmp_path):
+    run = train(tmp_path / "run", held_out=tiny_models.tokens(9, 7, seed=2), eval_every_tokens=400).wait()
+    stream = saewb.stream_activations(
+        tiny_models.bridge(),
+        tiny_models.tokens(60, 7),
+        RESID,
+        batch_tokens=40,
+        buffer_tokens=200,
+        pass_tokens=28,
+        repeat=True,
+    )
+    config = saewb.TrainConfig(n_tokens=960, batch_tokens=40, eval_every_tokens=400)
+    training = saewb.Training(stream, TOPK, config)
+    losses = [float(step.only.loss) for step in training]
+    assert run.history["loss"].tolist() == pytest.approx(losses, rel=1e-6)
+    assert equal(run.sae, training.saes["sae"])
+    assert run.sae.cfg.hook == RESID
+    assert run.sae.cfg.model == tiny_models.bridge().cfg.model_name
+    assert run.history["n_tokens"].tolist() == list(range(40, 961, 40))
+    measured = run.history.dropna(subset="held_out/fvu")
+    assert measured["n_tokens"].tolist() == [400, 800, 960]
+    assert repr(run) == f"Run(finished, 960 of 960 tokens, {RESID})"
+    assert run.state == "finished"
+    assert run.error is None
+    lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert lines == run._rows
+    assert equal(saewb.load_sae(tmp_path / "run" / "saes" / "sae"), run.sae)
+
+
+def test_many_saes_several_hooks_transcoders_and_heads_from_one_stream():
+    z = "blocks.0.attn.hook_z"
+    saes = {
+        "a": TOPK,
+        "b": saewb.Trainee(saewb.Standard(d_sae=20, l1=0.1), read=MLP),
+        "transcoder": saewb.Trainee(saewb.TopK(d_sae=16, k=3, skip=True), read=MLP, write=RESID),
+        "heads": saewb.Trainee(saewb.TopK(d_sae=12, k=3), read=z),
+        "head": saewb.Trainee(saewb.TopK(d_sae=12, k=3), read=f"{z}[1]"),
+    }
+    run = train(saes=saes).wait()
+    assert list(run.saes) == list(saes)
+    with pytest.raises(ValueError, match="trains 5 SAEs"):
+        run.sae  # noqa: B018
+    assert {"a/loss", "transcoder/l0", "head/fvu"} <= set(run.history.columns)
+    made = run.saes
+    assert (made["transcoder"].cfg.hook, made["transcoder"].cfg.hook_out) == (MLP, RESID)
+    assert (made["head"].cfg.hook, made["head"].cfg.head, made["head"].cfg.d_in) == (z, 1, 4)
+    assert made["heads"].cfg.head is None
+    for sae in made.values():  # each fits the model where it says it belongs
+        with saewb.attach(tiny_models.bridge(), sae):
+            tiny_models.bridge()(tiny_models.tokens())
+    both = saewb.train(tiny_models.bridge(), tiny_models.tokens(60, 7), TOPK, hook=MLP, hook_out=RESID, **HOW).wait()
+    assert both.sae.cfg.is_transcoder
+
+
+def test_from_streams_and_caches_without_a_model(tmp_path):
+    cache = saewb.cache_activations(tiny_models.bridge(), tiny_models.tokens(60, 20), RESID, tmp_path / "c", 1000)
+    a = saewb.train(None, cache, TOPK, **HOW).wait()
+    b = saewb.train(None, cache, TOPK, **HOW).wait()
+    assert equal(a.sae, b.sae)
+    assert a.sae.cfg.hook == RESID
+    assert a.progress.n_layers is None
+
+
+def test_seeds_tell_the_result():
+    one, two, other = train().wait(), train().wait(), train(seed=1).wait()
+    assert equal(one.sae, two.sae)
+    assert figures(one).equals(figures(two))
+    assert not equal(one.sae, other.sae)
+
+
+def test_goes_on_from_an_sae(tmp_path):
+    first = train().wait().sae
+    run = train(tmp_path / "r", saes=saewb.Trainee(TOPK, init=first), lr=1e-12, checkpoint_every_tokens=400).wait()
+    torch.testing.assert_close(run.sae.W_dec, first.W_dec, atol=1e-5, rtol=0)
+
+
+# -- control ---------------------------------------------------------------------------------------------------------
+
+
+def test_pause_rests_resume_goes_on_stop_ends():
+    run = endless()
+    until(lambda: run.progress.step > 3)
+    run.pause()
+    assert run.state == "paused"
+    at = run.progress.step
+    one, two = run.sae, run.sae
+    assert equal(one, two)
+    time.sleep(0.05)
+    assert run.progress.step == at
+    run.resume()
+    until(lambda: run.progress.step > at + 3)
+    assert run.state == "running"
+    assert run.wait(timeout=0.01) is run
+    run.stop()
+    at = run.progress.step
+    assert run.state == "stopped"
+    assert repr(run).startswith("Run(stopped, ")
+    assert run.stop().progress.step == at
+    assert run.sae.cfg.d_sae == 24
+    with pytest.raises(RuntimeError, match="has ended"):
+        run.resume()
+    assert not [t for t in threading.enumerate() if t.name.startswith("saewb")]
+
+
+def test_a_paused_run_stops_too():
+    run = endless().pause()
+    assert run.stop().state == "stopped"
+
+
+def test_two_runs_at_once_on_one_model_while_cells_use_it():
+    tiny_models.bridge()
+    alone = [train(seed=0).wait(), train(seed=1).wait()]
+    together = [train(seed=0), train(seed=1)]
+    clean = tiny_models.bridge()(tiny_models.tokens())
+    while any(run.state == "running" for run in together):
+        with saewb.attach(
+            tiny_models.bridge(), saewb.SAE(saewb.SAEConfig(16, 8, hook=RESID))
+        ):  # what they read is clean
+            tiny_models.bridge()(tiny_models.tokens())
+        assert torch.equal(tiny_models.bridge()(tiny_models.tokens()), clean)
+    for a, b in zip(alone, together, strict=True):
+        assert equal(a.sae, b.wait().sae)
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests were started with SIGINT ignored, as shells start background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_waiting_stops_cleanly_and_elsewhere_does_nothing(tmp_path):
+    run = endless(folder=tmp_path / "r")
+    until(lambda: run.progress.step > 2)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):  # another cell
+        time.sleep(20)
+    assert run.state == "running"
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run.wait()
+    assert run.state == "stopped"
+    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == run.progress.step
+
+
+# -- what fails ------------------------------------------------------------------------------------------------------
+
+
+def failing(after):
+    rng = torch.Generator().manual_seed(0)
+    for i in range(100):
+        if i == after:
+            raise OSError("the stream is gone")
+        yield torch.randn(40, 8, generator=rng)
+
+
+def test_a_stream_that_fails_leaves_a_checkpoint_from_which_it_goes_on(tmp_path):
+    how = {"n_tokens": 400, "batch_tokens": 40, "log_every_steps": 1, "estimate_tokens": 80}
+    whole = saewb.train(None, stream_iterable(failing(50), batch_tokens=40), TOPK, **how).wait()
+    run = saewb.train(None, stream_iterable(failing(6), batch_tokens=40), TOPK, folder=tmp_path / "r", **how)
+    with pytest.raises(OSError, match="the stream is gone"):
+        run.wait()
+    assert run.state == "failed"
+    assert str(run.error) == "the stream is gone"
+    assert "the stream is gone" in run._repr_html_()
+    assert run.sae.cfg.d_sae == 24
+    again = saewb.resume_run(tmp_path / "r", tokens=stream_iterable(failing(50), batch_tokens=40)).wait()
+    assert equal(again.sae, whole.sae)
+    assert figures(again).equals(figures(whole))
+
+
+def test_a_step_that_fails_loses_no_batch_and_memory_is_explained(tmp_path, monkeypatch):
+    whole = train().wait()
+    real = saewb.TopK.losses
+    calls = []
+
+    def losses(self, *args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        return real(self, *args)
+
+    monkeypatch.setattr(saewb.TopK, "losses", losses)
+    run = train(tmp_path / "r")
+    with pytest.raises(
+        MemoryError, match=r"(?s)out of memory at step 9: .*batch_tokens=40.*weights.*fix:  batch_tokens=20"
+    ):
+        run.wait()
+    assert run.progress.step == 8
+    again = saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7)).wait()
+    assert equal(again.sae, whole.sae)
+
+
+def test_tokens_that_end_early_are_told():
+    run = train(tokens=iter([tiny_models.tokens(1, 7)[0]] * 20))
+    with pytest.raises(ValueError, match="the stream ended after"):
+        run.wait()
+
+
+def test_divergence_is_a_failure_and_keeps_the_checkpoint_before(tmp_path):
+    def chunks():
+        yield from (torch.randn(40, 8, generator=torch.Generator().manual_seed(i)) for i in range(6))
+        yield torch.full((40, 8), torch.nan)
+
+    how = {
+        "n_tokens": 400,
+        "batch_tokens": 40,
+        "checkpoint_every_tokens": 40,
+        "log_every_steps": 1,
+        "estimate_tokens": 80,
+    }
+    run = saewb.train(None, stream_iterable(chunks(), batch_tokens=40), TOPK, folder=tmp_path / "r", **how)
+    with pytest.raises(FloatingPointError, match="diverged(.|\n)*lr="):
+        run.wait()
+    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == 6
+
+
+def test_activations_that_are_not_finite_from_the_first_are_said_to_be():
+    chunks = [torch.full((40, 8), torch.inf)] * 10
+    run = saewb.train(None, stream_iterable(chunks, batch_tokens=40), TOPK, n_tokens=400, batch_tokens=40)
+    with pytest.raises(FloatingPointError, match="activations at 'activations' are not finite"):
+        run.wait()
+
+
+def test_sinks_hear_everything_and_one_that_fails_does_no_harm():
+    heard = []
+
+    def broken(event):
+        raise ConnectionError("no network")
+
+    run = train(sinks=[broken, heard.append]).wait()
+    assert [e.kind for e in heard] == ["begin", *["step"] * 24, "end"]
+    assert heard[-1].state == "finished"
+    assert heard[1].row["n_tokens"] == heard[1].n_tokens == 40
+    assert len([note for note in run.notes if "no network" in note]) == 3
+
+
+def test_a_sink_may_stop_the_run():
+    run = []
+    run.append(
+        endless(sinks=[lambda event: run[0].stop() if event.kind == "step" and event.step >= 20 and run else None])
+    )
+    run[0]._join(20)
+    assert run[0].state == "stopped"
+
+
+# -- on the disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalisation", ["none", "centred"])  # the second holds batches back for its estimate
+@pytest.mark.parametrize("at", [2, 11])
+def test_resumed_after_stop_it_is_bit_for_bit_the_whole_run(tmp_path, at, normalisation):
+    how = {"normalisation": normalisation, "b_dec": "mean" if normalisation == "centred" else "zeros"}
+    whole = train(**how).wait()
+    run = []
+    stop = lambda event: run[0].stop() if event.kind == "step" and event.step == at else None  # noqa: E731
+    gate = threading.Event()
+    run.append(
+        train(tmp_path / "r", sinks=[lambda event: gate.wait(5) if event.kind == "begin" else None, stop], **how)
+    )
+    gate.set()
+    run[0].wait()
+    assert (run[0].state, run[0].progress.step) == ("stopped", at)
+    again = saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7)).wait()
+    assert equal(again.sae, whole.sae)
+    assert figures(again).equals(figures(whole))
+    longer = saewb.resume_run(
+        tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7), n_tokens=1200
+    ).wait()
+    assert longer.progress.n_tokens == 1200
+    assert (saewb.read_run(tmp_path / "r").frac, "n_tokens=1200" in longer.code) == (1.0, True)
+
+
+SCRIPT = """
+    import os, signal, sys, torch
+    torch.set_num_threads(1)
+    import small, saewb, test_runs
+    {before}
+    run = test_runs.train(sys.argv[1], checkpoint_every_tokens=200, sinks=[sink], n_tokens={n_tokens})
+    {after}
+"""
+
+
+def script(folder, before, after="run.wait()", n_tokens=960):
+    code = textwrap.dedent(SCRIPT).format(before=textwrap.dedent(before), after=after, n_tokens=n_tokens)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, "tests"]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=env, timeout=120
+    )
+
+
+def test_resumed_after_kill_9_it_is_bit_for_bit_the_whole_run(tmp_path):
+    kill = "sink = lambda event: os.kill(os.getpid(), 9) if event.kind == 'step' and event.step == 14 else None"
+    done = script(tmp_path / "r", kill)
+    assert done.returncode == -9, done.stderr
+    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
+    assert len((tmp_path / "r" / "history.jsonl").read_text().splitlines()) == 14
+    assert saewb.read_run(tmp_path / "r").state == "cut off"
+    whole = train().wait()
+    again = saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7)).wait()
+    assert equal(again.sae, whole.sae)
+    assert figures(again).equals(figures(whole))
+    assert saewb.run_densities(again) == saewb.run_densities(whole)
+    assert saewb.read_run(tmp_path / "r").state == "finished"
+
+
+# -- how it ended ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_tells_how_its_run_ended(tmp_path):
+    assert saewb.read_run(train(tmp_path / "a").wait().folder).state == "finished"
+    run = endless(folder=tmp_path / "b")
+    until(lambda: run.progress.step > 2)
+    assert saewb.read_run(tmp_path / "b").state == "running"
+    run.pause()
+    assert saewb.read_run(tmp_path / "b").state == "running"  # it holds its folder
+    run.notes.append("a note")
+    run.stop()
+    told = saewb.read_run(tmp_path / "b")
+    assert (told.state, told.error, told.notes) == ("stopped", "", ("a note",))
+    draws = stream_draws(lambda n, rng: torch.randn(n, 8, generator=rng), seed=0, batch_tokens=40)
+    again = saewb.resume_run(tmp_path / "b", tokens=draws)
+    assert saewb.read_run(tmp_path / "b").state == "running"  # what was said of the first session is gone
+    again.stop()
+    run = saewb.train(
+        None, stream_iterable(failing(6), batch_tokens=40), TOPK, n_tokens=400, batch_tokens=40, folder=tmp_path / "c"
+    )
+    run._join(20)
+    told = saewb.read_run(tmp_path / "c")
+    assert (told.state, told.error) == ("failed", "OSError: the stream is gone")
+    (tmp_path / "c" / "end.json").write_text('{"state": "fini')
+    with pytest.raises(saewb.FormatError, match="end.json in"):
+        saewb.read_run(tmp_path / "c")
+
+
+def test_where_nobody_can_tell_whether_it_goes_on(tmp_path, monkeypatch):
+    run = endless(folder=tmp_path / "r")
+    monkeypatch.setattr(run_folder, "is_going_on", lambda folder: None)  # as on Windows
+    assert saewb.read_run(tmp_path / "r").state == "unfinished"
+    run.stop()
+    assert saewb.read_run(tmp_path / "r").state == "stopped"
+
+
+def test_a_look_at_a_folder_keeps_no_run_from_beginning(tmp_path):
+    """Whoever looks holds the lock for a moment."""
+    fcntl = pytest.importorskip("fcntl", reason="folders are not locked here")
+    (tmp_path / ".lock").touch()
+    looked = (tmp_path / ".lock").open()
+    fcntl.flock(looked, fcntl.LOCK_SH)
+    threading.Timer(0.03, looked.close).start()
+    taken = run_folder.RunFolder(tmp_path)
+    with pytest.raises(RuntimeError, match="is going on in"):
+        run_folder.RunFolder(tmp_path)
+    taken.close()
+
+
+def test_a_folder_that_is_deleted_while_its_run_goes_on(tmp_path):
+    run = endless(folder=tmp_path / "r", checkpoint_every_tokens=400, n_tokens=10**6)
+    until(lambda: run.progress.step > 12)
+    until(lambda: shutil.rmtree(tmp_path / "r", ignore_errors=True) or not (tmp_path / "r").exists())  # as it writes
+    at = run.progress.step
+    until(lambda: run.progress.step > at + 12)
+    assert any("is not there any more" in note for note in run.notes), (at, run.progress, run.notes)
+    run.stop()
+    with pytest.raises(FileNotFoundError, match=r"is not there any more.\n  want: (.|\n)*saewb.save_sae\(run.sae"):
+        run.wait()
+    assert (run.state, run.sae.cfg.d_sae) == ("failed", 24)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("keep_saes", [False, True])
+def test_a_folder_deleted_within_a_checkpoint_is_not_made_anew(tmp_path, keep_saes, monkeypatch):
+    """Deleted by somebody else at each of the moments at which a file or folder of the checkpoint gets its name."""
+    real, left = os.replace, []
+
+    def deletes(*names):
+        real(*names)
+        left[0] -= 1
+        if not left[0]:
+            shutil.rmtree(tmp_path / "r")
+
+    monkeypatch.setattr(os, "replace", deletes)
+    monkeypatch.setattr(type(tmp_path), "rename", lambda old, new: deletes(old, new))
+    saes = dict.fromkeys("ab", saewb.load_sae("tiny"))
+    for at in (1, 2, 3):
+        folder, left[:] = run_folder.RunFolder(tmp_path / "r"), [at]
+        with pytest.raises(FileNotFoundError, match="is not there any more"):
+            any(folder.checkpoint({}, saes, 0 if keep_saes else None) for _ in itertools.count())
+        folder.close()
+        assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("how", ["the script ends", "SIGTERM"])
+def test_the_interpreters_exit_leaves_a_checkpoint(tmp_path, how):
+    sink = "import threading\nreached = threading.Event()\n"
+    sink += "sink = lambda event: reached.set() if event.kind == 'step' and event.step >= 3 else None"
+    after = "reached.wait(60)"
+    if how == "SIGTERM":
+        after += (
+            "; saewb.run_record.exit_on_sigterm(); os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(60)"
+        )
+        sink += "\nimport saewb.run_record"
+    done = script(tmp_path / "r", sink, after, n_tokens=10**7)
+    assert done.returncode == (143 if how == "SIGTERM" else 0), done.stderr
+    assert done.stderr == ""
+    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] >= 3
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    real, full = safetensors.torch.save_file, []
+
+    def save_file(tensors, path, metadata=None):
+        if full and "checkpoint" in str(path):
+            with open(path, "wb") as file:  # what fits
+                file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    fill = lambda event: full.append(1) if event.kind == "step" and event.step == 12 else None  # noqa: E731
+    run = train(tmp_path / "r", checkpoint_every_tokens=400, sinks=[fill])
+    with pytest.raises(OSError, match="No space left"):
+        run.wait()
+    assert run.progress.step == 24
+    assert any("no checkpoint at 800 tokens" in note for note in run.notes)
+    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
+    assert not list((tmp_path / "r").glob("*.new"))
+    assert run.sae.cfg.d_sae == 24
+    monkeypatch.undo()
+    again = saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7)).wait()
+    assert equal(again.sae, train().wait().sae)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_is_really_full_leaves_the_file_before(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount here")
+    try:
+        write_state(disk / "state", {"x": torch.arange(1000)})
+        with pytest.raises(OSError, match="could not be written|No space left"):
+            write_state(disk / "state", {"x": torch.arange(100_000)})
+        assert torch.equal(read_state(disk / "state")["x"], torch.arange(1000))
+        assert [p.name for p in disk.iterdir()] == ["state"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_saes_of_every_checkpoint_are_kept_if_asked(tmp_path):
+    train(tmp_path / "r", checkpoint_every_tokens=400, keep_saes=True).wait()
+    names = sorted(p.name for p in (tmp_path / "r" / "saes_at").iterdir())
+    assert names == ["000000000400", "000000000800", "000000000960"]
+    assert saewb.load_sae(tmp_path / "r" / "saes_at" / names[0] / "sae").cfg.metadata["n_training_tokens"] == 400
+
+
+def test_folders_that_are_taken_or_no_run(tmp_path):
+    run = endless(folder=tmp_path / "r")
+    with pytest.raises(RuntimeError, match="a run is going on"):
+        endless(folder=tmp_path / "r")
+    run.stop()
+    with pytest.raises(FileExistsError, match=r"saewb\.resume_run"):
+        endless(folder=tmp_path / "r")
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        saewb.resume_run(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    (tmp_path / "r" / "run.json").write_text("{}")
+    with pytest.raises(saewb.FormatError, match="not a run"):
+        saewb.resume_run(tmp_path / "r")
+
+
+# -- before it starts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "says"),
+    [
+        ({"hook": "blocks.1.hook_resid_pots"}, ValueError, "near: .*hook_resid_post"),
+        ({"hook": None}, ValueError, "no hook"),
+        ({"learning_rate": 1.0}, TypeError, "no option 'learning_rate'"),
+        ({"batch_token": 8}, TypeError, "near: batch_tokens"),
+        ({"saes": {}}, ValueError, "no SAE"),
+        ({"saes": {"../x": TOPK}}, ValueError, r"'\.\./x'"),
+        ({"saes": "topk"}, TypeError, "got a str"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens=0"),
+        ({"log_every_steps": 0}, ValueError, "log_every_steps=0"),
+        ({"tokens": "text"}, TypeError, r"\[text\]"),
+        ({"held_out": tiny_models.tokens(0, 7)}, ValueError, r"\(0, 7\)"),
+    ],
+)
+def test_what_is_wrong_is_said_before_it_starts(how, error, says):
+    threads = threading.active_count()
+    with pytest.raises(error, match=says):
+        train(**how)
+    assert threading.active_count() == threads
+
+
+def test_too_much_memory_is_said_before_it_starts(monkeypatch):
+    import saewb.training.memory
+
+    monkeypatch.setattr(saewb.memory, "available", lambda device: 16 * (24 * 33 + 16))  # the weights, and nothing else
+    with pytest.warns(UserWarning, match=r"(?s)GiB.*available.*fix:"):
+        run = train()
+    run.wait()
+    assert run.memory.weights == 16 * (24 * 33 + 16)
+    assert run.memory.buffer == (200 + 4 * 40) * 16 * 4
+
+
+# -- shown and sent on -----------------------------------------------------------------------------------------------
+
+
+def test_progress_and_page():
+    run = train(saes={"a": TOPK, "b": TOPK}).wait()
+    progress = run.progress
+    assert str(progress) == "finished: 960 of 960 tokens (100%), 2 of 3 layers run"
+    assert repr(run) == "Run(finished, 960 of 960 tokens, 2 SAEs)"
+    page = run._repr_html_()
+    assert page.count("<tr>") == 3
+    assert "<progress" in page
+    run = endless()
+    until(lambda: run.progress.seconds_left is not None)  # it trains, what it reads first is read
+    assert min(run.progress.seconds_left, run.progress.tokens_per_s) > 0
+    assert "tokens/s" in str(run.progress)
+    run.stop()
+
+
+def test_wandb_gets_sae_lens_keys_and_weights_only_if_asked(tmp_path, monkeypatch):
+    log, artifacts = [], []
+    theirs = SimpleNamespace(
+        log=lambda row, step: log.append((step, row)),
+        log_artifact=artifacts.append,
+        finish=lambda exit_code: log.append(exit_code),
+    )
+    opened = []
+
+    class Artifact:
+        def __init__(self, name, type, metadata):
+            self.name, self.files = name, None
+
+        def add_dir(self, path):
+            self.files = sorted(os.listdir(path))
+
+    fake = SimpleNamespace(init=lambda **how: opened.append(how) or theirs, Artifact=Artifact)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(tmp_path / "a", sinks=[saewb.training.loggers.Wandb(project="p", mode="offline")]).wait()
+    assert opened[0]["project"] == "p"
+    assert opened[0]["config"]["config"]["batch_tokens"] == 40
+    keys = set(log[0][1])
+    assert {
+        "losses/overall_loss",
+        "losses/mse_loss",
+        "losses/auxiliary_reconstruction_loss",
+        "metrics/explained_variance",
+        "metrics/l0",
+        "sparsity/dead_features",
+        "details/current_learning_rate",
+        "details/n_training_samples",
+    } <= keys
+    assert [step for step, _ in log[:-1]] == list(range(1, 25))
+    assert log[-1] == 0
+    assert not artifacts
+    train(tmp_path / "b", sinks=[saewb.training.loggers.Wandb(log_weights=True)]).wait()
+    assert [a.files for a in artifacts] == [["cfg.json", "sae_weights.safetensors"]]
+
+
+def test_importing_sinks_imports_none_of_them():
+    code = "import sys, saewb.training.loggers; assert not {'wandb', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- state files -----------------------------------------------------------------------------------------------------
+
+
+def test_states_come_back_as_they_were(tmp_path):
+    x = torch.randn(3, 5, dtype=torch.float64)
+    state = {
+        "a": [1, 2.5, None, True, "x\ny", {"t": x.T, "same": x}],
+        "b": {"empty": [], "bf16": torch.ones(2, dtype=torch.bfloat16), "flag": torch.tensor(True), "": 1e-300},
+        "rng": torch.Generator().get_state(),
+        "tuple": (1, [2, ()]),
+    }
+    write_state(tmp_path / "s", state)
+    got = read_state(tmp_path / "s")
+    assert torch.equal(got["a"][5]["t"], x.T)
+    assert got["a"][:5] == state["a"][:5]
+    assert got["tuple"] == state["tuple"]
+    assert got["b"]["bf16"].dtype == torch.bfloat16
+    assert bool(got["b"]["flag"])
+    assert got["b"][""] == 1e-300
+    assert torch.equal(got["rng"], state["rng"])
+    for bad in ({"x": object()}, {1: 2}):
+        with pytest.raises(TypeError):
+            write_state(tmp_path / "s", bad)
+    assert read_state(tmp_path / "s")["b"][""] == 1e-300
+    (tmp_path / "cut").write_bytes((tmp_path / "s").read_bytes()[:-10])
+    with pytest.raises(saewb.FormatError, match="cannot be read"):
+        read_state(tmp_path / "cut")
+
+
+# -- on the command line ---------------------------------------------------------------------------------------------
+
+FILE = """
+model: tiny
+tokens: {embedded: true}
+held_out: {embedded: true}
+saes:
+  wide: {objective: TopK, d_sae: 64, k: 4, hook: blocks.0.hook_resid_post}
+  levels: {objective: Matryoshka, d_sae: 64, k: 4, widths: [8, 16], hook: blocks.0.hook_resid_post}
+n_tokens: 1024
+batch_tokens: 256
+buffer_tokens: 512
+held_out_tokens: 512
+lr: 3e-4
+folder: FOLDER
+"""
+
+
+def test_the_command_line_trains_from_a_file_and_goes_on(tmp_path, capsys, monkeypatch):
+    from saewb import cli
+    from saewb.training import run_record
+
+    monkeypatch.setattr(run_record, "exit_on_sigterm", lambda: None)  # this process is pytest's
+    (tmp_path / "a.yaml").write_text(FILE.replace("FOLDER", str(tmp_path / "r")))
+    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "finished: 1,024 of 1,024 tokens (100%), 1 of 4 layers run" in out
+    assert saewb.load_sae(tmp_path / "r" / "saes" / "levels").cfg.d_sae == 64
+    (tmp_path / "a.yaml").write_text(FILE.replace("FOLDER", str(tmp_path / "r")).replace("1024", "1536"))
+    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 0
+    assert "1,536 of 1,536 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("TopK", "TopQ", "near: TopK"),
+        ("lr:", "learning_rate:", "no option 'learning_rate'"),
+        ("n_tokens: 1024", "", "no 'n_tokens'"),
+        ("embedded: true", "embeded: true", "one of files, embedded, cache"),
+        ("saes:", "saes: [", "no YAML"),
+    ],
+)
+def test_files_that_are_wrong(tmp_path, capsys, monkeypatch, old, new, says):
+    from saewb import cli
+    from saewb.training import run_record
+
+    monkeypatch.setattr(run_record, "exit_on_sigterm", lambda: None)
+    (tmp_path / "a.yaml").write_text(FILE.replace("FOLDER", str(tmp_path / "r")).replace(old, new))
+    assert cli.main(["train", str(tmp_path / "a.yaml")]) == 1
+    assert says in capsys.readouterr().err
+    assert cli.main(["train", str(tmp_path / "missing.yaml")]) == 1

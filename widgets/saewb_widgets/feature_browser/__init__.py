@@ -1,0 +1,1 @@
+"""FeatureBrowser: its panel, and what only it needs; the front end lies beside."""

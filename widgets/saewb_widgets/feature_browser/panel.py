@@ -1,0 +1,334 @@
+"""FeatureBrowser: all latents of an index in a table, and a page about the one that is selected."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import traitlets as t
+
+import saewb
+from saewb import errors
+from saewb_widgets import html as _static
+from saewb_widgets import serialize as _packing
+from saewb_widgets.feature_browser import bookmarks as _bookmarks
+from saewb_widgets.feature_browser import table_filter as _listing
+from saewb_widgets.panel import Panel, follows, guarded, refused, source
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WINDOW = 48  # rows of the table sent at a time
+_AT_ONCE = 4096  # latents up to which tables and searches do not need a thread
+_KEPT = 4096  # rows of the table remembered, 300 bytes each
+
+
+class FeatureBrowser(Panel):
+    """Browse what an index knows: search, sort and filter its latents, and look at one.
+
+    The table holds all latents, whatever their number: Python sorts and filters, and 48 rows are sent at a time. Above
+    4,096 latents the ranking and searches run beside the notebook; `busy` says so, `wait()` waits for them.
+
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> index = saewb.build_index(model, sae, [d.text for d in saewb.tiny.held_out_texts()[:20]])
+        >>> panel = FeatureBrowser(index)
+        >>> panel.query, panel.selected = "physicist", 748
+        >>> panel
+        FeatureBrowser(latent 748, 7 of 1024 latents, blocks.2.hook_resid_post of tiny)
+        >>> exec(panel.code(), shown := {"index": index})
+        >>> shown["latent"].index, shown["latents"] == panel.latents
+        (748, True)
+    """
+
+    _esm = source("shared/frame.js", "shared/latent_page.js", "feature_browser/feature_browser.js")
+    _css = source("shared/frame.css", "feature_browser/feature_browser.css")
+
+    selected = t.Int(0, help="the latent on the page").tag(sync=True)
+    query = t.Unicode("", help="a text, /a pattern/, id:TOKEN, or a latent's number").tag(sync=True)
+    sort = t.Unicode(_listing.BEST, help="'best', 'latent' or a column of index.table()").tag(sync=True)
+    descending = t.Bool(True, help="largest first; 'best' does not ask").tag(sync=True)
+    show_only = t.Unicode("all", help="all, firing, silent, pinned or noted").tag(sync=True)
+    density = t.Tuple(t.Float(), t.Float(), default_value=(0.0, 1.0), help="fractions of tokens, from and to").tag(
+        sync=True
+    )
+    prompt = t.Unicode("", help="a text to run the model on; needs model and sae").tag(sync=True)
+    pins = t.List(t.Int(), help="latents, in the order they were pinned; see pin()").tag(sync=True)
+    notes = t.Dict(key_trait=t.Int(), value_trait=t.Unicode(), help="a reader's words on latents; see note()").tag(
+        sync=True,
+        to_json=lambda notes, _: {str(i): text for i, text in notes.items()},
+        from_json=lambda notes, _: {int(i): text for i, text in notes.items()},
+    )
+    # What the front end draws; made here, so setting them has no effect on anything else.
+    offset = t.Int(0, help="place in the table of the first row sent").tag(sync=True)
+    position = t.Int(0, help="place in the table of the selected latent; -1 if it is not listed").tag(sync=True)
+    rows = t.Dict(help="the rows sent, and how many there are").tag(sync=True)
+    page = t.Dict(help="everything about the selected latent").tag(sync=True)
+    densities = t.Dict(help="how many latents fire how often").tag(sync=True)
+    tried = t.Dict(help="the prompt's tokens and what fires on them").tag(sync=True)
+    facts = t.Dict(help="what stays: names of orders, what can be done").tag(sync=True)
+
+    def __init__(
+        self,
+        index: saewb.FeatureIndex | str | Path,
+        model: Any = None,
+        sae: Any = None,
+        *,
+        notes_file: str | Path | None = None,
+        **traits: Any,
+    ) -> None:
+        """Show an index.
+
+        Args:
+            index: a FeatureIndex, or the folder of one (then `code()` opens it by itself).
+            model: with `sae`, to try texts of one's own.
+            sae: the one the index is of.
+            notes_file: where pins and notes are kept; read now, written at each change. None keeps them in the panel.
+            traits: e.g. `selected=748`, `query="Paris"`, `sort="density"`.
+        Raises:
+            TypeError: if `index` is something else, or a trait unknown.
+            ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given.
+            FileNotFoundError: if there is no index in the folder.
+        """
+        self.check_names(traits)
+        if (model is None) != (sae is None):
+            fix = "FeatureBrowser(index, model, sae)"
+            raise ValueError(errors.explain("FeatureBrowser got one of model and sae.", want="both", fix=fix))
+        self._folder = Path(index).expanduser() if isinstance(index, str | Path) else None
+        self.index = saewb.load_index(self._folder) if self._folder is not None else index
+        if not isinstance(self.index, saewb.FeatureIndex):
+            what = f"FeatureBrowser got a {type(index).__name__}."
+            raise TypeError(errors.explain(what, want="a FeatureIndex or its folder", fix="saewb.load_index(folder)"))
+        self.model, self.sae = model, sae
+        self._notes_file = None if notes_file is None else Path(notes_file).expanduser()
+        self._table: pd.DataFrame | None = None
+        self._found: tuple[str, pd.DataFrame] | None = None  # of the last search, and its query
+        self._latents: Sequence[int] = range(len(self.index))
+        self._list_number = 0  # tells the front end rows of one list from those of another
+        special = frozenset(self.index.facts.special)
+        self._rows = functools.lru_cache(_KEPT)(lambda i: _packing.row(self.index.latent(i), special))
+        self._chosen = "selected" in traits
+        super().__init__(**traits)
+        self._open()
+
+    def _open(self) -> None:
+        index, f = self.index, self.index.facts
+        self.title = f"Features of {f.model} at {f.hook}" + ("" if f.hook == f.hook_out else f" => {f.hook_out}")
+        self.about = f"{len(index):,} latents on {f.n_tokens:,} tokens. {f.sae}"
+        first = index.latent(0)
+        sorts = {k: v for k, v in _listing.SORTS.items() if k != "top_logit_effect" or first.logits_top}
+        self.facts = {
+            "latents": len(index),
+            "sorts": list(sorts.items()),
+            "can_try": self.model is not None,
+            "notes_file": "" if self._notes_file is None else self._notes_file.name,
+            "window": WINDOW,
+        }
+        if self._notes_file is not None:
+            pins, notes = _bookmarks.read(self._notes_file)
+            self.pins, self.notes = self._exist(pins), {i: notes[i] for i in self._exist(notes)}
+        self._ready = True
+        self._turn()
+        self._list()
+        if self.prompt:
+            self._try()
+
+    # What a reader does
+
+    @property
+    def latents(self) -> list[int]:
+        """The latents of the table, in its order."""
+        return list(self._latents)
+
+    def pin(self, latent: int) -> None:
+        """Keep a latent at hand; `show_only = "pinned"` lists them."""
+        (i,) = self._exist([latent])
+        self.pins = [*(p for p in self.pins if p != i), i]
+
+    def unpin(self, latent: int) -> None:
+        """Undo `pin`."""
+        self.pins = [p for p in self.pins if p != latent]
+
+    def note(self, latent: int, text: str) -> None:
+        """Keep words about a latent; an empty text takes them away."""
+        (i,) = self._exist([latent])
+        others = {k: v for k, v in self.notes.items() if k != i}
+        self.notes = {**others, i: text} if text else others
+
+    def save_html(self, path: str | Path, latents: Iterable[int] | None = None) -> Path:
+        """Write a page to share, that needs neither kernel nor network; see `FeatureIndex.save_html`.
+
+        Args:
+            path: of the file.
+            latents: those on it; None: the pinned ones if these are shown, else the first 500 of the table.
+        """
+        chosen = self._latents[:500] if latents is None else latents
+        return self.index.save_html(path, [int(i) for i in chosen], self.title)
+
+    def summary(self) -> str:
+        """See Panel."""
+        f, n = self.index.facts, len(self.index)
+        listed = f"{n} latents" if len(self._latents) == n else f"{len(self._latents)} of {n} latents"
+        return f"latent {self.selected}, {listed}, {f.hook} of {f.model}"
+
+    def code(self) -> str:
+        """Python that makes `latents`, the table in its order, and `latent`, the page, of `index`."""
+        lines = ["import saewb", ""]
+        if self._folder is not None:
+            lines.append(f"index = saewb.load_index({str(self._folder)!r})")
+        else:
+            lines.append("# index: the FeatureIndex that the panel was made with")
+        lines += [*self._listing().code(), f"latent = index.latent({self.selected})"]
+        return "\n".join(lines) + "\n"
+
+    def static_html(self) -> str:
+        """See Panel."""
+        return _static.rows(self.rows.get("rows", [])[:12]) + _static.page(self.page)
+
+    def asked(self, what: str, **how: Any) -> None:
+        """See Panel."""
+        if what == "move":
+            self._move(**how)
+        elif what == "save":
+            self.notice = f"saved {self.save_html(**how)}"
+        elif what == "code":
+            self.notice = self.code()
+        elif what == "pin":
+            latent = how.get("latent", self.selected)
+            (self.unpin if latent in self.pins else self.pin)(latent)
+        elif what == "note":
+            self.note(**how)
+        else:
+            raise ValueError(errors.explain(f"FeatureBrowser was asked to {what!r}."))
+
+    def _move(self, to: int | None = None, by: int = 0) -> None:
+        if not self._latents:
+            return
+        place = self.position + by if to is None else to
+        self._chosen = True
+        self.selected = int(self._latents[max(0, min(len(self._latents) - 1, place))])
+
+    def _exist(self, latents: Iterable[int]) -> list[int]:
+        return [self.index.latent(int(i)).index for i in latents]
+
+    # What is asked for is checked before anything changes
+
+    @t.validate("selected", "sort", "show_only", "density", "query")
+    @guarded
+    def _check(self, proposal: dict) -> Any:
+        name, got = proposal["trait"].name, proposal["value"]
+        with refused():
+            if name == "selected":
+                n = len(self.index)
+                return got % n if -n <= got < n else self.index.latent(got).index  # which says what is wrong with it
+            return _listing.check(name, got, dict(self.facts.get("sorts") or _listing.SORTS))
+
+    # What follows from it
+
+    @follows("query", "sort", "descending", "show_only", "density")
+    def _asked_anew(self) -> None:
+        self._list()
+
+    @follows("selected")
+    def _selected_anew(self) -> None:
+        self._chosen = True
+        self._turn()
+
+    @follows("offset")
+    def _scrolled(self) -> None:
+        self._send_rows()
+
+    @follows("prompt")
+    def _prompted(self) -> None:
+        self._try()
+
+    @follows("pins", "notes")
+    def _marked_anew(self) -> None:
+        if self._notes_file is not None:
+            _bookmarks.write(self._notes_file, self.pins, self.notes)
+        if self.show_only in ("pinned", "noted"):
+            self._list()
+
+    def _listing(self) -> _listing.Listing:
+        marked = {"pinned": self.pins, "noted": self.notes}.get(self.show_only, ())
+        figures = (self.query, self.sort, self.descending, self.show_only, self.density)
+        return _listing.Listing(*figures, tuple(sorted(marked)))
+
+    def _list(self) -> None:
+        """Arrange the table anew, now or, where that takes long, when what it needs is there."""
+        listing = self._listing()
+        if self._table is None:
+            if len(self.index) > _AT_ONCE:
+                if not self.rows:
+                    self._arranged(range(len(self.index)))  # by number, until it is known which are best
+                if "table" not in self._jobs:
+                    what = f"ranking {len(self.index):,} latents"
+                    self.started("table", what, self.index.table, lambda got: (self._keep(got), self._list()))
+                return
+            self._keep(self.index.table())
+        if listing.query and (self._found is None or self._found[0] != listing.query):
+            search, wanted = self.index.search, listing.wanted()
+            if len(self.index) > _AT_ONCE:
+                what = f"searching {len(self.index):,} latents for {listing.query}"
+                self.started("search", what, lambda: search(wanted), lambda found: self._searched(listing.query, found))
+                return
+            self._found = (listing.query, search(wanted))
+        if not listing.query:
+            self.dropped("search")
+        self._arranged(listing.arranged(self._table, self._found[1] if listing.query else None))
+
+    def _keep(self, table: pd.DataFrame) -> None:
+        """Have the table from now on."""
+        self._table = table
+        self.densities = _packing.densities(table.density)
+
+    def _searched(self, query: str, found: pd.DataFrame) -> None:
+        self._found = (query, found)
+        self._list()
+
+    def _arranged(self, latents: Sequence[int]) -> None:
+        self._latents, self._list_number = latents, self._list_number + 1
+        if not self._chosen and len(latents) and self.selected != latents[0]:
+            self.selected = int(latents[0])
+            self._chosen = False
+        self.position = self._place()
+        if self.offset:
+            self.offset = 0  # sends the rows
+        else:
+            self._send_rows()
+
+    def _place(self) -> int:
+        if isinstance(self._latents, range):
+            return self.selected
+        return next((place for place, i in enumerate(self._latents) if i == self.selected), -1)
+
+    def _send_rows(self) -> None:
+        begin = max(0, min(self.offset, len(self._latents) - 1))
+        part = [self._rows(int(i)) for i in self._latents[begin : begin + WINDOW]]
+        self.rows = {"list": self._list_number, "total": len(self._latents), "offset": begin, "rows": part}
+
+    def _turn(self) -> None:
+        """Turn to the page of the selected latent."""
+        url = None
+        if self.index.facts.neuronpedia:
+            url = saewb.features.neuronpedia.page(self.index, self.selected).url
+        special = frozenset(self.index.facts.special)
+        self.page = _packing.page(self.index.latent(self.selected), special, url)
+        self.position = self._place()
+
+    def _try(self) -> None:
+        """Run the model on the prompt."""
+        if not self.prompt:
+            self.tried = {}
+            return
+        if self.model is None:
+            fix = "FeatureBrowser(index, model, sae)"
+            raise ValueError(errors.explain("a prompt needs the model and the SAE.", fix=fix))
+        with self.working("running the model"):
+            ids = self.model.to_tokens(self.prompt)[0].tolist()
+            found = self.index.find(self.model, self.sae, ids)
+            marks = [place for place, i in enumerate(ids) if i in self.index.facts.special]
+            self.tried = _packing.tried(saewb.token_strings(self.model, ids), marks, found)

@@ -1,0 +1,1 @@
+"""SteeringPanel: its panel, and what only it needs; the front end lies beside."""

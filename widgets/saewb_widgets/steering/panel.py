@@ -1,0 +1,346 @@
+"""SteeringPanel: what a model writes with some latents turned up or down, beside what it writes by itself."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import traitlets as t
+
+import saewb
+from saewb import errors
+from saewb_widgets import _bare as _bare
+from saewb_widgets import html as _static
+from saewb_widgets import serialize as _packing
+from saewb_widgets.panel import Panel, guarded, refused, source
+from saewb_widgets.steering import settings as _steered
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_AT_ONCE = 4096  # latents up to which a search takes no thread
+_FOUND = 12  # latents of a search
+_WORDS = 4  # tokens of a label
+_BLANK = {"label": "", "raises": "", "max": 0.0}  # what is known without an index
+
+
+class SteeringPanel(Panel):
+    """Steer with latents: the clean and the steered text side by side as they are written, and the next token's odds.
+
+    What is shown is `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`: one `steer` for each
+    way (those that add, then those that scale, then those that clamp). It runs `saewb.models.hook_points.twin(model)`: the same
+    weights with no hooks, so cells may use the model meanwhile and find it clean, and what they put on it is not seen
+    here. The table follows every change of a setting by itself; texts are written when asked for (`generate()`, a
+    button), or each time with `live=True`.
+
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> panel = SteeringPanel(model, sae, latents={972: 16.0}, prompt="The scientist", max_new_tokens=8)
+        >>> panel.generate()
+        >>> panel.wait()
+        >>> panel
+        SteeringPanel(add 972: 16, 'The scientist', not the first, tiny)
+        >>> exec(panel.code(), shown := {"model": model, "sae": sae})
+        >>> (shown["clean"], shown["steered"]) == (panel.clean, panel.steered)
+        True
+    """
+
+    _esm = source("shared/frame.js", "steering/steering.js")
+    _css = source("shared/frame.css", "steering/steering.css")
+
+    latents = t.List(t.Dict(), help="what is changed: {latent, value, how: add|scale|clamp, sae: 0}; see add()").tag(
+        sync=True
+    )
+    prompt = t.Unicode("The", help="what the texts go on from").tag(sync=True)
+    positions = t.Unicode("not the first", help="where: all, or not the first (the BOS token, mostly)").tag(sync=True)
+    temperature = t.Float(0.0, help="0 takes the likeliest token").tag(sync=True)
+    seed = t.Int(0, help="of the draws, if temperature is not 0; the same for both texts").tag(sync=True)
+    max_new_tokens = t.Int(30, help="of each text").tag(sync=True)
+    live = t.Bool(False, help="write anew at each change").tag(sync=True)
+    query = t.Unicode("", help="a latent's number or, with an index, a text, to find latents to add").tag(sync=True)
+    # What the front end draws; made here, so setting them has no effect on anything else.
+    clean = t.Unicode("", help="what the model writes by itself").tag(sync=True)
+    steered = t.Unicode("", help="what it writes steered").tag(sync=True)
+    begun_with = t.Unicode("", help="the prompt of these texts").tag(sync=True)
+    running = t.Bool(False, help="whether the texts are being written").tag(sync=True)
+    stale = t.Bool(False, help="whether settings have changed since the texts were begun").tag(sync=True)
+    movers = t.List(help="next tokens: id, text, probability clean, steered, change").tag(sync=True)
+    cards = t.List(help="of each of `latents`: its label and its largest activation").tag(sync=True)
+    found = t.Dict(help="of `query`: latents with their labels").tag(sync=True)
+    facts = t.Dict(help="what stays").tag(sync=True)
+
+    def __init__(
+        self, model: Any, saes: Any, index: Any = None, *, latents: Mapping[int, float] | None = None, **traits: Any
+    ) -> None:
+        """Show the panel; nothing is written before `generate()`.
+
+        Args:
+            model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
+            saes: an SAE of the model, or a list of them.
+            index: a FeatureIndex of the SAE, for labels and search; a list of them (or None), one for each SAE.
+            latents: `{latent: value}`, to add, of the first SAE; more with `add()`.
+            traits: e.g. `prompt="Once"`, `positions="all"`, `temperature=0.8`.
+        Raises:
+            TypeError: for an unknown trait, or SAEs that are none.
+            ValueError: for an SAE that does not fit the model, an index of another size, a latent, a mode or a value
+                that is not there.
+        """
+        self.check_names(traits, ["latents"])
+        self.model, self._twin = model, saewb.models.hook_points.twin(model)
+        self._several = isinstance(saes, Sequence)
+        self.saes = list(saes) if self._several else [saes]
+        self._indexes = _steered.indexes(self.saes, index)
+        _steered.check_fits(self._twin, self.saes)
+        self.changes: pd.DataFrame | None = None  # of saewb.next_token_changes
+        self._texts: _steered.Texts | None = None
+        self._of: _steered.Settings | None = None  # of the texts
+        self._again = self._ready = self._stopped = False
+        self._lengths = (0, 0)  # tokens of the texts shown, clean and steered
+        super().__init__(**traits)
+        name = getattr(model.cfg, "model_name", type(model).__name__)
+        self.title = f"Steering {name}"
+        self._name = name
+        self.facts = {
+            "saes": [sae.cfg.hook or f"SAE {i}" for i, sae in enumerate(self.saes)],
+            "can_search": any(x is not None for x in self._indexes),
+            "how": list(_steered.HOW),
+            "positions": list(_steered.POSITIONS),
+            "context": int(model.cfg.n_ctx),
+        }
+        self.latents = [{"sae": 0, "latent": i, "value": v, "how": "add"} for i, v in (latents or {}).items()]
+        self._ready = True
+        if (failed := self._label()) is not None:
+            raise failed
+        self._predict()
+
+    # What a reader does
+
+    def add(self, latent: int, value: float = 8.0, how: str = "add", sae: int = 0) -> None:
+        """Change a latent, in place of what was done to it.
+
+        Args:
+            latent: which.
+            value: what is added, or what it becomes (clamp), or the factor (scale).
+            how: add, scale or clamp, as in `saewb.steer`.
+            sae: number of the SAE in the list the panel was made with.
+        """
+        new = {"sae": sae, "latent": latent, "value": value, "how": how}
+        if any(_steered.key(one) == (sae, latent) for one in self.latents):
+            self.latents = [new if _steered.key(one) == (sae, latent) else one for one in self.latents]
+        else:
+            self.latents = [*self.latents, new]
+
+    def remove(self, latent: int, sae: int = 0) -> None:
+        """Leave a latent alone again."""
+        self.latents = [one for one in self.latents if _steered.key(one) != (sae, latent)]
+
+    def generate(self) -> None:
+        """Begin both texts anew; what is being written is closed. `wait()` waits for their end."""
+        settings = self._settings()
+        texts = _steered.texts(self._twin, self.saes, settings)
+        self.about = _bare.about(self.saes, self.model)
+        self._close()
+        self._texts, self._of, self._stopped = texts, settings, False
+        self.clean, self.steered, self.begun_with = "", "", self.prompt
+        self.stale, self.running = False, True
+
+        def then(error: Exception | None) -> None:
+            self._look()
+            self.running = False
+            if error is not None:
+                self._of, self.stale = None, True
+                raise error
+
+        self.started("texts", "writing", lambda: _steered.tried(texts.run)[1], then)
+
+    def stop(self) -> None:
+        """Write no further; what is there stays."""
+        if self.running:
+            self._close()
+            self._look()
+            self.dropped("texts")
+            self.running, self._stopped = False, True
+
+    def summary(self) -> str:
+        """See Panel."""
+        of = [f"{one['sae']}/" if len(self.saes) > 1 else "" for one in self.latents]
+        done = [
+            f"{one['how']} {sae}{one['latent']}: {one['value']:g}" for sae, one in zip(of, self.latents, strict=True)
+        ]
+        prompt = self.prompt if len(self.prompt) <= 40 else self.prompt[:39] + "…"
+        return ", ".join([*(done or ["no latents"]), repr(prompt), self.positions, self._name])
+
+    def code(self) -> str:
+        """Python that makes `clean`, `steered` and `changes` of `model` and `sae` (or `saes`), as set now."""
+        cut = self._stopped and not self.stale
+        return self._settings().code(self.model, self.saes, self._several, self._lengths if cut else None)
+
+    def static_html(self) -> str:
+        """See Panel."""
+        cell = "style='vertical-align:top;padding:2px 18px 2px 0;width:50%;white-space:pre-wrap;text-align:left'"
+        given = f"<span style='opacity:.65'>{html.escape(self.begun_with or self.prompt)}</span>"
+        texts = "".join(
+            f"<td {cell}><b>{name}</b><br>{given}{html.escape(text)}</td>"
+            for name, text in (("Clean", self.clean), ("Steered", self.steered))
+        )
+        done = [
+            (one["latent"], one["how"], f"{one['value']:g}", card["label"])
+            for one, card in zip(self.latents, self.cards, strict=True)
+        ]
+        moved = [
+            (_steered.spelled(token), f"{100 * p:.3g} %", f"{100 * q:.3g} %", f"{100 * d:+.3g}")
+            for _, token, p, q, d in self.movers[:12]
+        ]
+        return (
+            _static.grid(("latent", "how", "value", "on"), done)
+            + f"<table style='width:100%;margin:8px 0'><tr>{texts}</tr></table>"
+            + _static.grid(("next token", "clean", "steered", "change"), moved)
+        )
+
+    def asked(self, what: str, **how: Any) -> None:
+        """See Panel."""
+        if what == "generate":
+            self.generate()
+        elif what == "stop":
+            self.stop()
+        elif what == "add":
+            self.add(**how)
+        elif what == "remove":
+            self.remove(**how)
+        elif what == "code":
+            self.notice = self.code()
+        else:
+            raise ValueError(errors.explain(f"SteeringPanel was asked to {what!r}."))
+
+    def _on_message(self, _: Any, content: Any, buffers: Any = None) -> None:
+        if isinstance(content, dict) and content.get("do") == "collect":
+            with self._lock:
+                self._look()
+        super()._on_message(_, content, buffers)
+
+    # What is asked for is checked before anything changes
+
+    @t.validate("latents", "positions", "temperature", "seed", "max_new_tokens")
+    @guarded
+    def _check(self, proposal: dict) -> Any:
+        name, got = proposal["trait"].name, proposal["value"]
+        with refused():
+            if name == "latents":
+                return _steered.checked(got, self.saes)
+            if name == "positions" and got not in _steered.POSITIONS:
+                near = errors.near(got, list(_steered.POSITIONS))
+                raise ValueError(
+                    errors.explain(f"positions is {got!r}.", near=near, want=", ".join(_steered.POSITIONS))
+                )
+            if name == "temperature" and not (math.isfinite(got) and got >= 0):
+                raise ValueError(errors.explain(f"temperature is {got}.", want="a number >= 0"))
+            if name == "seed" and not 0 <= got < 2**63:
+                raise ValueError(errors.explain(f"seed is {got}.", want="0 or more, below 2**63"))
+            if name == "max_new_tokens" and got < 1:
+                raise ValueError(errors.explain(f"max_new_tokens is {got}.", want="at least 1"))
+        return got
+
+    @t.observe("latents", "prompt", "positions", "temperature", "seed", "max_new_tokens", "live")
+    @guarded
+    def _set_anew(self, change: dict) -> None:
+        if not self._ready:
+            return
+        failed = self._label() if change["name"] == "latents" else None
+        self.stale = self._texts is not None and self._of != self._settings()
+        if change["name"] in ("latents", "prompt", "positions"):
+            self._predict()
+        if self.live:
+            self.generate()
+        if failed is not None:
+            raise failed
+
+    @t.observe("query")
+    @guarded
+    def _searched(self, _: Any = None) -> None:
+        query = self.query.strip()
+        if not query:
+            self.dropped("search")
+            self.found = {}
+        elif query.isdigit():
+            self._show_found([(k, int(query)) for k, sae in enumerate(self.saes) if int(query) < sae.cfg.d_sae])
+        elif not self.facts["can_search"]:
+            what = f"SteeringPanel has no index to search for {query!r}."
+            raise ValueError(errors.explain(what, want="a latent's number", fix="SteeringPanel(model, sae, index)"))
+        else:
+            self._search(query)
+
+    def _search(self, query: str) -> None:
+        indexes = [(k, index) for k, index in enumerate(self._indexes) if index is not None]
+
+        def work() -> list[tuple[int, int]]:
+            return [(k, int(i)) for k, index in indexes for i in index.search(query, _FOUND).index]
+
+        if sum(len(index) for _, index in indexes) > _AT_ONCE:
+            self.started("search", "searching", work, self._show_found)
+        else:
+            self._show_found(work())
+
+    def _show_found(self, latents: list[tuple[int, int]]) -> None:
+        self.found = {"query": self.query, "rows": [[k, i, self._words(k, i)] for k, i in latents]}
+
+    def _settings(self) -> _steered.Settings:
+        latents = tuple((one["sae"], one["latent"], one["value"], one["how"]) for one in self.latents)
+        how = (self.prompt, self.positions, self.temperature, self.seed, self.max_new_tokens)
+        return _steered.Settings(latents, *how)
+
+    def _label(self) -> Exception | None:
+        """A card for each latent, blank where the index cannot be read: then that exception."""
+        made = [_steered.tried(partial(self._words, *_steered.key(one))) for one in self.latents]
+        self.cards = [_BLANK if words is None else words for words, _ in made]
+        return next((error for _, error in made if error is not None), None)
+
+    def _words(self, sae: int, latent: int) -> dict[str, Any]:
+        """What the index knows of it: the tokens it fires on most strongly, and how strongly."""
+        if (index := self._indexes[sae]) is None:
+            return _BLANK
+        page = index.latent(latent)
+        tokens = dict.fromkeys(_steered.spelled(c.tokens[c.at]) for c in page.top)
+        raised = [_steered.spelled(word.token) for word in page.logits_top[:_WORDS]]
+        return {"label": ", ".join(list(tokens)[:_WORDS]), "raises": ", ".join(raised), "max": _packing.short(page.max)}
+
+    def _predict(self) -> None:
+        """The table, beside the notebook; one at a time, the last one for sure."""
+        if "changes" in self._jobs:
+            self._again = True
+            return
+        self._again, self.about = False, _bare.about(self.saes, self.model)
+        if not self.latents:
+            self.changes, self.movers = None, []
+            return
+        model, saes, settings = self._twin, self.saes, self._settings()
+
+        def work() -> Any:
+            return saewb.next_token_changes(
+                model, settings.prompt, lambda: settings.intervene(model, saes), n=_steered.MOVERS
+            )
+
+        self.started("changes", "next tokens", lambda: _steered.tried(work), lambda made: self._predicted(*made))
+
+    def _predicted(self, table: Any, error: Exception | None) -> None:
+        self.changes = table
+        columns = ["token_id", "token", "clean", "changed", "change"]
+        rows = [] if table is None else table[columns].values.tolist()
+        self.movers = [[i, token, *map(_packing.short, odds)] for i, token, *odds in rows]
+        if self._again:
+            self._predict()
+        elif error is not None:
+            raise error
+
+    def _look(self) -> None:
+        """Show what has been written since."""
+        if self._texts is not None and self.running:
+            (n, self.clean), (m, self.steered) = self._texts.so_far("clean"), self._texts.so_far("steered")
+            self._lengths = (n, m)
+
+    def _close(self) -> None:
+        if self._texts is not None:
+            self._texts.stop.set()
