@@ -28,6 +28,7 @@ def write_state(path: Path, state: Any) -> None:
         path: replaced if it is there.
         state: None, booleans, numbers, strings, tensors; lists, tuples, dictionaries by strings of them. Tensors may be
             strided and on any device; they are read back contiguous and on the CPU.
+
     Raises:
         TypeError: for anything else.
         OSError: if the disk is full, or the place cannot be written.
@@ -136,6 +137,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[s
         fill: writes plain files into the folder it is given.
         ours: names of the files that may be replaced. A target with anything else in it is left alone.
         overwrite: whether a target that is not empty may be replaced.
+
     Raises:
         FileExistsError: if the target is there and may not be replaced.
     """

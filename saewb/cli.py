@@ -200,8 +200,10 @@ def _sae(model, model_name: str):
     else:  # no SAE is published for it: random directions, to see the machinery at work on a real model
         layer, d_in = model.cfg.n_layers // 2, model.cfg.d_model
         hook = f"blocks.{layer}.hook_resid_post"
-        _show(f'sae = saewb.SAE(saewb.SAEConfig({d_in}, {8 * d_in}, gate="topk", k=32, hook="{hook}"))    # untrained')
-        sae = saewb.SAE(saewb.SAEConfig(d_in, 8 * d_in, gate="topk", k=32, hook=hook))
+        _show(
+            f'sae = saewb.SAE(saewb.SAEConfig({d_in}, {8 * d_in}, activation="topk", k=32, hook="{hook}"))    # untrained'
+        )
+        sae = saewb.SAE(saewb.SAEConfig(d_in, 8 * d_in, activation="topk", k=32, hook=hook))
     print(sae)
     return sae
 

@@ -25,7 +25,7 @@ from typing import Literal
 from saewb.errors import explain
 
 _MARKS = {"ok": "ok", "absent": "-", "wrong": "!!"}
-_COLOURS = {"ok": "#2a8a4a", "absent": "#888", "wrong": "#c33"}
+_COLORS = {"ok": "#2a8a4a", "absent": "#888", "wrong": "#c33"}
 _ROOM = 5 * 2**30  # bytes: less free than this is worth a word
 
 
@@ -61,7 +61,7 @@ class Checkup:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td style='color:{_COLOURS[f.state]};text-align:left'>{_MARKS[f.state]}</td>"
+            f"<tr><td style='color:{_COLORS[f.state]};text-align:left'>{_MARKS[f.state]}</td>"
             f"<td style='text-align:left'>{html.escape(f.what)}</td><td style='text-align:left'>{html.escape(f.found)}"
             f"{f'<br><code>{html.escape(f.fix)}</code>' if f.fix else ''}</td></tr>"
             for f in self.findings
@@ -78,10 +78,13 @@ def doctor(network: bool = False, timeout: float = 5.0) -> Checkup:
     Args:
         network: ask the hub (HF_ENDPOINT, else huggingface.co) whether it answers.
         timeout: seconds to wait for it.
+
     Returns:
         A Checkup: `print` it; in a notebook it shows itself. `.ok` if nothing is wrong.
+
     Raises:
         ValueError: if `timeout` is not above 0.
+
     Example:
         >>> found = doctor()
         >>> [f.what for f in found.findings][:2], found.findings[1].state
@@ -225,10 +228,10 @@ def _kernel(starts: str) -> Finding:
 
 
 def _embedded() -> Iterator[Finding]:
-    from saewb import tiny as embedded
+    from saewb import tiny
 
     for what, file in (("model", "model.safetensors"), ("sae", "sae_weights.safetensors")):
-        path = embedded.folder(what) / file
+        path = tiny.folder(what) / file
         if not path.is_file():
             yield Finding(f"embedded {what}", f"{path} is missing", "wrong", "pip install --force-reinstall saewb")
             continue

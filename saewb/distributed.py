@@ -45,6 +45,7 @@ class Team:
 
     Args:
         group: of torch.distributed; None for a process alone.
+
     Example:
         >>> team = Team()
         >>> team.size, team.share(100), team.any(True)

@@ -46,10 +46,13 @@ def usable(device: torch.device | str) -> torch.device:
 
     Args:
         device: "cpu", "cuda", "cuda:1", "mps", ...; or a torch.device.
+
     Returns:
         A torch.device.
+
     Raises:
         ValueError: if torch knows no such device, was built without it, or finds none.
+
     Example:
         >>> usable("cpu")
         device(type='cpu')

@@ -20,8 +20,10 @@ def field_notes(owner: type) -> dict[str, str]:
 
     Args:
         owner: the dataclass.
+
     Returns:
         By name, in the fields' order.
+
     Example:
         >>> from saewb.sae.config import SAEConfig
         >>> field_notes(SAEConfig)["d_sae"]
@@ -46,8 +48,10 @@ def field_choices(owner: type) -> dict[str, tuple[str, ...]]:
 
     Args:
         owner: the dataclass.
+
     Returns:
         The texts of each field.
+
     Example:
         >>> from saewb.sae.config import SAEConfig
         >>> field_choices(SAEConfig)["pre_bias"]

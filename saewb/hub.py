@@ -28,7 +28,8 @@ def ask_hub(repo: str, file: str = "config.json", timeout: float = 10.0) -> HubA
         repo: "name" or "owner/name".
         file: what must be in it.
         timeout: seconds.
-    Source:
+
+    References:
         The hub's error header X-Error-Code, as huggingface_hub reads it.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url

@@ -56,6 +56,7 @@ def listed(repo: str, revision: str | None, token: str | None, call: str) -> Lis
         revision: branch, tag or commit; None means "main".
         token: of the hub; None means the one logged in with.
         call: the line to paste, for errors.
+
     Raises:
         FileNotFoundError: if the hub says that there is no such repository or revision, or that it is closed to us.
     """
@@ -96,6 +97,7 @@ def fetched(
         call: the line to paste, for errors.
         progress: called with (bytes that came, bytes in all) while files come, from the threads that fetch them; they
             then come over plain HTTP.
+
     Raises:
         FileNotFoundError: if the hub refuses.
         Exception: what `progress` raises, if that is no OSError: it cancels, and no file is taken for whole.
@@ -177,7 +179,12 @@ def size(n_bytes: float) -> str:
 @contextlib.contextmanager
 def refusals(repo: str, revision: str | None, call: str) -> Iterator[None]:
     """Inside, what the hub refuses for good is a FileNotFoundError that says what to do; anything else passes."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         yield

@@ -27,12 +27,16 @@ def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
 
     Args:
         latents: activations as `sae.encode` gives them; only whether they are 0 matters.
+
     Returns:
         A scalar, in latents per token; unchanged when `latents` is scaled.
+
     Raises:
         ValueError: if there are no tokens.
-    Source:
+
+    References:
         Cunningham et al. 2023, arXiv:2309.08600.
+
     Example:
         >>> l0(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).item()
         1.5
@@ -47,12 +51,16 @@ def density(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, " d_sae"]:
 
     Args:
         latents: activations as `sae.encode` gives them; only whether they are 0 matters.
+
     Returns:
         One number in 0..1 per latent; unchanged when `latents` is scaled.
+
     Raises:
         ValueError: if there are no tokens.
-    Source:
+
+    References:
         "Feature density" of Bricken et al. 2023, transformer-circuits.pub/2023/monosemantic-features.
+
     Example:
         >>> density(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).tolist()
         [0.0, 0.5, 1.0]
@@ -69,12 +77,16 @@ def mse(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) ->
     Args:
         x: activations the SAE was given (a transcoder: should have written), in the model's own units.
         recon: what it wrote, in the same units.
+
     Returns:
         A scalar, in squared units of the activations; c^2 times as large when `x` and `recon` are scaled by c.
+
     Raises:
         ValueError: if there are no tokens or the shapes differ.
-    Source:
+
+    References:
         Gao et al. 2024, arXiv:2406.04093, section 2.1: the loss of TopK SAEs.
+
     Example:
         >>> mse(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2)).item()
         12.5
@@ -93,12 +105,16 @@ def fvu(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) ->
     Args:
         x: activations the SAE was given, in the model's own units (before any input scaling).
         recon: the SAE's reconstruction of `x`, in the same units.
+
     Returns:
         A scalar, unitless, >= 0; unchanged when `x` and `recon` are scaled together.
+
     Raises:
         ValueError: if every row of `x` is the same, so that there is no variance to explain; if the shapes differ.
-    Source:
+
+    References:
         Gao et al. 2024, arXiv:2406.04093 ("normalized MSE").
+
     Example:
         >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
         >>> fvu(x, x).item(), fvu(x, x.mean(0).expand(2, 2)).item()
@@ -116,12 +132,16 @@ def explained_variance(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "to
     Args:
         x: activations the SAE was given, in the model's own units.
         recon: the SAE's reconstruction of `x`, in the same units.
+
     Returns:
         A scalar, unitless, <= 1; unchanged when `x` and `recon` are scaled together.
+
     Raises:
         ValueError: as `fvu`.
-    Source:
+
+    References:
         1 less the "normalized MSE" of Gao et al. 2024, arXiv:2406.04093.
+
     Example:
         >>> x = torch.tensor([[0.0], [2.0]])
         >>> explained_variance(x, x).item(), explained_variance(x, x + 1).item()
@@ -138,12 +158,16 @@ def cosine(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"])
     Args:
         x: activations the SAE was given, in the model's own units.
         recon: the SAE's reconstruction of `x`.
+
     Returns:
         A scalar in -1..1; unchanged when either argument is scaled.
+
     Raises:
         ValueError: if every row of `x` is 0, if there are no tokens, or if the shapes differ.
-    Source:
+
+    References:
         Karvonen et al. 2025, arXiv:2503.09532 (SAEBench): "cossim".
+
     Example:
         >>> cosine(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[5.0, 0.0], [0.0, 2.0]])).item()
         0.5

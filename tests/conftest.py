@@ -9,10 +9,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook(
     [
-        "saewb.sae",
+        *(f"saewb.sae.{part}" for part in ("sae", "activation_functions", "matching_pursuit", "temporal", "sparse")),
         "saewb.metrics",
         "saewb.kernels.topk",
-        "saewb.models.tokenizer",
         "saewb.models.unembed",
         "saewb.data.tokens",
         "saewb.stats",

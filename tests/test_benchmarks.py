@@ -133,7 +133,7 @@ def test_a_list_of_tokens_read_as_an_index_has_it_is_what_an_index_has():
     made = saewb.build_index(model, sae, ids, window=dashboard.WINDOW)
     special = saewb.data.tokens.special_ids(model, True)
     with torch.no_grad():
-        acts = sae.encode(saewb.activations.capture(model, ids, [sae.cfg.hook])[sae.cfg.hook])
+        acts = sae.encode(saewb.models.capture.capture(model, ids, [sae.cfg.hook])[sae.cfg.hook])
     acts[torch.isin(ids, torch.tensor(special))] = 0
     order = acts.flatten(0, 1).sort(dim=0, descending=True, stable=True)
     compared = made.table().density.nlargest(20).index.tolist()

@@ -12,8 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 import saewb
-from saewb import cli
-from saewb import diagnostics as checkup
+from saewb import cli, diagnostics
 
 
 def finding(what, **how):
@@ -45,9 +44,9 @@ def test_all_is_well_here_but_for_what_is_absent():
 
 
 def test_memory_that_caches_hold_counts_as_unused(monkeypatch):
-    monkeypatch.setattr(saewb.memory, "available", lambda device: 3 * 2**30)
+    monkeypatch.setattr(saewb.training.memory, "available", lambda device: 3 * 2**30)
     assert ", 3.0 of " in finding("CPU").found
-    monkeypatch.setattr(saewb.memory, "available", lambda device: None)
+    monkeypatch.setattr(saewb.training.memory, "available", lambda device: None)
     assert "memory" not in finding("CPU").found
 
 
@@ -105,7 +104,7 @@ def test_a_kernel_of_another_environment(monkeypatch, tmp_path):
 def test_the_front_end_half_of_the_widgets(monkeypatch, tmp_path):
     import jupyter_core.paths
 
-    monkeypatch.setattr(checkup, "_beside", lambda: tmp_path)
+    monkeypatch.setattr(diagnostics, "_beside", lambda: tmp_path)
     monkeypatch.setattr(jupyter_core.paths, "jupyter_path", lambda *_: [])
     assert finding("anywidget in the page").state == "wrong"
     (tmp_path / "labextensions" / "anywidget").mkdir(parents=True)
@@ -143,9 +142,9 @@ def test_the_hub(monkeypatch):
 
 
 def test_on_the_command_line(monkeypatch, capsys):
-    lines = (checkup.Finding("a", "fine"), checkup.Finding("b", "bad", "wrong", "mend b"))
-    monkeypatch.setattr(saewb, "doctor", lambda network: checkup.Checkup(lines))
+    lines = (diagnostics.Finding("a", "fine"), diagnostics.Finding("b", "bad", "wrong", "mend b"))
+    monkeypatch.setattr(saewb, "doctor", lambda network: diagnostics.Checkup(lines))
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().out == "ok a  fine\n!! b  bad\n      fix:  mend b\n\n1 to mend: marked !!\n"
-    monkeypatch.setattr(saewb, "doctor", lambda network: checkup.Checkup(lines[:1]))
+    monkeypatch.setattr(saewb, "doctor", lambda network: diagnostics.Checkup(lines[:1]))
     assert cli.main(["doctor"]) == 0

@@ -253,7 +253,7 @@ for call in (
 
 MISTAKES = """
 import json, numpy as np, torch, saewb
-from saewb.cross_layer import cross_layer_shapes
+from saewb.sae.cross_layer import cross_layer_shapes
 
 hooks = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 cfg = saewb.CrossLayerConfig(8, (12, 12), hooks)
@@ -263,7 +263,7 @@ saes = {
     "temporal": saewb.TemporalSAE(saewb.TemporalConfig(8, 12, n_heads=1, bottleneck_factor=4)),
     "transcoder": saewb.SAE(saewb.SAEConfig(8, 12, d_out=6, hook=hooks[0], hook_out=hooks[1])),
     "clt": saewb.CrossLayerTranscoder.from_tensors(cfg, zeros),
-    "topk": saewb.SAE(saewb.SAEConfig(8, 12, gate="topk", k=3)),
+    "topk": saewb.SAE(saewb.SAEConfig(8, 12, activation="topk", k=3)),
 }
 x = torch.zeros(1, 3, 8)
 wrong = {

@@ -10,7 +10,7 @@ import saewb
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-NAMES = {*saewb._HOME, *saewb._MODULES}
+NAMES = {*saewb.__all__}
 
 
 def test_the_code_runs_and_does_what_it_says(tmp_path, monkeypatch):

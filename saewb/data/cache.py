@@ -67,12 +67,15 @@ def cache_activations(
         skip_special_tokens: leaves out BOS, EOS, padding, ...: True, False, or the ids.
         positions: of each row, those kept.
         repeat: goes through the tokens again where they are fewer.
+
     Returns:
         The cache, opened.
+
     Raises:
         ValueError: if a row is longer than `n_tokens`; if the tokens end before; if the folder holds another cache.
         FileExistsError: if the folder holds other things.
         OSError: if the disk is full; what was written stays, and goes on from there.
+
     Example:
         >>> import saewb, tempfile
         >>> model, texts = saewb.load_model("tiny", device="cpu"), ["The river flows through the city."] * 40
@@ -184,6 +187,7 @@ class ActivationCache:
 
     Args:
         folder: made by `saewb.cache_activations`.
+
     Raises:
         FileNotFoundError: if there is no complete cache; says how to go on with one that was begun.
         FormatError: if its index is none, or a shard is missing.
@@ -246,7 +250,7 @@ class ActivationCache:
     ) -> ActivationStream:
         """A stream of what is cached, shuffled without reading it all.
 
-        Blocks of `block_tokens` neighbours are read in a random order over the whole cache, another one each time
+        Blocks of `block_tokens` neighbors are read in a random order over the whole cache, another one each time
         round; `buffer_tokens` mixes within and across them.
 
         Args:

@@ -31,8 +31,10 @@ class TextFiles:
         paths: UTF-8 files, `.gz` ones too; one path, or several.
         separator: what stands between two documents, e.g. a blank line; None makes one document of each file. Empty
             documents are left out, and blanks at their ends.
+
     Raises:
         FileNotFoundError: for a path that is no file.
+
     Example:
         >>> import pathlib, tempfile
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.txt"

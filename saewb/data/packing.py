@@ -22,8 +22,10 @@ class Packer:
         document_start: before every document; None for none.
         whole: no document is joined to another: a row is the beginning of one document, and documents too short to fill
             a row are left out. They begin with `document_start`, or else `row_start`.
-    Source:
+
+    References:
         The rows are those of SAELens' `concat_and_batch_sequences` with the same markers.
+
     Example:
         >>> packer = Packer(4, row_start=0, separator=0)
         >>> [row for document in ([5, 6, 7, 8], [9], [5, 5]) for row in packer.rows(document)]

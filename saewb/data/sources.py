@@ -1,6 +1,6 @@
 """Where activations come from: a model, tensors in memory, an iterator, a generator of synthetic ones.
 
-Each gives chunks of any size and can say where it is; `saewb.streams` cuts them into batches.
+Each gives chunks of any size and can say where it is; `saewb.data.stream` cuts them into batches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from saewb.data.orders import shuffled
 from saewb.distributed import ALONE, Team
 from saewb.errors import explain
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.capture import Activations, capture, stop_layer
 from saewb.models.tokenizer import special_mask
 
@@ -56,6 +56,7 @@ class ModelSource:
         dtype: of activations; None keeps the model's.
         team: processes that share the passes: of as many batches of rows as there are processes, each computes one and
             hands it to the others. All give the same chunks, those of one process, and their `state()` is its too.
+
     Raises:
         ValueError: for a point that does not exist, is switched off, did not fire, or has no token axis.
     """
@@ -80,7 +81,7 @@ class ModelSource:
             raise ValueError(explain("got no points.", want="one or more names of hook points"))
         self._names = list(dict.fromkeys(name for name, _ in self.points.values()))
         for name in self._names:
-            hooks.resolve(model, name)
+            hook_points.resolve(model, name)
         self._positions, self._skipped, self._device, self._dtype = positions, tuple(skipped), device, dtype
         self._ids: Tensor | None = None  # rows that were taken and are not computed yet
 

@@ -3,7 +3,7 @@
 A stream is an iterator over `Activations` with `state()` and `restore()`. Five functions make one, by where activations
 come from: `stream_activations` (a model), `stream_tensors`, `stream_iterable`, `stream_draws`, `stream_cache`.
 
-    source (saewb.sources)  ->  batches of exactly n, mixed (saewb.buffer)  ->  computed ahead (saewb.prefetch)
+    source (saewb.data.sources)  ->  batches of exactly n, mixed (saewb.data.shuffle_buffer)  ->  computed ahead (saewb.data.prefetch)
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class ActivationStream:
     holds the mixing buffer itself (`buffer_tokens` tokens, on the host) and what was computed ahead.
 
     Args:
-        source: of chunks of any size, see `saewb.sources`; nobody else takes from it.
+        source: of chunks of any size, see `saewb.data.sources`; nobody else takes from it.
         batch_tokens: tokens of a batch; the last ones of a source that fill none are left out.
-        buffer_tokens: mixed over so many tokens, rounded up to whole batches; 0 keeps the order. See `saewb.buffer`.
+        buffer_tokens: mixed over so many tokens, rounded up to whole batches; 0 keeps the order. See `saewb.data.shuffle_buffer`.
         seed: of the mixing.
         prefetch: batches computed ahead in a thread; 0 for no thread.
     """
@@ -149,11 +149,14 @@ def stream_activations(
         repeat: goes through the tokens again and again, if they are packed here and are no iterator.
         device: where activations are put; None leaves them on the model's.
         dtype: of activations; None keeps the model's.
+
     Returns:
         A stream: an iterator of Activations that can be saved and resumed.
+
     Raises:
         TypeError: for tokens that are none.
         ValueError: for a point that does not exist or cannot fire; for sizes that make no sense.
+
     Example:
         >>> import saewb
         >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.held_out_texts()]
@@ -197,10 +200,13 @@ def stream_tensors(
         repeat: goes through them again and again.
         shuffle_seed: of a random order of all tokens, another one each time round; None keeps their order.
         point: name for a plain tensor.
+
     Returns:
         A stream that can be gone through once, saved and resumed; it ends with the tensors unless `repeat`.
+
     Raises:
         ValueError: if the numbers of rows differ, or sizes make no sense.
+
     Example:
         >>> next(stream_tensors(torch.eye(4), batch_tokens=2)).values["activations"].tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
@@ -229,10 +235,13 @@ def stream_iterable(
         seed: of the mixing.
         prefetch: batches taken ahead in a thread; 0 for no thread.
         point: name for plain tensors.
+
     Returns:
         A stream that ends with the iterable.
+
     Raises:
         TypeError: for a chunk that is none of these.
+
     Example:
         >>> chunks = (torch.full((3, 2), float(i)) for i in range(4))
         >>> [batch.values["activations"][0, 0].item() for batch in stream_iterable(chunks, batch_tokens=6)]
@@ -259,8 +268,10 @@ def stream_draws(
         batch_tokens: tokens of a batch.
         prefetch: batches drawn ahead in a thread; 0 for no thread.
         point: name for plain tensors.
+
     Returns:
         A stream without end, the same for the same seed and batch size.
+
     Example:
         >>> draw = lambda n, rng: torch.randn(n, 8, generator=rng)
         >>> next(stream_draws(draw, seed=0, batch_tokens=16))

@@ -16,7 +16,7 @@ from saewb.data.orders import shuffled
 from saewb.data.packing import Packer
 from saewb.errors import explain
 
-_GROUP = 64  # documents tokenised at once
+_GROUP = 64  # documents tokenized at once
 
 Marker = Literal["bos", "eos"] | int | None
 
@@ -55,12 +55,15 @@ def stream_tokens(
         repeat: begins again at the end, for ever; an iterator cannot and ends.
         shuffle_seed: of a random order of documents (or of rows that are ready), another one each time round; None
             keeps their order. Not for iterables, which shuffle themselves.
+
     Returns:
         An iterator over int64 ids `[rows, ctx_len]` on the CPU, the last batch perhaps smaller, with `state()` and
         `restore()`. Memory: 64 documents and one batch.
+
     Raises:
         TypeError: for one string, or what is no document.
         ValueError: for a marker that the tokenizer does not have; for ctx_len < 2.
+
     Example:
         >>> import saewb
         >>> tokens = stream_tokens(["A cat.", "A dog sat."], saewb.load_model("tiny").tokenizer, ctx_len=4)
@@ -84,7 +87,7 @@ class TokenStream:
     """Batches of token rows; made by `stream_tokens`.
 
     `state()` is small and exact: where it is in the documents, and the row that was being filled. `restore()` goes
-    there without tokenising what was given, and without reading it where documents have numbers or a dataset can skip.
+    there without tokenizing what was given, and without reading it where documents have numbers or a dataset can skip.
     """
 
     def __init__(self, source: _Ready | _Packed, rows: int, ctx_len: int) -> None:

@@ -39,15 +39,18 @@ def pack(
         tokenizer: of the model; or the model.
         ctx_len: tokens in a row, BOS included; at least 2.
         bos: whether rows and documents begin with BOS; wrong only for models that were trained without one.
+
     Returns:
         int64 token ids.
+
     Raises:
         TypeError: if `texts` is one string.
         ValueError: if `texts` is empty or too short for one row, if ctx_len < 2, or if `bos` and there is no BOS token.
+
     Example:
         >>> from transformers import AutoTokenizer
-        >>> from saewb import tiny as embedded
-        >>> rows = pack(["A cat.", "A dog sat."], AutoTokenizer.from_pretrained(embedded.folder("model")), 4)
+        >>> from saewb import tiny
+        >>> rows = pack(["A cat.", "A dog sat."], AutoTokenizer.from_pretrained(tiny.folder("model")), 4)
         >>> rows[:, 0].tolist(), rows.shape[1]
         ([0, 0], 4)
     """
@@ -77,11 +80,14 @@ def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -
         model: any; asked for its tokenizer if `tokens` are texts, and whether it was trained with BOS.
         tokens: ids, `[rows, ctx]`, without padding; or texts, to be packed into rows of `ctx_len`.
         ctx_len: tokens in a row, BOS included, if `tokens` are texts.
+
     Returns:
         int64 ids on the CPU, with rows of at least two tokens.
+
     Raises:
         TypeError: if `tokens` are neither integers nor texts.
         ValueError: if they have another shape, or texts do not fill a row.
+
     Example:
         >>> import saewb
         >>> model, texts = saewb.load_model("tiny", device="cpu"), ["The river flows."] * 9
@@ -112,11 +118,14 @@ def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
     Args:
         model: whose tokenizer, context and device count.
         prompt: a text; or token ids, `[pos]` or `[1, pos]`.
+
     Returns:
         int64 ids on the model's device.
+
     Raises:
         TypeError: if it is neither.
         ValueError: for several texts, none, no token, or more than the model's context.
+
     Example:
         >>> import saewb
         >>> model = saewb.load_model("tiny", device="cpu")

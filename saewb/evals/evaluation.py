@@ -1,6 +1,6 @@
 """How good SAEs are in the model they belong to: one, or many over the same tokens.
 
-The passes over the model are in `saewb.eval_passes`, what comes out in `saewb.evaluation`.
+The passes over the model are in `saewb.evals.model_losses`, what comes out in `saewb.evals.result`.
 """
 
 from __future__ import annotations
@@ -77,15 +77,19 @@ def evaluate(
         losses: run the whole model too; without, the model runs to the hook only, once, and the figures of its
             predictions (ce_..., kl_...) are nan.
         progress: show a bar.
+
     Returns:
         An Evaluation; figures per latent are in its `.latents`. ce_recovered is nan where ablating does not change the
         loss.
+
     Raises:
         ValueError: if no tokens are left to evaluate, or rows have fewer than two; for a hook or SAE that does not fit,
             as `saewb.attach`; if another SAE writes to the same point; if the activation never varies.
         TypeError: if `tokens` are not integers.
-    Source:
+
+    References:
         Figures: Gao et al. 2024, arXiv:2406.04093; Rajamanoharan et al. 2024, arXiv:2404.16014.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -133,14 +137,17 @@ def evaluate_many(
         dense_above: as for `evaluate`.
         losses: as for `evaluate`.
         progress: show a bar.
+
     Returns:
         A row per SAE in the order given, by name (the index), a column for each field of Evaluation.
+
     Raises:
         ValueError: if two SAEs have one name, or none is given; as `evaluate`. What was finished is in `folder`.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
-        >>> random = saewb.SAE(saewb.SAEConfig(128, 256, gate="topk", k=16, hook=sae.cfg.hook))
+        >>> random = saewb.SAE(saewb.SAEConfig(128, 256, activation="topk", k=16, hook=sae.cfg.hook))
         >>> texts = ["The river flows through the city."] * 8
         >>> table = saewb.evaluate_many(model, {"trained": sae, "random": random}, texts, ctx_len=16, losses=False)
         >>> bool(table.fvu["trained"] < table.fvu["random"])

@@ -24,7 +24,7 @@ from saewb.interventions.attachment import attach, attachments
 from saewb.interventions.site import places
 from saewb.interventions.splice import flat
 from saewb.metrics import ReconstructionStream, float64
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.capture import capture
 from saewb.sae.sae import SAE, TopLatents
 from saewb.stats.firing import FiringStream
@@ -49,14 +49,14 @@ class Place:
     @property
     def written(self) -> tuple[str, int | None]:
         """What ablating means here: the point, and the one head if it is one."""
-        return hooks.resolve(self.model, self.write).name, self.sae.cfg.head
+        return hook_points.resolve(self.model, self.write).name, self.sae.cfg.head
 
 
 def place(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, special: Sequence[int]) -> Place:
     """Where the SAE belongs; whatever does not fit is said here."""
     # `attach` knows where an SAE goes and says what is wrong with it; its view of latents names the point it writes to.
     places(sae, hook, hook_out)  # says what is wrong with an SAE of many points
-    with hooks.lock(model):
+    with hook_points.lock(model):
         before = {name: found for found in attachments(model) for name in found.latents}
         with attach(model, sae, hook=hook, hook_out=hook_out) as attached:
             (write,) = attached.latents
@@ -64,7 +64,7 @@ def place(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | No
         what = f"{before[write]!r} writes to {write!r} already, so the model there is not as it is."
         raise ValueError(explain(what, fix="saewb.detach_all(model)"))
     read = hook or sae.cfg.hook
-    names = hooks.resolve(model, write).names
+    names = hook_points.resolve(model, write).names
     typed = next((name for name in (hook_out, sae.cfg.hook_out, read) if name in names), write)
     return Place(model, sae, read, typed, list(special) or False)
 
@@ -208,7 +208,7 @@ def _in_model(
 ) -> Float[Tensor, "runs 2"]:
     """Sums over this batch of (loss, KL from the model as it is): as it is, with each SAE, with zeros, mean, ..."""
     model = places[0].model
-    with hooks.lock(model):
+    with hook_points.lock(model):
         clean = model(batch.ids)
         runs = [_compared(clean, clean, batch)]
         for where in places:
@@ -225,7 +225,7 @@ def _ablated(where: Place, batch: Batch, value: Float[Tensor, " d_out"]) -> Floa
         flat(where.sae, new, where.sae.cfg.d_out, where.write)[:] = value
         return torch.where(batch.plain.view(*batch.plain.shape, *[1] * (new.ndim - 2)), new, activation)
 
-    with hooks.editing(where.model, {where.write: edit}):
+    with hook_points.editing(where.model, {where.write: edit}):
         return where.model(batch.ids)
 
 

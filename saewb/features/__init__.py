@@ -13,7 +13,7 @@ import lazy_loader
 
 from saewb.features.build import build_index
 from saewb.features.index import FeatureIndex, load_index
-from saewb.features.latent import Coactive, Context, Histogram, Latent, Logit, Neighbour, PositionDensity
+from saewb.features.latent import Coactive, Context, Histogram, Latent, Logit, Neighbor, PositionDensity
 
 __all__ = [
     "Coactive",
@@ -22,7 +22,7 @@ __all__ = [
     "Histogram",
     "Latent",
     "Logit",
-    "Neighbour",
+    "Neighbor",
     "PositionDensity",
     "build_index",
     "load_index",

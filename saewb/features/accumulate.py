@@ -214,7 +214,7 @@ def _order(hashed: Tensor) -> Tensor:
 
 
 def _mixed(x: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-    """Each bit of the result depends on all bits of `x`: the finaliser of SplitMix64, in wrapping int64."""
+    """Each bit of the result depends on all bits of `x`: the finalizer of SplitMix64, in wrapping int64."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from saewb.data.tokens import token_rows
 from saewb.errors import explain
-from saewb.features import storage as store
+from saewb.features import storage
 from saewb.features.accumulate import Gathering
 from saewb.features.config import IndexFacts
 from saewb.features.index import FeatureIndex, load_index
@@ -26,7 +26,7 @@ from saewb.features.text import Text
 from saewb.features.token_texts import Words, words_of
 from saewb.interventions.attachment import attach
 from saewb.interventions.splice import flat
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_ids
 from saewb.models.unembed import unembedding
@@ -109,12 +109,15 @@ def build_index(
         seed: of the samples.
         progress: show a bar.
         neuronpedia: "model/source" of the SAE's page there; None looks in `sae.cfg.metadata`.
+
     Returns:
         A FeatureIndex; a list of them for a list of SAEs.
+
     Raises:
         ValueError: if all tokens are special, if a number is out of range, or for an SAE that does not fit, as
             `saewb.attach`; if `folder` has an index of something else.
         TypeError: if `tokens` are not integers.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
@@ -192,10 +195,10 @@ def _facts(
     special: Sequence[int],
     neuronpedia: str | None,
 ) -> IndexFacts:
-    with hooks.lock(model), attach(model, sae, hook=hook) as attached:  # says what is wrong with it
+    with hook_points.lock(model), attach(model, sae, hook=hook) as attached:  # says what is wrong with it
         (write,) = attached.latents
     read = hook or sae.cfg.hook
-    names = hooks.resolve(model, write).names
+    names = hook_points.resolve(model, write).names
     typed = next((name for name in (sae.cfg.hook_out, read) if name in names), write)
     page = neuronpedia or sae.cfg.metadata.get("neuronpedia_id") or sae.cfg.metadata.get("neuronpedia")
     l0_most = sae.cfg.k if isinstance(sae, SAE) and sae.cfg.k is not None else sae.cfg.d_sae
@@ -212,7 +215,7 @@ def _places(folder: str | Path | None, n: int, several: bool) -> list[Path | Non
 
 def _started(sae: nn.Module, facts: IndexFacts, folder: Path | None) -> _Build:
     build = _Build(sae, facts, Gathering(facts.plan, sae.device), folder)
-    if folder is not None and (folder / store.FILE).exists():
+    if folder is not None and (folder / storage.FILE).exists():
         before = load_index(folder)
         replace(before.facts, rows=()).check_same(facts, f"folder={str(folder)!r} has an index already")
         build.gathering.restore(before.tensors)
@@ -301,7 +304,7 @@ def _checkpoint(builds: list[_Build], text: Text) -> None:
         if build.folder is not None:
             tensors = {k: t.cpu() for k, t in build.gathering.tensors().items()}
             facts = replace(build.facts, n_planned=len(text.ids))
-            store.write(build.folder, facts, tensors, Words())
+            storage.write(build.folder, facts, tensors, Words())
 
 
 def _finished(

@@ -53,10 +53,13 @@ def latent_matrix(
         ctx_len: tokens in a row, if `tokens` are texts.
         skip_special_tokens: True leaves out the tokenizer's BOS, EOS, PAD and the like; or a list of ids.
         progress: called with the number of tokens seen, now and then; what it raises ends the pass.
+
     Returns:
         A MatrixView over all latents of the SAE.
+
     Raises:
         ValueError: for another `by`, if there are no tokens, or for an SAE without a hook.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")

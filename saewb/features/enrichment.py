@@ -50,13 +50,17 @@ def enrich(
         latents: what to call the rows of `effects`; None is 0, 1, ...
         n_permutations: random sets for each size.
         seed: of them.
+
     Returns:
         A row per latent and set, the most certain and then the largest scores first: latent, set, size, score, p, q.
+
     Raises:
         TypeError: for effects that are no matrix.
         ValueError: for an empty or whole set, ids that are not there, effects that are not numbers, no permutations.
-    Source:
+
+    References:
         Subramanian et al. 2005, "Gene set enrichment analysis", with weight 0 (a Kolmogorov-Smirnov statistic).
+
     Example:
         >>> effects = torch.arange(10.0)[None].repeat(2, 1) * torch.tensor([[1.0], [-1.0]])
         >>> found = enrich(effects, {"last three": [7, 8, 9]}, n_permutations=99)
@@ -99,6 +103,7 @@ def enrichment_scores(
     Args:
         effects: of each latent on each token.
         sets: ids, each once, at least one and not all.
+
     Example:
         >>> enrichment_scores(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), [torch.tensor([0, 2])]).tolist()
         [[0.5]]

@@ -22,9 +22,9 @@ def feature_row(latent: Latent) -> dict[str, Any]:
         "maxActApprox": latent.max,
         "frac_nonzero": latent.density,
         "freq_hist_data_bar_heights": list(histogram.counts),
-        "freq_hist_data_bar_values": _centres(histogram.edges),
+        "freq_hist_data_bar_values": _centers(histogram.edges),
         "logits_hist_data_bar_heights": list(logits.counts) if logits else [],
-        "logits_hist_data_bar_values": _centres(logits.edges) if logits else [],
+        "logits_hist_data_bar_values": _centers(logits.edges) if logits else [],
         "pos_str": [w.token for w in latent.logits_top],
         "pos_values": [w.effect for w in latent.logits_top],
         "neg_str": [w.token for w in latent.logits_bottom],
@@ -35,7 +35,7 @@ def feature_row(latent: Latent) -> dict[str, Any]:
     }
 
 
-def _centres(edges: Sequence[float]) -> list[float]:
+def _centers(edges: Sequence[float]) -> list[float]:
     return [(a + b) / 2 for a, b in pairwise(edges)]
 
 

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.features import overview
-from saewb.features import search as searching
-from saewb.features import storage as store
+from saewb.features import overview, search, storage
 from saewb.features.accumulate import Gathering
 from saewb.features.config import IndexFacts
 from saewb.features.latent import Latent, page
@@ -75,8 +73,8 @@ class FeatureIndex:
     def latent(self, i: int) -> Latent:
         """Everything about one latent.
 
-        Logit effects are the latent's decoder row through TransformerLens' folded, centred unembedding: each coordinate
-        times the final norm's weight, minus the mean over d_model where the norm centres (LayerNorm), times W_U, minus
+        Logit effects are the latent's decoder row through TransformerLens' folded, centered unembedding: each coordinate
+        times the final norm's weight, minus the mean over d_model where the norm centers (LayerNorm), times W_U, minus
         the mean over words. Multiply with the activation and divide by the length of the final residual stream (its
         RMS) for what it adds to the logits directly, past later layers.
 
@@ -117,19 +115,21 @@ class FeatureIndex:
         Args:
             what: a text, found regardless of case where a context has it; a token id; or a compiled pattern.
             n: rows at most.
+
         Returns:
             One row per latent, best first: latent, contexts (how many of its contexts have it), firing (the share of
             them in which the latent fires on it), activation (its largest on it), logit (its largest effect among the
             words listed that match, else nan), example.
+
         Raises:
             TypeError: for anything else.
             ValueError: for an empty text.
         """
-        return searching.search(self.facts, self.tensors, self.words, what, n)
+        return search.search(self.facts, self.tensors, self.words, what, n)
 
     def find(self, model: nn.Module, sae: nn.Module, prompt: str | Sequence[int] | Tensor) -> pd.DataFrame:
         """Which latents fire where in a text: token, position, latent, activation, of_max (share of its largest)."""
-        return searching.find(self.facts, self.tensors, model, sae, prompt)
+        return search.find(self.facts, self.tensors, model, sae, prompt)
 
     def matrix(self, min_fires: int = 10) -> MatrixView:
         """Which latents fire together, as a matrix of phi to look at, from the tokens sampled (`coactive_tokens`).
@@ -140,6 +140,7 @@ class FeatureIndex:
 
         Args:
             min_fires: latents that fire on fewer of these tokens have no entries.
+
         Raises:
             ValueError: if no tokens were sampled.
         """
@@ -151,7 +152,7 @@ class FeatureIndex:
         Raises:
             FileExistsError: if the folder holds other things.
         """
-        return store.write(Path(path).expanduser(), self.facts, dict(self.tensors), self.words)
+        return storage.write(Path(path).expanduser(), self.facts, dict(self.tensors), self.words)
 
     def save_html(self, path: str | Path, latents: Sequence[int] | None = None, title: str | None = None) -> Path:
         """Write one page that shows these latents to anyone with a browser: no network, no kernel.
@@ -188,6 +189,7 @@ class FeatureIndex:
             sae: likewise.
             tokens: ids in rows of the same length, or texts.
             how: `batch_size`, `progress` as for `build_index`.
+
         Raises:
             ValueError: if the SAE or the length of rows is another.
         """
@@ -208,11 +210,14 @@ def load_index(path: str | Path) -> FeatureIndex:
 
     Args:
         path: the folder.
+
     Returns:
         A FeatureIndex.
+
     Raises:
         FileNotFoundError: if there is no index in it.
         FormatError: if it is damaged or of a newer saewb.
+
     Example:
         >>> load_index("nowhere")
         Traceback (most recent call last):
@@ -220,4 +225,4 @@ def load_index(path: str | Path) -> FeatureIndex:
         FileNotFoundError: no index at 'nowhere'.
           want: a folder with index.json, as index.save(folder) writes it
     """
-    return FeatureIndex(*store.read(Path(path).expanduser()))
+    return FeatureIndex(*storage.read(Path(path).expanduser()))

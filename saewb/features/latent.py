@@ -53,7 +53,7 @@ class Logit:
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbor:
     """A latent with a direction near to this one's."""
 
     latent: int  # its index
@@ -103,8 +103,8 @@ class Latent:
     logits_top: tuple[Logit, ...] = field(repr=False)  # most raised first; empty where it has no effect on logits
     logits_bottom: tuple[Logit, ...] = field(repr=False)  # most lowered first
     logit_histogram: Histogram | None = field(repr=False)  # of the effects on all words
-    nearest_by_decoder: tuple[Neighbour, ...] = field(repr=False)  # largest |cosine| of decoder rows first
-    nearest_by_encoder: tuple[Neighbour, ...] = field(repr=False)  # the same of encoder columns
+    nearest_by_decoder: tuple[Neighbor, ...] = field(repr=False)  # largest |cosine| of decoder rows first
+    nearest_by_encoder: tuple[Neighbor, ...] = field(repr=False)  # the same of encoder columns
     coactive: tuple[Coactive, ...] = field(repr=False)  # largest phi first
     decoder_norm: float  # length of its decoder row
 
@@ -126,8 +126,8 @@ def page(tensors: Mapping[str, Tensor], words: Words, i: int, n_tokens: int, bef
         logits_top=_logits(tensors, "top", words, i),
         logits_bottom=_logits(tensors, "bottom", words, i),
         logit_histogram=_logit_histogram(tensors, i),
-        nearest_by_decoder=_neighbours(tensors, "decoder", i),
-        nearest_by_encoder=_neighbours(tensors, "encoder", i),
+        nearest_by_decoder=_neighbors(tensors, "decoder", i),
+        nearest_by_encoder=_neighbors(tensors, "encoder", i),
         coactive=_coactive(tensors, i),
         decoder_norm=float(tensors["decoder_norm"][i]) if "decoder_norm" in tensors else float("nan"),
     )
@@ -190,11 +190,11 @@ def _logit_histogram(tensors: Mapping[str, Tensor], i: int) -> Histogram | None:
     return Histogram(tuple(torch.linspace(low, high, len(counts) + 1).tolist()), tuple(counts))
 
 
-def _neighbours(tensors: Mapping[str, Tensor], by: str, i: int) -> tuple[Neighbour, ...]:
+def _neighbors(tensors: Mapping[str, Tensor], by: str, i: int) -> tuple[Neighbor, ...]:
     if f"nearest.{by}" not in tensors:
         return ()
     pairs = zip(tensors[f"nearest.{by}"][i].tolist(), tensors[f"nearest.{by}_cosine"][i].tolist(), strict=True)
-    return tuple(Neighbour(latent, cosine) for latent, cosine in pairs)
+    return tuple(Neighbor(latent, cosine) for latent, cosine in pairs)
 
 
 def _coactive(tensors: Mapping[str, Tensor], i: int) -> tuple[Coactive, ...]:

@@ -1,4 +1,4 @@
-"""What the weights alone say about latents: effects on logits (and in `nearest` neighbours)."""
+"""What the weights alone say about latents: effects on logits (and in `nearest` neighbors)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.features.neighbors import nearest_bytes
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 
 N_LOGIT_BINS = 40
 TILE = 2**24  # numbers of [latents, d_vocab] held at a time, at most (64 MiB in float32)
@@ -23,7 +23,7 @@ def written(
     `head` says so), through `W_out` at `mlp.hook_post`. A norm between there and the residual stream (Gemma) is left
     out.
     """
-    point, rows = hooks.resolve(model, hook_out), rows.detach()
+    point, rows = hook_points.resolve(model, hook_out), rows.detach()
     endings = {name.rpartition(".")[2] for name in point.names}
     if "hook_z" in endings:
         w_o = model.blocks[point.layer].attn.W_O.detach().to(rows)
@@ -82,7 +82,7 @@ class _Histogram:
 def weights_bytes(d_sae: int, d_model: int, d_vocab: int, n_logits: int = 10, n_nearest: int = 8) -> int:
     """What the weights' figures take at most while they are made, in bytes, with what is kept of them.
 
-    The larger of logit effects (the folded unembedding, and a block of effects) and of neighbours (one matrix of the
+    The larger of logit effects (the folded unembedding, and a block of effects) and of neighbors (one matrix of the
     SAE in float32 and bf16, and a block of cosines).
     """
     kept = d_sae * (2 * 8 * n_logits + 4 * N_LOGIT_BINS + 8 + 2 * 8 * n_nearest + 4)

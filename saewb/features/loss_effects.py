@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saewb.features.config import IndexFacts
 from saewb.features.top_contexts import EMPTY
 from saewb.interventions.attachment import attach
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 
 _ROWS = 8  # rows run at a time
 
@@ -62,9 +62,9 @@ def _effect(model: nn.Module, sae: nn.Module, facts: IndexFacts, ids: Tensor, la
         acts[which[0], :, which[1]] = 0
         return acts
 
-    with hooks.lock(model), attach(model, sae, facts.hook, hook_out=facts.hook_out, error_term=True):
+    with hook_points.lock(model), attach(model, sae, facts.hook, hook_out=facts.hook_out, error_term=True):
         clean = _losses(model(ids), ids)
-        with model.hooks(fwd_hooks=[(f"{facts.hook_out}{hooks.INNER}acts_post", off)]):
+        with model.hooks(fwd_hooks=[(f"{facts.hook_out}{hook_points.INNER}acts_post", off)]):
             return _losses(model(ids), ids) - clean
 
 

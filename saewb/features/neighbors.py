@@ -17,7 +17,7 @@ def nearest(rows: Float[Tensor, "d_sae d"], n: int, name: str) -> dict[str, Tens
     """Per latent the `n` others with the largest |cosine|; rows of norm 0 have cosine 0 with all.
 
     Holds the rows in float32, and in bf16 where the processor multiplies that quickly, and 32 MiB of cosines. Products
-    in bf16 only choose candidates (`saewb.kernels.select`): the neighbours are those of float32.
+    in bf16 only choose candidates (`saewb.kernels.select`): the neighbors are those of float32.
     """
     n = min(n, len(rows) - 1)
     unit, found = _unit(rows.detach()), torch.empty(len(rows), n, dtype=torch.int32, device=rows.device)

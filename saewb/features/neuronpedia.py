@@ -64,10 +64,13 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
         latent: its index.
         source: "model/source" on the site, instead of the one the SAE names.
         site: another one that is laid out alike.
+
     Returns:
         A NeuronpediaPage: `.url`, and the page itself where a notebook shows it.
+
     Raises:
         ValueError: if the SAE names no page and `source` is not given, or is not of that form.
+
     Example:
         >>> page(None, 7, source="gpt2-small/6-res-jb").url
         'https://www.neuronpedia.org/gpt2-small/6-res-jb/7'
@@ -81,10 +84,13 @@ def source_of(of: Any, source: str | None = None) -> str:
     Args:
         of: an SAE of the catalogue, or an index of one.
         source: "model/source", which wins.
+
     Returns:
         "model/source", such as "gpt2-small/6-res-jb".
+
     Raises:
         ValueError: if it has none, or one of another form.
+
     Example:
         >>> source_of(None, "gpt2-small/6-res-jb")
         'gpt2-small/6-res-jb'
@@ -133,12 +139,15 @@ def explanations(
         timeout: seconds for each request.
         cache: folder; None is `neuronpedia` in saewb's cache folder (SAEWB_CACHE, else XDG_CACHE_HOME/saewb).
         max_age_days: older answers are asked for again, and used still if nobody answers.
+
     Returns:
         By latent; empty where it has none.
+
     Raises:
         ConnectionError: in one line, if the site cannot be reached and the cache has no answer.
         FormatError: if the answer is not what the site's API gives.
         ValueError: as `page`.
+
     Example:
         >>> explanations(None, [], source="gpt2-small/6-res-jb")  # asks for none
         {}
@@ -156,10 +165,13 @@ def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None
         name: of the list.
         source: "model/source", instead of the one the SAE names.
         site: another one that is laid out alike.
+
     Returns:
         The address; nobody is asked anything.
+
     Raises:
         ValueError: as `page`; if there are no latents.
+
     Example:
         >>> quick_list(None, [7, 9], "two", source="gpt2-small/6-res-jb").split("?")[0]
         'https://www.neuronpedia.org/quick-list/'
@@ -194,12 +206,15 @@ def make_list(
         source: "model/source", instead of the one the SAE names.
         site: where to ask.
         timeout: seconds.
+
     Returns:
         The list's address.
+
     Raises:
         ConnectionError: if the site cannot be reached or refuses.
         FormatError: if it answers without an address.
         ValueError: as `page`; if there are no latents.
+
     Example:
         >>> make_list(None, [], "none", "key", source="gpt2-small/6-res-jb")
         Traceback (most recent call last):
@@ -237,10 +252,13 @@ def export_json(
         path: of the file.
         latents: which; None means all.
         source: "model/source" to say in it; None: what the index names, else its model and hook.
+
     Returns:
         The full path.
+
     Raises:
         ValueError: if there is no such latent.
+
     Example:
         >>> import saewb, tempfile
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")

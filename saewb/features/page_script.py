@@ -95,17 +95,17 @@ function show() {
   if (f.h.c.length) hist.append(bars(f.h.c, "", (x, n) => `${digits(x * f.h.w)} to ${digits((x + 1) * f.h.w)}: ${n}`),
     axis("0", digits(f.h.w * f.h.c.length)));
   else hist.append(make("p", "none", "It never fired."));
-  hist.append(below("Fires by position in the text"), small(bars(f.p, "grey",
+  hist.append(below("Fires by position in the text"), small(bars(f.p, "gray",
     (x, v) => `from token ${DATA.starts[x]} on: ${percent(v)}`)), axis("0", DATA.starts[DATA.starts.length - 1] + "+"));
   cards.append(hist);
   if (f.lt.length) { const words = card("Makes likelier, unlikelier", "logits per unit"), pair = make("div", "pair");
     const w = (f.lh.b - f.lh.a) / f.lh.c.length;
     pair.append(logits(f.lt, "up"), logits(f.lb, "down"));
-    words.append(pair, below("All words, on a log scale"), small(bars(f.lh.c.map((n) => Math.log1p(n)), "grey",
+    words.append(pair, below("All words, on a log scale"), small(bars(f.lh.c.map((n) => Math.log1p(n)), "gray",
       (x) => `${digits(f.lh.a + x * w)} to ${digits(f.lh.a + (x + 1) * w)}: ${f.lh.c[x]} words`)),
       axis(digits(f.lh.a), digits(f.lh.b)));
     cards.append(words); }
-  const beside = card("Neighbours"), pair = make("div", "pair"), a = make("div"), b = make("div");
+  const beside = card("Neighbors"), pair = make("div", "pair"), a = make("div"), b = make("div");
   a.append(make("h3", "", "direction, cosine"), near(f.nd.slice(0, 8), (x) => x[1].toFixed(2)));
   b.append(make("h3", "", "fires together"), near(f.co.slice(0, 8), (x) => percent(x[2])));
   if (f.nd.length || f.co.length) { pair.append(a, b); beside.append(pair); cards.append(beside); }

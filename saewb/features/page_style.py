@@ -48,7 +48,7 @@ svg { display: block; width: 100%; height: 92px; overflow: visible; }
 svg rect { fill: rgb(var(--hot)); opacity: 0.85; }
 svg.small { height: 38px; } h3.below { margin: 14px 0 6px; }
 .t.mark { color: var(--dim); }
-svg.grey rect { fill: var(--bar); opacity: 1; }
+svg.gray rect { fill: var(--bar); opacity: 1; }
 .axis { display: flex; justify-content: space-between; color: var(--dim); font-size: 11px; margin-top: 3px;
   font-variant-numeric: tabular-nums; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; }

@@ -30,7 +30,7 @@ _WORDS = {
     "months": "january february march april may june july august september october november december",
     "number words": "one two three four five six seven eight nine ten eleven twelve hundred thousand million billion",
     "ordinals": "first second third fourth fifth sixth seventh eighth ninth tenth",
-    "colours": "red green blue yellow black white brown orange purple pink grey gray",
+    "colors": "red green blue yellow black white brown orange purple pink gray gray",
 }
 
 
@@ -39,7 +39,7 @@ def token_sets(
 ) -> dict[str, list[int]]:
     """Tokens of a vocabulary that have something in common, for `enrich`: no download, any tokenizer.
 
-    By form: starts with a space, goes on a word (letters, no space in front), capitalised, all capitals, lower case,
+    By form: starts with a space, goes on a word (letters, no space in front), capitalized, all capitals, lower case,
     single letter, digits, years (1000 to 2099), punctuation, white space, part of a character. By script, as Unicode
     names it (Latin letters beyond a to z are "accented latin"). By meaning: some closed classes of English words.
 
@@ -49,14 +49,17 @@ def token_sets(
         tokenizer: of the model, or the model itself.
         own: further sets, by name: words, each of which is any token that reads so, whatever its case.
         least: sets with fewer tokens are left out, since nothing can be said of them; `own` ones stay.
+
     Returns:
         Ascending ids, by name.
+
     Raises:
         ValueError: if no token reads as any of the words of a set of `own`.
+
     Example:
         >>> from saewb.models.load import load_model
         >>> sets = token_sets(load_model("tiny", device="cpu"), {"rivers": ["river", "rivers", "lake"]})
-        >>> {"digits", "capitalised", "rivers"} <= set(sets)
+        >>> {"digits", "capitalized", "rivers"} <= set(sets)
         True
     """
     texts = token_texts(tokenizer)
@@ -80,8 +83,10 @@ def tokens_where(tokenizer: Any, fits: str | Callable[[str], bool]) -> list[int]
     Args:
         tokenizer: of the vocabulary; or a model that has one.
         fits: a pattern for `re.search`, or a function of a token's text.
+
     Returns:
         Token ids, ascending.
+
     Example:
         >>> from saewb.models.load import load_model
         >>> tiny = load_model("tiny", device="cpu")
@@ -99,8 +104,10 @@ def token_texts(tokenizer: Any) -> dict[int, str]:
 
     Args:
         tokenizer: of the vocabulary; or a model that has one.
+
     Returns:
         Text by token id.
+
     Example:
         >>> import saewb
         >>> texts = token_texts(saewb.load_model("tiny", device="cpu"))
@@ -139,7 +146,7 @@ def _is_punctuation(word: str) -> bool:
 _FORMS: dict[str, Callable[[str], bool]] = {
     "starts with space": lambda text: text.startswith(" ") and bool(text.strip()),
     "goes on a word": lambda text: text[:1].isalpha(),
-    "capitalised": _word(lambda word: word[0].isupper() and (len(word) == 1 or word[1:].islower())),
+    "capitalized": _word(lambda word: word[0].isupper() and (len(word) == 1 or word[1:].islower())),
     "all capitals": _word(lambda word: len(word) > 1 and word.isalpha() and word.isupper()),
     "lower case": _word(lambda word: word.isalpha() and word.islower()),
     "single letter": _word(lambda word: len(word) == 1 and word.isalpha()),

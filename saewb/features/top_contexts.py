@@ -52,6 +52,7 @@ def best(latent: Tensor, order: Tensor, position: Tensor, content: Tensor, n: in
         position: breaks ties; the smaller wins.
         content: of each candidate.
         n: kept per latent.
+
     Returns:
         Indices of those kept, sorted by latent and rank; and each one's rank.
     """
@@ -82,7 +83,7 @@ def _rank_in_run(sorted_key: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    # Odd and large: neighbouring latents come to lie far apart, so that xor with a content hash does not collide.
+    # Odd and large: neighboring latents come to lie far apart, so that xor with a content hash does not collide.
     return (x + 1) * -7046029254386353131
 
 

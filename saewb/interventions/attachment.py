@@ -1,7 +1,7 @@
 """Attach SAEs and transcoders to a language model, and leave the model as it was.
 
 Nothing of the model is replaced: hooks go onto the HookPoints that are there, and exactly those come off again.
-What one attached SAE does in a forward pass is in `saewb.splice`.
+What one attached SAE does in a forward pass is in `saewb.interventions.splice`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from saewb.errors import explain
 from saewb.interventions.base import OnModel, on_model
 from saewb.interventions.site import splices
 from saewb.interventions.splice import Splice
-from saewb.models import forward as passes
+from saewb.models import forward
 from saewb.models.tokenizer import special_ids
 from saewb.sae.cross_layer import CrossLayerTranscoder
 
@@ -55,14 +55,17 @@ def attach(
             of a cross-layer transcoder at every layer that the latent writes to).
         skip_special_tokens: pass the model's own activation on at these tokens: True for the tokenizer's BOS, EOS, PAD
             and the like, or a list of token ids.
+
     Returns:
         An Attachment: `.latents[sae]`, `.detach()`, and a context manager.
+
     Raises:
         ValueError: for an unknown or switched-off point (with near names), two SAEs writing to one point, an SAE that
             has no hook; in the forward pass for a shape or device that does not fit, a point that is never reached, a
             transcoder whose read point did not fire before its write point, a temporal SAE in a generation with a
             cache of keys and values.
         TypeError: if `model` has no hook points, or something in `saes` is no SAE.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -81,8 +84,10 @@ def attachments(model: nn.Module) -> list[Attachment]:
 
     Args:
         model: any, with or without something attached.
+
     Returns:
         Attachments that have not been detached; steering is not among them.
+
     Example:
         >>> import saewb
         >>> attachments(saewb.load_model("tiny"))
@@ -96,6 +101,7 @@ def detach_all(model: nn.Module) -> None:
 
     Args:
         model: any; one with nothing attached stays as it is.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
@@ -173,7 +179,7 @@ class Attachment(OnModel):
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._announced = (tokens,)
-        first = passes.first_layer(self._model())
+        first = forward.first_layer(self._model())
         for splice in self._splices:
             splice.restore()
             splice.first_layer = first

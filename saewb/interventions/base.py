@@ -13,8 +13,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.models import forward as passes
-from saewb.models import hook_points as hooks
+from saewb.models import forward, hook_points
 
 _there: weakref.WeakKeyDictionary[nn.Module, list[OnModel]] = weakref.WeakKeyDictionary()  # oldest first
 
@@ -32,7 +31,7 @@ class OnModel(ABC):
     _again: ClassVar[str]  # the line to type for another one, once this is over
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._lock = weakref.ref(model), hooks.lock(model)
+        self._model, self._lock = weakref.ref(model), hook_points.lock(model)
         self._stop_watching = None
 
     @property
@@ -69,7 +68,7 @@ class OnModel(ABC):
         with self._lock:
             try:
                 self._put_on()
-                self._stop_watching = passes.watch(model, self._announce, self._begin, self._end)
+                self._stop_watching = forward.watch(model, self._announce, self._begin, self._end)
             except BaseException:
                 self._take_off()
                 raise

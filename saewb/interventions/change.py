@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.interventions import splice
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.sae.activation_functions import unscaled
 from saewb.sae.sae import SAE
 
@@ -29,8 +29,8 @@ class Change:
     """What happens to the latents of one SAE."""
 
     sae: nn.Module
-    read: hooks.Point
-    write: hooks.Point
+    read: hook_points.Point
+    write: hook_points.Point
     place: str  # where it writes, as the user named it
     latents: list[int]
     values: list[float]
@@ -40,7 +40,7 @@ class Change:
     fired: bool = False
     x: Tensor | None = None  # what a transcoder read in this pass
 
-    def install(self) -> list[hooks.Hook]:
+    def install(self) -> list[hook_points.Hook]:
         """Put it on the model; the hooks to take off again."""
         apart = self._reads and self.read.module is not self.write.module
         added = [self.read.add(self._on_read)] if apart else []
@@ -67,7 +67,7 @@ class Change:
             what = f"{self.write.name!r} did not fire in a whole forward pass: steering had no effect."
             raise ValueError(explain(what, want="a point that this model computes"))
 
-    def _is_early(self, point: hooks.Point) -> bool:
+    def _is_early(self, point: hook_points.Point) -> bool:
         return point.layer is not None and point.layer < self.first_layer
 
     def _on_read(self, activation: Tensor) -> None:
@@ -121,6 +121,7 @@ def decoded_change(
         change: per latent of `latents`, in latent units.
         latents: which, each once.
         x: the input; only needed where the output is scaled by it (`cfg.scaling`).
+
     Returns:
         In the model's units.
     """

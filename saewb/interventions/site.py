@@ -7,7 +7,7 @@ from torch import nn
 from saewb.errors import explain
 from saewb.interventions.cross_layer import layers_in_one_pass
 from saewb.interventions.splice import Splice
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.sae.cross_layer import CrossLayerTranscoder
 
 
@@ -74,14 +74,14 @@ def places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str,
     return source, target
 
 
-def points(model: nn.Module, source: str, target: str) -> tuple[hooks.Point, hooks.Point]:
+def points(model: nn.Module, source: str, target: str) -> tuple[hook_points.Point, hook_points.Point]:
     """Of these names, where an SAE reads and writes; one point if they are one name.
 
     Raises:
-        ValueError: as `hooks.resolve` and `hooks.resolve_writable`.
+        ValueError: as `hook_points.resolve` and `hook_points.resolve_writable`.
     """
-    read = None if source == target else hooks.resolve(model, source)
-    write = hooks.resolve_writable(model, target)
+    read = None if source == target else hook_points.resolve(model, source)
+    write = hook_points.resolve_writable(model, target)
     return read or write, write
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.sae.sae import SAE, TopLatents
 
 _INNER = ("input", "acts_pre", "acts_post", "recons", "error", "output")
@@ -31,7 +31,7 @@ class _Place:
 
     stack: list[weakref.ref[Splice]] = field(default_factory=list)  # innermost attachment last: only that one runs
     # Given back by earlier attachments: making HookPoints costs more than attaching.
-    spare: list[hooks.InnerPoints] = field(default_factory=list)
+    spare: list[hook_points.InnerPoints] = field(default_factory=list)
 
     @property
     def top(self) -> Splice | None:
@@ -46,7 +46,13 @@ class Splice:
     """An SAE on its read and write point. Made by `saewb.attach`; not for users."""
 
     def __init__(
-        self, model: nn.Module, sae: nn.Module, read: hooks.Point, write: hooks.Point, place: str, error_term: bool
+        self,
+        model: nn.Module,
+        sae: nn.Module,
+        read: hook_points.Point,
+        write: hook_points.Point,
+        place: str,
+        error_term: bool,
     ) -> None:
         self.sae, self.read, self.write, self.error_term = sae, read, write, error_term
         self.place = place  # as the user named it
@@ -60,7 +66,7 @@ class Splice:
         self._x: Tensor | None = None
         self._touched = False
         self._carries_on = getattr(sae, "carries_on", False)  # later layers of the same object need its latents
-        self._hooks: list[hooks.Hook] = []
+        self._hooks: list[hook_points.Hook] = []
         self._here = _places.get(write.module) or _places.setdefault(write.module, _Place())
 
     # -- on and off --------------------------------------------------------------------------------------------------
@@ -70,15 +76,15 @@ class Splice:
         model, spare = self._model(), self._here.spare
         found = spare.pop() if spare else None
         if found is None or found.names != self.write.names:  # the point has other names by now
-            found = hooks.inner_points(model, self.write, _INNER)
+            found = hook_points.inner_points(model, self.write, _INNER)
         self._published, self._inner = found, found.by_key
         if not self.same_point:
             self._hooks.append(self.read.add(self._on_read))
         self._hooks.append(self.write.add(self._on_write))
         if (outer := self._here.top) is not None:
-            hooks.unpublish(model, self.write, outer._published)
+            hook_points.unpublish(model, self.write, outer._published)
         self._here.stack.append(weakref.ref(self))
-        hooks.publish(model, self.write, self._published)
+        hook_points.publish(model, self.write, self._published)
 
     def uninstall(self) -> None:
         """Take it off again; whoever it was put on top of is back in force."""
@@ -89,9 +95,9 @@ class Splice:
         was_top = self.is_top
         stack[:] = [ref for ref in stack if ref() not in (None, self)]
         if model is not None and was_top:
-            hooks.unpublish(model, self.write, self._published)
+            hook_points.unpublish(model, self.write, self._published)
             if (outer := self._here.top) is not None:
-                hooks.publish(model, self.write, outer._published)
+                hook_points.publish(model, self.write, outer._published)
         hooked = [point for point in self._inner.values() if _hooked(point)]
         for point in hooked:
             point.remove_hooks(dir="both", including_permanent=True)
@@ -136,7 +142,7 @@ class Splice:
             )
         return self._latents.dense() if isinstance(self._latents, TopLatents) else self._latents
 
-    def is_early(self, point: hooks.Point) -> bool:
+    def is_early(self, point: hook_points.Point) -> bool:
         """Whether the point is in a block that the pass under way leaves out: what fires there is no activation."""
         return self.first_layer > 0 and point.layer is not None and point.layer < self.first_layer
 
@@ -225,8 +231,10 @@ def flat(sae: nn.Module, activation: Tensor, width: int, name: str) -> Tensor:
         activation: of the model, `[batch, pos, width]` or `[batch, pos, heads, d_head]`.
         width: `cfg.d_in` or `cfg.d_out`.
         name: of the point, for the message.
+
     Returns:
         A view where there can be one.
+
     Raises:
         ValueError: if it does not fit, or is on another device than the SAE.
     """
@@ -254,7 +262,7 @@ def unflat(sae: nn.Module, out: Tensor, activation: Tensor) -> Tensor:
     return whole
 
 
-def top(point: hooks.Point) -> Splice | None:
+def top(point: hook_points.Point) -> Splice | None:
     """The splice in force at this write point."""
     here = _places.get(point.module)
     return None if here is None else here.top

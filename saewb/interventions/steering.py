@@ -20,8 +20,7 @@ from saewb.interventions.base import OnModel
 from saewb.interventions.change import Change, How
 from saewb.interventions.positions import Positions, Where, where
 from saewb.interventions.site import places, points
-from saewb.models import forward as passes
-from saewb.models import hook_points as hooks
+from saewb.models import forward, hook_points
 from saewb.models.tokenizer import special_ids, special_mask
 
 
@@ -59,14 +58,18 @@ def steer(
         skip_special_tokens: leave these tokens alone: True for the tokenizer's BOS, EOS, PAD and the like, or ids.
         hook: where the SAE reads, instead of `sae.cfg.hook`; for one SAE.
         hook_out: where it writes, instead of `sae.cfg.hook_out`; for one SAE.
+
     Returns:
         A Steering: `.detach()`, and a context manager.
+
     Raises:
         ValueError: for a latent the SAE does not have, a value that is not finite, an unknown or switched-off point,
             negative positions; in the forward pass for what does not fit, or a point that is never reached.
         TypeError: if `latents` is no mapping, or `model` has no hook points.
-    Source:
+
+    References:
         Templeton et al. 2024, "Scaling Monosemanticity" (clamping); Turner et al. 2023, arXiv:2308.10248 (adding).
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -109,10 +112,13 @@ def ablate(
         skip_special_tokens: as for `steer`.
         hook: as for `steer`.
         hook_out: as for `steer`.
+
     Returns:
         A Steering: `.detach()`, and a context manager.
+
     Raises:
         ValueError: as `steer`.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -144,7 +150,7 @@ class Steering(OnModel):
         super().__init__(model)
         self._positions, self._special = positions, special
         self._changes: list[Change] = []
-        self._hooks: list[hooks.Hook] = []
+        self._hooks: list[hook_points.Hook] = []
         self._tokens: Tensor | None = None
         self._cached: int | None = None  # tokens of the text before this pass; None before that is known
 
@@ -162,7 +168,7 @@ class Steering(OnModel):
 
     def _announce(self, tokens: Tensor | None) -> None:
         self._tokens, self._cached = tokens, None
-        first = passes.first_layer(self._model())
+        first = forward.first_layer(self._model())
         for hook in self._hooks:
             if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
                 hook.restore()

@@ -28,7 +28,7 @@ class Pairs:
 
     tokens: Int[Tensor, " pairs"]  # row of the batch
     latents: Int[Tensor, " pairs"]  # which latent is on there
-    pre: Float[Tensor, " pairs"]  # its pre-activation, x_centred @ W_enc + b_enc, in the dtype of the parameters
+    pre: Float[Tensor, " pairs"]  # its pre-activation, x_centered @ W_enc + b_enc, in the dtype of the parameters
     starts: Int[Tensor, " batch"]  # where each token's pairs begin
 
     def __len__(self) -> int:

@@ -35,7 +35,7 @@ _ROWS = 256  # the same for int8, where they are gone over several times
 def best_precision(device: torch.device) -> Precision:
     """The precision that selects fastest on this device.
 
-    A CPU: "int8" if torch reports VNNI instructions and has oneDNN's quantised product, else "bf16" if it reports
+    A CPU: "int8" if torch reports VNNI instructions and has oneDNN's quantized product, else "bf16" if it reports
     avx512_bf16 or amx, else "full". A CUDA device: "bf16" from compute capability 8.0 on. Others: "full".
 
     Example:
@@ -58,7 +58,7 @@ def finer(precision: Precision, device: torch.device) -> Precision:
 
 
 def has_int8() -> bool:
-    """Whether this torch has oneDNN's quantised product under the name and with the arguments used here."""
+    """Whether this torch has oneDNN's quantized product under the name and with the arguments used here."""
     return hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
 
 

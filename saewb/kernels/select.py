@@ -1,7 +1,7 @@
 """The largest of `h @ W + b`, exactly: a product in bf16 chooses candidates, float32 decides among them.
 
 A processor with bf16 instructions multiplies in it five times as fast as in float32. How far the rough value of any
-latent can be off is known before the product is taken: with c a fixed centre, g = h - c, and ^ for rounded to bf16
+latent can be off is known before the product is taken: with c a fixed center, g = h - c, and ^ for rounded to bf16
 
     h . w + b  -  (g^ . w^ + (c . w + b)^^)  =  (g - g^) . w  +  g^ . (w - w^)  +  what sums and the bias round
     |...|  <=  |g - g^| |w|  +  2^-9 |g^| |w|  +  ...   =:  off(h),   with |w| the longest column of W
@@ -11,7 +11,7 @@ value, plus its rounding, plus off(h). Where the k-th largest of the candidates,
 proven; other rows are looked at again with four times the candidates, then in float32 altogether. The same bound says
 which latents can be above a threshold.
 
-The centre is near most rows, so that what is common to all of them is in the bias and rounds nothing.
+The center is near most rows, so that what is common to all of them is in the bias and rounds nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 from saewb.kernels.pairs import dots, pairs_of, rectangular
 from saewb.kernels.precision import finer
 from saewb.kernels.topk import BLOCK, above, largest, top, top_of_product
-from saewb.sae.config import Gate
 
 _TILE = 2**24  # rough values held at a time (32 MiB in bf16)
 _PICKED = 2**20  # candidates scored again at a time
@@ -53,8 +52,8 @@ class Rough:
     W: Float[Tensor, "d_in d_sae"]
     b: Float[Tensor, " d_sae"]
     rows: Float[Tensor, "d_sae d_in"]  # of W's transpose, one after another in memory
-    coarse: Tensor  # bf16 [d_in + 32, d_sae]: W, the bias at the centre, what that lacks, ones, zeros
-    centre: Float[Tensor, " d_in"]
+    coarse: Tensor  # bf16 [d_in + 32, d_sae]: W, the bias at the center, what that lacks, ones, zeros
+    center: Float[Tensor, " d_in"]
     longest: float  # no column of W is longer
     bias: float  # none of |c . w + b| and |b| is larger
     bound: float  # of what float32 and bf16 lose on the bias and its sums
@@ -74,8 +73,8 @@ class Rough:
         rows = W.T.contiguous()
         norms = torch.linalg.vector_norm(rows, dim=1)
         longest = float(norms.max()) * (1 + len(W) * _E) + len(W) ** 0.5 * 2.0**-60  # squares below 2^-126 are lost
-        centre = _centre(like)
-        biases = torch.addmv(b, W.T, centre)
+        center = _center(like)
+        biases = torch.addmv(b, W.T, center)
         size = float(torch.stack([biases.abs().max(), b.abs().max()]).max())
         if not (longest < 2.0**60 and size < 2.0**100):  # so that no square overflows; NaN, too
             return None
@@ -89,8 +88,8 @@ class Rough:
         coarse[len(W) + 1] = biases - coarse[len(W)].float()
         coarse[len(W) + 2] = 1
         n = len(W) + _PAD
-        lost = 2 * n * _E * (float(centre.double().norm()) * longest + 2 * size) + 4 * _U**2 * size
-        return cls(W, b, rows, coarse, centre, longest, size, lost + n * _TINY)
+        lost = 2 * n * _E * (float(center.double().norm()) * longest + 2 * size) + 4 * _U**2 * size
+        return cls(W, b, rows, coarse, center, longest, size, lost + n * _TINY)
 
     @property
     def nbytes(self) -> int:
@@ -98,14 +97,14 @@ class Rough:
         return self.coarse.nbytes + (0 if self.rows.data_ptr() == self.W.data_ptr() else self.rows.nbytes)
 
     @torch.no_grad()
-    def top(self, h: Float[Tensor, "tokens d_in"], k: int, gate: Gate) -> tuple[Tensor, Tensor]:
-        """`arithmetic.top(h @ W + b, k, gate)` for "topk" and "abstopk"; values in float32. No gradients.
+    def top(self, h: Float[Tensor, "tokens d_in"], k: int, activation: str) -> tuple[Tensor, Tensor]:
+        """`topk.top(h @ W + b, k, activation)` for "topk" and "abstopk"; values in float32. No gradients.
 
         Holds 32 MiB of rough values (or those of a token), and 20 bytes and a float32 per candidate of a tile.
         """
         wanted, d_sae = k + k // 2 + 24, len(self.rows)
         if wanted * _NARROW > d_sae:
-            return top_of_product(h, self.W, self.b, k, gate)
+            return top_of_product(h, self.W, self.b, k, activation)
         values, indices = h.new_empty(len(h), k), torch.empty(len(h), k, dtype=torch.int64)
         open_, done = torch.zeros(len(h), dtype=torch.bool), 0
         size = max(1, min(_TILE // d_sae, _PICKED // wanted))
@@ -113,10 +112,10 @@ class Rough:
         for start in range(0, len(h), size):
             at = slice(start, start + size)
             scores, off = self._scores(h[at], buffer)
-            values[at], indices[at], sure = self._decided(h[at], scores, off, k, wanted, gate)
+            values[at], indices[at], sure = self._decided(h[at], scores, off, k, wanted, activation)
             if not sure.all() and 4 * wanted * _NARROW <= d_sae:
                 again = (~sure).nonzero()[:, 0]
-                more = self._decided(h[at][again], scores[again], off[again], k, 4 * wanted, gate)
+                more = self._decided(h[at][again], scores[again], off[again], k, 4 * wanted, activation)
                 values[start + again], indices[start + again], sure[again] = more
             open_[at], done = ~sure, min(len(h), start + size)
             if open_[at].sum() > _FEW * len(sure):
@@ -124,7 +123,7 @@ class Rough:
         open_[done:] = True
         for rest in open_.nonzero()[:, 0].split(_REST):
             if len(rest):
-                values[rest], indices[rest] = top_of_product(h[rest], self.W, self.b, k, gate)
+                values[rest], indices[rest] = top_of_product(h[rest], self.W, self.b, k, activation)
         return values, indices
 
     @torch.no_grad()
@@ -153,9 +152,9 @@ class Rough:
 
     def _scores(self, h: Tensor, buffer: Tensor, *, raised: bool = False) -> tuple[Tensor, Float[Tensor, " tokens"]]:
         """Rough values, and by how much each may be off before it was rounded; `raised` by so much, none is too low."""
-        d, exact = h.shape[1], h.double() - self.centre.double()
+        d, exact = h.shape[1], h.double() - self.center.double()
         rounded = torch.zeros(len(h), len(self.coarse), dtype=torch.bfloat16)
-        rounded[:, :d] = h - self.centre
+        rounded[:, :d] = h - self.center
         rough = rounded[:, :d].double()
         length, n = rough.norm(dim=1), len(self.coarse)
         off = (exact - rough).norm(dim=1) + _U * (1 + _U) * length  # rounding h, W
@@ -168,10 +167,10 @@ class Rough:
         return torch.mm(rounded, self.coarse, out=buffer[: len(h)]), off
 
     def _decided(
-        self, h: Tensor, scores: Tensor, off: Float[Tensor, " tokens"], k: int, wanted: int, gate: Gate
+        self, h: Tensor, scores: Tensor, off: Float[Tensor, " tokens"], k: int, wanted: int, activation: str
     ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"], Bool[Tensor, " tokens"]]:
         """The k best of the `wanted` roughly largest of each token, and where these are proven to be the ones."""
-        signed = gate == "abstopk"
+        signed = activation == "abstopk"
         rough, latents = largest(scores, wanted, signed=signed)
         full = dots(rectangular(latents, rough), h, self.rows).view(latents.shape).add_(self.b[latents])
         least = (rough.abs() if signed else rough).amin(1).double()
@@ -189,20 +188,20 @@ def chosen(
     W: Float[Tensor, "d_in d_sae"],
     b: Float[Tensor, " d_sae"],
     k: int,
-    gate: Gate,
+    activation: str,
     rough: Rough | None = None,
 ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
-    """`arithmetic.top(h @ W + b, k, gate)` in the way that is quickest here; with gradients, where they are wanted.
+    """`topk.top(h @ W + b, k, activation)` in the way that is quickest here; with gradients, where they are wanted.
 
     `rough` is of these weights; without it one is made for this call where that is worth its time, and its memory: one
     and a half times a `W` of up to 256 MiB.
     """
-    wide = h.device.type == "cpu" and len(h) * W.shape[1] > BLOCK and gate != "groupmax"
+    wide = h.device.type == "cpu" and len(h) * W.shape[1] > BLOCK and activation != "groupmax"
     if torch.is_grad_enabled() or not (wide or rough):
-        return top(torch.addmm(b, h, W), k, gate)
+        return top(torch.addmm(b, h, W), k, activation)
     if rough is None and len(h) >= _MANY and W.nbytes <= _SMALL:
         rough = Rough.of(W, b, like=h)
-    return top_of_product(h, W, b, k, gate) if rough is None else rough.top(h, k, gate)
+    return top_of_product(h, W, b, k, activation) if rough is None else rough.top(h, k, activation)
 
 
 def pays(W: Float[Tensor, "d_in d_sae"]) -> bool:
@@ -219,7 +218,7 @@ def rough_bytes(d_in: int, d_sae: int) -> int:
     return (4 * d_in + 2 * (d_in + _PAD)) * d_sae + 2 * max(_TILE, d_sae) + 40 * _PICKED
 
 
-def _centre(like: Float[Tensor, "n d_in"]) -> Float[Tensor, " d_in"]:
+def _center(like: Float[Tensor, "n d_in"]) -> Float[Tensor, " d_in"]:
     """Near most of these rows, whatever a few very long ones are: the mean weighted by 1 / length."""
     length = torch.linalg.vector_norm(like, dim=1)
     usual = (length > 1e-15) & (length < 1e15)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# A top-k gate must see every latent of a token to know which ones to keep. It does so in row tiles of at most this
+# A top-k activation must see every latent of a token to know which ones to keep. It does so in row tiles of at most this
 # many pre-activations (64 MiB in float32), so that asking for a few latents stays small.
 TILE = 2**24
 BLOCK = 2**23  # pre-activations of a block of latents (32 MiB in float32)
@@ -29,8 +29,10 @@ def largest(
         k: how many, 1 to d_sae.
         signed: compare magnitudes; the values keep their sign.
         slabs: elements of a group.
+
     Returns:
         Values and column indices.
+
     Example:
         >>> values, columns = largest(torch.tensor([[0.0, 5.0, 1.0, 4.0]]), k=2)
         >>> sorted(columns[0].tolist()), sorted(values[0].tolist())
@@ -112,16 +114,16 @@ def _maxima(grouped: Tensor, signed: bool) -> Tensor:
     return torch.maximum(grouped.amax(1), grouped.amin(1).neg_()) if signed else grouped.amax(1)
 
 
-def top(pre: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor]:
+def top(pre: Tensor, k: int, activation: str) -> tuple[Tensor, Tensor]:
     """Values and indices along the last axis, those that are not > 0 as 0 ("abstopk": with their sign).
 
     "topk" keeps the k largest, "abstopk" the k largest in magnitude, "groupmax" the largest of each of k equal groups
-    of neighbours.
+    of neighbors.
     """
-    if gate == "groupmax":
+    if activation == "groupmax":
         values, within = pre.unflatten(-1, (k, -1)).max(dim=-1)
         return torch.relu(values), within + torch.arange(k, device=pre.device) * (pre.shape[-1] // k)
-    if gate == "abstopk":
+    if activation == "abstopk":
         indices = pre.abs().topk(k, dim=-1, sorted=False).indices
         return pre.gather(-1, indices), indices
     values, indices = pre.topk(k, dim=-1, sorted=False)
@@ -130,9 +132,9 @@ def top(pre: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def top_of_product(
-    h: Float[Tensor, "tokens d_in"], W: Float[Tensor, "d_in d_sae"], b: Float[Tensor, " d_sae"], k: int, gate: str
+    h: Float[Tensor, "tokens d_in"], W: Float[Tensor, "d_in d_sae"], b: Float[Tensor, " d_sae"], k: int, activation: str
 ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
-    """`top(h @ W + b, k, gate)` for "topk" and "abstopk", a block of latents at a time; no gradients.
+    """`top(h @ W + b, k, activation)` for "topk" and "abstopk", a block of latents at a time; no gradients.
 
     Holds at most 32 MiB of pre-activations (or those of 1,024 latents), in one buffer: new memory for each product
     would cost as much time as the product of a wide SAE.
@@ -143,10 +145,10 @@ def top_of_product(
     for start in range(0, W.shape[1], width):
         columns = slice(start, start + width)
         pre = torch.mm(h, W[:, columns], out=buffer[:, : W[:, columns].shape[1]]).add_(b[columns])
-        values, indices = top(pre, min(k, pre.shape[1]), gate)
+        values, indices = top(pre, min(k, pre.shape[1]), activation)
         found.append((values, indices + start))
     values, indices = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     if len(found) > 1:
-        values, which = top(values, k, gate)
+        values, which = top(values, k, activation)
         indices = indices.gather(1, which)
     return values, indices

@@ -1,7 +1,7 @@
 """A model's activations at its hook points.
 
 `capture` is one forward pass that stops after the last layer anybody asked for: no logits, no copies. `Activations` is
-what streams of them (`saewb.streams`) are made of: tokens by rows, at one or several points.
+what streams of them (`saewb.data.stream`) are made of: tokens by rows, at one or several points.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 
 
 @final
@@ -26,6 +26,7 @@ class Activations:
 
     Raises:
         ValueError: if a tensor is no matrix, or they have different numbers of rows.
+
     Example:
         >>> batch = Activations({"blocks.0.hook_resid_post": torch.zeros(5, 8)}, ids=torch.arange(5))
         >>> len(batch), batch.rows(slice(0, 2)).ids.tolist(), batch
@@ -86,11 +87,14 @@ def capture(model: nn.Module, tokens: Int[Tensor, "batch pos"], points: Iterable
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         tokens: ids, on the model's device.
         points: names of hook points, by any of their names; each once or more.
+
     Returns:
         By the names given: `[batch, pos, d]`, or `[batch, pos, heads, d_head]` where the point has heads; the model's
         own tensors, in its dtype and on its device. Clone what must outlive a hook that changes it in place.
+
     Raises:
         ValueError: for a point that does not exist, is switched off, or did not fire.
+
     Example:
         >>> import saewb
         >>> model = saewb.load_model("tiny")
@@ -111,12 +115,13 @@ def capturing(model: nn.Module, points: Iterable[str]) -> Iterator[dict[str, Ten
     Args:
         model: as for `capture`; its lock is held.
         points: as for `capture`.
+
     Raises:
         ValueError: as `capture`, at the end.
     """
     seen: dict[str, Tensor] = {}
     names = dict.fromkeys(points)
-    with hooks.editing(model, {name: _noting(seen, name) for name in names}):
+    with hook_points.editing(model, {name: _noting(seen, name) for name in names}):
         yield seen
     for name in names:
         if name not in seen:
@@ -125,11 +130,11 @@ def capturing(model: nn.Module, points: Iterable[str]) -> Iterator[dict[str, Ten
 
 def stop_layer(model: nn.Module, points: Iterable[str]) -> int | None:
     """The first layer that need not run for these points, for `stop_at_layer`; None if one is outside of blocks."""
-    layers = [hooks.resolve(model, name).layer for name in points]
+    layers = [hook_points.resolve(model, name).layer for name in points]
     return None if None in layers or not layers else max(layers) + 1
 
 
-def _noting(seen: dict[str, Tensor], name: str) -> hooks.Edit:
+def _noting(seen: dict[str, Tensor], name: str) -> hook_points.Edit:
     def edit(activation: Tensor) -> None:
         seen[name] = activation
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.load import key_value_cache
 
 
@@ -40,7 +40,7 @@ class GrowingText:
         new, self._n_read = (self.ids[:, self._n_read :], self.ids.shape[1]) if self._keeps else (self.ids, 0)
         if not self._keeps:
             return self._model(new)[0, -1]
-        return (self._of_bridge if hooks.is_bridge(self._model) else self._of_hooked)(new)[0, -1]
+        return (self._of_bridge if hook_points.is_bridge(self._model) else self._of_hooked)(new)[0, -1]
 
     def _of_bridge(self, new: Tensor) -> Tensor:
         past = {} if self._kept is None else {"past_key_values": self._kept}
@@ -72,24 +72,25 @@ def watch(
         begin: called when the first block is reached, with how many earlier tokens are in a cache of keys and values; a
             HookedTransformer's embedding points have fired by then.
         end: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
+
     Returns:
         A function that ends the watch.
     """
 
-    @hooks.ours
+    @hook_points.ours
     def on_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
         announce(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
 
-    @hooks.ours
+    @hook_points.ours
     def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
         begin(_cached_tokens(kwargs))
 
-    @hooks.ours
+    @hook_points.ours
     def on_end(module: nn.Module, args: tuple, output: object) -> None:
         end()
 
-    if hooks.is_bridge(model):
+    if hook_points.is_bridge(model):
         first = second = last = model.original_model
     else:
         first, last = getattr(model, "embed", None), getattr(model, "unembed", None)

@@ -1,9 +1,9 @@
-"""Read llama.cpp's GGUF files: metadata and tensors. (`saewb.gguf_llama` makes a language model of them.)
+"""Read llama.cpp's GGUF files: metadata and tensors. (`saewb.models.gguf_llama` makes a language model of them.)
 
 A GGUF file is: a header, key-value metadata, a table of tensors (name, shape, type, offset), padding, the data.
 
 1. `read_gguf` reads header, metadata and table, checks every offset against the file's size, and maps the data.
-2. `GGUFFile.tensor` turns one tensor into float32: dense types, and blocks of 32 quantised numbers (`_DECODERS`).
+2. `GGUFFile.tensor` turns one tensor into float32: dense types, and blocks of 32 quantized numbers (`_DECODERS`).
 
 What it does not read is an error, never a guess. Only numpy is needed.
 """
@@ -23,7 +23,7 @@ from saewb.errors import FormatError, explain, near
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_BLOCK = 32  # numbers per quantised block
+_BLOCK = 32  # numbers per quantized block
 
 
 def _half(blocks: np.ndarray, start: int) -> np.ndarray:
@@ -98,10 +98,11 @@ class GGUFFile:
     data: np.ndarray  # the whole file as bytes, mapped, not read
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor as a new float32 array, dequantised: scale * number (+ minimum), per block of 32.
+        """One tensor as a new float32 array, dequantized: scale * number (+ minimum), per block of 32.
 
         Args:
             name: llama.cpp's name, one of `tensors`.
+
         Raises:
             ValueError: if there is no tensor of this name.
         """
@@ -172,12 +173,15 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
     Args:
         path: the file. It is mapped into memory, so it must stay where it is while the result is in use.
+
     Returns:
         Metadata and table, every tensor's place checked against the size of the file.
+
     Raises:
         FileNotFoundError: if there is no such file.
         FormatError: if it is not GGUF, is cut short, or has a version or a tensor type that is not read.
-    Source:
+
+    References:
         The GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md; block layouts: ggml-common.h there.
     """
     path = Path(path)

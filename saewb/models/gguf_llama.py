@@ -47,20 +47,23 @@ def llama_from_gguf(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The language model and the tokenizer in a GGUF file of the llama architecture.
 
-    All weights are dense afterwards: an ordinary model, with no mark of quantisation on its config.
+    All weights are dense afterwards: an ordinary model, with no mark of quantization on its config.
     The tokenizer puts BOS in front of what it encodes, whatever the file says: transformer-lens would otherwise load it
     again by name. `add_special_tokens=False` encodes without.
 
     Args:
         path: the file.
         dtype: of the parameters.
+
     Returns:
         The model, on the CPU and in eval mode, with eager attention; and its tokenizer.
+
     Raises:
         FileNotFoundError: if there is no such file.
         FormatError: if it cannot be read, is of another architecture, or has a tensor, a rope scaling or a tokenizer
             that this reader does not know.
-    Source:
+
+    References:
         llama.cpp, convert_hf_to_gguf.py (names, and `permute` for queries and keys).
     """
     file = read_gguf(path)

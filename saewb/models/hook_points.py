@@ -1,6 +1,6 @@
 """A model's hook points, by any of their names.
 
-Every difference between kinds and versions of models lives here and, for their forward passes, in `saewb.passes`.
+Every difference between kinds and versions of models lives here and, for their forward passes, in `saewb.models.forward`.
 
 Three kinds of model are known, told apart by what they have, not by their class, so that transformer_lens is not
 imported here: TransformerBridge (transformer-lens 3.x and 4.x; points in `_hook_registry`, aliases computed),
@@ -119,6 +119,7 @@ def resolve(model: nn.Module, name: str) -> Point:
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         name: e.g. "blocks.4.hook_resid_post"; on a HookedTransformer also "blocks.4.mlp.hook_in", the input of the MLP.
+
     Raises:
         TypeError: if `model` has no hook points.
         ValueError: if it has none of that name, with the nearest; or if the point is switched off and cannot fire.

@@ -61,10 +61,12 @@ def load_model(
             give wrong numbers with some versions of torch). A model passed as an object stays where it is.
         tokenizer: for a Hugging Face model; None finds it by the model's own name. Copied, never changed. Given
             together with a name or a folder it replaces the tokenizer found there.
+
     Returns:
         A TransformerBridge. A Hugging Face model is not copied: booting wraps its submodules in place (its state_dict
         gets other keys) and switches it to eager attention, and a dtype or device asked for changes it too. Save or
-        compare it before. Marks that a quantised checkpoint left on its config are kept.
+        compare it before. Marks that a quantized checkpoint left on its config are kept.
+
     Raises:
         FileNotFoundError: no such file, folder, embedded model or name on the hub; or the cache holds only a part.
         ConnectionError: the hub cannot be reached, and the model is not in the cache. Says what can be loaded.
@@ -72,6 +74,7 @@ def load_model(
         ValueError: no tokenizer for a Hugging Face model; an unknown dtype; a device that is not there.
         TypeError: source is nothing of the above.
         FormatError: a GGUF file that is not read.
+
     Example:
         >>> model = load_model("tiny", device="cpu")
         >>> model.cfg.n_layers, model.cfg.d_model, model.training, model.to_tokens("Paris is").shape

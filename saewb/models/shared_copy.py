@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from saewb.models.hook_points import _OURS, _registered, is_bridge, lock
 
 
-def twin(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module) -> nn.Module:
     """The same model once more, for another thread: the same weights, not copied, and points of its own.
 
     A pass keeps notes in the modules it runs through (where to stop, what was seen), so two threads cannot run one

@@ -28,10 +28,13 @@ def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[i
     Args:
         model_or_tokenizer: what `load_model` returned, or a tokenizer.
         ids: token ids of one text.
+
     Returns:
         As many strings as ids.
+
     Raises:
         ValueError: if ids have more than one axis.
+
     Example:
         >>> from saewb.models.load import load_model
         >>> tokenizer = load_model("tiny", device="cpu").tokenizer
@@ -89,12 +92,14 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
     Args:
         tokenizer: of the model.
+
     Returns:
         Ids, each once, ascending; empty if the tokenizer names none.
+
     Example:
         >>> from transformers import AutoTokenizer
-        >>> from saewb import tiny as embedded
-        >>> special_token_ids(AutoTokenizer.from_pretrained(embedded.folder("model")))
+        >>> from saewb import tiny
+        >>> special_token_ids(AutoTokenizer.from_pretrained(tiny.folder("model")))
         (0,)
     """
     # Most tokenizers have no decoder start of their own, hence the default.
@@ -108,8 +113,10 @@ def special_mask(tokens: Int[Tensor, "*batch"], ids: Iterable[int]) -> Bool[Tens
     Args:
         tokens: token ids, of any shape.
         ids: as `special_token_ids` gives them; none means that no token is special.
+
     Returns:
         The shape and device of `tokens`.
+
     Example:
         >>> special_mask(torch.tensor([[0, 7, 0], [0, 5, 9]]), (0, 9)).int().tolist()
         [[1, 0, 1], [1, 0, 1]]
@@ -123,10 +130,13 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
     Args:
         model: asked for its tokenizer.
         skip_special_tokens: as everywhere: True, False, or a list of token ids.
+
     Returns:
         Token ids, ascending where they are the tokenizer's.
+
     Raises:
         ValueError: for True on a model without a tokenizer.
+
     Example:
         >>> import saewb
         >>> model = saewb.load_model("tiny", device="cpu")
@@ -139,6 +149,7 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
 
 
 def tokenizer_of(model: nn.Module) -> Any:
+    """The model's tokenizer; an error with the line to type where it has none."""
     if hasattr(getattr(model, "cfg", None), "d_sae"):
         what = f"got {type(model).__name__} where the model goes."
         raise TypeError(explain(what, want="the model first, then the SAE", fix="saewb.evaluate(model, sae, tokens)"))

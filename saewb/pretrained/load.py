@@ -59,7 +59,7 @@ def load_sae(
     token: str | None = None,
     progress: Progress | None = None,
 ) -> AnySAE:
-    """An SAE by name, folder or hub repository; its layout is recognised by its files.
+    """An SAE by name, folder or hub repository; its layout is recognized by its files.
 
     What comes from the hub says where from in `sae.cfg.metadata["source"]`: repo, path, revision, commit, the files
     with their sha256, and release and id where the catalogue has them. Saving keeps that.
@@ -79,13 +79,16 @@ def load_sae(
         progress: called with (bytes that came, bytes in all) as a download goes on, from other threads; what it raises
             (no OSError) cancels the download. Files that came whole are kept; of parts, huggingface_hub 2 keeps none.
             With it, files come over plain HTTP: slower than Xet, the hub's own way, which cannot be cancelled.
+
     Returns:
         An SAE; a PursuitSAE, TemporalSAE or CrossLayerTranscoder for those architectures.
+
     Raises:
         FileNotFoundError: if there is no such folder, release or repository, or it cannot be reached and is not in the
             cache.
         ConnectionError: if a download broke off; calling again fetches the files that did not come whole.
         FormatError: if the files are of no known layout, or not what their layout promises.
+
     Example:
         >>> import tempfile
         >>> from saewb.sae.sae import SAE, SAEConfig
@@ -125,12 +128,15 @@ def load_config(
         revision: branch, tag or commit of the hub repository; None means "main".
         force_download: fetch again what is in the hub's cache.
         token: of the hub; None means the one logged in with.
+
     Returns:
         What `load_sae(source, id).cfg` would be, but for `metadata["source"]["files"]`, which has cfg.json alone.
+
     Raises:
         FileNotFoundError: as `load_sae`.
         FormatError: if cfg.json is not what the layout promises.
         ValueError: if it is not in the SAELens layout; with the line that loads it.
+
     Example:
         >>> load_config("tiny").d_sae
         1024
@@ -157,12 +163,15 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
         sae: any of saewb's classes but a CrossLayerTranscoder; a b_pre of its own is folded into b_enc.
         folder: a new or empty one; parents are made.
         overwrite: replace an SAE that is there. A folder with any other files in it is never replaced.
+
     Returns:
         The folder's full path.
+
     Raises:
         FileExistsError: if there is something that may not be replaced.
         ValueError: if the layout cannot express this SAE.
         TypeError: for a CrossLayerTranscoder.
+
     Example:
         >>> import saewb, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -43,15 +43,15 @@ def model_card(saes: Mapping[str, Any], repo_id: str, figures: Mapping[str, Mapp
 
 
 def _table(saes: Mapping[str, Any]) -> list[str]:
-    rows = ["| folder | reads | writes | gate | d_in | latents | dtype |", "|--|--|--|--|--|--|--|"]
+    rows = ["| folder | reads | writes | activation | d_in | latents | dtype |", "|--|--|--|--|--|--|--|"]
     for folder, sae in saes.items():
         cfg = sae.cfg
-        gate = _ARCHITECTURES.get(type(sae).__name__) or cfg.gate
-        gate += f" k={cfg.k}" if getattr(cfg, "k", None) is not None else ""
+        activation = _ARCHITECTURES.get(type(sae).__name__) or cfg.activation
+        activation += f" k={cfg.k}" if getattr(cfg, "k", None) is not None else ""
         scaling = getattr(cfg, "scaling", "none")
-        gate += "" if scaling == "none" else f", {scaling}"
+        activation += "" if scaling == "none" else f", {scaling}"
         dtype = str(sae.dtype).removeprefix("torch.")
-        cells = (folder, cfg.hook or "", cfg.hook_out or cfg.hook or "", gate, cfg.d_in, cfg.d_sae, dtype)
+        cells = (folder, cfg.hook or "", cfg.hook_out or cfg.hook or "", activation, cfg.d_in, cfg.d_sae, dtype)
         rows.append("| " + " | ".join(map(_cell, cells)) + " |")
     return [*rows, ""]
 
@@ -114,7 +114,7 @@ def _loading(saes: Mapping[str, Any], repo_id: str) -> list[str]:
     lines += [f"sae = saewb.load_sae({repo_id!r}, {folder!r})   # {sae!r}", "```", ""]
     if getattr(sae.cfg, "is_transcoder", False) and getattr(sae.cfg, "k", None) is not None:
         return [*lines, "sae-lens has no top-k transcoders and cannot load it."]
-    note = "" if getattr(sae.cfg, "scaling", "none") != "centred" else _CENTRED
+    note = "" if getattr(sae.cfg, "scaling", "none") != "centered" else _CENTERED
     return [
         *lines,
         "or with sae-lens:",
@@ -127,7 +127,7 @@ def _loading(saes: Mapping[str, Any], repo_id: str) -> list[str]:
     ]
 
 
-_CENTRED = (
+_CENTERED = (
     "With sae-lens, load the language model with `center_writing_weights=True`: it was trained on such activations. "
-    "saewb centres them itself."
+    "saewb centers them itself."
 )

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from saewb.errors import explain, near
 from saewb.hub_files import Listing, size
-from saewb.pretrained import catalogue as releases
+from saewb.pretrained import catalogue
 from saewb.pretrained.formats import FORMATS
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,7 +27,7 @@ class Origin:
     repo: str
     path: str  # in the repository; "" for its root
     call: str  # what was typed, for errors
-    entry: releases.Entry | None = None
+    entry: catalogue.Entry | None = None
 
 
 def origin_of(source: str, id: str | None) -> Origin:
@@ -39,9 +39,9 @@ def origin_of(source: str, id: str | None) -> Origin:
         FileNotFoundError: if `source` is neither a release nor a repository's name.
     """
     call = f"saewb.load_sae({source!r}{f', {id!r}' if id else ''})"
-    if source in releases.releases():
+    if source in catalogue.releases():
         if id is None:
-            known = releases.ids(source)
+            known = catalogue.ids(source)
             raise ValueError(
                 explain(
                     f"load_sae got the release {source!r} and no id ({len(known)} SAEs).",
@@ -49,17 +49,17 @@ def origin_of(source: str, id: str | None) -> Origin:
                     fix=f"saewb.load_sae({source!r}, {known[0]!r})",
                 )
             )
-        entry = releases.find(source, id)
+        entry = catalogue.find(source, id)
         return Origin(entry.repo, entry.path, call, entry)
-    if id in releases.releases():
+    if id in catalogue.releases():
         what = f"load_sae got {source!r} as release and {id!r} as id."
         raise ValueError(explain(what, want="the release first", fix=f"saewb.load_sae({id!r}, {source!r})"))
     if not REPO.fullmatch(source):
-        models = releases.catalogue()["model"].str.rpartition("/")[2].unique() if id is None else ()
+        models = catalogue.catalogue()["model"].str.rpartition("/")[2].unique() if id is None else ()
         if source in models:
             what = f"{source!r} is a language model, not an SAE."
             raise FileNotFoundError(explain(what, want="one of its SAEs", fix=f"saewb.catalogue(model={source!r})"))
-        close = near(source, ["tiny", *_names(Path()), *releases.releases()])
+        close = near(source, ["tiny", *_names(Path()), *catalogue.releases()])
         raise FileNotFoundError(
             explain(
                 f"no SAE named {source!r}: neither the embedded one, nor a folder here, nor a release of the "
@@ -70,7 +70,7 @@ def origin_of(source: str, id: str | None) -> Origin:
             )
         )
     path = inside(id) if id else ""
-    return Origin(source, path, call, releases.at(source, path))
+    return Origin(source, path, call, catalogue.at(source, path))
 
 
 def inside(id: str) -> str:

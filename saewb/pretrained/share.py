@@ -43,8 +43,10 @@ def push_to_hub(
         revision: an existing branch; None means "main".
         token: of the hub; None means the one logged in with.
         commit_message: None means one that names the SAEs.
+
     Returns:
         The commit's address.
+
     Raises:
         ValueError: if `repo_id` or an id is no such name, if there is neither an id nor a hook, if the layout cannot
             express one of them (nothing is then pushed), or if `figures` names another folder.

@@ -1,7 +1,7 @@
 """Which latents, at which positions, moved a figure of the model's output.
 
 The error is a node like the latents. Nothing is attached, so each SAE's figures are about the model as it is. The
-formulas are in `attribute`, the steps in `saewb.nodes`.
+formulas are in `attribute`, the steps in `saewb.prompts.attribution_nodes`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.interventions import splice
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.capture import eval_mode, stop_layer
 from saewb.models.tokenizer import token_strings
 from saewb.prompts.attribution_nodes import ERROR, Case, Metric, Nodes, ablated, case, gradients, integrated, nodes
@@ -121,15 +121,19 @@ def attribute(
         batch_size: copies of the prompt run at a time, for "integrated" and "ablation".
         skip_special_tokens: leave these positions as they are, without nodes: True for the tokenizer's BOS, EOS, PAD
             and the like, False for none, or ids.
+
     Returns:
         An Attribution: `.to_frame(n)`, `.totals()`.
+
     Raises:
         ValueError: for a hook or SAE that does not fit, a prompt of several texts, a metric that is not one number or
             not differentiable, a word of several tokens.
         TypeError: for a metric or prompt of another kind.
-    Source:
+
+    References:
         Gradient and integrated gradients over latents and errors: Marks et al. 2024, arXiv:2403.19647; Sundararajan et
         al. 2017, arXiv:1703.01365.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -146,7 +150,7 @@ def attribute(
     asked = case(model, prompt, saes, metric, skip_special_tokens)
     parts: list[Nodes] = []
     estimates, baselines = [], []
-    with hooks.lock(model), eval_mode(model, *(site.sae for site in asked.sites)):
+    with hook_points.lock(model), eval_mode(model, *(site.sae for site in asked.sites)):
         value, seen = gradients(asked)
         for site, at in zip(asked.sites, seen, strict=True):
             found, baseline = nodes(asked, site, at), float("nan")
@@ -202,18 +206,22 @@ def attribute_edges(
             gradient effect on the metric; or, without a metric, with the largest activations.
         n_targets: how many, if `targets` is None.
         skip_special_tokens: as for `attribute`.
+
     Returns:
         A row per edge, the strongest first: from_position, from_token, from_latent (missing: the error), to_position,
         to_token, to_latent, effect (in the unit of the later latent) and, given a metric, metric_effect.
+
     Raises:
         ValueError: if `sae_to` does not read after `sae_from` writes; for targets that are not active; as `attribute`.
-    Source:
+
+    References:
         Marks et al. 2024, arXiv:2403.19647, section 3.1; Ge et al. 2024, arXiv:2405.13868.
+
     Example:
         >>> import saewb
         >>> from saewb.sae.sae import SAE, SAEConfig
         >>> model, later = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
-        >>> earlier = SAE(SAEConfig(128, 256, gate="topk", k=8, hook="blocks.0.hook_resid_post"))
+        >>> earlier = SAE(SAEConfig(128, 256, activation="topk", k=8, hook="blocks.0.hook_resid_post"))
         >>> edges = attribute_edges(model, "Marie Curie was a physicist", earlier, later, n_targets=1)
         >>> edges[["from_position", "to_position"]].max().tolist(), edges.to_latent.nunique()
         ([9, 9], 1)
@@ -222,7 +230,7 @@ def attribute_edges(
 
     counted = metric if metric is not None else lambda logits: logits.sum()  # not looked at
     asked = case(model, prompt, [sae_from, sae_to], counted, skip_special_tokens)
-    with hooks.lock(model), eval_mode(model, sae_from, sae_to):
+    with hook_points.lock(model), eval_mode(model, sae_from, sae_to):
         _, (start, end) = gradients(asked)
         chosen = _targets(asked, nodes(asked, asked.sites[1], end), targets, n_targets, by_effect=metric is not None)
         slopes = _slopes(asked, chosen)
@@ -285,7 +293,7 @@ def _slopes(asked: Case, chosen: Nodes) -> list[Tensor]:
     if early.write == late.read:
         raise ValueError(_not_later(asked))
     with torch.enable_grad():
-        with hooks.editing(asked.model, {early.write: plant, late.read: keep}):
+        with hook_points.editing(asked.model, {early.write: plant, late.read: keep}):
             asked.model(asked.tokens, return_type=None, stop_at_layer=stop_layer(asked.model, (early.write, late.read)))
         x = splice.flat(late.sae, kept["x"], late.sae.cfg.d_in, late.read)
         latents, column = chosen.latent.unique(return_inverse=True)

@@ -22,7 +22,7 @@ from saewb.errors import explain
 from saewb.interventions import splice
 from saewb.interventions.site import places, points
 from saewb.kernels.topk import TILE
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.sae.sae import SAE
 
@@ -160,7 +160,7 @@ def gradients(asked: Case) -> tuple[float, list[Seen]]:
     names = writes | {site.read for site in asked.sites}
     edits = {name: _seeing(values, leaves if name in writes else None, name) for name in names}
     with torch.enable_grad():
-        with hooks.editing(asked.model, edits):
+        with hook_points.editing(asked.model, edits):
             value = one_number(asked.metric(asked.model(asked.tokens)))
         for name in names:
             if name not in values:
@@ -173,7 +173,7 @@ def gradients(asked: Case) -> tuple[float, list[Seen]]:
     return float(value.detach()), [_seen(site, values, slopes) for site in asked.sites]
 
 
-def _seeing(values: dict[str, Tensor], leaves: dict[str, Tensor] | None, name: str) -> hooks.Edit:
+def _seeing(values: dict[str, Tensor], leaves: dict[str, Tensor] | None, name: str) -> hook_points.Edit:
     def edit(activation: Tensor) -> Tensor | None:
         values[name] = activation.detach().clone()  # a hook of the user's may change it in place
         if leaves is None:
@@ -284,9 +284,9 @@ def _slopes(asked: Case, site: Site, y: Float[Tensor, "rows pos d_out"]) -> tupl
     return [value.detach() for value in values], slopes
 
 
-def _rows(asked: Case, site: Site, edit: hooks.Edit, n: int) -> list[Tensor]:
+def _rows(asked: Case, site: Site, edit: hook_points.Edit, n: int) -> list[Tensor]:
     """The metric of n copies of the prompt, with an edit at the write point."""
-    with hooks.editing(asked.model, {site.write: edit}):
+    with hook_points.editing(asked.model, {site.write: edit}):
         logits = asked.model(asked.tokens.expand(n, -1))
     return [one_number(asked.metric(logits[i : i + 1])) for i in range(n)]
 

@@ -2,7 +2,7 @@
 
     effect = d(decode(latents)) / d(latent i) * a_i  .  u / length          per position
 
-with u the word's column of the folded, centred unembedding (`saewb.features.logit_effects`) and length what the final norm
+with u the word's column of the folded, centered unembedding (`saewb.features.logit_effects`) and length what the final norm
 divides the residual stream by at that position. Where the SAE has no scaling, the first factor is W_dec[i].
 """
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.forward import GrowingText
 
 if TYPE_CHECKING:
@@ -63,11 +63,14 @@ def generate_tokens(
         use_past_kv_cache: read each token once and keep its keys and values, made under the intervention; False: read
             the whole text for every token, which gives the same text slowly, also with an SAE that looks at earlier
             tokens' activations (temporal).
+
     Returns:
         An iterator of NewToken; `close()` it, or ask for no more, to stop.
+
     Raises:
         ValueError: at once, for a prompt of no tokens or of more than the model's context, a temperature that is
             negative or not finite, or fewer than 1 token; later, what `intervene` raises.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -93,10 +96,13 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
         prompt: as for `generate_tokens`.
         intervene: as for `generate_tokens`.
         n: rows, at most the vocabulary.
+
     Returns:
         A DataFrame, largest |change| first: token_id, token, clean, changed, change.
+
     Raises:
         ValueError: for a prompt of no tokens or of more than the model's context; what `intervene` raises.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
@@ -141,7 +147,7 @@ def _steps(
 
 def _next_logits(model: nn.Module, text: GrowingText, intervene: Intervene | None) -> Tensor:
     """`[d_vocab]`, float32 on the CPU."""
-    with hooks.lock(model), torch.no_grad(), intervene() if intervene is not None else contextlib.nullcontext():
+    with hook_points.lock(model), torch.no_grad(), intervene() if intervene is not None else contextlib.nullcontext():
         return text.logits().float().cpu()
 
 

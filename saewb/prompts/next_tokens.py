@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.interventions.attachment import attach
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.capture import eval_mode
 from saewb.models.tokenizer import token_strings
 
@@ -88,10 +88,13 @@ def next_tokens(
         n: words of each, likeliest first.
         error_term: as for `saewb.attach`; the reconstruction error then stays in, and nothing changes.
         skip_special_tokens: as for `saewb.attach`, but True unless said otherwise.
+
     Returns:
         A NextTokens: `.to_frame(position)`.
+
     Raises:
         ValueError, TypeError: as `saewb.attach`; for a prompt of no token or more than the model's context; n < 1.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
@@ -101,7 +104,7 @@ def next_tokens(
     """
     if type(n) is not int or n < 1:
         raise ValueError(explain(f"next_tokens got n={n!r}.", want="a number of words, 1 or more"))
-    with hooks.lock(model):
+    with hook_points.lock(model):
         how = {"error_term": error_term, "skip_special_tokens": skip_special_tokens}
         *_, found = in_turn(model, prompt_ids(model, prompt), saes, n, alone=saes is None, **how)
     return found
@@ -126,12 +129,12 @@ def in_turn(
         alone: whether to give the first one.
         how: keywords of `saewb.attach`.
     """
-    with hooks.lock(model), eval_mode(model), torch.no_grad():
+    with hook_points.lock(model), eval_mode(model), torch.no_grad():
         clean = model(ids)[0]
     if alone:
         yield _found(model, ids, clean, None, n)
     if saes is not None:
-        with hooks.lock(model), eval_mode(model), torch.no_grad(), attach(model, saes, **how):
+        with hook_points.lock(model), eval_mode(model), torch.no_grad(), attach(model, saes, **how):
             changed = model(ids)[0]
         yield _found(model, ids, clean, changed, n)
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain, near
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.capture import eval_mode
 from saewb.models.tokenizer import token_strings
 from saewb.prompts.attribution import attribute
@@ -75,12 +75,13 @@ class PromptReading:
 
         Args:
             target: one token, as text or id.
+
         Raises:
             ValueError: for a word that is several tokens.
         """
         kept = self.kept
         token = token_id(kept.model, target)
-        with hooks.lock(kept.model), eval_mode(*kept.saes):
+        with hook_points.lock(kept.model), eval_mode(*kept.saes):
             found = [
                 direct_effects(kept.model, part, x, self._rows(k), token, kept.final)
                 for k, (part, x) in enumerate(zip(kept.parts, kept.inputs, strict=True))
@@ -98,6 +99,7 @@ class PromptReading:
             target: one token, as text or id.
             at: the position whose next token it would be.
             method: as for `saewb.attribute`, whose effects these are.
+
         Raises:
             ValueError: for a word that is several tokens, a position that is not there.
             TypeError: for a cross-layer transcoder.
@@ -152,6 +154,7 @@ class PromptReading:
             once: each latent once, where it is largest.
             index: of the SAE; or one for each of those given to `read_prompt`, None where there is none.
             max_density: leave out latents that fire more often than this; those without an index stay.
+
         Raises:
             ValueError: for a position, SAE or weight that is not there; an index of another number of latents.
         """

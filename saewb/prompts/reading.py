@@ -21,7 +21,7 @@ from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.interventions.site import places
 from saewb.interventions.splice import flat
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.capture import capture, capturing, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.prompts.direct_logit import Part, active_rows
@@ -46,7 +46,7 @@ def read_prompt(
         logit_effect   a_i W_dec[i] . u / length     on the word's logit at the latent's own position, directly
         attribution    of `saewb.attribute`          on the word's log probability after `at`, by every way
 
-    u is the word's column of the unembedding as in `FeatureIndex.latent` (the final norm's weight folded in, centred
+    u is the word's column of the unembedding as in `FeatureIndex.latent` (the final norm's weight folded in, centered
     over words), length the RMS of the final residual stream there: with the error's and b_dec's share, the effects of
     an SAE on the last layer sum to the word's logit less the mean of all logits. A scaling of the SAE is taken into
     account; a cross-layer transcoder's latent counts with all it writes, at every layer.
@@ -65,12 +65,15 @@ def read_prompt(
         attribution: "gradient" or "integrated"; needs a target.
         skip_special_tokens: leave these positions out: True for the tokenizer's BOS, EOS, PAD and the like, False for
             none, or ids.
+
     Returns:
         A PromptReading: `.to_frame(position, by=...)`, `.activations(sae, latent)`, `.toward(word)`.
+
     Raises:
         ValueError: for a hook or SAE that does not fit; a prompt of no token or more than the model's context; a word
             that is several tokens; `attribution` without a target.
         TypeError: for something that is no SAE; for `attribution` through a cross-layer transcoder.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
@@ -84,7 +87,7 @@ def read_prompt(
         fix = 'saewb.read_prompt(model, prompt, sae, target=" Paris", attribution="gradient")'
         raise ValueError(explain("attribution needs a word to attribute.", want="a target", fix=fix))
     asked = _asked(model, prompt, saes, skip_special_tokens)
-    with hooks.lock(model), eval_mode(model, *asked.saes), torch.no_grad():
+    with hook_points.lock(model), eval_mode(model, *asked.saes), torch.no_grad():
         made = asked.reading(capture(model, asked.ids, asked.points))
     made = made if target is None else made.toward(target)
     return made if attribution is None else made.attributed(target, at, attribution)
@@ -108,11 +111,14 @@ def read_in_turn(
         compared: those to put in place for the next words; None: none.
         n: words of each, as for `next_tokens`.
         skip_special_tokens: as for `read_prompt`.
+
     Returns:
         An iterator: the reading and the model's own next words after one pass; then None and the next words with
         `compared` in place. The logits of the first pass are held in between.
+
     Raises:
         ValueError, TypeError: as `read_prompt` and `next_tokens`.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
@@ -124,7 +130,7 @@ def read_in_turn(
     """
     asked = _asked(model, prompt, saes, skip_special_tokens)
     words = in_turn(model, asked.ids, compared, n, skip_special_tokens=skip_special_tokens)
-    with hooks.lock(model), eval_mode(model, *asked.saes), torch.no_grad():
+    with hook_points.lock(model), eval_mode(model, *asked.saes), torch.no_grad():
         with capturing(model, asked.points) as seen:
             alone = next(words)
         reading = asked.reading(seen)
@@ -199,7 +205,7 @@ def _parts(model: nn.Module, saes: Sequence[nn.Module]) -> tuple[Part, ...]:
 
 def _part(model: nn.Module, sae: nn.Module, owner: int, layer: int | None, read: str, write: str) -> Part:
     for name in (read, write):
-        hooks.resolve(model, name)  # says if there is none
+        hook_points.resolve(model, name)  # says if there is none
     return Part(sae, owner, layer, read if read == write else f"{read} => {write}", read, write)
 
 

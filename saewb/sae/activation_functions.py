@@ -23,11 +23,11 @@ def threshold_gate(pre: Tensor, threshold: Tensor | None) -> Tensor:
 def scaled(x: Tensor, scaling: Scaling) -> Tensor:
     """`x` in the units an SAE with this scaling encodes, token by token."""
     if scaling == "layer_norm":
-        centred = x - x.mean(-1, keepdim=True)
-        return centred / (_std(centred) + 1e-5)
+        centered = x - x.mean(-1, keepdim=True)
+        return centered / (_std(centered) + 1e-5)
     if scaling == "constant_norm":
         return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
-    if scaling == "centred":
+    if scaling == "centered":
         return x - x.mean(-1, keepdim=True)
     return x
 
@@ -38,7 +38,7 @@ def unscaled(recon: Tensor, x: Tensor, scaling: Scaling) -> Tensor:
         return recon * _std(x) + x.mean(-1, keepdim=True)
     if scaling == "constant_norm":
         return recon * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
-    if scaling == "centred":
+    if scaling == "centered":
         return recon + x.mean(-1, keepdim=True)
     return recon
 

@@ -17,6 +17,7 @@ def check_fit(sae: nn.Module, given: object, width: int, role: str = "x") -> Non
         given: by the caller.
         width: of the last axis.
         role: "x" for activations; "latents".
+
     Raises:
         TypeError: if it is no tensor.
         ValueError: if it is of another width.

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from saewb.errors import explain
 
-Gate = Literal["relu", "jumprelu", "topk", "abstopk", "groupmax"]
-Scaling = Literal["none", "layer_norm", "constant_norm", "centred"]
+Activation = Literal["relu", "jumprelu", "topk", "abstopk", "groupmax"]
+Scaling = Literal["none", "layer_norm", "constant_norm", "centered"]
 PreBias = Literal["none", "tied", "own"]
 
 
@@ -32,13 +32,13 @@ class SAEConfig:
 
     d_in: int  # width of what it reads
     d_sae: int  # number of latents
-    gate: Gate = "relu"  # which latents survive
+    activation: Activation = "relu"  # which latents survive
     k: int | None = None  # latents kept per token; for the two top-k gates, and only there
     d_out: int | None = None  # width of what it writes; None means d_in
     skip: bool = False  # adds x @ W_skip to the output (skip transcoders)
     pre_bias: PreBias = "none"  # subtracted before encoding: nothing, b_dec itself, or a b_pre of its own
-    # Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centred", for SAEs of models
-    # with centred writing weights). A constant factor is folded into the weights instead.
+    # Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centered", for SAEs of models
+    # with centered writing weights). A constant factor is folded into the weights instead.
     scaling: Scaling = "none"
     hook: str | None = None  # the point of the model it reads
     hook_out: str | None = None  # the point it writes; None means `hook`; another one makes it a transcoder
@@ -58,22 +58,27 @@ class SAEConfig:
                 "a positive integer",
             )
         for name, choices in (
-            ("gate", get_args(Gate)),
+            ("activation", get_args(Activation)),
             ("scaling", get_args(Scaling)),
             ("pre_bias", get_args(PreBias)),
         ):
             _check(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
-        if self.gate in ("topk", "abstopk", "groupmax"):
+        if self.activation in ("topk", "abstopk", "groupmax"):
             _check(
                 type(self.k) is int and 0 < self.k <= self.d_sae,
                 "k",
                 self.k,
-                f"1 to d_sae={self.d_sae} for gate {self.gate!r}",
+                f"1 to d_sae={self.d_sae} for activation {self.activation!r}",
             )
-            whole = self.gate != "groupmax" or self.d_sae % self.k == 0
+            whole = self.activation != "groupmax" or self.d_sae % self.k == 0
             _check(whole, "k", self.k, f"a divisor of d_sae={self.d_sae}, since groupmax makes k equal groups")
         else:
-            _check(self.k is None, "k", self.k, f"None, since gate {self.gate!r} keeps no fixed number of latents")
+            _check(
+                self.k is None,
+                "k",
+                self.k,
+                f"None, since activation {self.activation!r} keeps no fixed number of latents",
+            )
         if self.d_out != self.d_in:
             _check(
                 self.pre_bias != "tied",
@@ -127,7 +132,7 @@ def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
     }
     if cfg.pre_bias == "own":
         shapes["b_pre"] = (d_in,)
-    if cfg.gate == "jumprelu":
+    if cfg.activation == "jumprelu":
         shapes["threshold"] = (d_sae,)
     if cfg.skip:
         shapes["W_skip"] = (d_in, d_out)

@@ -1,6 +1,6 @@
 """Cross-layer transcoders and weakly causal crosscoders: latents that read at one layer and write at it and later ones.
 
-    z_i  = gate(x_i @ W_enc[i] + b_enc[i])                                          at each layer i
+    z_i  = activation(x_i @ W_enc[i] + b_enc[i])                                          at each layer i
     y_j  = sum over i <= j of z_i @ W_dec[i][:, j - i]  +  b_dec[j]  (+ x_j @ W_skip[j])
 
 x_i is what the model has at `hooks[i]`, y_j stands for what it has at `hooks_out[j]`. A crosscoder is the same with
@@ -23,7 +23,7 @@ from saewb.sae.activation_functions import Latents, Tap, tapped, threshold_gate
 from saewb.sae.base import check_fit, fitting, not_a_tensor
 from saewb.sae.config import checker
 
-CrossLayerGate = Literal["relu", "jumprelu"]
+CrossLayerActivation = Literal["relu", "jumprelu"]
 
 _check = checker("CrossLayerConfig")
 
@@ -37,7 +37,7 @@ class CrossLayerConfig:
     hooks: tuple[str, ...]  # the points of the model it reads, one for each layer, in the order the model computes them
     hooks_out: tuple[str, ...] | None = None  # the points it writes; None means `hooks` (a crosscoder)
     d_out: int | None = None  # width of what every layer writes; None means d_in
-    gate: CrossLayerGate = "relu"  # which latents survive
+    activation: CrossLayerActivation = "relu"  # which latents survive
     skip: bool = False  # adds x_j @ W_skip[j] to the output of layer j
     model: str | None = None  # name of the language model it was trained on
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # whatever else its files say, kept as read
@@ -57,7 +57,7 @@ class CrossLayerConfig:
             got, want = getattr(self, name), f"{len(self.d_sae)} different names, one for each layer of d_sae"
             fits = isinstance(got, tuple) and all(isinstance(hook, str) for hook in got)
             _check(fits and len(set(got)) == len(got) == len(self.d_sae), name, got, want)
-        _check(self.gate in get_args(CrossLayerGate), "gate", self.gate, "'relu' or 'jumprelu'")
+        _check(self.activation in get_args(CrossLayerActivation), "activation", self.activation, "'relu' or 'jumprelu'")
         _check(type(self.skip) is bool, "skip", self.skip, "True or False")
 
     @property
@@ -84,7 +84,7 @@ def cross_layer_shapes(cfg: CrossLayerConfig) -> dict[str, list[tuple[int, ...]]
         "W_dec": [(width, n - i, d_out) for i, width in enumerate(cfg.d_sae)],
         "b_dec": [(d_out,)] * n,
     }
-    if cfg.gate == "jumprelu":
+    if cfg.activation == "jumprelu":
         shapes["threshold"] = [(width,) for width in cfg.d_sae]
     if cfg.skip:
         shapes["W_skip"] = [(d_in, d_out)] * n
@@ -105,9 +105,10 @@ class CrossLayerTranscoder(nn.Module):
 
     Made by `from_tensors`, and by `saewb.load_sae` from a folder that holds one.
 
-    Source:
+    References:
         Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders; Ameisen et al. 2025,
         transformer-circuits.pub/2025/attribution-graphs/methods.html, section "Cross-layer transcoder".
+
     Example:
         >>> cfg = CrossLayerConfig(d_in=4, d_sae=(9, 7), hooks=("blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"),
         ...     hooks_out=("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"))
@@ -139,13 +140,14 @@ class CrossLayerTranscoder(nn.Module):
         Args:
             cfg: what they are the weights of.
             tensors: by the names of this class a tensor for each layer; exactly those that `cfg` calls for.
+
         Raises:
             FormatError: if one is missing, left over, or of another shape than `cfg` says.
         """
         want = cross_layer_shapes(cfg)
         if set(tensors) != set(want):
             missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
-            what = f"weights do not fit {cfg.gate!r}: missing {missing}, left over {extra}."
+            what = f"weights do not fit {cfg.activation!r}: missing {missing}, left over {extra}."
             raise FormatError(explain(what, want=", ".join(want)))
         for name, shapes in want.items():
             got = [tuple(tensor.shape) for tensor in tensors[name]]
@@ -166,15 +168,17 @@ class CrossLayerTranscoder(nn.Module):
     def encode_layer(
         self, x: Float[Tensor, "*batch d_in"], layer: int, latents: Latents | None = None, tap: Tap | None = None
     ) -> Float[Tensor, "..."]:
-        """Latents of one layer: `gate(x @ W_enc[layer] + b_enc[layer])`.
+        """Latents of one layer: `activation(x @ W_enc[layer] + b_enc[layer])`.
 
         Args:
             x: what the model has at `cfg.hooks[layer]`, in its own units; cast to this object's dtype.
             layer: from 0, an index into `cfg.hooks`, which need not be the model's number of the layer.
             latents: only these: anything that may index the last axis.
             tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); what it returns is used on.
+
         Returns:
             `[..., d_sae[layer]]`, or exactly that indexed with `latents`.
+
         Raises:
             ValueError: if the last axis of `x` is not d_in, or if `tap` is given together with `latents`.
         """
@@ -183,7 +187,7 @@ class CrossLayerTranscoder(nn.Module):
             raise ValueError(explain(what, want="one of them; a tap sees all latents"))
         x, chosen = fitting(self, x, self.cfg.d_in), slice(None) if latents is None else latents
         pre = torch.tensordot(x, self.W_enc[layer][:, chosen].to(self.dtype), 1) + self.b_enc[layer][chosen]
-        threshold = self.threshold[layer][chosen] if self.cfg.gate == "jumprelu" else None
+        threshold = self.threshold[layer][chosen] if self.cfg.activation == "jumprelu" else None
         return tapped(tap, "acts_post", threshold_gate(tapped(tap, "acts_pre", pre), threshold))
 
     def decode_layer(
@@ -202,8 +206,10 @@ class CrossLayerTranscoder(nn.Module):
             layer: the one written to.
             x: what that layer read; needed, and only used, with a skip matrix.
             tap: called with ("recons", the sum without the skip); what it returns is used on.
+
         Returns:
             `[..., d_out]`.
+
         Raises:
             ValueError: if latents of an earlier layer, or `x`, are needed and missing.
         """
@@ -214,6 +220,7 @@ class CrossLayerTranscoder(nn.Module):
 
         Args:
             xs: what the model has at each of `cfg.hooks`, `[..., d_in]`.
+
         Returns:
             For each layer `[..., d_sae[i]]`.
         """
@@ -227,6 +234,7 @@ class CrossLayerTranscoder(nn.Module):
         Args:
             latents: of every layer.
             xs: what they came from; needed, and only used, with a skip matrix.
+
         Returns:
             For each of `cfg.hooks_out` `[..., d_out]`.
         """
@@ -270,7 +278,7 @@ class CrossLayerTranscoder(nn.Module):
     def __repr__(self) -> str:
         cfg, widths = self.cfg, sorted(set(self.cfg.d_sae))
         each = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
-        facts = [cfg.gate, f"{cfg.n_layers} layers of {cfg.d_in} -> {each} latents -> {cfg.d_out}"]
+        facts = [cfg.activation, f"{cfg.n_layers} layers of {cfg.d_in} -> {each} latents -> {cfg.d_out}"]
         facts += ["skip"] * cfg.skip
         facts.append(f"{cfg.hooks[0]} to {cfg.hooks[-1]}")
         facts[-1] += f" => {cfg.hooks_out[0]} to {cfg.hooks_out[-1]}" * (cfg.hooks_out != cfg.hooks)

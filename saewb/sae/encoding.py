@@ -46,7 +46,7 @@ class Encoder:
     def __init__(self, sae: nn.Module) -> None:
         self.sae = sae
         self.is_topk = isinstance(sae, SAE) and sae.cfg.k is not None
-        self._may = isinstance(sae, SAE) and sae.cfg.gate != "groupmax" and pays(sae.W_enc)
+        self._may = isinstance(sae, SAE) and sae.cfg.activation != "groupmax" and pays(sae.W_enc)
         self._rough: Rough | None = None
 
     @property
@@ -60,12 +60,13 @@ class Encoder:
     ) -> Iterator[tuple[slice, Fired]]:
         """What fires on some rows, and on the next ones, until all are done: exactly where `sae.encode(x)` is not 0.
 
-        All rows at once, in tiles of 32 MiB of latents, for a top-k gate, and for a threshold that few latents are
+        All rows at once, in tiles of 32 MiB of latents, for a top-k activation, and for a threshold that few latents are
         above; else as many rows at a time as have 32 MiB of latents, or one.
 
         Args:
             x: what the SAE reads; of a temporal SAE the middle axis is time.
             plain: tokens that count; None means all. What latents do on others is left out.
+
         Returns:
             Of each part its rows, and what fires there; tokens are counted through the part.
         """
@@ -92,7 +93,7 @@ class Encoder:
     def _prepared(self, x: Tensor) -> Rough | None:
         if self._may and self._rough is None and len(x):
             floor = None if self.is_topk else torch.relu(_threshold(self.sae, slice(None)))
-            self._rough = Rough.of(self.sae.W_enc.detach(), self.sae.b_enc.detach(), self.sae.centred(x), floor)
+            self._rough = Rough.of(self.sae.W_enc.detach(), self.sae.b_enc.detach(), self.sae.centered(x), floor)
             self._may = self._rough is not None
         return self._rough
 
@@ -106,7 +107,7 @@ def _of_top(sae: SAE, x: Float[Tensor, "tokens d_in"], rough: Rough | None) -> F
 
 
 def _above(sae: SAE, x: Float[Tensor, "tokens d_in"], rough: Rough) -> Fired | None:
-    found = rough.over(sae.centred(x), int(_SPARSE * len(x) * sae.cfg.d_sae))
+    found = rough.over(sae.centered(x), int(_SPARSE * len(x) * sae.cfg.d_sae))
     if found is None:
         return None
     token, latent, pre = found
@@ -122,7 +123,7 @@ def _dense(sae: nn.Module, x: Tensor, plain: Tensor) -> Fired:
 
 
 def _threshold(sae: SAE, latent: Tensor | slice) -> Tensor:
-    return sae.threshold[latent] if sae.cfg.gate == "jumprelu" else torch.zeros_like(sae.b_enc[latent])
+    return sae.threshold[latent] if sae.cfg.activation == "jumprelu" else torch.zeros_like(sae.b_enc[latent])
 
 
 def firings(

@@ -70,8 +70,10 @@ class PursuitSAE(nn.Module):
         seed: of the initial directions; the global random state is neither read nor changed.
         dtype: of the parameters.
         device: of the parameters.
-    Source:
+
+    References:
         Costa et al. 2025, arXiv:2506.03093 (MP-SAE); Mallat and Zhang 1993.
+
     Example:
         >>> sae = PursuitSAE(PursuitConfig(d_in=8, d_sae=32, max_iterations=3))
         >>> x = torch.ones(2, 5, 8)
@@ -105,6 +107,7 @@ class PursuitSAE(nn.Module):
 
         Raises:
             FormatError: if one is missing, left over, or of another shape than `cfg` says.
+
         Example:
             >>> a = PursuitSAE(PursuitConfig(d_in=2, d_sae=4))
             >>> PursuitSAE.from_tensors(a.cfg, a.state_dict())
@@ -151,10 +154,13 @@ class PursuitSAE(nn.Module):
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
             latents: only these: anything that may index the last axis. All are still searched, in row tiles of 64 MiB.
             tap: called with ("acts_post", latents); what it returns is used on.
+
         Returns:
             `[..., d_sae]`, or exactly `encode(x)[..., latents]`.
+
         Raises:
             ValueError: if the last axis of `x` is not d_in, or if `tap` is given together with `latents`.
+
         Example:
             >>> sae = PursuitSAE(PursuitConfig(d_in=4, d_sae=9))
             >>> x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -183,6 +189,7 @@ class PursuitSAE(nn.Module):
             latents: `[..., d_sae]`.
             x: the input they came from; needed, and only used, with a scaling.
             tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
+
         Raises:
             TypeError: if `latents` is no tensor.
             ValueError: if its last axis is not d_sae; if `x` is needed and missing.
@@ -223,11 +230,11 @@ class PursuitSAE(nn.Module):
         Raises:
             ValueError: if the factor is not positive, or if this SAE also rescales per token.
         """
-        if not factor > 0 or self.cfg.scaling not in ("none", "centred"):
+        if not factor > 0 or self.cfg.scaling not in ("none", "centered"):
             raise ValueError(
                 explain(
                     f"fold_scaling({factor}) on a PursuitSAE with scaling={self.cfg.scaling!r}.",
-                    want="a positive factor, and scaling 'none' or 'centred'",
+                    want="a positive factor, and scaling 'none' or 'centered'",
                 )
             )
         cfg = replace(self.cfg, residual_threshold=self.cfg.residual_threshold / factor)

@@ -1,9 +1,9 @@
 """The sparse autoencoder: one class for every published feed-forward architecture.
 
-    latents = gate((scale(x) - b_pre) @ W_enc + b_enc)
+    latents = activation((scale(x) - b_pre) @ W_enc + b_enc)
     recon   = unscale(latents @ W_dec + b_dec) (+ x @ W_skip)
 
-The gate is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else
+The activation is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else
 differs between papers is a matter of reading a file (`saewb.pretrained.formats`) or of training (`saewb.training.objectives`), not of
 another class here.
 """
@@ -44,11 +44,13 @@ class SAE(nn.Module):
         seed: of the initial directions; the global random state is neither read nor changed.
         dtype: of the parameters.
         device: of the parameters.
-    Source:
+
+    References:
         Gates: Bricken et al. 2023 (ReLU); Rajamanoharan et al. 2024, arXiv:2407.14435 eq. 1 (JumpReLU); Gao et al.
         2024, arXiv:2406.04093 (TopK); arXiv:2510.00404 (AbsTopK). Transcoders: Dunefsky et al. 2024, arXiv:2406.11944.
+
     Example:
-        >>> sae = SAE(SAEConfig(d_in=8, d_sae=32, gate="topk", k=3))
+        >>> sae = SAE(SAEConfig(d_in=8, d_sae=32, activation="topk", k=3))
         >>> x = torch.ones(2, 5, 8)
         >>> sae.encode(x).shape, sae(x).shape, int((sae.encode(x) != 0).sum(-1).max())
         (torch.Size([2, 5, 32]), torch.Size([2, 5, 8]), 3)
@@ -74,8 +76,10 @@ class SAE(nn.Module):
         Args:
             cfg: what they are the weights of.
             tensors: by the names of this class; exactly those that `cfg` calls for.
+
         Raises:
             FormatError: if one is missing, left over, or of another shape than `cfg` says.
+
         Example:
             >>> a = SAE(SAEConfig(d_in=2, d_sae=4))
             >>> SAE.from_tensors(a.cfg, a.state_dict())
@@ -85,7 +89,10 @@ class SAE(nn.Module):
         if set(tensors) != set(want):
             missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
             raise FormatError(
-                explain(f"weights do not fit {cfg.gate!r}: missing {missing}, left over {extra}.", want=", ".join(want))
+                explain(
+                    f"weights do not fit {cfg.activation!r}: missing {missing}, left over {extra}.",
+                    want=", ".join(want),
+                )
             )
         for name, shape in want.items():
             if tuple(tensors[name].shape) != shape:
@@ -128,7 +135,7 @@ class SAE(nn.Module):
     ) -> Float[Tensor, "..."]:
         """Latent activations, in the units of the (scaled) input.
 
-            gate((scale(x) - b_pre) @ W_enc + b_enc)
+            activation((scale(x) - b_pre) @ W_enc + b_enc)
 
         ReLU keeps what is > 0, JumpReLU what is strictly > threshold (and > 0), TopK the k largest that are > 0,
         AbsTopK the k largest in magnitude, with their sign, GroupMax the largest of each of k groups that is > 0.
@@ -136,13 +143,16 @@ class SAE(nn.Module):
         Args:
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
             latents: only these: anything that may index the last axis. ReLU and JumpReLU compute those columns only;
-                a top-k gate must look at all latents of a token, and does so in tiles of 64 MiB.
+                a top-k activation must look at all latents of a token, and does so in tiles of 64 MiB.
             tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); what it returns is used on.
+
         Returns:
             `[..., d_sae]`, or exactly `encode(x)[..., latents]`.
+
         Raises:
             TypeError: if `x` is no tensor.
             ValueError: if the last axis of `x` is not d_in, or if `tap` is given together with `latents`.
+
         Example:
             >>> sae = SAE(SAEConfig(d_in=4, d_sae=9)); x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
             >>> torch.equal(sae.encode(x, latents=[7, 2]), sae.encode(x)[:, [7, 2]])
@@ -150,17 +160,17 @@ class SAE(nn.Module):
         """
         if tap is not None and latents is not None:
             raise ValueError(explain("encode got both latents= and tap=.", want="one of them; a tap sees all latents"))
-        h = self.centred(x)
+        h = self.centered(x)
         if latents is None:
             pre = h @ self.W_enc + self.b_enc
             return tapped(tap, "acts_post", self._gate(tapped(tap, "acts_pre", pre)))
         if self.cfg.k is not None:
             return self._topk_subset(h, latents)
-        threshold = self.threshold[latents] if self.cfg.gate == "jumprelu" else None
+        threshold = self.threshold[latents] if self.cfg.activation == "jumprelu" else None
         return threshold_gate(torch.tensordot(h, self.W_enc[:, latents], 1) + self.b_enc[latents], threshold)
 
     def encode_topk(self, x: Float[Tensor, "*batch d_in"], rough: Rough | None = None) -> TopLatents:
-        """What a top-k gate keeps, as k values and indices per token: `encode(x)` without its zeros.
+        """What a top-k activation keeps, as k values and indices per token: `encode(x)` without its zeros.
 
         On a CPU, without gradients, it takes a block of latents at a time: twice as quick as the product with all of a
         wide SAE, and 32 MiB of pre-activations at most. Where the processor multiplies bf16 quickly, that chooses and
@@ -170,15 +180,16 @@ class SAE(nn.Module):
         Args:
             x: activations of the model, as for `encode`.
             rough: of these weights, where there are many calls (`saewb.sae.encoding.Encoder`).
+
         Raises:
-            ValueError: if the gate is a threshold, which keeps no fixed number.
+            ValueError: if the activation is a threshold, which keeps no fixed number.
         """
         if self.cfg.k is None:
-            what = f"encode_topk on a {self.cfg.gate!r} SAE."
-            raise ValueError(explain(what, want="a top-k gate", fix="sae.encode(x)"))
-        h = self.centred(x)
+            what = f"encode_topk on a {self.cfg.activation!r} SAE."
+            raise ValueError(explain(what, want="a top-k activation", fix="sae.encode(x)"))
+        h = self.centered(x)
         rows, shape = h.reshape(-1, h.shape[-1]), (*h.shape[:-1], self.cfg.d_sae)
-        return TopLatents(*chosen(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.gate, rough), shape)
+        return TopLatents(*chosen(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.activation, rough), shape)
 
     def decode(
         self,
@@ -195,8 +206,10 @@ class SAE(nn.Module):
             x: the input they came from. Needed, and only used, where the output depends on it beyond the latents: with
                 a scaling (to undo it) and with a skip matrix.
             tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
+
         Returns:
             `[..., d_out]`.
+
         Raises:
             TypeError: if `latents` is no tensor.
             ValueError: if its last axis is not d_sae; if `x` is needed and missing.
@@ -228,16 +241,16 @@ class SAE(nn.Module):
         Rows of norm 0 stay as they are. A new SAE; this one is not changed.
 
         Raises:
-            ValueError: for a top-k gate whose rows differ in norm: rescaling would change which latents are kept.
+            ValueError: for a top-k activation whose rows differ in norm: rescaling would change which latents are kept.
         """
         norm = self.W_dec.norm(dim=1)
         norm = torch.where(norm == 0, torch.ones_like(norm), norm)
         if self.cfg.k is not None and not torch.allclose(norm, norm[:1].expand_as(norm), rtol=1e-4):
             span = f"decoder norms from {norm.min():.3g} to {norm.max():.3g}"
-            what = f"{span} cannot be folded into a {self.cfg.gate!r} SAE: other latents would be kept."
-            raise ValueError(explain(what, want="rows of one norm, or gate 'relu' or 'jumprelu'"))
+            what = f"{span} cannot be folded into a {self.cfg.activation!r} SAE: other latents would be kept."
+            raise ValueError(explain(what, want="rows of one norm, or activation 'relu' or 'jumprelu'"))
         new = {"W_enc": self.W_enc * norm, "b_enc": self.b_enc * norm, "W_dec": self.W_dec / norm[:, None]}
-        if self.cfg.gate == "jumprelu":
+        if self.cfg.activation == "jumprelu":
             new["threshold"] = self.threshold * norm
         return self._with(new)
 
@@ -252,6 +265,7 @@ class SAE(nn.Module):
         Args:
             factor: what its training inputs were multiplied with.
             factor_out: the same for a transcoder's targets; None means `factor`.
+
         Raises:
             ValueError: if a factor is not positive, if this SAE also scales per token by more than taking out a mean,
                 or if b_pre is tied to b_dec and the factors differ.
@@ -261,11 +275,11 @@ class SAE(nn.Module):
             raise ValueError(
                 explain(f"fold_scaling got factor={factor}, factor_out={factor_out}.", want="positive numbers")
             )
-        linear = self.cfg.scaling in ("none", "centred")  # taking out a mean commutes with a factor
+        linear = self.cfg.scaling in ("none", "centered")  # taking out a mean commutes with a factor
         if not linear or (out != factor and (self.cfg.pre_bias == "tied" or self.cfg.scaling != "none")):
             fields = f"scaling={self.cfg.scaling!r}, pre_bias={self.cfg.pre_bias!r}"
             what = f"a factor cannot be folded into {self!r} with {fields}."
-            raise ValueError(explain(what, want="scaling 'none' or 'centred', one factor where b_pre is b_dec"))
+            raise ValueError(explain(what, want="scaling 'none' or 'centered', one factor where b_pre is b_dec"))
         new = {"W_enc": self.W_enc * factor, "W_dec": self.W_dec / out, "b_dec": self.b_dec / out}
         if self.cfg.pre_bias == "own":
             new["b_pre"] = self.b_pre / factor
@@ -278,15 +292,15 @@ class SAE(nn.Module):
             self.cfg, {name: new[name] if name in new else p.clone() for name, p in self._parameters.items()}
         )
 
-    def centred(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def centered(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """What the encoder's matrix is multiplied with: scale(x) - b_pre."""
         h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.scaling)
         return h if self.b_pre is None else h - self.b_pre
 
     def _gate(self, pre: Tensor) -> Tensor:
         if self.cfg.k is None:
-            return threshold_gate(pre, self.threshold if self.cfg.gate == "jumprelu" else None)
-        values, indices = top(pre, self.cfg.k, self.cfg.gate)
+            return threshold_gate(pre, self.threshold if self.cfg.activation == "jumprelu" else None)
+        values, indices = top(pre, self.cfg.k, self.cfg.activation)
         return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def _topk_subset(self, h: Tensor, latents: Latents) -> Tensor:
@@ -302,7 +316,7 @@ class SAE(nn.Module):
         return (summed + self.b_dec).view(*latents.shape[:-1], self.cfg.d_out)
 
     def __repr__(self) -> str:
-        return describe(self, self.cfg.gate if self.cfg.k is None else f"{self.cfg.gate} k={self.cfg.k}")
+        return describe(self, self.cfg.activation if self.cfg.k is None else f"{self.cfg.activation} k={self.cfg.k}")
 
 
 def replace_config(sae: SAE, **changes: Any) -> SAE:

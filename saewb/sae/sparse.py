@@ -39,7 +39,7 @@ class Firings:
 
 @dataclass(frozen=True)
 class TopLatents:
-    """The latents a top-k gate kept, without the zeros: k values and k indices per token."""
+    """The latents a top-k activation kept, without the zeros: k values and k indices per token."""
 
     values: Float[Tensor, "tokens k"]  # activations, 0 where fewer than k were positive
     indices: Int[Tensor, "tokens k"]  # which latent each value belongs to

@@ -31,7 +31,7 @@ class TemporalConfig(WritesWhereItReads):
 
     d_in: int  # width of what it reads and writes
     d_sae: int  # number of latents
-    gate: Literal["relu", "topk"] = "relu"  # which novel codes survive
+    activation: Literal["relu", "topk"] = "relu"  # which novel codes survive
     k: int | None = None  # novel codes kept per token; for "topk", and only there
     n_heads: int = 8  # of each attention layer
     n_attn_layers: int = 1  # attention layers, each predicting from what those before left
@@ -59,13 +59,13 @@ class TemporalConfig(WritesWhereItReads):
             self.d_sae,
             f"a multiple of n_heads * bottleneck_factor = {self.n_heads} * {self.bottleneck_factor}",
         )
-        _check(self.gate in ("relu", "topk"), "gate", self.gate, "'relu' or 'topk'")
-        if self.gate == "topk":
+        _check(self.activation in ("relu", "topk"), "activation", self.activation, "'relu' or 'topk'")
+        if self.activation == "topk":
             _check(
                 isinstance(self.k, int) and 0 < self.k <= self.d_sae, "k", self.k, f"1 to d_sae={self.d_sae} for 'topk'"
             )
         else:
-            _check(self.k is None, "k", self.k, "None, since gate 'relu' keeps no fixed number of latents")
+            _check(self.k is None, "k", self.k, "None, since activation 'relu' keeps no fixed number of latents")
         _check(self.pre_bias in ("none", "tied"), "pre_bias", self.pre_bias, "'none' or 'tied'")
         _check(self.scaling in get_args(Scaling), "scaling", self.scaling, ", ".join(get_args(Scaling)))
         _check(self.factor > 0, "factor", self.factor, "a positive number")
@@ -113,10 +113,12 @@ class TemporalSAE(nn.Module):
         seed: of the initial weights; the global random state is neither read nor changed.
         dtype: of the parameters.
         device: of the parameters.
-    Source:
+
+    References:
         Lubana et al. 2025, arXiv:2511.01836.
+
     Example:
-        >>> sae = TemporalSAE(TemporalConfig(d_in=8, d_sae=32, gate="topk", k=3, n_heads=2, bottleneck_factor=4))
+        >>> sae = TemporalSAE(TemporalConfig(d_in=8, d_sae=32, activation="topk", k=3, n_heads=2, bottleneck_factor=4))
         >>> x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
         >>> sae.encode(x).shape, sae(x).shape, int((sae.encode(x) != 0).sum(-1).max())
         (torch.Size([2, 5, 32]), torch.Size([2, 5, 8]), 3)
@@ -209,8 +211,10 @@ class TemporalSAE(nn.Module):
             x: activations of the model, `[batch, pos, d_in]` from the start of the text, in the model's own units.
             latents: only these: anything that may index the last axis. The attention still sees all.
             tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); what it returns is used on.
+
         Returns:
             `[batch, pos, d_sae]`, or exactly `encode(x)[..., latents]`.
+
         Raises:
             ValueError: if `x` is not `[batch, pos, d_in]`, or if `tap` is given together with `latents`.
         """
@@ -237,6 +241,7 @@ class TemporalSAE(nn.Module):
             latents: novel codes, `[batch, pos, d_sae]`.
             x: the input they came from, whole: the predicted part and the scale come from it.
             tap: called with ("recons", (latents + predicted) @ W_dec + b_dec); what it returns is used on.
+
         Raises:
             TypeError: if one of them is no tensor.
             ValueError: if `x` is missing or is not `[batch, pos, d_in]`, or `latents` of another width.

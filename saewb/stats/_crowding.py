@@ -29,8 +29,8 @@ class Superposition:
     d: int  # dimensions they live in
     max_abs_cos: Float[Tensor, " n"]  # per direction, the largest |cos| with another
     percentile_abs_cos: Mapping[float | int, Float[Tensor, " n"]]  # per direction, of |cos| with all others
-    nearest: Int[Tensor, "n neighbours"]  # per direction, those with the largest |cos|, the nearest first
-    nearest_cos: Float[Tensor, "n neighbours"]  # the cosines with them, with their sign
+    nearest: Int[Tensor, "n neighbors"]  # per direction, those with the largest |cos|, the nearest first
+    nearest_cos: Float[Tensor, "n neighbors"]  # the cosines with them, with their sign
     mean_max_abs_cos: float  # mean over directions of `max_abs_cos`
     mean_percentile_abs_cos: Mapping[float | int, float]  # means over directions of `percentile_abs_cos`
     mean_abs_cos: float  # mean |cos| over pairs

@@ -2,7 +2,7 @@
 
 1. The leading eigenvectors of the matrix, by subspace iteration from a seed, place each feature in a few dimensions.
 2. k-means by angle splits them, again and again, until no group has more than 1,024; groups go in the order of a
-   hierarchical clustering of their centres.
+   hierarchical clustering of their centers.
 3. Within a group, average linkage of 1 - r, exactly.
 
 Up to 1,024 features step 3 is all there is. Features of which nothing is defined come last.
@@ -50,8 +50,8 @@ def _split(entries: Entries, places: Tensor, group: Tensor, rng: torch.Generator
     if len(group) <= _GROUP:
         return [_linked(entries, group)]
     x = torch.nn.functional.normalize(places[group], dim=1)
-    label, centres = _k_means(x, min(_SPLIT, -(-len(group) // (_GROUP // 2))), rng)
-    parts = [group[label == i] for i in _centre_order(centres)]
+    label, centers = _k_means(x, min(_SPLIT, -(-len(group) // (_GROUP // 2))), rng)
+    parts = [group[label == i] for i in _center_order(centers)]
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:  # they are all alike: any order will do
         parts = list(group[x[:, -1].argsort(stable=True)].split(_GROUP))
@@ -60,19 +60,19 @@ def _split(entries: Entries, places: Tensor, group: Tensor, rng: torch.Generator
 
 def _k_means(x: Float[Tensor, "n d"], k: int, rng: torch.Generator) -> tuple[Int[Tensor, " n"], Float[Tensor, "k d"]]:
     """By angle: rows of `x` have length 1."""
-    centres = x[torch.randperm(len(x), generator=rng)[:k].to(x.device)]
+    centers = x[torch.randperm(len(x), generator=rng)[:k].to(x.device)]
     for _ in range(_ROUNDS):
-        label = (x @ centres.T).argmax(1)
-        centres = torch.nn.functional.normalize(torch.zeros_like(centres).index_add_(0, label, x), dim=1)
-    return label, centres
+        label = (x @ centers.T).argmax(1)
+        centers = torch.nn.functional.normalize(torch.zeros_like(centers).index_add_(0, label, x), dim=1)
+    return label, centers
 
 
-def _centre_order(centres: Float[Tensor, "k d"]) -> list[int]:
+def _center_order(centers: Float[Tensor, "k d"]) -> list[int]:
     from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 
-    distance = _condensed(centres @ centres.T)
-    if len(centres) < 3:
-        return list(range(len(centres)))
+    distance = _condensed(centers @ centers.T)
+    if len(centers) < 3:
+        return list(range(len(centers)))
     return leaves_list(optimal_leaf_ordering(linkage(distance, "average"), distance)).tolist()
 
 

@@ -43,7 +43,7 @@ class View:
 
     @cached_property
     def scale(self) -> float:
-        """A magnitude that few cells pass (the largest 0.5 %), two digits: for colours."""
+        """A magnitude that few cells pass (the largest 0.5 %), two digits: for colors."""
         size = self.values.abs().flatten().nan_to_num(-1)
         n = len(size) - int((size < 0).sum())
         # The k-th largest: sorting all, as a quantile does, takes longer than making the cells.

@@ -27,7 +27,7 @@ class Asked:
 
     n: int  # directions
     percentiles: tuple[float | int, ...]  # 0..100
-    neighbours: int  # per direction, 1..n-1
+    neighbors: int  # per direction, 1..n-1
     bins: int  # of the histogram
 
     def ranks(self) -> list[tuple[int, int, float]]:
@@ -43,9 +43,9 @@ class Asked:
 class Found:
     """Of some rows of cosines, what was asked for."""
 
-    largest: Float[Tensor, "rows neighbours"]  # |cos|, descending
-    nearest: Int[Tensor, "rows neighbours"]  # whose; of equal ones the lowest index first
-    signed: Float[Tensor, "rows neighbours"]  # cos
+    largest: Float[Tensor, "rows neighbors"]  # |cos|, descending
+    nearest: Int[Tensor, "rows neighbors"]  # whose; of equal ones the lowest index first
+    signed: Float[Tensor, "rows neighbors"]  # cos
     percentiles: Float[Tensor, "rows percentiles"]  # of |cos|
     total: Float[Tensor, " rows"]  # sum of |cos| over the others
     counts: Int[Tensor, " bins"]  # cosines with later directions
@@ -98,7 +98,7 @@ def _chunk_rows(n: int) -> int:
 
 def _chunk_bytes(asked: Asked, size: int) -> int:
     """What a thread takes: absolute values twice, masks or bins, forms of the nearest, and a row's places."""
-    n, k = asked.n, asked.neighbours
+    n, k = asked.n, asked.neighbors
     return _chunk_rows(n) * ((2 * size + 2) * n + (2 * size + 32) * k) + 9 * n
 
 
@@ -118,10 +118,10 @@ def _by_selecting(cosines: np.ndarray, first: int, asked: Asked) -> Found:
     size = np.abs(cosines)
     size[np.arange(m), first + np.arange(m)] = -1.0  # itself, below all others
     total = size.sum(1).astype(np.float64) + 1
-    ranks, cut = asked.ranks(), n - asked.neighbours
+    ranks, cut = asked.ranks(), n - asked.neighbors
     at = _ordered(size, {cut, *(rank for low, high, _ in ranks for rank in (low, high))}, work)
     columns = [at[low] + (at[high] - at[low]) * size.dtype.type(share) for low, high, share in ranks]
-    nearest = _nearest(size, at[cut], asked.neighbours)
+    nearest = _nearest(size, at[cut], asked.neighbors)
     signed = np.take_along_axis(cosines, nearest, axis=1)
     percentiles = np.stack(columns, 1) if columns else np.empty((m, 0), size.dtype)
     return Found(*map(torch.from_numpy, (np.abs(signed), nearest, signed, percentiles, total, counts)))
@@ -182,7 +182,7 @@ def _by_sorting(unit: Tensor, start: int, stop: int, asked: Asked) -> Found:
     total = ordered.sum(1, dtype=torch.float64) + 1
     # Stable and descending, so that of equal ones the lowest index comes first.
     ordered, places = ordered.sort(dim=1, descending=True, stable=True)
-    k, last = asked.neighbours, asked.n - 1
+    k, last = asked.neighbors, asked.n - 1
     columns = [torch.lerp(ordered[:, last - low], ordered[:, last - high], f) for low, high, f in asked.ranks()]
     percentiles = torch.stack(columns, 1) if columns else ordered[:, :0]
     nearest = places[:, :k].clone()

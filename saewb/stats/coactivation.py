@@ -38,11 +38,14 @@ def coactivation(
         products: whether to sum products of activations as well, for `Coactivation.correlation`.
         max_bytes: of memory, beyond the batch: 4 bytes per pair of latents, 12 with products, and 0.2 GB.
             The default is enough for 16,384 latents with products and 28,000 without.
+
     Returns:
         Counts of all pairs, exactly, with phi, Jaccard and correlation; for two SAEs see `CoactivationStream`.
+
     Raises:
         TypeError: for batches of something else.
         ValueError: if there are no tokens, or the tables do not fit into `max_bytes`.
+
     Example:
         >>> found = coactivation([torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])])
         >>> found.counts([0, 1, 2], [0, 1, 2]).tolist()
@@ -75,8 +78,10 @@ class CoactivationStream:
         products: whether to sum products of activations as well, for `Coactivation.correlation`.
         max_bytes: of memory, beyond the batch.
         device: of the tables.
+
     Raises:
         ValueError: if the tables do not fit into `max_bytes`.
+
     Example:
         >>> stream = CoactivationStream(2, 3)
         >>> stream.update(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0, 5.0]]))
@@ -113,6 +118,7 @@ class CoactivationStream:
         Args:
             latents: of the first SAE.
             latents_b: of the second, on the same tokens, if there is one.
+
         Raises:
             ValueError: if the shapes do not fit, if a second SAE's latents are missing or too many, if `result` has
                 been called, or after 2**31 tokens, past which counts would not fit.

@@ -79,6 +79,7 @@ class Coactivation:
         Args:
             rows: latents.
             cols: latents, of the second SAE if there is one.
+
         Raises:
             ValueError: for a latent that is not there. So for the methods below.
         """
@@ -131,6 +132,7 @@ class Coactivation:
             k: how many; all others if there are not as many.
             by: "phi", "jaccard" or "correlation".
             min_together: leave out those that fire together on fewer tokens, whose figures are chance.
+
         Returns:
             Their indices, the most first, and their figures; -1 and nan where fewer are left.
         """

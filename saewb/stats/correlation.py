@@ -33,6 +33,7 @@ class LowRankCorrelation:
 
     Raises:
         ValueError: if the shapes do not fit, `diag` is negative, or the diagonal is not 1 (within 1e-4).
+
     Example:
         >>> LowRankCorrelation.of(torch.tensor([[0.6], [0.8]])).dense()
         tensor([[1.0000, 0.4800],
@@ -78,10 +79,13 @@ def correlation_stats(correlation: Float[Tensor, "n n"] | LowRankCorrelation) ->
 
     Args:
         correlation: a matrix, or its factors. What stands on the diagonal does not matter.
+
     Returns:
         CorrelationStats: `rms`, `mean`, and the number of features.
+
     Raises:
         ValueError: if the matrix is not square or has fewer than two rows.
+
     Example:
         >>> factor = torch.tensor([[0.6], [0.8], [-0.5]])
         >>> found = correlation_stats(LowRankCorrelation.of(factor))
@@ -126,10 +130,13 @@ def random_correlation(
         seed: of the draw.
         dtype: of the matrix.
         device: of the matrix, and of the draw: another device gives another matrix.
+
     Returns:
         A symmetric positive definite matrix with a diagonal of 1.
+
     Raises:
         ValueError: for an argument out of its range.
+
     Example:
         >>> matrix = random_correlation(50, max_strength=0.12, seed=1)
         >>> torch.linalg.cholesky(matrix).shape, bool((matrix.diagonal() == 1).all())
@@ -174,10 +181,13 @@ def random_low_rank_correlation(
         seed: of the draw.
         dtype: of the factors.
         device: of the factors, and of the draw: another device gives another matrix.
+
     Returns:
         A LowRankCorrelation, symmetric and positive definite with a diagonal of 1.
+
     Raises:
         ValueError: for an argument out of its range.
+
     Example:
         >>> random_low_rank_correlation(1000, 25)
         LowRankCorrelation(1,000 features, rank 25)

@@ -82,6 +82,7 @@ class MatrixView:
 
         Raises:
             ValueError: for a feature that is not there, or if rows and columns are of two sets.
+
         Example:
             >>> truth = matrix_view(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
             >>> truth.picked([1, 0, -1]).block([0], [1, 2])
@@ -131,8 +132,10 @@ class MatrixView:
         Args:
             by: one of `orders`.
             seed: of "clusters" of more than 1,024.
+
         Raises:
             ValueError: for an order that this matrix does not have.
+
         Example:
             >>> c = torch.tensor([[1.0, 0.1, 0.9], [0.1, 1.0, 0.0], [0.9, 0.0, 1.0]])
             >>> matrix_view(c).order("clusters").tolist()
@@ -236,11 +239,14 @@ def matrix_view(
         by: of an SAE "decoder" (default) or "encoder"; of counts "phi" (default), "jaccard" or "correlation"; "cosine"
             for directions.
         density: of each feature, as a fraction of tokens: for an order. Counts bring their own.
+
     Returns:
         A MatrixView; nothing is computed yet.
+
     Raises:
         TypeError: for anything else.
         ValueError: for a matrix that is not square or not symmetric, or widths that differ.
+
     Example:
         >>> view = matrix_view(LowRankCorrelation.of(torch.tensor([[0.6], [0.8], [-0.5]])))
         >>> view, view.block([0, 1], [2])

@@ -69,6 +69,7 @@ class FiringStream:
         Args:
             latents: activations, or what `encode_topk` gave.
             lengths: how many of the tokens, one after another, belong to each row of text; None: to one row, all.
+
         Raises:
             ValueError: if there are more or fewer latents than in earlier batches; if lengths do not sum to the tokens.
         """
@@ -96,6 +97,7 @@ class FiringStream:
             dead_below: a latent is dead if it fires on fewer than this fraction of tokens.
             dense_above: a latent is dense if it fires on more than this fraction of tokens.
             ultra_low_below: a latent is of ultra-low density if it is not dead and fires on fewer than this fraction.
+
         Raises:
             ValueError: if there were no tokens.
         """
@@ -144,7 +146,7 @@ def _dense(latents: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _sparse(latents: TopLatents, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of the values a top-k gate kept, in time and memory of those, not of all latents."""
+    """The same of the values a top-k activation kept, in time and memory of those, not of all latents."""
     d_sae, k = latents.shape[-1], latents.indices.shape[1]
     values, indices = float64(latents.values.abs()).flatten(), latents.indices.flatten()
     active, none = (values != 0).long(), values.new_zeros(d_sae)

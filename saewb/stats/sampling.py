@@ -24,8 +24,10 @@ class CorrelatedNormals:
 
     Args:
         correlation: a matrix, symmetric, with diagonal 1 and positive definite; or its factors.
+
     Raises:
         ValueError: if it is no correlation matrix.
+
     Example:
         >>> normals = CorrelatedNormals(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
         >>> z = normals.sample(20_000, torch.Generator().manual_seed(0))
@@ -70,9 +72,11 @@ class CorrelatedNormals:
             n_samples: rows.
             probability: of each feature, or of all, 0..1.
             generator: as for `sample`.
+
         Raises:
             ValueError: for a probability out of 0..1.
-        Source:
+
+        References:
             Gaussian copula: Sklar 1959; the thresholds are the normal quantiles of 1 - p.
         """
         p = torch.as_tensor(probability, dtype=torch.float64, device=self._factor.device)

@@ -26,7 +26,7 @@ def superposition(
     directions: Float[Tensor, "n d"] | nn.Module,
     percentiles: Sequence[float | int] = (95, 99),
     *,
-    neighbours: int = 5,
+    neighbors: int = 5,
     bins: int = 200,
     max_bytes: int = MAX_BYTES,
 ) -> Superposition:
@@ -47,15 +47,19 @@ def superposition(
         directions: one per row, of any length; or an SAE, of which the decoder's (`sae.W_dec`) are taken. The encoder's
             are `sae.W_enc.T`.
         percentiles: 0..100, of |cos| between a direction and all others.
-        neighbours: how many nearest directions to report for each; fewer if there are not as many.
+        neighbors: how many nearest directions to report for each; fewer if there are not as many.
         bins: of the histogram over -1..1, equally wide; at most 1,000.
         max_bytes: of working memory.
+
     Returns:
         A Superposition, on the CPU: prints as a table, `to_frame()` for pandas.
+
     Raises:
         ValueError: for fewer than two directions, values that are not finite, or an argument out of its range.
-    Source:
+
+    References:
         Elhage et al. 2022, "Toy models of superposition". Welch 1974 (bound).
+
     Example:
         >>> found = superposition(torch.tensor([[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]]))
         >>> found.max_abs_cos.tolist(), found.nearest[:, 0].tolist(), round(found.mean_abs_cos, 6)
@@ -63,8 +67,8 @@ def superposition(
     """
     unit = _unit(_matrix(directions))
     n = len(unit)
-    asked = Asked(n, tuple(percentiles), min(neighbours, n - 1), bins)
-    _check(asked, neighbours)
+    asked = Asked(n, tuple(percentiles), min(neighbors, n - 1), bins)
+    _check(asked, neighbors)
     found = Found.join(tiles(unit, asked, max_bytes), asked)
     return Superposition.of(found, asked, unit)
 
@@ -96,10 +100,10 @@ def _unit(directions: Tensor) -> Tensor:
     return x.div_(torch.where(length > 0, length, 1))
 
 
-def _check(asked: Asked, neighbours: int) -> None:
+def _check(asked: Asked, neighbors: int) -> None:
     if not all(0 <= p <= 100 for p in asked.percentiles):
         raise ValueError(explain(f"superposition got percentiles={asked.percentiles}.", want="numbers in 0..100"))
-    if neighbours < 1:
-        raise ValueError(explain(f"superposition got neighbours={neighbours}.", want="at least 1"))
+    if neighbors < 1:
+        raise ValueError(explain(f"superposition got neighbors={neighbors}.", want="at least 1"))
     if not 1 <= asked.bins <= 1000:
         raise ValueError(explain(f"superposition got bins={asked.bins}.", want="1..1000"))

@@ -50,10 +50,11 @@ class SyntheticData:
     see `Hierarchy.compensated`), unless `compensate` is False. With a correlation as well, it is what goes in.
 
     Called with a number of tokens and a generator it gives activations, which is what a stream draws:
-    `saewb.train(None, saewb.stream_draws(data, seed=1), saewb.TopK(512, k=8), n_tokens=10**6, normalisation="none")`.
+    `saewb.train(None, saewb.stream_draws(data, seed=1), saewb.TopK(512, k=8), n_tokens=10**6, normalization="none")`.
 
     Raises:
         ValueError: if numbers of features differ, a probability is out of 0..1, or the hierarchy cannot have it so.
+
     Example:
         >>> from saewb.synthetic import random_dictionary, zipfian
         >>> data = SyntheticData(random_dictionary(64, 32), zipfian(64, highest=0.1, lowest=0.01))
@@ -202,11 +203,14 @@ def load_synthetic(folder: str | Path) -> SyntheticData:
 
     Args:
         folder: that it was saved to.
+
     Returns:
         Data equal to what was saved, on the CPU.
+
     Raises:
         FileNotFoundError: if it is not there.
         FormatError: if it is something else.
+
     Example:
         >>> load_synthetic("nowhere")
         Traceback (most recent call last):

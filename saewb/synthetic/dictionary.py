@@ -22,6 +22,7 @@ class FeatureDictionary:
 
     Raises:
         ValueError: if the shapes do not fit.
+
     Example:
         >>> dictionary = FeatureDictionary(torch.eye(3, 2), torch.zeros(2))
         >>> dictionary.embed(torch.tensor([[2.0, 3.0, 9.0]])), dictionary
@@ -75,10 +76,13 @@ def random_dictionary(
         bias_scale: length of a random bias; 0 is none.
         seed: of the draw.
         device: of the tensors.
+
     Returns:
         A FeatureDictionary of unit directions.
+
     Raises:
         ValueError: if `n_features` or `d` is below 1.
+
     Example:
         >>> f = random_dictionary(64, 32).directions
         >>> round(((f @ f.T).square().sum() - 64).item()), 64 * (64 - 32) // 32
@@ -106,11 +110,14 @@ def orthogonalized(directions: Float[Tensor, "features d"], n_rounds: int = 5) -
         directions: where to start from.
         n_rounds: 5 reach the least sum to 6 digits or so; 0 only sets lengths to 1. With at most d features the first
             makes them orthogonal.
+
     Returns:
         New unit rows; `directions` is not changed.
-    Source:
+
+    References:
         Alternating projections: Tropp et al. 2005, "Designing structured tight frames"; the bound: Benedetto and
         Fickus 2003. sae-lens' `orthogonalize_embeddings` has the same minimum.
+
     Example:
         >>> f = orthogonalized(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
         >>> round(abs((f[0] @ f[1]).item()), 5), [round(length, 5) for length in f.norm(dim=1).tolist()]
@@ -152,10 +159,13 @@ def matched_sae(
         noise: relative length of random errors; 0 is the truth itself.
         order: which feature each latent takes; None is the first d_sae, one after another.
         seed: of the noise.
+
     Returns:
         A new SAE; `sae` is not changed.
+
     Raises:
         ValueError: if the widths differ, or `order` names a feature that is not there.
+
     Example:
         >>> from saewb.sae.sae import SAE, SAEConfig
         >>> dictionary = random_dictionary(16, 8)

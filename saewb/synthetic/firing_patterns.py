@@ -21,10 +21,13 @@ def constant(n_features: int, probability: float = 0.01) -> Float[Tensor, " feat
     Args:
         n_features: how many.
         probability: firings per sample, 0..1.
+
     Returns:
         The same number for each feature.
+
     Raises:
         ValueError: if it is not in 0..1.
+
     Example:
         >>> constant(2, 0.25)
         tensor([0.2500, 0.2500])
@@ -45,10 +48,13 @@ def zipfian(
         exponent: e; larger is steeper.
         highest: of the first, 0..1.
         lowest: of the last, 0..highest.
+
     Returns:
         Firings per sample of each feature, falling.
+
     Raises:
         ValueError: if it is not 0 <= lowest <= highest <= 1.
+
     Example:
         >>> zipfian(3, highest=0.3, lowest=0.1)
         tensor([0.3000, 0.1500, 0.1000])
@@ -67,10 +73,13 @@ def linear(n_features: int, highest: float = 0.3, lowest: float = 0.01) -> Float
         n_features: how many.
         highest: probability of the first, 0..1.
         lowest: probability of the last, 0..highest.
+
     Returns:
         Firings per sample of each feature.
+
     Raises:
         ValueError: if it is not 0 <= lowest <= highest <= 1.
+
     Example:
         >>> linear(3, 0.3, 0.1)
         tensor([0.3000, 0.2000, 0.1000])
@@ -87,10 +96,13 @@ def random(n_features: int, highest: float = 0.5, lowest: float = 0.01, *, seed:
         highest: probability no feature exceeds, 0..1.
         lowest: probability no feature is below, 0..highest.
         seed: of the draw.
+
     Returns:
         Firings per sample of each feature.
+
     Raises:
         ValueError: if it is not 0 <= lowest <= highest <= 1.
+
     Example:
         >>> bool(((p := random(50)) > 0.01).all() and (p < 0.5).all())
         True

@@ -54,9 +54,11 @@ class Hierarchy:
     Args:
         roots: the trees. Features in none of them are free.
         scale_by_parent: multiply the value of each child with that of its parent.
+
     Raises:
         ValueError: if a feature stands in two places, an index is below 0, or exclusive children are fewer than two or
             have no features.
+
     Example:
         >>> trees = Hierarchy([Node(0, (Node(1), Node(2)), exclusive=True)])
         >>> both = Firings.of(torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]]))
@@ -104,6 +106,7 @@ class Hierarchy:
         Args:
             firings: drawn as if there were no trees.
             generator: for the choice among siblings; on their device.
+
         Raises:
             ValueError: if the trees have features that `firings` has not.
         """
@@ -136,6 +139,7 @@ class Hierarchy:
 
         Args:
             probability: how often each feature shall fire, over all samples.
+
         Raises:
             ValueError: if a child shall fire more often than its parent, or exclusive siblings together more often.
         """
@@ -182,10 +186,13 @@ def random_hierarchy(
         exclusive_frac: of nodes with two children or more, how many have exclusive ones, 0..1.
         scale_by_parent: as for Hierarchy.
         seed: of the draw.
+
     Returns:
         A Hierarchy.
+
     Raises:
         ValueError: for arguments that make no trees.
+
     Example:
         >>> random_hierarchy(100, 5, branching=(3, 3), exclusive_frac=1.0)
         Hierarchy(65 features in 5 trees, 60 of them exclusive)

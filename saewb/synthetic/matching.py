@@ -21,12 +21,16 @@ def mean_correlation_coefficient(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"
     Args:
         a: one set, of any lengths; rows of 0 agree with nothing.
         b: the other. The smaller set is matched whole.
+
     Returns:
         A mean of |cosines|, 0..1; unchanged when rows are scaled.
+
     Raises:
         ValueError: if a set is empty, or the widths differ.
-    Source:
+
+    References:
         Hungarian matching (scipy's linear_sum_assignment); "MCC" of arXiv:2505.20254.
+
     Example:
         >>> round(mean_correlation_coefficient(torch.eye(3), -2 * torch.eye(3)[[2, 0, 1]]), 6)
         1.0
@@ -48,8 +52,10 @@ def best_matches(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> tuple[Int[
     Args:
         a: one set of directions, of any lengths.
         b: the other set.
+
     Returns:
         For each row of `a`, the row number in `b`, and |cosine| with it.
+
     Example:
         >>> row, cosine = best_matches(torch.tensor([[1.0, 0.0], [0.0, -2.0]]), torch.eye(2))
         >>> row.tolist(), cosine.tolist()
@@ -67,12 +73,16 @@ def uniqueness(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) ->
     Args:
         latents: directions to judge, of any lengths.
         features: the true directions, of any lengths.
+
     Returns:
         A fraction, 1/n..1; unchanged when rows are scaled by positive factors.
+
     Raises:
         ValueError: if a set is empty, or the widths differ.
-    Source:
+
+    References:
         The uniqueness of sae-lens' synthetic evaluation.
+
     Example:
         >>> uniqueness(torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.eye(2))
         0.5
@@ -90,8 +100,10 @@ def best_ordering(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"])
     Args:
         latents: directions, of any lengths.
         features: the true directions, of any lengths.
+
     Returns:
         Row numbers of `latents`, each once.
+
     Example:
         >>> best_ordering(torch.eye(3)[[2, 0, 1]], torch.eye(3)).tolist()
         [1, 2, 0]
@@ -109,8 +121,10 @@ def ordered_cosines(
     Args:
         latents: directions, of any lengths.
         features: the true directions, of any lengths.
+
     Returns:
         The order, row numbers of `latents`; and cosines in -1..1, row k those of `latents[order[k]]`.
+
     Example:
         >>> order, cosines = ordered_cosines(-torch.eye(2)[[1, 0]], torch.eye(2))
         >>> order.tolist(), cosines.tolist()

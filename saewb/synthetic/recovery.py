@@ -126,12 +126,16 @@ def recovery(
         n_samples: fresh samples to judge it on.
         batch_size: samples at a time; memory is `batch_size * (features + 2 d_sae)` numbers.
         seed: of the samples; take another one than training had.
+
     Returns:
         A Recovery; see the fields there.
+
     Raises:
         ValueError: if the widths differ, or numbers are below 1.
-    Source:
+
+    References:
         The figures of sae-lens' `eval_sae_on_synthetic_data`; MCC of arXiv:2505.20254.
+
     Example:
         >>> from saewb.sae.sae import SAE, SAEConfig
         >>> from saewb.synthetic import SyntheticData, constant, matched_sae, random_dictionary

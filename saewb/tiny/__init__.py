@@ -55,10 +55,13 @@ def folder(what: Literal["model", "sae"]) -> Path:
 
     Args:
         what: "model" or "sae".
+
     Returns:
         A folder of the installed package; read only.
+
     Raises:
         ValueError: for anything else.
+
     Example:
         >>> folder("sae").joinpath("cfg.json").exists()
         True

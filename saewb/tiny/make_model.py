@@ -181,13 +181,13 @@ def _one_pass(
 
 @final
 class Muon:
-    """Momentum whose update is orthogonalised by Newton-Schulz, batched over matrices of one shape.
+    """Momentum whose update is orthogonalized by Newton-Schulz, batched over matrices of one shape.
 
         M <- 0.95 M + G;   U = orthogonal(G + 0.95 M);   W <- (1 - lr wd) W - lr sqrt(max(1, rows/cols)) U
 
     Batched because at these sizes one matrix after the other, as in torch.optim.Muon, takes 40 % of a step.
 
-    Source:
+    References:
         Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (quintic 3.4445, -4.7750, 2.0315; 5 iterations).
     """
 

@@ -2,7 +2,7 @@
 
 1. Run the model over the packed training text; keep the activations after block 2, those of BOS positions left out: the
    first position of a row has five times the norm of the others and would take up much of the error.
-2. Train on centred and scaled activations with `saewb.training`: `saewb.TopK`, unit decoder rows, and an auxiliary loss
+2. Train on centered and scaled activations with `saewb.training`: `saewb.TopK`, unit decoder rows, and an auxiliary loss
    in which latents that have not fired for a while model what the others left over.
 3. The SAE that comes out reads the model's own activations, its decoder rows have norm 1, and a latent's value is
    therefore a length in the model's units, along its decoder row.
@@ -99,7 +99,7 @@ def train_sae(x: Float[Tensor, "tokens d_in"], recipe: SAERecipe) -> SAE:
         warmup_tokens=min(recipe.warmup_steps, recipe.n_steps // 2) * recipe.batch,
         decay_tokens=int(recipe.decay_frac * n_tokens),
         clip=None,
-        normalisation="centred",
+        normalization="centered",
         estimate_tokens=min(len(x), n_tokens),
         dead_after_tokens=recipe.dead_after_tokens,
         seed=recipe.seed,

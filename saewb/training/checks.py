@@ -15,15 +15,15 @@ MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_st
 
 
 def check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
-    """Raises where a normalisation says nothing about what an SAE is trained for."""
-    per_token = config.normalisation in ("layer_norm", "constant_norm")
+    """Raises where a normalization says nothing about what an SAE is trained for."""
+    per_token = config.normalization in ("layer_norm", "constant_norm")
     skip = "skip" in {f.name for f in fields(trainee.objective)} and trainee.objective.skip
     if per_token and (skip or trainee.is_transcoder):
-        what = f"normalisation={config.normalisation!r} with {name!r}, a transcoder or with a skip matrix."
-        raise ValueError(explain(what, want="'none', 'constant' or 'centred': a scale per token says nothing about y"))
-    if config.normalisation == "whitened" and isinstance(trainee.objective, MatchingPursuit):
-        what = f"normalisation='whitened' with {name!r}, which does matching pursuit."
-        raise ValueError(explain(what, want="'constant' or 'centred': its encoder is its decoder, whitened it is not"))
+        what = f"normalization={config.normalization!r} with {name!r}, a transcoder or with a skip matrix."
+        raise ValueError(explain(what, want="'none', 'constant' or 'centered': a scale per token says nothing about y"))
+    if config.normalization == "whitened" and isinstance(trainee.objective, MatchingPursuit):
+        what = f"normalization='whitened' with {name!r}, which does matching pursuit."
+        raise ValueError(explain(what, want="'constant' or 'centered': its encoder is its decoder, whitened it is not"))
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from saewb.errors import explain
 from saewb.sae.config import checker
 
 Schedule = Literal["constant", "linear", "cosine", "restarts"]
-Normalisation = Literal["none", "constant", "centred", "whitened", "layer_norm", "constant_norm"]
+Normalization = Literal["none", "constant", "centered", "whitened", "layer_norm", "constant_norm"]
 Step = Literal["auto", "plain", "sparse"]
 
 _check = checker("TrainConfig")
@@ -43,8 +43,8 @@ class TrainConfig:
     autocast: torch.dtype | None = None  # of products in the plain losses: torch.bfloat16; weights stay float32
     compile: str | None = None  # backend of torch.compile for the plain losses, e.g. "inductor"
     step: Step = "auto"  # how gradients are computed: see `saewb.training.paths.choose`
-    normalisation: Normalisation = (
-        "centred"  # of activations: see `saewb.training.normalization`; "none" for synthetic ones
+    normalization: Normalization = (
+        "centered"  # of activations: see `saewb.training.normalization`; "none" for synthetic ones
     )
     shrinkage: float = 1e-3  # of the covariance, for "whitened": see `saewb.training.whitening`
     estimate_tokens: int | None = None  # that means and factors are estimated on; held meanwhile; None means 8 batches
@@ -66,7 +66,7 @@ class TrainConfig:
         for name in ("warmup_tokens", "decay_tokens"):
             value = getattr(self, name)
             _check(type(value) is int and value >= 0, name, value, "a number of tokens, 0 or more")
-        for name, choices in (("schedule", Schedule), ("normalisation", Normalisation), ("step", Step)):
+        for name, choices in (("schedule", Schedule), ("normalization", Normalization), ("step", Step)):
             known = ", ".join(map(repr, get_args(choices)))
             _check(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {known}")
         _check(self.b_dec in ("zeros", "mean"), "b_dec", self.b_dec, "'zeros' or 'mean'")

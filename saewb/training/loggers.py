@@ -69,8 +69,10 @@ def saelens_keys(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, fl
     Args:
         row: of `run.history`.
         names: of the run's SAEs; with one only, its name is left out.
+
     Returns:
         Numbers by SAELens' names; quantities it has no name for keep ours.
+
     Example:
         >>> saelens_keys({"step": 1, "n_tokens": 64, "fvu": 0.25, "losses/mse": 2.0}, ("sae",))
         {'details/n_training_samples': 64, 'metrics/explained_variance': 0.75, 'losses/mse_loss': 2.0}

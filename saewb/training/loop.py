@@ -20,7 +20,7 @@ from saewb.training.step_metrics import TrainStep
 from saewb.training.trainer import Learner, Trainee, described, starts_from_data
 
 PROBE_ROWS = 256  # of the last batch, that an export is proved on
-_ESTIMATED = ("constant", "centred", "whitened")  # normalisations that are estimated
+_ESTIMATED = ("constant", "centered", "whitened")  # normalizations that are estimated
 
 
 class Batch(Protocol):
@@ -64,10 +64,12 @@ class Training:
         held_out: activations by point, `[tokens, d]`, in the model's units, to measure on every `eval_every_tokens` and
             after the last step.
         device: of weights and arithmetic; None means that of the first batch.
-        team: processes that train together, each on its share of every batch (`saewb.team`); each is given the same
+        team: processes that train together, each on its share of every batch (`saewb.distributed`); each is given the same
             stream of whole batches. None trains alone.
+
     Raises:
         ValueError: on a batch of another size, a point the stream does not have, or a stream that ends too early.
+
     Example:
         >>> import saewb
         >>> x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
@@ -166,7 +168,7 @@ class Training:
             metadata = {
                 "objective": described(self._trainees[name]),
                 "n_training_tokens": self.n_tokens,
-                "normalisation": self.config.normalisation,
+                "normalization": self.config.normalization,
                 "trained_with": "saewb",
             }
             made[name] = learner.export(self._probe[self._points(name)[0]], metadata)
@@ -251,10 +253,10 @@ class Training:
 
         At any time, of any thread.
         """
-        size, normalises = self.config.batch_tokens, self.config.normalisation in _ESTIMATED
+        size, normalizes = self.config.batch_tokens, self.config.normalization in _ESTIMATED
         if self._skipped < self._n_skip:
             return "going back to its place", self._skipped * size, self._n_skip * size
-        what = "estimating " + ("the normalisation" if normalises else "on the first tokens")
+        what = "estimating " + ("the normalization" if normalizes else "on the first tokens")
         what = what if self._estimates else "reading the first batch"
         return None if self._learners else (what, len(self._pending) * size, self._n_wanted * size)
 
@@ -268,7 +270,7 @@ class Training:
     @property
     def _estimates(self) -> bool:
         fits = any(map(starts_from_data, self._trainees.values()))
-        return self.config.normalisation in _ESTIMATED or self.config.b_dec == "mean" or fits
+        return self.config.normalization in _ESTIMATED or self.config.b_dec == "mean" or fits
 
     def _start(self) -> None:
         if not self._pending:
@@ -306,16 +308,16 @@ class Training:
             self._trainees[name] = trainee
 
     def _fixed(self) -> Units:
-        return from_estimates(self.config.normalisation, 1.0, torch.zeros(0))
+        return from_estimates(self.config.normalization, 1.0, torch.zeros(0))
 
     def _estimated(self, point: str) -> tuple[Units, Tensor]:
         """Units of a point, and its mean in them, from the pending batches."""
         batches = [self._placed(batch.values[point]) for batch in self._pending]
-        factor, mean = estimated(point, batches, centred=self.config.normalisation == "centred")
-        if self.config.normalisation == "whitened":
+        factor, mean = estimated(point, batches, centered=self.config.normalization == "centered")
+        if self.config.normalization == "whitened":
             units = whitening_units(point, batches, mean, self.config.shrinkage)
         else:
-            units = from_estimates(self.config.normalisation, factor, mean)
+            units = from_estimates(self.config.normalization, factor, mean)
         return units, torch.cat([units.apply(x).mean(0, keepdim=True) for x in batches]).mean(0)
 
     def _make_learners(self, widths: Mapping[str, int], means: Mapping[str, Tensor | None]) -> None:

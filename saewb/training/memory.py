@@ -73,6 +73,7 @@ def estimate_memory(
         itemsize: bytes of one number in the stream.
         model: for the sizes of a forward pass.
         device: where training happens.
+
     Example:
         >>> print(estimate_memory([(768, 24_576, 768)], {"x": 768}, batch_tokens=4096).weights)
         604385280

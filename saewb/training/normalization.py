@@ -2,7 +2,7 @@
 
     none           as they are
     constant       x' = f x,         f = sqrt(d) / mean ||x||           (one number per point, estimated once)
-    centred        x' = f (x - m),   m = mean x, f = sqrt(d) / mean ||x - m||
+    centered        x' = f (x - m),   m = mean x, f = sqrt(d) / mean ||x - m||
     whitened       x' = (x - m) M,   M from the covariance: `saewb.training.whitening`
     layer_norm, constant_norm        per token, as the scaling of `SAEConfig`
 
@@ -25,7 +25,7 @@ from saewb.sae.activation_functions import scaled, unscaled
 from saewb.sae.config import Scaling
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE, replace_config
-from saewb.training.config import Normalisation
+from saewb.training.config import Normalization
 from saewb.training.whitening import Whitening, unwhitened, whitened, whitening
 
 AnySAE = Union[SAE, PursuitSAE]
@@ -72,8 +72,8 @@ def _host(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to("cpu", copy=True)
 
 
-def estimated(point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, centred: bool) -> tuple[float, Tensor]:
-    """`sqrt(d) / mean ||x||` (centred: of `||x - mean||`) and the mean of `x`, over these batches, in float64 sums.
+def estimated(point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, centered: bool) -> tuple[float, Tensor]:
+    """`sqrt(d) / mean ||x||` (centered: of `||x - mean||`) and the mean of `x`, over these batches, in float64 sums.
 
     Raises:
         ValueError: if that length is 0.
@@ -82,22 +82,22 @@ def estimated(point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, centr
     batches = list(batches)
     n = sum(map(len, batches))
     mean = sum(x.double().sum(0) for x in batches) / n
-    lengths = sum(((x - mean.to(x.dtype)) if centred else x).norm(dim=1).double().sum() for x in batches) / n
+    lengths = sum(((x - mean.to(x.dtype)) if centered else x).norm(dim=1).double().sum() for x in batches) / n
     if not math.isfinite(lengths):
         fix = "load_model(..., torch.bfloat16), where the model ran in float16"
         raise FloatingPointError(explain(f"activations at {point!r} are not finite.", want="finite numbers", fix=fix))
     if not float(lengths) > 0:
-        raise ValueError(explain(f"no length to normalise by at {point!r}: all {n} tokens are the same.", want="data"))
+        raise ValueError(explain(f"no length to normalize by at {point!r}: all {n} tokens are the same.", want="data"))
     return batches[0].shape[1] ** 0.5 / float(lengths), mean.float()
 
 
-def from_estimates(normalisation: Normalisation, factor: float, mean: Float[Tensor, " d"]) -> Units:
-    """The units that a normalisation means, given a point's estimates."""
-    if normalisation in ("layer_norm", "constant_norm"):
-        return Units(scaling=normalisation)
-    if normalisation == "none":
+def from_estimates(normalization: Normalization, factor: float, mean: Float[Tensor, " d"]) -> Units:
+    """The units that a normalization means, given a point's estimates."""
+    if normalization in ("layer_norm", "constant_norm"):
+        return Units(scaling=normalization)
+    if normalization == "none":
         return Units()
-    return Units(factor, mean if normalisation == "centred" else None)
+    return Units(factor, mean if normalization == "centered" else None)
 
 
 def whitening_units(
@@ -150,7 +150,7 @@ def to_training(sae: AnySAE, read: Units, write: Units) -> AnySAE:
     scaling = sae.cfg.scaling
     if scaling != read.scaling:
         what = f"{sae!r} has scaling={scaling!r}, training has {read.scaling!r}."
-        raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., normalisation={scaling!r})"))
+        raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., normalization={scaling!r})"))
     if scaling != "none":
         return replace_config(sae, scaling="none") if isinstance(sae, SAE) else _pursuit(sae, scaling="none")
     if isinstance(sae, SAE) and sae.cfg.pre_bias == "own":
@@ -170,7 +170,7 @@ def _unshifted(sae: AnySAE, read: Tensor, write: Tensor) -> AnySAE:
     if sae.cfg.pre_bias == "tied":
         if skip:
             what = f"a mean cannot be taken out of {sae!r}, tied and with a skip matrix."
-            raise ValueError(explain(what, want="normalisation 'none' or 'constant'"))
+            raise ValueError(explain(what, want="normalization 'none' or 'constant'"))
         return type(sae).from_tensors(sae.cfg, {**tensors, "b_dec": tensors["b_dec"] - write})
     tensors["b_enc"] += read @ tensors["W_enc"]
     tensors["b_dec"] += (read @ tensors["W_skip"] if skip else 0) - write

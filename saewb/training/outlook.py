@@ -15,7 +15,7 @@ from saewb.data.sources import ModelSource
 from saewb.data.token_streams import stream_tokens
 from saewb.errors import explain, near
 from saewb.field_notes import field_choices, field_notes
-from saewb.models import hook_points as hooks
+from saewb.models.shared_copy import shared_copy
 from saewb.training import TrainConfig, Trainee
 from saewb.training.memory import MemoryEstimate, estimate_memory
 from saewb.training.past_run import train_code
@@ -50,10 +50,13 @@ class TrainOption:
 
         Args:
             text: e.g. "3e-4", "None", "(0.9, 0.999)", "cosine", "torch.bfloat16".
+
         Returns:
             The value.
+
         Raises:
             ValueError: for what is no literal; whether the value is right is for `owner` to say.
+
         Example:
             >>> batch = next(option for option in training_options() if option.name == "batch_tokens")
             >>> batch.note, batch.value("8_192")
@@ -79,10 +82,13 @@ def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
 
     Args:
         objective: a class, e.g. `saewb.TopK`, or one of it; None means the options of `saewb.train` itself.
+
     Returns:
         Each option once, in the order in which it is documented; `print(*saewb.training_options(), sep="\\n")`.
+
     Raises:
         TypeError: for what is no objective.
+
     Example:
         >>> import saewb
         >>> [(option.name, option.default) for option in training_options(saewb.TopK)][1:3]
@@ -131,11 +137,14 @@ def training_memory(
         hook_out: as for `saewb.train`.
         device: as for `saewb.train`.
         options: as for `saewb.train`.
+
     Returns:
         A MemoryEstimate, in bytes; `print` it.
+
     Raises:
         TypeError: for an option that does not exist.
         ValueError: for what does not fit, or a point that is not there.
+
     Example:
         >>> import saewb
         >>> told = training_memory(saewb.load_model("tiny"), saewb.TopK(1024, k=16),
@@ -153,7 +162,7 @@ def training_memory(
     elif any(t.read is None for t in trainees.values()):
         raise ValueError(explain("got no hook.", want="where to read", fix='hook="blocks.4.hook_resid_post"'))
     else:
-        widths = model_widths(hooks.twin(model), points_of(trainees))
+        widths = model_widths(shared_copy(model), points_of(trainees))
     if device is None and model is not None:
         device = next(model.parameters()).device
     return memory_of(with_points(trainees, widths), widths, model, config, reading, device)
@@ -179,11 +188,14 @@ def training_code(
         folder: as for `saewb.train`.
         held_out: whether `held_out` is passed on.
         options: as for `saewb.train`.
+
     Returns:
         Python that needs `model` and `tokens` (and `held_out`), and makes `run`.
+
     Raises:
         TypeError: for an option that does not exist.
         ValueError: for what does not fit.
+
     Example:
         >>> import saewb
         >>> print(training_code(saewb.TopK(512, k=16), hook="blocks.2.hook_resid_post", n_tokens=50_000))

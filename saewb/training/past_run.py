@@ -96,11 +96,14 @@ def read_run(folder: str | Path) -> PastRun:
 
     Args:
         folder: as given to `saewb.train`.
+
     Returns:
         A PastRun: its history, and how it ended, if it did.
+
     Raises:
         FileNotFoundError: if there is no run.
         FormatError: if the folder is not one of saewb's.
+
     Example:
         >>> read_run("nowhere")
         Traceback (most recent call last):
@@ -148,10 +151,13 @@ def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list
     Args:
         run: a Run, or what `read_run` gives.
         points: at most, of each curve.
+
     Returns:
         By SAE and figure ("loss", "l0", "fvu", "dead_frac", "n_dense", "lr", "held_out/fvu"): (tokens, values).
+
     Raises:
         ValueError: for fewer than two points.
+
     Example:
         >>> import saewb
         >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.held_out_texts()]
@@ -183,8 +189,10 @@ def run_densities(run: Any) -> dict[str, Densities]:
 
     Args:
         run: a Run, or what `read_run` gives.
+
     Returns:
         By SAE; without those of which nothing has been logged yet.
+
     Example:
         >>> import saewb
         >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.held_out_texts()]
@@ -231,6 +239,7 @@ def train_code(facts: Mapping[str, Any], *, folder: str | None = None, held_out:
         facts: as `run.json` has them.
         folder: of the new run.
         held_out: whether there is a `held_out` of the reader's too.
+
     Returns:
         Python that needs `model` and `tokens`; defaults are left out.
     """

@@ -1,7 +1,7 @@
 """Two ways to the same gradients, and which one is taken.
 
 plain     `objective.losses` and autograd: the reference, for every objective, device, autocast and compile
-sparse    by hand, touching only active latents (`saewb.sparse_step`): many times faster where few are active
+sparse    by hand, touching only active latents (`saewb.training.sparse_step`): many times faster where few are active
 """
 
 from __future__ import annotations

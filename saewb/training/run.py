@@ -1,12 +1,12 @@
 """A training that runs in the background: a daemon thread that steps, logs, and keeps checkpoints.
 
 1. Between two steps the thread lets others in: pausing, stopping, exporting, reading. A step is never interrupted.
-2. It runs the same weights through hook points of its own (`saewb.models.shared_copy.twin`), so other cells use the model at any
+2. It runs the same weights through hook points of its own (`saewb.models.shared_copy.shared_copy`), so other cells use the model at any
    time, and neither sees the other's hooks.
 3. On every way out (the end, `stop()`, an exception, the interpreter's exit) a checkpoint is written, if the run has a
    folder. An interrupt (Ctrl-C, the notebook's stop button) reaches the main thread alone: in `wait()` it stops the run
    cleanly, in another cell it does nothing to it. There are no signal handlers; a script that wants a checkpoint on
-   SIGTERM calls `saewb.run_record.exit_on_sigterm()`.
+   SIGTERM calls `saewb.training.run_record.exit_on_sigterm()`.
 4. Nothing is printed. What went wrong is in `run.error`, what is worth knowing in `run.notes`.
 """
 

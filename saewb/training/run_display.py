@@ -14,7 +14,7 @@ from typing import Any, final
 class RunUp:
     """What a run reads before its first step. `print` it."""
 
-    what: str  # "filling the buffer", "estimating the normalisation", ...
+    what: str  # "filling the buffer", "estimating the normalization", ...
     n_tokens: int  # read
     total_tokens: int  # to be read
 

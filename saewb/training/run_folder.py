@@ -37,6 +37,7 @@ class RunFolder:
     Args:
         path: made if it is not there.
         writes: False only to read what is there while another process writes.
+
     Raises:
         RuntimeError: if a run is going on in it, in this process or another.
     """
@@ -89,6 +90,7 @@ class RunFolder:
         Args:
             facts: what is asked for now; it may have another end.
             n_tokens: of the checkpoint.
+
         Returns:
             The history up to there.
         """
@@ -118,6 +120,7 @@ class RunFolder:
             state: for `resume_run`.
             saes: by name.
             keep: number of tokens, to keep these SAEs under; None keeps only the newest.
+
         Raises:
             OSError: if the disk is full, or the folder is gone.
         """

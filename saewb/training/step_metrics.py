@@ -42,7 +42,7 @@ class Diverged:
 class Figures:
     """One SAE's step. Tensors are 0-d, on the training's device; `numbers()` reads them all at once."""
 
-    loss: Float[Tensor, ""]  # what was minimised: the sum of `losses`
+    loss: Float[Tensor, ""]  # what was minimized: the sum of `losses`
     losses: Mapping[str, Float[Tensor, ""]]  # by name, as they enter the sum, in training units
     l0: Float[Tensor, ""]  # active latents per token, in this batch
     fvu: Float[Tensor, ""]  # fraction of this batch's variance that is not explained

@@ -18,8 +18,8 @@ from saewb.data.stream import ActivationStream, model_tokens
 from saewb.distributed import ALONE, Team
 from saewb.errors import explain, near, usable
 from saewb.interventions.attachment import attachments
-from saewb.models import hook_points as hooks
 from saewb.models.capture import Activations, joined
+from saewb.models.shared_copy import shared_copy
 from saewb.models.tokenizer import special_ids
 from saewb.training import TrainConfig, Trainee, Training
 from saewb.training.loggers import Sink
@@ -64,7 +64,7 @@ def train(
     be wrong is found before it returns: names of hooks, sizes, options, the memory (an error if weights and
     moments cannot fit, else a warning, see `run.memory`).
 
-    In a script that torchrun or `accelerate launch` started in several processes, all train together (`saewb.team`):
+    In a script that torchrun or `accelerate launch` started in several processes, all train together (`saewb.distributed`):
     call it in each with the same arguments, and `run.wait()`; the first one alone writes the folder and calls sinks.
 
     Args:
@@ -82,16 +82,19 @@ def train(
         sinks: called with each `saewb.training.loggers.Event`.
         device: of the training; None means the model's.
         positions: of each row of tokens, those trained on.
-        options: of the training (lr, batch_tokens, warmup_tokens, normalisation, eval_every_tokens, seed, ...), the run
+        options: of the training (lr, batch_tokens, warmup_tokens, normalization, eval_every_tokens, seed, ...), the run
             (checkpoint_every_tokens, keep_saes, log_every_steps) and the reading (buffer_tokens, prefetch, ctx_len,
             pass_tokens, skip_special_tokens, ...). All of them, with defaults and what they mean:
             `saewb.training_options()`.
+
     Returns:
         A Run: it shows itself; `run.wait()`, `run.stop()`, `run.sae`.
+
     Raises:
         TypeError: for an option that does not exist.
         ValueError: for what does not fit.
         FileExistsError: if the folder holds a run already.
+
     Example:
         >>> import saewb
         >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.held_out_texts()]
@@ -143,11 +146,14 @@ def resume_run(
         n_tokens: a new end; None keeps it.
         sinks: as for `train`.
         device: as for `train`.
+
     Returns:
         The Run, going on in the background.
+
     Raises:
         FileNotFoundError: if there is no run, or it never came to a checkpoint.
         RuntimeError: if the run is going on.
+
     Example:
         >>> resume_run("nowhere")
         Traceback (most recent call last):
@@ -271,7 +277,7 @@ def _feed(
     if attached := attachments(model):
         what = f"SAEs are attached: {', '.join(map(repr, attached))}."
         raise ValueError(explain(what, want="the model as it is", fix="saewb.detach_all(model)"))
-    own = hooks.twin(model)  # so that neither sees the other's passes
+    own = shared_copy(model)  # so that neither sees the other's passes
     source = _source(own, tokens, points_of(trainees), reading, repeat=True, team=team)
     how["prefetch"] = reading.prefetch if team.size == 1 else 0  # exchanges in two threads would be out of order
     return Feed(ActivationStream(source, **how)), model_widths(own, source.points)

@@ -1,4 +1,4 @@
-"""Whitened activations: every direction as large as every other, so that the loss no longer favours the largest.
+"""Whitened activations: every direction as large as every other, so that the loss no longer favors the largest.
 
     z = (x - m) M,   M = C_s^(-1/2),   C_s = (1 - s) C + s tr(C) / d I,     C: covariance of x
 
@@ -8,7 +8,7 @@ directions in which nothing varies are not blown up. All in float64, from one pa
 
 An SAE trained on z is folded: it reads x and writes x, and needs no scaling at inference.
 
-Source: Saraswatula and Klindt 2025, arXiv:2511.13981 (whitening before SAEs); Ledoit and Wolf 2004 (shrinkage to
+References: Saraswatula and Klindt 2025, arXiv:2511.13981 (whitening before SAEs); Ledoit and Wolf 2004 (shrinkage to
 tr(C) / d I).
 """
 
@@ -45,8 +45,10 @@ def whitening(
         batches: in the model's units; gone through once.
         mean: of all of them.
         shrinkage: s, 0 to 1.
+
     Raises:
         ValueError: if some direction does not vary and nothing shrinks the covariance.
+
     Example:
         >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.1])
         >>> z = (x - x.mean(0)) @ whitening("x", [x], x.mean(0), 0.0).matrix
@@ -55,8 +57,8 @@ def whitening(
     """
     products, n = torch.zeros((), dtype=torch.float64), 0
     for x in batches:
-        centred = x.double() - mean.double()
-        products, n = products.to(x.device) + centred.T @ centred, n + len(x)
+        centered = x.double() - mean.double()
+        products, n = products.to(x.device) + centered.T @ centered, n + len(x)
     covariance = products / n
     d = len(covariance)
     values, axes = torch.linalg.eigh(covariance)
@@ -64,19 +66,19 @@ def whitening(
     flat = int((values <= _FLAT * values.max()).sum())
     if flat:
         what = f"{flat} of {d} directions of {point!r} do not vary over {n} tokens, and shrinkage={shrinkage:g}."
-        fix = "TrainConfig(..., normalisation='whitened', shrinkage=1e-3)"
+        fix = "TrainConfig(..., normalization='whitened', shrinkage=1e-3)"
         raise ValueError(explain(what, want=f"more than {d} tokens, or a shrinkage above 0", fix=fix))
     root = values.sqrt()
     return Whitening(((axes / root) @ axes.T).float(), ((axes * root) @ axes.T).float())
 
 
 def unwhitened(sae: SAE, read: Whitening, write: Whitening) -> SAE:
-    """An SAE of whitened activations made to read and write centred ones: exactly the same function.
+    """An SAE of whitened activations made to read and write centered ones: exactly the same function.
 
         W_enc' = M_r W_enc;   W_dec' = W_dec M_w^-1;   W_skip' = M_r W_skip M_w^-1
         b_dec' = b_dec M_w^-1;   b_pre' = b_pre M_r^-1
 
-    Rows of W_dec get unit length again where that changes nothing. A top-k gate chose by lengths in whitened units, so
+    Rows of W_dec get unit length again where that changes nothing. A top-k activation chose by lengths in whitened units, so
     its rows have unit length there, and other lengths in the model's.
     """
     made = _moved(sae, read.matrix, read.inverse, write.inverse)

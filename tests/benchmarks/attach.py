@@ -21,7 +21,7 @@ def saes_for(model, n):
     d_in = model.cfg.d_model
     places = [f"blocks.{i}.{p}" for i in range(model.cfg.n_layers) for p in ("hook_resid_post", "hook_mlp_out")]
     chosen = [places[round(i * (len(places) - 1) / max(1, n - 1))] for i in range(n)]
-    config = {"d_in": d_in, "d_sae": 8 * d_in, "gate": "topk", "k": 32}
+    config = {"d_in": d_in, "d_sae": 8 * d_in, "activation": "topk", "k": 32}
     return [saewb.SAE(saewb.SAEConfig(hook=hook, **config), seed=i) for i, hook in enumerate(dict.fromkeys(chosen))]
 
 

@@ -45,7 +45,7 @@ def sae_for(model, d_sae: int):
     if d_sae == 0:
         return saewb.load_sae("tiny")
     hook = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
-    return saewb.SAE(saewb.SAEConfig(model.cfg.d_model, d_sae, gate="topk", k=32, hook=hook))
+    return saewb.SAE(saewb.SAEConfig(model.cfg.d_model, d_sae, activation="topk", k=32, hook=hook))
 
 
 def prepare(folder: Path, name: str, sae, ids: torch.Tensor, special: tuple[int, ...], compared: list[int]) -> None:

@@ -21,7 +21,7 @@ AT_ONCE = 8  # latents compared in a run: thousands of contexts of each, as list
 
 
 def hooked(folder: Path):
-    """The model as a HookedTransformer, final norm folded and unembedding centred, as the peer's users have it."""
+    """The model as a HookedTransformer, final norm folded and unembedding centered, as the peer's users have it."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
     from transformers import LlamaConfig, LlamaForCausalLM

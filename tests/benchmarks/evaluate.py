@@ -22,17 +22,17 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--gate", choices=["topk", "relu"], default="topk")
+    parser.add_argument("--activation", choices=["topk", "relu"], default="topk")
     options = parser.parse_args()
     if options.quick:
         options.d_sae, options.rows, options.repeats = 512, 4, 1
     model = saewb.load_model(options.model, device=options.device)
     layers = [i * model.cfg.n_layers // options.n_saes for i in range(options.n_saes)]
-    k = 32 if options.gate == "topk" else None
+    k = 32 if options.activation == "topk" else None
     saes = {
         f"{i}": saewb.SAE(
             saewb.SAEConfig(
-                model.cfg.d_model, options.d_sae, options.gate, k=k, hook=f"blocks.{layer}.hook_resid_post"
+                model.cfg.d_model, options.d_sae, options.activation, k=k, hook=f"blocks.{layer}.hook_resid_post"
             ),
             seed=i,
         ).to(options.device)
@@ -48,7 +48,7 @@ def main() -> None:
     }
     with torch.no_grad():
         took = medians(calls, options.repeats, options.device)
-    title = f"evaluate {len(saes)} {options.gate} SAEs on {tokens.numel():,} tokens in one pass, {options.model}"
+    title = f"evaluate {len(saes)} {options.activation} SAEs on {tokens.numel():,} tokens in one pass, {options.model}"
     Report(options).add(Table.made(title, took, "forward + encode + decode"))
 
 

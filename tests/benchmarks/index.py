@@ -60,7 +60,7 @@ def sae_for(model, options):
     if options.model == "tiny" and not options.d_sae:
         return saewb.load_sae("tiny").to(options.device)
     hook = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
-    cfg = saewb.SAEConfig(model.cfg.d_model, options.d_sae or 4608, gate="topk", k=32, hook=hook)
+    cfg = saewb.SAEConfig(model.cfg.d_model, options.d_sae or 4608, activation="topk", k=32, hook=hook)
     return saewb.SAE(cfg).to(options.device)
 
 
@@ -149,7 +149,7 @@ def table(options, sae, ids, took, memory, finishing, index) -> Table:
         Row("the index's pass", indexed, f"later half {statistics.median(later):.3f} x; {held}"),
         Row("with weights and words", indexed + finishing, f"{finishing:.1f} s for those"),
     )
-    title = f"index of {sae.cfg.d_sae:,} latents ({sae.cfg.gate}, k {sae.cfg.k}), {n:,} tokens, {options.model}"
+    title = f"index of {sae.cfg.d_sae:,} latents ({sae.cfg.activation}, k {sae.cfg.k}), {n:,} tokens, {options.model}"
     return Table(title, rows, "forward to the layer")
 
 

@@ -47,7 +47,7 @@ def bare(folder: Path) -> SAE:
     with safe_open(folder / "saelens" / "sae_weights.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     d_in, d_sae = tensors["W_enc"].shape
-    return SAE.from_tensors(SAEConfig(d_in=d_in, d_sae=d_sae, gate="jumprelu"), tensors)
+    return SAE.from_tensors(SAEConfig(d_in=d_in, d_sae=d_sae, activation="jumprelu"), tensors)
 
 
 def timed(call: Callable[[], object], times: int) -> tuple[float, float]:

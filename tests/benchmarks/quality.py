@@ -63,7 +63,7 @@ def trained(model, texts: list[str], folder: Path, options) -> saewb.Run:
             warmup_tokens=n // 50 // batch * batch,
             decay_tokens=n // 5 // batch * batch,
             control_tokens=n // 33,
-            normalisation="centred",
+            normalization="centered",
             ctx_len=CTX,
             checkpoint_every_tokens=n // 5,
         )

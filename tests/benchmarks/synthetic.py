@@ -1,6 +1,6 @@
 """Synthetic data against sae-lens: python -m tests.benchmarks.synthetic [--quick].
 
-Orthogonalising a dictionary (with the |cosines| both reach), and sampling sparse independent features.
+Orthogonalizing a dictionary (with the |cosines| both reach), and sampling sparse independent features.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from saewb.synthetic import FeatureDictionary, Magnitudes, SyntheticData, orthog
 from .measure import Report, Table, arguments, has, medians, seconds
 
 
-def orthogonalising(n: int, d: int) -> Table:
+def orthogonalizing(n: int, d: int) -> Table:
     """Once each: the peer takes a minute."""
     start = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     calls = {"saewb": lambda: orthogonalized(start)}
@@ -27,7 +27,7 @@ def orthogonalising(n: int, d: int) -> Table:
         took[name] = seconds(lambda: made.append(call()))  # noqa: B023 (called in this turn of the loop)
         mean, largest = _cosines(made[0])
         notes[name] = f"mean abs. cosine {mean:.5f}, mean of the largest {largest:.4f}"
-    return Table.made(f"orthogonalise {n:,} directions in {d} dimensions", took, "saewb", notes)
+    return Table.made(f"orthogonalize {n:,} directions in {d} dimensions", took, "saewb", notes)
 
 
 def sampling(n: int) -> Table:
@@ -54,7 +54,7 @@ def main() -> None:
     """Measure."""
     options = arguments(__doc__).parse_args()
     report = Report(options)
-    report.add(orthogonalising(*((256, 64) if options.quick else (1024, 256))))
+    report.add(orthogonalizing(*((256, 64) if options.quick else (1024, 256))))
     for n in (1024,) if options.quick else (16_384, 65_536):
         report.add(sampling(n))
 

@@ -42,7 +42,7 @@ def ours(model, rows, options):
     stream = saewb.stream_activations(model, rows, options.hook, **how)
     total = (options.steps + 2) * options.batch
     window = 1000 * options.batch  # sae-lens' default: in so few steps neither has dead latents to revive
-    config = saewb.TrainConfig(total, batch_tokens=options.batch, normalisation="none", dead_after_tokens=window)
+    config = saewb.TrainConfig(total, batch_tokens=options.batch, normalization="none", dead_after_tokens=window)
     return iter(saewb.Training(stream, saewb.TopK(options.d_sae, options.k), config))
 
 

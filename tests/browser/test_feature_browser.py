@@ -230,7 +230,7 @@ def test_it_is_as_light_or_dark_as_what_is_around_it(page, panel, theme):
     assert abs(ink - paper) > 400
 
 
-def test_it_takes_the_colours_of_jupyterlab(page, panel):
+def test_it_takes_the_colors_of_jupyterlab(page, panel):
     page.evaluate("() => document.body.style.setProperty('--jp-layout-color1', 'rgb(1, 2, 3)')")
     chromium.mount(page, panel)
     found = page.evaluate("() => getComputedStyle(document.querySelector('.saewb .frame')).backgroundColor")

@@ -18,7 +18,7 @@ SAES = [
     f"{SETUP}\npanel = SuperpositionPanel(saewb.load_sae('tiny'))\npanel",
     "print(panel.selected, panel.side, panel.closest_first)",
     "panel.selected = 99999",
-    "exec(panel.code(), given := {'sae': saewb.load_sae('tiny')})\nprint(given['neighbours'] == panel.neighbours)",
+    "exec(panel.code(), given := {'sae': saewb.load_sae('tiny')})\nprint(given['neighbors'] == panel.neighbors)",
     "big = SuperpositionPanel(torch.randn(5000, 16))\nbig",
     """from saewb.features import build_index
 sae, texts = saewb.load_sae('tiny'), [d.text for d in saewb.tiny.held_out_texts()[:30]]
@@ -29,7 +29,7 @@ several""",
     """several.wait()
 exec(several.code(), made := {'directions': given, 'index': index})
 print(several.which, several.scatter, several.selected, [made['compared'].equals(several.compared),
-    made['points'].equals(several.points), made['neighbours'] == several.neighbours])""",
+    made['points'].equals(several.points), made['neighbors'] == several.neighbors])""",
     BUSY.replace("panel", "several"),
 ]
 MATRICES = [
@@ -134,7 +134,7 @@ def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
         in_cell(page, 4).locator("h3", has_text="Nearest to").wait_for()
         several = compared(book)
         in_both_themes(book, superposition_lab=panel, superposition_several_lab=several)
-        book.stands_in(0, "Neighbours of 775")
+        book.stands_in(0, "Neighbors of 775")
         outputs = book.save()["cells"][0]["outputs"]
         assert [sorted(o["data"]) for o in outputs] == [
             ["application/vnd.jupyter.widget-view+json", "text/plain"],
@@ -144,7 +144,7 @@ def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
     for where, cells in jupyterlab.without_a_kernel(browser, tmp_path, pictured("superposition")).items():
         assert "Error displaying" not in "".join(cells), where
         assert "Superposition of encoder directions" in cells[0], where
-        assert "Neighbours of 775" in cells[0], where
+        assert "Neighbors of 775" in cells[0], where
         assert "not computed yet" not in cells[4], where
         assert re.search(r"5[,.]?000 directions in 16", cells[4]), where
         assert "Superposition of directions of random" in cells[5], where

@@ -215,7 +215,7 @@ def test_several_saes_in_a_narrow_place_in_both_themes(page, theme):
     page.locator(f".saewb[data-theme={theme}]").wait_for()
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
     page.select_option("select[aria-label='Which SAE']", "1")
-    page.locator(".next .key.grey").wait_for()
+    page.locator(".next .key.gray").wait_for()
     assert panel.shown == 1
     page.evaluate("() => __stop()")
     assert page.locator(".saewb").count() == 0

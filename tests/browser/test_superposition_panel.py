@@ -5,13 +5,13 @@ from helpers import chromium, panel_driver
 from saewb_widgets import SuperpositionPanel
 
 
-def test_neighbours_lead_on_and_sides_change(page):
+def test_neighbors_lead_on_and_sides_change(page):
     panel = SuperpositionPanel(panel_driver.embedded()[1])
     chromium.mount(page, panel)
     first = panel.selected
     page.locator("h3", has_text=f"Nearest to {first}").wait_for()
     assert page.locator(".rows .row").count() == 200
-    near = [j for j, _ in panel.neighbours]
+    near = [j for j, _ in panel.neighbors]
     last = page.locator(".lists .card").nth(1).locator(".row button").last
     assert int(last.inner_text()) == near[-1]
     last.click()
@@ -48,7 +48,7 @@ def test_the_focus_stays_where_keys_are_heard(page):
         "() => { const e = document.activeElement; return !!e.closest('.saewb') && e.dataset.lmSuppressShortcuts; }"
     )
     for name in ("Turn the order round", "What latents read", None):
-        name = name or f"Neighbours of {panel.neighbours[0][0]}"
+        name = name or f"Neighbors of {panel.neighbors[0][0]}"
         page.get_by_role("button", name=name, exact=True).last.click()
         page.wait_for_timeout(150)
         assert page.evaluate(focused) == "true", name

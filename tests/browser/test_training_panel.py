@@ -154,7 +154,7 @@ def test_a_form_says_what_is_wrong_and_starts_a_run(page, tmp_path):
     page.locator(".run").wait_for()
     page.locator(".run[data-state=finished]").wait_for(timeout=60_000)
     assert page.locator(".field").count() == 0
-    assert panel.run.sae.cfg.gate == "jumprelu"
+    assert panel.run.sae.cfg.activation == "jumprelu"
     assert panel.run.folder == tmp_path / "one"
     page.get_by_role("button", name="Show the form for a new run").click()
     page.locator(".field").first.wait_for()

@@ -92,7 +92,7 @@ def test_goes_on_after_kill_9(tmp_path, ids):
     want = cached(tmp_path / "whole", ids)
     code = f"""
         import os, signal, small
-        import saewb.activation_cache as module
+        import saewb.data.cache as module
         real, calls = module.write_file, []
         def write(path, fill):  # killed while the third shard is being written
             calls.append(path)

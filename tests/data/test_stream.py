@@ -15,7 +15,7 @@ import saewb
 from saewb.data.shuffle_buffer import Exact, Mixed
 from saewb.data.sources import IterableSource
 from saewb.data.stream import ActivationStream, stream_activations, stream_draws, stream_iterable, stream_tensors
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.capture import Activations, capture
 
 RESID, Z = "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"
@@ -44,7 +44,7 @@ def order(batches):
 def test_rows_are_the_models_own_at_every_point(model):
     ids = tiny_models.tokens(rows=5, length=7)
     batches = list(stream_activations(model, ids, [RESID, Z, f"{Z}[2]"], batch_tokens=8, pass_tokens=14))
-    got = saewb.activations.joined(batches)
+    got = saewb.models.capture.joined(batches)
     with torch.no_grad():
         seen = capture(model, ids, [RESID, Z])
     plain = (ids != tiny_models.BOS).flatten()
@@ -82,14 +82,14 @@ def test_positions_and_special_tokens(model):
 def test_only_needed_layers_run_and_the_lock_is_free_between_passes(model):
     stream = stream_activations(model, tiny_models.tokens(), RESID, batch_tokens=4)
     ran = []
-    point = hooks.resolve(model, "blocks.2.hook_resid_post").add(lambda x: ran.append(1))
+    point = hook_points.resolve(model, "blocks.2.hook_resid_post").add(lambda x: ran.append(1))
     try:
         next(stream)
     finally:
         point.remove()
     assert stream.stop_layer == 2
     assert not ran
-    free, lock = [], hooks.lock(model)
+    free, lock = [], hook_points.lock(model)
 
     def take():
         free.append(lock.acquire(timeout=1))
@@ -169,7 +169,7 @@ def test_mixing_reaches_over_the_whole_buffer_and_work_is_even():
     assert all(b - a <= 1 for a, b in itertools.pairwise(at[1:]))  # a chunk a batch after the first fill
     middle = torch.stack(batches)[200:800]  # rounds that are neither the first nor the last
     spread = middle.amax(1) - middle.amin(1)
-    # 10 draws from 1000 neighbours: the range has mean 1000 * 9 / 11
+    # 10 draws from 1000 neighbors: the range has mean 1000 * 9 / 11
     assert 780 < float(spread.mean()) < 860
     delay = torch.arange(200, 800)[:, None] * 10 - middle
     assert float(delay.abs().max()) <= 2000

@@ -12,12 +12,12 @@ from helpers import tiny_models
 from torch import nn
 
 import saewb.evals.evaluation as evals
-import saewb.evals.model_losses as eval_passes
+import saewb.evals.model_losses as model_losses
 from saewb.data.tokens import pack
 from saewb.evals.evaluation import evaluate, evaluate_many
 from saewb.evals.result import Evaluation
 from saewb.interventions.attachment import attach, attachments
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.sae import SAE, SAEConfig
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
@@ -49,7 +49,7 @@ def constant(hook, value):
 
 
 def mean_at(model, hook, ids, keep):
-    _, cache = model.run_with_cache(ids, names_filter=lambda name: name in hooks.resolve(model, hook).names)
+    _, cache = model.run_with_cache(ids, names_filter=lambda name: name in hook_points.resolve(model, hook).names)
     return cache[hook].flatten(2)[keep].double().mean(0).float()
 
 
@@ -67,7 +67,7 @@ def plainly(model, sae, ids, special=(1, 2, 3), read=None, write=None):
             return edit
 
         def logits(edit=None, **notes):
-            with hooks.editing(model, {write: edit} if edit else notes):
+            with hook_points.editing(model, {write: edit} if edit else notes):
                 return model(ids).double()
 
         clean = logits(**{name: note(name) for name in {read, write}})
@@ -124,18 +124,18 @@ def test_every_figure_as_written_down_plainly(model, hook, skip):
     assert_same(found, plainly(model, sae, rows(), special=(1, 2, 3) if skip else ()))
 
 
-@pytest.mark.parametrize(("gate", "k"), [("jumprelu", None), ("topk", 4), ("abstopk", 4)])
-def test_every_gate(model, gate, k):
-    sae = tiny_models.sae(RESID, gate=gate, k=k)
+@pytest.mark.parametrize(("activation", "k"), [("jumprelu", None), ("topk", 4), ("abstopk", 4)])
+def test_every_gate(model, activation, k):
+    sae = tiny_models.sae(RESID, activation=activation, k=k)
     found = evaluate(model, sae, rows())
     assert_same(found, plainly(model, sae, rows()))
-    if gate == "abstopk":
+    if activation == "abstopk":
         assert found.l0 == 4  # with their signs
 
 
 @pytest.mark.parametrize("sae", [
     PursuitSAE(PursuitConfig(d_in=D, d_sae=40, hook=RESID, residual_threshold=0.5)),
-    TemporalSAE(TemporalConfig(d_in=D, d_sae=40, gate="topk", k=4, n_heads=2, bottleneck_factor=4, hook=RESID)),
+    TemporalSAE(TemporalConfig(d_in=D, d_sae=40, activation="topk", k=4, n_heads=2, bottleneck_factor=4, hook=RESID)),
 ])  # fmt: skip
 def test_the_other_kinds_of_sae(model, sae):
     """The temporal one looks back at special tokens too."""
@@ -185,7 +185,7 @@ def test_one_head(model):
         ablated.append(a)
         return a
 
-    with torch.no_grad(), hooks.editing(model, {Z: edit}):
+    with torch.no_grad(), hook_points.editing(model, {Z: edit}):
         logp = model(ids).log_softmax(-1)
     expected = -logp[:, :-1].gather(2, ids[:, 1:, None]).mean().item()
     assert found.ce_zero_ablated == pytest.approx(expected, rel=1e-5)
@@ -194,7 +194,7 @@ def test_one_head(model):
 
 def _is_4d(model, hook):
     seen = []
-    with torch.no_grad(), hooks.editing(model, {hook: seen.append}):
+    with torch.no_grad(), hook_points.editing(model, {hook: seen.append}):
         model(rows())
     return seen[0].ndim == 4
 
@@ -237,7 +237,7 @@ def test_ablation_of_an_activation_that_is_not_contiguous(model):
     """Heads may come as a transposed view, which cannot be flattened in place."""
     sae = constant(Z, torch.zeros(D))
     expected = evaluate(model, sae, rows())
-    with hooks.editing(model, {Z: lambda a: a.transpose(1, 2).contiguous().transpose(1, 2)}):
+    with hook_points.editing(model, {Z: lambda a: a.transpose(1, 2).contiguous().transpose(1, 2)}):
         found = evaluate(model, sae, rows())
     assert found.ce_recovered_zero == 0
     assert found.ce_zero_ablated == pytest.approx(expected.ce_zero_ablated, rel=1e-6)
@@ -296,7 +296,7 @@ def test_special_tokens_have_no_part_in_any_figure(model):
 
 def test_nan_where_ablation_changes_nothing(model):
     blind = {"blocks.2.hook_resid_post": lambda a: a * 0}  # nothing before the last layer's end matters
-    with hooks.editing(model, blind):
+    with hook_points.editing(model, blind):
         found = evaluate(model, tiny_models.sae(RESID), rows())
     assert math.isnan(found.ce_recovered_zero)
     assert math.isnan(found.ce_recovered_mean)
@@ -305,7 +305,7 @@ def test_nan_where_ablation_changes_nothing(model):
 
 
 def test_an_activation_that_never_varies_is_an_error(model):
-    with hooks.editing(model, {MLP: torch.zeros_like}), pytest.raises(ValueError, match="rows of x are the same"):
+    with hook_points.editing(model, {MLP: torch.zeros_like}), pytest.raises(ValueError, match="rows of x are the same"):
         evaluate(model, tiny_models.sae(MLP), rows())
 
 
@@ -328,7 +328,7 @@ def test_the_model_is_as_before_also_after_an_error(model):
             raise RuntimeError("on purpose")
 
         with (
-            hooks.editing(model, {"blocks.2.hook_resid_post": failing}),
+            hook_points.editing(model, {"blocks.2.hook_resid_post": failing}),
             pytest.raises(RuntimeError, match="on purpose"),
         ):
             evaluate(model, sae, rows())
@@ -348,7 +348,7 @@ def test_passes_and_memory(model, monkeypatch):
         type(sae), "encode", lambda self, x, *a, **k: (sizes.append(len(x)), encode(self, x, *a, **k))[1]
     )
     last = "blocks.1.hook_resid_post"  # the next layer already does not run in the first part
-    with hooks.editing(
+    with hook_points.editing(
         model, {"blocks.0.hook_resid_post": lambda a: layers.append(len(a)), last: lambda a: whole.append(len(a))}
     ):
         evaluate(model, sae, rows(), batch_size=4)
@@ -359,9 +359,9 @@ def test_passes_and_memory(model, monkeypatch):
 
 def test_log_probabilities_are_taken_a_few_tokens_at_a_time(model, monkeypatch):
     sae, expected = tiny_models.sae(RESID), evaluate(model, tiny_models.sae(RESID), rows())
-    monkeypatch.setattr(eval_passes, "_TILE", 5 * tiny_models.VOCAB)
-    seen, tiles = [], eval_passes._tiles
-    monkeypatch.setattr(eval_passes, "_tiles", lambda *t: (seen.append(len(part[0])) or part for part in tiles(*t)))
+    monkeypatch.setattr(model_losses, "_TILE", 5 * tiny_models.VOCAB)
+    seen, tiles = [], model_losses._tiles
+    monkeypatch.setattr(model_losses, "_tiles", lambda *t: (seen.append(len(part[0])) or part for part in tiles(*t)))
     found = evaluate(model, sae, rows())
     assert max(seen) == 5
     for name in (*LOSSES, "kl"):
@@ -370,7 +370,7 @@ def test_log_probabilities_are_taken_a_few_tokens_at_a_time(model, monkeypatch):
 
 def test_hooks_of_the_user_are_part_of_the_model(model):
     sae = tiny_models.sae(RESID)
-    with hooks.editing(model, {"blocks.0.hook_resid_post": lambda a: a * 1.5}):
+    with hook_points.editing(model, {"blocks.0.hook_resid_post": lambda a: a * 1.5}):
         found = evaluate(model, sae, rows())
         assert_same(found, plainly(model, sae, rows()))
     assert found.ce_clean != evaluate(model, sae, rows()).ce_clean
@@ -515,7 +515,7 @@ def test_repr_is_one_line(found):
     assert repr(found).startswith(f"Evaluation(ce_recovered_zero={found.ce_recovered_zero:.4g}, kl=")
 
 
-def test_html_is_escaped_and_without_colours(found):
+def test_html_is_escaped_and_without_colors(found):
     fake = Evaluation(**{f.name: getattr(found, f.name) for f in fields(found)} | {"model": "<script>&", "hook": "<b>"})
     shown = fake._repr_html_()
     assert "<script>" not in shown

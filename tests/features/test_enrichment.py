@@ -168,7 +168,7 @@ def test_sets_of_any_tokenizer(kind):
     assert named["goes on a word"] == set(words) - {"1987", "42", ","}
     assert named["years"] == {" 1987", "1987"}
     assert named["digits"] == {" 1987", "1987", " 42", "42"}
-    assert named["capitalised"] == {" Paris", "Paris"}
+    assert named["capitalized"] == {" Paris", "Paris"}
     assert named["all capitals"] == {" USA", "USA"}
     assert named["single letter"] == {" x", "x"}
     assert named["punctuation"] == {" ,", ","}
@@ -188,7 +188,7 @@ def test_word_pieces():
 def test_sets_of_the_embedded_tokenizer_and_ones_own():
     model = saewb.load_model("tiny", device="cpu")
     sets, texts = token_sets(model), token_texts(model.tokenizer)
-    assert {"digits", "capitalised", "punctuation", "pronouns", "part of a character", "latin"} <= set(sets)
+    assert {"digits", "capitalized", "punctuation", "pronouns", "part of a character", "latin"} <= set(sets)
     assert all(5 <= len(ids) < len(texts) and ids == sorted(set(ids)) for ids in sets.values())
     assert {texts[i] for i in sets["pronouns"]} >= {" he", " He", " her"}
     endings = tokens_where(model, lambda text: text.endswith("ing"))

@@ -225,9 +225,9 @@ def test_memory_does_not_grow_with_the_text():
 
 
 def test_candidates_that_wait_are_bounded(monkeypatch):
-    import saewb.features.top_contexts as shelf
+    import saewb.features.top_contexts as top_contexts
 
-    monkeypatch.setattr(shelf, "WAITING", 50)
+    monkeypatch.setattr(top_contexts, "WAITING", 50)
     p, most = plan(), 0
     made = Gathering(p)
     ids, values = draw_text(0, 400)
@@ -239,11 +239,11 @@ def test_candidates_that_wait_are_bounded(monkeypatch):
 
 
 def test_blocks_of_latents_change_nothing(monkeypatch):
-    import saewb.features.top_contexts as shelf
+    import saewb.features.top_contexts as top_contexts
 
     ids, values = draw_text(5, 30)
     whole = gathered(plan(), ids, values, [7, 20]).tensors()
-    monkeypatch.setattr(shelf, "BLOCK", 2)
+    monkeypatch.setattr(top_contexts, "BLOCK", 2)
     same(gathered(plan(), ids, values, [7, 20]).tensors(), whole)
 
 

@@ -93,8 +93,8 @@ def test_light_and_dark(browser, tiny_index, tmp_path, scheme):
     page = opened(browser, tiny_index.save_html(tmp_path / "f.html", [500, 748]), color_scheme=scheme)
 
     def brightness():
-        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
 
     before = brightness()
     assert (before > 128) == (scheme == "light")
@@ -162,10 +162,10 @@ def test_wrong_places_and_latents(tiny_index, tmp_path):
 def test_a_page_is_as_wide_as_its_words(tmp_path, monkeypatch):
     """More than 65,536 different words are packed in four bytes each."""
     index = build_index(tiny_models.bridge(), tiny_models.sae("blocks.1.hook_resid_post"), tiny_models.tokens(8, 9))
-    import saewb.features.html as report
+    import saewb.features.html as html
 
-    packed = report._Packed()
+    packed = html._Packed()
     packed.words = {f"word {i}": i for i in range(2**16)}
-    monkeypatch.setattr(report, "_Packed", lambda: packed)
+    monkeypatch.setattr(html, "_Packed", lambda: packed)
     text = index.save_html(tmp_path / "f.html", [0]).read_text()
     assert '"wide":true' in text

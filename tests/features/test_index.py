@@ -18,7 +18,7 @@ from saewb.features.neighbors import nearest
 from saewb.features.token_texts import Words, words_of
 from saewb.features.top_contexts import EMPTY
 from saewb.interventions.splice import flat
-from saewb.kernels import select as rough
+from saewb.kernels import select
 from saewb.models.capture import capture
 from saewb.models.unembed import final_length, norm_gain, unembedding, word_direction
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
@@ -50,7 +50,7 @@ PLACES = {
     "one head": lambda: tiny_models.sae(Z, d_in=D // tiny_models.HEADS, head=2),
     "pursuit": lambda: PursuitSAE(PursuitConfig(d_in=D, d_sae=40, hook=RESID, max_iterations=4)),
     "temporal": lambda: TemporalSAE(
-        TemporalConfig(d_in=D, d_sae=32, hook=RESID, n_heads=2, bottleneck_factor=2, gate="topk", k=5)
+        TemporalConfig(d_in=D, d_sae=32, hook=RESID, n_heads=2, bottleneck_factor=2, activation="topk", k=5)
     ),
 }
 
@@ -131,7 +131,7 @@ def test_batches_do_not_matter(model, batch_size):
     same(build(model, sae, batch_size=batch_size), build(model, sae))
 
 
-# -- logits, neighbours -----------------------------------------------------------------------------------------------
+# -- logits, neighbors -----------------------------------------------------------------------------------------------
 
 
 def test_logit_effects_are_the_gradient_of_the_logits(model):
@@ -175,10 +175,10 @@ def test_the_gain_of_norms_of_every_kind():
         torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(layer.bias)
     like = torch.zeros(6)
-    for norm, centres in ((rms, False), (layer, True)):
-        gain, centred = norm_gain(norm, like)
+    for norm, centers in ((rms, False), (layer, True)):
+        gain, centered = norm_gain(norm, like)
         torch.testing.assert_close(gain, norm.weight.detach(), rtol=1e-4, atol=1e-4)
-        assert centred == centres
+        assert centered == centers
     one_more = lambda x: torch.nn.functional.rms_norm(x, (6,)) * (1 + rms.weight)  # noqa: E731 - as Gemma's
     torch.testing.assert_close(norm_gain(one_more, like)[0], 1 + rms.weight.detach(), rtol=1e-4, atol=1e-4)
     assert torch.equal(norm_gain(None, like)[0], torch.ones(6))
@@ -200,7 +200,7 @@ def test_one_column_of_the_unembedding_and_the_length_it_is_for(kind):
     torch.testing.assert_close(got, logits - logits.mean(1, keepdim=True), rtol=1e-3, atol=2e-3)
 
 
-def test_unembedding_is_centred(model):
+def test_unembedding_is_centered(model):
     assert float(unembedding(model).mean(1).abs().max()) < 1e-5
 
 
@@ -236,16 +236,16 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
     rows[400:420] = -rows[400] * torch.arange(1, 21)[:, None]
     rows[700:800] = rows[700] + torch.randn(100, d, generator=torch.Generator().manual_seed(1)) / 500  # all but copies
     rows[7] = 0
-    real, sure = rough.Rough._decided, {}
+    real, sure = select.Rough._decided, {}
 
     def watched(self, h, *how):
         found = real(self, h, *how)
         sure.update({tuple(row.tolist()): bool(yes) for row, yes in zip(h, found[2], strict=True)})
         return found
 
-    monkeypatch.setattr(rough.Rough, "_decided", watched)
-    monkeypatch.setattr(rough, "finer", lambda *_: "bf16")
-    monkeypatch.setattr(rough, "_TILE", 1100 * 50)
+    monkeypatch.setattr(select.Rough, "_decided", watched)
+    monkeypatch.setattr(select, "finer", lambda *_: "bf16")
+    monkeypatch.setattr(select, "_TILE", 1100 * 50)
     monkeypatch.setattr("saewb.features.neighbors._AT_ONCE", 50)
     found, unit = nearest(rows, 8, "decoder"), torch.nn.functional.normalize(rows.double(), dim=1)
     sure = torch.tensor([sure[tuple(row.tolist())] for row in finding._unit(rows)])
@@ -257,7 +257,7 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
     np.testing.assert_allclose(cosine.gather(1, got).abs(), want, atol=2e-6)
     np.testing.assert_allclose(found["nearest.decoder_cosine"], cosine.gather(1, got), atol=2e-6)
     assert (got != torch.arange(1100)[:, None]).all()
-    monkeypatch.setattr(rough, "finer", lambda *_: "full")
+    monkeypatch.setattr(select, "finer", lambda *_: "full")
     plain = nearest(rows, 8, "decoder")["nearest.decoder_cosine"]
     np.testing.assert_allclose(found["nearest.decoder_cosine"].abs(), plain.abs(), atol=2e-6)
 
@@ -326,7 +326,7 @@ def test_folders_that_are_no_index(model, tmp_path):
     said = json.loads((tmp_path / "i/index.json").read_text())
     for change, match in (
         ({"version": 99}, "version 99"),
-        ({"colour": 1}, "colour"),
+        ({"color": 1}, "color"),
         ({"tensors": "../x.safetensors"}, "not there"),
         ({"n_top": 3}, r"top\.tokens has shape"),
     ):

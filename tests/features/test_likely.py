@@ -6,8 +6,7 @@ from helpers import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saewb.features import build_index
-from saewb.features import search as searching
+from saewb.features import build_index, search
 from saewb.features.likely import Likely
 from saewb.features.token_texts import Words
 
@@ -22,7 +21,7 @@ def test_no_context_that_has_the_text_is_left_out(strings, asked, data):
     ids = data.draw(st.lists(st.lists(st.integers(-1, n), min_size=5, max_size=5), min_size=1, max_size=8))
     ids = torch.tensor(ids)[None]
     found = Likely(asked, words).contexts(ids)
-    pattern = searching._pattern(asked)
+    pattern = search._pattern(asked)
     for slot, row in enumerate(ids[0].tolist()):
         text = "".join(words.spelled([i for i in row if i >= 0]))
         # A window's missing tokens are at its ends only.
@@ -41,6 +40,6 @@ def test_a_context_of_plain_words_without_it_is_left_out():
 def test_the_search_is_the_same(text, monkeypatch):
     index = build_index(tiny_models.bridge(), tiny_models.sae("blocks.1.hook_resid_post"), tiny_models.tokens(8, 9))
     quick = index.search(text)
-    monkeypatch.setattr(searching, "Likely", lambda *_: None)
+    monkeypatch.setattr(search, "Likely", lambda *_: None)
     assert quick.equals(index.search(text))
     assert (len(quick) == 0) == (text == "x")

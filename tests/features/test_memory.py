@@ -18,7 +18,7 @@ model = saewb.load_model("tiny", device="cpu")
 rows = saewb.data.tokens.token_rows(model, [document.text for document in saewb.tiny.texts()], 128)[:24]
 
 def wide(d_sae, rows):
-    sae = saewb.SAE(saewb.SAEConfig(model.cfg.d_model, d_sae, gate="topk", k=32, hook="blocks.2.hook_resid_post"))
+    sae = saewb.SAE(saewb.SAEConfig(model.cfg.d_model, d_sae, activation="topk", k=32, hook="blocks.2.hook_resid_post"))
     return saewb.build_index(model, sae, rows)
 
 wide(64, rows[:8])"""
@@ -37,16 +37,16 @@ print(index.facts.plan.nbytes, sum(t.nbytes for t in index.tensors.values()), mo
 
 def test_logit_effects_hold_one_block_of_them():
     before = """
-from saewb.index.weights import logit_effects
+from saewb.features.logit_effects import logit_effects
 directions, w = torch.randn(4096, 4), torch.randn(4, 49152)
 logit_effects(directions[:8], w, 10)"""
     took = peak_bytes(before, "logit_effects(directions, w, 10)")  # all of them would be 768 MiB
     assert took < weights_bytes(4096, 4, 49152, n_nearest=0)
 
 
-def test_neighbours_hold_one_block_of_cosines():
+def test_neighbors_hold_one_block_of_cosines():
     before = """
-from saewb.index.nearest import nearest
+from saewb.features.neighbors import nearest
 rows = torch.randn(16384, 16)
 nearest(rows[:2048], 8, "decoder")"""
     took = peak_bytes(before, "nearest(rows, 8, 'decoder')")  # all of them would be 1 GiB
@@ -56,7 +56,7 @@ nearest(rows[:2048], 8, "decoder")"""
 @pytest.mark.parametrize("d_sae", [300, 30_000])
 def test_what_fires_together_is_sorted_some_pairs_at_a_time(d_sae):
     before = f"""
-from saewb.index.together import coactive
+from saewb.features.together import coactive
 active = torch.randint(0, {d_sae}, (2**12, 64), dtype=torch.int32)
 active[:, 0] = 7  # one that always fires
 coactive(active[:64], {d_sae}, 10)"""

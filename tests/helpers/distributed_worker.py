@@ -29,7 +29,7 @@ PLAIN = OBJECTIVES | {"pursuit": saewb.MatchingPursuit(24, max_iterations=4)}
 HOW = {
     "batch_tokens": B,
     "lr": 3e-3,
-    "normalisation": "centred",
+    "normalization": "centered",
     "b_dec": "mean",
     "estimate_tokens": 2 * B,
     "dead_after_tokens": B // 2,  # whoever is silent for a batch

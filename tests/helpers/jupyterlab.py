@@ -14,7 +14,7 @@ from pathlib import Path
 
 from helpers import chromium
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAME = "a.ipynb"  # of the notebook, in its folder
 _READY = """() => { const w = window.jupyterapp?.shell.currentWidget;
   return w?.sessionContext?.isReady && w.sessionContext.session?.kernel?.status === 'idle' }"""

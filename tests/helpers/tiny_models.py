@@ -99,9 +99,9 @@ def tokens(rows=2, length=7, seed=0):
     return ids
 
 
-def sae(hook, gate="relu", d_in=D_MODEL, d_sae=40, seed=0, **fields):
+def sae(hook, activation="relu", d_in=D_MODEL, d_sae=40, seed=0, **fields):
     """An SAE with non-zero biases and decoder rows of different norms."""
-    made = SAE(SAEConfig(d_in=d_in, d_sae=d_sae, gate=gate, hook=hook, **fields), seed=seed)
+    made = SAE(SAEConfig(d_in=d_in, d_sae=d_sae, activation=activation, hook=hook, **fields), seed=seed)
     rng = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in made.named_parameters():

@@ -24,7 +24,7 @@ def has_hooked_transformer() -> bool:
 
 
 def hooked_transformer(hf_model: Any, tokenizer: Any) -> Any:
-    """A HookedTransformer with the weights of an in-memory Llama that was not booted; nothing folded or centred."""
+    """A HookedTransformer with the weights of an in-memory Llama that was not booted; nothing folded or centered."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 

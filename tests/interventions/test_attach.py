@@ -8,7 +8,7 @@ from helpers import tiny_models
 from torch import nn
 
 from saewb.interventions.attachment import attach, attachments, detach_all
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
 RESID, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
@@ -38,10 +38,10 @@ def test_the_output_of_the_sae_replaces_the_activation(model, point, grad):
     assert (want - clean).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("gate", ["relu", "jumprelu", "topk", "abstopk"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "abstopk"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_every_gate_with_and_without_gradients(model, gate, grad):
-    sae, tokens = tiny_models.sae(RESID, gate, k=5 if "topk" in gate else None), tiny_models.tokens()
+def test_every_gate_with_and_without_gradients(model, activation, grad):
+    sae, tokens = tiny_models.sae(RESID, activation, k=5 if "topk" in activation else None), tiny_models.tokens()
     with torch.set_grad_enabled(grad):
         want = by_hand(model, sae, tokens)
         with attach(model, sae) as attached:
@@ -133,7 +133,7 @@ def test_nested_attachment_overrides_until_it_ends(model, order):
 
 def test_inner_points_under_every_name_in_every_call(model):
     sae, tokens = tiny_models.sae(RESID), tiny_models.tokens()
-    names = hooks.resolve(model, RESID).names
+    names = hook_points.resolve(model, RESID).names
     with attach(model, sae, error_term=True) as attached:
         _, cache = model.run_with_cache(tokens)
         cached_names = names if "blocks.1.hook_out" in names else [RESID]
@@ -312,7 +312,9 @@ def test_transcoder_reads_at_one_point_and_writes_at_another(model):
     coder = tiny_models.sae(read, hook_out=write, skip=True)
     tokens = tiny_models.tokens()
     seen = {}
-    with hooks.editing(model, {read: lambda a: seen.update(x=a.clone()), write: lambda a: seen.update(y=a.clone())}):
+    with hook_points.editing(
+        model, {read: lambda a: seen.update(x=a.clone()), write: lambda a: seen.update(y=a.clone())}
+    ):
         clean = model(tokens)
     want = model.run_with_hooks(tokens, fwd_hooks=[(write, lambda a, hook: coder(seen["x"]))])
     with attach(model, coder) as attached:
@@ -531,7 +533,7 @@ def test_a_model_without_hook_points():
 
 def test_a_point_the_model_never_reaches(model):
     """A HookPoint that exists and no forward pass goes through."""
-    dead = hooks.inner_points(model, hooks.resolve(model, RESID), ["x"]).by_key["x"]
+    dead = hook_points.inner_points(model, hook_points.resolve(model, RESID), ["x"]).by_key["x"]
     dead.name = "blocks.1.hook_dead"
     (model._hook_registry if hasattr(model, "_hook_registry") else model.hook_dict)["blocks.1.hook_dead"] = dead
     try:

@@ -10,7 +10,7 @@ from helpers import tiny_models
 
 import saewb
 from saewb.interventions.attachment import attach
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 
 RESID = "blocks.1.hook_resid_post"
 
@@ -75,7 +75,7 @@ def test_cache_keys_by_alias_as_well_as_by_canonical_name():
 def test_hooks_of_the_user_at_the_attached_point_survive(model, when, permanent):
     """The peer puts a new HookPoint there, and the user's hooks are gone for good."""
     seen = []
-    point = hooks.resolve(model, RESID).module
+    point = hook_points.resolve(model, RESID).module
     if when == "before":
         point.add_hook(lambda a, hook: seen.append(a), is_permanent=permanent)
     with attach(model, tiny_models.sae(RESID)):
@@ -271,7 +271,7 @@ def test_what_was_hooked_inside_one_attachment_is_not_in_the_next(model, past):
 
 
 def test_a_point_that_got_another_name_is_known_by_it_in_the_next_attachment(model):
-    sae, point = tiny_models.sae(RESID), hooks.resolve(model, RESID)
+    sae, point = tiny_models.sae(RESID), hook_points.resolve(model, RESID)
     attach(model, sae).detach()
     mapping = model._hook_registry if hasattr(model, "_hook_registry") else model.hook_dict
     mapping["blocks.1.hook_new_name"] = point.module

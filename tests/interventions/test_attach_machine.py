@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from saewb.interventions.attachment import attach, attachments
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 
 PLACES = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"]
 ALIAS = {"blocks.0.hook_resid_post": "blocks.0.hook_out", "blocks.1.hook_mlp_out": "blocks.1.mlp.hook_out"}
@@ -59,9 +59,11 @@ class AttachMachine(RuleBasedStateMachine):
         error_term = data.draw(st.booleans())
         saes, names = [], []
         for place in places:
-            gate = data.draw(st.sampled_from(["relu", "topk"]))
+            activation = data.draw(st.sampled_from(["relu", "topk"]))
             saes.append(
-                tiny_models.sae(place, gate, k=4 if gate == "topk" else None, seed=data.draw(st.integers(0, 3)))
+                tiny_models.sae(
+                    place, activation, k=4 if activation == "topk" else None, seed=data.draw(st.integers(0, 3))
+                )
             )
             canonical = data.draw(st.booleans()) and self.kind == "bridge"
             names.append(ALIAS.get(place, place) if canonical else place)
@@ -174,7 +176,7 @@ class AttachMachine(RuleBasedStateMachine):
 
             return edit
 
-        with torch.no_grad(), hooks.editing(self.twin, {place: at(place) for place in PLACES}):
+        with torch.no_grad(), hook_points.editing(self.twin, {place: at(place) for place in PLACES}):
             self._known = entries, self.twin(TOKENS)
         return self._known[1]
 

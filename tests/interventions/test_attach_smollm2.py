@@ -8,7 +8,7 @@ from helpers import tiny_models
 from helpers.transformer_lens_3 import hooked_transformer
 
 from saewb.interventions.attachment import attach
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.models.load import load_model, smollm2_path
 from saewb.sae.sae import SAE, SAEConfig
 
@@ -48,10 +48,19 @@ def model(request):
 
 
 @functools.cache
-def sae_for(place, gate):
+def sae_for(place, activation):
     """An SAE that keeps most of an activation: random directions beside plus and minus each coordinate."""
     d = 576
-    sae = SAE(SAEConfig(d_in=d, d_sae=4 * d, gate=gate, k=300 if gate == "topk" else None, hook=place, pre_bias="tied"))
+    sae = SAE(
+        SAEConfig(
+            d_in=d,
+            d_sae=4 * d,
+            activation=activation,
+            k=300 if activation == "topk" else None,
+            hook=place,
+            pre_bias="tied",
+        )
+    )
     with torch.no_grad():
         sae.W_enc[:, : 2 * d] = torch.cat([torch.eye(d), -torch.eye(d)], dim=1)
         sae.W_dec[: 2 * d] = sae.W_enc[:, : 2 * d].T
@@ -83,12 +92,12 @@ def reference(place, sae, tokens):
 
 
 @pytest.mark.parametrize(
-    ("layer", "place", "gate"),
+    ("layer", "place", "activation"),
     [(layer, place, "relu") for layer in (0, 15, 29) for place in PLACES] + [(15, place, "topk") for place in PLACES],
 )
-def test_same_as_plain_torch_hooks_on_the_hugging_face_model(model, layer, place, gate):
+def test_same_as_plain_torch_hooks_on_the_hugging_face_model(model, layer, place, activation):
     name = f"blocks.{layer}.{place}"
-    sae, tokens = sae_for(place, gate), model.to_tokens(TEXT)
+    sae, tokens = sae_for(place, activation), model.to_tokens(TEXT)
     clean = model(tokens)
     points = model.hook_dict
     want = reference(name, sae, tokens)
@@ -105,7 +114,7 @@ def test_same_as_plain_torch_hooks_on_the_hugging_face_model(model, layer, place
 @pytest.mark.parametrize("place", PLACES)
 def test_a_permanent_hook_of_the_users_still_fires(model, place):
     name, seen = f"blocks.15.{place}", []
-    point = hooks.resolve(model, name).module
+    point = hook_points.resolve(model, name).module
     handle = point.add_hook(lambda a, hook: seen.append(tuple(a.shape)), is_permanent=True)
     shape = model.run_with_cache(TEXT, names_filter=name)[1][name].shape
     with attach(model, sae_for(place, "relu"), hook=name):

@@ -17,7 +17,12 @@ RESID, MLP, MID, Z = (
     "blocks.1.hook_resid_mid",
     "blocks.1.attn.hook_z",
 )
-GATES = [{"gate": "relu"}, {"gate": "jumprelu"}, {"gate": "topk", "k": 6}, {"gate": "abstopk", "k": 6}]
+GATES = [
+    {"activation": "relu"},
+    {"activation": "jumprelu"},
+    {"activation": "topk", "k": 6},
+    {"activation": "abstopk", "k": 6},
+]
 HOW = {"add": lambda a, v: a + v, "clamp": lambda a, v: torch.full_like(a, v), "scale": lambda a, v: a * v}
 
 
@@ -33,9 +38,9 @@ def active(sae, model, tokens, n=3):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("gate", GATES, ids=lambda g: g["gate"])
-def test_each_way_by_hand(model, gate, how):
-    sae, tokens = tiny_models.sae(RESID, **gate), tiny_models.tokens()
+@pytest.mark.parametrize("activation", GATES, ids=lambda g: g["activation"])
+def test_each_way_by_hand(model, activation, how):
+    sae, tokens = tiny_models.sae(RESID, **activation), tiny_models.tokens()
     chosen = active(sae, model, tokens)
     values = dict(zip(chosen, [4.0, -2.5, 0.5], strict=True))
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saewb
-from saewb.kernels import select as rough
+from saewb.kernels import select
 from saewb.kernels.select import Rough, rough_bytes
 from saewb.kernels.topk import top, top_of_product
 from saewb.sae.encoding import Encoder
@@ -20,7 +20,7 @@ D_SAE = 2048
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     """Also on a processor without bf16 instructions: its products are slow there, and as exact."""
-    monkeypatch.setattr(rough, "finer", lambda precision, device: "bf16")
+    monkeypatch.setattr(select, "finer", lambda precision, device: "bf16")
 
 
 def numbers(seed, tokens=12, d_in=24, scale=1.0, bias=0.1, common=0.0, long=1.0):
@@ -32,56 +32,56 @@ def numbers(seed, tokens=12, d_in=24, scale=1.0, bias=0.1, common=0.0, long=1.0)
     return h * scale, W, b * bias * scale
 
 
-def assert_same(h, W, b, k, gate):
+def assert_same(h, W, b, k, activation):
     """The very latents of float64, where it can tell them from the next ones; values as float32 gives them."""
     made = Rough.of(W, b, like=h)
-    values, latents = made.top(h, k, gate)
+    values, latents = made.top(h, k, activation)
     exact = h.double() @ W.double() + b.double()
     size = (h.double().abs() @ W.double().abs() + b.double().abs()).amax(1, keepdim=True)
-    best, which = top(exact, k, gate)
+    best, which = top(exact, k, activation)
     tolerance = size * h.shape[1] * 2.0**-23 + 1e-37
     assert values.shape == latents.shape == (len(h), k)
     assert all(len(set(row)) == k for row in latents.tolist())
     assert ((values.abs().sort(1).values - best.abs().sort(1).values).abs() <= tolerance).all()
-    own = exact.gather(1, latents) if gate == "abstopk" else torch.relu(exact.gather(1, latents))
+    own = exact.gather(1, latents) if activation == "abstopk" else torch.relu(exact.gather(1, latents))
     assert ((values - own).abs() <= tolerance).all()
-    clear = (best.abs().amin(1) - _next_best(exact, which, gate)) > 2 * tolerance[:, 0]
+    clear = (best.abs().amin(1) - _next_best(exact, which, activation)) > 2 * tolerance[:, 0]
     assert (latents.sort(1).values == which.sort(1).values)[clear].all()
     return made
 
 
-def _next_best(exact, which, gate):
-    others = (exact.abs() if gate == "abstopk" else torch.relu(exact)).scatter(1, which, -math.inf)
+def _next_best(exact, which, activation):
+    others = (exact.abs() if activation == "abstopk" else torch.relu(exact)).scatter(1, which, -math.inf)
     return others.amax(1)  # of those that are 0 any may be kept
 
 
 @given(
     seed=st.integers(0, 2**16),
     k=st.integers(1, 40),
-    gate=st.sampled_from(["topk", "abstopk"]),
+    activation=st.sampled_from(["topk", "abstopk"]),
     scale=st.sampled_from([1.0, 1e-30, 1e-37, 1e-42, 1e-12, 1e10, 1e17]),
     bias=st.sampled_from([0.0, 0.1, 30.0, -30.0]),
     common=st.sampled_from([0.0, 1.0, 300.0]),
     long=st.sampled_from([1.0, 1e4, 0.0]),
 )
 @settings(max_examples=25, deadline=None)
-def test_of_any_numbers_the_largest(seed, k, gate, scale, bias, common, long):
-    assert_same(*numbers(seed, scale=scale, bias=bias, common=common, long=long), k, gate)
+def test_of_any_numbers_the_largest(seed, k, activation, scale, bias, common, long):
+    assert_same(*numbers(seed, scale=scale, bias=bias, common=common, long=long), k, activation)
 
 
 @given(
     seed=st.integers(0, 2**16),
     near=st.sampled_from([0.0, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2]),
     copies=st.integers(2, D_SAE),
-    gate=st.sampled_from(["topk", "abstopk"]),
+    activation=st.sampled_from(["topk", "abstopk"]),
 )
 @settings(max_examples=25, deadline=None)
-def test_of_latents_that_are_all_but_one_and_the_same(seed, near, copies, gate):
+def test_of_latents_that_are_all_but_one_and_the_same(seed, near, copies, activation):
     """Differences far below what bf16 can tell: rows for which the candidates do not suffice are done in float32."""
     h, W, b = numbers(seed)
     W[:, :copies] = W[:, :1] + near * W[:, :copies]
     b[:copies] = b[0]
-    assert_same(h, W, b, 5, gate)
+    assert_same(h, W, b, 5, activation)
 
 
 @given(seed=st.integers(0, 2**16), above=st.integers(0, 7))
@@ -98,13 +98,13 @@ def test_of_rows_where_fewer_than_k_are_above_zero(seed, above):
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("gate", ["topk", "abstopk"])
-def test_rows_with_odd_numbers_are_what_float32_makes_of_them_and_do_no_harm_to_others(odd, gate):
+@pytest.mark.parametrize("activation", ["topk", "abstopk"])
+def test_rows_with_odd_numbers_are_what_float32_makes_of_them_and_do_no_harm_to_others(odd, activation):
     h, W, b = numbers(0)
     h[3, 5] = odd
     made = Rough.of(W, b, like=h)
-    values, latents = made.top(h, 4, gate)
-    want, which = top_of_product(h, W, b, 4, gate)
+    values, latents = made.top(h, 4, activation)
+    want, which = top_of_product(h, W, b, 4, activation)
     assert torch.allclose(values.sort(1).values, want.sort(1).values, atol=1e-5, equal_nan=True)
     others = torch.arange(len(h)) != 3
     assert (latents.sort(1).values == which.sort(1).values)[others].all()
@@ -141,25 +141,25 @@ def test_most_rows_are_decided_without_float32(monkeypatch):
     """Else it would be right and no quicker."""
     h, W, b = numbers(1, tokens=300, d_in=256, common=3.0)
     left = []
-    monkeypatch.setattr(rough, "top_of_product", lambda h, *a: left.append(len(h)) or top_of_product(h, *a))
+    monkeypatch.setattr(select, "top_of_product", lambda h, *a: left.append(len(h)) or top_of_product(h, *a))
     made = assert_same(h, W, b, 8, "topk")
     assert sum(left) <= 3
     floor = torch.full((D_SAE,), 60.0)
     token, _, pre = Rough.of(W, b, like=h, floor=floor).over(h, 10**6)
     assert 0 < int((pre > 60).sum()) <= len(token) < 3 * int((pre > 60).sum())
-    assert made.nbytes == rough_bytes(256, D_SAE) - 2 * rough._TILE - 40 * rough._PICKED
+    assert made.nbytes == rough_bytes(256, D_SAE) - 2 * select._TILE - 40 * select._PICKED
 
 
 # -- an SAE's latents --------------------------------------------------------------------------------------------------
 
 
-def sae_of(gate, d_in=48, **how):
-    sae = saewb.SAE(saewb.SAEConfig(d_in, D_SAE, gate=gate, **how), seed=3)
+def sae_of(activation, d_in=48, **how):
+    sae = saewb.SAE(saewb.SAEConfig(d_in, D_SAE, activation=activation, **how), seed=3)
     rng = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        sae.b_enc += torch.randn(D_SAE, generator=rng) / 10 - (2.5 if gate == "relu" else 0)
+        sae.b_enc += torch.randn(D_SAE, generator=rng) / 10 - (2.5 if activation == "relu" else 0)
         sae.b_dec += torch.randn(d_in, generator=rng)
-        if gate == "jumprelu":
+        if activation == "jumprelu":
             sae.threshold += 2.0 + torch.rand(D_SAE, generator=rng)
             sae.threshold[:9] = -1.0  # below 0 it is 0 that counts
             sae.b_enc[:9] = -3.0
@@ -182,7 +182,7 @@ SAES = {
 @pytest.mark.parametrize("name", SAES)
 @pytest.mark.parametrize("quick", [True, False])
 def test_an_encoder_says_what_fires(name, quick, monkeypatch):
-    monkeypatch.setattr(rough, "finer", lambda *_: "bf16" if quick else "full")
+    monkeypatch.setattr(select, "finer", lambda *_: "bf16" if quick else "full")
     sae = SAES[name]()
     rng = torch.Generator().manual_seed(5)
     x, plain = torch.randn(6, 7, 48, generator=rng), torch.rand(6, 7, generator=rng) < 0.8
@@ -203,8 +203,8 @@ def test_an_encoder_says_what_fires(name, quick, monkeypatch):
 
 
 def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
-    monkeypatch.setattr(rough, "_MANY", 100)
-    sae = saewb.SAE(saewb.SAEConfig(8, 2**15, gate="topk", k=4), seed=1)
+    monkeypatch.setattr(select, "_MANY", 100)
+    sae = saewb.SAE(saewb.SAEConfig(8, 2**15, activation="topk", k=4), seed=1)
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
     made, of = [], Rough.of
     monkeypatch.setattr(Rough, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1])
@@ -213,7 +213,7 @@ def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
         few = sae.encode_topk(x[:99])
     assert len(made) == 1
     assert made[0] is not None
-    monkeypatch.setattr(rough, "finer", lambda *_: "full")
+    monkeypatch.setattr(select, "finer", lambda *_: "full")
     with torch.no_grad():
         plain = sae.encode_topk(x)
     assert torch.allclose(quick.dense(), plain.dense(), atol=1e-5)
@@ -223,9 +223,9 @@ def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
 
 def test_what_it_holds_is_what_is_stated():
     before = """
-import saewb.products.rough as rough
-rough.finer = lambda *_: "bf16"
+import saewb.kernels.select as rough
+select.finer = lambda *_: "bf16"
 W, b, h = torch.randn(64, 2**16), torch.zeros(2**16), torch.randn(4096, 64)
-rough.Rough.of(W[:, :2048].contiguous(), b[:2048], h).top(h[:64], 32, "topk")"""
+select.Rough.of(W[:, :2048].contiguous(), b[:2048], h).top(h[:64], 32, "topk")"""
     took = peak_bytes(before, "rough.Rough.of(W, b, h).top(h, 32, 'topk')")  # all of it would be 1 GiB
     assert took < rough_bytes(64, 2**16) + 4096 * 32 * 12

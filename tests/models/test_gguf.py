@@ -129,7 +129,7 @@ def test_llama_is_the_model_it_was_written_from(tmp_path, tied):
     assert not hasattr(model.config, "quantization_config")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
-    model.save_pretrained(tmp_path / "saved")  # refused for a model with marks of quantisation
+    model.save_pretrained(tmp_path / "saved")  # refused for a model with marks of quantization
     tokenizer.save_pretrained(tmp_path / "saved")
 
 

@@ -112,7 +112,7 @@ def test_bos_is_prepended_once_unless_told_not_to():
     assert model.tokenizer.bos_token_id not in bare
 
 
-def test_dtype_and_device_are_honoured():
+def test_dtype_and_device_are_honored():
     model = load_model("tiny", dtype="bfloat16", device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.cfg.dtype == torch.bfloat16

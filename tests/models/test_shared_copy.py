@@ -20,7 +20,7 @@ def test_it_is_clean_and_leaves_what_is_attached_to_the_model_alone(model):
         clean = model(other)
     with torch.no_grad(), saewb.attach(model, [sae, coder]) as attached, saewb.steer(model, coder, {3: 5.0}):
         changed, kept = model(ids), attached.latents[sae].clone()
-        twin = saewb.models.hook_points.twin(model)
+        twin = saewb.models.shared_copy.shared_copy(model)
         assert saewb.models.hook_points.is_bare(twin)
         assert not saewb.models.hook_points.is_bare(model)
         torch.testing.assert_close(twin(other), clean)
@@ -32,7 +32,7 @@ def test_it_is_clean_and_leaves_what_is_attached_to_the_model_alone(model):
 
 def test_it_can_be_changed_alone(model):
     ids, sae = tiny_models.tokens(), tiny_models.sae("blocks.1.hook_resid_post")
-    twin = saewb.models.hook_points.twin(model)
+    twin = saewb.models.shared_copy.shared_copy(model)
     with torch.no_grad(), saewb.steer(twin, sae, {3: 50.0}):
         assert not torch.allclose(twin(ids), model(ids))
         assert saewb.models.hook_points.is_bare(model)
@@ -43,7 +43,7 @@ def test_a_users_own_hook_is_not_on_it_and_stays_on_the_model(model, permanent):
     seen = []
     model.hook_dict["blocks.0.hook_resid_post"].add_hook(lambda x, hook: seen.append(1), is_permanent=permanent)
     try:
-        twin = saewb.models.hook_points.twin(model)
+        twin = saewb.models.shared_copy.shared_copy(model)
         with torch.no_grad():
             twin(tiny_models.tokens())
             assert seen == []

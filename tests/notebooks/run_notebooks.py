@@ -14,7 +14,7 @@ from pathlib import Path
 
 from helpers import chromium
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 WIDTH, HEIGHT = 700, 450  # of a figure that does not say
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "09_from_saelens_to_saewb.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "09_from_saelens_to_saewb.ipynb"
 
 # What SAELens does by area, as names that a user of it types.
 ENTRIES = {
@@ -162,7 +162,7 @@ def test_options_in_the_table_of_training_are_there():
 
     text = markdown().partition("`LanguageModelSAERunnerConfig`, `LanguageModelSAETrainingRunner`")[2]
     text = "| " + text.partition("\n## ")[0]
-    objectives = (getattr(saewb, name) for name in saewb.training.objectives.__all__ if name in saewb._HOME)
+    objectives = (getattr(saewb, name) for name in saewb.training.objectives.__all__ if name in saewb.__all__)
     known = {
         *(option.name for option in saewb.training_options()),
         *(field.name for objective in objectives for field in dataclasses.fields(objective)),
@@ -176,7 +176,7 @@ def test_options_in_the_table_of_training_are_there():
 def test_methods_of_ours_are_there():
     import saewb
 
-    sae = saewb.SAE(saewb.SAEConfig(8, 16, gate="jumprelu", skip=True, hook="a", hook_out="b"))
+    sae = saewb.SAE(saewb.SAEConfig(8, 16, activation="jumprelu", skip=True, hook="a", hook_out="b"))
     of = {"sae": sae, "run": saewb.Run, "index": saewb.FeatureIndex, "attached": saewb.Attachment}
     right = " ".join(row[1] for row in rows(markdown()))
     found = re.findall(r"`(?:\w+ = )?(sae|run|index|attached)\.(\w+)(?:\.(\w+))?", right)

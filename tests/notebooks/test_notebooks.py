@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import saewb_widgets
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PANELS = {  # where each is shown first
     "FeatureBrowser": "06_browse_features",

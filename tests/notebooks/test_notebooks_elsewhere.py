@@ -15,7 +15,7 @@ from helpers import tiny_models
 
 import saewb
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 HOOK, WIDTH, LATENTS = "blocks.1.hook_resid_pre", 48, 1100
 WITHOUT_A_MODEL = {"02_finding_and_loading_saes", "05_toy_models"}
 

@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_models
 
 from saewb.interventions.attachment import attach
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.pretrained.load import load_sae, save_sae
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
@@ -131,7 +131,7 @@ def test_saes_of_the_peers_own_making(peer, tmp_path, kind, error_term):
                 edits = {read: made}
             else:
                 edits[write] = lambda a: made(seen["x"])
-            with hooks.editing(ours, edits):
+            with hook_points.editing(ours, edits):
                 torch.testing.assert_close(ours(tokens), logits, atol=1e-4, rtol=1e-4)
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from saewb.pretrained import catalogue as releases
+from saewb.pretrained import catalogue
 from saewb.pretrained.catalogue._expand import expand
 
 directory = pytest.importorskip("sae_lens.loading.pretrained_saes_directory")
@@ -35,9 +35,9 @@ def theirs():
 
 def test_every_id_resolves_as_in_sae_lens(theirs):
     corrected, n = set(), 0
-    assert set(releases.releases()) >= set(theirs)
+    assert set(catalogue.releases()) >= set(theirs)
     for release, lookup in theirs.items():
-        spec = releases._spec(release)
+        spec = catalogue._spec(release)
         ours = expand(spec)
         assert spec["repo"] == lookup.repo_id
         assert spec.get("format", "sae_lens") == (lookup.conversion_func or "sae_lens")
@@ -72,4 +72,4 @@ def test_what_is_corrected_is_noted(theirs):
     for release in (
         L0_FROM_THE_NAME | L0_FROM_THE_ID | {one for one, _ in (*NEURONPEDIA, *L0)} | set(MODELS) | WITHOUT_FACTOR
     ):
-        assert "sae-lens" in releases._spec(release).get("note", ""), release
+        assert "sae-lens" in catalogue._spec(release).get("note", ""), release

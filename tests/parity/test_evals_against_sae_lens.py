@@ -61,8 +61,11 @@ BY_LATENT = {
 
 def twin(ours):
     """The same weights as sae-lens' own class."""
-    gate, names = ours.cfg.gate, {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk", "abstopk": "abstopk"}
-    cfg_class = sae_lens.registry.get_sae_class(names[gate])
+    activation, names = (
+        ours.cfg.activation,
+        {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk", "abstopk": "abstopk"},
+    )
+    cfg_class = sae_lens.registry.get_sae_class(names[activation])
     extra = {} if ours.cfg.k is None else {"k": ours.cfg.k}
     cfg = cfg_class[1](d_in=ours.cfg.d_in, d_sae=ours.cfg.d_sae, apply_b_dec_to_input=False, **extra)
     cfg.metadata.hook_name = ours.cfg.hook
@@ -96,9 +99,9 @@ def theirs_on(model, ours, *batches, special=()):
 
 
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
-@pytest.mark.parametrize(("gate", "k"), [("relu", None), ("jumprelu", None), ("topk", 4), ("abstopk", 4)])
-def test_all_tokens(model, hook, gate, k):
-    ours, ids = tiny_models.sae(hook, gate=gate, k=k), tiny_models.tokens(12, 9)
+@pytest.mark.parametrize(("activation", "k"), [("relu", None), ("jumprelu", None), ("topk", 4), ("abstopk", 4)])
+def test_all_tokens(model, hook, activation, k):
+    ours, ids = tiny_models.sae(hook, activation=activation, k=k), tiny_models.tokens(12, 9)
     found = evaluate(model, ours, ids, batch_size=6, skip_special_tokens=False)
     theirs, by_latent = theirs_on(model, ours, ids)
     for name in SHARED.keys() - {"ce_recovered_zero"}:
@@ -142,7 +145,7 @@ def test_special_tokens_in_the_middle_of_rows(model):
 def test_on_the_embedded_model_and_text():
     model = tiny_hooked()
     ids = pack([document.text for document in held_out_texts()[:20]], model.tokenizer, 64)[:16]
-    ours = SAE(SAEConfig(d_in=128, d_sae=512, gate="topk", k=8, hook="blocks.2.hook_resid_post"))
+    ours = SAE(SAEConfig(d_in=128, d_sae=512, activation="topk", k=8, hook="blocks.2.hook_resid_post"))
     found = evaluate(model, ours, ids, skip_special_tokens=False)
     theirs, _ = theirs_on(model, ours, ids)
     for name, their_name in SHARED.items():

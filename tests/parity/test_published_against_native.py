@@ -39,7 +39,7 @@ def _module(package, name, needs=()):
     return importlib.import_module(f"{package}.{name}")
 
 
-def _randomised(module, seed=0):
+def _randomized(module, seed=0):
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -63,7 +63,7 @@ def _dictionary(kind):
     options = {"k": K} if "TopK" in kind else {}
     if kind == "MatryoshkaBatchTopKSAE":
         options["group_sizes"] = [8, 12, 20]
-    made = _randomised(cls(D, F, **options))
+    made = _randomized(cls(D, F, **options))
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         made.threshold.fill_(1.25)
     return made
@@ -83,7 +83,7 @@ def test_dictionary_learning(kind, tmp_path):
         torch.testing.assert_close(ours(X), native(X), **NEAR)
 
 
-def test_its_normalised_decoder_is_ours_folded(tmp_path):
+def test_its_normalized_decoder_is_ours_folded(tmp_path):
     native = _dictionary("AutoEncoder")
     dictionary_learning(tmp_path, "AutoEncoder")
     torch.save(native.state_dict(), tmp_path / "ae.pt")
@@ -122,7 +122,7 @@ def test_sparsify(variant, tmp_path):
 def test_what_sparsify_saves(tmp_path):
     coder = _sparse_coder()
     config = _module("sparsify", "config").SparseCoderConfig(expansion_factor=3, k=K, skip_connection=True)
-    native = _randomised(coder(D, config))
+    native = _randomized(coder(D, config))
     native.save_to_disk(tmp_path / "layers.5.mlp")
     assert set(json.loads((tmp_path / "layers.5.mlp/cfg.json").read_text())) <= {*SPARSIFY["transcode"][1], "d_in"}
     ours = read(tmp_path / "layers.5.mlp")

@@ -8,14 +8,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from formats import (
+from helpers.format_tensors import D, F, O, inputs, weights
+from pretrained.formats import (
     test_gemma_scope,
     test_gemma_scope_2,
     test_llama_scope,
     test_single_files,
     test_temporal_conf,
 )
-from helpers.format_tensors import D, F, O, inputs, weights
 
 from saewb.pretrained.formats import Facts, read
 

@@ -22,7 +22,7 @@ OWN = ("topk_transcoder", "abstopk_skip_transcoder", "groupmax")  # names that s
 WRITTEN = [name for name in ARCHITECTURES if name not in OWN]
 TRANSCODERS = ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
 PLAIN = ["standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal"]
-NORMALISATIONS = ["none", "layer_norm", "constant_norm_rescale"]
+NORMALIZATIONS = ["none", "layer_norm", "constant_norm_rescale"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def _assert_same_function(ours, theirs, x, latent_scale=1.0):
 
 
 @torch.no_grad()
-def _randomised(module, seed=0):
+def _randomized(module, seed=0):
     """Every parameter random, none zero; decoder rows that differ in norm but do not make a pursuit diverge."""
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
@@ -71,7 +71,7 @@ def _theirs(architecture, seed=0, **fields):
     if architecture == "temporal":
         extra = {"n_heads": 2, "bottleneck_factor": 3, "kval_topk": 4}
     metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.2.hook_resid_mid", model_name="gpt2", prepend_bos=False)
-    return _randomised(cls(config(**{**base, **extra, "metadata": metadata, **fields})), seed)
+    return _randomized(cls(config(**{**base, **extra, "metadata": metadata, **fields})), seed)
 
 
 # --- written here, read there
@@ -82,7 +82,7 @@ def test_sae_lens_reads_what_saewb_writes(name, tmp_path):
     sae = ARCHITECTURES[name]()
     theirs = _oracle(save_sae(sae, tmp_path / "sae"))
     x = activations(2, 7)
-    if sae.cfg.scaling == "centred":  # sae-lens says so, and leaves it to the language model's weights
+    if sae.cfg.scaling == "centered":  # sae-lens says so, and leaves it to the language model's weights
         assert theirs.cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": True}
         x = x - x.mean(-1, keepdim=True)
     _assert_same_function(sae, theirs, x)
@@ -94,7 +94,7 @@ def test_sae_lens_reads_what_saewb_writes(name, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_sae_lens_reads_other_dtypes(dtype, tmp_path):
-    sae = feed_forward(gate="jumprelu", pre_bias="tied").to(dtype)
+    sae = feed_forward(activation="jumprelu", pre_bias="tied").to(dtype)
     theirs = _oracle(save_sae(sae, tmp_path / "sae"))
     assert theirs.dtype == dtype
     x = activations(2, 7)
@@ -102,7 +102,7 @@ def test_sae_lens_reads_other_dtypes(dtype, tmp_path):
 
 
 def test_sae_lens_takes_its_version_6_path(tmp_path):
-    folder = save_sae(feed_forward(gate="topk", k=5), tmp_path / "sae")
+    folder = save_sae(feed_forward(activation="topk", k=5), tmp_path / "sae")
     with open(folder / "cfg.json") as file:
         cfg = json.load(file)
     handled = sae_lens.loading.pretrained_sae_loaders.handle_config_defaulting(dict(cfg))
@@ -128,11 +128,11 @@ def test_hook_z_is_reshaped_there(tmp_path):
 # --- written there, read here
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", PLAIN)
-def test_saewb_reads_what_sae_lens_writes(architecture, tied, normalisation, tmp_path):
-    theirs = _theirs(architecture, normalize_activations=normalisation, apply_b_dec_to_input=tied)
+def test_saewb_reads_what_sae_lens_writes(architecture, tied, normalization, tmp_path):
+    theirs = _theirs(architecture, normalize_activations=normalization, apply_b_dec_to_input=tied)
     theirs.save_model(tmp_path)
     ours = load_sae(tmp_path)
     _assert_same_function(ours, theirs, activations(2, 7))
@@ -178,9 +178,9 @@ def test_saewb_reads_pursuit_variants(fields, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["topk", "abstopk"])
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_rescaling_by_decoder_norm_is_folded(architecture, normalisation, tmp_path):
-    theirs = _theirs(architecture, rescale_acts_by_decoder_norm=True, normalize_activations=normalisation)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_rescaling_by_decoder_norm_is_folded(architecture, normalization, tmp_path):
+    theirs = _theirs(architecture, rescale_acts_by_decoder_norm=True, normalize_activations=normalization)
     theirs.save_model(tmp_path)
     ours = load_sae(tmp_path)
     torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(D_SAE))
@@ -203,7 +203,7 @@ def _training(architecture, **fields):
     cls, config = get_sae_training_class(architecture)
     extra = {"k": 5} if "topk" in architecture else {}
     extra |= {"matryoshka_widths": [6, D_SAE]} if "matryoshka" in architecture else {}
-    module = _randomised(cls(config(d_in=D_IN, d_sae=D_SAE, **{**extra, **fields})))
+    module = _randomized(cls(config(d_in=D_IN, d_sae=D_SAE, **{**extra, **fields})))
     if "batchtopk" in architecture:
         module.topk_threshold = torch.tensor(0.6, dtype=torch.float64)
     return module

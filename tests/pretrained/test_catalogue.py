@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from saewb.pretrained import catalogue as releases
+from saewb.pretrained import catalogue as module
 from saewb.pretrained.catalogue import catalogue, find
 from saewb.pretrained.catalogue._expand import expand, width
 
@@ -42,8 +42,8 @@ def test_import_parses_nothing_and_needs_no_pandas():
 
 
 def test_data_file_is_one_release_per_line_sorted():
-    names = [json.loads(line)["release"] for line in releases.lines()]
-    assert names == sorted(names) == releases.releases()
+    names = [json.loads(line)["release"] for line in module.lines()]
+    assert names == sorted(names) == module.releases()
 
 
 def test_find_agrees_with_the_table(table):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formats import test_gemma_scope, test_gemma_scope_2, test_llama_scope, test_single_files, test_temporal_conf
 from helpers.format_fixtures import deepseek_r1, dictionary_learning, mntss, mwhanna, qwen_scope
 from helpers.format_tensors import weights
+from pretrained.formats import (
+    test_gemma_scope,
+    test_gemma_scope_2,
+    test_llama_scope,
+    test_single_files,
+    test_temporal_conf,
+)
 
-from saewb.pretrained import catalogue as releases
-from saewb.pretrained import load as loading
+from saewb.pretrained import catalogue, load
 
 
 def _gemma_2(place):
@@ -56,17 +61,21 @@ PUBLISHED = {  # (release, id): writes small files of that layout where the entr
 def test_files_and_catalogue_agree(release, id, tmp_path, monkeypatch):
     write = PUBLISHED[release, id]
     if id.endswith("{}"):  # any of them
-        id = next(one for one in releases.ids(release) if one.startswith(id[:-2]))
-    entry = releases.find(release, id)
+        id = next(one for one in catalogue.ids(release) if one.startswith(id[:-2]))
+    entry = catalogue.find(release, id)
     place = tmp_path / entry.path
     place.parent.mkdir(parents=True, exist_ok=True)
     write(place)
-    monkeypatch.setattr(loading, "_on_disk", lambda origin, *_: (tmp_path, [], None))
-    sae = loading.load_sae(release, id, dtype=torch.float32)
+    monkeypatch.setattr(load, "_on_disk", lambda origin, *_: (tmp_path, [], None))
+    sae = load.load_sae(release, id, dtype=torch.float32)
     assert sae.cfg.hook == entry.hook
     assert sae.cfg.hook_out == entry.hook_out
     assert sae.cfg.model == entry.model
     assert sae.cfg.metadata["source"]["release"] == release
     assert sae.cfg.metadata.get("neuronpedia_id") == entry.neuronpedia
-    gate = "relu" if entry.architecture == "gated" else entry.architecture
-    assert type(sae).__name__ == "TemporalSAE" or sae.cfg.gate == gate or entry.format == "mntss_clt_layer_transcoder"
+    activation = "relu" if entry.architecture == "gated" else entry.architecture
+    assert (
+        type(sae).__name__ == "TemporalSAE"
+        or sae.cfg.activation == activation
+        or entry.format == "mntss_clt_layer_transcoder"
+    )

@@ -17,7 +17,7 @@ from helpers.fake_hub import hub
 
 from saewb.errors import FormatError
 from saewb.hub_files import _PlainHttp
-from saewb.pretrained import catalogue as releases
+from saewb.pretrained import catalogue
 from saewb.pretrained.catalogue._expand import expand
 from saewb.pretrained.formats import FORMATS
 from saewb.pretrained.load import READERS, load_config, load_sae, save_sae
@@ -31,7 +31,7 @@ def _published(tmp_path, *names):
     """The files of a repository with one SAE per folder."""
     found = {"README.md": b"theirs"}
     for seed, name in enumerate(names):
-        folder = save_sae(feed_forward(seed, gate="jumprelu"), tmp_path / "published" / name)
+        folder = save_sae(feed_forward(seed, activation="jumprelu"), tmp_path / "published" / name)
         for file in folder.iterdir():
             found[f"{name}/{file.name}"] = file.read_bytes()
         found[f"{name}/optimizer.pt"] = b"never to be fetched"
@@ -40,7 +40,7 @@ def _published(tmp_path, *names):
 
 def _client(code, endpoint, home, **environment):
     """What a fresh interpreter prints as JSON: huggingface_hub reads its settings once, at import."""
-    before = "import json, saewb.loading as L, saewb.sharing as S, torch\ntorch.set_num_threads(1)\n"
+    before = "import json, saewb.pretrained.load as L, saewb.pretrained.share as S, torch\ntorch.set_num_threads(1)\n"
     caught = (
         "def tried(*a, **k):\n    try:\n        return repr(L.load_sae(*a, **k))\n"
         "    except Exception as e:\n        return f'{type(e).__name__}: {e}'\n"
@@ -100,7 +100,7 @@ def test_dtype_and_device(tmp_path):
     assert (sae.dtype, sae.device.type) == (torch.bfloat16, "meta")
 
 
-def test_a_folder_that_is_missing_is_told_with_its_neighbours(tmp_path):
+def test_a_folder_that_is_missing_is_told_with_its_neighbors(tmp_path):
     save_sae(feed_forward(), tmp_path / "layer_3")
     (tmp_path / "layer_3.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"near: layer_3\n  fix:  saewb\.load_sae\('.*/layer_3'\)"):
@@ -160,7 +160,7 @@ print(json.dumps([first, wrong, none, again, L.load_sae({REPO!r}, ids[1])(x).tol
     with hub(repos, closed=frozenset({"some-one/closed"})) as (endpoint, log):
         first, wrong, none, again, out = _client(code, endpoint, tmp_path / "home")
         fetched = [line for line in log if line.startswith("GET") and "/resolve/" in line]
-    sae = feed_forward(1, gate="jumprelu")
+    sae = feed_forward(1, activation="jumprelu")
     x = torch.arange(24.0).reshape(3, 8) / 10 - 1
     assert first == [repr(sae)] * 2
     assert again == repr(sae).replace("float32", "float64")
@@ -262,8 +262,8 @@ def test_push_checks_everything_before_anything_is_sent(tmp_path):
         push_to_hub({"a": sae}, REPO, "b")
     with pytest.raises(ValueError, match="at least one"):
         push_to_hub({}, REPO)
-    with pytest.raises(ValueError, match="no scaling 'centred'"):
-        push_to_hub({"a": sae, "b": feed_forward(scaling="centred", model="google/gemma-2-2b")}, REPO)
+    with pytest.raises(ValueError, match="no scaling 'centered'"):
+        push_to_hub({"a": sae, "b": feed_forward(scaling="centered", model="google/gemma-2-2b")}, REPO)
 
 
 def test_push_leaves_a_card_that_is_there_alone(tmp_path):
@@ -315,7 +315,7 @@ print(json.dumps([cancelled, whole, seen, repr(sae), xet]))
     assert (xet[0], set(xet[1:-1]), xet[-1]) == (False, {True}, False)  # Xet could not be cancelled
     assert cancelled == "enough"
     assert whole == []
-    assert sae == repr(feed_forward(0, gate="jumprelu"))
+    assert sae == repr(feed_forward(0, activation="jumprelu"))
     assert len(seen) > 3
     assert all(0 <= done <= total for done, total in seen)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -361,7 +361,7 @@ print(json.dumps([first, again, others]))
 """
     with hub(repos, secret={"some-one/secret"}, faults=faults) as (endpoint, log):
         first, again, others = _client(code, endpoint, tmp_path / "home")
-    assert set(again.values()) == {repr(feed_forward(0, gate="jumprelu"))}, again
+    assert set(again.values()) == {repr(feed_forward(0, activation="jumprelu"))}, again
     assert first["dropped"] == first["busy"] == again["dropped"]
     assert "from 700" in log
     assert first["wrong"].startswith("OSError: wrong/sae_weights.safetensors came damaged: its sha256 is")
@@ -375,8 +375,8 @@ print(json.dumps([first, again, others]))
 
 
 def test_a_release_of_the_catalogue_brings_what_its_files_do_not_say(tmp_path):
-    """gpt2-small-mlp-tm: a factor, centred weights, a path with a colon, and a data set, all from the catalogue."""
-    entry = releases.find("gpt2-small-mlp-tm", "blocks.3.hook_mlp_out")
+    """gpt2-small-mlp-tm: a factor, centered weights, a path with a colon, and a data set, all from the catalogue."""
+    entry = catalogue.find("gpt2-small-mlp-tm", "blocks.3.hook_mlp_out")
     plain = feed_forward(2, hook=entry.hook, model="gpt2-small", metadata={"dataset_path": "?"})
     folder = save_sae(plain, tmp_path / "published")
     raw = json.loads((folder / "cfg.json").read_text()) | {"normalize_activations": "expected_average_only_in"}
@@ -397,7 +397,7 @@ print(json.dumps([facts, sae(x).tolist(), tried("gpt2-small-mlp-tm"), tried("gpt
 """
     with hub({entry.repo: files}) as (endpoint, log):
         facts, out, no_id, wrong_id = _client(code, endpoint, tmp_path / "home")
-    assert facts[:2] == ["gpt2", "centred"]
+    assert facts[:2] == ["gpt2", "centered"]
     assert facts[2]["dataset_path"] == "Skylion007/openwebtext"
     assert facts[2]["source"]["files"] == {f"{entry.path}/cfg.json": None}
     sha = hashlib.sha256(files[f"{entry.path}/sae_weights.safetensors"]).hexdigest()
@@ -433,10 +433,10 @@ print(json.dumps(said.getvalue()))
 
 
 def test_every_format_of_the_catalogue_has_a_reader():
-    formats = {json.loads(line).get("format", "sae_lens") for line in releases.lines()}
+    formats = {json.loads(line).get("format", "sae_lens") for line in catalogue.lines()}
     assert formats == set(READERS)
     modules = {layout.__name__.rpartition(".")[2]: layout for layout in FORMATS}
-    for line in releases.lines():
+    for line in catalogue.lines():
         spec = json.loads(line)
         layout = modules[READERS[spec.get("format", "sae_lens")]]
         for path in expand(spec)["path"]:
@@ -446,7 +446,7 @@ def test_every_format_of_the_catalogue_has_a_reader():
 def test_configuration_without_weights_is_that_with_weights(tmp_path):
     for name, make in ARCHITECTURES.items():
         sae = make()
-        if isinstance(sae, SAE) and sae.cfg.gate == "groupmax":
+        if isinstance(sae, SAE) and sae.cfg.activation == "groupmax":
             continue  # no file has it
         folder = save_sae(sae, tmp_path / name)
         want = load_sae(folder).cfg
@@ -458,6 +458,6 @@ def test_configuration_without_weights_is_that_with_weights(tmp_path):
 
 
 def test_loading_does_not_import_the_hub_until_it_is_needed():
-    code = "import saewb.loading, sys; print('huggingface_hub' in sys.modules)"
+    code = "import saewb.pretrained.load, sys; print('huggingface_hub' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.strip() == "False"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers import tiny_models
-from test_attribution import RESID, SAES, Z
-from test_cross_layer import formula, made
+from prompts.test_attribution import RESID, SAES, Z
+from sae.test_cross_layer import formula, made
 
 import saewb
 from saewb.prompts.next_tokens import next_tokens
@@ -21,7 +21,7 @@ def seen(model, *names):
 
 
 def word(token):
-    """Its direction, from the Hugging Face weights: the final norm's folded in, centred over words. In float64."""
+    """Its direction, from the Hugging Face weights: the final norm's folded in, centered over words. In float64."""
     hf = tiny_models.hf_llama()
     rows = hf.lm_head.weight.detach().double()
     return hf.model.norm.weight.detach().double() * (rows[token] - rows.mean(0))
@@ -84,9 +84,9 @@ def test_effects_on_the_last_layer_sum_to_the_logit(model):
     with torch.no_grad():
         rest = (x - sae.encode(x) @ sae.W_dec)[0].double()  # b_dec and the error
     sums = torch.zeros(7, dtype=torch.float64).index_add_(0, reading.position, reading.logit_effect.double())
-    centred = (logits - logits.mean(-1, keepdim=True))[:, 9]
-    torch.testing.assert_close((sums + rest @ word(9) / length(x)).float(), centred, atol=2e-3, rtol=1e-3)
-    assert float((sums - centred).abs().max()) > 0.1  # so that the rest matters
+    centered = (logits - logits.mean(-1, keepdim=True))[:, 9]
+    torch.testing.assert_close((sums + rest @ word(9) / length(x)).float(), centered, atol=2e-3, rtol=1e-3)
+    assert float((sums - centered).abs().max()) > 0.1  # so that the rest matters
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -157,12 +157,12 @@ def test_several_at_once_are_those_one_by_one(model):
 
 
 def test_long_prompts_are_read_in_parts(model, monkeypatch):
-    from saewb.prompts import attribution_nodes as nodes
+    from saewb.prompts import attribution_nodes
 
     sae = tiny_models.sae(RESID)
     ids = tiny_models.tokens(1, 60)[0].tolist()
     whole = read_prompt(model, ids, sae, target=9)
-    monkeypatch.setattr(nodes, "TILE", 7 * 40)
+    monkeypatch.setattr(attribution_nodes, "TILE", 7 * 40)
     parts = read_prompt(model, ids, sae, target=9)
     assert torch.equal(whole.latent, parts.latent)
     assert torch.equal(whole.position, parts.position)

@@ -273,7 +273,7 @@ def test_fold_decoder_norm(sae):
 
 
 def test_fold_decoder_norm_of_a_topk_whose_rows_agree():
-    sae = feed_forward(gate="topk", k=5)
+    sae = feed_forward(activation="topk", k=5)
     rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1) * 3
     even = SAE.from_tensors(sae.cfg, {**sae.state_dict(), "W_dec": rows})
     x, folded = activations(2, 5), even.fold_decoder_norm()
@@ -283,7 +283,7 @@ def test_fold_decoder_norm_of_a_topk_whose_rows_agree():
 
 def test_fold_scaling(sae):
     factor, x = 0.25, activations(2, 5)  # a power of two, so that nothing but the order of operations rounds
-    if sae.cfg.scaling not in ("none", "centred"):  # taking out a mean commutes with a factor
+    if sae.cfg.scaling not in ("none", "centered"):  # taking out a mean commutes with a factor
         with pytest.raises(ValueError, match="scaling"):
             sae.fold_scaling(factor)
         return
@@ -298,7 +298,7 @@ def test_fold_scaling(sae):
 
 
 def test_fold_scaling_with_two_factors():
-    x, sae = activations(2, 5), transcoder(gate="jumprelu", skip=True, pre_bias="own")
+    x, sae = activations(2, 5), transcoder(activation="jumprelu", skip=True, pre_bias="own")
     torch.testing.assert_close(sae.fold_scaling(0.5, 4.0)(x), sae(0.5 * x) / 4.0, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="one factor"):
         feed_forward(pre_bias="tied").fold_scaling(0.5, 4.0)
@@ -318,7 +318,7 @@ def _scale(x, scaling):
     if scaling == "constant_norm":
         length = np.sqrt((x * x).sum(-1, keepdims=True))
         return x * np.sqrt(x.shape[-1]) / length, lambda y: y * length / np.sqrt(x.shape[-1])
-    if scaling == "centred":
+    if scaling == "centered":
         return x - x.mean(-1, keepdims=True), lambda y: y + x.mean(-1, keepdims=True)
     return x, lambda y: y
 
@@ -346,7 +346,7 @@ def _by_hand_feed_forward(cfg, w, x):
         "topk": lambda: np.maximum(_keep_largest(p, p, cfg.k), 0),
         "abstopk": lambda: _keep_largest(np.abs(p), p, cfg.k),
         "groupmax": lambda: np.maximum(_keep_largest_of_groups(p, cfg.k), 0),
-    }[cfg.gate]()
+    }[cfg.activation]()
     out = unscale(z @ w["W_dec"] + w["b_dec"])
     return z, out + x @ w["W_skip"] if cfg.skip else out
 
@@ -416,7 +416,7 @@ def test_formula(sae):
 
 
 def test_a_threshold_is_strict_and_never_below_zero():
-    cfg = SAEConfig(d_in=1, d_sae=4, gate="jumprelu")
+    cfg = SAEConfig(d_in=1, d_sae=4, activation="jumprelu")
     sae = SAE.from_tensors(
         cfg,
         {
@@ -461,7 +461,7 @@ def test_pursuit_of_its_own_rows_finds_them():
 
 
 def test_temporal_is_causal_and_its_first_token_foresees_nothing_of_the_others():
-    sae, x = temporal(gate="topk", k=3), activations(1, 6)
+    sae, x = temporal(activation="topk", k=3), activations(1, 6)
     changed = x.clone()
     changed[:, 4:] += 1
     assert torch.equal(sae.encode(x)[:, :4], sae.encode(changed)[:, :4])
@@ -479,10 +479,10 @@ def test_temporal_is_causal_and_its_first_token_foresees_nothing_of_the_others()
         (PursuitConfig, {"pre_bias": "own"}),
         (PursuitConfig, {"scaling": "batch_norm"}),
         (TemporalConfig, {"n_heads": 5}),
-        (TemporalConfig, {"gate": "jumprelu"}),
-        (TemporalConfig, {"gate": "topk"}),
+        (TemporalConfig, {"activation": "jumprelu"}),
+        (TemporalConfig, {"activation": "topk"}),
         (TemporalConfig, {"k": 3}),
-        (TemporalConfig, {"gate": "topk", "k": 25}),
+        (TemporalConfig, {"activation": "topk", "k": 25}),
         (TemporalConfig, {"factor": 0.0}),
         (TemporalConfig, {"factor": 2.0, "scaling": "layer_norm"}),
         (TemporalConfig, {"n_attn_layers": -1}),
@@ -513,16 +513,16 @@ def test_configurations_do_not_share_their_metadata():
 # --- save and load over random configurations
 
 
-def _k_of(draw, gate, d_sae):
-    if gate == "groupmax":
+def _k_of(draw, activation, d_sae):
+    if activation == "groupmax":
         return draw(st.sampled_from([k for k in range(1, d_sae + 1) if d_sae % k == 0]))
-    return draw(st.integers(1, d_sae)) if "topk" in gate else None
+    return draw(st.integers(1, d_sae)) if "topk" in activation else None
 
 
 @st.composite
 def _configs(draw):
     width = st.integers(1, 12)
-    d_sae, gate = draw(width), draw(st.sampled_from(["relu", "jumprelu", "topk", "abstopk", "groupmax"]))
+    d_sae, activation = draw(width), draw(st.sampled_from(["relu", "jumprelu", "topk", "abstopk", "groupmax"]))
     d_in = draw(width)
     d_out = draw(st.none() | width)
     same = d_out in (None, d_in)
@@ -534,8 +534,8 @@ def _configs(draw):
         d_in=d_in,
         d_sae=d_sae,
         d_out=d_out,
-        gate=gate,
-        k=_k_of(draw, gate, d_sae),
+        activation=activation,
+        k=_k_of(draw, activation, d_sae),
         skip=skip,
         pre_bias="none" if transcoder or skip else draw(st.sampled_from(["none", "tied"])),
         scaling="none" if transcoder or skip else draw(st.sampled_from(["none", "layer_norm", "constant_norm"])),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import saewb
 from saewb.errors import FormatError
 from saewb.interventions.attachment import attach
-from saewb.models import hook_points as hooks
+from saewb.models import hook_points
 from saewb.pretrained.load import save_sae
 from saewb.sae.cross_layer import CrossLayerConfig, CrossLayerTranscoder, cross_layer_shapes
 
@@ -31,10 +31,12 @@ def drawn(cfg, seed=0, std=0.3, dtype=torch.float32):
     return tensors
 
 
-def config(gate="jumprelu", d_in=tiny_models.D_MODEL, widths=WIDTHS, read=READ, write=WRITE, **fields):
+def config(activation="jumprelu", d_in=tiny_models.D_MODEL, widths=WIDTHS, read=READ, write=WRITE, **fields):
     layers = range(len(widths))
     hooks_out = None if write is None else tuple(write.format(layer) for layer in layers)
-    return CrossLayerConfig(d_in, widths, tuple(read.format(layer) for layer in layers), hooks_out, gate=gate, **fields)
+    return CrossLayerConfig(
+        d_in, widths, tuple(read.format(layer) for layer in layers), hooks_out, activation=activation, **fields
+    )
 
 
 def made(seed=0, **fields):
@@ -71,8 +73,8 @@ def inputs(n=3, d=tiny_models.D_MODEL, shape=(2, 5), seed=1):
     st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None, derandomize=True)
-def test_encode_decode_and_forward_are_the_formula(widths, gate, skip, seed):
-    clt = made(seed, gate=gate, d_in=5, d_out=7, widths=tuple(widths), skip=skip)
+def test_encode_decode_and_forward_are_the_formula(widths, activation, skip, seed):
+    clt = made(seed, activation=activation, d_in=5, d_out=7, widths=tuple(widths), skip=skip)
     xs = inputs(len(widths), 5, (3,), seed)
     want_latents, want_out = formula(clt, xs)
     latents = clt.encode(xs)
@@ -139,7 +141,7 @@ def test_matrices_stay_as_stored_and_it_computes_in_the_dtype_of_the_biases():
 
 
 def test_only_active_rows_of_a_decoder_are_read():
-    clt, xs = made(gate="relu"), inputs()
+    clt, xs = made(activation="relu"), inputs()
     for bias in clt.b_enc:
         bias[::2] = -50
     latents = clt.encode(xs)
@@ -178,7 +180,7 @@ def test_wrong_input_is_refused():
         ({"hooks": ("a", "a")}, "hooks"),
         ({"hooks": "ab"}, "hooks"),
         ({"hooks_out": ("c",)}, "hooks_out"),
-        ({"gate": "topk"}, "gate"),
+        ({"activation": "topk"}, "activation"),
         ({"skip": 1}, "skip"),
     ],
 )
@@ -238,14 +240,14 @@ def by_hand(model, clt, tokens, edit=lambda z, layer: z, error=False, clean=None
 
     edits = {hook: reader(i) for i, hook in enumerate(clt.cfg.hooks)} if clt.cfg.is_transcoder else {}
     edits |= {hook: writer(i) for i, hook in enumerate(clt.cfg.hooks_out)}
-    with hooks.editing(model, edits):
+    with hook_points.editing(model, edits):
         logits = model(tokens)
     return logits, [used[i] for i in range(clt.cfg.n_layers)]
 
 
 KINDS = {
     "clt": {},
-    "relu skip": {"gate": "relu", "skip": True},
+    "relu skip": {"activation": "relu", "skip": True},
     "mlp in": {"read": "blocks.{}.mlp.hook_in"},
     "crosscoder": {"read": "blocks.{}.hook_resid_post", "write": None},
 }
@@ -372,7 +374,7 @@ def _overridden(model, clt, sae, over, tokens):
         return write
 
     edits = {hook: lambda a, i=i: xs.__setitem__(i, a) for i, hook in enumerate(clt.cfg.hooks)}
-    with hooks.editing(model, {**edits, **{hook: writer(i) for i, hook in enumerate(clt.cfg.hooks_out)}}):
+    with hook_points.editing(model, {**edits, **{hook: writer(i) for i, hook in enumerate(clt.cfg.hooks_out)}}):
         return model(tokens)
 
 

@@ -25,8 +25,8 @@ def latents(tokens=200, d=12, seed=0, above=0.8):
 def pearson(x, y=None):
     """The definition, about the means; nan where a column does not vary."""
     a, b = (t.double().numpy() - t.double().numpy().mean(0) for t in (x, x if y is None else y))
-    for centred in (a, b):
-        centred[:, np.ptp(centred, axis=0) == 0] = np.nan
+    for centered in (a, b):
+        centered[:, np.ptp(centered, axis=0) == 0] = np.nan
     return (a.T @ b) / np.sqrt(np.square(a).sum(0)[:, None] * np.square(b).sum(0))
 
 

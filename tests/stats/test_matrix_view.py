@@ -241,8 +241,8 @@ def grouped(n, groups, seed=0, noise=0.4):
     """Directions in groups that point the same way, mixed up; and whose group each is of."""
     rng = torch.Generator().manual_seed(seed)
     label = torch.randint(0, groups, (n,), generator=rng)
-    centres = torch.nn.functional.normalize(torch.randn(groups, 48, generator=rng), dim=1)
-    return centres[label] + noise * torch.randn(n, 48, generator=rng) / 48**0.5, label
+    centers = torch.nn.functional.normalize(torch.randn(groups, 48, generator=rng), dim=1)
+    return centers[label] + noise * torch.randn(n, 48, generator=rng) / 48**0.5, label
 
 
 @pytest.mark.parametrize(("n", "groups"), [(300, 6), (3000, 20)])

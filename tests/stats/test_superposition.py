@@ -175,7 +175,7 @@ def test_percentiles_low_and_high(kind):
         x[::2] = 0
     if kind == "sorted by likeness":
         x = torch.randn(1000, 16, generator=rng)[torch.arange(1000) // 4 * 4] + 0.3 * x
-    found = superposition(x, percentiles=(5, 95, 99.9), neighbours=3)
+    found = superposition(x, percentiles=(5, 95, 99.9), neighbors=3)
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     cosines = (unit @ unit.T).abs().fill_diagonal_(-1)
     ordered = cosines.sort(1).values[:, 1:].numpy()
@@ -187,7 +187,7 @@ def test_percentiles_low_and_high(kind):
 
 
 def test_of_equally_near_ones_the_first_come_first():
-    found = superposition(torch.eye(5), neighbours=2)
+    found = superposition(torch.eye(5), neighbors=2)
     assert found.nearest.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
 
 
@@ -200,7 +200,7 @@ def test_of_many_equally_near_ones_the_first_come_first():
     unit = torch.nn.functional.normalize(kinds, dim=1)
     cosines = (unit @ unit.T).abs().double().round(decimals=4).fill_diagonal_(-1)
     expected = cosines.sort(dim=1, descending=True, stable=True).indices[:, :60]
-    assert torch.equal(superposition(kinds, neighbours=60).nearest, expected)
+    assert torch.equal(superposition(kinds, neighbors=60).nearest, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -263,7 +263,7 @@ def test_directions_are_not_changed():
     assert torch.equal(x, RANDOM)
 
 
-def test_two_features_are_enough_and_have_one_neighbour():
+def test_two_features_are_enough_and_have_one_neighbor():
     found = superposition(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert found.nearest.tolist() == [[1], [0]]
     assert found.percentile_abs_cos[95].tolist() == pytest.approx([math.sqrt(0.5)] * 2)
@@ -307,7 +307,7 @@ def test_wrong_input(args, error, text):
 
 
 @pytest.mark.parametrize(("kwargs", "text"), [
-    ({"neighbours": 0}, "neighbours=0"), ({"bins": 0}, "bins=0"), ({"max_bytes": 1000}, "max_bytes=1,000"),
+    ({"neighbors": 0}, "neighbors=0"), ({"bins": 0}, "bins=0"), ({"max_bytes": 1000}, "max_bytes=1,000"),
 ])  # fmt: skip
 def test_wrong_options(kwargs, text):
     with pytest.raises(ValueError, match=text):

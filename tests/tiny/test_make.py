@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saewb import tiny as embedded
+from saewb import tiny
 from saewb.errors import FormatError
 from saewb.pretrained.load import load_sae
 from saewb.sae.sae import SAE, SAEConfig
@@ -34,7 +34,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def documents():
-    return make.hold_out([replace(document, held_out=False) for document in embedded.texts()[:40]], n=6)
+    return make.hold_out([replace(document, held_out=False) for document in tiny.texts()[:40]], n=6)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_whole_script_writes_folders_that_load(made, documents):
 def test_only_the_sae_again_gives_the_same_sae(made, documents, tmp_path):
     shutil.copytree(made / "model", tmp_path / "model")
     make.make(documents, tmp_path, MODEL, SAES, only="sae")
-    assert not (tmp_path / embedded.TEXT_FILE).exists()
+    assert not (tmp_path / tiny.TEXT_FILE).exists()
     for name, tensor in load_sae(made / "sae").state_dict().items():
         assert torch.equal(tensor, load_sae(tmp_path / "sae").state_dict()[name]), name
 
@@ -124,7 +124,7 @@ def test_held_out_figures_of_an_sae_that_knows_only_the_mean(made, documents):
     tokenizer = AutoTokenizer.from_pretrained(made / "model")
     rows = make_sae.pack([document.text for document in documents], tokenizer, 32)
     x = make_sae.activations(model, rows, 0)[rows != 0]
-    sae = SAE(SAEConfig(d_in=16, d_sae=8, gate="topk", k=2, pre_bias="tied"))
+    sae = SAE(SAEConfig(d_in=16, d_sae=8, activation="topk", k=2, pre_bias="tied"))
     with torch.no_grad():
         sae.W_enc.zero_()
         sae.b_dec.copy_(x.mean(0))
@@ -185,6 +185,6 @@ def test_the_sample_has_every_held_out_document_and_even_topics(documents):
 
 
 def test_the_text_file_is_read_as_written(documents, tmp_path, monkeypatch):
-    make.write_texts(documents, tmp_path / embedded.TEXT_FILE)
-    monkeypatch.setattr(embedded, "_HERE", tmp_path)
-    assert embedded._texts.__wrapped__() == tuple(documents)
+    make.write_texts(documents, tmp_path / tiny.TEXT_FILE)
+    monkeypatch.setattr(tiny, "_HERE", tmp_path)
+    assert tiny._texts.__wrapped__() == tuple(documents)

@@ -15,12 +15,12 @@ from saewb import cli
 from saewb.distributed import Team
 from saewb.training.objectives.batchtopk import kept_in_batch
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TOLERANCE = 2e-5  # of a figure: sums in another order, over 25 steps
 
 
 def launched(*command, cwd, launcher=("torch.distributed.run", "--nproc-per-node", "2")):
-    path = os.pathsep.join([str(Path(saewb.__file__).parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(saewb.__file__).parents[1]), str(TESTS), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, "-m", *launcher, *map(str, command)]
     return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=400)
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
     distributed_worker.train(folder / "one_plain", "plain").wait()
     distributed_worker.train(folder / "one_sparse").wait()
     distributed_worker.train(folder / "alone_first", n_steps=distributed_worker.HALF).wait()
-    done = launched(HERE / "together.py", "all", folder, cwd=folder)
+    done = launched(TESTS / "helpers" / "distributed_worker.py", "all", folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -127,7 +127,7 @@ def test_what_one_process_finds_wrong_ends_all_with_a_message(folder):
 
 
 def test_a_failure_in_one_ends_all_and_says_why(tmp_path):
-    done = launched(HERE / "together.py", "fail", tmp_path, cwd=tmp_path)
+    done = launched(TESTS / "helpers" / "distributed_worker.py", "fail", tmp_path, cwd=tmp_path)
     assert done.returncode != 0
     (state, error), (state_1, error_1) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert state == state_1 == "failed"

@@ -4,8 +4,8 @@ import json
 import struct
 
 import pytest
-import test_runs
 from helpers import tiny_models
+from training import test_run
 
 import saewb
 
@@ -33,7 +33,7 @@ def run_and_folder(tmp_path_factory):
         pass
     how = {"held_out": tiny_models.tokens(9, 7, seed=2), "eval_every_tokens": 400, "sinks": sinks}
     saes = {"a": saewb.TopK(d_sae=24, k=4), "b": saewb.Standard(d_sae=24, l1=0.3)}
-    run = test_runs.train(folder / "run", saes, checkpoint_every_tokens=480, **how).wait()
+    run = test_run.train(folder / "run", saes, checkpoint_every_tokens=480, **how).wait()
     return run, folder
 
 

@@ -250,7 +250,7 @@ def test_resume_refuses_another_architecture():
     with pytest.raises(ValueError, match="cannot go on from SAE\\(relu"):
         saewb.TopK(24, k=4).resume(relu)
     with pytest.raises(ValueError, match="k=5"):
-        saewb.TopK(24, k=5).resume(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, gate="topk", k=4)))
+        saewb.TopK(24, k=5).resume(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, activation="topk", k=4)))
     with pytest.raises(ValueError, match="layer_norm"):
         saewb.Standard(24).resume(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, scaling="layer_norm")))
     with pytest.raises(ValueError, match="PursuitSAE"):
@@ -287,7 +287,7 @@ def test_auxiliary_loss_is_zero_for_a_perfect_second_opinion():
     """Two latents, one dead: if that one writes what is missing, the loss is 0; b_dec is not in it."""
     W = torch.eye(2, dtype=torch.float64)
     tensors = {"W_enc": W, "W_dec": W, "b_enc": torch.zeros(2).double(), "b_dec": torch.tensor([5.0, -7.0]).double()}
-    x = torch.tensor([[8.0, -3.0]], dtype=torch.float64)  # centred (3, 4): k=1 keeps latent 1, misses latent 0
+    x = torch.tensor([[8.0, -3.0]], dtype=torch.float64)  # centered (3, 4): k=1 keeps latent 1, misses latent 0
     objective = saewb.TopK(2, k=1, aux=1.0)
     state = with_dead(objective.state(), torch.tensor([True, False]))
     losses = objective.losses(Params(tensors, "tied"), x, x, state)

@@ -310,18 +310,18 @@ def test_a_sink_may_stop_the_run():
 # -- on the disk -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normalisation", ["none", "centred"])  # the second holds batches back for its estimate
+@pytest.mark.parametrize("normalization", ["none", "centered"])  # the second holds batches back for its estimate
 @pytest.mark.parametrize("at", [2, 11])
-def test_resumed_after_stop_it_is_bit_for_bit_the_whole_run(tmp_path, at, normalisation):
-    how = {"normalisation": normalisation, "b_dec": "mean" if normalisation == "centred" else "zeros"}
+def test_resumed_after_stop_it_is_bit_for_bit_the_whole_run(tmp_path, at, normalization):
+    how = {"normalization": normalization, "b_dec": "mean" if normalization == "centered" else "zeros"}
     whole = train(**how).wait()
     run = []
     stop = lambda event: run[0].stop() if event.kind == "step" and event.step == at else None  # noqa: E731
-    gate = threading.Event()
+    activation = threading.Event()
     run.append(
-        train(tmp_path / "r", sinks=[lambda event: gate.wait(5) if event.kind == "begin" else None, stop], **how)
+        train(tmp_path / "r", sinks=[lambda event: activation.wait(5) if event.kind == "begin" else None, stop], **how)
     )
-    gate.set()
+    activation.set()
     run[0].wait()
     assert (run[0].state, run[0].progress.step) == ("stopped", at)
     again = saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7)).wait()
@@ -337,9 +337,11 @@ def test_resumed_after_stop_it_is_bit_for_bit_the_whole_run(tmp_path, at, normal
 SCRIPT = """
     import os, signal, sys, torch
     torch.set_num_threads(1)
-    import small, saewb, test_runs
+    import saewb
+    from helpers import tiny_models
+    from training import test_run
     {before}
-    run = test_runs.train(sys.argv[1], checkpoint_every_tokens=200, sinks=[sink], n_tokens={n_tokens})
+    run = test_run.train(sys.argv[1], checkpoint_every_tokens=200, sinks=[sink], n_tokens={n_tokens})
     {after}
 """
 
@@ -459,10 +461,8 @@ def test_the_interpreters_exit_leaves_a_checkpoint(tmp_path, how):
     sink += "sink = lambda event: reached.set() if event.kind == 'step' and event.step >= 3 else None"
     after = "reached.wait(60)"
     if how == "SIGTERM":
-        after += (
-            "; saewb.run_record.exit_on_sigterm(); os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(60)"
-        )
-        sink += "\nimport saewb.run_record"
+        after += "; saewb.training.run_record.exit_on_sigterm(); os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(60)"
+        sink += "\nimport saewb.training.run_record"
     done = script(tmp_path / "r", sink, after, n_tokens=10**7)
     assert done.returncode == (143 if how == "SIGTERM" else 0), done.stderr
     assert done.stderr == ""
@@ -563,7 +563,9 @@ def test_what_is_wrong_is_said_before_it_starts(how, error, says):
 def test_too_much_memory_is_said_before_it_starts(monkeypatch):
     import saewb.training.memory
 
-    monkeypatch.setattr(saewb.memory, "available", lambda device: 16 * (24 * 33 + 16))  # the weights, and nothing else
+    monkeypatch.setattr(
+        saewb.training.memory, "available", lambda device: 16 * (24 * 33 + 16)
+    )  # the weights, and nothing else
     with pytest.warns(UserWarning, match=r"(?s)GiB.*available.*fix:"):
         run = train()
     run.wait()

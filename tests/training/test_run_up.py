@@ -44,7 +44,7 @@ def test_it_says_what_it_reads_before_the_first_step():
     gated.let(2)
     gated.until_asked(2)
     progress = run.progress
-    assert progress.run_up == saewb.run_view.RunUp("filling the buffer", 120, 200)
+    assert progress.run_up == saewb.training.run_display.RunUp("filling the buffer", 120, 200)
     assert str(progress).startswith("running: filling the buffer, 120 of 200 tokens, ")
     assert str(progress).endswith(" tokens/s")
     assert (progress.tokens_per_s > 0, progress.seconds_left, progress.n_tokens) == (True, None, 0)
@@ -52,7 +52,7 @@ def test_it_says_what_it_reads_before_the_first_step():
     assert '<progress value="0.6000"' in run._repr_html_()
     gated.let(2)
     gated.until_asked(2)  # the buffer is full; the first batch puts a chunk in its place
-    assert repr(run) == "Run(running, estimating the normalisation, 0 of 120 tokens, activations)"
+    assert repr(run) == "Run(running, estimating the normalization, 0 of 120 tokens, activations)"
     ended(run, gated)
     assert run.progress.run_up is None
     assert repr(run) == "Run(finished, 400 of 400 tokens, activations)"
@@ -62,9 +62,9 @@ def test_it_says_what_it_reads_before_the_first_step():
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"normalisation": "none"}, "reading the first batch, 0 of 80 tokens"),
-        ({"normalisation": "none", "b_dec": "mean"}, "estimating on the first tokens, 0 of 160 tokens"),
-        ({"normalisation": "whitened"}, "estimating the normalisation, 0 of 160 tokens"),
+        ({"normalization": "none"}, "reading the first batch, 0 of 80 tokens"),
+        ({"normalization": "none", "b_dec": "mean"}, "estimating on the first tokens, 0 of 160 tokens"),
+        ({"normalization": "whitened"}, "estimating the normalization, 0 of 160 tokens"),
     ],
 )
 def test_without_a_buffer_it_says_what_else_it_reads(how, says):

@@ -150,7 +150,7 @@ def wide(objective, seed=0):
     for name in ("b_enc", "b_gate"):
         if name in params._parameters:
             params.get_parameter(name).data.copy_(
-                -(params.centred(x) @ params.W_enc).kthvalue(190, dim=0).values - 0.01
+                -(params.centered(x) @ params.W_enc).kthvalue(190, dim=0).values - 0.01
             )
     return params, x
 
@@ -459,7 +459,7 @@ def test_gathered_rows_in_memory_that_is_there():
 @pytest.mark.parametrize("how", ["full", *precision.MARGIN])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_products_are_as_exact_as_they_say(how, scaled):
-    """Pins oneDNN's float32 and quantised products, which are private to torch."""
+    """Pins oneDNN's float32 and quantized products, which are private to torch."""
     rng = torch.Generator().manual_seed(0)
     W, b, x = (torch.randn(s, generator=rng) for s in ((2100, 32), (2100,), (300, 32)))
     norms = torch.rand(2100, generator=rng) + 0.5 if scaled else None

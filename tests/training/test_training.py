@@ -37,7 +37,7 @@ CONFIG = TrainConfig(
     warmup_tokens=5 * B,
     decay_tokens=5 * B,
     dead_after_tokens=6 * B,
-    normalisation="constant",
+    normalization="constant",
     eval_every_tokens=15 * B,
 )
 
@@ -156,20 +156,20 @@ def test_held_out_is_measured_when_due_and_is_the_exports(whole):
         assert measured.firing.l0 == pytest.approx(float(saewb.metrics.l0(sae.encode(held_out["x"]))), abs=0.02), name
 
 
-NORMALISATIONS = ["none", "constant", "centred", "whitened", "layer_norm", "constant_norm"]
+NORMALIZATIONS = ["none", "constant", "centered", "whitened", "layer_norm", "constant_norm"]
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_exports_are_in_the_models_units(normalisation):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_exports_are_in_the_models_units(normalization):
     """Data with a large mean and scale: what is exported does what training does, for SAEs and transcoders."""
     values = {"x": data()["x"] * 40 + 7, "y": data()["y"] * 0.02 - 1}
     made = {name: Trainee(o, read="x") for name, o in OBJECTIVES.items()}
-    if normalisation == "whitened":
+    if normalization == "whitened":
         made.pop("pursuit")  # refused: tests/test_whitening.py
-    if normalisation not in ("layer_norm", "constant_norm"):
+    if normalization not in ("layer_norm", "constant_norm"):
         made |= {f"{name}_transcoder": Trainee(o, read="x", write="y") for name, o in SKIPS.items()}
         made |= {f"{name}_skip": Trainee(o, read="x") for name, o in SKIPS.items()}
-    config = replace(CONFIG, n_tokens=6 * B, normalisation=normalisation, warmup_tokens=0, decay_tokens=0)
+    config = replace(CONFIG, n_tokens=6 * B, normalization=normalization, warmup_tokens=0, decay_tokens=0)
     training = Training(stream(values), made, config)
     run(training)
     for name, sae in training.saes.items():  # proved on a probe inside
@@ -183,20 +183,20 @@ def test_exports_are_in_the_models_units(normalisation):
         )
         assert (sae.cfg.hook, sae.cfg.hook_out) == ("x", "y" if "transcoder" in name else None)
         assert sae.cfg.metadata["objective"]["objective"] == type(made[name].objective).__name__
-        if normalisation in ("none", "constant", "centred"):
+        if normalization in ("none", "constant", "centered"):
             torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
 def test_constant_factor_and_mean_are_those_of_the_first_tokens():
     values = data()
     first = next(iter(stream(values))).values["x"]
-    for normalisation, centre in (("constant", 0), ("centred", first.mean(0))):
-        config = replace(CONFIG, normalisation=normalisation, estimate_tokens=B, b_dec="mean")
+    for normalization, center in (("constant", 0), ("centered", first.mean(0))):
+        config = replace(CONFIG, normalization=normalization, estimate_tokens=B, b_dec="mean")
         training = Training(stream(values), Trainee(OBJECTIVES["topk"], "x"), config)
         state = training.state()
         units = state["units"]["x"]
-        assert units["factor"] == pytest.approx(D_IN**0.5 / float((first - centre).norm(dim=1).mean()), rel=1e-6)
-        inner = (first - centre) * units["factor"]
+        assert units["factor"] == pytest.approx(D_IN**0.5 / float((first - center).norm(dim=1).mean()), rel=1e-6)
+        inner = (first - center) * units["factor"]
         b_dec = state["learners"]["sae"]["params"]["b_dec"]
         torch.testing.assert_close(b_dec, inner.mean(0), rtol=1e-5, atol=1e-6)
 
@@ -217,20 +217,20 @@ def test_fine_tuning_starts_where_the_sae_is(name):
     first = Training(stream(values), OBJECTIVES[name], CONFIG)
     run(first)
     sae = first.saes["sae"]
-    for normalisation in ("none", "constant", "centred"):
+    for normalization in ("none", "constant", "centered"):
         # L0 of BatchTopK comes from a threshold that is measured anew, hence a step with no learning rate to speak of.
-        config = replace(CONFIG, n_tokens=B, lr=1e-12, normalisation=normalisation, warmup_tokens=0, decay_tokens=0)
+        config = replace(CONFIG, n_tokens=B, lr=1e-12, normalization=normalization, warmup_tokens=0, decay_tokens=0)
         go_on = Training(stream(values), Trainee(OBJECTIVES[name], init=sae), config)
         if name == "batchtopk":
             run(go_on)
             assert go_on.saes["sae"].W_dec.allclose(sae.W_dec, atol=1e-5)
         else:
             want, got = sae(values["x"]).detach(), go_on.saes["sae"](values["x"]).detach()
-            assert float(((got - want).norm(dim=1) / want.norm(dim=1)).quantile(0.98)) < 1e-4, normalisation
+            assert float(((got - want).norm(dim=1) / want.norm(dim=1)).quantile(0.98)) < 1e-4, normalization
 
 
 def test_fine_tuning_refuses_other_widths():
-    sae = saewb.SAE(saewb.SAEConfig(d_in=D_IN, d_sae=12, gate="topk", k=4, pre_bias="tied"))
+    sae = saewb.SAE(saewb.SAEConfig(d_in=D_IN, d_sae=12, activation="topk", k=4, pre_bias="tied"))
     training = Training(stream(), Trainee(OBJECTIVES["topk"], "x", init=sae), CONFIG)
     with pytest.raises(ValueError, match="8, 12, 8.\n  want: 8, 24, 8"):
         run(training)
@@ -249,7 +249,7 @@ def test_every_objective_recovers_the_features():
         "jumprelu_tanh": saewb.JumpReLU(24, l0=0.03, bandwidth=1.0, init_threshold=0.1, sparsity="tanh", to_input=True),
         "pursuit": saewb.MatchingPursuit(24, max_iterations=3, residual_threshold=0.3),
     }
-    how = {"lr": 1e-2, "decay_tokens": 12_000, "dead_after_tokens": 5_000, "normalisation": "none"}
+    how = {"lr": 1e-2, "decay_tokens": 12_000, "dead_after_tokens": 5_000, "normalization": "none"}
     config = TrainConfig(n_tokens=300 * 128, batch_tokens=128, **how)
     training = Training(InMemory({"x": x}, 128), made, config)
     run(training)
@@ -286,7 +286,7 @@ def test_a_coefficient_that_saturates_is_reported():
 
 def test_a_loss_that_is_no_number_is_reported():
     values = {"x": torch.full((200, D_IN), math.nan)}
-    step = run(Training(stream(values), OBJECTIVES["topk"], replace(CONFIG, normalisation="none")), 1)[0]
+    step = run(Training(stream(values), OBJECTIVES["topk"], replace(CONFIG, normalization="none")), 1)[0]
     assert "the loss is nan" in str(step.only.warnings[0])
 
 
@@ -378,7 +378,7 @@ def test_dense_and_dead_are_counted():
     sae = saewb.SAE(saewb.SAEConfig(d_in=2, d_sae=4, pre_bias="tied"))
     with torch.no_grad():
         sae.b_enc.copy_(torch.tensor([50.0, 50.0, -50.0, -50.0]))
-    config = TrainConfig(n_tokens=400, batch_tokens=B, lr=1e-9, dead_after_tokens=3 * B, normalisation="none")
+    config = TrainConfig(n_tokens=400, batch_tokens=B, lr=1e-9, dead_after_tokens=3 * B, normalization="none")
     steps = run(Training(stream(values), Trainee(saewb.Standard(4), init=sae), config))
     assert [float(step.only.dead_frac) for step in steps] == [0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert [int(step.only.n_dense) for step in steps] == [2] * 8
@@ -415,7 +415,7 @@ def test_rows_stay_unit_and_thresholds_positive(whole):
 def test_the_step_is_adam_on_the_objectives_gradient():
     """One objective with free rows, ten steps, against torch's own unfused Adam on the losses."""
     objective, values = OBJECTIVES["topk_free"], {"x": data()["x"]}
-    config = replace(CONFIG, n_tokens=10 * B, normalisation="none", warmup_tokens=0, decay_tokens=0, clip=0.5)
+    config = replace(CONFIG, n_tokens=10 * B, normalization="none", warmup_tokens=0, decay_tokens=0, clip=0.5)
     config = replace(config, dead_after_tokens=CONFIG.n_tokens)
     training = Training(stream(values), objective, config)
     params, state = objective.start(D_IN), objective.state()
@@ -516,7 +516,7 @@ def test_whole_batches_only():
         ({"eps": 0}, "eps=0"),
         ({"weight_decay": -1}, "weight_decay=-1"),
         ({"schedule": "cosin"}, "one of 'constant', 'linear', 'cosine', 'restarts'"),
-        ({"normalisation": "expected"}, "'centred'"),
+        ({"normalization": "expected"}, "'centered'"),
         ({"step": "fast"}, "'sparse'"),
         ({"b_dec": "median"}, "'zeros' or 'mean'"),
         ({"clip": 0}, "clip=0"),
@@ -561,14 +561,14 @@ def test_wrong_streams_and_points():
         run(Training(InMemory(data(10), B, epochs=1), Trainee(topk, "x"), CONFIG))
     with pytest.raises(ValueError, match="held_out has no activations of 'y'"):
         run(Training(stream(), Trainee(topk, "x", "y"), CONFIG, held_out={"x": data()["x"]}))
-    with pytest.raises(ValueError, match="no length to normalise by at 'x': all 400 tokens are the same"):
+    with pytest.raises(ValueError, match="no length to normalize by at 'x': all 400 tokens are the same"):
         run(Training(stream({"x": torch.zeros(400, 8)}), topk, CONFIG))
     with pytest.raises(ValueError, match="Training got no SAE"):
         Training(stream(), {}, CONFIG)
 
 
 def test_per_token_scale_refused_where_it_says_nothing():
-    config = replace(CONFIG, normalisation="layer_norm")
+    config = replace(CONFIG, normalization="layer_norm")
     for trainee in (Trainee(OBJECTIVES["topk"], "x", "y"), Trainee(SKIPS["topk"], "x")):
         with pytest.raises(ValueError, match="says nothing about y"):
             Training(stream(), trainee, config)
@@ -604,17 +604,17 @@ def skewed(seed=0):
     return saewb.stream_tensors({"h": x}, batch_tokens=64, repeat=True)
 
 
-@pytest.mark.parametrize("normalisation", ["none", "centred", "whitened", "layer_norm"])
+@pytest.mark.parametrize("normalization", ["none", "centered", "whitened", "layer_norm"])
 @pytest.mark.parametrize("b_dec", ["zeros", "mean"])
-def test_thresholds_are_taken_from_the_tokens_that_estimates_are(normalisation, b_dec):
-    how = {"n_tokens": 256, "batch_tokens": 64, "normalisation": normalisation, "b_dec": b_dec}
+def test_thresholds_are_taken_from_the_tokens_that_estimates_are(normalization, b_dec):
+    how = {"n_tokens": 256, "batch_tokens": 64, "normalization": normalization, "b_dec": b_dec}
     objectives = {"a": saewb.JumpReLU(24, target_l0=1.5), "b": saewb.JumpReLU(24, init_l0=2.5, threshold="log")}
     steps = iter(saewb.Training(skewed(), objectives, saewb.TrainConfig(estimate_tokens=64, **how)))
     first = next(steps)  # the batch they are taken from, before weights change
     assert [float(first.saes[name].l0) for name in "ab"] == pytest.approx([4.5, 2.5], abs=1 / 64)
     wide = saewb.Training(skewed(), objectives, saewb.TrainConfig(**how))
     assert wide.ahead == (
-        "estimating " + ("the normalisation" if normalisation in ("centred", "whitened") else "on the first tokens"),
+        "estimating " + ("the normalization" if normalization in ("centered", "whitened") else "on the first tokens"),
         0,
         256,
     )
@@ -623,7 +623,7 @@ def test_thresholds_are_taken_from_the_tokens_that_estimates_are(normalisation, 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 9])
 def test_thresholds_from_data_resume_bit_for_bit(at):
-    config = saewb.TrainConfig(n_tokens=640, batch_tokens=64, estimate_tokens=256, normalisation="none")
+    config = saewb.TrainConfig(n_tokens=640, batch_tokens=64, estimate_tokens=256, normalization="none")
     made = lambda: saewb.Training(skewed(), saewb.JumpReLU(24, l0=0.1, target_l0=3.0, bandwidth=1.0), config)  # noqa: E731
     whole, half, again = made(), made(), made()
     for _ in whole:

@@ -14,7 +14,7 @@ from saewb.training import TrainConfig, Trainee, Training
 from saewb.training.whitening import whitening
 
 B = 50
-CONFIG = TrainConfig(n_tokens=8 * B, batch_tokens=B, lr=3e-3, normalisation="whitened", b_dec="mean")
+CONFIG = TrainConfig(n_tokens=8 * B, batch_tokens=B, lr=3e-3, normalization="whitened", b_dec="mean")
 
 
 def data(n=600, seed=0):
@@ -76,7 +76,7 @@ def test_losses_are_in_whitened_units_and_the_export_in_the_models(name, tmp_pat
     assert figures[0]["losses/mse"] < 5 * D_IN  # in the model's units it would be hundreds
     sae = training.saes["sae"]
     assert sae.cfg.scaling == "none"
-    assert sae.cfg.metadata["normalisation"] == "whitened"
+    assert sae.cfg.metadata["normalization"] == "whitened"
     saewb.save_sae(sae, tmp_path / "sae")
     back = saewb.load_sae(tmp_path / "sae")
     want = learner._forward(x)[1].detach()
@@ -116,7 +116,7 @@ def test_fine_tuning_starts_where_the_sae_is(name):
 
 
 def test_pursuit_is_refused():
-    with pytest.raises(ValueError, match="normalisation='whitened' with 'sae', which does matching pursuit"):
+    with pytest.raises(ValueError, match="normalization='whitened' with 'sae', which does matching pursuit"):
         trained("pursuit")
 
 

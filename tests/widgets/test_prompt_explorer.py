@@ -9,9 +9,9 @@ import time
 from dataclasses import replace
 
 import pytest
-import test_cross_layer as cross
 import torch
 from helpers import panel_driver, tiny_models
+from sae import test_cross_layer as cross
 from saewb_widgets import PromptExplorer
 from saewb_widgets.prompt_explorer import panel as prompt_explorer
 
@@ -562,7 +562,7 @@ def test_what_is_on_the_model_already_is_not_seen_here_and_the_code_says_so(kind
         assert panel.latents.equals(want.latents)
         assert panel.words == want.words
         assert panel.about.endswith("the model without what cells have put on it")
-        assert "bare = saewb.models.hook_points.twin(model)" in panel.code()
+        assert "bare = saewb.models.shared_copy.shared_copy(model)" in panel.code()
         check_code(panel)
     changed(panel, prompt="w3 w9")
     assert panel.about == repr(sae)

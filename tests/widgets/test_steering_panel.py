@@ -202,7 +202,7 @@ def test_what_is_on_the_model_already_is_not_seen_here_and_the_code_says_so(made
         panel.wait()
         assert (panel.clean, panel.steered) == (made.clean, made.steered)
         assert panel.about.endswith("the model without what cells have put on it")
-        assert "bare = saewb.models.hook_points.twin(model)" in panel.code()
+        assert "bare = saewb.models.shared_copy.shared_copy(model)" in panel.code()
         same(panel, executed(panel, model=model, sae=sae))
     panel.generate()
     panel.wait()

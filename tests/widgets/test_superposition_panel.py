@@ -35,7 +35,7 @@ def executed(panel, **given):
 @pytest.mark.parametrize("side", ["decoder", "encoder"])
 @pytest.mark.parametrize("closest_first", [True, False])
 def test_what_is_shown_is_what_brute_force_finds_and_code_gives(sae, side, closest_first):
-    panel = SuperpositionPanel(sae, neighbours=5, side=side, closest_first=closest_first)
+    panel = SuperpositionPanel(sae, neighbors=5, side=side, closest_first=closest_first)
     cos = cosines((sae.W_dec if side == "decoder" else sae.W_enc.T).detach())
     largest = cos.abs().amax(1)
     shown = [i for i, *_ in panel.rows["rows"]]
@@ -45,11 +45,11 @@ def test_what_is_shown_is_what_brute_force_finds_and_code_gives(sae, side, close
     )
     assert panel.selected == shown[0]
     panel.selected = 77
-    found = dict(panel.neighbours)
+    found = dict(panel.neighbors)
     assert set(found) == set(cos[77].abs().topk(5).indices.tolist())
     assert all(cos[77, j].item() == pytest.approx(c, abs=1e-5) for j, c in found.items())
     made = executed(panel, sae=sae)
-    assert made["neighbours"] == panel.neighbours
+    assert made["neighbors"] == panel.neighbors
     assert made["table"].index[:200].tolist() == shown
     assert made["found"].histogram.tolist() == panel.figures["cosines"]
     assert sum(panel.figures["cosines"]) == 1024 * 1023 // 2
@@ -64,7 +64,7 @@ def test_a_tensor(directions):
     panel = SuperpositionPanel(directions)
     assert repr(panel).endswith("tensor, 60 directions in 9 dimensions)")
     assert panel.facts["sides"] == []
-    assert executed(panel, directions=directions)["neighbours"] == panel.neighbours
+    assert executed(panel, directions=directions)["neighbors"] == panel.neighbors
     assert ["of length 0", 1, "directions"] in panel.figures["figures"]
     with pytest.raises(ValueError, match="a tensor has no encoder"):
         panel.side = "encoder"
@@ -104,7 +104,7 @@ def test_many_directions_take_a_thread(monkeypatch, sae):
     panel = SuperpositionPanel(sae)
     assert panel.busy == "cosines between 1,024 directions"
     assert panel.static_html() == "<div>not computed yet</div>"
-    assert panel.neighbours == []
+    assert panel.neighbors == []
     panel.selected = 5  # chosen before there is anything
     go.set()
     panel.wait(60)
@@ -112,7 +112,7 @@ def test_many_directions_take_a_thread(monkeypatch, sae):
     panel.side = "encoder"
     panel.side = "decoder"  # before the encoder is there, which is not shown then
     panel.wait(60)
-    assert panel.result.nearest[5].tolist() == real(sae, neighbours=12).nearest[5].tolist()
+    assert panel.result.nearest[5].tolist() == real(sae, neighbors=12).nearest[5].tolist()
     assert "decoder" in panel.title
 
 
@@ -123,25 +123,25 @@ def test_directions_that_cannot_be_compared_say_so_and_leave_the_panel(monkeypat
     with pytest.raises(ValueError, match="not finite"):
         panel.wait(60)
     assert panel.complaint.startswith("ValueError: ")
-    assert (panel.busy, panel.neighbours, panel.static_html()) == ("", [], "<div>not computed yet</div>")
+    assert (panel.busy, panel.neighbors, panel.static_html()) == ("", [], "<div>not computed yet</div>")
     directions[3, 4] = 1.0
     panel.closest_first = False  # asks anew
     panel.wait(60)
     assert panel.complaint == ""
-    assert executed(panel, directions=directions)["neighbours"] == panel.neighbours
+    assert executed(panel, directions=directions)["neighbors"] == panel.neighbors
 
 
 def test_two_directions():
     panel = SuperpositionPanel(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
-    assert panel.neighbours == [(1, pytest.approx(0.6))]
-    assert executed(panel, directions=panel.directions)["neighbours"] == panel.neighbours
+    assert panel.neighbors == [(1, pytest.approx(0.6))]
+    assert executed(panel, directions=panel.directions)["neighbors"] == panel.neighbors
     assert "+0.600" in panel.static_html()
 
 
 def test_a_saved_notebook_shows_figures(sae):
     said = SuperpositionPanel(sae)._repr_mimebundle_()[0]["text/html"]
     assert "mean_max_abs_cos" in said
-    assert "Neighbours of" in said
+    assert "Neighbors of" in said
     assert "<script" not in said
 
 
@@ -161,7 +161,7 @@ def other():
 
 def test_several_are_beside_each_other_and_code_gives_them(sae, other):
     given = {"topk": sae, "other": other}
-    panel = SuperpositionPanel(given, neighbours=3, which="other")
+    panel = SuperpositionPanel(given, neighbors=3, which="other")
     assert repr(panel) == (
         f"SuperpositionPanel('other' of 2, direction {panel.selected}, tensor, 300 directions in 20 dimensions)"
     )
@@ -171,7 +171,7 @@ def test_several_are_beside_each_other_and_code_gives_them(sae, other):
         closest = int(cos.abs().amax(1).argmax())
         assert panel.selected in (closest, int(cos[closest].abs().argmax()))
         made = executed(panel, directions=given)
-        assert made["neighbours"] == panel.neighbours
+        assert made["neighbors"] == panel.neighbors
         assert made["compared"].equals(panel.compared)
         assert made["points"].equals(panel.points)
         assert made["points"].norm.tolist() == pytest.approx(rows.norm(dim=1).tolist(), rel=1e-5)
@@ -196,7 +196,7 @@ def test_several_are_beside_each_other_and_code_gives_them(sae, other):
 
 
 def test_a_list_goes_by_place_and_each_keeps_its_selection(sae, other):
-    panel = SuperpositionPanel([other, sae], neighbours=3)
+    panel = SuperpositionPanel([other, sae], neighbors=3)
     assert panel.facts["names"] == ["0", "1"]
     panel.which = "1"
     panel.selected = 1000
@@ -208,7 +208,7 @@ def test_a_list_goes_by_place_and_each_keeps_its_selection(sae, other):
     both = SuperpositionPanel([sae, sae], side="encoder")
     made = executed(both, saes=[sae, sae])
     assert made["compared"].equals(both.compared)
-    assert made["neighbours"] == both.neighbours
+    assert made["neighbors"] == both.neighbors
     assert made["points"].equals(both.points)
     assert both.beside["note"] == ""
 
@@ -223,7 +223,7 @@ def test_an_encoder_that_not_all_have(sae, other):
     panel.set_state({"which": "other", "side": "decoder"})  # what the front end sends
     assert (panel.which, panel.side, panel.complaint) == ("other", "decoder", "")
     assert panel.facts["sides"] == []
-    assert len(panel.neighbours) == 12
+    assert len(panel.neighbors) == 12
 
 
 def test_wrong_ones_of_several(sae, other):

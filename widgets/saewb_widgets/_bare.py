@@ -17,4 +17,6 @@ def named(model: Any) -> tuple[str, list[str]]:
     """The variable by which code runs what the panel runs, and the lines that make it of `model`."""
     if saewb.models.hook_points.is_bare(model):
         return "model", []
-    return "bare", ["bare = saewb.models.hook_points.twin(model)  # the same weights, without what is on the model now"]
+    return "bare", [
+        "bare = saewb.models.shared_copy.shared_copy(model)  # the same weights, without what is on the model now"
+    ]

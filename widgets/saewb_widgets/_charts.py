@@ -13,7 +13,7 @@ from typing import Any
 
 from saewb_widgets.training.monitor import CHARTS, LOGS
 
-_COLOURS = (
+_COLORS = (
     "#c8701a",
     "#1f6fb2",
     "#1f8a5b",
@@ -23,14 +23,14 @@ _COLOURS = (
     "#0e8f9b",
     "#7a828e",
 )  # on white and black
-_DASHES = ("", "5 3", "1.5 2.5", "7 2.5 1.5 2.5")  # after every eight colours
+_DASHES = ("", "5 3", "1.5 2.5", "7 2.5 1.5 2.5")  # after every eight colors
 _W, _H, _LEFT, _TOP, _BOTTOM = 300, 136, 8, 14, 14
 _GREY = "#808080"  # on white and black
 _TEXT = f'font-size="10" font-family="system-ui,sans-serif" fill="{_GREY}"'
 
 
 def charts(series: Sequence[dict[str, Any]], scale: str = "auto") -> str:
-    """A small chart per figure that is there, a histogram of densities, and what the colours mean.
+    """A small chart per figure that is there, a histogram of densities, and what the colors mean.
 
     Args:
         series: as the front end is sent them.
@@ -53,9 +53,9 @@ def _key(i: int, label: str) -> str:
 
 
 def _pen(i: int, width: float = 1.5) -> str:
-    dash = _DASHES[i // len(_COLOURS) % len(_DASHES)]
+    dash = _DASHES[i // len(_COLORS) % len(_DASHES)]
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'stroke="{_COLOURS[i % len(_COLOURS)]}" stroke-width="{width}" fill="none"{dashed}'
+    return f'stroke="{_COLORS[i % len(_COLORS)]}" stroke-width="{width}" fill="none"{dashed}'
 
 
 def _chart(figure: str, title: str, series: Sequence[dict[str, Any]], scale: str) -> str:
@@ -108,7 +108,7 @@ def _line(i: int, x: Sequence[float], y: Sequence[float], right: float, low: flo
         for a, b in zip(x, y, strict=True)
     ]
     if len(at) == 1:
-        return f'<circle cx="{at[0][0]:.1f}" cy="{at[0][1]:.1f}" r="2.5" fill="{_COLOURS[i % len(_COLOURS)]}"/>'
+        return f'<circle cx="{at[0][0]:.1f}" cy="{at[0][1]:.1f}" r="2.5" fill="{_COLORS[i % len(_COLORS)]}"/>'
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
     return f'<polyline points="{points}" {_pen(i)}/>'
 

@@ -6,18 +6,18 @@ import base64
 import struct
 import zlib
 
-# What the front end draws: blue below 0, orange above, the paper between; told apart by the colour-blind.
+# What the front end draws: blue below 0, orange above, the paper between; told apart by the color-blind.
 COLD, PAPER, WARM, NONE = (33, 102, 172), (247, 247, 247), (200, 84, 10), (205, 205, 205)
 
 
 def palette() -> bytes:
-    """Colours of the levels 0..255, of which 0 is what is not defined and 128 is 0."""
+    """Colors of the levels 0..255, of which 0 is what is not defined and 128 is 0."""
     made = [NONE]
     for level in range(1, 256):
         share = abs(level - 128) / 127
         end = COLD if level < 128 else WARM
         made.append(tuple(round(a + (b - a) * share**0.8) for a, b in zip(PAPER, end, strict=True)))
-    return bytes(c for colour in made for c in colour)
+    return bytes(c for color in made for c in color)
 
 
 def data_uri(levels: bytes, width: int, height: int) -> str:

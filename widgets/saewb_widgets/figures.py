@@ -19,9 +19,11 @@ def feature_similarity(latents: Any, features: Any, *, title: str = "Cosine of l
         latents: an SAE, whose decoder is taken, or directions `[n, d]`.
         features: the true directions, `[m, d]`.
         title: above it.
+
     Returns:
         A figure: a row per latent, in the order of the features they are nearest to (`saewb.synthetic.best_ordering`),
         a column per feature; blue is -1, white 0, red 1; hover tells latent, feature and cosine.
+
     Raises:
         ValueError: if there are more than 500 rows or columns, which a browser would take long to draw.
     """

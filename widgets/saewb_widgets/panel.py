@@ -223,6 +223,7 @@ class Panel(anywidget.AnyWidget):
 
         Args:
             timeout: seconds.
+
         Raises:
             TimeoutError: if it takes longer.
         """

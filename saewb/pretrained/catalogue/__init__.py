@@ -70,6 +70,7 @@ def ids(release: str) -> list[str]:
 
     Raises:
         ValueError: if there is no such release; with near names.
+
     Example:
         >>> ids("gpt2-small-res-jb")[:2]
         ['blocks.0.hook_resid_pre', 'blocks.1.hook_resid_pre']
@@ -82,6 +83,7 @@ def find(release: str, id: str) -> Entry:
 
     Raises:
         ValueError: if there is no such release, or no such id in it; with near names and the line to type.
+
     Example:
         >>> entry = find("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
         >>> entry.repo, entry.l0, entry.neuronpedia, entry.bytes

@@ -50,12 +50,15 @@ def catalogue(
         architecture: "relu", "jumprelu", "topk", "gated" or "temporal".
         neuronpedia: True for those with pages on Neuronpedia, False for those without, or one such id or address.
         nearest_l0: of SAEs that differ in nothing else, only the one whose l0 is nearest to this.
+
     Returns:
         A DataFrame with columns release, id, model, site, layer, d_sae, l0, ...; `load_sae(row.release, row.id)`.
+
     Raises:
         ValueError: for a name that the catalogue does not have anywhere; with near names. Names that are there but not
             together give an empty table.
         TypeError: for a layer that is no number.
+
     Example:
         >>> found = catalogue(model="gemma-2-2b", site="resid_post", layer=20, width="16k", nearest_l0=70)
         >>> found[["release", "id", "path"]].iloc[-1].tolist()

@@ -1,4 +1,4 @@
-"""Published layouts: one module each; `recognise` finds the one that a folder or file is in, `read` reads it.
+"""Published layouts: one module each; `recognize` finds the one that a folder or file is in, `read` reads it.
 
 Every module in `FORMATS` has NAME and MARKS (for messages), `files(path)` (patterns of what reading `path` of a
 repository needs), `matches(place)` (cheap: by names, or a header where those are ambiguous; never by weights) and
@@ -35,7 +35,7 @@ from saewb.pretrained.formats import temporal as temporal_conf
 from saewb.pretrained.formats._facts import Facts
 from saewb.pretrained.formats._tensors import TensorFile
 
-__all__ = ["FORMATS", "Facts", "TensorFile", "read", "recognise"]
+__all__ = ["FORMATS", "Facts", "TensorFile", "read", "recognize"]
 
 # The first that matches counts.
 FORMATS: list[ModuleType] = [
@@ -58,13 +58,15 @@ FORMATS: list[ModuleType] = [
 ]
 
 
-def recognise(place: Path) -> ModuleType:
+def recognize(place: Path) -> ModuleType:
     """The module that reads this folder or file.
 
     Args:
         place: an existing folder or file.
+
     Returns:
         The first entry of `FORMATS` whose `matches` says yes.
+
     Raises:
         FormatError: if none does; the message lists the files seen and the layouts known.
     """
@@ -103,12 +105,14 @@ def read(
         facts: what is known beyond the files; None means nothing.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Returns:
         One of saewb's SAE classes.
+
     Raises:
         FormatError: if it is of no known layout, or not what its layout promises.
     """
-    return recognise(place).read(Path(place), facts or Facts(), dtype=dtype, device=device)
+    return recognize(place).read(Path(place), facts or Facts(), dtype=dtype, device=device)
 
 
 def _readable(place: Path) -> bool:

@@ -73,6 +73,7 @@ class Facts:
             hook: likewise.
             hook_out: likewise; None for an SAE that writes where it reads.
             said: what the file says beside, by SAELens' keys. Overrides replace it.
+
         Raises:
             FormatError: if `overrides` would change what is computed.
         """

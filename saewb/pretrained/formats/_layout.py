@@ -36,7 +36,7 @@ def said(content: object, name: str, kind: type[Kind], where: str, default: Kind
 
 
 def opened(place: Path) -> TensorFile | None:
-    """The tensors of a file, to recognise a layout by their names; None if it is no file of tensors."""
+    """The tensors of a file, to recognize a layout by their names; None if it is no file of tensors."""
     try:
         return TensorFile(place) if place.is_file() else None
     except FormatError:
@@ -69,6 +69,7 @@ def published(
         hook_out: see `model`; None for an SAE that writes where it reads.
         metadata: whatever else is known, by SAELens' names; None is left out.
         fields: of SAEConfig.
+
     Raises:
         FormatError: if weights do not fit each other, or are no floating point numbers.
     """
@@ -97,6 +98,7 @@ def across_layers(
         dtype: to compute in; None means as stored.
         device: of the parameters; None means the CPU.
         fields: of CrossLayerConfig.
+
     Raises:
         FormatError: if there are no layers, or they have not the same tensors and widths.
     """
@@ -111,7 +113,7 @@ def across_layers(
         d_in=d_in,
         d_sae=tuple(layer["W_enc"].shape[1] for layer in layers),
         d_out=layers[0]["W_dec"].shape[2],
-        gate="jumprelu" if "threshold" in layers[0] else "relu",
+        activation="jumprelu" if "threshold" in layers[0] else "relu",
         skip="W_skip" in layers[0],
         **fields,
     )

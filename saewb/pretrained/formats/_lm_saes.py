@@ -1,12 +1,12 @@
 """What the two Llama Scope layouts have in common: weights of lm_saes, trained on activations of a fixed norm.
 
 With f = sqrt(d) / (mean norm of the activations), once for inputs and once for outputs, n_i = ||W_dec[i]||,
-and thresholds t in the normalised space:
+and thresholds t in the normalized space:
 
     p = f_in x W_enc + b_enc;  latent_i = p_i n_i if p_i n_i > t_i else 0;  out = (latents / n W_dec + b_dec) / f_out
 
 which is, folded, W_enc f_in n, b_enc n, W_dec / (n f_out), b_dec / f_out; n = 1 where a configuration says that the
-norms of the decoder take no part. Latents are in the normalised space, as sae-lens has them.
+norms of the decoder take no part. Latents are in the normalized space, as sae-lens has them.
 """
 
 from __future__ import annotations

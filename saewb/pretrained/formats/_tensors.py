@@ -63,9 +63,11 @@ class TensorFile:
 
     Args:
         path: of the file.
+
     Raises:
         FileNotFoundError: if it is not there.
         FormatError: if it is not a file of its kind, is damaged, or asks for more than tensors.
+
     Example:
         >>> import tempfile
         >>> from safetensors.torch import save_file
@@ -118,6 +120,7 @@ class TensorFile:
         Args:
             want: shapes by name.
             ignore: names of tensors that may be there and are not looked at.
+
         Raises:
             FormatError: naming each one that is missing, left over, of another shape or of integers.
         """

@@ -47,6 +47,7 @@ def read(
         facts: `overrides` say another model than gpt2-small, or another data set.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if the configuration lacks a width or the hook, or the tensors are not those it says.
     """

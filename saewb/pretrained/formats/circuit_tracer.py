@@ -64,9 +64,11 @@ def read(
         facts: `model` counts where there is no config.yaml.
         dtype: to compute in; None means as stored. Of the whole, only biases and thresholds are converted at once.
         device: of the parameters; None means the CPU. Another one is given all of them.
+
     Raises:
         FormatError: if anything is missing, left over or does not fit.
-    Source:
+
+    References:
         github.com/decoderesearch/circuit-tracer, transcoder/cross_layer_transcoder.py.
     """
     place, facts = Path(place), facts or Facts()
@@ -126,7 +128,7 @@ def _summed(folder: Path, layer: int, facts: Facts, dtype: Any, device: Any, **f
         NAME,
         dtype=dtype,
         device=device,
-        gate="jumprelu" if "threshold" in w else "relu",
+        activation="jumprelu" if "threshold" in w else "relu",
         metadata={**_METADATA, "summed_over_layers": targets},
         **fields,
     )

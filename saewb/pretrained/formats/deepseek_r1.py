@@ -49,6 +49,7 @@ def read(
         facts: `layer` comes before the file's name; `model` and `hook` are for a file of another name.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if a tensor is missing, left over or does not fit the others.
     """

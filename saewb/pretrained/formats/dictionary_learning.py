@@ -88,9 +88,11 @@ def read(
         facts: `hook` counts where config.json names a part of the model that saewb does not know.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if anything in the folder is unknown, missing, left over or contradictory.
-    Source:
+
+    References:
         github.com/saprmarks/dictionary_learning, dictionary.py and trainers/.
     """
     place, facts = Path(place), facts or Facts()
@@ -111,7 +113,9 @@ def read(
             NAME,
             dtype=dtype,
             device=device,
-            gate={"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk"}.get(kind, "jumprelu"),
+            activation={"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk"}.get(
+                kind, "jumprelu"
+            ),
             k=k,
             pre_bias="none" if kind in _UNTIED else "tied",
             hook=_hook(trainer, config.get("buffer")),

@@ -77,6 +77,7 @@ def read(
             names do not say it.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if the arrays are not those of a JumpReLU SAE.
     """
@@ -95,7 +96,7 @@ def read(
             d_in=d_in,
             d_sae=d_sae,
             d_out=d_out,
-            gate="jumprelu",
+            activation="jumprelu",
             **facts.placed(
                 model=named.model,
                 hook=named.hook,

@@ -81,6 +81,7 @@ def read(
         facts: `repo` and `path` say what config.json does not; `model`, `hook`, `hook_out`, `layer` count after those.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if config.json says another architecture than "jump_relu", or the tensors are not those it says.
     """
@@ -97,7 +98,7 @@ def read(
             d_in=d_in,
             d_sae=d_sae,
             d_out=d_out,
-            gate="jumprelu",
+            activation="jumprelu",
             skip="W_skip" in weights,
             **facts.placed(
                 model=_model(config, facts, path),

@@ -64,6 +64,7 @@ def read(
         facts: `repo` and `path` say what it is where there is no config.json; `model` counts where that says nothing.
         dtype: to compute in; None means as stored. Only biases and thresholds are converted at once.
         device: of the parameters; None means the CPU. Another one is given all of them.
+
     Raises:
         FormatError: if anything is missing, left over or does not fit, or a layer writes to an earlier one.
     """

@@ -1,6 +1,6 @@
 """Goodfire: one .pt or .pth file with `encoder_linear` and `decoder_linear`; SAEs of Llama 3 Instruct.
 
-Both matrices lie transposed. The gate is a ReLU, and no bias is subtracted from the input.
+Both matrices lie transposed. The activation is a ReLU, and no bias is subtracted from the input.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def read(
         facts: `model`, `hook` and `layer` count where the file's name does not say them.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if the file holds other tensors than these four.
     """

@@ -54,6 +54,7 @@ def read(
             the repository's name is not one of Llama Scope.
         dtype: of the parameters; None means as stored (bfloat16, in which folding rounds once more).
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if hyperparams.json asks for what saewb cannot compute, or the tensors are not those it says.
     """
@@ -71,7 +72,7 @@ def read(
         threshold = torch.full((d_sae,), raw * (f_out if with_norms else f_in))
         stored = file.dtype("decoder.weight")
         weights = folded(file, threshold, f_in, f_out, with_norms=with_norms, dtype=dtype or stored)
-        cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=d_out, gate="jumprelu", **_placed(config, facts, folder))
+        cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=d_out, activation="jumprelu", **_placed(config, facts, folder))
         return built(cfg, weights, stored, dtype, device)
 
 

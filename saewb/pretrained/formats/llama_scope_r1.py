@@ -1,6 +1,6 @@
 """Llama Scope R1: `config.json` and `sae_weights.safetensors` with `log_jumprelu_threshold`; R1-distilled Llama 8B.
 
-As Llama Scope, but with a threshold per latent, its logarithm in the file, and in the normalised space already. The
+As Llama Scope, but with a threshold per latent, its logarithm in the file, and in the normalized space already. The
 factor of the inputs comes from the file's mean norm if it has one, or else from a catalogue. The weights have the file
 name of SAELens' layout, so a look at their names decides.
 """
@@ -63,6 +63,7 @@ def read(
             sae-lens would give (the base model's).
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if the factor is not known, config.json asks for what saewb cannot compute, or the tensors are not
             those it says.
@@ -90,7 +91,7 @@ def read(
             context_size=1024,
             dataset_path="cerebras/SlimPajama-627B",
         )
-        cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=d_out, gate="jumprelu", **places)
+        cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=d_out, activation="jumprelu", **places)
         return built(cfg, weights, stored, dtype, device)
 
 

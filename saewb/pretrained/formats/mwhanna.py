@@ -60,9 +60,11 @@ def read(
         facts: `model`, or a `repo` such as mwhanna/qwen3-14b-transcoders, says the model where config.yaml is missing.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if a tensor is missing, left over or does not fit the others or wandb-config.yaml.
-    Source:
+
+    References:
         github.com/decoderesearch/circuit-tracer, transcoder/single_layer_transcoder.py.
     """
     place, facts = Path(place), facts or Facts()
@@ -84,7 +86,7 @@ def read(
             NAME,
             dtype=dtype,
             device=device,
-            gate="jumprelu" if threshold else "relu",
+            activation="jumprelu" if threshold else "relu",
             skip="W_skip" in file,
             hook=f"{block}.{said(config, 'feature_input_hook', str, CONFIG, 'mlp.hook_in')}",
             hook_out=f"{block}.{said(config, 'feature_output_hook', str, CONFIG, 'hook_mlp_out')}",

@@ -59,9 +59,11 @@ def read(
         facts: `hook` and `model` count where the path does not say it.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if anything is unknown, missing, left over or does not fit.
-    Source:
+
+    References:
         github.com/openai/sparse_autoencoder, model.py and paths.py.
     """
     place, facts = Path(place), facts or Facts()
@@ -81,7 +83,7 @@ def read(
             NAME,
             dtype=dtype,
             device=device,
-            gate="topk" if activation == "TopK" else "relu",
+            activation="topk" if activation == "TopK" else "relu",
             k=k,
             pre_bias="tied",
             scaling="layer_norm" if activation == "TopK" else "none",

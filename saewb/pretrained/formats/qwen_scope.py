@@ -57,6 +57,7 @@ def read(
         facts: `repo` says k and the model where there is no config.json beside the file; so does `overrides["k"]`.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if a tensor is missing, left over or does not fit, or k is not known.
     """
@@ -84,7 +85,7 @@ def read(
             NAME,
             dtype=dtype,
             device=device,
-            gate="topk",
+            activation="topk",
             k=k,
             hook=f"blocks.{layer}.{_site(config)}",
             model=config.get("base_model") or (f"Qwen/{named['model']}" if named else None),

@@ -72,9 +72,11 @@ def read(
         facts: `hook`, `hook_out` and `model` count where the folder's name and the run's config.json say nothing.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if anything is unknown, missing, left over or contradictory, or the file has an encoder only.
-    Source:
+
+    References:
         github.com/EleutherAI/sparsify, sparse_coder.py and fused_encoder.py.
     """
     place, facts = Path(place), facts or Facts()
@@ -101,7 +103,7 @@ def read(
             NAME,
             dtype=dtype,
             device=device,
-            gate=_gate(cfg),
+            activation=_gate(cfg),
             k=said(cfg, "k", int, CONFIG),
             skip=skip,
             pre_bias="none" if transcode else "tied",

@@ -54,6 +54,7 @@ def read(
             the folder's name says. `scaling_factor` is not used: conf.yaml has it.
         dtype: of the parameters; None means as stored (bfloat16).
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if conf.yaml lacks a setting, or the tensors are not those it says.
     """
@@ -91,7 +92,7 @@ def _settings(path: Path) -> dict[str, Any]:
     return {
         "d_in": d_in,
         "d_sae": int(min(_MOST, d_in * positive(sae["exp_factor"], "exp_factor"))),
-        "gate": "relu" if k is None else "topk",
+        "activation": "relu" if k is None else "topk",
         "k": k,
         **counts,
         "tied": sae["tied_weights"],

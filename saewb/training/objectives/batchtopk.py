@@ -29,8 +29,8 @@ class BatchTopK:
     `z_i |W_dec[i]| > t`. It is a running mean over the first 1 / threshold_rate batches and an exponential one from
     then on, so that it does not creep up from 0 (SAELens' does: after n batches it is at 1 - 0.99^n of its value).
 
-    Source:
-        Bussmann et al. 2024, arXiv:2412.06410 (gate, threshold); AuxK as TopK.
+    References:
+        Bussmann et al. 2024, arXiv:2412.06410 (activation, threshold); AuxK as TopK.
     """
 
     d_sae: int  # latents
@@ -63,7 +63,7 @@ class BatchTopK:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centred by b_dec."""
+        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
         return started(
             d_in, self.d_sae, d_out, seed=seed, norm=self.init_norm, skip=self.skip, dtype=dtype, device=device
         )
@@ -105,8 +105,9 @@ class Matryoshka:
     `aux_by_level`: in place of one AuxK over all dead latents and the whole error, one per level, between its dead
     latents and the error of its own reconstruction.
 
-    Source:
-        Bussmann et al. 2025, arXiv:2503.17547 (nested losses, BatchTopK gate).
+    References:
+        Bussmann et al. 2025, arXiv:2503.17547 (nested losses, BatchTopK activation).
+
     Example:
         >>> objective = Matryoshka(d_sae=32, k=4, widths=(4, 8))
         >>> params, x = objective.start(8), torch.ones(5, 8)
@@ -150,7 +151,7 @@ class Matryoshka:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centred by b_dec."""
+        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
         return started(
             d_in, self.d_sae, d_out, seed=seed, norm=self.init_norm, skip=self.skip, dtype=dtype, device=device
         )

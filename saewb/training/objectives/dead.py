@@ -41,7 +41,8 @@ def auxk(
             gets a gradient, which is what revives it.
         low: only the dead among latents low..high take part (Matryoshka).
         high: None means all.
-    Source:
+
+    References:
         Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
     rows = state.dead_rows
@@ -70,7 +71,7 @@ def pre_activation(
 
         mean over tokens of sum_i max(threshold_i - z_i, 0) |W_dec[i]|      (i: dead latents; or all)
 
-    Source:
+    References:
         Conerly et al. 2025, "Dictionary Learning Optimization Techniques", Transformer Circuits, January 2025 (over
         all latents; over the dead ones alone it leaves the live ones unbiased).
     """

@@ -17,17 +17,18 @@ from saewb.training.objectives.sparsity_coefficient import Coefficient
 
 @dataclass(frozen=True)
 class Gated:
-    """Gate and magnitude share directions, and only the gate is penalised, so that magnitudes do not shrink.
+    """Gate and magnitude share directions, and only the gate is penalized, so that magnitudes do not shrink.
 
         u = (x - b_pre) @ W_enc;   gate = u + b_gate;   a = 1[gate > 0] * max(exp(r_mag) u + b_mag, 0)
         mse + l1 * mean sum_i max(gate_i, 0) |W_dec[i]| + mean |y - (max(gate, 0) @ frozen W_dec + frozen b_dec)|^2
 
     The third term is what trains the gate (the step has no gradient). Its decoder is frozen, as in the paper: gradients
     reach the encoder but not `W_dec`, `b_dec`, or `W_skip` through it. SAELens leaves them in, which pulls the decoder
-    towards reconstructing from penalised latents; `frozen=False` does the same.
+    towards reconstructing from penalized latents; `frozen=False` does the same.
 
-    Source:
+    References:
         Rajamanoharan et al. 2024, arXiv:2404.16014, eqs. 5 to 8.
+
     Example:
         >>> objective = Gated(d_sae=32, l1=0.1)
         >>> params, x = objective.start(8), torch.ones(5, 8)
@@ -65,7 +66,7 @@ class Gated:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centred by b_dec."""
+        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
         gate = {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
         norm, skip = self.init_norm, self.skip
         return started(d_in, self.d_sae, d_out, seed=seed, norm=norm, skip=skip, dtype=dtype, device=device, extra=gate)
@@ -82,7 +83,7 @@ class Gated:
         self, params: Params, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], state: State
     ) -> Losses:
         """The losses of one batch, differentiable in every parameter."""
-        u = params.centred(x) @ params.W_enc
+        u = params.centered(x) @ params.W_enc
         gate = torch.relu(u + params.b_gate)
         latents = _gated(params, u)
         recon = params.decoded(latents, x)
@@ -100,7 +101,7 @@ class Gated:
 
     def latents(self, params: Params, x: Float[Tensor, "tokens d_in"], state: State) -> Float[Tensor, "tokens d_sae"]:
         """Activations as the exported SAE has them, but in units of the training's own decoder rows."""
-        return _gated(params, params.centred(x) @ params.W_enc)
+        return _gated(params, params.centered(x) @ params.W_enc)
 
     @torch.no_grad()
     def export(self, params: Params, state: State) -> SAE:

@@ -54,11 +54,12 @@ class JumpReLU:
     From far above the target the controller makes `l0` so large that the step's loss spoils the reconstruction.
     The step's loss only ever lowers L0, however small the controller makes it; "quadratic" pulls from both sides.
 
-    Source:
+    References:
         Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 9, 11, 12 (loss, estimators; an appendix has a target L0);
         Conerly et al. 2025, Transformer Circuits, January 2025 (tanh, estimator also to the input, pre-activation
         loss; biases from data by which each latent is on on the same share of tokens, here thresholds). The quadratic
         loss is scaled as SAELens scales it.
+
     Example:
         >>> objective = JumpReLU(d_sae=32, l0=0.1, sparsity="quadratic", target_l0=4)
         >>> params, x = objective.start(8), torch.ones(5, 8)
@@ -127,7 +128,7 @@ class JumpReLU:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centred by b_dec."""
+        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
         theta = torch.tensor(0.01 if self.init_threshold is None else self.init_threshold)
         own = {"log_threshold": theta.log().item()} if self.threshold == "log" else {"threshold": theta.item()}
         norm, skip, extra = self.init_norm, self.skip, {"b_enc": 0.0, **own}
@@ -149,7 +150,7 @@ class JumpReLU:
         """Thresholds by which `start_l0` of the latents are on per token of these batches, in place; see above."""
         n = sum(map(len, batches))
         each, more = divmod(round(n * self.start_l0), self.d_sae)
-        directions, x = params.W_enc.T, [params.centred(batch).T for batch in batches]
+        directions, x = params.W_enc.T, [params.centered(batch).T for batch in batches]
         for first in range(0, self.d_sae, width := max(1, _AT_ONCE // n)):
             some = slice(first, first + width)
             z = torch.cat([directions[some] @ batch for batch in x], 1) + params.b_enc[some, None]

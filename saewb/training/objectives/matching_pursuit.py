@@ -18,15 +18,16 @@ from saewb.training.objectives.sparsity_coefficient import Coefficient
 
 @dataclass(frozen=True)
 class MatchingPursuit:
-    """Latents by matching pursuit over the decoder's own rows (see `saewb.pursuit`); gradients through the values.
+    """Latents by matching pursuit over the decoder's own rows (see `saewb.sae.matching_pursuit`); gradients through the values.
 
         a = pursuit(x - b_dec);   recon = a @ W_dec + b_dec;   mse
 
     Which latent is chosen has no gradient. Encoder and decoder are one matrix, so there is no transcoder of this kind,
     and rows must keep unit length: with longer ones the pursuit may diverge.
 
-    Source:
+    References:
         Costa et al. 2025, arXiv:2506.03093, algorithm 1.
+
     Example:
         >>> objective = MatchingPursuit(d_sae=32, max_iterations=3)
         >>> params, x = objective.start(8), torch.ones(5, 8)

@@ -33,6 +33,7 @@ class Params(nn.Module):
             `b_enc [d_sae]`, and where they apply `W_skip [d_in, d_out]`, `threshold` or `log_threshold [d_sae]`, and
             the gate's `r_mag`, `b_mag`, `b_gate [d_sae]`. Taken as they are, not copied.
         pre_bias: "tied": b_dec is subtracted from the input before encoding; "none": nothing is.
+
     Example:
         >>> p = Params({"W_enc": torch.ones(3, 5), "W_dec": torch.ones(5, 3), "b_dec": torch.zeros(3)}, "tied")
         >>> p.W_enc.shape, p.W_enc.T.is_contiguous(), p.d_in, p.d_sae, p.d_out
@@ -71,13 +72,13 @@ class Params(nn.Module):
         """Whether there is a W_skip."""
         return "W_skip" in self._parameters
 
-    def centred(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+    def centered(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         """`x - b_pre`, what the encoder multiplies."""
         return x - self.b_dec if self.pre_bias == "tied" else x
 
     def pre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_sae"]:
         """Pre-activations, `(x - b_pre) @ W_enc + b_enc`."""
-        return self.centred(x) @ self.W_enc + self.b_enc
+        return self.centered(x) @ self.W_enc + self.b_enc
 
     def decoded(
         self, latents: Float[Tensor, "tokens d_sae"], x: Float[Tensor, "tokens d_in"]
@@ -139,9 +140,9 @@ def project_gradient(params: Params) -> None:
 
         g_i -= <g_i, w_i> w_i / |w_i|^2
 
-    That part would be undone by the normalisation after the step, and would spoil Adam's moments meanwhile.
+    That part would be undone by the normalization after the step, and would spoil Adam's moments meanwhile.
 
-    Source: Bricken et al. 2023 ("Towards Monosemanticity", appendix on training); Gao et al. 2024, arXiv:2406.04093,
+    References: Bricken et al. 2023 ("Towards Monosemanticity", appendix on training); Gao et al. 2024, arXiv:2406.04093,
         appendix A.1.
     """
     # On a CPU some rows at a time: products the size of all weights cost more in page faults than in arithmetic.
@@ -172,13 +173,13 @@ def safe_norms(params: Params) -> Float[Tensor, " d_sae"]:
 
 
 @torch.no_grad()
-def exported(params: Params, gate: str, k: int | None = None, **own: Tensor) -> SAE:
+def exported(params: Params, activation: str, k: int | None = None, **own: Tensor) -> SAE:
     """The trained weights as an SAE with unit decoder rows, in training units; a copy, training goes on undisturbed.
 
     Args:
         params: with `W_enc, b_enc, W_dec, b_dec` and perhaps `W_skip`, unless replaced by `own`.
-        gate: of the SAE.
-        k: for the two top-k gates, which choose by activation times row length: for them the lengths are folded before
+        activation: of the SAE.
+        k: for the two top-k activations, which choose by activation times row length: for them the lengths are folded before
             anything is chosen, so that the SAE chooses what training chose.
         own: tensors to use instead or in addition: `W_enc` and `b_enc` as before folding, `threshold` as after it, in
             units of z_i |W_dec[i]|.
@@ -198,7 +199,7 @@ def exported(params: Params, gate: str, k: int | None = None, **own: Tensor) -> 
         d_in=params.d_in,
         d_sae=params.d_sae,
         d_out=params.d_out,
-        gate=gate,
+        activation=activation,
         k=k,
         skip=params.skip,
         pre_bias=params.pre_bias,
@@ -207,16 +208,19 @@ def exported(params: Params, gate: str, k: int | None = None, **own: Tensor) -> 
 
 
 def from_sae(
-    sae: SAE, gates: tuple[str, ...], k: int | None, *, dtype: torch.dtype, device: torch.device | str
+    sae: SAE, activations: tuple[str, ...], k: int | None, *, dtype: torch.dtype, device: torch.device | str
 ) -> Params:
     """The weights of an SAE as the start of a training: a copy, in the SAE's own units.
 
     Raises:
-        ValueError: if the SAE has another gate or k than the objective, a scale per token, or a b_pre of its own.
+        ValueError: if the SAE has another activation or k than the objective, a scale per token, or a b_pre of its own.
     """
-    if not isinstance(sae, SAE) or sae.cfg.gate not in gates or (k is not None and sae.cfg.k != k):
+    if not isinstance(sae, SAE) or sae.cfg.activation not in activations or (k is not None and sae.cfg.k != k):
         raise ValueError(
-            explain(f"this objective cannot go on from {sae!r}.", want=f"an SAE with gate {' or '.join(gates)}, k={k}")
+            explain(
+                f"this objective cannot go on from {sae!r}.",
+                want=f"an SAE with activation {' or '.join(activations)}, k={k}",
+            )
         )
     if sae.cfg.scaling != "none" or sae.cfg.pre_bias == "own":
         what = f"{sae!r} with scaling={sae.cfg.scaling!r}, pre_bias={sae.cfg.pre_bias!r} cannot be trained further."

@@ -88,6 +88,7 @@ def coefficient_warnings(
         l0: active latents per token.
         d_sae: number of latents.
         in_band: pre-activations per token within the straight-through window (JumpReLU).
+
     Example:
         >>> [w.name for w in coefficient_warnings(Coefficient(5.0), "l1", 5.0, n_tokens=10, l0=0.1, d_sae=64)]
         ['l1']

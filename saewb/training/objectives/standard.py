@@ -25,9 +25,10 @@ class Standard:
     The row lengths in the penalty keep the optimizer from writing the same with small latents and long rows. For p < 1
     the penalty's slope at 0 is infinite; a latent that is off gets none of it.
 
-    Source:
+    References:
         Conerly et al. 2024, "Update on how we train SAEs", Transformer Circuits, April 2024 (penalty, free rows);
         Bricken et al. 2023 (unit rows).
+
     Example:
         >>> objective = Standard(d_sae=32, l1=0.1)
         >>> params, x = objective.start(8), torch.ones(5, 8)
@@ -66,7 +67,7 @@ class Standard:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centred by b_dec."""
+        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
         return started(
             d_in, self.d_sae, d_out, seed=seed, norm=self.init_norm, skip=self.skip, dtype=dtype, device=device
         )

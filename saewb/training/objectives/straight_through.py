@@ -6,7 +6,7 @@
 By z the jump has its own gradient, 1[z > theta]; `to_input` adds the negative of the estimate by theta to it, as a
 function of z - theta would have.
 
-Source: Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 11 and 12; Conerly et al. 2025 (to the input).
+References: Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 11 and 12; Conerly et al. 2025 (to the input).
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ class TopK:
     Latents are chosen by the length they write, not by z: with rows of unit length the two are the same, and with free
     rows a latent cannot buy its place with a short row. The SAE that comes out has unit rows.
 
-    Source:
-        Gao et al. 2024, arXiv:2406.04093: gate (section 2.3), AuxK (appendix A.2, there with weight 1/32 on a
-        normalised loss), unit rows and gradient projection (appendix A.1).
+    References:
+        Gao et al. 2024, arXiv:2406.04093: activation (section 2.3), AuxK (appendix A.2, there with weight 1/32 on a
+        normalized loss), unit rows and gradient projection (appendix A.1).
+
     Example:
         >>> objective = TopK(d_sae=32, k=4)
         >>> params, x = objective.start(8), torch.ones(5, 8)
@@ -66,7 +67,7 @@ class TopK:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centred by b_dec."""
+        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
         return started(
             d_in, self.d_sae, d_out, seed=seed, norm=self.init_norm, skip=self.skip, dtype=dtype, device=device
         )
@@ -98,8 +99,8 @@ class AbsTopK:
 
     Dead latents are chosen by magnitude too.
 
-    Source:
-        Zhu, Khalili and Zhu 2025, arXiv:2510.00404 (gate); Gao et al. 2024, arXiv:2406.04093 (the rest).
+    References:
+        Zhu, Khalili and Zhu 2025, arXiv:2510.00404 (activation); Gao et al. 2024, arXiv:2406.04093 (the rest).
     """
 
     d_sae: int  # latents
@@ -130,7 +131,7 @@ class AbsTopK:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centred by b_dec."""
+        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
         return started(
             d_in, self.d_sae, d_out, seed=seed, norm=self.init_norm, skip=self.skip, dtype=dtype, device=device
         )
@@ -162,7 +163,7 @@ def _check(objective: TopK | AbsTopK) -> None:
 
 
 def kept(params: Params, pre: Float[Tensor, "tokens d_sae"], k: int, *, signed: bool) -> Float[Tensor, "tokens d_sae"]:
-    """The latents of a top-k gate that chooses by the length a latent writes."""
+    """The latents of a top-k activation that chooses by the length a latent writes."""
     score = pre.detach() * params.norms().detach()
     best = (score.abs() if signed else score).topk(k, dim=1, sorted=False).indices
     value = pre.gather(1, best)

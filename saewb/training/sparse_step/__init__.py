@@ -56,9 +56,11 @@ def sparse_step(
         state: as for `objective.losses`.
         precision: of the product that selects: see `best_precision`.
         max_density: share of latents on per token, from which on a dense step is the right one.
+
     Returns:
         The losses, without autograd's graph. None if more than `max_density` of the latents are on (the first tile of
         tokens shows it), or if the objective or dtype has no sparse step; gradients from before are then void.
+
     Example:
         >>> from saewb.training.objectives import TopK
         >>> objective, x = TopK(d_sae=512, k=4), torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
@@ -73,7 +75,7 @@ def sparse_step(
     if not (len(x) and exact and has_sparse_step(objective)):
         return None
     limit = int(max_density * len(x) * params.d_sae)
-    batch = Batch(params, x, params.centred(x), y, precision, limit)
+    batch = Batch(params, x, params.centered(x), y, precision, limit)
     if isinstance(objective, Standard):
         return standard_step(objective, batch, state)
     if isinstance(objective, JumpReLU):

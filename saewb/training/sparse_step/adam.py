@@ -27,6 +27,7 @@ def clipped_step(
         optimizer: over these parameters.
         parameters: with gradients.
         clip: longest gradient; None does not clip.
+
     Returns:
         Length of the whole gradient before clipping.
     """

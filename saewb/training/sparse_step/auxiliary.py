@@ -32,7 +32,7 @@ def add_dead_gradients(
     Args:
         loss: the objective's own loss of dead latents, differentiable.
         params: all weights.
-        x: centred inputs.
+        x: centered inputs.
         error: y - recon.
         state: says who is dead.
         gradients: "W_enc" `[d_sae, d_in]`, "W_dec", "b_enc", and others, changed in place.

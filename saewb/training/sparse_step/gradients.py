@@ -21,7 +21,7 @@ class Batch:
 
     params: Params
     raw: Float[Tensor, "batch d_in"]  # inputs as they came
-    x: Float[Tensor, "batch d_in"]  # centred: what the encoder multiplies
+    x: Float[Tensor, "batch d_in"]  # centered: what the encoder multiplies
     y: Float[Tensor, "batch d_out"]  # what the output should be
     precision: Precision  # of the product that selects
     limit: int  # pairs to list at most
@@ -108,7 +108,7 @@ def add_norm_gradient(
 def leave(batch: Batch, gradients: Mapping[str, Tensor], d_recon: Tensor, d_bias: Tensor | None = None) -> None:
     """Writes all gradients to the parameters' `.grad`, replacing what is there, with those of b_dec and W_skip.
 
-        d b_dec = sum_t d_recon[t] - d_bias @ W_enc.T        (the second part only where b_dec also centres the input)
+        d b_dec = sum_t d_recon[t] - d_bias @ W_enc.T        (the second part only where b_dec also centers the input)
 
     since every pre-activation reads -b_dec through W_enc exactly as it reads its bias: no dense product.
 

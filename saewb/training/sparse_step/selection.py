@@ -32,7 +32,7 @@ _UNSURE = 1 / 16  # share of the first tile's tokens to be selected again, from 
 
 @dataclass(frozen=True)
 class Readout:
-    """How pre-activations come from (centred) inputs, and how they are compared."""
+    """How pre-activations come from (centered) inputs, and how they are compared."""
 
     W: Float[Tensor, "d_sae d_in"]  # reading directions, one latent a contiguous row: W_enc.T
     b: Float[Tensor, " d_sae"]
@@ -68,7 +68,7 @@ def top_per_token(x: Float[Tensor, "batch d_in"], readout: Readout, k: int, *, s
     """The k largest scores of each token (in magnitude, if signed), exactly.
 
     Args:
-        x: centred inputs.
+        x: centered inputs.
         readout: how they are read.
         k: pairs per token.
         signed: compare magnitudes.
@@ -97,7 +97,7 @@ def top_of_batch(x: Float[Tensor, "batch d_in"], readout: Readout, n: int, limit
     best kept. If the guess was too high, a lower one is tried. The result does not depend on the guess.
 
     Args:
-        x: centred inputs.
+        x: centered inputs.
         readout: how they are read.
         n: pairs to keep.
         limit: pairs to list at most, which bounds memory.
@@ -123,7 +123,7 @@ def above_zero(x: Float[Tensor, "batch d_in"], readout: Readout, limit: int) -> 
     """Every pair whose pre-activation is > 0; None if they are over `limit`. Thresholds belong into the bias.
 
     Args:
-        x: centred inputs.
+        x: centered inputs.
         readout: how they are read.
         limit: pairs at most, which bounds memory; of candidates up to twice as many are listed.
     """

@@ -13,7 +13,7 @@ from helpers.format_fixtures import D, F, O, assert_layers_formula, gemma, input
 
 from saewb.errors import FormatError
 from saewb.interventions.attachment import attach
-from saewb.pretrained.formats import Facts, read, recognise
+from saewb.pretrained.formats import Facts, read, recognize
 from saewb.pretrained.formats import circuit_tracer as mntss_layout
 from saewb.pretrained.formats import gemma_scope_2_cross_layer as gemma_layout
 from saewb.pretrained.load import load_sae
@@ -137,10 +137,10 @@ def test_a_configuration_that_does_not_fit(text, tmp_path):
         read(tmp_path)
 
 
-def test_recognised(tmp_path):
+def test_recognized(tmp_path):
     mntss(tmp_path)
     for place in (tmp_path, tmp_path / "2", tmp_path / "W_enc_0.safetensors"):
-        assert recognise(place) is mntss_layout
+        assert recognize(place) is mntss_layout
     assert not mntss_layout.matches(tmp_path / "3")
     assert mntss_layout.files("") == ["W_enc_*.safetensors", "W_dec_*.safetensors", "config.yaml"]
     assert mntss_layout.files("3") == ["W_enc_3.safetensors", "W_dec_3.safetensors", "config.yaml"]
@@ -213,9 +213,9 @@ def test_gemma_tensors_are_accounted_for(tmp_path):
         read(written.place)
 
 
-def test_gemma_recognised(tmp_path):
+def test_gemma_recognized(tmp_path):
     written = gemma(tmp_path)
-    assert recognise(written.place) is gemma_layout
+    assert recognize(written.place) is gemma_layout
     assert gemma_layout.files("clt/a") == ["clt/a/params_layer_*.safetensors", "clt/a/config.json"]
     save_config(tmp_path / "config.json", {})
     assert not gemma_layout.matches(tmp_path)
@@ -226,7 +226,7 @@ def test_gemma_recognised(tmp_path):
 _PEAK = """
 import resource, sys, torch
 from pathlib import Path
-from saewb.formats import read
+from saewb.pretrained.formats import read
 
 def peak():  # of memory that is not a file's, since the last call of it
     lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)

@@ -7,7 +7,7 @@ import torch
 from helpers.format_fixtures import DICT_CLASSES, D, F, K, assert_formula, dictionary_learning, save_config
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognise
+from saewb.pretrained.formats import Facts, read, recognize
 from saewb.pretrained.formats import dictionary_learning as layout
 from saewb.pretrained.load import load_sae
 
@@ -19,7 +19,7 @@ def test_arithmetic(kind, tmp_path):
     written = dictionary_learning(tmp_path, kind)
     sae = read(written.place)
     assert_formula(sae, written)
-    assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.gate) == (D, F, GATES.get(kind, "jumprelu"))
+    assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.activation) == (D, F, GATES.get(kind, "jumprelu"))
     assert sae.cfg.k == (K if kind == "AutoEncoderTopK" else None)
     assert (sae.cfg.hook, sae.cfg.model) == ("blocks.3.hook_resid_post", "Llama-3.1-8B-Instruct")
     assert sae.cfg.metadata["context_size"] == 1024
@@ -126,11 +126,11 @@ def test_another_config(config, tmp_path):
         read(tmp_path)
 
 
-def test_recognised_by_its_two_files(tmp_path):
+def test_recognized_by_its_two_files(tmp_path):
     dictionary_learning(tmp_path, "AutoEncoder")
-    assert recognise(tmp_path) is layout
+    assert recognize(tmp_path) is layout
     assert layout.files("a/b [1]") == ["a/b [[]1]/config.json", "a/b [[]1]/ae.pt"]
     (tmp_path / "ae.pt").unlink()
     assert not layout.matches(tmp_path)
     with pytest.raises(FormatError, match="dictionary_learning"):
-        recognise(tmp_path)
+        recognize(tmp_path)

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import FORMATS, Facts, read, recognise
+from saewb.pretrained.formats import FORMATS, Facts, read, recognize
 
 # layout -> (writes it into a repository and says where in it, facts)
 LAYOUTS = {
@@ -80,7 +80,7 @@ def test_one_layout_claims_it(name, tmp_path):
 def test_the_files_it_names_are_those_it_needs(name, tmp_path):
     place, path, facts = made(name, tmp_path)
     want = read(place, facts)
-    patterns = recognise(place).files(path)
+    patterns = recognize(place).files(path)
     root = tmp_path / "repo"
     for file in sorted(root.rglob("*")):
         inside = file.relative_to(root).as_posix()
@@ -107,7 +107,7 @@ def test_dtype_and_device_asked_for(name, tmp_path):
 def test_messages_name_the_layout(name, tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FormatError) as caught:
-        recognise(tmp_path)
+        recognize(tmp_path)
     layout = next(layout for layout in FORMATS if layout.__name__.endswith(f".{name}"))
     assert layout.NAME in str(caught.value)
     assert all(mark in str(caught.value) for mark in layout.MARKS)
@@ -120,7 +120,7 @@ def test_damaged_files_are_read_or_refused(name, data, tmp_path_factory):
     """One file cut short, with bytes flipped, emptied or gone: an SAE of the right widths, or a FormatError."""
     place, path, facts = made(name, tmp_path_factory.mktemp(name))
     root = place.parents[path.count("/")]
-    patterns = recognise(place).files(path)
+    patterns = recognize(place).files(path)
     files = [f for f in sorted(root.rglob("*")) if any(fnmatch.fnmatchcase(str(f), f"*{p}") for p in patterns)]
     victim = data.draw(st.sampled_from(files), label="file")
     raw = bytearray(victim.read_bytes())

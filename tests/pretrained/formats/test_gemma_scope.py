@@ -6,7 +6,7 @@ import torch
 from helpers.format_tensors import D, F, O, assert_computes, gated, inputs, near_the_median, weights, wide
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, gemma_scope, read, recognise
+from saewb.pretrained.formats import Facts, gemma_scope, read, recognize
 
 RES = "google/gemma-scope-2b-pt-res"
 PATH = "layer_20/width_16k/average_l0_71"
@@ -34,11 +34,11 @@ def expected(w, x):
 def test_a_residual_stream_sae(save, tmp_path):
     w, x = published_weights(), inputs()
     folder = written(tmp_path / "anywhere", w, save=save)
-    assert recognise(folder) is gemma_scope
-    assert recognise(folder / "params.npz") is gemma_scope
+    assert recognize(folder) is gemma_scope
+    assert recognize(folder / "params.npz") is gemma_scope
     sae = read(folder, Facts(repo=RES, path=PATH))
     assert_computes(sae, x, *expected(w, x))
-    assert (sae.cfg.gate, sae.cfg.pre_bias, sae.dtype) == ("jumprelu", "none", torch.float32)
+    assert (sae.cfg.activation, sae.cfg.pre_bias, sae.dtype) == ("jumprelu", "none", torch.float32)
     assert (sae.cfg.model, sae.cfg.hook, sae.cfg.hook_out) == ("gemma-2-2b", "blocks.20.hook_resid_post", None)
     assert sae.cfg.metadata == {
         "prepend_bos": True,

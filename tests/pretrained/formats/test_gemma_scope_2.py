@@ -9,7 +9,7 @@ from helpers.format_tensors import D, F, O, assert_computes, gated, inputs, near
 from safetensors.torch import save_file
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, gemma_scope_2, read, recognise
+from saewb.pretrained.formats import Facts, gemma_scope_2, read, recognize
 
 REPO = "google/gemma-scope-2-4b-pt"
 THEIRS = {"w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
@@ -58,10 +58,10 @@ def expected(w, x):
 def test_an_sae(tmp_path):
     w, x = made(), inputs()
     folder = written(tmp_path / "anywhere", w)
-    assert recognise(folder) is gemma_scope_2
+    assert recognize(folder) is gemma_scope_2
     sae = read(folder)
     assert_computes(sae, x, *expected(w, x))
-    assert (sae.cfg.gate, sae.cfg.pre_bias, sae.cfg.is_transcoder) == ("jumprelu", "none", False)
+    assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.is_transcoder) == ("jumprelu", "none", False)
     assert (sae.cfg.model, sae.cfg.hook) == ("google/gemma-3-4b-pt", "blocks.17.hook_resid_post")
     assert (sae.cfg.metadata["l0"], sae.cfg.metadata["hf_hook_name"]) == (150, "model.layers.17.output")
     assert read(folder / "params.safetensors").cfg == sae.cfg
@@ -143,7 +143,7 @@ def test_one_layer_of_a_cross_layer_transcoder(with_suffix, affine, tmp_path):
     stored = {**w, "W_dec": per_layer}
     folder = written(tmp_path / "clt" / "width_262k_l0_big", stored, config, name="params_layer_2.safetensors")
     place = folder / ("params_layer_2.safetensors" if with_suffix else "params_layer_2")
-    assert recognise(place) is gemma_scope_2
+    assert recognize(place) is gemma_scope_2
     sae = read(place, Facts(repo=REPO, path="clt/width_262k_l0_big/params_layer_2"))
     assert (sae.cfg.hook, sae.cfg.hook_out) == ("blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out")
     assert sae.cfg.metadata["summed_over_layers"] == n

@@ -13,11 +13,11 @@ LATENT = 77_777
 
 _ONE_ROW = """
 import re, sys
-import torch, safetensors.torch, saewb.sae, saewb.pursuit, saewb.temporal
+import torch, safetensors.torch, saewb.sae, saewb.sae.matching_pursuit, saewb.sae.temporal
 from pathlib import Path
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # kB; see tests/peak.py
 before = peak()
-from saewb.formats import read
+from saewb.pretrained.formats import read
 sae = read(Path(sys.argv[1]))
 row = sae.W_dec[int(sys.argv[2])].detach()
 print(sae.cfg.d_sae, float(row[0]), float(row[-1]), float(row.sum()), (peak() - before) // 1024)

@@ -21,7 +21,7 @@ from helpers.format_tensors import (
 from safetensors.torch import save_file
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, llama_scope, llama_scope_r1, read, recognise
+from saewb.pretrained.formats import Facts, llama_scope, llama_scope_r1, read, recognize
 
 REPO, PATH = "fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L8R-8x"
 R1_REPO, R1_PATH = "fnlp/Llama-Scope-R1-Distill", "800M-Slimpajama-0-OpenR1-Math-220k/L8R"
@@ -68,7 +68,7 @@ def written(folder, w, hyper=HYPER, **more):
 
 
 def native(w, x, hyper):
-    """lm_saes: biases and decoder out of the normalised space, norms into the encoder, then the gate, in raw units."""
+    """lm_saes: biases and decoder out of the normalized space, norms into the encoder, then the gate, in raw units."""
     w, x = wide(w), x.astype(np.float64)
     norms = hyper["dataset_average_activation_norm"]
     f_in = np.sqrt(w["W_enc"].shape[0]) / norms["in"]
@@ -76,7 +76,7 @@ def native(w, x, hyper):
     b_enc, b_dec, W_dec = w["b_enc"] / f_in, w["b_dec"] / f_out, w["W_dec"] * f_in / f_out
     n = np.linalg.norm(W_dec, axis=1) if hyper["sparsity_include_decoder_norm"] else 1.0
     latents = gated((x @ w["W_enc"] + b_enc) * n, hyper["jump_relu_threshold"])
-    unit = f_out if hyper["sparsity_include_decoder_norm"] else f_in  # from there to the normalised space
+    unit = f_out if hyper["sparsity_include_decoder_norm"] else f_in  # from there to the normalized space
     return latents * unit, latents / n @ W_dec + b_dec
 
 
@@ -94,7 +94,7 @@ def test_saes_and_transcoders(unit, with_norms, norms, tmp_path):
     if transcoder:
         hyper |= {"hook_point_in": "blocks.8.ln2.hook_normalized", "hook_point_out": "blocks.8.hook_mlp_out"}
     folder = written(tmp_path / "anywhere", w, hyper)
-    assert recognise(folder) is llama_scope
+    assert recognize(folder) is llama_scope
     sae = read(folder, Facts(repo=REPO, path=PATH), dtype=torch.float32)
     assert_computes(sae, x, *native(w, x, hyper))
     assert sae.cfg.is_transcoder is transcoder
@@ -109,7 +109,7 @@ def test_the_threshold_of_a_published_one():
     assert 0.00946044921875 * f == pytest.approx(1.0616438356164384, rel=1e-15)
 
 
-def test_the_threshold_is_in_the_normalised_space(tmp_path):
+def test_the_threshold_is_in_the_normalized_space(tmp_path):
     hyper = HYPER | {"dataset_average_activation_norm": {"in": 0.5703125, "out": 0.5703125}}
     sae = read(written(tmp_path, made(), hyper | {"jump_relu_threshold": 0.00946044921875}), dtype=torch.float32)
     assert sae.threshold[0].item() == pytest.approx(0.00946044921875 * 4 / 0.5703125, rel=1e-6)
@@ -187,7 +187,7 @@ def test_other_tensors_are_refused(more, without, message, tmp_path):
         read(folder)
 
 
-# --- R1: a threshold per latent, in the normalised space
+# --- R1: a threshold per latent, in the normalized space
 
 
 def written_r1(folder, w, config=R1, dtype=torch.float32, **more):
@@ -225,7 +225,7 @@ def test_r1_factor_from_wherever_it_is(where, tmp_path):
     if where == "tensors":
         more = {f"dataset_average_activation_norm.{end}": torch.tensor(norm) for end, norm in norms.items()}
     folder = written_r1(tmp_path / "anywhere", w, config, **more)
-    assert recognise(folder) is llama_scope_r1
+    assert recognize(folder) is llama_scope_r1
     sae = read(folder, Facts(repo=R1_REPO, path=R1_PATH, scaling_factor=f if where == "catalogue" else None))
     assert_computes(sae, x, *native_r1(w, x, f))
     assert (sae.cfg.model, sae.cfg.hook) == ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "blocks.8.hook_resid_post")
@@ -266,7 +266,7 @@ def test_r1_is_told_from_saelens_by_its_tensors(tmp_path):
     folder = written_r1(tmp_path / "r1", w)
     save_file(tensors({name: a for name, a in w.items() if name != "threshold"}), folder / "sae_weights.safetensors")
     with pytest.raises(FormatError, match="no layout that saewb knows"):
-        recognise(folder)
+        recognize(folder)
 
 
 def test_files():

@@ -7,7 +7,7 @@ import torch
 from helpers.format_fixtures import MWHANNA_CONFIG, D, F, O, assert_formula, mwhanna, wandb_config
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognise
+from saewb.pretrained.formats import Facts, read, recognize
 from saewb.pretrained.formats import mwhanna as layout
 
 VARIANTS = {
@@ -97,9 +97,9 @@ def test_a_configuration_that_does_not_fit(name, text, tmp_path):
         read(place)
 
 
-def test_recognised_by_name_and_tensors(tmp_path):
+def test_recognized_by_name_and_tensors(tmp_path):
     written = mwhanna(tmp_path)
-    assert recognise(written.place) is layout
+    assert recognize(written.place) is layout
     assert layout.files("layer_3.safetensors") == [
         *("layer_3.safetensors", "config.yaml", "wandb-config.yaml", "wanb-config.yaml")
     ]

@@ -7,7 +7,7 @@ import torch
 from helpers.format_fixtures import QWEN, D, F, K, assert_formula, deepseek_r1, inputs, openai, qwen_scope
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognise
+from saewb.pretrained.formats import Facts, read, recognize
 from saewb.pretrained.formats import deepseek_r1 as deepseek_layout
 from saewb.pretrained.formats import openai as openai_layout
 from saewb.pretrained.formats import qwen_scope as qwen_layout
@@ -110,7 +110,7 @@ def test_openai_activations_that_are_not_known(change, tmp_path):
 def test_qwen_prefers_config_json(tmp_path):
     cfg = read(qwen_scope(tmp_path).place, Facts(repo="Qwen/SAE-Res-Qwen3-8B-Base-W32K-L0_3", path="layer9.sae.pt")).cfg
     assert (cfg.k, cfg.model, cfg.hook) == (K, "Qwen/Qwen3-1.7B-Base", "blocks.9.hook_resid_post")
-    assert (cfg.gate, cfg.pre_bias) == ("topk", "none")
+    assert (cfg.activation, cfg.pre_bias) == ("topk", "none")
 
 
 def test_qwen_without_config_json_goes_by_the_repository(tmp_path):
@@ -145,16 +145,16 @@ def test_qwen_config_that_does_not_fit(change, tmp_path):
         read(qwen_scope(tmp_path, config={**QWEN, **change}).place)
 
 
-def test_each_file_is_recognised_as_what_it_is(tmp_path):
-    assert recognise(deepseek_r1(tmp_path / "a").place) is deepseek_layout
-    assert recognise(openai(tmp_path / "b").place) is openai_layout
-    assert recognise(qwen_scope(tmp_path / "c").place) is qwen_layout
+def test_each_file_is_recognized_as_what_it_is(tmp_path):
+    assert recognize(deepseek_r1(tmp_path / "a").place) is deepseek_layout
+    assert recognize(openai(tmp_path / "b").place) is openai_layout
+    assert recognize(qwen_scope(tmp_path / "c").place) is qwen_layout
     other = tmp_path / "other.pt"
     torch.save({"weight": torch.ones(2, 3)}, other)
     with pytest.raises(FormatError, match="no layout that saewb knows"):
-        recognise(other)
+        recognize(other)
     with pytest.raises(FormatError, match="no layout that saewb knows"):
-        recognise(tmp_path)
+        recognize(tmp_path)
 
 
 def test_files_to_download():

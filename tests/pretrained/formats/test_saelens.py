@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import recognise, saelens
+from saewb.pretrained.formats import recognize, saelens
 from saewb.pretrained.formats.saelens.config import understand
 from saewb.pretrained.load import load_sae, save_sae
 
@@ -145,7 +145,7 @@ def test_version_2_and_before(ones, tmp_path):
     tensors = drawn(PLAIN)
     beside = {"scaling_factor": torch.ones(F)} if ones else {}
     sae = load_sae(written(tmp_path / "sae", LEGACY, {**tensors, **beside}))
-    assert (sae.cfg.gate, sae.cfg.pre_bias, sae.cfg.scaling) == ("relu", "tied", "none")
+    assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.scaling) == ("relu", "tied", "none")
     assert (sae.cfg.hook, sae.cfg.head, sae.cfg.model) == ("blocks.0.hook_resid_pre", None, "gpt2-small")
     assert sae.device.type == "cpu"
     kept = sae.cfg.metadata
@@ -179,7 +179,7 @@ def test_version_5_with_a_gate_and_layer_norm(tmp_path):
         "sae_lens_training_version": "3.2.0",
     }
     sae = load_sae(written(tmp_path / "sae", cfg, drawn(PLAIN)))
-    assert (sae.cfg.gate, sae.cfg.k, sae.cfg.scaling) == ("topk", 4, "layer_norm")
+    assert (sae.cfg.activation, sae.cfg.k, sae.cfg.scaling) == ("topk", 4, "layer_norm")
     assert sae.cfg.hook == "blocks.3.hook_resid_mid"
     assert sae.cfg.metadata["prepend_bos"] is False
     assert sae.cfg.metadata["sae_lens_training_version"] == "3.2.0"
@@ -197,7 +197,7 @@ def test_version_5_at_its_shortest(tmp_path):
         "hook_head_index": None,
     }
     sae = load_sae(written(tmp_path / "sae", cfg, drawn(PLAIN)))
-    assert (sae.cfg.gate, sae.cfg.pre_bias, sae.cfg.scaling) == ("relu", "tied", "none")
+    assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.scaling) == ("relu", "tied", "none")
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_gated_by_hand(tmp_path):
     cfg, shapes = SAVED["gated"]
     tensors = drawn(shapes)
     sae = load_sae(written(tmp_path / "sae", cfg, tensors))
-    assert sae.cfg.gate == "jumprelu"
+    assert sae.cfg.activation == "jumprelu"
     w, x = numbers(tensors), activations(50).double().numpy()
     s = x - w["b_dec"]
     on = s @ w["W_enc"] + w["b_gate"] > 0
@@ -478,7 +478,7 @@ def test_whitening_by_hand_and_without_its_file(tmp_path):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_stored_dtype_is_kept_unless_another_is_asked_for(stored, tmp_path):
-    folder = save_sae(feed_forward(gate="jumprelu").to(stored), tmp_path / "sae")
+    folder = save_sae(feed_forward(activation="jumprelu").to(stored), tmp_path / "sae")
     assert load_sae(folder).dtype == stored
     asked = load_sae(folder, dtype=torch.float32, device="meta")
     assert (asked.dtype, asked.device.type) == (torch.float32, "meta")
@@ -531,13 +531,13 @@ def test_log_sparsity(tmp_path):
     assert torch.equal(saelens.read_log_sparsity(folder), torch.linspace(-10, 0, 24))
 
 
-def test_recognise(tmp_path):
-    assert recognise(save_sae(feed_forward(), tmp_path / "a" / "sae")) is saelens
+def test_recognize(tmp_path):
+    assert recognize(save_sae(feed_forward(), tmp_path / "a" / "sae")) is saelens
     with pytest.raises(FormatError, match=r"sae/[\s\S]*SAELens \(cfg.json \+ sae_weights.safetensors\)[\s\S]*'sae'\)"):
-        recognise(tmp_path / "a")
+        recognize(tmp_path / "a")
     (tmp_path / "b").mkdir()
     with pytest.raises(FormatError, match="no files"):
-        recognise(tmp_path / "b")
+        recognize(tmp_path / "b")
 
 
 # --- writing: all or nothing

@@ -9,7 +9,7 @@ from helpers.format_tensors import D, F, assert_computes, gated, inputs, tensors
 from safetensors.torch import save_file
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognise, saelens
+from saewb.pretrained.formats import Facts, read, recognize, saelens
 from saewb.pretrained.load import load_sae
 
 RUNNER = {
@@ -75,8 +75,8 @@ def test_a_checkpoint_with_all_its_files(architecture, tmp_path, monkeypatch):
     latents = gated(((z - n["b_dec"]) @ n["W_enc"] + n["b_enc"]) * norm, 1.5)
     # As in the run's final export, decoder rows have unit norm in the model's units, and latents are in those.
     assert_computes(sae, x, latents / 0.4, (latents / norm @ n["W_dec"] + n["b_dec"]) / 0.4)
-    assert (sae.cfg.gate, sae.cfg.hook, sae.dtype) == ("jumprelu", "blocks.4.hook_resid_post", torch.float32)
-    assert not (tmp_path / "ran").exists()  # the optimiser's state is not opened
+    assert (sae.cfg.activation, sae.cfg.hook, sae.dtype) == ("jumprelu", "blocks.4.hook_resid_post", torch.float32)
+    assert not (tmp_path / "ran").exists()  # the optimizer's state is not opened
 
 
 @pytest.mark.parametrize("damage", ['{"scaling_factor": "much"}', "[1]", "{"])
@@ -92,8 +92,8 @@ def test_a_run_of_several_saes_names_them(tmp_path):
         checkpoint(tmp_path / "output" / name, weights())
     (tmp_path / "output" / "runner_cfg.json").write_text(json.dumps(RUNNER))
     with pytest.raises(FormatError, match=r"k4/, k8/, runner_cfg\.json[\s\S]*fix: .*output', 'k4'\)"):
-        recognise(tmp_path / "output")
-    assert recognise(tmp_path / "output" / "k8") is saelens
+        recognize(tmp_path / "output")
+    assert recognize(tmp_path / "output" / "k8") is saelens
     assert load_sae(tmp_path / "output", "k8").cfg.d_sae == F
 
 
@@ -103,7 +103,7 @@ def test_overrides_of_a_catalogue(tmp_path):
     cfg = read(folder, Facts(overrides={"dataset_path": "mine", "model_from_pretrained_kwargs": kwargs})).cfg
     assert cfg.metadata["dataset_path"] == "mine"
     assert cfg.metadata["model_from_pretrained_kwargs"] == {"fold_ln": False}
-    assert cfg.scaling == "centred"  # what the other one means
+    assert cfg.scaling == "centered"  # what the other one means
     normed = read(folder, Facts(overrides={"normalize_activations": "constant_norm_rescale"}))
     assert normed.cfg.scaling == "constant_norm"
 

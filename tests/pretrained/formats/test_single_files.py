@@ -8,7 +8,7 @@ import torch
 from helpers.format_tensors import D, F, assert_computes, gated, inputs, rounded, tensors, weights, wide
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, attention_hook_z, read, recognise
+from saewb.pretrained.formats import Facts, attention_hook_z, read, recognize
 from saewb.pretrained.formats import linear_pt as goodfire
 
 HOOK_Z = "gpt2-small_L0_Hcat_z_lr1.20e-03_l11.80e+00_ds24576_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9.pt"
@@ -35,7 +35,7 @@ def written_goodfire(folder, w, dtype=torch.bfloat16, name=GOODFIRE, **more):
 def test_hook_z_subtracts_its_bias_first(tmp_path):
     w, x = weights(), inputs()
     place = written_hook_z(tmp_path, w)
-    assert recognise(place) is attention_hook_z
+    assert recognize(place) is attention_hook_z
     sae = read(place)
     n, x64 = wide(w), x.astype(np.float64)
     latents = gated((x64 - n["b_dec"]) @ n["W_enc"] + n["b_enc"])
@@ -89,7 +89,7 @@ def test_hook_z_without_a_tensor_is_refused(tmp_path):
 def test_goodfire_subtracts_nothing(dtype, tmp_path):
     w, x = rounded(weights(), dtype), inputs()
     place = written_goodfire(tmp_path, w, dtype)
-    assert recognise(place) is goodfire
+    assert recognize(place) is goodfire
     sae = read(place, Facts(repo=GOODFIRE_REPO, path=GOODFIRE), dtype=torch.float32)
     n, x64 = wide(w), x.astype(np.float64)
     latents = gated(x64 @ n["W_enc"] + n["b_enc"])
@@ -124,7 +124,7 @@ def test_another_goodfire_is_refused(more, message, tmp_path):
 def test_a_file_of_neither_is_refused(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
     with pytest.raises(FormatError, match=r"no layout that saewb knows: the file .*other\.pt"):
-        recognise(tmp_path / "other.pt")
+        recognize(tmp_path / "other.pt")
 
 
 class Run:

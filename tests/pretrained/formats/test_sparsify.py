@@ -7,7 +7,7 @@ import torch
 from helpers.format_fixtures import SPARSIFY, D, F, K, assert_formula, save_config, sparsify
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognise
+from saewb.pretrained.formats import Facts, read, recognize
 from saewb.pretrained.formats import sparsify as layout
 
 PLACES = {
@@ -35,7 +35,7 @@ def test_arithmetic(variant, tmp_path):
 
 
 def test_b_dec_is_subtracted_from_a_skip_transcoders_input_unless_it_says_transcode(tmp_path):
-    """As sparsify does it; and a decoder that is normalised in training does not change that."""
+    """As sparsify does it; and a decoder that is normalized in training does not change that."""
     for says, subtracted in (({}, "tied"), ({"transcode": False}, "tied"), ({"transcode": True}, "none")):
         written = sparsify(tmp_path, "skip", **says)
         sae = read(written.place)
@@ -126,9 +126,9 @@ def test_another_config(config, tmp_path):
         read(written.place)
 
 
-def test_recognised_by_its_two_files(tmp_path):
+def test_recognized_by_its_two_files(tmp_path):
     written = sparsify(tmp_path, "pythia")
-    assert recognise(written.place) is layout
+    assert recognize(written.place) is layout
     assert layout.files("layers.3") == ["layers.3/cfg.json", "layers.3/sae.safetensors", "config.json"]
     assert layout.files("a/layers.3")[-1] == "a/config.json"
     (written.place / "cfg.json").unlink()

@@ -10,7 +10,7 @@ from helpers.format_tensors import rounded, tensors
 from safetensors.torch import save_file
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognise
+from saewb.pretrained.formats import Facts, read, recognize
 from saewb.pretrained.formats import temporal as temporal_conf
 
 D, F, HEADS, K = 8, 32, 2, 3
@@ -110,7 +110,7 @@ def test_by_the_authors_arithmetic(sae, tmp_path):
     content = conf(**sae)
     w = weights(content["sae"]["tied_weights"], content["sae"]["n_attn_layers"], content["sae"]["bottleneck_factor"])
     folder = written(tmp_path / "anywhere", w, content)
-    assert recognise(folder) is temporal_conf
+    assert recognize(folder) is temporal_conf
     ours = read(folder, FACTS, dtype=torch.float64)
     x = np.random.default_rng(5).standard_normal((2, 7, D)) * 3 / content["sae"]["scaling_factor"]
     for row in x:

@@ -395,7 +395,7 @@ import re, struct, sys
 from pathlib import Path
 import torch
 from saewb.errors import FormatError
-from saewb.formats import TensorFile
+from saewb.pretrained.formats import TensorFile
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # kB; see tests/peak.py
 before = peak()
 for path in sys.argv[1:]:

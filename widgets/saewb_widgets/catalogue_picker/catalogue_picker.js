@@ -195,7 +195,7 @@ function details({ model, on, ask }, main) {
     fact("repository", p.repo);
     fact("path", p.path);
     fact("inputs times", p.norm_factor === undefined ? undefined : digits(p.norm_factor));
-    fact("licence", "not in the catalogue: see the repository's card");
+    fact("license", "not in the catalogue: see the repository's card");
     p.links.forEach(([name, address]) => { const a = make("a", "out", name + " \u2197");
       a.href = address; a.target = "_blank"; a.rel = "noopener"; more.append(a); });
     if (p.note) more.append(make("p", "none", p.note));

@@ -88,6 +88,7 @@ class CataloguePicker(Panel):
         Args:
             device: where to load to; None means the CPU.
             traits: e.g. `model="google/gemma-2-2b"`, `width=16384`, `l0=(20, 100)`, `sort="l0"`.
+
         Raises:
             TypeError: for an unknown trait.
             ValueError: for a model, release, site, column or SAE that the catalogue does not have.

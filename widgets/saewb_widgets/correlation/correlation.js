@@ -1,7 +1,7 @@
-// Colours of the levels 0..255: 0 not defined, 128 zero; blue and orange, which the colour-blind tell apart.
+// Colors of the levels 0..255: 0 not defined, 128 zero; blue and orange, which the color-blind tell apart.
 const ENDS = { light: [[33, 102, 172], [247, 247, 247], [200, 84, 10], [205, 205, 205]],
   dark: [[96, 165, 250], [24, 26, 30], [245, 150, 60], [74, 76, 82]] };
-const colours = (theme) => { // as words of four bytes, one to a pixel
+const colors = (theme) => { // as words of four bytes, one to a pixel
   const [cold, paper, warm, none] = ENDS[theme] || ENDS.light, made = new Uint8ClampedArray(1024);
   for (let k = 0; k < 256; k++) { const a = (Math.abs(k - 128) / 127) ** 0.8, end = k < 128 ? cold : warm;
     for (let c = 0; c < 3; c++) made[4 * k + c] = k === 0 ? none[c] : paper[c] + (end[c] - paper[c]) * a;
@@ -32,7 +32,7 @@ function map({ root, model, on, ask, set }, side) {
   const request = () => { if (waiting) { again = true; return; } waiting = ++seq; began = performance.now(); ask("tile", { seq: waiting, view: view(), plain }); };
   const draw = () => {
     if (!tile) return;
-    const table = colours(root.dataset.theme), [h, w] = tile.shape;
+    const table = colors(root.dataset.theme), [h, w] = tile.shape;
     if (theme !== root.dataset.theme || drawn.tile !== tile) { theme = root.dataset.theme;
       drawn = tile.levels.map((levels) => painted(levels, w, h, table));
       drawn.tile = tile;
@@ -145,7 +145,7 @@ function correlation(parts) {
   const one = (s) => { const e = make("div", "one"), p = s.page;
     e.append(make("h4", "", String(s.feature)));
     if (p) { e.append(make("p", "none", `fires on ${percent(p.density)} of tokens, largest ${digits(p.max)}`));
-      if (p.histogram.counts.length) e.append(bars(p.histogram.counts, { cls: "grey small", label: `Activations of ${s.feature}`, tip: (x) => count(p.histogram.counts[x]) + " tokens" }));
+      if (p.histogram.counts.length) e.append(bars(p.histogram.counts, { cls: "gray small", label: `Activations of ${s.feature}`, tip: (x) => count(p.histogram.counts[x]) + " tokens" }));
       p.top.slice(0, 4).forEach((c) => { const r = make("div", "context");
         c.words.slice(Math.max(0, c.at - 5), c.at + 3).forEach((w, k) => { const j = k + Math.max(0, c.at - 5), t = make("span", "t" + (j === c.at ? " peak" : ""), shown(p.words[w])), a = Math.abs(c.acts[j]) / p.scale;
           if (a > 0) t.style.background = `rgba(var(--hot), ${0.1 + 0.75 * Math.min(1, a)})`;

@@ -83,6 +83,7 @@ class CorrelationPanel(Panel):
             matched: of each feature of `of` its feature in `against`, -1 for none; e.g. the first of what
                 `saewb.synthetic.best_matches` gives. None: the two have the same features.
             traits: e.g. `order="density"`, `view=(0, 100, 0, 100)`.
+
         Raises:
             TypeError: for anything else, or an unknown trait.
             ValueError: for a matrix that is not square, an order or a window that is not there, an index or a second

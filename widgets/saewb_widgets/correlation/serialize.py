@@ -13,7 +13,7 @@ _WORDS = 6  # contexts of a feature in a tip
 
 
 def tile(overview: Any, views: list[Any], plain: bool) -> tuple[dict[str, Any], list[bytes]]:
-    """A view, and that of the second matrix if there is one, in the colours of the first.
+    """A view, and that of the second matrix if there is one, in the colors of the first.
 
     Args:
         overview: of the first, for its order.
@@ -81,7 +81,7 @@ def still(matrix: Any, views: list[Any], pairs: list[Any]) -> str:
         "style='image-rendering:pixelated;margin-right:12px'>"
         for v in views
     )
-    scale = f"{said(views)}; blue {-first.scale:g}, orange {first.scale:+g}, grey not defined"
+    scale = f"{said(views)}; blue {-first.scale:g}, orange {first.scale:+g}, gray not defined"
     rows = [(i, j, f"{v:+.3f}") for i, j, v in pairs[:12]]
     return f"{pictures}<div>{scale}</div>" + (_static.grid(("feature", "and", matrix.what), rows) if rows else "")
 

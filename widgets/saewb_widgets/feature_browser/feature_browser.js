@@ -123,7 +123,7 @@ function densityRange({ model, on, set }) {
     e.hidden = !counts;
     if (!counts) return;
     const inside = (x) => !all && edge(x + 1) > low * 1.0001 && edge(x) < high * 0.9999;
-    const svg = bars(counts.map((c) => Math.sqrt(c)), { cls: "grey small", on: (x) => inside(x),
+    const svg = bars(counts.map((c) => Math.sqrt(c)), { cls: "gray small", on: (x) => inside(x),
       label: `How often latents fire: ${silent} never`,
       tip: (x) => `fires on ${percent(edge(x))} to ${percent(edge(x + 1))} of tokens: ${count(counts[x])} latents` });
     const at = (ev) => { const b = svg.getBoundingClientRect();

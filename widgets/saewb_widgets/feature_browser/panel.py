@@ -88,6 +88,7 @@ class FeatureBrowser(Panel):
             sae: the one the index is of.
             notes_file: where pins and notes are kept; read now, written at each change. None keeps them in the panel.
             traits: e.g. `selected=748`, `query="Paris"`, `sort="density"`.
+
         Raises:
             TypeError: if `index` is something else, or a trait unknown.
             ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given.

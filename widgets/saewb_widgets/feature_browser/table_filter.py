@@ -128,6 +128,7 @@ def check(name: str, got: Any, sorts: Iterable[str]) -> Any:
         name: of what.
         got: the value.
         sorts: the orders that the index has.
+
     Raises:
         ValueError: if not, with near names.
     """

@@ -30,7 +30,7 @@ class PromptExplorer(PromptReader):
     to the logit of a next token directly, or by what they do for it by every way (`saewb.attribute`); beside them are
     the model's next tokens, clean and, a moment later, with the SAEs in place. Click a token to list its latents, a
     latent to see it over the whole prompt and, with an index, to read its page. What runs, beside the notebook, is
-    `saewb.models.hook_points.twin(model)`: cells may use the model meanwhile, and what they put on it is not seen here. `busy` says
+    `saewb.models.shared_copy.shared_copy(model)`: cells may use the model meanwhile, and what they put on it is not seen here. `busy` says
     how far it is, `wait()` waits, `stop()` ends it. Prompts of up to the model's context; 400 tokens and 40 rows are
     sent at a time.
 
@@ -72,6 +72,7 @@ class PromptExplorer(PromptReader):
             saes: SAEs, transcoders or cross-layer transcoders; one, or a list.
             index: a FeatureIndex, or the folder of one; for a list of SAEs a list, None where there is none.
             traits: e.g. `prompt="Paris is"`, `rank="attribution"`, `target=" the"`.
+
         Raises:
             TypeError: for something that is no SAE or index, or an unknown trait.
             ValueError: for an SAE that does not fit the model, an index that does not fit its SAE, a wrong value.
@@ -113,6 +114,7 @@ class PromptExplorer(PromptReader):
 
         Args:
             sae: which one; None: that of the selected latent.
+
         Raises:
             ValueError: if there is no index of it.
         """

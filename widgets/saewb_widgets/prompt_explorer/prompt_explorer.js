@@ -270,17 +270,17 @@ function next({ model, on, set, ask }) {
     const legend = make("div", "sub");
     legend.append(make("i", "key"), "the model ");
     if (!w.compared && w.comparable) {
-      if (w.comparing) legend.append(make("i", "key grey"), "with the SAEs in place: soon");
+      if (w.comparing) legend.append(make("i", "key gray"), "with the SAEs in place: soon");
       else legend.append(button("compare", "quiet", () => ask("compare"), "Next tokens with the SAEs in place"));
     }
     if (w.compared) { const kl = make("span", "kl", `KL ${digits(w.kl)} nats`); kl._tip = () => "How far the predictions move here: divergence of those with the SAEs from the model's";
-      legend.append(make("i", "key grey"), "with the SAEs in place", make("span", "gap"), kl); }
+      legend.append(make("i", "key gray"), "with the SAEs in place", make("span", "gap"), kl); }
     w.words.slice(0, 14).forEach(([text, id, p, q]) => {
       const e = button("", "quiet word", () => set({ target: "id:" + id, ...(model.get("facts").weighed.includes(model.get("rank")) ? {} : { rank: "logit_effect" }) }),
         `Effects on ${text || "token " + id}: ${share(p)} %`);
       const two = make("span", "two");
       two.append(bar(p, most, ""));
-      if (q !== null) two.append(bar(q, most, "grey"));
+      if (q !== null) two.append(bar(q, most, "gray"));
       e.append(seen(make("span", "t"), text), two, make("span", "num", share(p)), make("span", "num dim", q === null ? "" : share(q)));
       e.setAttribute("aria-pressed", String(id === w.target_id && model.get("facts").weighed.includes(model.get("rank"))));
       e._tip = () => `${JSON.stringify(text)}   token ${id}\n${(100 * p).toPrecision(3)} %` + (q === null ? "" : `, with the SAEs ${(100 * q).toPrecision(3)} %`) + "\nclick: which latents make it likelier";

@@ -45,7 +45,7 @@ class Runner:
     """A twin of a model and what is being done with it."""
 
     def __init__(self, model: Any) -> None:
-        self.model = saewb.models.hook_points.twin(model)
+        self.model = saewb.models.shared_copy.shared_copy(model)
         self._mine = threading.local()
         self._works: dict[str, Work] = {}
         n = model.cfg.n_layers

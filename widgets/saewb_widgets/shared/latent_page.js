@@ -79,7 +79,7 @@ function pageOf({ body, model, on, set, ask }, { pinned = (i) => model.get("pins
     if (p.histogram.counts.length) acts.append(bars(p.histogram.counts, { label: "Histogram of activations",
       tip: (x) => between(p.histogram, x) + " tokens" }), axis("0", digits(p.histogram.high)));
     else acts.append(make("p", "none", "It never fired."));
-    acts.append(make("h3", "below", "Fires by position in the text"), bars(p.positions.density, { cls: "grey small",
+    acts.append(make("h3", "below", "Fires by position in the text"), bars(p.positions.density, { cls: "gray small",
       label: "How often it fires by position", tip: (x) => `from position ${p.positions.starts[x]} on: ${percent(p.positions.density[x])}` }),
       axis("0", p.positions.starts.at(-1) + "+"));
     e.append(acts);
@@ -88,12 +88,12 @@ function pageOf({ body, model, on, set, ask }, { pinned = (i) => model.get("pins
       pair.append(words(p.raised, "up"), words(p.lowered, "down"));
       c.append(pair);
       if (p.logits) c.append(make("h3", "below", "All words, on a log scale"), bars(p.logits.counts.map((n) => Math.log1p(n)),
-        { cls: "grey small", label: "Histogram of logit effects", tip: (x) => between(p.logits, x) + " words" }),
+        { cls: "gray small", label: "Histogram of logit effects", tip: (x) => between(p.logits, x) + " words" }),
         axis(digits(p.logits.low), digits(p.logits.high)));
       e.append(c);
     }
     if (p.by_decoder.length || p.by_encoder.length || p.coactive.length) {
-      const c = card("Neighbours");
+      const c = card("Neighbors");
       c.classList.add("wide");
       c.append(near("write alike", p.by_decoder, (x) => cosine(x[1]), (x) => `cosine of decoder rows ${cosine(x[1])}`),
         near("read alike", p.by_encoder, (x) => cosine(x[1]), (x) => `cosine of encoder columns ${cosine(x[1])}`),

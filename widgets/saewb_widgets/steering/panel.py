@@ -31,7 +31,7 @@ class SteeringPanel(Panel):
     """Steer with latents: the clean and the steered text side by side as they are written, and the next token's odds.
 
     What is shown is `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`: one `steer` for each
-    way (those that add, then those that scale, then those that clamp). It runs `saewb.models.hook_points.twin(model)`: the same
+    way (those that add, then those that scale, then those that clamp). It runs `saewb.models.shared_copy.shared_copy(model)`: the same
     weights with no hooks, so cells may use the model meanwhile and find it clean, and what they put on it is not seen
     here. The table follows every change of a setting by itself; texts are written when asked for (`generate()`, a
     button), or each time with `live=True`.
@@ -84,13 +84,14 @@ class SteeringPanel(Panel):
             index: a FeatureIndex of the SAE, for labels and search; a list of them (or None), one for each SAE.
             latents: `{latent: value}`, to add, of the first SAE; more with `add()`.
             traits: e.g. `prompt="Once"`, `positions="all"`, `temperature=0.8`.
+
         Raises:
             TypeError: for an unknown trait, or SAEs that are none.
             ValueError: for an SAE that does not fit the model, an index of another size, a latent, a mode or a value
                 that is not there.
         """
         self.check_names(traits, ["latents"])
-        self.model, self._twin = model, saewb.models.hook_points.twin(model)
+        self.model, self._twin = model, saewb.models.shared_copy.shared_copy(model)
         self._several = isinstance(saes, Sequence)
         self.saes = list(saes) if self._several else [saes]
         self._indexes = _steered.indexes(self.saes, index)

@@ -10,7 +10,7 @@ import saewb
 from saewb import errors
 
 SIDES = ("decoder", "encoder")
-_LOOKED_AT = 8  # latents whose neighbours say whether an index is of an SAE
+_LOOKED_AT = 8  # latents whose neighbors say whether an index is of an SAE
 _ROUNDED = 0.05  # what a cosine may be off by, of an SAE in another precision
 _FIX = "SuperpositionPanel(sae)  # or a tensor, a list, or {'a': sae_a, 'b': sae_b}"
 
@@ -85,7 +85,7 @@ class Given:
         norm = self.matrix(name, side).detach().float().norm(dim=1).cpu().numpy()
         return {"norm": norm, **({"density": self.index[name].density.numpy()} if name in self.index else {})}
 
-    def code(self, name: str, side: str, scatter: str, neighbours: int) -> list[str]:
+    def code(self, name: str, side: str, scatter: str, neighbors: int) -> list[str]:
         """Lines that make `found`, `points`, and of several `compared`."""
         are = "saes" if all(map(self.is_sae, self.of)) else "directions"
         one = {"one": "sae" if self.is_sae(name) else "directions", "list": f"{are}[{name}]"}.get(
@@ -94,13 +94,13 @@ class Given:
         taken, given = (".W_enc.T", "each.W_enc.T") if side == "encoder" else ("", "each")
         if self.form == "one":
             lines = [f"# {one}: what the panel was made with"]
-            lines += [f"found = saewb.superposition({one}{taken}, neighbours={neighbours})"]
+            lines += [f"found = saewb.superposition({one}{taken}, neighbors={neighbors})"]
         else:
             pairs = f"{are}.items()" if self.form == "dict" else f"enumerate({are})"
             key = "name" if self.form == "dict" else "str(name)"
             has = "" if all(self.has(n, side) for n in self.of) else " if hasattr(each, 'W_enc')"
             lines = [f"# {are}: what the panel was made with"]
-            lines += ["every = {", f"    {key}: saewb.superposition({given}, neighbours={neighbours})"]
+            lines += ["every = {", f"    {key}: saewb.superposition({given}, neighbors={neighbors})"]
             lines += [f"    for name, each in {pairs}{has}", "}"]
             lines += ["compared = pd.DataFrame({name: each.figures() for name, each in every.items()}).T"]
             lines += [f"found = every[{name!r}]"]

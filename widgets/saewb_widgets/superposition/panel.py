@@ -23,7 +23,7 @@ _NORMS = {"decoder": "the length of its decoder row", "encoder": "the length of 
 
 
 class SuperpositionPanel(Panel):
-    """Look at the cosines between all pairs of directions: spread, closest pairs, and the neighbours of one.
+    """Look at the cosines between all pairs of directions: spread, closest pairs, and the neighbors of one.
 
     What is shown is `saewb.superposition`, whose result is `panel.result`; above 4,096 directions it is computed beside
     the notebook (`busy`, `wait()`). Of several SAEs one is looked at (`which`), then the others are computed, one after
@@ -34,7 +34,7 @@ class SuperpositionPanel(Panel):
         >>> panel = SuperpositionPanel(saewb.load_sae("tiny"))
         >>> panel
         SuperpositionPanel(direction 648, decoder, 1,024 directions in 128 dimensions)
-        >>> [(latent, round(cos, 2)) for latent, cos in panel.neighbours[:2]]
+        >>> [(latent, round(cos, 2)) for latent, cos in panel.neighbors[:2]]
         [(775, -0.9), (916, -0.26)]
         >>> sae = saewb.load_sae("tiny")
         >>> two = SuperpositionPanel({"decoder": sae, "encoder": sae.W_enc.T}, which="encoder")
@@ -46,7 +46,7 @@ class SuperpositionPanel(Panel):
     _css = source("shared/frame.css", "superposition/superposition.css")
 
     which = t.Unicode("", help="of several: the name of the one looked at").tag(sync=True)
-    selected = t.Int(0, help="the direction whose neighbours are shown").tag(sync=True)
+    selected = t.Int(0, help="the direction whose neighbors are shown").tag(sync=True)
     side = t.Unicode("decoder", help="decoder (what latents write) or encoder (what they read); of an SAE").tag(
         sync=True
     )
@@ -55,21 +55,22 @@ class SuperpositionPanel(Panel):
     )
     closest_first = t.Bool(True, help="False: those with the most room first").tag(sync=True)
     rows = t.Dict(help="the table: direction, its largest |cos|, nearest other, cosine with it").tag(sync=True)
-    page = t.Dict(help="the neighbours of the selected direction").tag(sync=True)
+    page = t.Dict(help="the neighbors of the selected direction").tag(sync=True)
     figures = t.Dict(help="what all pairs amount to, and the histograms").tag(sync=True)
     beside = t.Dict(help="the figures and histograms of all").tag(sync=True)
     dots = t.Dict(help="the scatter").tag(sync=True)
     facts = t.Dict(help="what can be chosen").tag(sync=True)
 
-    def __init__(self, directions: Any, *, index: Any = None, neighbours: int = 12, **traits: Any) -> None:
+    def __init__(self, directions: Any, *, index: Any = None, neighbors: int = 12, **traits: Any) -> None:
         """Compute and show.
 
         Args:
             directions: an SAE, or a tensor `[n, d]` with one direction per row, of any length; or several of them, a
                 dict by name, or a list, whose names are "0", "1", ...; n and d may differ.
             index: of the SAE, for the density of latents; of several SAEs a dict by name, or a list as long.
-            neighbours: how many to show of each.
+            neighbors: how many to show of each.
             traits: `which`, `selected`, `side`, `scatter` (density where there is an index), `closest_first`.
+
         Raises:
             TypeError: for anything else, or an unknown trait.
             ValueError: for fewer than two directions, a direction or a side that is not there, an empty list, two of
@@ -77,7 +78,7 @@ class SuperpositionPanel(Panel):
         """
         self.check_names(traits)
         self.directions, self.index = directions, index
-        self.given, self._neighbours = Given.read(directions, index), neighbours
+        self.given, self._neighbors = Given.read(directions, index), neighbors
         self.result: Any = None  # of saewb.superposition, of the side shown
         self.points: pd.DataFrame | None = None  # of each direction its largest |cos|, and its length or density
         self._results: dict[tuple[str, str], tuple[Any, pd.DataFrame]] = {}
@@ -95,7 +96,7 @@ class SuperpositionPanel(Panel):
         self._compute()
 
     @property
-    def neighbours(self) -> list[tuple[int, float]]:
+    def neighbors(self) -> list[tuple[int, float]]:
         """The nearest others of the selected direction and the cosines with them, the nearest first."""
         if self.result is None:
             return []
@@ -117,7 +118,7 @@ class SuperpositionPanel(Panel):
         return f"{of}direction {self.selected}, {self._what()}{size}"
 
     def code(self) -> str:
-        """Python that makes `found`, `table`, `neighbours` and `points` of `sae` (or of `directions`, if a tensor).
+        """Python that makes `found`, `table`, `neighbors` and `points` of `sae` (or of `directions`, if a tensor).
 
         Of several it is `saes` (or `directions`, if one is a tensor), and also makes `every` and `compared`.
         """
@@ -128,9 +129,9 @@ class SuperpositionPanel(Panel):
             *(["import pandas as pd"] if several else []),
             "import saewb",
             "",
-            *self.given.code(self.which, self.side, self.scatter, self._neighbours),
+            *self.given.code(self.which, self.side, self.scatter, self._neighbors),
             f"table = found.to_frame().{order}",
-            f"neighbours = list(zip(found.nearest[{i}].tolist(), found.nearest_cos[{i}].tolist()))",
+            f"neighbors = list(zip(found.nearest[{i}].tolist(), found.nearest_cos[{i}].tolist()))",
         ]
         return "\n".join(lines) + "\n"
 
@@ -138,13 +139,13 @@ class SuperpositionPanel(Panel):
         """See Panel."""
         if self.result is None:
             return "<div>not computed yet</div>"
-        near = [(j, f"{cos:+.3f}") for j, cos in self.neighbours]
+        near = [(j, f"{cos:+.3f}") for j, cos in self.neighbors]
         closest = [(i, j, f"{cos:+.3f}") for i, _, j, cos in self.rows["rows"][:12]]
         return (
             self.result._repr_html_()
             + _crowd_packing.still(self.beside, self.which, self.dots, self.figures["cosines"])
             + _static.grid(("direction", "nearest", "cosine"), closest)
-            + f"<div style='margin-top:8px'><b>Neighbours of {self.selected}</b></div>"
+            + f"<div style='margin-top:8px'><b>Neighbors of {self.selected}</b></div>"
             + _static.grid(("direction", "cosine"), near)
         )
 
@@ -219,12 +220,12 @@ class SuperpositionPanel(Panel):
         self._due = due
         if due is None:
             return
-        given, neighbours, several = self.given, self._neighbours, self.given.form != "one"
+        given, neighbors, several = self.given, self._neighbors, self.given.form != "one"
         matrix = given.matrix(*due)
 
         def work() -> Any:
             try:
-                found = saewb.superposition(matrix, neighbours=neighbours)
+                found = saewb.superposition(matrix, neighbors=neighbors)
                 return found, found.to_frame().assign(**given.across(*due))
             except Exception as error:  # raised in `_have`, once the next is under way
                 return error
@@ -326,8 +327,8 @@ class SuperpositionPanel(Panel):
         return f"{self.result.n_features:,} directions in {self.result.d:,} dimensions"
 
     def _turn(self) -> None:
-        near = [[j, _packing.short(cos)] for j, cos in self.neighbours]
-        page = {"direction": self.selected, "neighbours": near}
+        near = [[j, _packing.short(cos)] for j, cos in self.neighbors]
+        page = {"direction": self.selected, "neighbors": near}
         if self.points is not None:
             x, y = self.points[[self.scatter, "max_abs_cos"]].iloc[self.selected]
             page["at"] = [_packing.short(x), _packing.short(y)]

@@ -13,7 +13,7 @@ from saewb_widgets.serialize import short
 DOTS = 4000  # of the scatter that are sent, at most
 _ENDS = 250  # at each end of both axes that are kept
 BINS = 50  # of |cos| with the nearest other, 0..1
-_COLOURS = ("#2f6f9f", "#2f7d62", "#8a4f9e", "#b3543c", "#7a7a2a", "#3f8a96")  # as in superposition.css
+_COLORS = ("#2f6f9f", "#2f7d62", "#8a4f9e", "#b3543c", "#7a7a2a", "#3f8a96")  # as in superposition.css
 _DASHES = ("none", "5 3", "2 3", "8 3 2 3")
 _W, _H, _LEFT, _BOTTOM, _NEVER = 420, 190, 34, 18, 16  # of the still's charts; the strip of those that never fire
 
@@ -142,9 +142,9 @@ def _histogram(which: str, cosines: list[int], others: dict[str, list[int]], nam
             key.append(f"<span style='color:#c8701a'>&#9632;</span> {html.escape(name)}")
         else:
             k = names.index(name)
-            colour, dash = _COLOURS[k % len(_COLOURS)], _DASHES[k % len(_DASHES)]
-            drawn.append(f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-dasharray="{dash}"/>')
-            key.append(f"<span style='color:{colour}'>&#9473;</span> {html.escape(name)}")
+            color, dash = _COLORS[k % len(_COLORS)], _DASHES[k % len(_DASHES)]
+            drawn.append(f'<polyline points="{at}" fill="none" stroke="{color}" stroke-dasharray="{dash}"/>')
+            key.append(f"<span style='color:{color}'>&#9473;</span> {html.escape(name)}")
     ends = f'<text x="0" y="{_H - 4}" {_TEXT}>−1</text><text x="{_W}" y="{_H - 4}" text-anchor="end" {_TEXT}>1</text>'
     legend = f"<div>{' &nbsp; '.join(key)}</div>" if others else ""
     return _chart("Cosines of all pairs, log scale", "".join(drawn) + ends, legend)

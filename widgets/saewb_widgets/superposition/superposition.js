@@ -144,7 +144,7 @@ function crowd(parts) {
       tip: (x) => `${cosine(at(x))} to ${cosine(at(x + 1))}: ${count(f.cosines[x])} pairs` });
     pairs.append(axis("\u22121", "0", "1"));
     const m = f.largest.length, one = card("Largest |cos| of each direction");
-    chart(one, f.largest, "largest", (c) => c, { cls: "grey", label: "Histogram of the largest absolute cosine of each direction",
+    chart(one, f.largest, "largest", (c) => c, { cls: "gray", label: "Histogram of the largest absolute cosine of each direction",
       tip: (x) => `${(x / m).toFixed(2)} to ${((x + 1) / m).toFixed(2)}: ${count(f.largest[x])} directions` });
     one.append(axis("0", "1"));
     hists.append(pairs, one);
@@ -163,7 +163,7 @@ function crowd(parts) {
     dotName.textContent = `Largest |cos| of each direction against ${d.label || ""}`;
     dotSaid.textContent = d.said || "";
     dotSaid.hidden = !d.said; };
-  const link = (i) => button(String(i), "quiet link", () => set({ selected: i }), `Neighbours of ${i}`);
+  const link = (i) => button(String(i), "quiet link", () => set({ selected: i }), `Neighbors of ${i}`);
   const bar = (v) => { const e = make("span", "bar"), b = make("i");
     b.style.width = 100 * Math.abs(v) + "%";
     if (v < 0) b.className = "minus";
@@ -188,7 +188,7 @@ function crowd(parts) {
   const page = () => {
     const p = model.get("page"), had = near.contains(document.activeElement);
     near.replaceChildren(make("h3", "", p.direction === undefined ? "" : `Nearest to ${p.direction}`));
-    (p.neighbours || []).forEach(([j, c]) => { const e = make("div", "row");
+    (p.neighbors || []).forEach(([j, c]) => { const e = make("div", "row");
       e.append(link(j), bar(c), make("span", "num", cosine(c))); near.append(e); });
     if (had) near.focus({ preventScroll: true });
   };

@@ -16,7 +16,7 @@ TEXTS = {  # taken as they are typed
     "hook_out": "the point predicted, for a transcoder; empty: the same",
     "folder": "for history, checkpoints and SAEs; a new one; empty: kept in memory only",
 }
-_FIRST = ("n_tokens", "batch_tokens", "lr", "schedule", "warmup_tokens", "decay_tokens", "normalisation", "seed")
+_FIRST = ("n_tokens", "batch_tokens", "lr", "schedule", "warmup_tokens", "decay_tokens", "normalization", "seed")
 _PREFIX = "objective."
 _GOT = re.compile(r"got (\w+)=")
 

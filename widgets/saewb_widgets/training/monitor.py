@@ -11,7 +11,7 @@ from saewb import errors
 from saewb_widgets import serialize as _packing
 
 CHARTS = {  # figure: title and note
-    "loss": ("loss", "what is minimised, in training units"),
+    "loss": ("loss", "what is minimized, in training units"),
     "l0": ("L0", "active latents per token"),
     "fvu": ("FVU", "share of variance not explained, in the batch"),
     "held_out/fvu": ("held-out FVU", "on activations not trained on"),

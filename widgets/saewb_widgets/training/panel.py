@@ -83,6 +83,7 @@ class TrainingPanel(Panel):
             sinks: as for `saewb.train`.
             device: as for `saewb.train`.
             options: what the form begins with: `hook`, `n_tokens`, `folder`, and any option of `saewb.train`.
+
         Raises:
             TypeError: for what is no run or no objective, or an unknown option.
             ValueError: for neither runs nor a model with tokens.
@@ -127,6 +128,7 @@ class TrainingPanel(Panel):
         Args:
             run: a Run, or a run's folder.
             name: None means its folder's, or a number.
+
         Raises:
             ValueError: if another run has that name.
         """
@@ -155,9 +157,11 @@ class TrainingPanel(Panel):
 
         Args:
             run: a run's name; None means the form if it is open, else all runs.
+
         Returns:
             A cell that needs `model` and `tokens` (and `held_out`, where it is measured on) and makes `run`, or with
             several runs `runs` by name.
+
         Raises:
             KeyError: for a run that is not shown.
             ValueError: if something is wrong in the form.
@@ -210,6 +214,7 @@ class TrainingPanel(Panel):
         Args:
             run: its name.
             what: "pause", "resume" or "stop".
+
         Raises:
             KeyError: for a run that is not shown.
             ValueError: for one that is not of this kernel, or something else to do.

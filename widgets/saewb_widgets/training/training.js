@@ -15,10 +15,10 @@ const notes = (values, log) => {
 const short = (n) => (n >= 1e9 ? +(n / 1e9).toPrecision(3) + "B" : n >= 1e6 ? +(n / 1e6).toPrecision(3) + "M"
   : n >= 1e4 ? +(n / 1e3).toPrecision(3) + "k" : count(n));
 const rate = (v) => (v >= 1e-3 ? +(100 * v).toPrecision(2) + " %" : v.toExponential(1).replace(".0e", "e"));
-const DASHES = ["", " dashed", " dotted", " mixed"]; // after every eight colours
-const colour = (i) => `s${i % 8}` + DASHES[Math.floor(i / 8) % 4];
+const DASHES = ["", " dashed", " dotted", " mixed"]; // after every eight colors
+const color = (i) => `s${i % 8}` + DASHES[Math.floor(i / 8) % 4];
 const swatch = (i) => { const e = draw("svg", { viewBox: "0 0 22 4", class: "swatch" });
-  e.append(draw("polyline", { points: "0,2 22,2", class: colour(i) })); return e; };
+  e.append(draw("polyline", { points: "0,2 22,2", class: color(i) })); return e; };
 const clock = (s) => { const h = Math.floor(s / 3600), m = Math.floor(s / 60) % 60, two = (n) => String(n).padStart(2, "0");
   return h ? `${h}:${two(m)}:${two(s % 60)}` : `${m}:${two(s % 60)}`; };
 // Two to five round numbers in a range.
@@ -147,7 +147,7 @@ function training({ body, model, on, set, ask }) {
     ticks(0, right).forEach((v) => svg.append(draw("text", { x: px(v), y: H - 6,
       "text-anchor": px(v) > W - 28 ? "end" : v === 0 ? "start" : "middle" }, short(Math.round(v)))));
     series.forEach((s) => {
-      const cls = colour(s.i), at = s.pairs.map(([x, v]) => [px(x), py(of(v))]);
+      const cls = color(s.i), at = s.pairs.map(([x, v]) => [px(x), py(of(v))]);
       if (at.length < 25) at.forEach(([cx, cy]) => svg.append(draw("circle", { cx, cy, r: 2, class: cls })));
       if (at.length > 1) svg.append(draw("polyline", { points: at.map((p) => p.map((c) => c.toFixed(1)).join()).join(" "), class: cls }));
     });
@@ -183,7 +183,7 @@ function training({ body, model, on, set, ask }) {
     for (let e = Math.ceil(low) + 1; e <= 0; e += 2) svg.append(draw("text", { x: at(e), y: H - 6, "text-anchor": e === 0 ? "end" : "middle" }, rate(10 ** e)));
     svg.append(draw("text", { x: LEFT, y: H - 6 }, "silent"));
     series.forEach((s) => {
-      const corner = (x, y) => `${x.toFixed(1)},${y.toFixed(1)}`, cls = colour(s.i);
+      const corner = (x, y) => `${x.toFixed(1)},${y.toFixed(1)}`, cls = color(s.i);
       const line = s.shares.slice(1).flatMap((v, j) => [corner(left(j + 1), py(v)), corner(left(j + 2), py(v))]);
       const lone = [corner(left(0), floor), corner(left(0), py(s.shares[0])), corner(left(0) + wide, py(s.shares[0])), corner(left(0) + wide, floor)];
       const whole = [corner(left(1), floor), ...line, corner(left(edges.length + 1), floor)];

@@ -33,7 +33,7 @@ from saewb.pretrained.formats._tensors import FLOATS, TensorFile, fit
 from saewb.pretrained.formats._text import read_json
 from saewb.pretrained.formats.saelens.config import UNFINISHED, Described, understand
 from saewb.pretrained.formats.saelens.fold import Whitening, scaled_down, ungated, unit_rows, whitened
-from saewb.pretrained.formats.saelens.folding import centred, reading_centred, reads_centred, without_flag
+from saewb.pretrained.formats.saelens.folding import centered, reading_centered, reads_centered, without_flag
 from saewb.pretrained.formats.saelens.scaling import SCALER, WHITENING, input_scaling
 from saewb.pretrained.formats.saelens.write import as_written, compose, own_memory
 from saewb.sae.config import Scaling
@@ -43,7 +43,7 @@ from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
 NAME = "SAELens"
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-MARKS = (CONFIG, WEIGHTS)  # what a folder is recognised by
+MARKS = (CONFIG, WEIGHTS)  # what a folder is recognized by
 FILES = (CONFIG, WEIGHTS, SPARSITY, SCALER, WHITENING)  # all that may be read
 
 _SCALING: dict[str, Scaling] = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
@@ -76,11 +76,13 @@ def read(
             `model` and `hook` count only where cfg.json has none.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
+
     Raises:
         FormatError: if anything in the folder is unknown, missing, left over or contradictory.
+
     Example:
         >>> import tempfile
-        >>> sae = SAE(SAEConfig(d_in=4, d_sae=9, gate="topk", k=2, hook="blocks.0.hook_resid_post"))
+        >>> sae = SAE(SAEConfig(d_in=4, d_sae=9, activation="topk", k=2, hook="blocks.0.hook_resid_post"))
         >>> with tempfile.TemporaryDirectory() as place:
         ...     read(write(sae, Path(place) / "sae"))
         SAE(topk k=2, 4 -> 9 latents, blocks.0.hook_resid_post, float32 on cpu)
@@ -106,6 +108,7 @@ def read_config(place: Path, facts: Facts | None = None) -> SAEConfig | PursuitC
     Args:
         place: a folder with cfg.json (and activation_scaler.json, if the SAE needs it).
         facts: as for `read`.
+
     Raises:
         FormatError: if anything in these files is unknown, missing or contradictory.
     """
@@ -136,8 +139,10 @@ def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool 
         sae: any of saewb's classes.
         folder: a new or empty one, in one that is there.
         overwrite: replace an SAE that is there. A folder with any other files in it is never replaced.
+
     Returns:
         The folder's full path.
+
     Raises:
         FileExistsError: if there is something that may not be replaced.
         ValueError: if the layout cannot express this SAE (a skip matrix together with scaling).
@@ -228,13 +233,13 @@ def _feed_forward(
         w = w if given is None else scaled_down(w, given, rescale)
         w = unit_rows(w) if rescale else w
     places = described.places
-    if described.is_transcoder and reads_centred(described.metadata, places["hook"], places["model"]):
-        w = reading_centred(w)
+    if described.is_transcoder and reads_centered(described.metadata, places["hook"], places["model"]):
+        w = reading_centered(w)
     cfg = SAEConfig(
         d_in=described.d_in,
         d_sae=described.d_sae,
         d_out=described.d_out,
-        gate=_gate(described.architecture),
+        activation=_gate(described.architecture),
         k=_whole(described.options["k"]) if "k" in described.options else None,
         skip="skip" in described.architecture,
         pre_bias=pre_bias,
@@ -249,7 +254,7 @@ def _scaling(described: Described) -> Scaling:
     scaling = _SCALING.get(described.normalize, "none")
     if described.is_transcoder:
         return scaling
-    return centred(scaling, described.metadata, described.places["hook"], described.places["model"])
+    return centered(scaling, described.metadata, described.places["hook"], described.places["model"])
 
 
 def _gate(architecture: str) -> str:
@@ -328,7 +333,7 @@ def _temporal(
     cfg = TemporalConfig(
         d_in=described.d_in,
         d_sae=described.d_sae,
-        gate="relu" if k is None else "topk",
+        activation="relu" if k is None else "topk",
         k=k,
         n_heads=options["n_heads"],
         n_attn_layers=options["n_attn_layers"],

@@ -1,7 +1,7 @@
 """cfg.json of the SAELens layout, in all its generations, as one flat description that does not know about tensors.
 
 - 6.x: arithmetic at the top level, everything else in `metadata`.
-- 3 to 5: one flat dictionary; the gate may be spelled `activation_fn_str` with its arguments beside it.
+- 3 to 5: one flat dictionary; the activation may be spelled `activation_fn_str` with its arguments beside it.
 - 2 and before: the flat dump of a training run; hooks are spelled `hook_point`, there is no architecture.
 """
 
@@ -25,7 +25,7 @@ ARCHITECTURES = (
     *("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal"),
     *(TRANSCODERS + OWN + UNFINISHED),
 )
-_NORMALISATIONS = (
+_NORMALIZATIONS = (
     "none",
     "layer_norm",
     "constant_norm_rescale",
@@ -64,7 +64,7 @@ _NAMES, _INDICES = (
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 # About the file, not about the SAE: written anew each time.
 _OF_THE_FILE = ("sae_lens_version", "saewb_version", "dtype", "device")
-# What the losses and optimisers of training checkpoints put at the top level of a 6.x file; none changes inference.
+# What the losses and optimizers of training checkpoints put at the top level of a 6.x file; none changes inference.
 _TRAINING = frozenset(
     (
         "decoder_init_norm",
@@ -141,7 +141,7 @@ def understand(raw: Mapping[str, Any]) -> Described:
     """The description in a cfg.json of any generation.
 
     Raises:
-        FormatError: for an unknown architecture, gate or normalisation, a missing width, or (6.x) an unknown key.
+        FormatError: for an unknown architecture, activation or normalization, a missing width, or (6.x) an unknown key.
     """
     if not isinstance(raw, Mapping):
         raise FormatError(explain(f"cfg.json holds a {type(raw).__name__}.", want="an object"))
@@ -161,7 +161,7 @@ def understand(raw: Mapping[str, Any]) -> Described:
         if type(width) is not int:
             raise FormatError(explain(f"cfg.json has {name}={width!r}.", want="an integer"))
     options = {name: known.pop(name, default) for name, default in options_of(architecture).items()}
-    normalize = _normalisation(known.pop("normalize_activations"))
+    normalize = _normalization(known.pop("normalize_activations"))
     metadata |= {key: value for key, value in known.items() if key not in (*_ARITHMETIC, "reshape_activations")}
     places = {ours: metadata.pop(theirs, None) for theirs, ours in PLACES.items()}
     reshape = known.get("reshape_activations")
@@ -255,8 +255,8 @@ def _older(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     flat = {**(raw.get("metadata") or {}), **{key: value for key, value in raw.items() if key != "metadata"}}
     known = {_RENAMED.get(key, key): value for key, value in flat.items()}
     known = {**_ARITHMETIC, "prepend_bos": True, **known}
-    gate, arguments = known.pop("activation_fn", "relu"), dict(known.pop("activation_fn_kwargs", None) or {})
-    if gate == "topk":
+    activation, arguments = known.pop("activation_fn", "relu"), dict(known.pop("activation_fn_kwargs", None) or {})
+    if activation == "topk":
         if "k" not in arguments:
             raise FormatError(
                 explain(
@@ -265,9 +265,9 @@ def _older(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                 )
             )
         known |= {"architecture": "topk", "k": arguments.pop("k")}
-    elif gate != "relu":
+    elif activation != "relu":
         raise FormatError(
-            explain(f"cfg.json has activation_fn {gate!r}, which saewb cannot compute.", want="'relu' or 'topk'")
+            explain(f"cfg.json has activation_fn {activation!r}, which saewb cannot compute.", want="'relu' or 'topk'")
         )
     elif known["architecture"] in ("topk", "abstopk") and "k" in arguments:
         known["k"] = arguments.pop("k")
@@ -282,15 +282,15 @@ def _older(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return known, {}
 
 
-def _normalisation(value: object) -> str:
+def _normalization(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return "expected_average_only_in" if value else "none"
-    if value not in _NORMALISATIONS:
+    if value not in _NORMALIZATIONS:
         raise FormatError(
             explain(
                 f"cfg.json has normalize_activations {value!r}.",
-                near=near(str(value), _NORMALISATIONS),
-                want=", ".join(_NORMALISATIONS),
+                near=near(str(value), _NORMALIZATIONS),
+                want=", ".join(_NORMALIZATIONS),
             )
         )
     return str(value)

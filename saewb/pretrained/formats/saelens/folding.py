@@ -1,9 +1,9 @@
-"""SAEs of language models whose writing weights were centred: what a SAELens file says of it, and what it means.
+"""SAEs of language models whose writing weights were centered: what a SAELens file says of it, and what it means.
 
 TransformerLens can take the mean over d_model out of everything a model with LayerNorms writes into its residual stream
 (`center_writing_weights`). Such a model computes the same, since every LayerNorm takes that mean out anyway, but its
 residual stream is `x - mean(x)` where that of the model as published is `x`. An SAE trained there reads `x - mean(x)`;
-SAEs of this package do that themselves (scaling "centred") and give the mean back, so they fit both models.
+SAEs of this package do that themselves (scaling "centered") and give the mean back, so they fit both models.
 
 The file says so as sae-lens does, in `metadata.model_from_pretrained_kwargs.center_writing_weights`; sae-lens leaves it
 to its user to load such a model.
@@ -27,20 +27,20 @@ _WRITTEN = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embe
 _RMS = re.compile(r"gemma|llama|mi[sx]tral|qwen|olmo|smollm|deepseek|phi-?3|\byi-|gpt-oss|apertus", re.IGNORECASE)
 
 
-def centred(scaling: Scaling, metadata: Mapping[str, Any], hook: str | None, model: str | None) -> Scaling:
+def centered(scaling: Scaling, metadata: Mapping[str, Any], hook: str | None, model: str | None) -> Scaling:
     """The scaling of an SAE whose file gives `scaling` and this metadata.
 
     Raises:
         FormatError: if it also rescales to a constant norm, which nobody has published.
     """
-    if not reads_centred(metadata, hook, model):
+    if not reads_centered(metadata, hook, model):
         return scaling
     if scaling == "constant_norm":
-        raise FormatError(explain("centred writing weights together with constant_norm_rescale.", want="one of them"))
-    return "centred" if scaling == "none" else scaling  # a layer norm takes the mean out, and gives it back, already
+        raise FormatError(explain("centered writing weights together with constant_norm_rescale.", want="one of them"))
+    return "centered" if scaling == "none" else scaling  # a layer norm takes the mean out, and gives it back, already
 
 
-def reads_centred(metadata: Mapping[str, Any], hook: str | None, model: str | None) -> bool:
+def reads_centered(metadata: Mapping[str, Any], hook: str | None, model: str | None) -> bool:
     """Whether what the SAE was trained on had its mean over d_model taken out."""
     told = metadata.get(_KWARGS)
     if not (isinstance(told, Mapping) and told.get(_FLAG) is True) or (model and _RMS.search(model)):
@@ -49,15 +49,15 @@ def reads_centred(metadata: Mapping[str, Any], hook: str | None, model: str | No
 
 
 def without_flag(metadata: Mapping[str, Any], scaling: Scaling) -> dict[str, Any]:
-    """The metadata of an SAE with this scaling: what "centred" says already is not said twice."""
-    if scaling != "centred":
+    """The metadata of an SAE with this scaling: what "centered" says already is not said twice."""
+    if scaling != "centered":
         return dict(metadata)
     rest = {key: value for key, value in metadata[_KWARGS].items() if key != _FLAG}
     kept = {key: value for key, value in metadata.items() if key != _KWARGS}
     return kept | ({_KWARGS: rest} if rest else {})
 
 
-def reading_centred(w: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def reading_centered(w: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A transcoder's weights that take the mean out themselves: (x - mean(x)) W = x (W - mean of W's rows).
 
     What it writes stays without its mean, which every LayerNorm further on takes out.
@@ -67,23 +67,23 @@ def reading_centred(w: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def said(metadata: Mapping[str, Any], scaling: Scaling, hook: str | None, model: str | None) -> dict[str, Any]:
-    """The metadata to write, from which `centred` finds this scaling again.
+    """The metadata to write, from which `centered` finds this scaling again.
 
     Raises:
-        ValueError: if it would not: a centred SAE of a place or a model where that flag means nothing.
+        ValueError: if it would not: a centered SAE of a place or a model where that flag means nothing.
     """
     told = metadata.get(_KWARGS)
     told = dict(told) if isinstance(told, Mapping) else {}
-    if scaling == "centred":
+    if scaling == "centered":
         written = {**metadata, _KWARGS: {**told, _FLAG: True}}
-        if not reads_centred(written, hook, model):
+        if not reads_centered(written, hook, model):
             raise ValueError(
                 explain(
-                    f"the SAELens layout has no scaling 'centred' at hook {hook!r} of {model!r}.",
+                    f"the SAELens layout has no scaling 'centered' at hook {hook!r} of {model!r}.",
                     want="a hook that writes into the residual stream, of a model with LayerNorms",
                 )
             )
         return written
-    if scaling == "none" and reads_centred(metadata, hook, model):
+    if scaling == "none" and reads_centered(metadata, hook, model):
         return {**metadata, _KWARGS: {**told, _FLAG: False}}
     return dict(metadata)

