@@ -21,7 +21,7 @@ _TENSOR, _TUPLE = "__tensor__", "__tuple__"
 _KEY = "saewb_state"
 
 
-def write_state(path: Path, state: Any) -> None:
+def save_state(path: Path, state: Any) -> None:
     """Write a state, atomically: on a full disk, or a kill, what was there before stays whole.
 
     Args:
@@ -37,11 +37,11 @@ def write_state(path: Path, state: Any) -> None:
 
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_plain(state, tensors))
-    write_file(path, lambda fresh: save_file(tensors, str(fresh), metadata={_KEY: text}))
+    atomic_write(path, lambda fresh: save_file(tensors, str(fresh), metadata={_KEY: text}))
 
 
-def read_state(path: Path) -> Any:
-    """What `write_state` wrote.
+def load_state(path: Path) -> Any:
+    """What `save_state` wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -61,7 +61,7 @@ def read_state(path: Path) -> Any:
         raise FormatError(explain(f"{path.name} cannot be read: {error}.", want="a whole file")) from error
 
 
-def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a new file beside `path`, and give it that name once it is on the disk.
 
     Raises:
@@ -86,7 +86,7 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
-    write_file(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -126,7 +126,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[str], overwrite: bool) -> Path:
+def atomic_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[str], overwrite: bool) -> Path:
     """Let `fill` write files into a new folder, and make that `target` once they are all on the disk.
 
     The new folder is a hidden sibling until then, so a failure, an interrupt or a full disk leaves neither half a

@@ -41,7 +41,7 @@ def explain(what: str, *, near: Iterable[str] = (), want: str = "", fix: str = "
     return "\n".join([what, *(f"  {label} {text}" for label, text in rows if text)])
 
 
-def usable(device: torch.device | str) -> torch.device:
+def check_device(device: torch.device | str) -> torch.device:
     """The device of that name, if tensors can be put there.
 
     Args:
@@ -54,7 +54,7 @@ def usable(device: torch.device | str) -> torch.device:
         ValueError: if torch knows no such device, was built without it, or finds none.
 
     Example:
-        >>> usable("cpu")
+        >>> check_device("cpu")
         device(type='cpu')
     """
     try:

@@ -125,7 +125,10 @@ def test_a_field_is_described_beside_it_above_it_or_in_its_metadata():
     """As `help()` shows it: with what it may be, if that is one of a few texts."""
     said = inspect.getdoc(saewb.SAEConfig)
     assert "\n    activation: which latents survive ('relu', 'jumprelu', 'topk'" in said
-    assert "\n    scaling: Per token, undone on the output: mean and spread of x, its norm, or its mean alone" in said
+    assert (
+        "\n    normalization: Per token, undone on the output: mean and spread of x, its norm, or its mean alone"
+        in said
+    )
     assert re.search(r"\n    kl: KL divergence .* \(nats/token\)\n", inspect.getdoc(saewb.Evaluation))
 
 

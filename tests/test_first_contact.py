@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import saewb
-from saewb.errors import usable
+from saewb.errors import check_device
 from saewb.sae.sae import replace_config
 
 TEXTS = ["The river flows through the city."] * 40
@@ -78,16 +78,16 @@ def test_no_such_device(asked, says):
     if asked == "mps" and torch.backends.mps.is_available():
         pytest.skip("there is an Apple GPU here")
     with pytest.raises(ValueError, match=says):
-        usable(asked)
+        check_device(asked)
 
 
 def test_a_gpu_too_many(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert usable("cuda") == torch.device("cuda")
+    assert check_device("cuda") == torch.device("cuda")
     with pytest.raises(ValueError, match="'cuda:1': there are 1, counted from 0"):
-        usable("cuda:1")
+        check_device("cuda:1")
 
 
 def test_an_sae_that_cannot_fit(model):

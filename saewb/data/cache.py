@@ -20,7 +20,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from saewb._files import read_state, write_file, write_state, write_text
+from saewb._files import atomic_write, load_state, save_state, write_text
 from saewb.data.orders import shuffled
 from saewb.data.shuffle_buffer import Exact
 from saewb.data.sources import ModelSource
@@ -120,7 +120,7 @@ def _there(folder: Path, asked: dict[str, Any]) -> bool:
     if (folder / _INDEX).is_file():
         made = json.loads((folder / _INDEX).read_text())["asked"]
     elif (folder / _PROGRESS).is_file():
-        made = read_state(folder / _PROGRESS)["asked"]
+        made = load_state(folder / _PROGRESS)["asked"]
     else:
         odd = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         odd = [name for name in odd if not name.startswith((".shard_", ".progress", "shard_"))]
@@ -141,7 +141,7 @@ def _write(folder: Path, source: ModelSource, asked: dict[str, Any]) -> None:
     n_tokens, size = asked["n_tokens"], asked["shard_tokens"]
     batches, done = Exact(source, size), 0
     if (folder / _PROGRESS).is_file():
-        progress = read_state(folder / _PROGRESS)
+        progress = load_state(folder / _PROGRESS)
         done = progress["n_shards"]
         batches.restore(progress["stream"])
     written: dict[str, Tensor] = {}
@@ -149,8 +149,8 @@ def _write(folder: Path, source: ModelSource, asked: dict[str, Any]) -> None:
         wanted = min(size, n_tokens - shard * size)
         written = _columns(batches, wanted, shard * size, n_tokens)
         path = _shard(folder, shard)
-        write_file(path, lambda fresh, tensors=written: save_file(tensors, str(fresh)))
-        write_state(folder / _PROGRESS, {"asked": asked, "n_shards": shard + 1, "stream": batches.state()})
+        atomic_write(path, lambda fresh, tensors=written: save_file(tensors, str(fresh)))
+        save_state(folder / _PROGRESS, {"asked": asked, "n_shards": shard + 1, "stream": batches.state()})
     if not written:  # it was stopped between the last shard and the index
         written = _open(_shard(folder, done - 1))
     kinds = {

@@ -49,7 +49,7 @@ class Change:
     @property
     def _reads(self) -> bool:
         """Whether the change depends on what the SAE reads."""
-        return self.how != "add" or getattr(self.sae.cfg, "scaling", "none") != "none"
+        return self.how != "add" or getattr(self.sae.cfg, "normalization", "none") != "none"
 
     def begin(self, first_layer: int) -> None:
         """A pass is announced."""
@@ -120,17 +120,17 @@ def decoded_change(
         sae: any of the SAE classes; all decode linearly.
         change: per latent of `latents`, in latent units.
         latents: which, each once.
-        x: the input; only needed where the output is scaled by it (`cfg.scaling`).
+        x: the input; only needed where the output is scaled by it (`cfg.normalization`).
 
     Returns:
         In the model's units.
     """
     if isinstance(sae, SAE):
         moved = change @ sae.W_dec[latents]
-        if sae.cfg.scaling == "none":
+        if sae.cfg.normalization == "none":
             return moved
         x = x.to(sae.dtype)
-        return unscaled(moved, x, sae.cfg.scaling) - unscaled(torch.zeros_like(moved), x, sae.cfg.scaling)
+        return unscaled(moved, x, sae.cfg.normalization) - unscaled(torch.zeros_like(moved), x, sae.cfg.normalization)
     dense = change.new_zeros(*change.shape[:-1], sae.cfg.d_sae)
     x = change.new_zeros(*change.shape[:-1], sae.cfg.d_in) if x is None else x
     return sae.decode(dense.index_add(-1, torch.tensor(latents, device=change.device), change), x) - sae.decode(

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saewb.errors import explain, near, usable
+from saewb.errors import check_device, explain, near
 from saewb.hub import HubAnswer, ask_hub, cached_models, first_line, hub_offline, is_cached
 from saewb.models.tokenizer import token_strings
 
@@ -142,7 +142,7 @@ def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _chosen_device(device: torch.device | str | None) -> torch.device:
-    return usable(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return check_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _from_object(model: nn.Module, dtype: torch.dtype | None, device: Any, tokenizer: Any) -> Any:
@@ -164,15 +164,15 @@ def _from_object(model: nn.Module, dtype: torch.dtype | None, device: Any, token
 def _move(model: nn.Module, dtype: torch.dtype | None, device: Any) -> None:
     """Moves parameters and buffers, casts only parameters: rotary frequencies lose their meaning in 8 bits."""
     if device is not None:
-        model.to(usable(device))
+        model.to(check_device(device))
     for parameter in model.parameters() if dtype is not None else ():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
 def _moved_booted(model: Any, dtype: torch.dtype | None, device: Any) -> Any:
-    if device is not None and usable(device) != next(model.parameters()).device:
-        model.to(usable(device), print_details=False)
+    if device is not None and check_device(device) != next(model.parameters()).device:
+        model.to(check_device(device), print_details=False)
     if dtype is not None and dtype != model.cfg.dtype:
         frequencies = {name: b.clone() for name, b in model.named_buffers() if "inv_freq" in name}
         model.to(dtype, print_details=False)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from saewb.errors import explain, usable
+from saewb.errors import check_device, explain
 from saewb.hub_files import Listing, Progress, Unreachable, fetched, hashes_of, in_cache, listed
 from saewb.pretrained.formats import FORMATS, Facts, read, saelens
 from saewb.pretrained.resolve import Origin, local, not_in_repo, origin_of, unreachable
@@ -97,7 +97,7 @@ def load_sae(
         ...     load_sae(folder)
         SAE(relu, 4 -> 9 latents, float32 on cpu)
     """
-    device = usable(device or "cpu")
+    device = check_device(device or "cpu")
     place = local(source, id)
     if place is not None:
         return read(place, Facts(scaling_factor=scaling_factor), dtype=dtype, device=device)

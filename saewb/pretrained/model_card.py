@@ -48,7 +48,7 @@ def _table(saes: Mapping[str, Any]) -> list[str]:
         cfg = sae.cfg
         activation = _ARCHITECTURES.get(type(sae).__name__) or cfg.activation
         activation += f" k={cfg.k}" if getattr(cfg, "k", None) is not None else ""
-        scaling = getattr(cfg, "scaling", "none")
+        scaling = getattr(cfg, "normalization", "none")
         activation += "" if scaling == "none" else f", {scaling}"
         dtype = str(sae.dtype).removeprefix("torch.")
         cells = (folder, cfg.hook or "", cfg.hook_out or cfg.hook or "", activation, cfg.d_in, cfg.d_sae, dtype)
@@ -114,7 +114,7 @@ def _loading(saes: Mapping[str, Any], repo_id: str) -> list[str]:
     lines += [f"sae = saewb.load_sae({repo_id!r}, {folder!r})   # {sae!r}", "```", ""]
     if getattr(sae.cfg, "is_transcoder", False) and getattr(sae.cfg, "k", None) is not None:
         return [*lines, "sae-lens has no top-k transcoders and cannot load it."]
-    note = "" if getattr(sae.cfg, "scaling", "none") != "centered" else _CENTERED
+    note = "" if getattr(sae.cfg, "normalization", "none") != "centered" else _CENTERED
     return [
         *lines,
         "or with sae-lens:",

@@ -312,7 +312,7 @@ def _contributions(site: Site, seen: Seen, some: Nodes) -> Float[Tensor, "nodes 
     """What each node adds to the activation at its position."""
     sae, x = site.sae, seen.x[0, some.position][:, None]
     is_error = some.latent == ERROR
-    if isinstance(sae, SAE) and sae.cfg.scaling == "none":
+    if isinstance(sae, SAE) and sae.cfg.normalization == "none":
         own = some.activation[:, None] * sae.W_dec[some.latent.clamp_min(0)]
     else:
         one = x.new_zeros(*x.shape[:-1], sae.cfg.d_sae)

@@ -8,7 +8,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from saewb.sae.config import Scaling
+from saewb.sae.config import TokenNormalization
 
 Latents = Union[int, slice, Sequence[int], Tensor]  # whatever may stand in `full[..., latents]`
 Tap = Callable[[str, Tensor], Tensor]  # (name, value) -> the value to go on with
@@ -20,25 +20,25 @@ def threshold_gate(pre: Tensor, threshold: Tensor | None) -> Tensor:
     return kept if threshold is None else kept * (pre > threshold)
 
 
-def scaled(x: Tensor, scaling: Scaling) -> Tensor:
+def scaled(x: Tensor, normalization: TokenNormalization) -> Tensor:
     """`x` in the units an SAE with this scaling encodes, token by token."""
-    if scaling == "layer_norm":
+    if normalization == "layer_norm":
         centered = x - x.mean(-1, keepdim=True)
         return centered / (_std(centered) + 1e-5)
-    if scaling == "constant_norm":
+    if normalization == "constant_norm":
         return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
-    if scaling == "centered":
+    if normalization == "centered":
         return x - x.mean(-1, keepdim=True)
     return x
 
 
-def unscaled(recon: Tensor, x: Tensor, scaling: Scaling) -> Tensor:
+def unscaled(recon: Tensor, x: Tensor, normalization: TokenNormalization) -> Tensor:
     """A reconstruction back in the units of `x`: the inverse of `scaled`, with the scale of `x`."""
-    if scaling == "layer_norm":
+    if normalization == "layer_norm":
         return recon * _std(x) + x.mean(-1, keepdim=True)
-    if scaling == "constant_norm":
+    if normalization == "constant_norm":
         return recon * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
-    if scaling == "centered":
+    if normalization == "centered":
         return recon + x.mean(-1, keepdim=True)
     return recon
 

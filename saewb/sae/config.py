@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from saewb.errors import explain
 
 Activation = Literal["relu", "jumprelu", "topk", "abstopk", "groupmax"]
-Scaling = Literal["none", "layer_norm", "constant_norm", "centered"]
+TokenNormalization = Literal["none", "layer_norm", "constant_norm", "centered"]
 PreBias = Literal["none", "tied", "own"]
 
 
@@ -39,7 +39,7 @@ class SAEConfig:
     pre_bias: PreBias = "none"  # subtracted before encoding: nothing, b_dec itself, or a b_pre of its own
     # Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centered", for SAEs of models
     # with centered writing weights). A constant factor is folded into the weights instead.
-    scaling: Scaling = "none"
+    normalization: TokenNormalization = "none"
     hook: str | None = None  # the point of the model it reads
     hook_out: str | None = None  # the point it writes; None means `hook`; another one makes it a transcoder
     head: int | None = None  # reads and writes this attention head only; None means all
@@ -59,7 +59,7 @@ class SAEConfig:
             )
         for name, choices in (
             ("activation", get_args(Activation)),
-            ("scaling", get_args(Scaling)),
+            ("normalization", get_args(TokenNormalization)),
             ("pre_bias", get_args(PreBias)),
         ):
             _check(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
@@ -88,9 +88,9 @@ class SAEConfig:
             )
         if self.is_transcoder:
             _check(
-                self.scaling == "none",
-                "scaling",
-                self.scaling,
+                self.normalization == "none",
+                "normalization",
+                self.normalization,
                 "'none' for a transcoder, since the scale of its input says nothing about its output",
             )
 
@@ -141,7 +141,7 @@ def tensor_shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
 
 def describe(sae: Any, kind: str) -> str:
     """One line on any of the SAE classes: what it is, its widths, where it reads and writes, dtype and device."""
-    cfg, scaling = sae.cfg, getattr(sae.cfg, "scaling", "none")
+    cfg, scaling = sae.cfg, getattr(sae.cfg, "normalization", "none")
     facts = [kind, f"{cfg.d_in} -> {cfg.d_sae} latents" + (f" -> {cfg.d_out}" if cfg.is_transcoder else "")]
     facts += ["skip"] if getattr(cfg, "skip", False) else []
     facts += [scaling] if scaling != "none" else []

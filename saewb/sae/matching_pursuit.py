@@ -21,7 +21,7 @@ from saewb.errors import FormatError, explain
 from saewb.kernels.topk import TILE
 from saewb.sae.activation_functions import Latents, Tap, scaled, tapped, unscaled
 from saewb.sae.base import fitting
-from saewb.sae.config import Scaling, WritesWhereItReads, checker, describe
+from saewb.sae.config import TokenNormalization, WritesWhereItReads, checker, describe
 
 _check = checker("PursuitConfig")
 
@@ -36,7 +36,7 @@ class PursuitConfig(WritesWhereItReads):
     max_iterations: int | None = None  # latents chosen per token at most; None means d_in
     stop_on_duplicate: bool = True  # stop a token when it would choose a latent that is already on
     pre_bias: Literal["none", "tied"] = "tied"  # "none": b_dec is neither subtracted nor added
-    scaling: Scaling = "none"  # per token, undone on the output
+    normalization: TokenNormalization = "none"  # per token, undone on the output
     hook: str | None = None  # the point of the model it reads and writes
     head: int | None = None  # reads and writes this attention head only; None means all
     model: str | None = None  # name of the language model it was trained on
@@ -48,7 +48,12 @@ class PursuitConfig(WritesWhereItReads):
             width = getattr(self, name)
             _check(isinstance(width, int) and width > 0, name, width, "a positive integer")
         _check(self.pre_bias in ("none", "tied"), "pre_bias", self.pre_bias, "'none' or 'tied'")
-        _check(self.scaling in get_args(Scaling), "scaling", self.scaling, ", ".join(get_args(Scaling)))
+        _check(
+            self.normalization in get_args(TokenNormalization),
+            "normalization",
+            self.normalization,
+            ", ".join(get_args(TokenNormalization)),
+        )
         _check(self.residual_threshold >= 0, "residual_threshold", self.residual_threshold, "a length, 0 or more")
         _check(
             self.max_iterations is None or (isinstance(self.max_iterations, int) and self.max_iterations > 0),
@@ -169,7 +174,7 @@ class PursuitSAE(nn.Module):
         """
         if tap is not None and latents is not None:
             raise ValueError(explain("encode got both latents= and tap=.", want="one of them; a tap sees all latents"))
-        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.scaling)
+        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.normalization)
         rows = (h - self.b_dec if self.cfg.pre_bias == "tied" else h).reshape(-1, self.cfg.d_in)
         if latents is None:
             return tapped(tap, "acts_post", self._pursue(rows).reshape(*h.shape[:-1], self.cfg.d_sae))
@@ -196,15 +201,16 @@ class PursuitSAE(nn.Module):
         """
         recon = fitting(self, latents, self.cfg.d_sae, "latents") @ self.W_dec
         recon = tapped(tap, "recons", recon + self.b_dec if self.cfg.pre_bias == "tied" else recon)
-        if self.cfg.scaling == "none":
+        if self.cfg.normalization == "none":
             return recon
         if x is None:
             raise ValueError(
                 explain(
-                    f"decode of an SAE with scaling={self.cfg.scaling!r} needs its input.", fix="sae.decode(latents, x)"
+                    f"decode of an SAE with normalization={self.cfg.normalization!r} needs its input.",
+                    fix="sae.decode(latents, x)",
                 )
             )
-        return unscaled(recon, fitting(self, x, self.cfg.d_in), self.cfg.scaling)
+        return unscaled(recon, fitting(self, x, self.cfg.d_in), self.cfg.normalization)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """`decode(encode(x), x)`."""
@@ -230,11 +236,11 @@ class PursuitSAE(nn.Module):
         Raises:
             ValueError: if the factor is not positive, or if this SAE also rescales per token.
         """
-        if not factor > 0 or self.cfg.scaling not in ("none", "centered"):
+        if not factor > 0 or self.cfg.normalization not in ("none", "centered"):
             raise ValueError(
                 explain(
-                    f"fold_scaling({factor}) on a PursuitSAE with scaling={self.cfg.scaling!r}.",
-                    want="a positive factor, and scaling 'none' or 'centered'",
+                    f"fold_scaling({factor}) on a PursuitSAE with normalization={self.cfg.normalization!r}.",
+                    want="a positive factor, and normalization 'none' or 'centered'",
                 )
             )
         cfg = replace(self.cfg, residual_threshold=self.cfg.residual_threshold / factor)

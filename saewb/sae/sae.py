@@ -215,17 +215,17 @@ class SAE(nn.Module):
             ValueError: if its last axis is not d_sae; if `x` is needed and missing.
         """
         recon = tapped(tap, "recons", self._decoded(latents))
-        if self.cfg.scaling == "none" and not self.cfg.skip:
+        if self.cfg.normalization == "none" and not self.cfg.skip:
             return recon
         if x is None:
             raise ValueError(
                 explain(
-                    f"decode of an SAE with scaling={self.cfg.scaling!r}, skip={self.cfg.skip} needs its input.",
+                    f"decode of an SAE with normalization={self.cfg.normalization!r}, skip={self.cfg.skip} needs its input.",
                     fix="sae.decode(latents, x)",
                 )
             )
         x = fitting(self, x, self.cfg.d_in)
-        recon = unscaled(recon, x, self.cfg.scaling)
+        recon = unscaled(recon, x, self.cfg.normalization)
         return recon + x @ self.W_skip if self.cfg.skip else recon
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "..."]:
@@ -275,11 +275,11 @@ class SAE(nn.Module):
             raise ValueError(
                 explain(f"fold_scaling got factor={factor}, factor_out={factor_out}.", want="positive numbers")
             )
-        linear = self.cfg.scaling in ("none", "centered")  # taking out a mean commutes with a factor
-        if not linear or (out != factor and (self.cfg.pre_bias == "tied" or self.cfg.scaling != "none")):
-            fields = f"scaling={self.cfg.scaling!r}, pre_bias={self.cfg.pre_bias!r}"
+        linear = self.cfg.normalization in ("none", "centered")  # taking out a mean commutes with a factor
+        if not linear or (out != factor and (self.cfg.pre_bias == "tied" or self.cfg.normalization != "none")):
+            fields = f"normalization={self.cfg.normalization!r}, pre_bias={self.cfg.pre_bias!r}"
             what = f"a factor cannot be folded into {self!r} with {fields}."
-            raise ValueError(explain(what, want="scaling 'none' or 'centered', one factor where b_pre is b_dec"))
+            raise ValueError(explain(what, want="normalization 'none' or 'centered', one factor where b_pre is b_dec"))
         new = {"W_enc": self.W_enc * factor, "W_dec": self.W_dec / out, "b_dec": self.b_dec / out}
         if self.cfg.pre_bias == "own":
             new["b_pre"] = self.b_pre / factor
@@ -294,7 +294,7 @@ class SAE(nn.Module):
 
     def centered(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """What the encoder's matrix is multiplied with: scale(x) - b_pre."""
-        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.scaling)
+        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.normalization)
         return h if self.b_pre is None else h - self.b_pre
 
     def _gate(self, pre: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from saewb.errors import FormatError, explain
 from saewb.sae.activation_functions import Latents, Tap, scaled, tapped, unscaled
 from saewb.sae.base import fitting, not_a_tensor
-from saewb.sae.config import Scaling, WritesWhereItReads, checker, describe
+from saewb.sae.config import TokenNormalization, WritesWhereItReads, checker, describe
 
 _check = checker("TemporalConfig")
 
@@ -39,7 +39,7 @@ class TemporalConfig(WritesWhereItReads):
     tied: bool = True  # the encoder is the decoder, transposed
     pre_bias: Literal["none", "tied"] = "tied"  # "tied": b_dec is subtracted before encoding
     factor: float = 1.0  # inputs are multiplied with this, outputs divided by it
-    scaling: Scaling = "none"  # per token, undone on the output
+    normalization: TokenNormalization = "none"  # per token, undone on the output
     hook: str | None = None  # the point of the model it reads and writes
     head: int | None = None  # reads and writes this attention head only; None means all
     model: str | None = None  # name of the language model it was trained on
@@ -67,9 +67,14 @@ class TemporalConfig(WritesWhereItReads):
         else:
             _check(self.k is None, "k", self.k, "None, since activation 'relu' keeps no fixed number of latents")
         _check(self.pre_bias in ("none", "tied"), "pre_bias", self.pre_bias, "'none' or 'tied'")
-        _check(self.scaling in get_args(Scaling), "scaling", self.scaling, ", ".join(get_args(Scaling)))
+        _check(
+            self.normalization in get_args(TokenNormalization),
+            "normalization",
+            self.normalization,
+            ", ".join(get_args(TokenNormalization)),
+        )
         _check(self.factor > 0, "factor", self.factor, "a positive number")
-        _check(self.factor == 1 or self.scaling == "none", "factor", self.factor, "1 together with a scaling")
+        _check(self.factor == 1 or self.normalization == "none", "factor", self.factor, "1 together with a scaling")
 
     @property
     def adds_bias(self) -> bool:
@@ -297,7 +302,7 @@ class TemporalSAE(nn.Module):
         return x.to(self.dtype)
 
     def _foretold(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        residual = scaled(x * self.cfg.factor if self.cfg.factor != 1 else x, self.cfg.scaling)
+        residual = scaled(x * self.cfg.factor if self.cfg.factor != 1 else x, self.cfg.normalization)
         if self.cfg.pre_bias == "tied":
             residual = residual - self.b_dec
         predicted = residual.new_zeros(*x.shape[:-1], self.cfg.d_sae)
@@ -322,7 +327,7 @@ class TemporalSAE(nn.Module):
     def _decoded(self, novel: Tensor, predicted: Tensor, x: Tensor, tap: Tap | None = None) -> Tensor:
         recon = (novel + predicted) @ self.W_dec
         recon = tapped(tap, "recons", recon + self.b_dec if self.cfg.adds_bias else recon)
-        recon = unscaled(recon, x, self.cfg.scaling)
+        recon = unscaled(recon, x, self.cfg.normalization)
         return recon / self.cfg.factor if self.cfg.factor != 1 else recon
 
     def __repr__(self) -> str:

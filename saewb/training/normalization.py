@@ -4,9 +4,9 @@
     constant       x' = f x,         f = sqrt(d) / mean ||x||           (one number per point, estimated once)
     centered        x' = f (x - m),   m = mean x, f = sqrt(d) / mean ||x - m||
     whitened       x' = (x - m) M,   M from the covariance: `saewb.training.whitening`
-    layer_norm, constant_norm        per token, as the scaling of `SAEConfig`
+    layer_norm, constant_norm        per token, as the normalization of `SAEConfig`
 
-The first four are folded into the weights at export; the others stay with the SAE as its `scaling`.
+The first four are folded into the weights at export; the others stay with the SAE as its `normalization`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saewb.errors import explain
 from saewb.sae.activation_functions import scaled, unscaled
-from saewb.sae.config import Scaling
+from saewb.sae.config import TokenNormalization
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE, replace_config
 from saewb.training.config import Normalization
@@ -37,12 +37,12 @@ class Units:
 
     factor: float = 1.0  # multiplies activations
     mean: Float[Tensor, " d"] | None = None  # subtracted before, in the model's units
-    scaling: Scaling = "none"  # instead of both: per token
+    normalization: TokenNormalization = "none"  # instead of both: per token
     whitening: Whitening | None = None  # after the mean, instead of the factor
 
     def snapshot(self) -> dict[str, Any]:
         """As plain values and tensors on the host."""
-        kept = {"factor": self.factor, "mean": _host(self.mean), "scaling": self.scaling}
+        kept = {"factor": self.factor, "mean": _host(self.mean), "normalization": self.normalization}
         white = self.whitening
         return kept if white is None else {**kept, "matrix": _host(white.matrix), "inverse": _host(white.inverse)}
 
@@ -52,11 +52,11 @@ class Units:
         names = [name for name in ("mean", "matrix", "inverse") if saved.get(name) is not None]
         tensors = {name: saved[name].to(device, torch.float32) for name in names}
         white = Whitening(tensors["matrix"], tensors["inverse"]) if "matrix" in tensors else None
-        return cls(saved["factor"], tensors.get("mean"), saved["scaling"], white)
+        return cls(saved["factor"], tensors.get("mean"), saved["normalization"], white)
 
     def apply(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """Activations in training units."""
-        x = scaled(x, self.scaling)
+        x = scaled(x, self.normalization)
         x = x if self.mean is None else x - self.mean
         if self.whitening is not None:
             return x @ self.whitening.matrix
@@ -64,7 +64,7 @@ class Units:
 
     def undo(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """What was written in training units, in the model's; `x` is what was read, in the model's (for its scale)."""
-        y = unscaled(y / self.factor, x, self.scaling) if self.whitening is None else y @ self.whitening.inverse
+        y = unscaled(y / self.factor, x, self.normalization) if self.whitening is None else y @ self.whitening.inverse
         return y if self.mean is None else y + self.mean
 
 
@@ -94,7 +94,7 @@ def estimated(point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, cente
 def from_estimates(normalization: Normalization, factor: float, mean: Float[Tensor, " d"]) -> Units:
     """The units that a normalization means, given a point's estimates."""
     if normalization in ("layer_norm", "constant_norm"):
-        return Units(scaling=normalization)
+        return Units(normalization=normalization)
     if normalization == "none":
         return Units()
     return Units(factor, mean if normalization == "centered" else None)
@@ -116,9 +116,11 @@ def to_model(sae: AnySAE, read: Units, write: Units) -> AnySAE:
     is tied; else the read mean becomes a `b_pre` of its own (folding it into b_enc would lose digits) and the written
     one is added to b_dec.
     """
-    if read.scaling != "none":
+    if read.normalization != "none":
         return (
-            replace_config(sae, scaling=read.scaling) if isinstance(sae, SAE) else _pursuit(sae, scaling=read.scaling)
+            replace_config(sae, normalization=read.normalization)
+            if isinstance(sae, SAE)
+            else _pursuit(sae, normalization=read.normalization)
         )
     if isinstance(sae, PursuitSAE):
         moved = sae.fold_scaling(read.factor)
@@ -147,12 +149,14 @@ def to_training(sae: AnySAE, read: Units, write: Units) -> AnySAE:
     Raises:
         ValueError: if it has another scale per token than the units, or a mean has to leave a tied SAE with skip.
     """
-    scaling = sae.cfg.scaling
-    if scaling != read.scaling:
-        what = f"{sae!r} has scaling={scaling!r}, training has {read.scaling!r}."
-        raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., normalization={scaling!r})"))
-    if scaling != "none":
-        return replace_config(sae, scaling="none") if isinstance(sae, SAE) else _pursuit(sae, scaling="none")
+    normalization = sae.cfg.normalization
+    if normalization != read.normalization:
+        what = f"{sae!r} has normalization={normalization!r}, training has {read.normalization!r}."
+        raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., normalization={normalization!r})"))
+    if normalization != "none":
+        return (
+            replace_config(sae, normalization="none") if isinstance(sae, SAE) else _pursuit(sae, normalization="none")
+        )
     if isinstance(sae, SAE) and sae.cfg.pre_bias == "own":
         sae = _pre_bias_folded(sae)
     if read.mean is not None:
@@ -183,5 +187,5 @@ def _pre_bias_folded(sae: SAE) -> SAE:
     return SAE.from_tensors(replace(sae.cfg, pre_bias="none"), tensors)
 
 
-def _pursuit(sae: PursuitSAE, scaling: Scaling) -> PursuitSAE:
-    return PursuitSAE.from_tensors(replace(sae.cfg, scaling=scaling), dict(sae.named_parameters()))
+def _pursuit(sae: PursuitSAE, normalization: TokenNormalization) -> PursuitSAE:
+    return PursuitSAE.from_tensors(replace(sae.cfg, normalization=normalization), dict(sae.named_parameters()))

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, final
 
-from saewb._files import read_state, write_state, write_text
+from saewb._files import load_state, save_state, write_text
 from saewb.errors import FormatError, explain
 from saewb.pretrained.formats import saelens
 from saewb.pretrained.load import load_sae, save_sae
@@ -125,7 +125,7 @@ class RunFolder:
             OSError: if the disk is full, or the folder is gone.
         """
         try:
-            write_state(self.checkpoint_path, dict(state))
+            save_state(self.checkpoint_path, dict(state))
             self._write(saes, "saes")
             if keep is not None:
                 self._write(saes, "saes_at", f"{keep:012d}")
@@ -152,7 +152,7 @@ class RunFolder:
         if not self.checkpoint_path.is_file():
             what = f"the run in {str(self.path)!r} ended before its first checkpoint."
             raise FileNotFoundError(explain(what, want="a run with a checkpoint", fix="saewb.train(...), anew"))
-        return read_state(self.checkpoint_path)
+        return load_state(self.checkpoint_path)
 
     def close(self) -> None:
         """Let others have the folder."""

@@ -16,7 +16,7 @@ from saewb.data.feed import Feed
 from saewb.data.sources import ModelSource
 from saewb.data.stream import ActivationStream, model_tokens
 from saewb.distributed import ALONE, Team
-from saewb.errors import explain, near, usable
+from saewb.errors import check_device, explain, near
 from saewb.interventions.attachment import attachments
 from saewb.models.capture import Activations, joined
 from saewb.models.shared_copy import shared_copy
@@ -200,7 +200,7 @@ def _launch(
     team: Team,
     state: Mapping[str, Any] | None = None,
 ) -> Run:
-    device = usable(device) if device is not None else _device(model)
+    device = check_device(device) if device is not None else _device(model)
     memory = memory_of(trainees, widths, model, config, reading, device)
     if not memory.weights_fit:
         what = f"the weights alone need {memory.weights / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"

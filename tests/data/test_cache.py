@@ -67,7 +67,7 @@ def test_goes_on_after_an_interruption_with_the_same_bytes(tmp_path, ids, monkey
     want = cached(tmp_path / "whole", ids)
     import saewb.data.cache as module
 
-    real, calls = module.write_state, []
+    real, calls = module.save_state, []
 
     def interrupted(path, state):
         if len(calls) == 2:
@@ -75,7 +75,7 @@ def test_goes_on_after_an_interruption_with_the_same_bytes(tmp_path, ids, monkey
         calls.append(path)
         real(path, state)
 
-    monkeypatch.setattr(module, "write_state", interrupted)
+    monkeypatch.setattr(module, "save_state", interrupted)
     with pytest.raises(Killed):
         cached(tmp_path / "cut", ids)
     monkeypatch.undo()
@@ -93,11 +93,11 @@ def test_goes_on_after_kill_9(tmp_path, ids):
     code = f"""
         import os, signal, small
         import saewb.data.cache as module
-        real, calls = module.write_file, []
+        real, calls = module.atomic_write, []
         def write(path, fill):  # killed while the third shard is being written
             calls.append(path)
             real(path, fill if len(calls) < 3 else lambda fresh: (fresh.write_bytes(b"half"), os.kill(os.getpid(), 9)))
-        module.write_file = write
+        module.atomic_write = write
         module.cache_activations(tiny_models.bridge(), tiny_models.tokens(60, 20), [{RESID!r}, {Z!r}], {str(tmp_path / "cut")!r},
                                  1000, shard_tokens=300)
     """

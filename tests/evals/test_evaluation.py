@@ -161,7 +161,7 @@ def test_another_place_than_its_own(model):
 
 
 def test_scaled_input_and_a_list_of_special_tokens(model):
-    sae = tiny_models.sae(RESID, scaling="layer_norm", pre_bias="own")
+    sae = tiny_models.sae(RESID, normalization="layer_norm", pre_bias="own")
     found = evaluate(model, sae, rows(), skip_special_tokens=[1, 9])
     assert_same(found, plainly(model, sae, rows(), special=(1, 9)))
 

@@ -132,7 +132,7 @@ def test_class_methods_parameters_and_modules_of_the_model_are_untouched(model):
 
 def test_interleaved_use_of_a_scaling_sae(model):
     """The peer keeps the norm of the last input on the SAE, so a second call spoils the first's scale."""
-    sae = tiny_models.sae(RESID, scaling="layer_norm", pre_bias="tied")
+    sae = tiny_models.sae(RESID, normalization="layer_norm", pre_bias="tied")
     x, y = torch.randn(3, 16) * 5 + 2, torch.randn(4, 16)
     latents, want = sae.encode(x), sae(x)
     sae.encode(y)

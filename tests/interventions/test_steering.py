@@ -134,9 +134,9 @@ def test_heads(model):
                 torch.testing.assert_close(model(tokens), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scaling", ["layer_norm", "constant_norm"])
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm"])
 def test_a_change_is_scaled_as_the_sae_scales(model, scaling):
-    sae, tokens = tiny_models.sae(RESID, scaling=scaling), tiny_models.tokens()
+    sae, tokens = tiny_models.sae(RESID, normalization=scaling), tiny_models.tokens()
 
     def change(x):
         a = sae.encode(x)
@@ -303,7 +303,7 @@ def test_a_point_that_does_not_exist_leaves_nothing_behind(model):
 
 
 def test_gradients_pass_through(model):
-    """Scaling by 1/2 halves what the latent's part of the activation contributes to the gradient."""
+    """Normalization by 1/2 halves what the latent's part of the activation contributes to the gradient."""
     sae, tokens, seen = tiny_models.sae(RESID), tiny_models.tokens(), []
     (i,) = active(sae, model, tokens, 1)
 

@@ -168,7 +168,7 @@ def sae_of(activation, d_in=48, **how):
 
 SAES = {
     "topk": lambda: sae_of("topk", k=5),
-    "topk layer_norm": lambda: sae_of("topk", k=5, scaling="layer_norm", pre_bias="tied"),
+    "topk layer_norm": lambda: sae_of("topk", k=5, normalization="layer_norm", pre_bias="tied"),
     "abstopk": lambda: sae_of("abstopk", k=5),
     "groupmax": lambda: sae_of("groupmax", k=8),
     "relu": lambda: sae_of("relu"),

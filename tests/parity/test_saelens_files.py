@@ -82,7 +82,7 @@ def test_sae_lens_reads_what_saewb_writes(name, tmp_path):
     sae = ARCHITECTURES[name]()
     theirs = _oracle(save_sae(sae, tmp_path / "sae"))
     x = activations(2, 7)
-    if sae.cfg.scaling == "centered":  # sae-lens says so, and leaves it to the language model's weights
+    if sae.cfg.normalization == "centered":  # sae-lens says so, and leaves it to the language model's weights
         assert theirs.cfg.metadata.model_from_pretrained_kwargs == {"center_writing_weights": True}
         x = x - x.mean(-1, keepdim=True)
     _assert_same_function(sae, theirs, x)

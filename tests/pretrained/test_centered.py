@@ -133,7 +133,7 @@ def test_centering_the_weights_by_hand_does_not_change_the_function():
 @pytest.mark.parametrize("pre_bias", ["tied", "none"])
 def test_on_the_model_as_published_it_is_what_it_was_on_the_centered_one(hook, there, pre_bias):
     plain = small_sae(hook, pre_bias=pre_bias)  # as trained: it reads what the centered model has
-    sae = replace_config(plain, scaling="centered")
+    sae = replace_config(plain, normalization="centered")
     want, want_logits = _latents(_model(there), plain)
     wrong, wrong_logits = _latents(_model("raw"), plain)
     assert (wrong - want).abs().max() > 0.05  # without the centering it is another SAE
@@ -145,7 +145,7 @@ def test_on_the_model_as_published_it_is_what_it_was_on_the_centered_one(hook, t
 
 
 def test_it_gives_the_mean_back():
-    sae, x = feed_forward(scaling="centered"), activations(3)
+    sae, x = feed_forward(normalization="centered"), activations(3)
     torch.testing.assert_close(sae(x + 5), sae(x) + 5, atol=1e-5, rtol=1e-5)
     assert torch.allclose(sae.encode(x + 5), sae.encode(x), atol=1e-5)
 
@@ -162,12 +162,12 @@ def _file(folder, changes=None, **fields):
 
 
 def test_the_file_says_it_as_sae_lens_does(tmp_path):
-    _file(tmp_path / "a", scaling="centered")
+    _file(tmp_path / "a", normalization="centered")
     raw = json.loads((tmp_path / "a" / "cfg.json").read_text())
     assert raw["normalize_activations"] == "none"
     assert raw["metadata"]["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
     sae = load_sae(tmp_path / "a")
-    assert sae.cfg == feed_forward(scaling="centered").cfg
+    assert sae.cfg == feed_forward(normalization="centered").cfg
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -181,8 +181,8 @@ def test_an_override_of_the_catalogue_makes_it_centered(tmp_path, old):
         path.write_text(json.dumps(raw | {"hook_point": metadata["hook_name"], "model_name": "gpt2-small"}))
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     sae = read(tmp_path / "a", Facts(overrides=kwargs))
-    assert sae.cfg.scaling == "centered"
-    assert load_sae(tmp_path / "a").cfg.scaling == "none"
+    assert sae.cfg.normalization == "centered"
+    assert load_sae(tmp_path / "a").cfg.normalization == "none"
     x = activations(3)
     torch.testing.assert_close(
         sae(x), plain(x - x.mean(-1, keepdim=True)) + x.mean(-1, keepdim=True), atol=1e-5, rtol=1e-5
@@ -194,26 +194,26 @@ def test_an_override_of_the_catalogue_makes_it_centered(tmp_path, old):
     [
         ({"hook": "blocks.1.attn.hook_z"}, "none"),  # not of the residual stream
         ({"model": "google/gemma-2-2b"}, "none"),  # an RMSNorm keeps the mean, so TransformerLens does too
-        ({"scaling": "layer_norm"}, "layer_norm"),  # takes the mean out, and gives it back, itself
+        ({"normalization": "layer_norm"}, "layer_norm"),  # takes the mean out, and gives it back, itself
         ({"hook": None}, "centered"),
     ],
 )
 def test_where_the_flag_means_nothing_it_does_nothing(tmp_path, fields, want):
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     _file(tmp_path / "a", kwargs, **fields)
-    assert load_sae(tmp_path / "a").cfg.scaling == want
+    assert load_sae(tmp_path / "a").cfg.normalization == want
 
 
 def test_what_the_layout_cannot_say_is_refused(tmp_path):
     for fields in ({"hook": "blocks.1.attn.hook_z"}, {"model": "google/gemma-2-2b"}):
-        with pytest.raises(ValueError, match="no scaling 'centered'"):
-            save_sae(feed_forward(scaling="centered", **fields), tmp_path / "a")
+        with pytest.raises(ValueError, match="no normalization 'centered'"):
+            save_sae(feed_forward(normalization="centered", **fields), tmp_path / "a")
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
-    _file(tmp_path / "b", kwargs, scaling="constant_norm")
+    _file(tmp_path / "b", kwargs, normalization="constant_norm")
     with pytest.raises(FormatError, match="centered writing weights together with"):
         load_sae(tmp_path / "b")
-    with pytest.raises(ValueError, match="scaling"):
-        SAEConfig(d_in=4, d_sae=8, d_out=6, scaling="centered")
+    with pytest.raises(ValueError, match="normalization"):
+        SAEConfig(d_in=4, d_sae=8, d_out=6, normalization="centered")
 
 
 def test_taking_the_centering_off_survives_saving(tmp_path):
@@ -221,8 +221,8 @@ def test_taking_the_centering_off_survives_saving(tmp_path):
     _file(tmp_path / "a", kwargs)
     sae = load_sae(tmp_path / "a")
     assert sae.cfg.metadata["model_from_pretrained_kwargs"] == {"fold_ln": True}
-    off = replace_config(sae, scaling="none", metadata=kwargs)
-    assert load_sae(save_sae(off, tmp_path / "b")).cfg.scaling == "none"
+    off = replace_config(sae, normalization="none", metadata=kwargs)
+    assert load_sae(save_sae(off, tmp_path / "b")).cfg.normalization == "none"
     assert load_sae(save_sae(sae, tmp_path / "c")).cfg == sae.cfg
 
 
@@ -233,15 +233,15 @@ def test_a_transcoder_reads_centered_by_its_weights(tmp_path):
     save_sae(made, tmp_path / "a")
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     sae, x = read(tmp_path / "a", Facts(overrides=kwargs)), activations(5)
-    assert sae.cfg.scaling == "none"
+    assert sae.cfg.normalization == "none"
     torch.testing.assert_close(sae(x), made(x - x.mean(-1, keepdim=True)), atol=1e-5, rtol=1e-5)
     again = load_sae(save_sae(sae, tmp_path / "b"))
     torch.testing.assert_close(again(x), sae(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_factor_folds_into_a_centered_one():
-    sae, x = feed_forward(scaling="centered", pre_bias="tied"), activations(4)
-    plain = SAE.from_tensors(replace(sae.cfg, scaling="none"), dict(sae.state_dict()))
+    sae, x = feed_forward(normalization="centered", pre_bias="tied"), activations(4)
+    plain = SAE.from_tensors(replace(sae.cfg, normalization="none"), dict(sae.state_dict()))
     mean = x.mean(-1, keepdim=True)
     want = plain(3 * (x - mean)) / 3 + mean
     torch.testing.assert_close(sae.fold_scaling(3.0)(x), want, atol=1e-5, rtol=1e-5)

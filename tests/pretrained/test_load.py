@@ -262,8 +262,8 @@ def test_push_checks_everything_before_anything_is_sent(tmp_path):
         push_to_hub({"a": sae}, REPO, "b")
     with pytest.raises(ValueError, match="at least one"):
         push_to_hub({}, REPO)
-    with pytest.raises(ValueError, match="no scaling 'centered'"):
-        push_to_hub({"a": sae, "b": feed_forward(scaling="centered", model="google/gemma-2-2b")}, REPO)
+    with pytest.raises(ValueError, match="no normalization 'centered'"):
+        push_to_hub({"a": sae, "b": feed_forward(normalization="centered", model="google/gemma-2-2b")}, REPO)
 
 
 def test_push_leaves_a_card_that_is_there_alone(tmp_path):
@@ -391,7 +391,7 @@ sae = L.load_sae(*ids)
 same = L.load_sae({entry.repo!r}, {entry.path!r})
 kept = L.load_sae(L.save_sae(sae, {str(tmp_path / "kept")!r}))
 less = dict(cfg.metadata, source=sae.cfg.metadata["source"])
-facts = [cfg.model, cfg.scaling, cfg.metadata, sae.cfg.metadata["source"], kept.cfg == sae.cfg, same.cfg == sae.cfg]
+facts = [cfg.model, cfg.normalization, cfg.metadata, sae.cfg.metadata["source"], kept.cfg == sae.cfg, same.cfg == sae.cfg]
 facts.append([{{**vars(cfg), "metadata": less}} == vars(sae.cfg)])
 print(json.dumps([facts, sae(x).tolist(), tried("gpt2-small-mlp-tm"), tried("gpt2-small-mlp-tm", "blocks.3.hook_mlp")]))
 """

@@ -32,7 +32,7 @@ SAES = {
     "topk": lambda: tiny_models.sae(RESID, "topk", k=6),
     "jumprelu": lambda: tiny_models.sae(RESID, "jumprelu"),
     "abstopk": lambda: tiny_models.sae(RESID, "abstopk", k=6),
-    "layer_norm": lambda: tiny_models.sae(RESID, scaling="layer_norm"),
+    "layer_norm": lambda: tiny_models.sae(RESID, normalization="layer_norm"),
     "transcoder": lambda: tiny_models.sae(MID, hook_out=MLP),
     "skip_transcoder": lambda: tiny_models.sae(MID, hook_out=MLP, skip=True),
     "heads": lambda: tiny_models.sae(Z),

@@ -159,7 +159,7 @@ def test_taps_fire_in_order_and_what_they_return_is_used(sae):
     before = sae.decode(latents, x)
     assert not torch.allclose(sae.decode(latents, x, tap=tap), before)
     assert tuple(fired) == sae.taps
-    if sae.cfg.scaling == "none" and not getattr(sae.cfg, "skip", False):
+    if sae.cfg.normalization == "none" and not getattr(sae.cfg, "skip", False):
         torch.testing.assert_close(sae.decode(plain, x, tap=lambda _, v: v * 2), 2 * sae.decode(plain, x))
 
 
@@ -179,7 +179,7 @@ def test_taps_and_a_subset_are_refused_together(sae):
 def test_decode_says_when_it_needs_the_input(sae):
     x = activations(2, 5)
     latents = sae.encode(x)
-    if sae.cfg.scaling != "none" or getattr(sae.cfg, "skip", False) or _needs_sequences(sae):
+    if sae.cfg.normalization != "none" or getattr(sae.cfg, "skip", False) or _needs_sequences(sae):
         with pytest.raises(ValueError, match=r"sae\.decode\(latents, x\)"):
             sae.decode(latents)
     else:
@@ -283,8 +283,8 @@ def test_fold_decoder_norm_of_a_topk_whose_rows_agree():
 
 def test_fold_scaling(sae):
     factor, x = 0.25, activations(2, 5)  # a power of two, so that nothing but the order of operations rounds
-    if sae.cfg.scaling not in ("none", "centered"):  # taking out a mean commutes with a factor
-        with pytest.raises(ValueError, match="scaling"):
+    if sae.cfg.normalization not in ("none", "centered"):  # taking out a mean commutes with a factor
+        with pytest.raises(ValueError, match="normalization"):
             sae.fold_scaling(factor)
         return
     before = {key: t.clone() for key, t in sae.state_dict().items()}
@@ -337,7 +337,7 @@ def _keep_largest_of_groups(p, k):
 
 
 def _by_hand_feed_forward(cfg, w, x):
-    u, unscale = _scale(x, cfg.scaling)
+    u, unscale = _scale(x, cfg.normalization)
     b_pre = {"none": 0.0, "tied": w["b_dec"], "own": w.get("b_pre")}[cfg.pre_bias]
     p = (u - b_pre) @ w["W_enc"] + w["b_enc"]
     z = {
@@ -352,7 +352,7 @@ def _by_hand_feed_forward(cfg, w, x):
 
 
 def _by_hand_pursuit(cfg, w, x):
-    u, unscale = _scale(x, cfg.scaling)
+    u, unscale = _scale(x, cfg.normalization)
     bias = w["b_dec"] if cfg.pre_bias == "tied" else 0.0
     z = np.zeros((*x.shape[:-1], cfg.d_sae))
     for index in np.ndindex(x.shape[:-1]):
@@ -387,7 +387,7 @@ def _by_hand_attention(w, layer, z, n_heads):
 
 
 def _by_hand_temporal(cfg, w, x):
-    u, unscale = _scale(x * cfg.factor, cfg.scaling)
+    u, unscale = _scale(x * cfg.factor, cfg.normalization)
     w_enc = w["W_dec"].T if cfg.tied else w["W_enc"]
     r = u - w["b_dec"] if cfg.pre_bias == "tied" else u
     predicted = 0.0
@@ -477,14 +477,14 @@ def test_temporal_is_causal_and_its_first_token_foresees_nothing_of_the_others()
         (PursuitConfig, {"residual_threshold": -1.0}),
         (PursuitConfig, {"max_iterations": 0}),
         (PursuitConfig, {"pre_bias": "own"}),
-        (PursuitConfig, {"scaling": "batch_norm"}),
+        (PursuitConfig, {"normalization": "batch_norm"}),
         (TemporalConfig, {"n_heads": 5}),
         (TemporalConfig, {"activation": "jumprelu"}),
         (TemporalConfig, {"activation": "topk"}),
         (TemporalConfig, {"k": 3}),
         (TemporalConfig, {"activation": "topk", "k": 25}),
         (TemporalConfig, {"factor": 0.0}),
-        (TemporalConfig, {"factor": 2.0, "scaling": "layer_norm"}),
+        (TemporalConfig, {"factor": 2.0, "normalization": "layer_norm"}),
         (TemporalConfig, {"n_attn_layers": -1}),
     ],
 )
@@ -538,7 +538,7 @@ def _configs(draw):
         k=_k_of(draw, activation, d_sae),
         skip=skip,
         pre_bias="none" if transcoder or skip else draw(st.sampled_from(["none", "tied"])),
-        scaling="none" if transcoder or skip else draw(st.sampled_from(["none", "layer_norm", "constant_norm"])),
+        normalization="none" if transcoder or skip else draw(st.sampled_from(["none", "layer_norm", "constant_norm"])),
         hook=hook,
         hook_out=hook_out,
         head=draw(st.none() | st.integers(0, 3)),

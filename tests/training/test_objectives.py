@@ -252,7 +252,7 @@ def test_resume_refuses_another_architecture():
     with pytest.raises(ValueError, match="k=5"):
         saewb.TopK(24, k=5).resume(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, activation="topk", k=4)))
     with pytest.raises(ValueError, match="layer_norm"):
-        saewb.Standard(24).resume(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, scaling="layer_norm")))
+        saewb.Standard(24).resume(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, normalization="layer_norm")))
     with pytest.raises(ValueError, match="PursuitSAE"):
         saewb.MatchingPursuit(24).resume(relu)
 

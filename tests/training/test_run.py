@@ -18,7 +18,7 @@ import torch
 from helpers import tiny_models
 
 import saewb
-from saewb._files import read_state, write_state
+from saewb._files import load_state, save_state
 from saewb.data.stream import stream_draws, stream_iterable
 from saewb.training import run_folder
 
@@ -203,7 +203,7 @@ def test_an_interrupt_while_waiting_stops_cleanly_and_elsewhere_does_nothing(tmp
     with pytest.raises(KeyboardInterrupt):
         run.wait()
     assert run.state == "stopped"
-    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == run.progress.step
+    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == run.progress.step
 
 
 # -- what fails ------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_divergence_is_a_failure_and_keeps_the_checkpoint_before(tmp_path):
     run = saewb.train(None, stream_iterable(chunks(), batch_tokens=40), TOPK, folder=tmp_path / "r", **how)
     with pytest.raises(FloatingPointError, match="diverged(.|\n)*lr="):
         run.wait()
-    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == 6
+    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == 6
 
 
 def test_activations_that_are_not_finite_from_the_first_are_said_to_be():
@@ -358,7 +358,7 @@ def test_resumed_after_kill_9_it_is_bit_for_bit_the_whole_run(tmp_path):
     kill = "sink = lambda event: os.kill(os.getpid(), 9) if event.kind == 'step' and event.step == 14 else None"
     done = script(tmp_path / "r", kill)
     assert done.returncode == -9, done.stderr
-    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
+    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
     assert len((tmp_path / "r" / "history.jsonl").read_text().splitlines()) == 14
     assert saewb.read_run(tmp_path / "r").state == "cut off"
     whole = train().wait()
@@ -466,7 +466,7 @@ def test_the_interpreters_exit_leaves_a_checkpoint(tmp_path, how):
     done = script(tmp_path / "r", sink, after, n_tokens=10**7)
     assert done.returncode == (143 if how == "SIGTERM" else 0), done.stderr
     assert done.stderr == ""
-    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] >= 3
+    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] >= 3
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -488,7 +488,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path, 
         run.wait()
     assert run.progress.step == 24
     assert any("no checkpoint at 800 tokens" in note for note in run.notes)
-    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
+    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
     assert not list((tmp_path / "r").glob("*.new"))
     assert run.sae.cfg.d_sae == 24
     monkeypatch.undo()
@@ -503,10 +503,10 @@ def test_a_disk_that_is_really_full_leaves_the_file_before(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("no right to mount here")
     try:
-        write_state(disk / "state", {"x": torch.arange(1000)})
+        save_state(disk / "state", {"x": torch.arange(1000)})
         with pytest.raises(OSError, match="could not be written|No space left"):
-            write_state(disk / "state", {"x": torch.arange(100_000)})
-        assert torch.equal(read_state(disk / "state")["x"], torch.arange(1000))
+            save_state(disk / "state", {"x": torch.arange(100_000)})
+        assert torch.equal(load_state(disk / "state")["x"], torch.arange(1000))
         assert [p.name for p in disk.iterdir()] == ["state"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -646,8 +646,8 @@ def test_states_come_back_as_they_were(tmp_path):
         "rng": torch.Generator().get_state(),
         "tuple": (1, [2, ()]),
     }
-    write_state(tmp_path / "s", state)
-    got = read_state(tmp_path / "s")
+    save_state(tmp_path / "s", state)
+    got = load_state(tmp_path / "s")
     assert torch.equal(got["a"][5]["t"], x.T)
     assert got["a"][:5] == state["a"][:5]
     assert got["tuple"] == state["tuple"]
@@ -657,11 +657,11 @@ def test_states_come_back_as_they_were(tmp_path):
     assert torch.equal(got["rng"], state["rng"])
     for bad in ({"x": object()}, {1: 2}):
         with pytest.raises(TypeError):
-            write_state(tmp_path / "s", bad)
-    assert read_state(tmp_path / "s")["b"][""] == 1e-300
+            save_state(tmp_path / "s", bad)
+    assert load_state(tmp_path / "s")["b"][""] == 1e-300
     (tmp_path / "cut").write_bytes((tmp_path / "s").read_bytes()[:-10])
     with pytest.raises(saewb.FormatError, match="cannot be read"):
-        read_state(tmp_path / "cut")
+        load_state(tmp_path / "cut")
 
 
 # -- on the command line ---------------------------------------------------------------------------------------------

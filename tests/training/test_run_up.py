@@ -7,7 +7,7 @@ import torch
 from helpers.gated_stream import PATIENCE, Gated
 
 import saewb
-from saewb._files import read_state
+from saewb._files import load_state
 
 TOPK = saewb.TopK(d_sae=24, k=4)
 HOW = {"n_tokens": 400, "batch_tokens": 40, "log_every_steps": 1, "estimate_tokens": 120}
@@ -146,4 +146,4 @@ def test_resumed_within_the_estimate_it_fills_its_buffer_again_and_may_be_stoppe
     assert repr(again) == "Run(running, going back to its place, 0 of 80 tokens, activations)"
     ended(again, gated)
     assert all(torch.equal(a, b) for a, b in zip(again.sae.parameters(), whole.sae.parameters(), strict=True))
-    assert read_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == 10
+    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == 10

@@ -75,7 +75,7 @@ def test_losses_are_in_whitened_units_and_the_export_in_the_models(name, tmp_pat
     assert float(learner.read.apply(x).square().sum(1).mean()) == pytest.approx(D_IN, rel=0.15)
     assert figures[0]["losses/mse"] < 5 * D_IN  # in the model's units it would be hundreds
     sae = training.saes["sae"]
-    assert sae.cfg.scaling == "none"
+    assert sae.cfg.normalization == "none"
     assert sae.cfg.metadata["normalization"] == "whitened"
     saewb.save_sae(sae, tmp_path / "sae")
     back = saewb.load_sae(tmp_path / "sae")

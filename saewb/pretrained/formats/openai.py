@@ -86,7 +86,7 @@ def read(
             activation="topk" if activation == "TopK" else "relu",
             k=k,
             pre_bias="tied",
-            scaling="layer_norm" if activation == "TopK" else "none",
+            normalization="layer_norm" if activation == "TopK" else "none",
             hook=f"blocks.{found[2]}.{_SITES[found[1]]}" if found else None,
             model="gpt2-small" if found else None,
             metadata={},

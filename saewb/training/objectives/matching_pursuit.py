@@ -86,9 +86,9 @@ class MatchingPursuit:
         Raises:
             ValueError: if it is another kind of SAE, has a scale per token, or does not subtract b_dec.
         """
-        if not isinstance(sae, PursuitSAE) or sae.cfg.scaling != "none" or sae.cfg.pre_bias != "tied":
+        if not isinstance(sae, PursuitSAE) or sae.cfg.normalization != "none" or sae.cfg.pre_bias != "tied":
             what = f"MatchingPursuit cannot go on from {sae!r}."
-            raise ValueError(explain(what, want="a PursuitSAE with scaling 'none' and pre_bias 'tied'"))
+            raise ValueError(explain(what, want="a PursuitSAE with normalization 'none' and pre_bias 'tied'"))
         return Params({n: t.detach().to(device, dtype, copy=True) for n, t in sae.named_parameters()}, "tied")
 
     def losses(

@@ -222,8 +222,8 @@ def from_sae(
                 want=f"an SAE with activation {' or '.join(activations)}, k={k}",
             )
         )
-    if sae.cfg.scaling != "none" or sae.cfg.pre_bias == "own":
-        what = f"{sae!r} with scaling={sae.cfg.scaling!r}, pre_bias={sae.cfg.pre_bias!r} cannot be trained further."
-        raise ValueError(explain(what, want="scaling 'none', and pre_bias 'tied' or 'none'"))
+    if sae.cfg.normalization != "none" or sae.cfg.pre_bias == "own":
+        what = f"{sae!r} with normalization={sae.cfg.normalization!r}, pre_bias={sae.cfg.pre_bias!r} cannot be trained further."
+        raise ValueError(explain(what, want="normalization 'none', and pre_bias 'tied' or 'none'"))
     tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in tensor_shapes(sae.cfg)}
     return Params(tensors, sae.cfg.pre_bias)

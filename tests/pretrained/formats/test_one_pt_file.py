@@ -65,7 +65,7 @@ def test_openai_activations(activation, tmp_path):
     written = openai(tmp_path, activation)
     sae = read(written.place)
     assert_formula(sae, written)
-    assert sae.cfg.scaling == ("layer_norm" if activation == "TopK" else "none")
+    assert sae.cfg.normalization == ("layer_norm" if activation == "TopK" else "none")
     assert sae.cfg.pre_bias == "tied"
     if activation == "TopK":  # its output is in the units of its input, whatever those are
         x = torch.from_numpy(inputs(4)).float()

@@ -145,7 +145,7 @@ def test_version_2_and_before(ones, tmp_path):
     tensors = drawn(PLAIN)
     beside = {"scaling_factor": torch.ones(F)} if ones else {}
     sae = load_sae(written(tmp_path / "sae", LEGACY, {**tensors, **beside}))
-    assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.scaling) == ("relu", "tied", "none")
+    assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.normalization) == ("relu", "tied", "none")
     assert (sae.cfg.hook, sae.cfg.head, sae.cfg.model) == ("blocks.0.hook_resid_pre", None, "gpt2-small")
     assert sae.device.type == "cpu"
     kept = sae.cfg.metadata
@@ -179,7 +179,7 @@ def test_version_5_with_a_gate_and_layer_norm(tmp_path):
         "sae_lens_training_version": "3.2.0",
     }
     sae = load_sae(written(tmp_path / "sae", cfg, drawn(PLAIN)))
-    assert (sae.cfg.activation, sae.cfg.k, sae.cfg.scaling) == ("topk", 4, "layer_norm")
+    assert (sae.cfg.activation, sae.cfg.k, sae.cfg.normalization) == ("topk", 4, "layer_norm")
     assert sae.cfg.hook == "blocks.3.hook_resid_mid"
     assert sae.cfg.metadata["prepend_bos"] is False
     assert sae.cfg.metadata["sae_lens_training_version"] == "3.2.0"
@@ -197,7 +197,7 @@ def test_version_5_at_its_shortest(tmp_path):
         "hook_head_index": None,
     }
     sae = load_sae(written(tmp_path / "sae", cfg, drawn(PLAIN)))
-    assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.scaling) == ("relu", "tied", "none")
+    assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.normalization) == ("relu", "tied", "none")
 
 
 @pytest.mark.parametrize(
@@ -626,7 +626,7 @@ def test_metadata_that_json_cannot_hold_is_refused_before_anything_is_written(tm
 
 def test_what_the_layout_cannot_express_is_refused(tmp_path):
     with pytest.raises(ValueError, match="skip"):
-        save_sae(feed_forward(skip=True, scaling="layer_norm"), tmp_path / "sae")
+        save_sae(feed_forward(skip=True, normalization="layer_norm"), tmp_path / "sae")
     assert not list(tmp_path.iterdir())
 
 

@@ -103,9 +103,9 @@ def test_overrides_of_a_catalogue(tmp_path):
     cfg = read(folder, Facts(overrides={"dataset_path": "mine", "model_from_pretrained_kwargs": kwargs})).cfg
     assert cfg.metadata["dataset_path"] == "mine"
     assert cfg.metadata["model_from_pretrained_kwargs"] == {"fold_ln": False}
-    assert cfg.scaling == "centered"  # what the other one means
+    assert cfg.normalization == "centered"  # what the other one means
     normed = read(folder, Facts(overrides={"normalize_activations": "constant_norm_rescale"}))
-    assert normed.cfg.scaling == "constant_norm"
+    assert normed.cfg.normalization == "constant_norm"
 
 
 def test_the_files_word_comes_before_the_callers(tmp_path):

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saewb._files import write_folder
+from saewb._files import atomic_folder
 from saewb.errors import FormatError, explain
 from saewb.pretrained.formats._facts import Facts
 from saewb.pretrained.formats._tensors import FLOATS, TensorFile, fit
@@ -36,7 +36,7 @@ from saewb.pretrained.formats.saelens.fold import Whitening, scaled_down, ungate
 from saewb.pretrained.formats.saelens.folding import centered, reading_centered, reads_centered, without_flag
 from saewb.pretrained.formats.saelens.scaling import SCALER, WHITENING, input_scaling
 from saewb.pretrained.formats.saelens.write import as_written, compose, own_memory
-from saewb.sae.config import Scaling
+from saewb.sae.config import TokenNormalization
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.sae import SAE, SAEConfig
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
@@ -46,7 +46,7 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 MARKS = (CONFIG, WEIGHTS)  # what a folder is recognized by
 FILES = (CONFIG, WEIGHTS, SPARSITY, SCALER, WHITENING)  # all that may be read
 
-_SCALING: dict[str, Scaling] = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+_SCALING: dict[str, TokenNormalization] = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 
 
 def files(path: str) -> list[str]:
@@ -162,7 +162,7 @@ def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool 
         (place / CONFIG).write_text(text, encoding="utf-8")
         save_file(own_memory(tensors), place / WEIGHTS)
 
-    return write_folder(Path(folder), fill, ours=(CONFIG, WEIGHTS, SPARSITY), overwrite=overwrite)
+    return atomic_folder(Path(folder), fill, ours=(CONFIG, WEIGHTS, SPARSITY), overwrite=overwrite)
 
 
 def read_log_sparsity(folder: Path) -> Float[Tensor, " d_sae"]:
@@ -243,14 +243,14 @@ def _feed_forward(
         k=_whole(described.options["k"]) if "k" in described.options else None,
         skip="skip" in described.architecture,
         pre_bias=pre_bias,
-        scaling=_scaling(described),
+        normalization=_scaling(described),
         metadata=without_flag(described.metadata, _scaling(described)),
         **places,
     )
     return SAE, cfg, w
 
 
-def _scaling(described: Described) -> Scaling:
+def _scaling(described: Described) -> TokenNormalization:
     scaling = _SCALING.get(described.normalize, "none")
     if described.is_transcoder:
         return scaling
@@ -310,7 +310,7 @@ def _pursuit(
         max_iterations=options["max_iterations"],
         stop_on_duplicate=options["stop_on_duplicate_support"],
         pre_bias="tied" if described.tied else "none",
-        scaling=_scaling(described),
+        normalization=_scaling(described),
         metadata=without_flag(described.metadata, _scaling(described)),
         **_within(described.places),
     )
@@ -341,7 +341,7 @@ def _temporal(
         tied=options["tied_weights"],
         pre_bias="tied" if described.tied else "none",
         factor=given if isinstance(given, float) else float(fixed),
-        scaling=_scaling(described),
+        normalization=_scaling(described),
         metadata=without_flag(described.metadata, _scaling(described)),
         **_within(described.places),
     )

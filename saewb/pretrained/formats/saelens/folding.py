@@ -3,7 +3,7 @@
 TransformerLens can take the mean over d_model out of everything a model with LayerNorms writes into its residual stream
 (`center_writing_weights`). Such a model computes the same, since every LayerNorm takes that mean out anyway, but its
 residual stream is `x - mean(x)` where that of the model as published is `x`. An SAE trained there reads `x - mean(x)`;
-SAEs of this package do that themselves (scaling "centered") and give the mean back, so they fit both models.
+SAEs of this package do that themselves (normalization "centered") and give the mean back, so they fit both models.
 
 The file says so as sae-lens does, in `metadata.model_from_pretrained_kwargs.center_writing_weights`; sae-lens leaves it
 to its user to load such a model.
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from saewb.errors import FormatError, explain
-from saewb.sae.config import Scaling
+from saewb.sae.config import TokenNormalization
 
 _KWARGS, _FLAG = "model_from_pretrained_kwargs", "center_writing_weights"
 # What is written into the residual stream, and the stream itself; nothing else changes with the writing weights.
@@ -27,17 +27,21 @@ _WRITTEN = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embe
 _RMS = re.compile(r"gemma|llama|mi[sx]tral|qwen|olmo|smollm|deepseek|phi-?3|\byi-|gpt-oss|apertus", re.IGNORECASE)
 
 
-def centered(scaling: Scaling, metadata: Mapping[str, Any], hook: str | None, model: str | None) -> Scaling:
-    """The scaling of an SAE whose file gives `scaling` and this metadata.
+def centered(
+    normalization: TokenNormalization, metadata: Mapping[str, Any], hook: str | None, model: str | None
+) -> TokenNormalization:
+    """The normalization of an SAE whose file gives `normalization` and this metadata.
 
     Raises:
         FormatError: if it also rescales to a constant norm, which nobody has published.
     """
     if not reads_centered(metadata, hook, model):
-        return scaling
-    if scaling == "constant_norm":
+        return normalization
+    if normalization == "constant_norm":
         raise FormatError(explain("centered writing weights together with constant_norm_rescale.", want="one of them"))
-    return "centered" if scaling == "none" else scaling  # a layer norm takes the mean out, and gives it back, already
+    return (
+        "centered" if normalization == "none" else normalization
+    )  # a layer norm takes the mean out, and gives it back, already
 
 
 def reads_centered(metadata: Mapping[str, Any], hook: str | None, model: str | None) -> bool:
@@ -48,9 +52,9 @@ def reads_centered(metadata: Mapping[str, Any], hook: str | None, model: str | N
     return hook is None or hook.rpartition(".")[2].removeprefix("hook_") in _WRITTEN
 
 
-def without_flag(metadata: Mapping[str, Any], scaling: Scaling) -> dict[str, Any]:
-    """The metadata of an SAE with this scaling: what "centered" says already is not said twice."""
-    if scaling != "centered":
+def without_flag(metadata: Mapping[str, Any], normalization: TokenNormalization) -> dict[str, Any]:
+    """The metadata of an SAE with this normalization: what "centered" says already is not said twice."""
+    if normalization != "centered":
         return dict(metadata)
     rest = {key: value for key, value in metadata[_KWARGS].items() if key != _FLAG}
     kept = {key: value for key, value in metadata.items() if key != _KWARGS}
@@ -66,24 +70,26 @@ def reading_centered(w: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**w, **inward}
 
 
-def said(metadata: Mapping[str, Any], scaling: Scaling, hook: str | None, model: str | None) -> dict[str, Any]:
-    """The metadata to write, from which `centered` finds this scaling again.
+def said(
+    metadata: Mapping[str, Any], normalization: TokenNormalization, hook: str | None, model: str | None
+) -> dict[str, Any]:
+    """The metadata to write, from which `centered` finds this normalization again.
 
     Raises:
         ValueError: if it would not: a centered SAE of a place or a model where that flag means nothing.
     """
     told = metadata.get(_KWARGS)
     told = dict(told) if isinstance(told, Mapping) else {}
-    if scaling == "centered":
+    if normalization == "centered":
         written = {**metadata, _KWARGS: {**told, _FLAG: True}}
         if not reads_centered(written, hook, model):
             raise ValueError(
                 explain(
-                    f"the SAELens layout has no scaling 'centered' at hook {hook!r} of {model!r}.",
+                    f"the SAELens layout has no normalization 'centered' at hook {hook!r} of {model!r}.",
                     want="a hook that writes into the residual stream, of a model with LayerNorms",
                 )
             )
         return written
-    if scaling == "none" and reads_centered(metadata, hook, model):
+    if normalization == "none" and reads_centered(metadata, hook, model):
         return {**metadata, _KWARGS: {**told, _FLAG: False}}
     return dict(metadata)

@@ -33,7 +33,7 @@ def compose(
     """
     cfg = sae.cfg
     kept = {key: value for key, value in cfg.metadata.items() if key != "reshape_activations"}
-    metadata = kept if cfg.is_transcoder else said(kept, cfg.scaling, cfg.hook, cfg.model)
+    metadata = kept if cfg.is_transcoder else said(kept, cfg.normalization, cfg.hook, cfg.model)
     default = reshape_of(cfg.hook, cfg.head, architecture)
     places = {theirs: getattr(cfg, ours) for theirs, ours in PLACES.items() if getattr(cfg, ours) is not None}
     return {
@@ -42,7 +42,7 @@ def compose(
         "dtype": str(sae.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": tied,
-        "normalize_activations": _WRITTEN[cfg.scaling],
+        "normalize_activations": _WRITTEN[cfg.normalization],
         "reshape_activations": cfg.metadata.get("reshape_activations", default),
         "metadata": {**metadata, **places, "sae_lens_version": LAYOUT_VERSION, "saewb_version": _saewb_version()},
         **options,
@@ -90,11 +90,11 @@ def as_written(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str
 def _feed_forward_as_written(sae: SAE, w: dict[str, Tensor]) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
     cfg = sae.cfg
     transcoder = cfg.is_transcoder or cfg.skip
-    if transcoder and cfg.scaling != "none":
+    if transcoder and cfg.normalization != "none":
         raise ValueError(
             explain(
-                f"the SAELens layout has no skip matrix together with scaling={cfg.scaling!r}: {sae!r}.",
-                want="skip=False or scaling='none'",
+                f"the SAELens layout has no skip matrix together with normalization={cfg.normalization!r}: {sae!r}.",
+                want="skip=False or normalization='none'",
             )
         )
     architecture = "standard" if cfg.activation == "relu" else cfg.activation
