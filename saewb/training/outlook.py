@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from saewb.data.cache import ActivationCache
+from saewb.data.packing import stream_tokens
 from saewb.data.sources import ModelSource
-from saewb.data.token_streams import stream_tokens
 from saewb.errors import explain, near
 from saewb.field_notes import field_choices, field_notes
 from saewb.models.shared_copy import shared_copy

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, final
 
-from saewb.data.feed import Feed
+from saewb.data.stream import ActivationStream
 from saewb.distributed import ALONE, Team
 from saewb.errors import explain
 from saewb.training import Training, TrainStep
@@ -51,7 +51,7 @@ class Run:
     def __init__(
         self,
         training: Training,
-        feed: Feed,
+        stream: ActivationStream,
         *,
         places: Mapping[str, str],
         finish: Callable[[Any], Any],
@@ -67,7 +67,7 @@ class Run:
     ) -> None:
         self.memory, self._team = memory, team
         self.error: BaseException | None = None
-        self._training, self._feed, self._places, self._finish = training, feed, dict(places), finish
+        self._training, self._stream, self._places, self._finish = training, stream, dict(places), finish
         self._folder, self._options, self._facts = folder, options, facts
         self._journal = Journal(list(places), folder, sinks, rows, lambda: self.state)
         self._rows, self.notes = self._journal.rows, self._journal.notes
@@ -78,7 +78,7 @@ class Run:
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
         self._done = self._from = (training.n_steps, training.n_tokens)
-        self._run_up = run_up(feed.stream.filling, training.ahead)
+        self._run_up = run_up(stream.filling, training.ahead)
         self._seconds = seconds  # of work, without pauses, over all sessions
         self._pace = Pace()
         self._thread = threading.Thread(target=self._work, name="saewb-train", daemon=True)
@@ -268,8 +268,8 @@ class Run:
     def _runs_up(self) -> bool:
         """A forward pass, or a batch, of what the first step needs; whether it needs more."""
         with self._turn():
-            more = not self._stopping and self._training.read_ahead(self._feed.fill)
-            now = run_up(self._feed.stream.filling, self._training.ahead)
+            more = not self._stopping and self._training.read_ahead(self._stream.fill)
+            now = run_up(self._stream.filling, self._training.ahead)
             self._pace = self._pace if now and self._run_up and now.what == self._run_up.what else Pace()
             if now:
                 self._pace.note(now.n_tokens)
@@ -329,9 +329,9 @@ class Run:
         self._journal.tell("end", self._done)
         if self._folder is not None:
             self._folder.close()
-        self._feed.stream.close()
+        self._stream.close()
         if self._saes is not None or error is None:
-            self._training = self._feed = None  # weights, moments and buffers go; the SAEs stay
+            self._training = self._stream = None  # weights, moments and buffers go; the SAEs stay
         _live.discard(self)
         self._ended.set()
 
@@ -341,8 +341,8 @@ class Run:
         if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
             self._saes = self._exported()  # a checkpoint that there was stays
             return
-        half = error is not None and not self._feed.broke
-        self._saes = self._keep(before_failed_step(self._training, self._feed) if half else None)
+        half = error is not None and not self._stream.failed
+        self._saes = self._keep(before_failed_step(self._training, self._stream) if half else None)
 
 
 def _at_exit() -> None:

@@ -59,7 +59,7 @@ def out_of_memory(error: BaseException, step: int, batch_tokens: int, memory: Me
     return told
 
 
-def before_failed_step(training: Training, feed: Any) -> dict[str, Any]:
+def before_failed_step(training: Training, stream: Any) -> dict[str, Any]:
     """The state before a step that failed half way: its batch is to be trained on again.
 
     Raises:
@@ -70,7 +70,7 @@ def before_failed_step(training: Training, feed: Any) -> dict[str, Any]:
         raise RuntimeError("the step failed half way through its SAEs")
     if state["n_taken"] > 0:
         return {**state, "n_taken": state["n_taken"] - 1}
-    feed.put_back()
+    stream.put_back()
     return training.state()
 
 

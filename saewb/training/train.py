@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from saewb.data.cache import ActivationCache
-from saewb.data.feed import Feed
 from saewb.data.sources import ModelSource
 from saewb.data.stream import ActivationStream, model_tokens
 from saewb.distributed import ALONE, Team
@@ -110,11 +109,11 @@ def train(
     trainees = trainees_of(saes, hook, hook_out)
     team = Team.joined()
     with team.agreed():
-        feed, widths = _feed(model, tokens, trainees, reading, config, team)
+        stream, widths = _stream(model, tokens, trainees, reading, config, team)
     trainees = with_points(trainees, widths)
     facts = facts_of(config, trainees, reading, run_options, widths=widths, model=_name(model))
     run = _launch(
-        model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device, team
+        model, stream, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device, team
     )
     if config.n_steps < FEW_STEPS:
         run.notes.append(
@@ -174,10 +173,10 @@ def resume_run(
         config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
         reading = Reading(**facts["reading"])
         trainees = {name: from_told(said, kept.init(name)) for name, said in facts["saes"].items()}
-        feed, widths = _feed(model, tokens, trainees, reading, config, team, facts["widths"])
+        stream, widths = _stream(model, tokens, trainees, reading, config, team, facts["widths"])
         options = RunOptions(**facts["options"])
         return _launch(
-            model, feed, widths, trainees, config, reading, options, facts, kept, held_out, sinks, device, team, state
+            model, stream, widths, trainees, config, reading, options, facts, kept, held_out, sinks, device, team, state
         )
     except BaseException:
         kept.close()
@@ -186,7 +185,7 @@ def resume_run(
 
 def _launch(
     model: nn.Module | None,
-    feed: Feed,
+    stream: ActivationStream,
     widths: Mapping[str, int],
     trainees: Mapping[str, Trainee],
     config: TrainConfig,
@@ -211,7 +210,7 @@ def _launch(
     measured = None if held_out is None else _held_out(model, held_out, widths, reading, config)
     rows: list[dict[str, Any]] = []
     with team.agreed():
-        training = Training(feed, dict(trainees), config, held_out=measured, device=device, team=team)
+        training = Training(stream, dict(trainees), config, held_out=measured, device=device, team=team)
         if state is None and folder is not None and team.leads:
             folder = _begun(folder, facts, trainees)
     if state is not None:
@@ -221,7 +220,7 @@ def _launch(
         training.begin()
     return Run(
         training,
-        feed,
+        stream,
         places={name: place_of(trainee) for name, trainee in trainees.items()},
         finish=finisher(_name(model)),
         folder=folder if team.leads else None,
@@ -229,7 +228,7 @@ def _launch(
         sinks=sinks if team.leads else (),
         memory=memory,
         facts=facts,
-        layers=(feed.stream.stop_layer, None if model is None else model.cfg.n_layers),
+        layers=(stream.stop_layer, None if model is None else model.cfg.n_layers),
         rows=rows,
         seconds=0.0 if state is None else state["seconds"],
         team=team,
@@ -249,7 +248,7 @@ def _begun(path: str | Path, facts: Mapping[str, Any], trainees: Mapping[str, Tr
 # -- the stream ------------------------------------------------------------------------------------------------------
 
 
-def _feed(
+def _stream(
     model: nn.Module | None,
     tokens: Any,
     trainees: Mapping[str, Trainee],
@@ -257,16 +256,15 @@ def _feed(
     config: TrainConfig,
     team: Team,
     widths: Mapping[str, int] | None = None,
-) -> tuple[Feed, dict[str, int]]:
+) -> tuple[ActivationStream, dict[str, int]]:
     """The stream, and the width of each of its points, unless they are known: the model's by a pass of one row."""
     how = {"batch_tokens": config.batch_tokens, "seed": config.seed, "prefetch": reading.prefetch}
     how["buffer_tokens"] = reading.buffer(config)
     if isinstance(tokens, ActivationStream):
-        feed = Feed(tokens)
-        return feed, dict(widths) if widths is not None else _widths_of(feed, trainees)
+        return tokens, dict(widths) if widths is not None else _widths_of(tokens, trainees)
     if isinstance(tokens, ActivationCache):
         points = points_of(trainees) or list(tokens.points)
-        return Feed(tokens.stream(**how, points=points)), {name: tokens.points[name] for name in points}
+        return tokens.stream(**how, points=points), {name: tokens.points[name] for name in points}
     if model is None:
         what = "train got no model, and tokens that are no activations."
         raise ValueError(explain(what, want="a model; or an ActivationStream or ActivationCache for tokens"))
@@ -280,7 +278,7 @@ def _feed(
     own = shared_copy(model)  # so that neither sees the other's passes
     source = _source(own, tokens, points_of(trainees), reading, repeat=True, team=team)
     how["prefetch"] = reading.prefetch if team.size == 1 else 0  # exchanges in two threads would be out of order
-    return Feed(ActivationStream(source, **how)), model_widths(own, source.points)
+    return ActivationStream(source, **how), model_widths(own, source.points)
 
 
 def _source(
@@ -291,11 +289,11 @@ def _source(
     return ModelSource(model, rows, points, positions=slice(*reading.positions), skipped=skipped, team=team)
 
 
-def _widths_of(feed: Feed, trainees: Mapping[str, Trainee]) -> dict[str, int]:
+def _widths_of(stream: ActivationStream, trainees: Mapping[str, Trainee]) -> dict[str, int]:
     """Looks at the first tokens, which are not waited for longer than it takes to compute some."""
-    first = feed.stream.look()
-    if first is None and (first := next(feed, None)) is not None:
-        feed.put_back()
+    first = stream.peek()
+    if first is None and (first := next(stream, None)) is not None:
+        stream.put_back()
     if first is None:
         raise ValueError(explain("the stream is empty.", want="one batch or more"))
     for point in points_of(trainees):
