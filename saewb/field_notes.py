@@ -1,14 +1,16 @@
-"""What each field of a dataclass is: read from the comment beside it, for `help()` and for forms.
+"""Descriptions of a dataclass's fields for `help()` and forms, read from the source on first use.
 
-A field is described once, where it stands (`k: int = 32  # latents kept per token`). Python forgets comments, so they
-are read from the source, when somebody asks.
+A field is described once, by the docstring under it or the comment beside it, and Python keeps neither.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _FIELD = re.compile(r"^    (\w+): [^#\n]*(?:#[ ]*(.*))?$")
@@ -16,7 +18,7 @@ _COMMENT = re.compile(r"^    #[ ]*(.*)$")
 
 
 def field_notes(owner: type) -> dict[str, str]:
-    """The note of each field of a dataclass that has one: beside it, above it, or in its metadata.
+    """The description of each field of a dataclass: under it, beside it, above it, or in its metadata.
 
     Args:
         owner: the dataclass.
@@ -38,9 +40,19 @@ def field_notes(owner: type) -> dict[str, str]:
         if field := _FIELD.match(line):
             found[field[1]] = field[2] or " ".join(above)
         above = []
+    found |= _attribute_docstrings(owner)
     told = {f.name: f"{f.metadata['meaning']} ({f.metadata['unit']})" for f in fields(owner) if f.metadata.get("unit")}
     notes = {f.name: told.get(f.name) or f.metadata.get("meaning") or found.get(f.name) for f in fields(owner)}
     return {name: note for name, note in notes.items() if note}
+
+
+def _attribute_docstrings(owner: type) -> dict[str, str]:
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(node.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def field_choices(owner: type) -> dict[str, tuple[str, ...]]:
