@@ -4,13 +4,14 @@ Shapes stand in the types (jaxtyping, or in brackets in the text), units in the 
 """
 
 import ast
-import importlib
 import inspect
 import re
 import textwrap
 from dataclasses import fields, is_dataclass
 
 import pytest
+from helpers import public_names
+from helpers.public_names import NAMES
 
 import saewb
 
@@ -21,34 +22,11 @@ FROM_PAPERS = {
     *("Standard", "Gated", "TopK", "AbsTopK", "BatchTopK", "Matryoshka", "JumpReLU", "MatchingPursuit"),
     *("superposition", "enrich", "attribute", "attribute_edges", "evaluate", "steer"),
 }
-# Modules whose functions users type themselves; the rest is for saewb's own rooms.
-MODULES = (
-    "tiny",
-    "metrics",
-    "features.neuronpedia",
-    "training.loggers",
-    "synthetic",
-    "data.tokens",
-    "models.tokenizer",
-)
-NAMES = [name for name in saewb.__all__ if not inspect.ismodule(getattr(saewb, name))]
 NEEDS_NETWORK = {"push_to_hub"}
 
 
 def public():
-    """(name, object) of each public function and class: saewb's own, and those of the modules its users type."""
-    found = {name: getattr(saewb, name) for name in NAMES}
-    for module in (importlib.import_module(f"saewb.{name}") for name in MODULES):
-        for key in getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")]):
-            value = getattr(module, key)
-            if getattr(value, "__module__", "").startswith(module.__name__):
-                found[f"{module.__name__.removeprefix('saewb.')}.{key}"] = value
-    seen, once = set(), []
-    for name, value in sorted(found.items(), key=lambda pair: pair[0].count(".")):  # saewb.x before saewb.m.x
-        if id(value) not in seen:
-            seen.add(id(value))
-            once.append(pytest.param(name, value, id=name))
-    return once
+    return [pytest.param(name, value, id=name) for name, value in public_names.public()]
 
 
 def sections(text):
@@ -135,8 +113,11 @@ def test_a_field_is_described_beside_it_above_it_or_in_its_metadata():
 @pytest.mark.parametrize(("name", "value"), [p for p in public() if inspect.isclass(p.values[1])])
 def test_classes_say_all(name, value):
     text, node, lines = sections(inspect.getdoc(value)), tree_of(value), inspect.getsource(value).splitlines()
-    fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
-    for field in fields:  # its unit stands beside it, or above it, or in the docstring
+    for field, below in zip(node.body, [*node.body[1:], None], strict=True):  # unit: beside, above or below
+        if not isinstance(field, ast.AnnAssign) or field.target.id.startswith("_"):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            continue
         beside = any("#" in line or "_is(" in line for line in lines[field.lineno - 2 : field.end_lineno])
         assert beside or re.search(rf"\b{field.target.id}\b", inspect.getdoc(value)), f"{name}.{field.target.id}"
     for method in node.body:

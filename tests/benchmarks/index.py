@@ -66,7 +66,7 @@ def sae_for(model, options):
 
 def new_build(model, sae) -> _Build:
     """With the settings of `build_index`."""
-    special = saewb.data.tokens.special_ids(model, True)
+    special = saewb.models.tokenizer.special_ids(model, True)
     facts = _facts(model, sae, None, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None)
     return _Build(sae, facts, Gathering(facts.plan, sae.device), None)
 
