@@ -64,13 +64,13 @@ from .prompts.next_tokens import next_tokens as next_tokens
 from .prompts.prompt_latents import PromptReading as PromptReading
 from .prompts.reading import read_in_turn as read_in_turn
 from .prompts.reading import read_prompt as read_prompt
+from .sae.base import SparseCoder as SparseCoder
 from .sae.config import SAEConfig as SAEConfig
 from .sae.cross_layer import CrossLayerConfig as CrossLayerConfig
 from .sae.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
 from .sae.matching_pursuit import PursuitConfig as PursuitConfig
 from .sae.matching_pursuit import PursuitSAE as PursuitSAE
 from .sae.sae import SAE as SAE
-from .sae.base import SparseCoder as SparseCoder
 from .sae.sparse import SparseLatents as SparseLatents
 from .sae.temporal import TemporalConfig as TemporalConfig
 from .sae.temporal import TemporalSAE as TemporalSAE

@@ -13,7 +13,7 @@ import saewb
 
 ROOT = Path(saewb.__file__).parent
 
-LAYERS = [  # a room may import rooms of earlier lines only, and its own files; the first line only `errors`; the last all
+LAYERS = [  # a room imports rooms of earlier lines and its own files; the first line only `errors`; the last all
     {"errors", "_files", "_display", "hub", "distributed", "metrics", "kernels"},  # torch, numpy, huggingface_hub
     {"sae"},
     {"models", "stats", "pretrained"},
