@@ -110,7 +110,8 @@ def require(options: Any, condition: bool, name: str, want: str) -> None:
 
 
 def _wrong_value(owner: str, name: str, value: Any, want: str) -> ValueError:
-    return ValueError(explain(f"{owner} got {name}={value!r}.", want=want, fix=f"{owner}(..., {name}=...)"))
+    text = repr(value).removesuffix(".0")  # an int is converted where a float is due
+    return ValueError(explain(f"{owner} got {name}={text}.", want=want, fix=f"{owner}(..., {name}=...)"))
 
 
 def _translated(owner: type, error: ValidationError) -> Exception:
@@ -120,7 +121,8 @@ def _translated(owner: type, error: ValidationError) -> Exception:
         return first["ctx"]["error"]
     infos = owner.__pydantic_fields__
     kind, (at, *_) = first["type"], first["loc"]
-    name = at if isinstance(at, str) else list(infos)[min(at, len(infos) - 1)]
+    positional = [f.name for f in fields(owner) if not f.kw_only]
+    name = at if isinstance(at, str) else positional[min(at, len(positional) - 1)]
     if kind in _ARGUMENT_ERRORS:
         what = f"{owner.__name__} {_ARGUMENT_ERRORS[kind].format(name)}."
         close = near(name, infos) if kind == "unexpected_keyword_argument" else ()

@@ -42,11 +42,11 @@ class TrainConfig:
     clip: float | None = 1.0  # longest gradient, over all weights of an SAE; None does not clip
     autocast: torch.dtype | None = None  # of products in the plain losses: torch.bfloat16; weights stay float32
     compile: str | None = None  # backend of torch.compile for the plain losses, e.g. "inductor"
-    step: Step = "auto"  # how gradients are computed: see `saewb.training.paths.choose`
+    step: Step = "auto"  # how gradients are computed: see `saewb.training.trainer.choose_gradients`
     normalization: Normalization = (
         "centered"  # of activations: see `saewb.training.normalization`; "none" for synthetic ones
     )
-    shrinkage: float = 1e-3  # of the covariance, for "whitened": see `saewb.training.whitening`
+    shrinkage: float = 1e-3  # of the covariance, for "whitened": see `saewb.training.normalization`
     estimate_tokens: int | None = None  # that means and factors are estimated on; held meanwhile; None means 8 batches
     b_dec: Literal["zeros", "mean"] = "zeros"  # where the decoder's bias starts
     dead_after_tokens: int | None = None  # silent for longer: dead. None means a tenth of n_tokens, at most 10,000,000

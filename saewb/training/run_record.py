@@ -31,7 +31,7 @@ class RunOptions:
 def row_of(step: TrainStep, seconds: float) -> dict[str, Any]:
     """A step as a row of the history: plain numbers, the SAE's name first where there are several.
 
-    `density_counts` alone is a list (see `Figures.numbers_and_density`): for the folder and `run_densities`.
+    `density_counts` alone is a list (see `StepMetrics.numbers_and_density`): for the folder and `run_densities`.
     """
     row: dict[str, Any] = {"step": step.step, "n_tokens": step.n_tokens, "seconds": round(seconds, 3)}
     for name, figures in step.saes.items():

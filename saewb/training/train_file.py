@@ -86,13 +86,13 @@ def _documents(said: Any, what: str) -> Any:
 
 def _trainee(name: str, said: Any) -> Any:
     fields = {key: _number(value) for key, value in _mapping(said, f"saes: {name}").items()}
-    known = [n for n in saewb.training.objectives.__all__ if hasattr(getattr(saewb.training.objectives, n), "losses")]
+    known = saewb.training.objectives.OBJECTIVES
     kind = fields.pop("objective", None)
     if kind not in known:
         raise ValueError(explain(f"{name} has objective {kind!r}.", near=near(str(kind), known), want=", ".join(known)))
     own = {"read": fields.pop("hook", None), "write": fields.pop("hook_out", None)}
     own |= {key: fields.pop(key) for key in ("lr", "seed") if key in fields}
-    return saewb.Trainee(getattr(saewb.training.objectives, kind)(**fields), **own)
+    return saewb.Trainee(known[kind](**fields), **own)
 
 
 def _number(value: Any) -> Any:
