@@ -6,9 +6,12 @@ are read from the source, when somebody asks.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _FIELD = re.compile(r"^    (\w+): [^#\n]*(?:#[ ]*(.*))?$")
@@ -30,6 +33,12 @@ def field_notes(owner: type) -> dict[str, str]:
         'number of latents'
     """
     found: dict[str, str] = {}
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    docstrings = {  # under the field
+        node.target.id: " ".join(text.value.value.split())
+        for node, text in pairwise(tree.body)
+        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
     above: list[str] = []
     for line in inspect.getsource(owner).splitlines():
         if comment := _COMMENT.match(line):
@@ -39,8 +48,9 @@ def field_notes(owner: type) -> dict[str, str]:
             found[field[1]] = field[2] or " ".join(above)
         above = []
     told = {f.name: f"{f.metadata['meaning']} ({f.metadata['unit']})" for f in fields(owner) if f.metadata.get("unit")}
-    told |= {f.name: f.metadata["description"] for f in fields(owner) if f.metadata.get("description")}
-    notes = {f.name: told.get(f.name) or f.metadata.get("meaning") or found.get(f.name) for f in fields(owner)}
+    told |= docstrings | {f.name: f.metadata["description"] for f in fields(owner) if f.metadata.get("description")}
+    ordered = sorted(fields(owner), key=lambda f: f.kw_only)  # as in the signature
+    notes = {f.name: told.get(f.name) or f.metadata.get("meaning") or found.get(f.name) for f in ordered}
     return {name: note for name, note in notes.items() if note}
 
 

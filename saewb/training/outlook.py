@@ -94,7 +94,7 @@ def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
         >>> [(option.name, option.default) for option in training_options(saewb.TopK)][1:3]
         [('k', 32), ('aux', 0.03125)]
         >>> print(training_options(saewb.TopK)[1])
-        k = 32: latents kept per token
+        k = 32: Active latents per token.
     """
     if objective is None:
         return tuple(option for owner in (TrainConfig, Reading, RunOptions) for option in _options(owner))
@@ -108,7 +108,7 @@ def _options(owner: type) -> tuple[TrainOption, ...]:
     notes, choices = field_notes(owner), field_choices(owner)
     return tuple(
         TrainOption(f.name, f.default, notes.get(f.name, ""), owner, choices[f.name])
-        for f in fields(owner)
+        for f in sorted(fields(owner), key=lambda f: f.kw_only)
         if f.name not in _ELSEWHERE
     )
 
