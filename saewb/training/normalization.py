@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.sae.activation_functions import scaled, unscaled
+from saewb.sae.activation_functions import denormalized, normalized
 from saewb.sae.config import TokenNormalization
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
@@ -91,7 +91,7 @@ class ActivationNormalizer:
 
     def normalize(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """Activations in training units."""
-        x = scaled(x, self.normalization)
+        x = normalized(x, self.normalization)
         x = x if self.mean is None else x - self.mean
         if self.whitening is not None:
             return x @ self.whitening.matrix
@@ -99,7 +99,10 @@ class ActivationNormalizer:
 
     def denormalize(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """An output in training units, in the model's; `x` is the input, in the model's units (for its scale)."""
-        y = unscaled(y / self.factor, x, self.normalization) if self.whitening is None else y @ self.whitening.inverse
+        if self.whitening is None:
+            y = denormalized(y / self.factor, x, self.normalization)
+        else:
+            y = y @ self.whitening.inverse
         return y if self.mean is None else y + self.mean
 
 

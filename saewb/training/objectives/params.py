@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.sae.config import Activation, SAEConfig, tensor_shapes
+from saewb.sae.config import Activation, SAEConfig
 from saewb.sae.sae import SAE
 
 PreBias = Literal["none", "tied"]
@@ -222,5 +222,5 @@ def params_from_sae(
         fields = f"normalization={sae.cfg.normalization!r}, pre_bias={sae.cfg.pre_bias!r}"
         want = "normalization 'none', and pre_bias 'tied' or 'none'"
         raise ValueError(explain(f"{sae!r} with {fields} cannot be trained further.", want=want))
-    tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in tensor_shapes(sae.cfg)}
+    tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in sae.cfg.tensor_shapes()}
     return Params(tensors, sae.cfg.pre_bias)
