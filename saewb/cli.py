@@ -161,17 +161,17 @@ def lab(folder: Path | None, rest: Sequence[str] = ()) -> int:
 
 def train(file: Path) -> int:
     """Train as a YAML file says, with a line of progress every few seconds; Ctrl-C and SIGTERM leave a checkpoint."""
-    from saewb.distributed import Team
-    from saewb.training.run_record import exit_on_sigterm
-    from saewb.training.train_file import train_file
+    from saewb.distributed import ParallelContext
+    from saewb.training.run import exit_on_sigterm
+    from saewb.training.train import train_file
 
     exit_on_sigterm()
     try:
-        leads = Team.joined().leads  # of several processes, one speaks
+        is_main = ParallelContext.from_environment().is_main  # of several processes, one speaks
         run = train_file(file)
-        print(run.memory, flush=True) if leads else None
+        print(run.memory, flush=True) if is_main else None
         while run.wait(timeout=5).state in ("running", "paused"):
-            print(run.progress, flush=True) if leads else None
+            print(run.progress, flush=True) if is_main else None
     except KeyboardInterrupt:
         print(f"stopped; saewb train {file} goes on", file=sys.stderr)
         return 130

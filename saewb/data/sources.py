@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saewb.data.orders import shuffled
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.capture import Activations, capture, stop_layer
@@ -71,7 +71,7 @@ class ModelSource:
         skipped: Sequence[int] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        team: Team = ALONE,
+        team: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         self.model, self._tokens, self._team = model, tokens, team
         self._round: deque[tuple[dict[str, Any], Activations | None]] = deque()  # place before each chunk; the chunk
@@ -143,7 +143,7 @@ class ModelSource:
         for rank, (ids, where) in enumerate(zip(rows, kept, strict=True)):
             mine = rank == self._team.rank
             values = {
-                name: self._team.handed(x.contiguous() if mine else x.new_empty(len(where), x.shape[1]), rank)
+                name: self._team.broadcast(x.contiguous() if mine else x.new_empty(len(where), x.shape[1]), rank)
                 for name, x in own.values.items()
             }
             chunks.append(Activations(values, ids.flatten()[where].to(torch.int32)))

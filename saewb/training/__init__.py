@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import lazy_loader
 
-from saewb.training.config import TrainConfig
+from saewb.training.config import TrainConfig, Trainee
 from saewb.training.loop import Batch, Stream, Training
 from saewb.training.step_metrics import DENSITY_EDGES, Diverged, Figures, HeldOut, TrainStep
-from saewb.training.trainer import Trainee
 
 __all__ = [
     "DENSITY_EDGES",

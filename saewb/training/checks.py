@@ -7,9 +7,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from saewb.errors import explain
-from saewb.training.config import TrainConfig
+from saewb.training.config import TrainConfig, Trainee
 from saewb.training.objectives import MatchingPursuit
-from saewb.training.trainer import Trainee
 
 MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # when training is resumed
 

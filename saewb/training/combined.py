@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.distributed import Team
+from saewb.distributed import ParallelContext
 from saewb.training.objectives import Losses
 
 
 @torch.no_grad()
-def combined(losses: Losses, y: Float[Tensor, "share d_out"], team: Team) -> Losses:
+def combined(losses: Losses, y: Float[Tensor, "share d_out"], team: ParallelContext) -> Losses:
     """Losses of the batch of all processes: what one process would have measured on it.
 
         terms, l0, in_band: means;   fired: sums;   kept_min: the least;   fvu = B mse / (sum |y|^2 - |sum y|^2 / B)

@@ -10,14 +10,14 @@ from typing import Any, Protocol, Union, final
 import torch
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain, near
 from saewb.training.checks import check_state, check_trainee, plain
-from saewb.training.config import TrainConfig
+from saewb.training.config import TrainConfig, Trainee
 from saewb.training.normalization import AnySAE, Units, estimated, from_estimates, whitening_units
 from saewb.training.objectives import Objective
 from saewb.training.step_metrics import TrainStep
-from saewb.training.trainer import Learner, Trainee, described, starts_from_data
+from saewb.training.trainer import Learner, described, starts_from_data
 
 PROBE_ROWS = 256  # of the last batch, that an export is proved on
 _ESTIMATED = ("constant", "centered", "whitened")  # normalizations that are estimated
@@ -87,13 +87,13 @@ class Training:
         *,
         held_out: Mapping[str, Tensor] | None = None,
         device: torch.device | str | None = None,
-        team: Team | None = None,
+        team: ParallelContext | None = None,
     ) -> None:
         named = saes if isinstance(saes, Mapping) else {"sae": saes}
         if not named:
             raise ValueError(explain("Training got no SAE.", want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
-        self._team = team or ALONE
-        self._rows = self._team.share(config.batch_tokens)  # of a batch, this process's
+        self._team = team or SINGLE_PROCESS
+        self._rows = self._team.shard(config.batch_tokens)  # of a batch, this process's
         self.config = config
         self.n_steps = 0  # done
         self.n_tokens = 0  # trained on

@@ -10,21 +10,21 @@ A step, given one batch in training units:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.metrics import ReconstructionStream
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
 from saewb.stats.firing import FiringStream
 from saewb.training.combined import combined
-from saewb.training.config import TrainConfig
+from saewb.training.config import TrainConfig, Trainee
 from saewb.training.normalization import AnySAE, Units, to_model, to_training
 from saewb.training.objectives import (
     BatchTopK,
@@ -48,23 +48,6 @@ from saewb.training.step_metrics import Figures, HeldOut
 
 TOLERANCE = 1e-5  # of a row's length, by which an exported SAE may differ from the training's own output
 TIES = 0.05  # share of probe rows that may differ more: a latent at its threshold may fall the other way by rounding
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """One SAE to be trained: for what, where it reads and writes, and what to start from."""
-
-    objective: Objective  # what it is trained for
-    read: str | None = None  # point of the stream it reads; None means the only one
-    write: str | None = None  # point it predicts; None, or `read`: an autoencoder; another: a transcoder
-    lr: float | None = None  # its own peak learning rate; None means the config's
-    seed: int | None = None  # its own; None means the config's, and SAEs of one seed and size begin alike
-    init: AnySAE | None = None  # a trained SAE to go on from, in the model's units; None means random weights
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it predicts another point than it reads."""
-        return self.write not in (None, self.read)
 
 
 @final
@@ -94,7 +77,7 @@ class Learner:
         d_out: int,
         device: torch.device,
         start: Float[Tensor, " d_out"] | None = None,
-        team: Team = ALONE,
+        team: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         self.trainee, self.config, self.read, self.write, self._team = trainee, config, read, write, team
         self.params = _first_weights(trainee, config, read, write, d_in, d_out, device)

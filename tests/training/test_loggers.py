@@ -31,7 +31,7 @@ def run_and_folder(tmp_path_factory):
         sinks.append(saewb.training.loggers.Wandb(project="sparse", name="first", **how))
     except ImportError:
         pass
-    how = {"held_out": tiny_models.tokens(9, 7, seed=2), "eval_every_tokens": 400, "sinks": sinks}
+    how = {"held_out": tiny_models.tokens(9, 7, seed=2), "eval_every_tokens": 400, "loggers": sinks}
     saes = {"a": saewb.TopK(d_sae=24, k=4), "b": saewb.Standard(d_sae=24, l1=0.3)}
     run = test_run.train(folder / "run", saes, checkpoint_every_tokens=480, **how).wait()
     return run, folder
@@ -96,7 +96,7 @@ def test_wandb_keeps_sae_lens_keys_config_and_weights(run_and_folder):
     (opened,) = [record.run for record in found if record.WhichOneof("record_type") == "run"][:1]
     assert (opened.project, opened.display_name) == ("sparse", "first")
     config = {item.key: json.loads(item.value_json) for item in opened.config.update}
-    assert config["config"]["batch_tokens"] == 40
+    assert config["train"]["batch_tokens"] == 40
     assert config["saes"]["b"]["objective"] == "Standard"
     (left,) = [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
     assert left == 0

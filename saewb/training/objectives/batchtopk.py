@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.sae.sae import SAE
 from saewb.training.objectives.checks import Check, check_aux, checked
 from saewb.training.objectives.dead import auxk
@@ -189,7 +189,7 @@ class Matryoshka:
 
 
 def kept_in_batch(
-    params: Params, pre: Float[Tensor, "tokens d_sae"], k: float, team: Team = ALONE
+    params: Params, pre: Float[Tensor, "tokens d_sae"], k: float, team: ParallelContext = SINGLE_PROCESS
 ) -> tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, ""]]:
     """The latents kept over a whole batch, and the smallest length z_i |W_dec[i]| > 0 among them (inf if none is).
 
@@ -201,7 +201,7 @@ def kept_in_batch(
     lengths, places = best.values, best.indices
     value = torch.relu(pre.flatten()[places])
     if team.size > 1:
-        kept = team.chosen(lengths, n)
+        kept = team.topk_mask(lengths, n)
         lengths, value = torch.where(kept, lengths, 0), torch.where(kept, value, 0)
     latents = torch.zeros_like(pre).flatten().scatter(0, places, value).view_as(pre)
     return latents, torch.where(lengths > 0, lengths, torch.inf).min()

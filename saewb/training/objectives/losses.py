@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.training.objectives.sparsity_coefficient import Coefficient
 
 
@@ -27,7 +27,7 @@ class State:
     coefficients: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)  # by name of the loss term
     threshold: Float[Tensor, ""] | None = None  # BatchTopK, Matryoshka: what a latent must exceed after training
     n_thresholds: int = 0  # batches that `threshold` is the mean of so far
-    team: Team = ALONE  # processes among which the batch is shared; what is chosen over a batch is over all of it
+    team: ParallelContext = SINGLE_PROCESS  # processes among which the batch is shared; what is chosen over a batch is over all of it
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.distributed import Team
+from saewb.distributed import ParallelContext
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.kernels.precision import MARGIN
 from saewb.training.objectives import AbsTopK, BatchTopK, Losses, Matryoshka, Params, State, TopK
@@ -60,7 +60,7 @@ def topk_step(objective: AnyTopK, batch: Batch, state: State) -> Losses | None:
     return figures(terms, batch, pairs, pairs.pre, levels[-1].error, **extra)
 
 
-def _kept(objective: AnyTopK, batch: Batch, signed: bool, team: Team) -> Pairs | None:
+def _kept(objective: AnyTopK, batch: Batch, signed: bool, team: ParallelContext) -> Pairs | None:
     readout, n_pairs = batch.readout(norms=batch.params.norms()), int(objective.k * len(batch.x))
     if not 0 < n_pairs <= batch.limit:
         return None
@@ -73,10 +73,10 @@ def _kept(objective: AnyTopK, batch: Batch, signed: bool, team: Team) -> Pairs |
     return top_per_token(batch.x, readout, objective.k, signed=signed)
 
 
-def _among_all(pairs: Pairs, readout: Readout, n: int, team: Team) -> Pairs:
+def _among_all(pairs: Pairs, readout: Readout, n: int, team: ParallelContext) -> Pairs:
     """Of these pairs, those among the `n` best of all processes."""
     scores = readout.score(pairs.pre, pairs.latents).clamp(min=0)
-    return pairs.where(team.chosen(scores, n).nonzero()[:, 0])
+    return pairs.where(team.topk_mask(scores, n).nonzero()[:, 0])
 
 
 def _levels(batch: Batch, pairs: Pairs, limits: tuple[int, ...]) -> list[Level]:
