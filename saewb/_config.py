@@ -7,12 +7,13 @@ Constraints stand in the type, the meaning of a field in a docstring under it:
         k: PositiveInt = 32
         \"\"\"Latents per token.\"\"\"
 
-`dataclasses.fields`, `replace` and `asdict` work as ever; `field.metadata["description"]` is the docstring, of inherited
-fields too.
+`dataclasses.fields`, `replace` and `asdict` work as ever; `field.metadata["description"]` is the docstring, also of
+inherited fields.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field, fields
 from functools import wraps
 from types import MappingProxyType
@@ -150,8 +151,9 @@ def require(options: Any, condition: bool, name: str, want: str) -> None:
         raise _wrong_value(type(options).__name__, name, getattr(options, name), want)
 
 
-def _wrong_value(owner: str, name: str, value: Any, want: str) -> ValueError:
-    return ValueError(explain(f"{owner} got {name}={value!r}.", want=want, fix=f"{owner}(..., {name}=...)"))
+def _wrong_value(owner: str, name: str, value: Any, want: str, close: Sequence[str] = ()) -> ValueError:
+    what = f"{owner} got {name}={value!r}."
+    return ValueError(explain(what, near=close, want=want, fix=f"{owner}(..., {name}=...)"))
 
 
 def _translated(owner: type, error: ValidationError) -> Exception:
@@ -175,9 +177,7 @@ def _translated(owner: type, error: ValidationError) -> Exception:
 def _wrong_field(owner: type, name: str, value: Any, message: str) -> ValueError:
     info = owner.__pydantic_fields__[name]
     want = _want(info.annotation, info.metadata) or message.removeprefix("Input should be ")
-    close = near(str(value), choices(owner, name))
-    what = f"{owner.__name__} got {name}={value!r}."
-    return ValueError(explain(what, near=close, want=want, fix=f"{owner.__name__}(..., {name}=...)"))
+    return _wrong_value(owner.__name__, name, value, want, near(str(value), choices(owner, name)))
 
 
 def _want(annotation: Any, metadata: Any) -> str:

@@ -39,6 +39,7 @@ def field_notes(owner: type) -> dict[str, str]:
             found[field[1]] = field[2] or " ".join(above)
         above = []
     told = {f.name: f"{f.metadata['meaning']} ({f.metadata['unit']})" for f in fields(owner) if f.metadata.get("unit")}
+    told |= {f.name: f.metadata["description"] for f in fields(owner) if f.metadata.get("description")}
     notes = {f.name: told.get(f.name) or f.metadata.get("meaning") or found.get(f.name) for f in fields(owner)}
     return {name: note for name, note in notes.items() if note}
 
