@@ -17,12 +17,12 @@ from . import training as training
 from .data.cache import ActivationCache as ActivationCache
 from .data.cache import cache_activations as cache_activations
 from .data.documents import TextFiles as TextFiles
+from .data.packing import stream_tokens as stream_tokens
 from .data.stream import ActivationStream as ActivationStream
 from .data.stream import stream_activations as stream_activations
 from .data.stream import stream_draws as stream_draws
 from .data.stream import stream_iterable as stream_iterable
 from .data.stream import stream_tensors as stream_tensors
-from .data.token_streams import stream_tokens as stream_tokens
 from .data.tokens import pack as pack
 from .diagnostics import doctor as doctor
 from .errors import FormatError as FormatError

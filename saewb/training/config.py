@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -48,9 +48,7 @@ def _dtype(value: Any) -> Any:
     return dtype
 
 
-Autocast = Annotated[
-    torch.dtype | None, BeforeValidator(_dtype), PlainSerializer(str, when_used="json-unless-none")
-]
+Autocast = Annotated[torch.dtype | None, BeforeValidator(_dtype), PlainSerializer(str, when_used="json-unless-none")]
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 

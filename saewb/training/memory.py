@@ -13,9 +13,9 @@ from torch import nn
 
 from saewb._config import choices, descriptions, parse_field
 from saewb.data.cache import ActivationCache
+from saewb.data.packing import stream_tokens
 from saewb.data.sources import ModelSource
-from saewb.data.token_streams import stream_tokens
-from saewb.errors import explain, near
+from saewb.errors import explain
 from saewb.models.shared_copy import shared_copy
 from saewb.training.config import OBJECTIVES, DataConfig, RunConfig, RunSpec, TrainConfig
 
@@ -247,7 +247,12 @@ class TrainOption:
         text = text.strip()
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):  # not a literal: a choice, or the name of a dtype
+        except (
+            ValueError,
+            SyntaxError,
+            MemoryError,
+            RecursionError,
+        ):  # not a literal: a choice, or the name of a dtype
             value = text
         return parse_field(self.owner, self.name, value)
 
@@ -282,4 +287,6 @@ def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
 
 def _options(owner: type) -> tuple[TrainOption, ...]:
     notes = descriptions(owner)
-    return tuple(TrainOption(f.name, f.default, notes.get(f.name, ""), owner, choices(owner, f.name)) for f in fields(owner))
+    return tuple(
+        TrainOption(f.name, f.default, notes.get(f.name, ""), owner, choices(owner, f.name)) for f in fields(owner)
+    )

@@ -111,9 +111,7 @@ def _read(path: Path, before: PastRun | None = None) -> PastRun:
     return PastRun(path, spec, rows, end["state"], end["error"], tuple(end["notes"]), offset)
 
 
-def _read_rows(
-    history: Path, before: PastRun | None
-) -> tuple[tuple[Mapping[str, Any], ...], tuple[int, int]]:
+def _read_rows(history: Path, before: PastRun | None) -> tuple[tuple[Mapping[str, Any], ...], tuple[int, int]]:
     """The rows, and the offset up to which they were read; a run that is resumed gives its history a new file."""
     if not history.is_file():
         return (), (0, 0)

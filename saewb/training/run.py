@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
-from saewb.data.feed import Feed
+from saewb.data.stream import ActivationStream
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.sae.sae import SAE
@@ -65,7 +65,7 @@ class Run:
     def __init__(
         self,
         training: Training,
-        feed: Feed,
+        stream: ActivationStream,
         spec: RunSpec,
         *,
         memory: MemoryEstimate,
@@ -78,7 +78,7 @@ class Run:
     ) -> None:
         self.spec, self.memory = spec, memory
         self.error: BaseException | None = None
-        self._training, self._feed, self._folder, self._parallel = training, feed, folder, parallel
+        self._training, self._stream, self._folder, self._parallel = training, stream, folder, parallel
         self._layers, self._config = layers, training.config
         self._log = _RunLog(tuple(spec.saes), folder, loggers, rows, lambda: self.state)
         self.notes = self._log.notes
@@ -88,7 +88,7 @@ class Run:
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
         self._done = self._from = (training.n_steps, training.n_tokens)
-        self._run_up = run_up(feed.stream.filling, training.ahead)
+        self._run_up = run_up(stream.filling, training.ahead)
         self._seconds = seconds  # of work, without pauses, over all sessions
         self._pace = Pace()
         self._thread = threading.Thread(target=self._work, name="saewb-train", daemon=True)
@@ -279,8 +279,8 @@ class Run:
     def _read_ahead(self) -> bool:
         """A forward pass, or a batch, of what the first step needs; whether it needs more."""
         with self._turn():
-            more = not self._stopping and self._training.read_ahead(self._feed.fill)
-            now = run_up(self._feed.stream.filling, self._training.ahead)
+            more = not self._stopping and self._training.read_ahead(self._stream.fill)
+            now = run_up(self._stream.filling, self._training.ahead)
             self._pace = self._pace if now and self._run_up and now.what == self._run_up.what else Pace()
             if now:
                 self._pace.update(now.n_tokens)
@@ -341,9 +341,9 @@ class Run:
         self._log.notify("end", self._done)
         if self._folder is not None:
             self._folder.close()
-        self._feed.stream.close()
+        self._stream.close()
         if self._saes is not None or error is None:
-            self._training = self._feed = None  # weights, moments and buffers go; the SAEs stay
+            self._training = self._stream = None  # weights, moments and buffers go; the SAEs stay
         _live.discard(self)
         self._ended.set()
 
@@ -353,8 +353,10 @@ class Run:
         if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
             self._saes = self._exported()  # a checkpoint that there was stays
             return
-        mid_step = error is not None and not self._feed.broke
-        self._saes = self._write_checkpoint(_state_before_failed_step(self._training, self._feed) if mid_step else None)
+        mid_step = error is not None and not self._stream.failed
+        self._saes = self._write_checkpoint(
+            _state_before_failed_step(self._training, self._stream) if mid_step else None
+        )
 
 
 @final
@@ -465,7 +467,7 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def _state_before_failed_step(training: Training, feed: Feed) -> dict[str, Any]:
+def _state_before_failed_step(training: Training, stream: ActivationStream) -> dict[str, Any]:
     """The state before a step that failed half way: its batch is to be trained on again.
 
     Raises:
@@ -476,7 +478,7 @@ def _state_before_failed_step(training: Training, feed: Feed) -> dict[str, Any]:
         raise RuntimeError("the step failed half way through its SAEs")
     if state["n_taken"] > 0:
         return {**state, "n_taken": state["n_taken"] - 1}
-    feed.put_back()
+    stream.put_back()
     return training.state()
 
 

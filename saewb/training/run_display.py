@@ -119,9 +119,7 @@ def run_repr(progress: Progress, locations: Sequence[str]) -> str:
     return f"Run({progress.state}, {where}, {saes})"
 
 
-def run_html(
-    progress: Progress, locations: Mapping[str, str], row: Mapping[str, Any], notes: Sequence[str]
-) -> str:
+def run_html(progress: Progress, locations: Mapping[str, str], row: Mapping[str, Any], notes: Sequence[str]) -> str:
     """A progress bar, and the last metrics of each SAE."""
     frac = (progress.run_up or progress).frac
     bar = f'<progress value="{frac:.4f}" max="1" style="width:100%"></progress>'

@@ -258,9 +258,7 @@ def read_spec(path: Path) -> RunSpec:
     except ValueError as error:
         raise FormatError(explain(f"{SPEC} in {str(path)!r} is no JSON: {error}.", want="ours")) from error
     if not isinstance(content, dict) or content.get("saewb_run") not in (1, FORMAT):
-        raise FormatError(
-            explain(f"{SPEC} in {str(path)!r} is not a run of saewb's.", want=f'"saewb_run": {FORMAT}')
-        )
+        raise FormatError(explain(f"{SPEC} in {str(path)!r} is not a run of saewb's.", want=f'"saewb_run": {FORMAT}'))
     try:
         return RunSpec.from_dict(content)
     except (ValueError, TypeError) as error:

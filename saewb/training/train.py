@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from saewb.data.cache import ActivationCache
 from saewb.data.documents import TextFiles
-from saewb.data.feed import Feed
 from saewb.data.sources import ModelSource
 from saewb.data.stream import ActivationStream, model_tokens
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
@@ -187,7 +186,11 @@ def train_file(path: Path) -> Run:
     for name in ("tokens", "saes", "n_tokens", "folder"):
         if name not in options:
             raise ValueError(explain(f"{path} has no {name!r}.", want="model, tokens, saes, n_tokens, folder"))
-    folder, device, dtype = Path(options.pop("folder")).expanduser(), options.pop("device", None), options.pop("dtype", None)
+    folder, device, dtype = (
+        Path(options.pop("folder")).expanduser(),
+        options.pop("device", None),
+        options.pop("dtype", None),
+    )
     has_model = "model" in options or "cache" not in options["tokens"]
     model = load_model(options.pop("model", "tiny"), dtype) if has_model else None
     tokens = _documents(options.pop("tokens"), "tokens")
@@ -262,7 +265,7 @@ def _start(
 
 def _launch(
     spec: RunSpec,
-    stream: Feed,
+    stream: ActivationStream,
     state: Mapping[str, Any] | None = None,
     *,
     model: nn.Module | None,
@@ -302,7 +305,7 @@ def _launch(
         memory=memory,
         folder=folder if parallel.is_main else None,
         loggers=loggers if parallel.is_main else (),
-        layers=(stream.stream.stop_layer, None if model is None else model.cfg.n_layers),
+        layers=(stream.stop_layer, None if model is None else model.cfg.n_layers),
         rows=rows,
         seconds=0.0 if state is None else state["seconds"],
         parallel=parallel,
@@ -324,16 +327,15 @@ def _create_folder(path: str | Path, spec: RunSpec) -> RunFolder:
 
 def _open_stream(
     spec: RunSpec, model: nn.Module | None, tokens: Any, parallel: ParallelContext
-) -> tuple[Feed, Mapping[str, int]]:
+) -> tuple[ActivationStream, Mapping[str, int]]:
     """The stream, and the width of each of its points; of a model, unless the spec has them, by a pass of one row."""
     options = {"batch_tokens": spec.train.batch_tokens, "seed": spec.train.seed, "prefetch": spec.data.prefetch}
     options["buffer_tokens"] = spec.buffer_tokens
     if isinstance(tokens, ActivationStream):
-        stream = Feed(tokens)
-        return stream, spec.widths or _stream_widths(stream, spec.points)
+        return tokens, spec.widths or _stream_widths(tokens, spec.points)
     if isinstance(tokens, ActivationCache):
         points = spec.points or list(tokens.points)
-        return Feed(tokens.stream(**options, points=points)), {name: tokens.points[name] for name in points}
+        return tokens.stream(**options, points=points), {name: tokens.points[name] for name in points}
     if model is None:
         what = "train got no model, and tokens that are no activations."
         raise ValueError(explain(what, want="a model; or an ActivationStream or ActivationCache for tokens"))
@@ -347,7 +349,7 @@ def _open_stream(
     model = shared_copy(model)  # so that neither sees the other's passes
     source = _model_source(spec, model, tokens, spec.points, repeat=True, parallel=parallel)
     options["prefetch"] *= parallel.size == 1  # collectives in two threads would be out of order
-    return Feed(ActivationStream(source, **options)), spec.widths or point_widths(model, source.points)
+    return ActivationStream(source, **options), spec.widths or point_widths(model, source.points)
 
 
 def _model_source(
@@ -365,9 +367,9 @@ def _model_source(
     return ModelSource(model, rows, points, positions=slice(*data.positions), skipped=skipped, team=parallel)
 
 
-def _stream_widths(stream: Feed, points: Iterable[str]) -> dict[str, int]:
+def _stream_widths(stream: ActivationStream, points: Iterable[str]) -> dict[str, int]:
     """From the first tokens, which are not waited for longer than it takes to compute some."""
-    first = stream.stream.look()
+    first = stream.peek()
     if first is None and (first := next(stream, None)) is not None:
         stream.put_back()
     if first is None:

@@ -31,7 +31,6 @@ from saewb.training.objectives import (
     JumpReLU,
     Losses,
     Matryoshka,
-    Objective,
     Params,
     State,
     constrain,

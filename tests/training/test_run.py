@@ -319,7 +319,9 @@ def test_resumed_after_stop_it_is_bit_for_bit_the_whole_run(tmp_path, at, normal
     stop = lambda event: run[0].stop() if event.kind == "step" and event.step == at else None  # noqa: E731
     activation = threading.Event()
     run.append(
-        train(tmp_path / "r", loggers=[lambda event: activation.wait(5) if event.kind == "begin" else None, stop], **how)
+        train(
+            tmp_path / "r", loggers=[lambda event: activation.wait(5) if event.kind == "begin" else None, stop], **how
+        )
     )
     activation.set()
     run[0].wait()
@@ -461,7 +463,9 @@ def test_the_interpreters_exit_leaves_a_checkpoint(tmp_path, how):
     sink += "sink = lambda event: reached.set() if event.kind == 'step' and event.step >= 3 else None"
     after = "reached.wait(60)"
     if how == "SIGTERM":
-        after += "; saewb.training.run.exit_on_sigterm(); os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(60)"
+        after += (
+            "; saewb.training.run.exit_on_sigterm(); os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(60)"
+        )
         sink += "\nimport saewb.training.run"
     done = script(tmp_path / "r", sink, after, n_tokens=10**7)
     assert done.returncode == (143 if how == "SIGTERM" else 0), done.stderr
