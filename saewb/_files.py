@@ -52,11 +52,12 @@ def load_state(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(explain(f"no file {str(path)!r}.", want="a state that saewb wrote"))
     want = "a whole file that this version of saewb wrote"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise FormatError(explain(f"{path.name} cannot be read: {why}.", want=want)) from error
+    with path.open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, UnpicklingError, EOFError, ValueError) as error:  # all of them torch's own
+            why = str(error).splitlines()[0]
+            raise FormatError(explain(f"{path.name} cannot be read: {why}.", want=want)) from error
     if not isinstance(content, dict) or content.get("saewb_state") != _FORMAT:
         raise FormatError(explain(f"{path.name} is no state of saewb's.", want=want))
     return content["state"]

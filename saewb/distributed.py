@@ -8,7 +8,7 @@ n processes train what one process trains, up to the order in which floats are s
    model's forward passes, is divided: of every n passes each process computes one and broadcasts its activations
    (`saewb.data.sources.ModelSource`). They are the passes of a single process, so activations are the same bits.
 2. The batch. `batch_tokens` counts all processes together; process r takes rows r * B / n up to (r + 1) * B / n.
-3. The step. Every loss is a mean over tokens, so gradients and losses are averaged over processes and `fired` is summed;
+3. The step. Every loss is a mean over tokens, so gradients and losses are averaged over processes, `fired` is summed;
    fvu is computed from the error and the variance of the whole batch. A selection over a batch (BatchTopK, Matryoshka:
    the int(k B) largest) is over the whole one: each process gathers the int(k B) largest scores of every process and
    keeps those of its own that are among the int(k B) largest of all. Exact, for 4 k B n bytes.

@@ -2,7 +2,8 @@
 
     RunSpec(saes={name: Trainee}, train=TrainConfig, data=DataConfig, run=RunConfig)
 
-`RunSpec.from_options` makes one of the arguments of `saewb.train`, `RunSpec.from_dict` of run.json; `to_dict` is run.json.
+`RunSpec.from_options` makes one from the arguments of `saewb.train` or a YAML file, `RunSpec.from_dict` from run.json;
+`to_dict` is run.json, `saewb.training.code_export.train_code` the cell of code.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-# -- the history ---------------------------------------------------------------------------------------------------------
+# -- the history -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

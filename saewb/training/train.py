@@ -56,8 +56,9 @@ def train(
     be wrong is found before it returns: names of hooks, sizes, options, the memory (an error if weights and
     moments cannot fit, else a warning, see `run.memory`).
 
-    In a script that torchrun or `accelerate launch` started in several processes, all train together (`saewb.distributed`):
-    call it in each with the same arguments, and `run.wait()`; the first one alone writes the folder and calls loggers.
+    In a script that torchrun or `accelerate launch` started in several processes, all train together
+    (`saewb.distributed`): call it in each with the same arguments, and `run.wait()`; the first one alone writes the
+    folder and calls loggers.
 
     Args:
         model: any kind; None if `tokens` is a stream or a cache of activations.
@@ -113,8 +114,8 @@ def resume_run(
 ) -> Run:
     """Continue a run from its last checkpoint, bit for bit as if it had not ended.
 
-    Weights, optimizer, schedules, coefficients, shuffle buffer and the position in the tokens are in the checkpoint. The
-    model and the tokens are not: pass the same. (The same bits also need the same machine, threads and versions.)
+    Weights, optimizer, schedules, coefficients, shuffle buffer and the position in the tokens are in the checkpoint.
+    The model and the tokens are not: pass the same. (The same bits also need the same machine, threads and versions.)
 
     Args:
         folder: of the run.

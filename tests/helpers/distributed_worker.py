@@ -1,4 +1,4 @@
-"""What each process of tests/test_team.py runs: `python -m torch.distributed.run ... together.py what folder`."""
+"""Each process of tests/training/test_distributed.py: `torchrun distributed_worker.py what folder`."""
 
 import json
 import os

@@ -285,7 +285,7 @@ def test_activations_that_are_not_finite_from_the_first_are_said_to_be():
         run.wait()
 
 
-def test_sinks_hear_everything_and_one_that_fails_does_no_harm():
+def test_loggers_hear_everything_and_one_that_fails_does_no_harm():
     heard = []
 
     def broken(event):
@@ -298,7 +298,7 @@ def test_sinks_hear_everything_and_one_that_fails_does_no_harm():
     assert len([note for note in run.notes if "no network" in note]) == 3
 
 
-def test_a_sink_may_stop_the_run():
+def test_a_logger_may_stop_the_run():
     run = []
     run.append(
         endless(loggers=[lambda event: run[0].stop() if event.kind == "step" and event.step >= 20 and run else None])
@@ -632,8 +632,9 @@ def test_wandb_gets_sae_lens_keys_and_weights_only_if_asked(tmp_path, monkeypatc
     assert [a.files for a in artifacts] == [["cfg.json", "sae_weights.safetensors"]]
 
 
-def test_importing_sinks_imports_none_of_them():
-    code = "import sys, saewb.training.loggers; assert not {'wandb', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)"
+def test_importing_loggers_imports_none_of_them():
+    late = {"wandb", "tensorboard", "torch.utils.tensorboard"}
+    code = f"import sys, saewb.training.loggers; assert not {late} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
