@@ -13,6 +13,7 @@ inherited fields.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import field, fields
 from functools import wraps
@@ -82,6 +83,8 @@ def config(owner: type[T]) -> type[T]:
             raise _translated(type(self), error) from None
 
     checked.__init__ = __init__
+    lines = [f"    {name}: {text}{_choices_note(checked, name)}" for name, text in descriptions(checked).items()]
+    checked.__doc__ = "\n".join([inspect.cleandoc(owner.__doc__ or ""), "", "Fields:", *lines, ""])
     return checked
 
 
@@ -89,6 +92,11 @@ def descriptions(owner: type) -> dict[str, str]:
     """The docstring of each field that has one, on one line, in the order of the signature."""
     ordered = sorted(fields(owner), key=lambda f: f.kw_only)
     return {f.name: f.metadata["description"] for f in ordered if "description" in f.metadata}
+
+
+def _choices_note(owner: type, name: str) -> str:
+    texts = choices(owner, name)
+    return f" ({', '.join(map(repr, texts))})" if texts else ""
 
 
 def choices(owner: type, name: str) -> tuple[str, ...]:

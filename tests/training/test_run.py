@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from saewb.training import run_folder
 
 RESID, MLP = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
 TOPK = saewb.TopK(d_sae=24, k=4)
+RUN_0_1_0 = Path(__file__).parents[1] / "fixtures" / "v0_1_0" / "run"
 HOW = {"n_tokens": 960, "batch_tokens": 40, "buffer_tokens": 200, "log_every_steps": 1, "pass_tokens": 28}
 
 
@@ -534,6 +536,23 @@ def test_folders_that_are_taken_or_no_run(tmp_path):
     (tmp_path / "r" / "run.json").write_text("{}")
     with pytest.raises(saewb.FormatError, match="not a run"):
         saewb.resume_run(tmp_path / "r")
+
+
+def test_a_run_of_0_1_0_is_read_and_says_how_to_go_on(tmp_path):
+    """Written by `train(normalisation="centred", checkpoint_every_tokens=200)` of that version."""
+    past = saewb.read_run(RUN_0_1_0)
+    assert (past.state, past.names, past.resumable, past.frac) == ("finished", ("sae",), False, 1.0)
+    assert past.history["n_tokens"].tolist() == list(range(40, 401, 40))
+    assert past.spec.saes["sae"].objective == TOPK
+    assert past.spec.train == saewb.TrainConfig(n_tokens=400, batch_tokens=40, normalization="centered")
+    assert past.spec.data == saewb.training.config.DataConfig(buffer_tokens=200, pass_tokens=28)
+    assert "checkpoint_every_tokens=200" in past.code
+    assert saewb.run_densities(past)["sae"].n_tokens == 400
+    shutil.copytree(RUN_0_1_0, tmp_path / "r")
+    with pytest.raises(
+        saewb.FormatError, match=r"is of saewb 0\.1\.0, whose checkpoints(.|\n)*fix: .*init=saewb.load_sae\("
+    ):
+        saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7))
 
 
 # -- before it starts ------------------------------------------------------------------------------------------------
