@@ -86,8 +86,8 @@ from .stats.sampling import CorrelatedNormals as CorrelatedNormals
 from .stats.superposition import superposition as superposition
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import Training as Training
-from .training.objectives.batchtopk import BatchTopK as BatchTopK
-from .training.objectives.batchtopk import Matryoshka as Matryoshka
+from .training.objectives.topk import BatchTopK as BatchTopK
+from .training.objectives.topk import Matryoshka as Matryoshka
 from .training.objectives.gated import Gated as Gated
 from .training.objectives.jumprelu import JumpReLU as JumpReLU
 from .training.objectives.matching_pursuit import MatchingPursuit as MatchingPursuit

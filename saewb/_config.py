@@ -129,6 +129,11 @@ def parse(owner: type[T], values: Any) -> T:
         raise _translated(owner, error) from None
 
 
+def dump(options: Any) -> Any:
+    """A config class, or a type that holds some, as plain values for JSON: what `parse` reads."""
+    return TypeAdapter(type(options)).dump_python(options, mode="json")
+
+
 def parse_field(owner: type, name: str, value: Any) -> Any:
     """As `parse`, for one field of a config class; checks that concern several fields are not made.
 
@@ -160,7 +165,8 @@ def require(options: Any, condition: bool, name: str, want: str) -> None:
 
 
 def _wrong_value(owner: str, name: str, value: Any, want: str, close: Sequence[str] = ()) -> ValueError:
-    what = f"{owner} got {name}={value!r}."
+    text = repr(value).removesuffix(".0")  # an int is converted where a float is due
+    what = f"{owner} got {name}={text}."
     return ValueError(explain(what, near=close, want=want, fix=f"{owner}(..., {name}=...)"))
 
 
@@ -174,7 +180,8 @@ def _translated(owner: type, error: ValidationError) -> Exception:
         owner, (at, *rest) = infos[at].annotation, rest
         infos = owner.__pydantic_fields__
     kind = first["type"]
-    name = at if isinstance(at, str) else list(infos)[min(at, len(infos) - 1)]
+    positional = [f.name for f in fields(owner) if not f.kw_only]
+    name = at if isinstance(at, str) else positional[min(at, len(positional) - 1)]
     if kind in _ARGUMENT_ERRORS:
         what = f"{owner.__name__} {_ARGUMENT_ERRORS[kind].format(name)}."
         close = near(name, infos) if kind == "unexpected_keyword_argument" else ()

@@ -96,8 +96,9 @@ def _trainee_code(sae: Trainee) -> str:
 
 
 def _changed(config: Any) -> dict[str, Any]:
-    """The fields that differ from their defaults."""
-    return {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
+    """The fields that differ from their defaults, in the order of the signature."""
+    ordered = sorted(fields(config), key=lambda f: f.kw_only)
+    return {f.name: value for f in ordered if (value := getattr(config, f.name)) != f.default}
 
 
 def _literal(value: Any) -> str:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BeforeValidator, InstanceOf, PlainSerializer, Strict, TypeAdapter
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer, Strict
 
 from saewb._config import (
     NonNegativeFloat,
@@ -24,6 +24,7 @@ from saewb._config import (
     PositiveInt,
     config,
     descriptions,
+    dump,
     parse,
     require,
 )
@@ -31,7 +32,7 @@ from saewb.data.stream import PASS_TOKENS
 from saewb.errors import explain, near
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
-from saewb.training import objectives
+from saewb.training.objectives import OBJECTIVES, JumpReLU, Objective
 
 Schedule = Literal["constant", "linear", "cosine", "restarts"]
 Normalization = Literal["none", "constant", "centered", "whitened", "layer_norm", "constant_norm"]
@@ -200,14 +201,11 @@ class RunConfig:
     """Steps between rows of the history; the first and the last step are always logged."""
 
 
-OBJECTIVES: Mapping[str, type] = {kind.__name__: kind for kind in get_args(objectives.Objective)}
-
-
 @dataclass(frozen=True)
 class Trainee:
     """One SAE to be trained: for what, where it reads and writes, and what to start from."""
 
-    objective: objectives.Objective
+    objective: Objective
     """What it is trained for."""
     read: str | None = None
     """Point of the stream it reads; None means the only one."""
@@ -226,14 +224,23 @@ class Trainee:
         return self.write not in (None, self.read)
 
     @property
+    def fits_thresholds(self) -> bool:
+        """Whether its first thresholds are set from the first tokens."""
+        objective = self.objective
+        return isinstance(objective, JumpReLU) and objective.start_l0 is not None and self.init is None
+
+    @property
     def location(self) -> str:
         """Where it reads and writes, in a few words."""
         return f"{self.read} => {self.write}" if self.write else str(self.read)
 
+    def objective_fields(self) -> dict[str, Any]:
+        """Its objective as plain values, for metadata and checkpoints."""
+        return {"objective": type(self.objective).__name__, **asdict(self.objective)}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the objective's name and fields, `read`, `write`, `lr` and `seed`; not `init`."""
-        objective = {"objective": type(self.objective).__name__, **asdict(self.objective)}
-        return {**objective, "read": self.read, "write": self.write, "lr": self.lr, "seed": self.seed}
+        return {**self.objective_fields(), "read": self.read, "write": self.write, "lr": self.lr, "seed": self.seed}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trainee:
@@ -325,7 +332,7 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as run.json holds them."""
-        return {"saewb_run": FORMAT, **TypeAdapter(RunSpec).dump_python(self, mode="json")}
+        return {"saewb_run": FORMAT, **dump(self)}
 
     @property
     def points(self) -> list[str]:
@@ -375,7 +382,7 @@ def trainees(saes: Any, hook: str | None = None, hook_out: str | None = None) ->
         if isinstance(objective, type):
             what, fix = f"train got the class {objective.__name__}.", f"saewb.{objective.__name__}(d_sae=4096)"
             raise TypeError(explain(what, want="an instance of it", fix=fix))
-        if not isinstance(objective, tuple(OBJECTIVES.values())):
+        if not isinstance(objective, Objective):
             what = f"train got a {type(objective).__name__} for {name!r}."
             raise TypeError(explain(what, want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
         read = trainee.read or hook

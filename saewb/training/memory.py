@@ -286,7 +286,8 @@ def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
 
 
 def _options(owner: type) -> tuple[TrainOption, ...]:
-    notes = descriptions(owner)
+    defaults = {f.name: f.default for f in fields(owner)}
     return tuple(
-        TrainOption(f.name, f.default, notes.get(f.name, ""), owner, choices(owner, f.name)) for f in fields(owner)
+        TrainOption(name, defaults[name], note, owner, choices(owner, name))
+        for name, note in descriptions(owner).items()
     )

@@ -297,7 +297,7 @@ class Run:
 
     def _after(self, step: TrainStep) -> None:
         last = step.step == self._config.n_steps
-        measured = any(figures.held_out is not None for figures in step.saes.values())
+        measured = any(metrics.held_out is not None for metrics in step.saes.values())
         if step.step == 1 or last or measured or step.step % self.spec.run.log_every_steps == 0:
             self._log.add_step(step, self._seconds, self._config.lr)
         every = self.spec.run.checkpoint_every_tokens
@@ -428,15 +428,15 @@ class _RunLog:
 def row_of(step: TrainStep, seconds: float) -> dict[str, Any]:
     """A step as a row of the history: plain numbers, the SAE's name first where there are several.
 
-    `density_counts` alone is a list (see `Figures.numbers_and_density`): for the folder and `run_densities`.
+    `density_counts` alone is a list (see `StepMetrics.numbers_and_density`): for the folder and `run_densities`.
     """
     row: dict[str, Any] = {"step": step.step, "n_tokens": step.n_tokens, "seconds": round(seconds, 3)}
-    for name, figures in step.saes.items():
+    for name, metrics in step.saes.items():
         numbers: dict[str, Any]
-        numbers, counts = figures.numbers_and_density()
-        numbers["n_dead"] = round(numbers["dead_frac"] * figures.d_sae) if math.isfinite(numbers["dead_frac"]) else None
-        if figures.held_out is not None:
-            held_out = {**asdict(figures.held_out.reconstruction), **asdict(figures.held_out.firing)}
+        numbers, counts = metrics.numbers_and_density()
+        numbers["n_dead"] = round(numbers["dead_frac"] * metrics.d_sae) if math.isfinite(numbers["dead_frac"]) else None
+        if metrics.held_out is not None:
+            held_out = {**asdict(metrics.held_out.reconstruction), **asdict(metrics.held_out.firing)}
             numbers |= {f"held_out/{key}": float(v) for key, v in held_out.items() if isinstance(v, (int, float))}
         prefix = "" if len(step.saes) == 1 else f"{name}/"
         row |= {prefix + key: value for key, value in numbers.items()} | {f"{prefix}{DENSITY_COUNTS}": counts}

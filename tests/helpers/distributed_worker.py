@@ -102,7 +102,7 @@ def main(what, folder):
         while run.progress.step < 5:
             time.sleep(0.01)
         if team.rank == 1:
-            run._training._learners["topk"]._gradients = None  # the next step fails
+            run._training._trainers["topk"]._gradients = None  # the next step fails
         try:
             run.wait()
         finally:

@@ -13,7 +13,7 @@ from helpers import distributed_worker
 import saewb
 from saewb import cli
 from saewb.distributed import ParallelContext
-from saewb.training.objectives.batchtopk import kept_in_batch
+from saewb.training.objectives.topk import topk_over_batch
 
 TESTS = Path(__file__).parents[1]
 TOLERANCE = 2e-5  # of a figure: sums in another order, over 25 steps
@@ -191,12 +191,12 @@ class Pretended:
 
 
 def test_what_is_kept_over_a_batch_is_kept_over_all_of_it():
-    params = saewb.BatchTopK(24, k=2.5).start(8, dtype=torch.float64)
+    params = saewb.BatchTopK(24, k=2.5).init_params(8, dtype=torch.float64)
     pre = torch.randn(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pre[:20] *= 5  # the first process has nearly all of what is kept
-    whole, least = kept_in_batch(params, pre, 2.5)
+    whole, least = topk_over_batch(params, pre, 2.5)
     scores = [(torch.relu(half) * params.norms()).flatten() for half in pre.chunk(2)]
-    parts = [kept_in_batch(params, half, 2.5, Pretended(rank, scores)) for rank, half in enumerate(pre.chunk(2))]
+    parts = [topk_over_batch(params, half, 2.5, Pretended(rank, scores)) for rank, half in enumerate(pre.chunk(2))]
     assert torch.equal(torch.cat([latents for latents, _ in parts]), whole)
     assert min(low for _, low in parts) == least
     assert (parts[0][0] != 0).sum() > 90
