@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.sae.activation_functions import scaled, unscaled
+from saewb.sae.activation_functions import denormalized, normalized
 from saewb.sae.config import TokenNormalization
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
@@ -91,15 +91,25 @@ class ActivationNormalizer:
 
     def normalize(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """Activations in training units."""
-        x = scaled(x, self.normalization)
+        x = normalized(x, self.normalization)
         x = x if self.mean is None else x - self.mean
         if self.whitening is not None:
             return x @ self.whitening.matrix
         return x if self.factor == 1 else x * self.factor
 
+<<<<<<< HEAD
     def denormalize(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """An output in training units, in the model's; `x` is the input, in the model's units (for its scale)."""
         y = unscaled(y / self.factor, x, self.normalization) if self.whitening is None else y @ self.whitening.inverse
+=======
+    def undo(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        """What was written in training units, in the model's; `x` is what was read, in the model's (for its scale)."""
+        y = (
+            denormalized(y / self.factor, x, self.normalization)
+            if self.whitening is None
+            else y @ self.whitening.inverse
+        )
+>>>>>>> house
         return y if self.mean is None else y + self.mean
 
 
