@@ -85,8 +85,8 @@ def atomic_write(path: Path, fill: Callable[[Path], object]) -> None:
     """Write a file atomically: `fill` writes a temporary file beside it, which is flushed to disk and renamed.
 
     Raises:
-        FileNotFoundError: if the folder is not there: one that was deleted is not made anew.
-        OSError: as `fill` does; safetensors' own error for a full disk is turned into one.
+        FileNotFoundError: if the folder does not exist: one that was deleted is not created again.
+        OSError: as `fill` does, also where safetensors has an error of its own for a full disk.
     """
     from safetensors import SafetensorError
 
@@ -109,13 +109,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def atomic_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[str], overwrite: bool) -> Path:
-    """Let `fill` write files into a new folder, and make that `target` once they are all on the disk.
+    """Write a folder atomically: `fill` writes into a temporary one beside it, which is flushed to disk and renamed.
 
-    The new folder is a hidden sibling until then, so a failure, an interrupt or a full disk leaves neither half a
+    The temporary folder is a hidden sibling until then, so a failure, an interrupt or a full disk leaves neither half a
     folder nor a lost old one. Between moving the old one aside and the new one in, two renames, `target` is absent.
 
     Args:
-        target: where the folder shall be; in one that is there.
+        target: the folder; its parent must exist.
         fill: writes plain files into the folder it is given.
         ours: names of the files that may be replaced. A target with anything else in it is left alone.
         overwrite: whether a target that is not empty may be replaced.

@@ -270,7 +270,7 @@ SAESpec = Annotated[InstanceOf[Trainee], BeforeValidator(_sae), PlainSerializer(
 
 @config
 class RunSpec:
-    """A training run: all that run.json says, and all that `saewb.train` was told but the model and the tokens."""
+    """A training run: the arguments of `saewb.train` but for the model, the tokens and what only the caller has."""
 
     saes: dict[str, SAESpec]
     """The SAEs by name."""

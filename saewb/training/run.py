@@ -82,7 +82,7 @@ class Run:
         self._layers, self._config = layers, training.config
         self._log = _RunLog(tuple(spec.saes), folder, loggers, rows, lambda: self.state)
         self.notes = self._log.notes
-        self._gate = threading.Condition(threading.RLock())  # held during a step, and by whoever comes in between
+        self._lock = threading.Condition(threading.RLock())  # held during a step, and by other threads in between
         self._waiting, self._ended = 0, threading.Event()
         self._paused, self._stopping = False, False
         self._final: RunState | None = None
@@ -101,7 +101,7 @@ class Run:
 
     def pause(self) -> Run:
         """Rest after the step under way, or the forward pass before the first one; returns when it does."""
-        with self._between():
+        with self._between_steps():
             self._paused = True
         return self
 
@@ -114,7 +114,7 @@ class Run:
         if self._final is not None:
             fix = f"saewb.resume_run({str(self.folder)!r}, model=model, tokens=tokens)" if self.folder else ""
             raise RuntimeError(explain(f"{self!r} has ended.", want="a run that is paused", fix=fix))
-        with self._between():
+        with self._between_steps():
             self._paused = False
             self._pace = Pace()
         return self
@@ -125,7 +125,7 @@ class Run:
         Before the first step: after the forward pass under way, and then there is no SAE.
         """
         self._stopping = True
-        with self._between():
+        with self._between_steps():
             pass
         self._join(None)
         return self
@@ -136,7 +136,7 @@ class Run:
         Raises:
             KeyboardInterrupt: on an interrupt, after the run was stopped cleanly and its checkpoint written. A second
                 one does not wait for that.
-            Exception: what the run failed of.
+            Exception: the error of the run.
         """
         try:
             self._join(timeout)
@@ -156,7 +156,7 @@ class Run:
                     return
             self._thread.join()
 
-    # -- to look at --------------------------------------------------------------------------------------------------
+    # -- what it shows ------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> RunState:
@@ -199,8 +199,8 @@ class Run:
         """
         if self._saes is not None:
             return dict(self._saes)
-        with self._between():
-            return dict(self._saes) if self._saes is not None else self._exported()
+        with self._between_steps():
+            return dict(self._saes) if self._saes is not None else self._export()
 
     @property
     def sae(self) -> Any:
@@ -230,7 +230,7 @@ class Run:
         if self._folder is None or self._final is not None:
             what = f"{self!r} has nothing to write."
             raise ValueError(explain(what, want="a run with a folder", fix="folder='runs/a'"))
-        with self._between():
+        with self._between_steps():
             self._write_checkpoint()
         return self
 
@@ -246,14 +246,15 @@ class Run:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _between(self) -> Iterator[None]:
-        self._waiting += 1  # the thread gives way to those who wait
-        with self._gate:
+    def _between_steps(self) -> Iterator[None]:
+        """Hold the lock, for another thread than the run's."""
+        self._waiting += 1  # the run's thread gives way to those who wait
+        with self._lock:
             self._waiting -= 1
             try:
                 yield
             finally:
-                self._gate.notify_all()
+                self._lock.notify_all()
 
     def _work(self) -> None:
         error: BaseException | None = None
@@ -262,23 +263,24 @@ class Run:
             steps = iter(self._training)
             while self._read_ahead():
                 pass
-            while (step := self._next(steps)) is not None:
-                self._after(step)
+            while (step := self._next_step(steps)) is not None:
+                self._log_and_checkpoint(step)
         except BaseException as caught:  # a thread that died must not look like one that runs
             error = out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
         self._end(error)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._gate:
-            self._gate.wait_for(lambda: self._stopping or not (self._paused or self._waiting))
+    def _step_turn(self) -> Iterator[None]:
+        """Hold the lock for a step, once the run is not paused and no other thread waits."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._stopping or not (self._paused or self._waiting))
             began = time.monotonic()
             yield
             self._seconds += time.monotonic() - began
 
     def _read_ahead(self) -> bool:
         """A forward pass, or a batch, of what the first step needs; whether it needs more."""
-        with self._turn():
+        with self._step_turn():
             more = not self._stopping and self._training.read_ahead(self._stream.fill)
             now = run_up(self._stream.filling, self._training.ahead)
             self._pace = self._pace if now and self._run_up and now.what == self._run_up.what else Pace()
@@ -287,15 +289,15 @@ class Run:
             self._run_up = now
             return more
 
-    def _next(self, steps: Iterator[TrainStep]) -> TrainStep | None:
-        with self._turn():
+    def _next_step(self, steps: Iterator[TrainStep]) -> TrainStep | None:
+        with self._step_turn():
             step = None if self._parallel.any(self._stopping) else next(steps, None)
             if step is not None:
                 self._done = (step.step, step.n_tokens)
                 self._pace.update(step.n_tokens)
             return step
 
-    def _after(self, step: TrainStep) -> None:
+    def _log_and_checkpoint(self, step: TrainStep) -> None:
         last = step.step == self._config.n_steps
         measured = any(metrics.held_out is not None for metrics in step.saes.values())
         if step.step == 1 or last or measured or step.step % self.spec.run.log_every_steps == 0:
@@ -303,20 +305,20 @@ class Run:
         every = self.spec.run.checkpoint_every_tokens
         due = every is not None and step.n_tokens // every > (step.n_tokens - self._config.batch_tokens) // every
         if due and not last and self._parallel.is_main:
-            with self._gate:
+            with self._lock:
                 try:
                     self._write_checkpoint()
                 except OSError as error:  # e.g. a full disk: the checkpoint before is whole, training need not stop
                     self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
 
-    def _exported(self) -> dict[str, Any]:
+    def _export(self) -> dict[str, Any]:
         if self._training is None:
             raise RuntimeError(explain(f"{self!r} has no SAE.", want="a run that came to its first step"))
         return {name: _with_model(sae, self.spec.model) for name, sae in self._training.saes.items()}
 
     def _write_checkpoint(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write a checkpoint. SAEs first: if one fails its check, the checkpoint before stays in its place."""
-        saes = self._exported()
+        saes = self._export()
         state = self._training.state() if state is None else state
         at_tokens = self._done[1] if self.spec.run.keep_saes else None
         self._folder.write_checkpoint(state, self._seconds, saes, at_tokens)
@@ -326,7 +328,7 @@ class Run:
     def _end(self, error: BaseException | None) -> None:
         if error is not None:
             self._parallel.destroy()  # the others must not wait for this process
-        with self._gate:
+        with self._lock:
             try:
                 if error is None or self._done[0] > 0:
                     self._export_last(error)
@@ -351,7 +353,7 @@ class Run:
         if self._done[0] == 0 and self._training.ahead is not None:  # stopped before there were weights
             return
         if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
-            self._saes = self._exported()  # a checkpoint that there was stays
+            self._saes = self._export()  # a checkpoint that there was stays
             return
         mid_step = error is not None and not self._stream.failed
         self._saes = self._write_checkpoint(
