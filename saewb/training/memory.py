@@ -274,7 +274,7 @@ def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
         >>> [(option.name, option.default) for option in training_options(saewb.TopK)][1:3]
         [('k', 32), ('aux', 0.03125)]
         >>> print(training_options(saewb.TopK)[1])
-        k = 32: Latents kept per token.
+        k = 32: Active latents per token.
     """
     if objective is None:
         options = [option for owner in (TrainConfig, DataConfig, RunConfig) for option in _options(owner)]

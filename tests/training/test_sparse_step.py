@@ -14,7 +14,7 @@ from saewb.kernels import precision
 from saewb.kernels import topk as tiles
 from saewb.kernels.pairs import by_latent, combine, dots, gather_rows, pairs_of, per_latent, rectangular
 from saewb.training.sparse_step import best_precision, clipped_step, has_sparse_step, sparse_step
-from saewb.training.sparse_step.adam import folds
+from saewb.training.sparse_step.adam import clips_in_fused_step
 from saewb.training.sparse_step.selection import Readout, above_zero, top_of_batch, top_per_token
 
 D_SAE = 48
@@ -430,7 +430,7 @@ def test_clipped_step_is_clip_then_step(kind, fused, clip):
         rng = torch.Generator().manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(s, generator=rng)) for s in ((5, 4), (4,))]
         optimizer = kind(weights, lr=0.1, fused=fused)
-        assert folds(optimizer) == (fused and kind is not torch.optim.SGD)
+        assert clips_in_fused_step(optimizer) == (fused and kind is not torch.optim.SGD)
         for _ in range(3):
             for w in weights:
                 w.grad = torch.randn(w.shape, generator=rng)

@@ -164,7 +164,7 @@ def test_exports_are_in_the_models_units(normalization):
     values = {"x": data()["x"] * 40 + 7, "y": data()["y"] * 0.02 - 1}
     made = {name: Trainee(o, read="x") for name, o in OBJECTIVES.items()}
     if normalization == "whitened":
-        made.pop("pursuit")  # refused: tests/test_whitening.py
+        made.pop("pursuit")  # refused: test_normalization.py
     if normalization not in ("layer_norm", "constant_norm"):
         made |= {f"{name}_transcoder": Trainee(o, read="x", write="y") for name, o in SKIPS.items()}
         made |= {f"{name}_skip": Trainee(o, read="x") for name, o in SKIPS.items()}

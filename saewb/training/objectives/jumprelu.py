@@ -134,7 +134,7 @@ class JumpReLU(Objective):
         return min(_INITIAL_L0 * self.target_l0, self.d_sae / 2)
 
     @torch.no_grad()
-    def fit_thresholds(self, params: Params, batches: Sequence[Float[Tensor, "tokens d_in"]]) -> None:
+    def fit_thresholds(self, params: Params, batches: Sequence[Float[Tensor, "_ d_in"]]) -> None:
         """Set thresholds, in place, by which `start_l0` latents are active per token of these batches; see above."""
         n = sum(map(len, batches))
         each, rest = divmod(round(n * self.start_l0), self.d_sae)
