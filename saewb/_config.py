@@ -13,13 +13,15 @@ inherited fields.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import field, fields
 from functools import wraps
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
 
@@ -81,6 +83,8 @@ def config(owner: type[T]) -> type[T]:
             raise _translated(type(self), error) from None
 
     checked.__init__ = __init__
+    lines = [f"    {name}: {text}{_choices_note(checked, name)}" for name, text in descriptions(checked).items()]
+    checked.__doc__ = "\n".join([inspect.cleandoc(owner.__doc__ or ""), "", "Fields:", *lines, ""])
     return checked
 
 
@@ -90,10 +94,61 @@ def descriptions(owner: type) -> dict[str, str]:
     return {f.name: f.metadata["description"] for f in ordered if "description" in f.metadata}
 
 
+def _choices_note(owner: type, name: str) -> str:
+    texts = choices(owner, name)
+    return f" ({', '.join(map(repr, texts))})" if texts else ""
+
+
 def choices(owner: type, name: str) -> tuple[str, ...]:
     """The texts that a field takes, if it takes one of a few; else empty."""
     annotation = owner.__pydantic_fields__[name].annotation
     return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def parse(owner: type[T], values: Any) -> T:
+    """A config class, or another type, of plain values as they come from JSON, YAML or a form.
+
+    Args:
+        owner: the type. Dictionaries become config classes, lists tuples, and text numbers where the type says so.
+        values: what is to be one.
+
+    Returns:
+        One of `owner`.
+
+    Raises:
+        ValueError: for a wrong value.
+        TypeError: for an unknown or missing field.
+
+    Example:
+        >>> parse(tuple[int, float], ["1_000", "3e-4"])
+        (1000, 0.0003)
+    """
+    try:
+        return TypeAdapter(owner).validate_python(values, strict=False)
+    except ValidationError as error:
+        raise _translated(owner, error) from None
+
+
+def dump(options: Any) -> Any:
+    """A config class, or a type that holds some, as plain values for JSON: what `parse` reads."""
+    return TypeAdapter(type(options)).dump_python(options, mode="json")
+
+
+def parse_field(owner: type, name: str, value: Any) -> Any:
+    """As `parse`, for one field of a config class; checks that concern several fields are not made.
+
+    Raises:
+        ValueError: for a wrong value.
+    """
+    info = owner.__pydantic_fields__[name]
+    kind = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    try:
+        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=False)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if "error" in first.get("ctx", {}):
+            raise first["ctx"]["error"] from None
+        raise _wrong_field(owner, name, value, first["msg"]) from None
 
 
 def require(options: Any, condition: bool, name: str, want: str) -> None:
@@ -109,9 +164,10 @@ def require(options: Any, condition: bool, name: str, want: str) -> None:
         raise _wrong_value(type(options).__name__, name, getattr(options, name), want)
 
 
-def _wrong_value(owner: str, name: str, value: Any, want: str) -> ValueError:
+def _wrong_value(owner: str, name: str, value: Any, want: str, close: Sequence[str] = ()) -> ValueError:
     text = repr(value).removesuffix(".0")  # an int is converted where a float is due
-    return ValueError(explain(f"{owner} got {name}={text}.", want=want, fix=f"{owner}(..., {name}=...)"))
+    what = f"{owner} got {name}={text}."
+    return ValueError(explain(what, near=close, want=want, fix=f"{owner}(..., {name}=...)"))
 
 
 def _translated(owner: type, error: ValidationError) -> Exception:
@@ -119,16 +175,24 @@ def _translated(owner: type, error: ValidationError) -> Exception:
     first = error.errors(include_url=False)[0]
     if "error" in first.get("ctx", {}):  # raised in `__post_init__`
         return first["ctx"]["error"]
-    infos = owner.__pydantic_fields__
-    kind, (at, *_) = first["type"], first["loc"]
+    infos, (at, *rest) = owner.__pydantic_fields__, first["loc"]
+    while rest and at in infos and hasattr(infos[at].annotation, "__pydantic_fields__"):  # a config class in another
+        owner, (at, *rest) = infos[at].annotation, rest
+        infos = owner.__pydantic_fields__
+    kind = first["type"]
     positional = [f.name for f in fields(owner) if not f.kw_only]
     name = at if isinstance(at, str) else positional[min(at, len(positional) - 1)]
     if kind in _ARGUMENT_ERRORS:
         what = f"{owner.__name__} {_ARGUMENT_ERRORS[kind].format(name)}."
         close = near(name, infos) if kind == "unexpected_keyword_argument" else ()
         return TypeError(explain(what, near=close, want=", ".join(infos)))
-    want = _want(infos[name].annotation, infos[name].metadata) or first["msg"].removeprefix("Input should be ")
-    return _wrong_value(owner.__name__, name, first["input"], want)
+    return _wrong_field(owner, name, first["input"], first["msg"])
+
+
+def _wrong_field(owner: type, name: str, value: Any, message: str) -> ValueError:
+    info = owner.__pydantic_fields__[name]
+    want = _want(info.annotation, info.metadata) or message.removeprefix("Input should be ")
+    return _wrong_value(owner.__name__, name, value, want, near(str(value), choices(owner, name)))
 
 
 def _want(annotation: Any, metadata: Any) -> str:

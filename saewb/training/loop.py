@@ -10,9 +10,10 @@ from typing import Any, Protocol, Union, final
 import torch
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb._config import dump
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain, near
-from saewb.training.config import TrainConfig
+from saewb.training.config import TrainConfig, Trainee
 from saewb.training.normalization import (
     ActivationNormalizer,
     AnySAE,
@@ -21,7 +22,7 @@ from saewb.training.normalization import (
 )
 from saewb.training.objectives import Objective
 from saewb.training.step_metrics import HeldOut, TrainStep
-from saewb.training.trainer import SAETrainer, Trainee, check_state, check_trainee, config_state
+from saewb.training.trainer import SAETrainer, check_state, check_trainee
 
 PROBE_ROWS = 256  # of the last batch, that an export is checked on
 _ESTIMATED = ("constant", "centered", "whitened")  # normalizations that are estimated
@@ -92,13 +93,13 @@ class Training:
         *,
         held_out: Mapping[str, Tensor] | None = None,
         device: torch.device | str | None = None,
-        team: Team | None = None,
+        team: ParallelContext | None = None,
     ) -> None:
         by_name = saes if isinstance(saes, Mapping) else {"sae": saes}
         if not by_name:
             raise ValueError(explain("Training got no SAE.", want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
-        self._team = team or ALONE
-        self._rows = self._team.share(config.batch_tokens)  # of a batch, for this process
+        self._team = team or SINGLE_PROCESS
+        self._rows = self._team.shard(config.batch_tokens)  # of a batch, for this process
         self.config = config
         self.n_steps = 0  # done
         self.n_tokens = 0  # trained on
@@ -187,7 +188,7 @@ class Training:
         """
         self.begin()
         return {
-            "config": config_state(self.config),
+            "config": dump(self.config),
             "trainees": self._signature,
             "points": {name: [t.read, t.write] for name, t in self._trainees.items()},
             "n_steps": self.n_steps,

@@ -12,21 +12,21 @@ A step, given one batch in training units:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb._config import dump
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.metrics import ReconstructionStream
 from saewb.stats.firing import FiringStream
-from saewb.training.config import TrainConfig
+from saewb.training.config import TrainConfig, Trainee
 from saewb.training.normalization import ActivationNormalizer, AnySAE, to_model, to_training
 from saewb.training.objectives import (
-    JumpReLU,
     Losses,
     MatchingPursuit,
     Objective,
@@ -48,39 +48,6 @@ Gradients = Callable[
     [Objective, Params, Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"], ObjectiveState],
     Losses,
 ]
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """One SAE to be trained: for what, where it reads and writes, and what to start from."""
-
-    objective: Objective
-    """What it is trained for."""
-    read: str | None = None
-    """Point of the stream it reads; None means the only one."""
-    write: str | None = None
-    """Point it predicts; None, or `read`: an autoencoder; another: a transcoder."""
-    lr: float | None = None
-    """Its own peak learning rate; None means the config's."""
-    seed: int | None = None
-    """Its own; None means the config's, and SAEs of one seed and size begin alike."""
-    init: AnySAE | None = None
-    """A trained SAE to go on from, in the model's units; None means random weights."""
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it predicts another point than it reads."""
-        return self.write not in (None, self.read)
-
-    @property
-    def fits_thresholds(self) -> bool:
-        """Whether its first thresholds are set from the first tokens."""
-        objective = self.objective
-        return isinstance(objective, JumpReLU) and objective.start_l0 is not None and self.init is None
-
-    def objective_fields(self) -> dict[str, Any]:
-        """Its objective as plain values, for metadata and checkpoints."""
-        return {"objective": type(self.objective).__name__, **asdict(self.objective)}
 
 
 @final
@@ -110,7 +77,7 @@ class SAETrainer:
         d_out: int,
         device: torch.device,
         b_dec: Float[Tensor, " d_out"] | None = None,
-        team: Team = ALONE,
+        team: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         self.trainee, self.config, self.read, self.write, self._team = trainee, config, read, write, team
         self.params = _initial_params(trainee, config, read, write, d_in, d_out, device)
@@ -352,7 +319,7 @@ def _losses(objective: Objective, params: Params, x: Tensor, y: Tensor, state: O
 
 
 @torch.no_grad()
-def combine_shards(losses: Losses, y: Float[Tensor, "shard d_out"], team: Team) -> Losses:
+def combine_shards(losses: Losses, y: Float[Tensor, "shard d_out"], team: ParallelContext) -> Losses:
     """Losses of the whole batch, from those of each process's shard of it: as one process would have measured them.
 
         terms, l0, in_band: means;   fired: sums;   kept_min: the least;   fvu = B mse / (sum |y|^2 - |sum y|^2 / B)
@@ -403,18 +370,12 @@ def check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
         raise ValueError(explain(what, want="'constant' or 'centered': its encoder is its decoder, whitened it is not"))
 
 
-def config_state(config: TrainConfig) -> dict[str, Any]:
-    """A config as plain values, for a state."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    return {**values, "autocast": None if config.autocast is None else str(config.autocast)}
-
-
 def check_state(state: Mapping[str, Any], trainees: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise if a state is of other SAEs (given as the state has them), or of another config."""
     if state["trainees"] != trainees:
         what = f"the state is of other SAEs: {state['trainees']}."
         raise ValueError(explain(what, want=str(trainees)))
-    values = config_state(config)
+    values = dump(config)
     changed = {k for k, v in state["config"].items() if values.get(k) != v} - MAY_CHANGE
     if changed:
         text = ", ".join(f"{k}={state['config'][k]!r}, now {values.get(k)!r}" for k in sorted(changed))

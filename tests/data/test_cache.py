@@ -54,7 +54,7 @@ def test_ten_thousand_tokens_are_ten_thousand_and_half_precision_leaves_ids_alon
     rows = saewb.pack(texts, model.tokenizer, 128)
     assert (
         whole.ids.tolist()
-        == rows[~torch.isin(rows, torch.tensor(saewb.data.tokens.special_ids(model, True)))][:10_000].tolist()
+        == rows[~torch.isin(rows, torch.tensor(saewb.models.tokenizer.special_ids(model, True)))][:10_000].tolist()
     )
     assert int(whole.ids.max()) > 2048  # where float16 begins to skip integers
 
@@ -91,15 +91,16 @@ def test_goes_on_after_an_interruption_with_the_same_bytes(tmp_path, ids, monkey
 def test_goes_on_after_kill_9(tmp_path, ids):
     want = cached(tmp_path / "whole", ids)
     code = f"""
-        import os, signal, small
+        import os, signal
+        from helpers import tiny_models
         import saewb.data.cache as module
         real, calls = module.atomic_write, []
         def write(path, fill):  # killed while the third shard is being written
             calls.append(path)
             real(path, fill if len(calls) < 3 else lambda fresh: (fresh.write_bytes(b"half"), os.kill(os.getpid(), 9)))
         module.atomic_write = write
-        module.cache_activations(tiny_models.bridge(), tiny_models.tokens(60, 20), [{RESID!r}, {Z!r}], {str(tmp_path / "cut")!r},
-                                 1000, shard_tokens=300)
+        model, tokens = tiny_models.bridge(), tiny_models.tokens(60, 20)
+        module.cache_activations(model, tokens, [{RESID!r}, {Z!r}], {str(tmp_path / "cut")!r}, 1000, shard_tokens=300)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd="tests", capture_output=True, text=True, timeout=300

@@ -148,9 +148,7 @@ def wide(objective, seed=0):
     params.b_dec.data.copy_(x.mean(0))
     for name in ("b_enc", "b_gate"):
         if name in params._parameters:
-            params.get_parameter(name).data.copy_(
-                -(params.center(x) @ params.W_enc).kthvalue(190, dim=0).values - 0.01
-            )
+            params.get_parameter(name).data.copy_(-(params.center(x) @ params.W_enc).kthvalue(190, dim=0).values - 0.01)
     return params, x
 
 

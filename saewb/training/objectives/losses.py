@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.training.objectives.params import Params
 
 
@@ -36,7 +36,7 @@ class ObjectiveState:
     """BatchTopK, Matryoshka: what a latent must exceed after training."""
     n_thresholds: int = 0
     """Batches that `threshold` is the mean of so far."""
-    team: Team = ALONE
+    team: ParallelContext = SINGLE_PROCESS
     """Processes that share the batch; what is selected over a batch is over all of it."""
 
     def with_dead(self, dead: Bool[Tensor, " d_sae"]) -> ObjectiveState:

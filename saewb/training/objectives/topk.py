@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saewb._config import NonNegativeFloat, PositiveFloat, PositiveInt, config, require
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.training.objectives.base import Objective
 from saewb.training.objectives.losses import Losses, ObjectiveState, auxk_loss, squared_error, with_metrics
 from saewb.training.objectives.params import Params
@@ -294,7 +294,7 @@ def topk_per_token(
 
 
 def topk_over_batch(
-    params: Params, pre_acts: Float[Tensor, "tokens d_sae"], k: float, team: Team = ALONE
+    params: Params, pre_acts: Float[Tensor, "tokens d_sae"], k: float, team: ParallelContext = SINGLE_PROCESS
 ) -> tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, ""]]:
     """Activations of the k N best latents of a batch, and the smallest length z_i |W_dec[i]| > 0 among them (or inf).
 
@@ -306,7 +306,7 @@ def topk_over_batch(
     lengths, index = best.values, best.indices
     values = torch.relu(pre_acts.flatten()[index])
     if team.size > 1:
-        mask = team.chosen(lengths, n)
+        mask = team.topk_mask(lengths, n)
         lengths, values = torch.where(mask, lengths, 0), torch.where(mask, values, 0)
     acts = torch.zeros_like(pre_acts).flatten().scatter(0, index, values).view_as(pre_acts)
     return acts, torch.where(lengths > 0, lengths, torch.inf).min()

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.distributed import Team
+from saewb.distributed import ParallelContext
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.kernels.precision import MARGIN
 from saewb.training.objectives import Losses, ObjectiveState
@@ -62,7 +62,7 @@ def topk_step(objective: TopKObjective, inputs: StepInputs, state: ObjectiveStat
     return with_metrics(terms, inputs, pairs, pairs.pre, levels[-1].error, **extra)
 
 
-def _select(objective: TopKObjective, inputs: StepInputs, team: Team) -> Pairs | None:
+def _select(objective: TopKObjective, inputs: StepInputs, team: ParallelContext) -> Pairs | None:
     readout, n_pairs = inputs.readout(norms=inputs.params.norms()), int(objective.k * len(inputs.x))
     if not 0 < n_pairs <= inputs.limit:
         return None
@@ -75,10 +75,10 @@ def _select(objective: TopKObjective, inputs: StepInputs, team: Team) -> Pairs |
     return top_per_token(inputs.x, readout, objective.k, signed=objective.signed)
 
 
-def _select_among_all(pairs: Pairs, readout: Readout, n: int, team: Team) -> Pairs:
+def _select_among_all(pairs: Pairs, readout: Readout, n: int, team: ParallelContext) -> Pairs:
     """Of these pairs, those among the `n` best of all processes."""
     scores = readout.score(pairs.pre, pairs.latents).clamp(min=0)
-    return pairs.where(team.chosen(scores, n).nonzero()[:, 0])
+    return pairs.where(team.topk_mask(scores, n).nonzero()[:, 0])
 
 
 def _decode_levels(inputs: StepInputs, pairs: Pairs, limits: tuple[tuple[int, int], ...]) -> list[Level]:

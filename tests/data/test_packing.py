@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import saewb
 from saewb.data.documents import TextFiles
-from saewb.data.token_streams import stream_tokens
+from saewb.data.packing import stream_tokens
 
 TEXTS = [" ".join(f"w{(i * 7 + j) % 20}" for j in range(3 + i % 9)) for i in range(150)]
 BOS = tiny_models.BOS
