@@ -97,19 +97,12 @@ class ActivationNormalizer:
             return x @ self.whitening.matrix
         return x if self.factor == 1 else x * self.factor
 
-<<<<<<< HEAD
     def denormalize(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """An output in training units, in the model's; `x` is the input, in the model's units (for its scale)."""
-        y = unscaled(y / self.factor, x, self.normalization) if self.whitening is None else y @ self.whitening.inverse
-=======
-    def undo(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
-        """What was written in training units, in the model's; `x` is what was read, in the model's (for its scale)."""
-        y = (
-            denormalized(y / self.factor, x, self.normalization)
-            if self.whitening is None
-            else y @ self.whitening.inverse
-        )
->>>>>>> house
+        if self.whitening is None:
+            y = denormalized(y / self.factor, x, self.normalization)
+        else:
+            y = y @ self.whitening.inverse
         return y if self.mean is None else y + self.mean
 
 

@@ -17,11 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.errors import explain
-<<<<<<< HEAD
-from saewb.sae.config import Activation, SAEConfig, tensor_shapes
-=======
-from saewb.sae.config import SAEConfig
->>>>>>> house
+from saewb.sae.config import Activation, SAEConfig
 from saewb.sae.sae import SAE
 
 PreBias = Literal["none", "tied"]
@@ -223,14 +219,8 @@ def params_from_sae(
         want = f"an SAE with activation {' or '.join(activations)}, k={k}"
         raise ValueError(explain(f"this objective cannot go on from {sae!r}.", want=want))
     if sae.cfg.normalization != "none" or sae.cfg.pre_bias == "own":
-<<<<<<< HEAD
         fields = f"normalization={sae.cfg.normalization!r}, pre_bias={sae.cfg.pre_bias!r}"
         want = "normalization 'none', and pre_bias 'tied' or 'none'"
         raise ValueError(explain(f"{sae!r} with {fields} cannot be trained further.", want=want))
-    tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in tensor_shapes(sae.cfg)}
-=======
-        what = f"{sae!r} with normalization={sae.cfg.normalization!r}, pre_bias={sae.cfg.pre_bias!r} cannot be trained further."
-        raise ValueError(explain(what, want="normalization 'none', and pre_bias 'tied' or 'none'"))
     tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in sae.cfg.tensor_shapes()}
->>>>>>> house
     return Params(tensors, sae.cfg.pre_bias)
