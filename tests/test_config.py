@@ -11,7 +11,17 @@ import pytest
 from annotated_types import Gt, Le
 from pydantic import Field, TypeAdapter
 
-from saewb._config import NonNegativeInt, PositiveInt, choices, config, descriptions, require
+from saewb._config import (
+    NonNegativeInt,
+    PositiveInt,
+    choices,
+    config,
+    descriptions,
+    dump,
+    parse,
+    parse_field,
+    require,
+)
 
 
 @config
@@ -104,3 +114,26 @@ def test_wrong_arguments():
         Options(5, 1, 1, 0.5, (), "step", 0, "unit")
     with pytest.raises(ValueError, match="got k_aux=0"):
         Options(5, 1, 0)
+
+
+def test_plain_values_and_back():
+    options = Options(5, sizes=(1, 2), k_aux=4)
+    assert parse(Options, dump(options)) == options
+    assert parse(Options, {"d_sae": "1_000", "rate": "1e-1", "sizes": [3]}) == Options(1000, sizes=(3,))
+    with pytest.raises(ValueError, match="Options got k=9.\n  want: 1 to d_sae=5"):
+        parse(Options, {"d_sae": 5, "k": 9})
+    with pytest.raises(TypeError, match="Options has no kaux"):
+        parse(Options, {"d_sae": 5, "kaux": 9})
+    with pytest.raises(TypeError, match="Options needs a d_sae"):
+        parse(Options, {})
+
+
+def test_one_field():
+    assert parse_field(Options, "rate", "0.5") == 0.5
+    assert parse_field(Options, "sizes", [1]) == (1,)
+    with pytest.raises(ValueError, match="Options got mode='tan'.\n  near: tanh\n  want: one of"):
+        parse_field(Options, "mode", "tan")
+
+
+def test_help_shows_the_fields():
+    assert "\n    rows: Decoder rows. ('unit', 'free')\n" in Options.__doc__

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import re
 import threading
 import time
 import weakref
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 from saewb.data.stream import ActivationStream
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
+from saewb.models.hook_points import split_head
 from saewb.sae.sae import SAE
 from saewb.training import Diverged, Training, TrainStep
 from saewb.training.code_export import train_code
@@ -48,7 +48,6 @@ from saewb.training.run_folder import RunFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-_HEAD = re.compile(r"(.+)\[(\d+)\]")
 RunState = Literal["running", "paused", "stopped", "finished", "failed"]
 
 _live: weakref.WeakSet[Run] = weakref.WeakSet()  # to be stopped when the interpreter exits
@@ -486,9 +485,9 @@ def _state_before_failed_step(training: Training, stream: ActivationStream) -> d
 
 def _with_model(sae: Any, model: str | None) -> Any:
     """An exported SAE with the model's name, and its head as a field of its own."""
-    match = _HEAD.fullmatch(sae.cfg.hook or "")
-    head = {"hook": match[1], "head": int(match[2])} if match and isinstance(sae, SAE) else {}
-    return type(sae).from_tensors(replace(sae.cfg, model=model, **head), dict(sae.named_parameters()))
+    hook, head = split_head(sae.cfg.hook or "")
+    location = {"hook": hook, "head": head} if head is not None and isinstance(sae, SAE) else {}
+    return type(sae).from_tensors(replace(sae.cfg, model=model, **location), dict(sae.named_parameters()))
 
 
 def _stop_all() -> None:
