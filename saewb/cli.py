@@ -115,12 +115,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     """Train with a line of progress every few seconds; Ctrl-C and SIGTERM leave a checkpoint."""
-    from saewb.distributed import Team
-    from saewb.training.run_record import exit_on_sigterm
-    from saewb.training.train_file import train_file
+    from saewb.distributed import ParallelContext
+    from saewb.training.run import exit_on_sigterm
+    from saewb.training.train import train_file
 
     exit_on_sigterm()
-    is_main = Team.joined().leads
+    is_main = ParallelContext.from_environment().is_main
     run = train_file(options.file)
     if is_main:
         print(run.memory, flush=True)

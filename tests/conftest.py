@@ -15,7 +15,7 @@ install_import_hook(
         "saewb.models.unembed",
         "saewb.data.tokens",
         "saewb.stats",
-        *(f"saewb.training.objectives.{part}" for part in ("params", "losses", "dead", "straight_through")),
+        *(f"saewb.training.objectives.{part}" for part in ("params", "losses", "jumprelu")),
         *(
             f"saewb.features.{part}"
             for part in ("accumulate", "counts", "enrichment", "logit_effects", "loss_effects", "top_contexts")

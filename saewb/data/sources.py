@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saewb.data.documents import EpochCursor
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.capture import Activations, capture, stop_layer
@@ -68,7 +68,7 @@ class ModelSource:
         skipped: Sequence[int] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        team: Team = ALONE,
+        team: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         self.model, self._tokens, self._team = model, tokens, team
         self._round: deque[tuple[dict[str, Any], Activations | None]] = deque()  # (position before a chunk, the chunk)
@@ -140,7 +140,7 @@ class ModelSource:
         for rank, (ids, tokens) in enumerate(zip(batches, kept, strict=True)):
             is_local = rank == self._team.rank
             values = {
-                name: self._team.handed(x.contiguous() if is_local else x.new_empty(len(tokens), x.shape[1]), rank)
+                name: self._team.broadcast(x.contiguous() if is_local else x.new_empty(len(tokens), x.shape[1]), rank)
                 for name, x in local.values.items()
             }
             chunks.append(Activations(values, ids.flatten()[tokens].to(torch.int32)))

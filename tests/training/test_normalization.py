@@ -11,7 +11,7 @@ from helpers.objective_registry import D_IN, OBJECTIVES, InMemory
 
 import saewb
 from saewb.training import TrainConfig, Trainee, Training
-from saewb.training.whitening import whitening
+from saewb.training.normalization import estimate_whitening
 
 B = 50
 CONFIG = TrainConfig(n_tokens=8 * B, batch_tokens=B, lr=3e-3, normalization="whitened", b_dec="mean")
@@ -30,7 +30,7 @@ def covariance(z):
 
 def test_the_covariance_is_the_identity_and_the_way_back_is_exact():
     x = data()
-    found = whitening("x", x.split(100), x.mean(0), shrinkage=0.0)
+    found = estimate_whitening("x", x.split(100), x.mean(0), shrinkage=0.0)
     z = (x - x.mean(0)).double() @ found.matrix.double()
     torch.testing.assert_close(covariance(z), torch.eye(D_IN, dtype=torch.float64), rtol=0, atol=1e-4)
     torch.testing.assert_close(found.matrix, found.matrix.T)
@@ -39,10 +39,10 @@ def test_the_covariance_is_the_identity_and_the_way_back_is_exact():
 
 def test_independent_directions_are_divided_by_their_deviation():
     x = torch.tensor([[1.0, 10.0], [-1.0, 10.0], [1.0, -10.0], [-1.0, -10.0]])
-    found = whitening("x", [x], torch.zeros(2), shrinkage=0.0)
+    found = estimate_whitening("x", [x], torch.zeros(2), shrinkage=0.0)
     torch.testing.assert_close(found.matrix, torch.diag(torch.tensor([1.0, 0.1])))
     # s = 1/2: variances 1 and 100 become 1/2 + 50.5 / 2 = 25.75 and 50 + 25.25 = 75.25
-    found = whitening("x", [x], torch.zeros(2), shrinkage=0.5)
+    found = estimate_whitening("x", [x], torch.zeros(2), shrinkage=0.5)
     torch.testing.assert_close(found.matrix, torch.diag(torch.tensor([25.75, 75.25]).rsqrt()))
 
 
@@ -50,14 +50,14 @@ def test_directions_that_do_not_vary_need_a_shrinkage():
     x = data()
     x[:, 0] = x[:, 1] + x[:, 2]  # one direction of D_IN is empty
     with pytest.raises(ValueError, match=r"1 of 8 directions of 'p' do not vary over 600 tokens[^$]*shrinkage=1e-3"):
-        whitening("p", [x], x.mean(0), shrinkage=0.0)
-    found = whitening("p", [x], x.mean(0), shrinkage=1e-3)
+        estimate_whitening("p", [x], x.mean(0), shrinkage=0.0)
+    found = estimate_whitening("p", [x], x.mean(0), shrinkage=1e-3)
     values = torch.linalg.eigvalsh(covariance((x - x.mean(0)) @ found.matrix))
     own = torch.linalg.eigvalsh(covariance(x)).clamp(min=0)
     want = own / ((1 - 1e-3) * own + 1e-3 * own.sum() / D_IN)
     torch.testing.assert_close(values, want, rtol=1e-3, atol=1e-5)
     few = x[:4]  # fewer tokens than directions
-    assert torch.isfinite(whitening("p", [few], few.mean(0), shrinkage=1e-3).matrix).all()
+    assert torch.isfinite(estimate_whitening("p", [few], few.mean(0), shrinkage=1e-3).matrix).all()
 
 
 def trained(name="topk", values=None, **more):
@@ -71,8 +71,8 @@ def trained(name="topk", values=None, **more):
 def test_losses_are_in_whitened_units_and_the_export_in_the_models(name, tmp_path):
     training, figures = trained(name)
     x = data()
-    learner = training._learners["sae"]
-    assert float(learner.read.apply(x).square().sum(1).mean()) == pytest.approx(D_IN, rel=0.15)
+    learner = training._trainers["sae"]
+    assert float(learner.read.normalize(x).square().sum(1).mean()) == pytest.approx(D_IN, rel=0.15)
     assert figures[0]["losses/mse"] < 5 * D_IN  # in the model's units it would be hundreds
     sae = training.saes["sae"]
     assert sae.cfg.normalization == "none"
