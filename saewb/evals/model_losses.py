@@ -26,7 +26,8 @@ from saewb.metrics import ReconstructionStream, float64
 from saewb.models import hook_points
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_mask
-from saewb.sae.sae import SAE, TopLatents
+from saewb.sae.sae import SAE
+from saewb.sae.sparse import SparseLatents
 from saewb.stats.firing import FiringStream
 
 # Probabilities of at most this many (token, word) pairs are held at a time (64 MiB in float32).
@@ -73,14 +74,11 @@ class Batch:
         rows = per_token.flatten(0, 1)
         return rows if self.plain_index is None else rows[self.plain_index]
 
-    def select_latents(self, acts: Tensor | TopLatents) -> Tensor | TopLatents:
+    def select_latents(self, acts: Tensor | SparseLatents) -> Tensor | SparseLatents:
         """Latents of the tokens that count, in either form."""
-        if not isinstance(acts, TopLatents):
+        if not isinstance(acts, SparseLatents):
             return self.select(acts)
-        if self.plain_index is None:
-            return acts
-        shape = (len(self.plain_index), acts.shape[-1])
-        return TopLatents(acts.values[self.plain_index], acts.indices[self.plain_index], shape)
+        return acts if self.plain_index is None else acts.select(self.plain_index)
 
 
 class Batches:
@@ -138,7 +136,7 @@ def evaluate_at_hooks(model: nn.Module, sites: Sequence[Site], batches: Batches,
     return metrics
 
 
-def _encode(sae: nn.Module, x: Tensor) -> Tensor | TopLatents:
+def _encode(sae: nn.Module, x: Tensor) -> Tensor | SparseLatents:
     sparse = isinstance(sae, SAE) and sae.cfg.k is not None and sae.dtype == torch.float32
     return sae.encode_topk(x) if sparse else sae.encode(x)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.interventions.base import ActiveIntervention, active_interventions, check_kv_cache, mask_special_tokens
-from saewb.interventions.cross_layer import transcoder_layers
+from saewb.interventions.cross_layer import TranscoderLayer, transcoder_layers
 from saewb.interventions.site import Site, check_is_sae, check_reconstructs
 from saewb.interventions.splice import Splice
 from saewb.models import forward
@@ -164,7 +164,7 @@ class Attachment(ActiveIntervention):
     def _other_models(self) -> list[str]:
         """Names of models the SAEs were trained on that do not fit this one's, which may be fine-tuned."""
         model_name = str(getattr(getattr(self._model(), "cfg", None), "model_name", None) or "").lower()
-        trained_on = [getattr(sae.cfg, "model", None) for sae in self.saes]
+        trained_on = [sae.cfg.model for sae in self.saes]
         names = {name.lower().rpartition("/")[2] for name in trained_on if name}
         short = model_name.rpartition("/")[2]
         return sorted(name for name in names if model_name and name not in model_name and short not in name)
@@ -244,7 +244,7 @@ class LatentsView:
 
 def _sae_of(splice: Splice) -> nn.Module:
     """What was given to `attach`, of which the splice may have one layer."""
-    return getattr(splice.sae, "clt", splice.sae)
+    return splice.sae.clt if isinstance(splice.sae, TranscoderLayer) else splice.sae
 
 
 def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, error_term: bool) -> list[Splice]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saewb.errors import explain
 from saewb.models import forward, hook_points
 from saewb.models.tokenizer import special_mask
+from saewb.sae.base import SparseCoder
 
 _active: weakref.WeakKeyDictionary[nn.Module, list[ActiveIntervention]] = weakref.WeakKeyDictionary()
 
@@ -105,13 +106,13 @@ class ActiveIntervention(ABC):
         """Check a pass that ran to its end."""
 
 
-def check_kv_cache(sae: nn.Module, kv_cache_offset: int) -> None:
+def check_kv_cache(sae: SparseCoder, kv_cache_offset: int) -> None:
     """Check that the SAE can encode a pass whose earlier tokens are only in the KV cache.
 
     Raises:
         ValueError: for a temporal SAE, which looks back at their activations.
     """
-    if kv_cache_offset and getattr(sae, "looks_back", False):
+    if kv_cache_offset and sae.looks_back:
         what = f"{sae!r} looks at earlier tokens, and this pass has them in its cache only."
         raise ValueError(explain(what, fix="model.generate(..., use_past_kv_cache=False)"))
 

@@ -48,6 +48,8 @@ class TranscoderLayerConfig:
 class TranscoderLayer:
     """One layer of a CrossLayerTranscoder with the interface of an SAE. Made by `transcoder_layers`; not for users."""
 
+    looks_back = False
+
     def __init__(self, clt: CrossLayerTranscoder, layer: int, latents: _PassLatents) -> None:
         self.clt, self.layer, self._latents = clt, layer, latents
         self.cfg = TranscoderLayerConfig(clt.cfg.d_in, clt.cfg.d_sae[layer], clt.cfg.d_out)
@@ -95,7 +97,7 @@ class TranscoderLayer:
             hook = self.clt.cfg.hooks[missing[0]]
             what = f"{self!r} needs the latents of all earlier layers, and {hook!r} was not read in this pass."
             raise ValueError(explain(what, want="a pass that starts at the model's first layer", fix="model(tokens)"))
-        return self.clt._decoded([by_layer[layer] for layer in range(self.layer + 1)], self.layer, x, tap)
+        return self.clt._decode([by_layer[layer] for layer in range(self.layer + 1)], self.layer, x, tap)
 
     def __repr__(self) -> str:
         return f"layer {self.layer} of {self.clt!r}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.hook_points import HookPoint
+from saewb.sae.base import SparseCoder
 from saewb.sae.cross_layer import CrossLayerTranscoder
 
 
@@ -32,7 +33,7 @@ class Site:
         ('blocks.2.hook_resid_post', 'blocks.2.hook_out', 2, 128)
     """
 
-    sae: nn.Module
+    sae: SparseCoder
     """SAE, transcoder, or the cross-layer transcoder that has this layer."""
     read: HookPoint
     """Its activation is encoded."""
@@ -49,7 +50,7 @@ class Site:
     def of(
         cls,
         model: nn.Module,
-        sae: nn.Module,
+        sae: SparseCoder,
         hook: str | None = None,
         hook_out: str | None = None,
         *,
@@ -163,23 +164,23 @@ def check_is_sae(sae: object) -> None:
     Raises:
         TypeError: if it is anything else, such as the name of an SAE.
     """
-    if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
+    if not isinstance(sae, SparseCoder):
         fix = f"sae = saewb.load_sae({sae!r})" if isinstance(sae, str) else "sae = saewb.load_sae(...)"
         raise TypeError(explain(f"got {type(sae).__name__} as an SAE.", want="an SAE, or a list of them", fix=fix))
 
 
-def check_reconstructs(sae: nn.Module) -> None:
+def check_reconstructs(sae: SparseCoder) -> None:
     """Check that the SAE's output by itself stands for the activation at its write point.
 
     Raises:
         ValueError: for one layer of a cross-layer transcoder, read alone.
     """
-    if getattr(sae.cfg, "metadata", {}).get("summed_over_layers"):
+    if sae.cfg.metadata.get("summed_over_layers"):
         what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
         raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
 
 
-def flatten_heads(sae: nn.Module, activation: Tensor, width: int, hook_name: str) -> Tensor:
+def flatten_heads(sae: SparseCoder, activation: Tensor, width: int, hook_name: str) -> Tensor:
     """An activation in the shape an SAE takes, `[batch, pos, width]`: one head, all heads side by side, or as it is.
 
     Args:
@@ -209,7 +210,7 @@ def flatten_heads(sae: nn.Module, activation: Tensor, width: int, hook_name: str
     raise ValueError(explain(what, want=f"[batch, pos, {width}]{one}"))
 
 
-def _head(sae: nn.Module) -> int | None:
+def _head(sae: SparseCoder) -> int | None:
     return None if isinstance(sae, CrossLayerTranscoder) else sae.cfg.head
 
 

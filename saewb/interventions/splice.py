@@ -23,7 +23,8 @@ from saewb.interventions.cross_layer import TranscoderLayer
 from saewb.interventions.site import Site
 from saewb.models import hook_points
 from saewb.models.hook_points import HookPoint, InnerPoints
-from saewb.sae.sae import SAE, TopLatents
+from saewb.sae.sae import SAE
+from saewb.sae.sparse import SparseLatents
 
 _INNER_KEYS = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
@@ -70,7 +71,7 @@ class Splice:
         self.on_fire: Callable[[], None] = _no_op
         self.special_mask: Callable[[Tensor], Tensor] | None = None
         self._model = weakref.ref(model)
-        self._acts: Tensor | TopLatents | None = None
+        self._acts: Tensor | SparseLatents | None = None
         self._x: Tensor | None = None
         self._edited = False  # whether a hook may have changed something inside in this pass
         self._is_layer = isinstance(site.sae, TranscoderLayer)  # later layers of the same transcoder need its latents
@@ -147,7 +148,7 @@ class Splice:
             overridden = "" if self.is_active else "; another SAE is attached on top of it"
             what = f"{self.sae!r} did not run in the last forward pass{overridden}."
             raise ValueError(explain(what, fix="model(tokens)"))
-        return self._acts.dense() if isinstance(self._acts, TopLatents) else self._acts
+        return self._acts.dense() if isinstance(self._acts, SparseLatents) else self._acts
 
     def _on_read(self, activation: Tensor) -> None:
         if self.read.is_before(self.first_layer):

@@ -29,7 +29,6 @@ from saewb.interventions.site import Site
 from saewb.interventions.splice import active_splice
 from saewb.models import forward, hook_points
 from saewb.models.tokenizer import special_ids
-from saewb.sae.activation_functions import unscaled
 from saewb.sae.sae import SAE
 
 How = Literal["add", "clamp", "scale"]
@@ -238,7 +237,7 @@ class LatentChange:
     @property
     def needs_input(self) -> bool:
         """Whether the change depends on what the SAE reads."""
-        return self.how != "add" or getattr(self.sae.cfg, "normalization", "none") != "none"
+        return self.how != "add" or self.sae.cfg.normalization != "none"
 
     def install(self, mask: Callable[[Tensor], Tensor | None]) -> list[hook_points.Hook]:
         """Add the hooks, and return them for removal."""
@@ -315,8 +314,7 @@ def decode_change(
         shift = change @ sae.W_dec[latents]
         if sae.cfg.normalization == "none":
             return shift
-        x = x.to(sae.dtype)
-        return unscaled(shift, x, sae.cfg.normalization) - unscaled(torch.zeros_like(shift), x, sae.cfg.normalization)
+        return sae.denormalize(shift, x) - sae.denormalize(torch.zeros_like(shift), x)
     dense = change.new_zeros(*change.shape[:-1], sae.cfg.d_sae)
     x = change.new_zeros(*change.shape[:-1], sae.cfg.d_in) if x is None else x
     changed = dense.index_add(-1, torch.tensor(latents, device=change.device), change)

@@ -23,6 +23,7 @@ from saewb.interventions.site import Site
 from saewb.kernels.topk import TILE
 from saewb.models import hook_points
 from saewb.models.tokenizer import special_ids, special_mask
+from saewb.sae.base import SparseCoder
 from saewb.sae.sae import SAE
 
 Metric = Union[Callable[[Tensor], Tensor], str, int, tuple[Union[str, int], Union[str, int]]]
@@ -209,7 +210,7 @@ def split_into_nodes(run: AttributionRun, site: Site, at_site: SiteActivations) 
 
 @torch.no_grad()
 def slopes(
-    sae: nn.Module, x: Float[Tensor, "1 pos d_in"], direction: Float[Tensor, "1 pos d_out"]
+    sae: SparseCoder, x: Float[Tensor, "1 pos d_in"], direction: Float[Tensor, "1 pos d_out"]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, reconstruction, and the derivative of `(reconstruction * direction).sum()` by each latent.
 
@@ -230,8 +231,8 @@ def tiles(n: int, d_sae: int, *, whole: bool) -> Iterator[slice]:
         yield slice(start, min(n, start + step))
 
 
-def _tiles(sae: nn.Module, n: int) -> Iterator[slice]:
-    return tiles(n, sae.cfg.d_sae, whole=getattr(sae, "looks_back", False))
+def _tiles(sae: SparseCoder, n: int) -> Iterator[slice]:
+    return tiles(n, sae.cfg.d_sae, whole=sae.looks_back)
 
 
 # -- integrated gradients and ablation -------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ norm divides the residual stream by at that position. Where the SAE does not nor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saewb.features.logit_effects import written
@@ -20,35 +19,23 @@ from saewb.interventions.site import Site
 from saewb.models.unembed import final_length, word_direction
 from saewb.prompts.attribution_nodes import slopes, tiles
 from saewb.sae.cross_layer import CrossLayerTranscoder
+from saewb.sae.sparse import SparseLatents
 
 _ROWS = 4096  # latents of a cross-layer transcoder whose decoder directions are held at a time
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Active latents of one site."""
-
-    position: Int[Tensor, " rows"]
-    """Index of the token, ascending."""
-    latent: Int[Tensor, " rows"]
-    activation: Float[Tensor, " rows"]
-
-
 @torch.no_grad()
-def active_rows(site: Site, x: Float[Tensor, "1 pos d_in"], plain: Tensor) -> Rows:
-    """Every latent that is not 0 at a position that counts; 64 MiB of dense latents at a time."""
-    parts: list[tuple[Tensor, ...]] = []
-    for tile in _tiles(site, x.shape[1]):
-        acts = site.encode(x[:, tile])[0]
-        position, latent = ((acts != 0) & plain[tile, None]).nonzero(as_tuple=True)
-        parts.append((position + tile.start, latent, acts[position, latent].float()))
-    return Rows(*(torch.cat(columns).cpu() for columns in zip(*parts, strict=True)))
+def active_latents(site: Site, x: Float[Tensor, "1 pos d_in"], plain: Bool[Tensor, " pos"]) -> SparseLatents:
+    """Latents that are not 0 at positions that count, float32 on the CPU; 64 MiB of dense ones at a time."""
+    tiles = (torch.where(plain[tile, None], site.encode(x[:, tile])[0], 0) for tile in _tiles(site, x.shape[1]))
+    latents = SparseLatents.cat([SparseLatents.from_dense(tile) for tile in tiles])
+    return SparseLatents(latents.token.cpu(), latents.latent.cpu(), latents.act.float().cpu(), latents.shape)
 
 
 @torch.no_grad()
 def direct_effects(
-    model: nn.Module, site: Site, x: Float[Tensor, "1 pos d_in"], rows: Rows, token: int, final: Tensor
-) -> Float[Tensor, " rows"]:
+    model: nn.Module, site: Site, x: Float[Tensor, "1 pos d_in"], latents: SparseLatents, token: int, final: Tensor
+) -> Float[Tensor, " active"]:
     """What each active latent adds to the logit of `token` at its own position; nan where there is no direct path.
 
     That is: where the SAE writes to a point that does not add to the residual stream (queries, keys, values), and for
@@ -56,51 +43,53 @@ def direct_effects(
 
     Args:
         model: the clean one.
-        site: whose latents.
+        site: the SAE and where it writes.
         x: what it read.
-        rows: from `active_rows`, with this `x`.
+        latents: from `active_latents`, with this `x`.
         token: its id.
         final: the final residual stream, `[pos, d_model]`.
     """
     unembedding = word_direction(model, token)
     length = final_length(model, final).cpu()
     if site.clt_layer is None:
-        effects = _effects_of_sae(model, site, x, rows, unembedding)
+        effects = _effects_of_sae(model, site, x, latents, unembedding)
     else:
-        effects = _effects_of_layer(model, site, rows, unembedding)
+        effects = _effects_of_layer(model, site, latents, unembedding)
     if effects is None:
-        return torch.full_like(rows.activation, torch.nan)
-    return effects / length[rows.position]
+        return torch.full_like(latents.act, torch.nan)
+    return effects / length[latents.token]
 
 
-def _effects_of_sae(model: nn.Module, site: Site, x: Tensor, rows: Rows, unembedding: Tensor) -> Tensor | None:
+def _effects_of_sae(
+    model: nn.Module, site: Site, x: Tensor, latents: SparseLatents, unembedding: Tensor
+) -> Tensor | None:
     u = _direction_at(model, site.sae, site.hook_name_out, site.head, unembedding)
     if u is None:
         return None
-    effects = [rows.activation[:0]]
+    effects = [latents.act[:0]]
     for tile in _tiles(site, x.shape[1]):
         acts, _, slope = slopes(site.sae, x[:, tile], u.expand(1, tile.stop - tile.start, -1))
-        begin, end = torch.searchsorted(rows.position, torch.tensor([tile.start, tile.stop])).tolist()
-        position, latent = rows.position[begin:end] - tile.start, rows.latent[begin:end]
+        begin, end = torch.searchsorted(latents.token, torch.tensor([tile.start, tile.stop])).tolist()
+        position, latent = latents.token[begin:end] - tile.start, latents.latent[begin:end]
         effects.append((acts * slope)[0, position, latent].float().cpu())
     return torch.cat(effects)
 
 
-def _effects_of_layer(model: nn.Module, site: Site, rows: Rows, unembedding: Tensor) -> Tensor | None:
+def _effects_of_layer(model: nn.Module, site: Site, latents: SparseLatents, unembedding: Tensor) -> Tensor | None:
     clt: CrossLayerTranscoder = site.sae
     hooks_out = clt.cfg.hooks_out[site.clt_layer :]
     directions = [_direction_at(model, clt, hook, None, unembedding) for hook in hooks_out]
     if not clt.cfg.is_transcoder or any(u is None for u in directions):
         return None
     u = torch.stack(directions)
-    latents, index = rows.latent.unique(return_inverse=True)
+    unique, index = latents.latent.unique(return_inverse=True)
     W_dec = clt.W_dec[site.clt_layer]
-    parts = [(W_dec[some.to(W_dec.device)].to(u) * u).sum((1, 2)).float().cpu() for some in latents.split(_ROWS)]
-    return rows.activation * torch.cat([rows.activation[:0], *parts])[index]
+    parts = [(W_dec[some.to(W_dec.device)].to(u) * u).sum((1, 2)).float().cpu() for some in unique.split(_ROWS)]
+    return latents.act * torch.cat([latents.act[:0], *parts])[index]
 
 
 def _tiles(site: Site, n: int) -> Iterator[slice]:
-    return tiles(n, site.d_sae, whole=getattr(site.sae, "looks_back", False))
+    return tiles(n, site.d_sae, whole=site.sae.looks_back)
 
 
 def _direction_at(model: nn.Module, sae: nn.Module, hook: str, head: int | None, unembedding: Tensor) -> Tensor | None:

@@ -26,9 +26,10 @@ from saewb.models.capture import capture, capturing, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask, token_strings
 from saewb.prompts.attribution import attribute
 from saewb.prompts.attribution_nodes import ERROR, token_id
-from saewb.prompts.direct_logit import Rows, active_rows, direct_effects
+from saewb.prompts.direct_logit import active_latents, direct_effects
 from saewb.prompts.next_tokens import NextTokens, in_turn
 from saewb.sae.cross_layer import CrossLayerTranscoder
+from saewb.sae.sparse import SparseLatents
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -223,7 +224,7 @@ class PromptReading:
         token = token_id(run.model, target)
         with hook_points.lock(run.model), eval_mode(*run.saes):
             effects = [
-                direct_effects(run.model, site, x, self._rows(k), token, run.final)
+                direct_effects(run.model, site, x, self._latents(k), token, run.final)
                 for k, (site, x) in enumerate(zip(run.sites, run.inputs, strict=True))
             ]
         attribution, at = (self.attribution, self.at) if self.target == token else (None, None)
@@ -330,9 +331,10 @@ class PromptReading:
     def _repr_html_(self) -> str:
         return self.to_frame(n=20, once=True)._repr_html_()
 
-    def _rows(self, k: int) -> Rows:
+    def _latents(self, k: int) -> SparseLatents:
         rows = (self.sae == k).nonzero()[:, 0]
-        return Rows(self.position[rows], self.latent[rows], self.activation[rows])
+        shape = (len(self.tokens), self.d_sae[k])
+        return SparseLatents(self.position[rows], self.latent[rows], self.activation[rows], shape)
 
     def _key(self, sae: Tensor, position: Tensor, latent: Tensor) -> Int[Tensor, " rows"]:
         return (sae * len(self.tokens) + position) * max(self.d_sae) + latent
@@ -415,7 +417,7 @@ class _Request:
         """Encode what a pass gave at `hook_names`."""
         sites, ids = self.sites, tuple(self.ids[0].tolist())
         inputs = tuple(site.read_input(activations[site.hook_name]) for site in sites)
-        rows = [active_rows(site, x, ~self.special) for site, x in zip(sites, inputs, strict=True)]
+        latents = [active_latents(site, x, ~self.special) for site, x in zip(sites, inputs, strict=True)]
         final = activations[self.final_hook][0]
         return PromptReading(
             tokens=tuple(token_texts(self.model, ids)),
@@ -424,10 +426,10 @@ class _Request:
             saes=_unique_names(sites),
             owner=self.owner,
             d_sae=tuple(site.d_sae for site in sites),
-            sae=torch.cat([torch.full((len(r.latent),), k) for k, r in enumerate(rows)]),
-            position=torch.cat([r.position for r in rows]),
-            latent=torch.cat([r.latent for r in rows]),
-            activation=torch.cat([r.activation for r in rows]),
+            sae=torch.cat([torch.full((len(of_site),), k) for k, of_site in enumerate(latents)]),
+            position=torch.cat([of_site.token for of_site in latents]),
+            latent=torch.cat([of_site.latent for of_site in latents]),
+            activation=torch.cat([of_site.act for of_site in latents]),
             clean_run=CleanRun(self.model, self.saes, sites, inputs, final, self.ids, self.skip_special_tokens),
         )
 
