@@ -25,7 +25,7 @@ from saewb.features.neighbors import nearest
 from saewb.features.text import Text
 from saewb.features.token_texts import Words, words_of
 from saewb.interventions.attachment import attach
-from saewb.interventions.splice import flat
+from saewb.interventions.site import flatten_heads
 from saewb.models import hook_points
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_ids
@@ -294,7 +294,7 @@ def _gather(
     for build, encoder in zip(builds, encoders, strict=True):
         if row < _next(build, text):
             continue
-        x = flat(build.sae, seen[build.facts.hook], build.sae.cfg.d_in, build.facts.hook)
+        x = flatten_heads(build.sae, seen[build.facts.hook], build.sae.cfg.d_in, build.facts.hook)
         for part in firings(encoder, x, ids, plain, row):
             build.gathering.update(part)
         build.facts = build.facts.with_rows([(row, row + len(ids))], int(plain.sum()))

@@ -13,7 +13,7 @@ from saewb.errors import explain
 from saewb.features.config import IndexFacts
 from saewb.features.likely import Likely
 from saewb.features.token_texts import Words
-from saewb.interventions.splice import flat
+from saewb.interventions.site import flatten_heads
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_mask, token_strings
 
@@ -139,7 +139,7 @@ def find(
     ids = model.to_tokens(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt).reshape(1, -1)
     ids = ids.to(device)
     with torch.no_grad():
-        x = flat(sae, capture(model, ids, [facts.hook])[facts.hook], sae.cfg.d_in, facts.hook)
+        x = flatten_heads(sae, capture(model, ids, [facts.hook])[facts.hook], sae.cfg.d_in, facts.hook)
         latents = sae.encode(x)[0].float().cpu()
     latents[special_mask(ids[0].cpu(), facts.special)] = 0
     place, latent = latents.nonzero(as_tuple=True)

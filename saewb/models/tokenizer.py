@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain
+from saewb.sae.base import SparseCoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,7 +167,7 @@ def tokenizer_of(model: nn.Module) -> Any:
         >>> tokenizer_of(saewb.load_model("tiny", device="cpu")).bos_token
         '<|endoftext|>'
     """
-    if hasattr(getattr(model, "cfg", None), "d_sae"):
+    if isinstance(model, SparseCoder):
         what = f"got {type(model).__name__} where the model goes."
         raise TypeError(explain(what, want="the model first, then the SAE", fix="saewb.evaluate(model, sae, tokens)"))
     if not hasattr(model, "hook_dict"):
