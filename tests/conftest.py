@@ -18,7 +18,7 @@ install_import_hook(
         *(f"saewb.training.objectives.{part}" for part in ("params", "losses", "dead", "straight_through")),
         *(
             f"saewb.features.{part}"
-            for part in ("accumulate", "counts", "enrichment", "logit_effects", "loss_effects", "top_contexts")
+            for part in ("accumulate", "enrichment", "logit_effects", "top_contexts")
         ),
     ],
     "beartype.beartype",

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saewb.features.logit_effects import written
+from saewb.features.logit_effects import project_to_residual
 from saewb.models.unembed import final_length, word_direction
 from saewb.prompts.attribution_nodes import slopes, tiles
 from saewb.sae.cross_layer import CrossLayerTranscoder
@@ -121,5 +121,5 @@ def _of_layer(model: nn.Module, part: Part, rows: Rows, word: Tensor) -> Tensor 
 def _toward(model: nn.Module, sae: nn.Module, hook: str, head: int | None, word: Tensor) -> Tensor | None:
     """The direction at a point which raises the word's logit."""
     eye = torch.eye(sae.cfg.d_out, device=sae.device)
-    out = written(model, eye, hook, head)
+    out = project_to_residual(model, eye, hook, head)
     return None if out is None else (out @ word.to(out)).to(sae.dtype)
