@@ -45,7 +45,7 @@ def logit_effects(
 ) -> dict[str, Tensor]:
     """Find the `n` tokens that each direction raises and lowers most, and the histogram of its effect on all tokens.
 
-        effects = directions @ w        [d_sae, d_vocab], a tile at a time
+    effects = directions @ w        [d_sae, d_vocab], a tile at a time
     """
     n, step, device = min(n, w.shape[1]), max(1, TILE // w.shape[1]), w.device
     # Allocated before the loop: a new buffer for each product, with results kept in between, goes back to the system

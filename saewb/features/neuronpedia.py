@@ -155,7 +155,10 @@ def explanations(
         {}
     """
     source = source_of(of, source)
-    return {i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in map(_check_latent, latents)}
+    return {
+        i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days))
+        for i in map(_check_latent, latents)
+    }
 
 
 def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None = None, site: str = SITE) -> str:

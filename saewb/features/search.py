@@ -30,9 +30,7 @@ _LETTERS = 60  # of the text that the prefilter uses: the bits of an int64
 _EMPTY_ROW = {"contexts": 0, "firing": 0.0, "activation": 0.0, "logit": float("nan"), "example": ""}
 
 
-def search(
-    info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, what: Any, n: int | None
-) -> pd.DataFrame:
+def search(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, what: Any, n: int | None) -> pd.DataFrame:
     """See `FeatureIndex.search`."""
     import pandas as pd
 
@@ -140,18 +138,14 @@ def _pattern(what: Any) -> re.Pattern[str]:
     return re.compile(re.escape(what), re.IGNORECASE)
 
 
-def _match_logits(
-    tensors: Mapping[str, Tensor], texts: TokenTexts, what: Any, rows: dict[int, dict[str, Any]]
-) -> None:
+def _match_logits(tensors: Mapping[str, Tensor], texts: TokenTexts, what: Any, rows: dict[int, dict[str, Any]]) -> None:
     for end in ("top", "bottom") if "logits.top" in tensors else ():
         ids = tensors[f"logits.{end}_ids"]
         if isinstance(what, int):
             matching = torch.tensor([what])
         else:
             pattern = _pattern(what)
-            matching = torch.tensor(
-                [i for i in ids.unique().tolist() if pattern.search(texts.decode_token(i))] or [-1]
-            )
+            matching = torch.tensor([i for i in ids.unique().tolist() if pattern.search(texts.decode_token(i))] or [-1])
         for latent, rank in torch.isin(ids, matching.to(ids.dtype)).nonzero().tolist():
             row = rows.setdefault(latent, {"latent": latent, **_EMPTY_ROW})
             effect = float(tensors[f"logits.{end}"][latent, rank])

@@ -109,14 +109,14 @@ class FeatureBrowser(Panel):
         self._found: tuple[str, pd.DataFrame] | None = None  # of the last search, and its query
         self._latents: Sequence[int] = range(len(self.index))
         self._list_number = 0  # tells the front end rows of one list from those of another
-        special = frozenset(self.index.facts.special)
+        special = frozenset(self.index.info.special)
         self._rows = functools.lru_cache(_KEPT)(lambda i: _packing.row(self.index.latent(i), special))
         self._chosen = "selected" in traits
         super().__init__(**traits)
         self._open()
 
     def _open(self) -> None:
-        index, f = self.index, self.index.facts
+        index, f = self.index, self.index.info
         self.title = f"Features of {f.model} at {f.hook}" + ("" if f.hook == f.hook_out else f" => {f.hook_out}")
         self.about = f"{len(index):,} latents on {f.n_tokens:,} tokens. {f.sae}"
         first = index.latent(0)
@@ -171,7 +171,7 @@ class FeatureBrowser(Panel):
 
     def summary(self) -> str:
         """See Panel."""
-        f, n = self.index.facts, len(self.index)
+        f, n = self.index.info, len(self.index)
         listed = f"{n} latents" if len(self._latents) == n else f"{len(self._latents)} of {n} latents"
         return f"latent {self.selected}, {listed}, {f.hook} of {f.model}"
 
@@ -314,9 +314,9 @@ class FeatureBrowser(Panel):
     def _turn(self) -> None:
         """Turn to the page of the selected latent."""
         url = None
-        if self.index.facts.neuronpedia:
+        if self.index.info.neuronpedia:
             url = saewb.features.neuronpedia.page(self.index, self.selected).url
-        special = frozenset(self.index.facts.special)
+        special = frozenset(self.index.info.special)
         self.page = _packing.page(self.index.latent(self.selected), special, url)
         self.position = self._place()
 
@@ -331,5 +331,5 @@ class FeatureBrowser(Panel):
         with self.working("running the model"):
             ids = self.model.to_tokens(self.prompt)[0].tolist()
             found = self.index.find(self.model, self.sae, ids)
-            marks = [place for place, i in enumerate(ids) if i in self.index.facts.special]
+            marks = [place for place, i in enumerate(ids) if i in self.index.info.special]
             self.tried = _packing.tried(saewb.token_strings(self.model, ids), marks, found)
