@@ -128,7 +128,7 @@ class LatentAccumulator:
             _hash_content(ids) if distinct else position,
             latents.act[which],
             ids.to(torch.int32),
-            torch.where(inside, latents.lookup(latent[:, None], window), 0) if len(which) else window.float(),
+            torch.where(inside, latents.lookup(latent[:, None].expand_as(window), window), 0),
         )
 
     def _sample_tokens(self, rows: TokenRows, latents: SparseLatents, hashes: Tensor) -> None:
@@ -269,8 +269,8 @@ class Histograms:
 class CountAccumulator:
     """Histogram, sum, and number of active tokens by position of each latent.
 
-    Exact for any batches. Positions are counted in groups: 0, 1, 2-3, 4-7, 8-15, ... Sums are in float64 and so depend on the batches by its
-    rounding; everything else is integers.
+    Positions are counted in groups: 0, 1, 2-3, 4-7, 8-15, ... Exact for any batches but for the sums, in
+    float64, which depend on the batches by its rounding.
     """
 
     def __init__(self, d_sae: int, ctx_len: int, device: torch.device | str = "cpu") -> None:

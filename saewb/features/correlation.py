@@ -39,7 +39,7 @@ def latent_matrix(
         correlation: Pearson, of activations, zeros included;    phi: the same of whether they are active
 
     65,536 latents of which 64 are active on each of 65,536 tokens take 170 MB; a block of the matrix is computed from
-    that when it is looked at. Counts of all pairs over many more tokens are `saewb.coactivation`'s, up to 28,000 latents.
+    that when it is looked at. Counts of all pairs over many more tokens, up to 28,000 latents: `saewb.coactivation`.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).

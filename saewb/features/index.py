@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class FeatureIndex:
     """What every latent of an SAE does on text: built by `saewb.build_index`, opened by `saewb.load_index`.
 
-    Needs neither model nor SAE to be read. After `load_index` the `tensors` are mapped from the disk: `latent` reads its
-    own rows only (under 5 ms at 65,536 latents).
+    Needs neither model nor SAE to be read. After `load_index` the `tensors` are mapped from the disk: `latent` reads
+    its own rows only (under 5 ms at 65,536 latents).
 
     Example:
         >>> import saewb
@@ -76,10 +76,10 @@ class FeatureIndex:
     def latent(self, i: int) -> Latent:
         """Everything about one latent.
 
-        Logit effects are the latent's decoder row through TransformerLens' folded, centered unembedding: each coordinate
+        Logit effects are the decoder direction through TransformerLens' folded, centered unembedding: each coordinate
         times the final norm's weight, minus the mean over d_model where the norm centers (LayerNorm), times W_U, minus
-        the mean over words. Multiply with the activation and divide by the length of the final residual stream (its
-        RMS) for what it adds to the logits directly, past later layers.
+        the mean over the vocabulary. Multiply with the activation and divide by the length of the final residual stream
+        (its RMS) for what it adds to the logits directly, past later layers.
 
         Raises:
             ValueError: if there is no such latent.
