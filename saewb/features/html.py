@@ -21,6 +21,7 @@ from saewb.errors import explain
 from saewb.features.latent import Latent
 
 MAX_LATENTS = 500  # on a page if none are named
+_DIGITS = 4  # significant ones: what the eye can use
 _FULL = 32767  # int16 of an activation as large as a latent's largest one
 _PAGE = Path(__file__).parent / "page"
 
@@ -55,7 +56,7 @@ def render_page(latents: Iterable[Latent], *, title: str, about: str, special: S
     from jinja2 import Environment, FileSystemLoader
 
     contexts = _ContextTable()
-    pages = [contexts.pack(round_floats(latent.to_dict())) for latent in latents]
+    pages = [contexts.pack(latent.to_dict(_DIGITS)) for latent in latents]
     if not pages:
         raise ValueError(explain("save_html got no latents.", want="at least one", fix="latents=[0]"))
     data = contexts.to_dict() | {"special": list(special), "latents": pages}
@@ -63,15 +64,6 @@ def render_page(latents: Iterable[Latent], *, title: str, about: str, special: S
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Environment(loader=FileSystemLoader(_PAGE), autoescape=True).get_template("page.html")
     return template.render(title=title, about=about, data=text)
-
-
-def round_floats(value: Any, digits: int = 4) -> Any:
-    """Round every float in plain JSON values to so many significant digits: what the eye can use."""
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
-    if isinstance(value, dict):
-        return {k: round_floats(v, digits) for k, v in value.items()}
-    return [round_floats(v, digits) for v in value] if isinstance(value, list) else value
 
 
 class _ContextTable:

@@ -162,15 +162,18 @@ class Latent:
     decoder_norm: float
     """Norm of its decoder direction; nan if unknown."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, digits: int | None = None) -> dict[str, Any]:
         """The same as plain JSON values: what the HTML page, the panels and Neuronpedia's JSON are made of.
 
         Groups and their contexts come strongest first; `scale` is the largest |activation| in any context; `raised` and
         `lowered` are `[token, id, effect]`, `by_decoder` and `by_encoder` `[latent, cosine]`, `coactive` `[latent,
         given, phi, together]`.
+
+        Args:
+            digits: significant digits of all floats; None leaves them as they are.
         """
         contexts = [*self.top, *(c for group in self.quantiles for c in group)]
-        return {
+        values = {
             "latent": self.index,
             "n_active": self.n_active,
             "density": self.density,
@@ -189,6 +192,15 @@ class Latent:
             "top": [c.to_dict() for c in self.top],
             "groups": [[c.to_dict() for c in group[::-1]] for group in self.quantiles[::-1]],
         }
+        return values if digits is None else _round_floats(values, digits)
+
+
+def _round_floats(value: Any, digits: int) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {k: _round_floats(v, digits) for k, v in value.items()}
+    return [_round_floats(v, digits) for v in value] if isinstance(value, list) else value
 
 
 def read_latent(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, i: int) -> Latent:

@@ -34,52 +34,18 @@ def latent_row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
 
 
 def latent_page(latent: Any, special: frozenset[int], url: str | None) -> dict[str, Any]:
-    """Everything about a latent, about 30 kB for 40 contexts of 31 tokens."""
-    words: dict[str, int] = {}
-    groups = [latent.top, *latent.quantiles[::-1]]
-    packed = [[_context(c, words, special) for c in sorted(g, key=lambda c: -abs(c.value))] for g in groups]
-    logits = latent.logit_histogram
-    return {
-        "latent": latent.index,
-        "n_active": latent.n_active,
-        "density": short(latent.density),
-        "max": short(latent.max),
-        "mean": short(latent.mean),
-        "norm": short(latent.decoder_norm) if latent.decoder_norm == latent.decoder_norm else None,
-        "scale": max((abs(a) for g in groups for c in g for a in c.acts), default=0.0) or 1.0,
-        "histogram": _histogram(latent.histogram),
-        "positions": {"starts": latent.positions.starts, "density": list(map(short, latent.positions.density))},
-        "logits": logits and _histogram(logits),
-        "raised": [[x.token, x.id, short(x.effect)] for x in latent.logits_top],
-        "lowered": [[x.token, x.id, short(x.effect)] for x in latent.logits_bottom],
-        "by_decoder": [[x.latent, short(x.cosine)] for x in latent.nearest_by_decoder],
-        "by_encoder": [[x.latent, short(x.cosine)] for x in latent.nearest_by_encoder],
-        "coactive": [[x.latent, short(x.given), short(x.phi), x.together] for x in latent.coactive],
-        "words": list(words),
-        "top": packed[0],
-        "groups": packed[1:],
-        "url": url,
-    }
+    """Everything about a latent, each token text once; about 30 kB for 40 contexts of 31 tokens.
 
-
-def _histogram(histogram: Any) -> dict[str, Any]:
-    edges: Sequence[float] = histogram.edges
-    return {"low": short(edges[0]), "high": short(edges[-1]), "counts": list(histogram.counts)}
-
-
-def _context(context: Any, words: dict[str, int], special: frozenset[int]) -> dict[str, Any]:
-    made = {
-        "at": context.at,
-        "row": context.row,
-        "position": context.position,
-        "words": [words.setdefault(text, len(words)) for text in context.tokens],
-        "ids": list(context.ids),
-        "acts": [short(a) for a in context.acts],
-        "special": [j for j, i in enumerate(context.ids) if i in special],
-    }
-    if context.loss_effects is not None:
-        made["loss"] = [short(x) for x in context.loss_effects]
-    return made
+    Args:
+        latent: as `index.latent` gives it.
+        special: ids of tokens to show as a mark.
+        url: of its page on Neuronpedia, if it has one.
+    """
+    page, words = latent.to_dict(digits=4), {}
+    for context in (*page["top"], *(c for group in page["groups"] for c in group)):
+        context["words"] = [words.setdefault(text, len(words)) for text in context.pop("tokens")]
+        context["special"] = [j for j, i in enumerate(context["ids"]) if i in special]
+    return page | {"words": list(words), "url": url}
 
 
 def short(value: float) -> float:

@@ -13,7 +13,7 @@ import saewb
 from saewb import errors
 from saewb_widgets.feature_browser import bookmarks, table_filter
 from saewb_widgets.html import latent_html, latent_rows
-from saewb_widgets.panel import Panel, catch_errors, on_change, report_errors, source
+from saewb_widgets.panel import LATENT_JS, Panel, catch_errors, on_change, report_errors, source
 from saewb_widgets.serialize import densities, latent_page, latent_row, tried
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class FeatureBrowser(Panel):
         (748, True)
     """
 
-    _esm = source("shared/frame.js", "shared/latent_page.js", "feature_browser/feature_browser.js")
+    _esm = source("shared/frame.js", LATENT_JS, "shared/latent_page.js", "feature_browser/feature_browser.js")
     _css = source("shared/frame.css", "feature_browser/feature_browser.css")
 
     selected = t.Int(0, help="the latent on the page").tag(sync=True)
