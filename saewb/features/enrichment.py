@@ -91,7 +91,9 @@ def enrich(
     }
     table = pd.DataFrame(columns)
     order = (
-        table.assign(size_=table.score.abs()).sort_values(["p", "size_"], ascending=[True, False], kind="stable").index
+        table.assign(magnitude=table.score.abs())
+        .sort_values(["p", "magnitude"], ascending=[True, False], kind="stable")
+        .index
     )
     return table.loc[order].reset_index(drop=True)
 
