@@ -62,8 +62,8 @@ from .prompts.generate import next_token_changes as next_token_changes
 from .prompts.next_tokens import NextTokens as NextTokens
 from .prompts.next_tokens import next_tokens as next_tokens
 from .prompts.prompt_latents import PromptReading as PromptReading
-from .prompts.reading import read_in_turn as read_in_turn
-from .prompts.reading import read_prompt as read_prompt
+from .prompts.prompt_latents import read_in_turn as read_in_turn
+from .prompts.prompt_latents import read_prompt as read_prompt
 from .sae.config import SAEConfig as SAEConfig
 from .sae.cross_layer import CrossLayerConfig as CrossLayerConfig
 from .sae.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder

@@ -27,9 +27,7 @@ from saewb.features.index import FeatureIndex, load_index
 from saewb.features.logit_effects import logit_effects, loss_effects, project_to_residual
 from saewb.features.neighbors import nearest
 from saewb.features.token_texts import TokenTexts, collect_token_texts
-from saewb.interventions.attachment import attach
-from saewb.interventions.splice import flat
-from saewb.models import hook_points
+from saewb.interventions.site import Site, check_reconstructs
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.models.unembed import unembedding
@@ -142,9 +140,10 @@ def build_index(
     special = special_ids(model, skip_special_tokens)
     text = _tokenize(model, tokens, ctx_len, special, first_row)
     sizes = (text.ids.shape[1], n_top, n_quantiles, per_quantile, before, after, coactive_tokens)
-    infos = [_index_info(model, s, hook, sizes, seed, special, neuronpedia) for s in saes]
+    sites = [Site.of(model, s, hook) for s in saes]
+    infos = [_index_info(model, site, sizes, seed, special, neuronpedia) for site in sites]
     folders = _folders(folder, len(saes), several)
-    builds = [_Build.start(*parts) for parts in zip(saes, infos, folders, strict=True)]
+    builds = [_Build.start(*parts) for parts in zip(sites, infos, folders, strict=True)]
     _run(model, builds, text, batch_size, progress, save_every_s)
     indexes = [_finish(model, b, text, n_logits, n_nearest, loss_effect_tokens) for b in builds]
     return indexes if several else indexes[0]
@@ -154,15 +153,15 @@ def build_index(
 class _Build:
     """One SAE's part of a pass."""
 
-    sae: nn.Module
+    site: Site
     info: IndexInfo
     accumulator: LatentAccumulator
     folder: Path | None = None
 
     @classmethod
-    def start(cls, sae: nn.Module, info: IndexInfo, folder: Path | None = None) -> _Build:
+    def start(cls, site: Site, info: IndexInfo, folder: Path | None = None) -> _Build:
         """From nothing, or from the unfinished index in the folder."""
-        build = cls(sae, info, LatentAccumulator(info.config, sae.device), folder)
+        build = cls(site, info, LatentAccumulator(info.config, site.sae.device), folder)
         if folder is not None and (folder / storage.FILE).exists():
             unfinished = load_index(folder)
             what = f"folder={str(folder)!r} has an index already"
@@ -197,7 +196,7 @@ def _extend(
         raise ValueError(explain(what, want=f"rows of {info.ctx_len}, as those before"))
     if not isinstance(sae, nn.Module) or sae.cfg.d_sae != info.d_sae or repr(sae) != info.sae:
         raise ValueError(explain(f"{index!r} cannot go on with {sae!r}.", want=info.sae))
-    build = _Build.start(sae, info)
+    build = _Build.start(Site.of(model, sae, info.hook, info.hook_out), info)
     build.accumulator.restore(index.tensors)
     _run(model, [build], text, batch_size, progress, float("inf"))
     return _to_index(model, build, index, text)
@@ -223,22 +222,18 @@ def _tokenize(
 
 def _index_info(
     model: nn.Module,
-    sae: nn.Module,
-    hook: str | None,
+    site: Site,
     sizes: tuple[int, ...],  # as IndexInfo has them, from ctx_len to coactive_tokens
     seed: int,
     special: Sequence[int],
     neuronpedia: str | None,
 ) -> IndexInfo:
-    with hook_points.lock(model), attach(model, sae, hook=hook) as attached:  # says what is wrong with it
-        (write,) = attached.latents
-    read = hook or sae.cfg.hook
-    names = hook_points.resolve(model, write).names
-    typed = next((name for name in (sae.cfg.hook_out, read) if name in names), write)
-    page = neuronpedia or sae.cfg.metadata.get("neuronpedia_id") or sae.cfg.metadata.get("neuronpedia")
+    sae, metadata = site.sae, site.sae.cfg.metadata
+    check_reconstructs(sae)
+    page = neuronpedia or metadata.get("neuronpedia_id") or metadata.get("neuronpedia")
     l0_most = sae.cfg.k if isinstance(sae, SAE) and sae.cfg.k is not None else sae.cfg.d_sae
     values = (sae.cfg.d_sae, *sizes, l0_most, seed, tuple(special), (), 0, repr(sae), str(model.cfg.model_name))
-    return IndexInfo(*values, read, typed, None, page or None)
+    return IndexInfo(*values, site.hook_name, site.hook_name_out, None, page or None)
 
 
 def _folders(folder: str | Path | None, n: int, several: bool) -> list[Path | None]:
@@ -256,7 +251,7 @@ def _run(
 
     for build in builds:
         _check_beginning(build, text)
-    first, encoders = min(build.next_row(text) for build in builds), [SparseEncoder(build.sae) for build in builds]
+    first, encoders = min(build.next_row(text) for build in builds), [SparseEncoder(b.site.sae) for b in builds]
     hooks, device, saved = [build.info.hook for build in builds], next(model.parameters()).device, time.monotonic()
     bar = tqdm(total=text.end - first, desc="index", unit="row", leave=False, disable=not progress)
     # Accumulating runs on a thread of its own: an interrupt reaches the main thread only, so no batch is half counted.
@@ -308,7 +303,7 @@ def _accumulate(
     for build, encoder in zip(builds, encoders, strict=True):
         if rows.first_row < build.next_row(text):
             continue
-        x = flat(build.sae, activations[build.info.hook], build.sae.cfg.d_in, build.info.hook)
+        x = build.site.read_input(activations[build.info.hook])
         for part, latents in encoder.tiles(x, rows.mask):
             build.accumulator.update(rows[part], latents.to(torch.float32))
         build.info = build.info.with_rows([(rows.first_row, rows.end)], int(rows.mask.sum()))
@@ -327,7 +322,7 @@ def _finish(
     weights = FeatureIndex(build.info, _weight_tensors(model, build, n_logits, n_nearest), TokenTexts())
     index = _to_index(model, build, weights, text)
     if loss_effect_tokens and index.is_complete:
-        effects = loss_effects(model, build.sae, index.info, index.tensors, text.row, loss_effect_tokens)
+        effects = loss_effects(model, build.site.sae, index.info, index.tensors, text.row, loss_effect_tokens)
         index = replace(index, tensors={**index.tensors, "loss_effects": effects})
     if build.folder is not None:
         index.save(build.folder)
@@ -346,9 +341,9 @@ def _to_index(model: nn.Module, build: _Build, weights: FeatureIndex, text: Toke
 @torch.no_grad()
 def _weight_tensors(model: nn.Module, build: _Build, n_logits: int, n_nearest: int) -> dict[str, Tensor]:
     """What an index knows from the weights alone."""
-    sae, info = build.sae, build.info
+    sae = build.site.sae
     tensors = {"decoder_norm": sae.W_dec.float().norm(dim=1)}
-    directions = project_to_residual(model, sae.W_dec, info.hook_out, sae.cfg.head) if n_logits else None
+    directions = project_to_residual(model, sae.W_dec, build.site.hook_name_out, build.site.head) if n_logits else None
     if directions is not None:
         tensors |= logit_effects(directions, unembedding(model).to(sae.device), n_logits)
     if n_nearest and len(sae.W_dec) > 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saewb.data.tokens import token_rows
 from saewb.errors import explain, near
-from saewb.interventions.splice import flat
+from saewb.interventions.site import flatten_heads
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.sae.base import SparseEncoder
@@ -97,4 +97,4 @@ def _read(model: nn.Module, sae: nn.Module, ids: Tensor, mask: Tensor, hook_name
     """Input of the SAE at the tokens that count, `[tokens, d_in]`."""
     device = next(model.parameters()).device
     activation = capture(model, ids.to(device), [hook_name])[hook_name]
-    return flat(sae, activation, sae.cfg.d_in, hook_name)[mask.to(device)]
+    return flatten_heads(sae, activation, sae.cfg.d_in, hook_name)[mask.to(device)]

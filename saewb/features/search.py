@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from saewb.errors import explain
 from saewb.features.config import IndexInfo
 from saewb.features.token_texts import TokenTexts
-from saewb.interventions.splice import flat
+from saewb.interventions.site import flatten_heads
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_mask, token_strings
 
@@ -170,7 +170,7 @@ def find(
     ids = model.to_tokens(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt).reshape(1, -1)
     ids = ids.to(device)
     with torch.no_grad():
-        x = flat(sae, capture(model, ids, [info.hook])[info.hook], sae.cfg.d_in, info.hook)
+        x = flatten_heads(sae, capture(model, ids, [info.hook])[info.hook], sae.cfg.d_in, info.hook)
         acts = sae.encode(x)[0].float().cpu()
     acts[special_mask(ids[0].cpu(), info.special)] = 0
     position, latent = acts.nonzero(as_tuple=True)

@@ -23,6 +23,7 @@ import torch
 import saewb
 from saewb.features.accumulate import TokenRows
 from saewb.features.build import _Build, _finish, _index_info, _run
+from saewb.interventions.site import Site
 from saewb.kernels.select import pays, rough_bytes
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_mask
@@ -67,8 +68,9 @@ def sae_for(model, options):
 def new_build(model, sae) -> _Build:
     """With the settings of `build_index`."""
     special = saewb.data.tokens.special_ids(model, True)
-    info = _index_info(model, sae, None, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None)
-    return _Build.start(sae, info)
+    site = Site.of(model, sae)
+    info = _index_info(model, site, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None)
+    return _Build.start(site, info)
 
 
 def rows_from(ids, special, first_row: int) -> TokenRows:

@@ -17,7 +17,7 @@ from saewb.features.logit_effects import N_LOGIT_BINS, logit_effects
 from saewb.features.neighbors import nearest
 from saewb.features.token_texts import TokenTexts, collect_token_texts
 from saewb.features.top_contexts import EMPTY
-from saewb.interventions.splice import flat
+from saewb.interventions.site import flatten_heads
 from saewb.kernels import select
 from saewb.models.capture import capture
 from saewb.models.unembed import final_length, norm_gain, unembedding, word_direction
@@ -58,7 +58,7 @@ PLACES = {
 def dense(model, sae, ids, special=(tiny_models.BOS,)):
     """Latents at every token, 0 at special ones."""
     with torch.no_grad():
-        x = flat(sae, capture(model, ids, [sae.cfg.hook])[sae.cfg.hook], sae.cfg.d_in, "")
+        x = flatten_heads(sae, capture(model, ids, [sae.cfg.hook])[sae.cfg.hook], sae.cfg.d_in, "")
         return sae.encode(x) * ~torch.isin(ids, torch.tensor(special))[..., None]
 
 

@@ -108,13 +108,13 @@ def test_without_config_the_names_say_it(site, hook, hook_out, inner, how, tmp_p
 
 
 def test_attention_reads_all_heads_side_by_side(tmp_path):
-    from saewb.interventions.splice import flat
+    from saewb.interventions.site import flatten_heads
 
     config = CONFIG | dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), "model.layers.17.self_attn.o_proj.input")
     sae = read(written(tmp_path, config=config))
     assert sae.cfg.hook == "blocks.17.attn.hook_z"
     heads = torch.from_numpy(inputs()).view(5, 10, 4, D // 4)
-    assert torch.equal(flat(sae, heads, D, "hook_z"), heads.flatten(-2))
+    assert torch.equal(flatten_heads(sae, heads, D, "hook_z"), heads.flatten(-2))
 
 
 @pytest.mark.parametrize(

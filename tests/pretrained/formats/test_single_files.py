@@ -46,11 +46,11 @@ def test_hook_z_subtracts_its_bias_first(tmp_path):
 
 
 def test_hook_z_reads_heads(tmp_path):
-    from saewb.interventions.splice import flat
+    from saewb.interventions.site import flatten_heads
 
     sae = read(written_hook_z(tmp_path))
     heads = torch.from_numpy(inputs()).view(5, 10, 4, D // 4)
-    assert torch.equal(flat(sae, heads, D, "hook_z"), heads.flatten(-2))
+    assert torch.equal(flatten_heads(sae, heads, D, "hook_z"), heads.flatten(-2))
 
 
 def test_hook_z_files_are_named_before_the_first_pt():
