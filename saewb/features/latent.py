@@ -93,7 +93,7 @@ class Coactive:
     """Its index."""
     together: int
     """Sampled tokens on which both are active."""
-    given: float
+    share: float
     """Share of this one's sampled tokens on which that one is active too."""
     phi: float
     """Correlation of whether they are active, -1..1."""
@@ -167,7 +167,7 @@ class Latent:
 
         Groups and their contexts come strongest first; `scale` is the largest |activation| in any context; `raised` and
         `lowered` are `[token, id, effect]`, `by_decoder` and `by_encoder` `[latent, cosine]`, `coactive` `[latent,
-        given, phi, together]`.
+        share, phi, together]`.
 
         Args:
             digits: significant digits of all floats; None leaves them as they are.
@@ -188,7 +188,7 @@ class Latent:
             "lowered": [[x.token, x.id, x.effect] for x in self.logits_bottom],
             "by_decoder": [[x.latent, x.cosine] for x in self.nearest_by_decoder],
             "by_encoder": [[x.latent, x.cosine] for x in self.nearest_by_encoder],
-            "coactive": [[x.latent, x.given, x.phi, x.together] for x in self.coactive],
+            "coactive": [[x.latent, x.share, x.phi, x.together] for x in self.coactive],
             "top": [c.to_dict() for c in self.top],
             "groups": [[c.to_dict() for c in group[::-1]] for group in self.quantiles[::-1]],
         }

@@ -35,7 +35,7 @@ _WORDS = {
 
 
 def token_sets(
-    tokenizer: Any, own: Mapping[str, Iterable[str]] | None = None, *, least: int = 5
+    tokenizer: Any, custom: Mapping[str, Iterable[str]] | None = None, *, min_tokens: int = 5
 ) -> dict[str, list[int]]:
     """Built-in token sets of a vocabulary, for `enrich`: no download, any tokenizer.
 
@@ -47,14 +47,14 @@ def token_sets(
 
     Args:
         tokenizer: of the model, or the model itself.
-        own: further sets, by name: words, each of which is any token of that text, whatever its case.
-        least: sets with fewer tokens are left out, since nothing can be said of them; `own` ones stay.
+        custom: further sets, by name: words, each of which is any token of that text, whatever its case.
+        min_tokens: built-in sets with fewer tokens are left out, too small for a test.
 
     Returns:
         Ascending ids, by name.
 
     Raises:
-        ValueError: if no token is any of the words of a set of `own`.
+        ValueError: if no token is any of the words of a set of `custom`.
 
     Example:
         >>> from saewb.models.load import load_model
@@ -67,8 +67,8 @@ def token_sets(
     words = {i: text.strip().lower() for i, text in texts.items()}
     sets |= {name: _ids_of_words(words, listed.split()) for name, listed in _WORDS.items()}
     sets |= _by_script(texts)
-    sets = {name: ids for name, ids in sets.items() if least <= len(ids) < len(texts)}
-    for name, listed in (own or {}).items():
+    sets = {name: ids for name, ids in sets.items() if min_tokens <= len(ids) < len(texts)}
+    for name, listed in (custom or {}).items():
         sets[name] = _ids_of_words(words, [word.strip().lower() for word in listed])
         if not sets[name]:
             raise ValueError(explain(f"no token reads as a word of the set {name!r}.", want="words that are one token"))

@@ -1,4 +1,4 @@
-"""What the front end is sent about latents: JSON, with each word of a page once."""
+"""Latents as the front end takes them: JSON, with each token text of a page once."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def latent_row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
         latent: as `index.latent` gives it.
         special: ids of tokens to show as a mark.
     """
-    made = {"latent": latent.index, "density": short(latent.density), "max": short(latent.max), "tokens": []}
+    row = {"latent": latent.index, "density": short(latent.density), "max": short(latent.max), "tokens": []}
     if latent.logits_top:
-        made["word"] = latent.logits_top[0].token
+        row["word"] = latent.logits_top[0].token
     if latent.top:
         c = latent.top[0]
         begin, end, room = c.at, c.at + _AFTER, _BEFORE
@@ -28,9 +28,9 @@ def latent_row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
         pieces = zip(c.tokens[begin:end], c.ids[begin:end], c.acts[begin:end], strict=True)
         largest = max(map(abs, c.acts)) or 1.0
         # [text, share of the largest activation, 1 if special]
-        made["tokens"] = [[s, round(abs(a) / largest, 3), int(i in special)] for s, i, a in pieces]
-        made["at"] = c.at - begin
-    return made
+        row["tokens"] = [[s, round(abs(a) / largest, 3), int(i in special)] for s, i, a in pieces]
+        row["at"] = c.at - begin
+    return row
 
 
 def latent_page(latent: Any, special: frozenset[int], url: str | None) -> dict[str, Any]:
@@ -65,17 +65,17 @@ def densities(density: Any) -> dict[str, Any]:
     return {"counts": [int(counts.get(q, 0)) for q in range(-_QUARTERS, 0)], "silent": int((density == 0).sum())}
 
 
-def tried(tokens: Sequence[str], special: Sequence[int], found: Any) -> dict[str, Any]:
+def tried(tokens: Sequence[str], special: Sequence[int], active: Any) -> dict[str, Any]:
     """A prompt's tokens, and for each latent that fires on it where and how much, those nearest to their largest first.
 
     Args:
         tokens: their texts.
-        special: places of those to show as a mark.
-        found: `index.find(...)`.
+        special: positions of those to show as a mark.
+        active: `index.find(...)`.
     """
-    best = found.sort_values("of_max", ascending=False, kind="stable").latent.drop_duplicates()
-    fired = {
+    best = active.sort_values("of_max", ascending=False, kind="stable").latent.drop_duplicates()
+    acts = {
         i: [[int(p), short(a)] for p, a in zip(g.position, g.activation, strict=True)]
-        for i, g in found.groupby("latent")
+        for i, g in active.groupby("latent")
     }
-    return {"tokens": list(tokens), "special": list(special), "latents": [[int(i), fired[i]] for i in best]}
+    return {"tokens": list(tokens), "special": list(special), "latents": [[int(i), acts[i]] for i in best]}
