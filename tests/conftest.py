@@ -16,10 +16,7 @@ install_import_hook(
         "saewb.data.tokens",
         "saewb.stats",
         *(f"saewb.training.objectives.{part}" for part in ("params", "losses", "jumprelu")),
-        *(
-            f"saewb.features.{part}"
-            for part in ("accumulate", "counts", "enrichment", "logit_effects", "loss_effects", "top_contexts")
-        ),
+        *(f"saewb.features.{part}" for part in ("accumulate", "enrichment", "logit_effects", "top_contexts")),
     ],
     "beartype.beartype",
 )

@@ -169,7 +169,7 @@ def test_an_index_is_measured_whole(tmp_path):
     took, _, _, build = index.passes(model, sae, ids, options)
     assert [forward is not None for forward, _ in took] == [True, False, True]
     whole = saewb.build_index(model, sae, ids, batch_size=4)
-    assert build.facts.n_tokens == whole.n_tokens
-    tensors = build.gathering.tensors()
+    assert build.info.n_tokens == whole.n_tokens
+    tensors = build.accumulator.tensors()
     assert torch.equal(tensors["top.position"], whole.tensors["top.position"])
     assert torch.equal(tensors["counts.by_position"], whole.tensors["counts.by_position"])

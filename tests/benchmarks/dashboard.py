@@ -126,7 +126,7 @@ def agreement(index, theirs: dict[str, torch.Tensor], compared: list[int], ids: 
     for j, i in enumerate(compared):
         page = index.latent(i)
         ours = [(c.row * ids.shape[1] + c.position, c.value) for c in page.top]
-        their_top = reduced(theirs["position"][j].tolist(), theirs["value"][j].tolist(), ids, index.facts.n_top)
+        their_top = reduced(theirs["position"][j].tolist(), theirs["value"][j].tolist(), ids, index.info.n_top)
         if not same_contexts(ours, their_top):
             differ.append(i)
         firings += page.n_active == int(theirs["n_active"][j])

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saewb.features.accumulate import Gathering, Plan
+from saewb.features.accumulate import LatentAccumulator, TokenRows
+from saewb.features.config import IndexConfig
 from saewb.features.latent import Context, quantile_groups
-from saewb.features.ranking import commonest
-from saewb.features.together import coactive
-from saewb.features.top_contexts import EMPTY, Shelf
-from saewb.sae.sparse import Firings
+from saewb.features.neighbors import coactive
+from saewb.features.ranking import modal_token
+from saewb.features.top_contexts import EMPTY, TopContexts
+from saewb.sae.sparse import SparseLatents
 
 SEED, CTX, D_SAE = 3, 6, 5
 MASK = 2**64 - 1
@@ -21,7 +22,7 @@ MASK = 2**64 - 1
 
 def plan(**changes):
     sizes = {"d_sae": D_SAE, "ctx_len": CTX, "n_top": 3, "n_sample": 4, "before": 2, "after": 1, "coactive_tokens": 7}
-    return Plan(**{**sizes, "active": D_SAE, "l0_most": D_SAE, "seed": SEED, **changes})
+    return IndexConfig(**{**sizes, "active": D_SAE, "l0_most": D_SAE, "seed": SEED, **changes})
 
 
 def draw_text(seed, rows, fires=0.5, signed=False):
@@ -38,20 +39,19 @@ def draw_text(seed, rows, fires=0.5, signed=False):
 
 
 def seen(ids, values, first_row):
-    plain = ids != 0
-    token, latent = ((values != 0) & plain[..., None]).flatten(0, 1).nonzero(as_tuple=True)
-    return Firings(ids, plain, first_row, D_SAE, token, latent, values.flatten(0, 1)[token, latent])
+    mask = ids != 0
+    return TokenRows(ids, mask, first_row), SparseLatents.from_dense(values * mask[..., None])
 
 
 def gathered(plan, ids, values, cuts, first_row=0, resume=()):
     """In batches that end at `cuts`; after the batches numbered in `resume`, by another one that goes on from it."""
-    made = Gathering(plan)
+    made = LatentAccumulator(plan)
     bounds = [0, *sorted(cuts), len(ids)]
     for n, (a, b) in enumerate(pairwise(bounds)):
         if a < b:
-            made.update(seen(ids[a:b], values[a:b], first_row + a))
+            made.update(*seen(ids[a:b], values[a:b], first_row + a))
         if n in resume:
-            again = Gathering(plan)
+            again = LatentAccumulator(plan)
             again.restore(made.tensors())
             made = again
     return made
@@ -227,13 +227,13 @@ def test_memory_does_not_grow_with_the_text():
 def test_candidates_that_wait_are_bounded(monkeypatch):
     import saewb.features.top_contexts as top_contexts
 
-    monkeypatch.setattr(top_contexts, "WAITING", 50)
+    monkeypatch.setattr(top_contexts, "PENDING", 50)
     p, most = plan(), 0
-    made = Gathering(p)
+    made = LatentAccumulator(p)
     ids, values = draw_text(0, 400)
     for row in range(400):
-        made.update(seen(ids[row : row + 1], values[row : row + 1], row))
-        most = max(most, *(sum(map(len, s._waiting)) for s in (made.top, made.sample)))
+        made.update(*seen(ids[row : row + 1], values[row : row + 1], row))
+        most = max(most, *(sum(map(len, s._pending)) for s in (made.top, made.sample)))
     assert 0 < most < 50
     check_contexts(p, part(made.tensors(), "top"), ids, values, plain_top, 0)
 
@@ -261,9 +261,9 @@ def test_the_sample_is_uniform():
 
 
 def test_a_shelf_that_nothing_was_put_on():
-    shelf = Shelf(2, 3, 4)
+    shelf = TopContexts(2, 3, 4)
     assert (shelf.tensors()["order"] == EMPTY).all()
-    assert len(shelf.entries(torch.arange(2))) == 0
+    assert len(shelf.candidates(torch.arange(2))) == 0
 
 
 def test_coactive_by_hand():
@@ -280,7 +280,7 @@ def test_coactive_by_hand():
 
 @pytest.mark.parametrize("tile", [1, 8, 2**20])
 def test_coactive_is_the_dense_product(tile, monkeypatch):
-    monkeypatch.setattr("saewb.features.together.PAIRS", tile)
+    monkeypatch.setattr("saewb.features.neighbors.PAIRS", tile)
     fired = torch.rand(60, 9, generator=torch.Generator().manual_seed(0)) < 0.3
     active = torch.full((60, 9), -1, dtype=torch.int32)
     for t in range(60):
@@ -307,6 +307,6 @@ def test_quantile_groups_are_by_size_and_of_equal_size():
 
 
 def test_the_commonest_token_and_its_share():
-    token, share = commonest(torch.tensor([[7, 3, 7, -1], [2, 1, 2, 1], [-1, -1, -1, -1]]))
+    token, share = modal_token(torch.tensor([[7, 3, 7, -1], [2, 1, 2, 1], [-1, -1, -1, -1]]))
     assert token.tolist() == [7, 1, -1]
     assert share.tolist() == pytest.approx([2 / 3, 0.5, 0])

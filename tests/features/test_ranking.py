@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import saewb
-from saewb.features.ranking import kinship
+from saewb.features.ranking import token_coherence
 
 # Read by us, each with its twelve strongest contexts: what one would call them.
 NAMED = {
@@ -49,7 +49,7 @@ def test_kinship_is_its_formula():
     how_stray = torch.rand(300, 1, generator=rng)
     tokens = stray.where(torch.rand(300, 30, generator=rng) < how_stray, kinds)
     tokens[torch.rand(tokens.shape, generator=rng) < 0.1] = -1  # fewer contexts than there is room for
-    off, expected = kinship(tokens) - plainly(tokens), plainly(tokens)
+    off, expected = token_coherence(tokens) - plainly(tokens), plainly(tokens)
     assert expected.std() > 0.1
     assert float(off.abs().max()) < 0.08
     assert float(off.std()) < 0.02
@@ -57,17 +57,17 @@ def test_kinship_is_its_formula():
 
 def test_kinship_of_the_clear_cases():
     of_a_kind = [[3, 3, 8, 8]] * 3  # each pair always together: the cosine is 1, whatever the signs
-    found = kinship(torch.tensor([*of_a_kind, [5, 5, 5, 5], [20, 21, 22, -1], [-1, -1, -1, -1]]))
+    found = token_coherence(torch.tensor([*of_a_kind, [5, 5, 5, 5], [20, 21, 22, -1], [-1, -1, -1, -1]]))
     assert found.tolist() == pytest.approx([1, 1, 1, 0, 0, 0], abs=1e-6)
-    assert kinship(torch.full((2, 3), -1)).tolist() == [0, 0]
+    assert token_coherence(torch.full((2, 3), -1)).tolist() == [0, 0]
 
 
 def test_kinship_is_the_same_each_time_and_leaves_the_global_seed():
     tokens = torch.randint(-1, 50, (200, 20), generator=torch.Generator().manual_seed(0))
-    first = kinship(tokens)
+    first = token_coherence(tokens)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert torch.equal(kinship(tokens), first)
+    assert torch.equal(token_coherence(tokens), first)
     assert torch.equal(torch.get_rng_state(), before)
 
 
