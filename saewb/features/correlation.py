@@ -13,7 +13,7 @@ from saewb.errors import explain, near
 from saewb.interventions.splice import flat
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
-from saewb.sae.encoding import Encoder
+from saewb.sae.base import SparseEncoder
 from saewb.stats._fired import Fired
 from saewb.stats.correlation_map import MatrixView
 
@@ -74,11 +74,11 @@ def latent_matrix(
         raise ValueError(explain(f"latent_matrix got hook={hook!r}, n_tokens={n_tokens}.", want="both", fix=fix))
     ids = token_rows(model, tokens, ctx_len)
     plain = ~special_mask(ids, special_ids(model, skip_special_tokens))
-    found, seen, encoder = [], 0, Encoder(sae)
+    found, seen, encoder = [], 0, SparseEncoder(sae)
     with eval_mode(model):
         for part in torch.arange(len(ids)).split(max(1, _PASS // ids.shape[1])):
             x = _read(model, sae, ids[part], plain[part], point)[: n_tokens - seen]
-            found += [(on.token + seen + rows.start, on.latent, on.value) for rows, on in encoder.parts(x)]
+            found += [(on.token + seen + rows.start, on.latent, on.act.float()) for rows, on in encoder.tiles(x)]
             seen += len(x)
             if progress is not None:
                 progress(seen)

@@ -15,7 +15,7 @@ import torch
 from saewb.errors import FormatError, explain
 from saewb.pretrained.formats._layout import Layout, Provenance
 from saewb.pretrained.formats._tensors import positive
-from saewb.sae.temporal import TemporalConfig, TemporalSAE, temporal_shapes
+from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
 _MAX_WIDTH = 1 << 32
 _STORED = {"W_dec": "D", "b_dec": "b", "W_enc": "E"}
@@ -42,10 +42,10 @@ class Temporal(Layout):
         hook = provenance.hook or (None if layer is None else f"blocks.{layer}.hook_resid_post")
         site = provenance.complete(model=None, hook=hook)
         cfg = TemporalConfig(**settings, **{name: value for name, value in site.items() if name != "hook_out"})
-        shapes = {_STORED.get(name, name): shape for name, shape in temporal_shapes(cfg).items()}
-        file.check(shapes)
+        names = {name: _STORED.get(name, name) for name in cfg.tensor_shapes()}
+        file.check({names[name]: shape for name, shape in cfg.tensor_shapes().items()})
         dtype = dtype or file.dtype("D")
-        weights = {name: file.tensor(_STORED.get(name, name)) for name in temporal_shapes(cfg)}
+        weights = {name: file.tensor(stored) for name, stored in names.items()}
         return TemporalSAE.from_tensors(cfg, {name: t.to(device or "cpu", dtype) for name, t in weights.items()})
 
 
