@@ -195,7 +195,7 @@ print(json.dumps([
 def test_push_and_load_again(tmp_path):
     repos = {}
     code = """
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 sae = SAE(SAEConfig(d_in=4, d_sae=9, hook="blocks.0.hook_mlp_out", model="gpt2"), seed=3)
 urls = [S.push_to_hub(sae, "me/mine", private=True)]
 urls.append(S.push_to_hub(sae, "me/mine", "deep/two", commit_message="another"))
@@ -223,7 +223,7 @@ print(json.dumps([urls, same]))
 def test_push_several_in_one_commit_with_a_card_of_figures(tmp_path):
     repos = {}
     code = """
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 made = {
     f"layer_{n}": SAE(
         SAEConfig(4, 9, "topk", k=2, hook=f"blocks.{n}.hook_resid_pre", model="me/small",
@@ -269,7 +269,7 @@ def test_push_checks_everything_before_anything_is_sent(tmp_path):
 def test_push_leaves_a_card_that_is_there_alone(tmp_path):
     repos = {"me/mine": {"README.md": b"my own words"}}
     code = """
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 S.push_to_hub(SAE(SAEConfig(d_in=4, d_sae=9)), "me/mine", "x")
 print("[]")
 """

@@ -216,7 +216,7 @@ def test_gemma_tensors_are_accounted_for(tmp_path):
 def test_gemma_recognized(tmp_path):
     written = gemma(tmp_path)
     assert type(detect(written.place)) is GemmaScope2CrossLayer
-    assert GemmaScope2CrossLayer().patterns("clt/a") == ["clt/a/params_layer_*.safetensors", "clt/a/config.json"]
+    assert GemmaScope2CrossLayer().patterns("clt/a") == ["clt/a/config.json", "clt/a/params_layer_*.safetensors"]
     save_config(tmp_path / "config.json", {})
     assert not GemmaScope2CrossLayer().detect(tmp_path)
 

@@ -101,7 +101,7 @@ def test_recognized_by_name_and_tensors(tmp_path):
     written = mwhanna(tmp_path)
     assert type(detect(written.place)) is CircuitTracerTranscoder
     assert CircuitTracerTranscoder().patterns("layer_3.safetensors") == [
-        *("layer_3.safetensors", "config.yaml", "wandb-config.yaml", "wanb-config.yaml")
+        *("config.yaml", "layer_3.safetensors", "wandb-config.yaml", "wanb-config.yaml")
     ]
     assert CircuitTracerTranscoder().patterns("") == CircuitTracerTranscoder().patterns("layer_3") == []
     written.save({"W": torch.ones(F)})

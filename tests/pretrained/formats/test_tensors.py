@@ -1,6 +1,5 @@
 """Files of tensors: read lazily, mapped where they can be, and refused when they lie; nothing in them is run."""
 
-import io
 import json
 import os
 import pickle
