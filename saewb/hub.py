@@ -218,8 +218,8 @@ def _snapshot(
     root: Path, commit: str, names: list[str], all_names: Iterable[str], hashes: Mapping[str, str]
 ) -> Snapshot:
     blobs = {name: (root / name).resolve().name for name in names}  # the cache names large files by their sha256
-    known = {name: blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None for name, blob in blobs.items()}
-    return Snapshot(root, commit, {name: hashes.get(name) or known[name] for name in names}, tuple(all_names))
+    cached = {name: blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None for name, blob in blobs.items()}
+    return Snapshot(root, commit, {name: hashes.get(name) or cached[name] for name in names}, tuple(all_names))
 
 
 def _cached_root(repo: str, revision: str | None, patterns: list[str]) -> Path | None:

@@ -81,10 +81,10 @@ def load_sae(
         SAE(relu, 4 -> 9 latents, float32 on cpu)
     """
     device = check_device(device or "cpu")
-    place = resolve(source, id)
-    files = _fetch(place, _patterns(place), is_readable, revision, force_download, token, progress)
-    sae = detect(files.path).read(files.path, place.provenance(scaling_factor), dtype=dtype, device=device)
-    sae.cfg = _with_source(sae.cfg, place, files)
+    origin = resolve(source, id)
+    files = _fetch(origin, _patterns(origin), is_readable, revision, force_download, token, progress)
+    sae = detect(files.path).read(files.path, origin.provenance(scaling_factor), dtype=dtype, device=device)
+    sae.cfg = _with_source(sae.cfg, origin, files)
     return sae
 
 
@@ -120,12 +120,12 @@ def load_config(
         >>> load_config("tiny").d_sae
         1024
     """
-    place, names = resolve(source, id), (saelens.CONFIG, saelens.SCALER)
-    _check_saelens(place.published is None or place.published.format in saelens.SAELens.aliases, place)
-    patterns = [pattern for pattern in saelens.SAELens().patterns(place.path) if pattern.endswith(names)]
-    files = _fetch(place, patterns, _has_config, revision, force_download, token)
-    _check_saelens(_has_config(files.path), place)
-    return _with_source(saelens.read_config(files.path, place.provenance()), place, files)
+    origin, names = resolve(source, id), (saelens.CONFIG, saelens.SCALER)
+    _check_saelens(origin.published is None or origin.published.format in saelens.SAELens.aliases, origin)
+    patterns = [pattern for pattern in saelens.SAELens().patterns(origin.path) if pattern.endswith(names)]
+    files = _fetch(origin, patterns, _has_config, revision, force_download, token)
+    _check_saelens(_has_config(files.path), origin)
+    return _with_source(saelens.read_config(files.path, origin.provenance()), origin, files)
 
 
 def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
@@ -168,13 +168,13 @@ class _Files:
     """Branch, tag or commit that was asked for."""
 
 
-def _patterns(place: Source) -> list[str]:
-    layouts = layouts_named(None if place.published is None else place.published.format)
-    return [pattern for layout in layouts for pattern in layout.patterns(place.path)]
+def _patterns(origin: Source) -> list[str]:
+    layouts = layouts_named(None if origin.published is None else origin.published.format)
+    return [pattern for layout in layouts for pattern in layout.patterns(origin.path)]
 
 
 def _fetch(
-    place: Source,
+    origin: Source,
     patterns: list[str],
     is_complete: Callable[[Path], bool],
     revision: str | None,
@@ -182,49 +182,49 @@ def _fetch(
     token: str | None,
     progress: Progress | None = None,
 ) -> _Files:
-    if place.local is not None:
-        return _Files(place.local)
+    if origin.local is not None:
+        return _Files(origin.local)
     files = snapshot(
-        place.repo,
-        place.path,
+        origin.repo,
+        origin.path,
         patterns,
         revision=revision,
         force_download=force_download,
         token=token,
-        call=place.call,
+        call=origin.call,
         is_complete=is_complete,
-        n_bytes=None if place.published is None else place.published.bytes,
+        n_bytes=None if origin.published is None else origin.published.bytes,
         progress=progress,
     )
     if not files.hashes:
-        raise FileNotFoundError(absence(place.repo, place.path, files.names))
-    return _Files(files.root / place.path, files, revision or "main")
+        raise FileNotFoundError(absence(origin.repo, origin.path, files.names))
+    return _Files(files.root / origin.path, files, revision or "main")
 
 
 def _has_config(path: Path) -> bool:
     return (path / saelens.CONFIG).is_file()
 
 
-def _with_source(cfg: _Config, place: Source, files: _Files) -> _Config:
+def _with_source(cfg: _Config, origin: Source, files: _Files) -> _Config:
     """The configuration with where it is from, and the names that the catalogue has."""
     if files.snapshot is None:
         return cfg
-    origin = {"revision": files.revision, "commit": files.snapshot.commit, "files": dict(files.snapshot.hashes)}
-    metadata = {**cfg.metadata, "source": {**place.metadata(), **origin}}
-    if place.published is None:
+    version = {"revision": files.revision, "commit": files.snapshot.commit, "files": dict(files.snapshot.hashes)}
+    metadata = {**cfg.metadata, "source": {**origin.metadata(), **version}}
+    if origin.published is None:
         return replace(cfg, metadata=metadata)
-    if place.published.neuronpedia is not None:
-        metadata["neuronpedia_id"] = place.published.neuronpedia
-    return replace(cfg, model=place.published.model, metadata=metadata)
+    if origin.published.neuronpedia is not None:
+        metadata["neuronpedia_id"] = origin.published.neuronpedia
+    return replace(cfg, model=origin.published.model, metadata=metadata)
 
 
-def _check_saelens(is_saelens: bool, place: Source) -> None:
+def _check_saelens(is_saelens: bool, origin: Source) -> None:
     if not is_saelens:
-        what = str(place.local or f"{place.repo}/{place.path}")
+        what = str(origin.local or f"{origin.repo}/{origin.path}")
         raise ValueError(
             explain(
                 f"{what} is not in the SAELens layout, and others keep part of their configuration in the weights.",
                 want="saewb.pretrained.catalogue.find(release, id) for what is known without its files",
-                fix=f"{place.call}.cfg",
+                fix=f"{origin.call}.cfg",
             )
         )

@@ -84,12 +84,12 @@ def _texts(form: Any, slots: Slots, ids: list[str]) -> list[Any]:
     else:
         texts = _texts(form["text"], slots, ids)
     if "rows" in form:
-        chosen = set(form["rows"])
-        return [text if i in chosen else None for i, text in enumerate(texts)]
+        rows = set(form["rows"])
+        return [text if i in rows else None for i, text in enumerate(texts)]
     if "where" in form:
         allowed, where = {tuple(row) for row in form["in"]}, form["where"]
-        kept = [tuple(slot[i] for i in where) in allowed for slot in slots]
-        return [text if keep else None for text, keep in zip(texts, kept, strict=True)]
+        mask = [tuple(slot[i] for i in where) in allowed for slot in slots]
+        return [text if is_allowed else None for text, is_allowed in zip(texts, mask, strict=True)]
     return texts
 
 
@@ -101,8 +101,8 @@ def _numbers(form: Any, slots: Slots, one: Mapping[str, Any]) -> list[Any]:
     if "ramp" in form:
         return _ramp(form, slots)
     if "slot" in form:
-        known = {label: width(label) for label in {slot[form["slot"]] for slot in slots}}
-        return [known[slot[form["slot"]]] for slot in slots]
+        widths = {label: width(label) for label in {slot[form["slot"]] for slot in slots}}
+        return [widths[slot[form["slot"]]] for slot in slots]
     if "of" in form:
         form = {"each": one[form["of"]]["each"]}
     if "over" in form:
@@ -112,12 +112,12 @@ def _numbers(form: Any, slots: Slots, one: Mapping[str, Any]) -> list[Any]:
 
 def _ramp(form: Mapping[str, Any], slots: Slots) -> list[int]:
     size, n_layers = form["size"], form["ramp"]
-    asked = [(slot[0], size if isinstance(size, str) else slot[size]) for slot in slots]
-    known = {}
-    for layer, name in set(asked):
+    pairs = [(slot[0], size if isinstance(size, str) else slot[size]) for slot in slots]
+    values = {}
+    for layer, name in set(pairs):
         low, high = form[name]
-        known[layer, name] = math.floor(low + (high - low) * min(1.0, 3 * int(layer) / n_layers))
-    return [known[one] for one in asked]
+        values[layer, name] = math.floor(low + (high - low) * min(1.0, 3 * int(layer) / n_layers))
+    return [values[pair] for pair in pairs]
 
 
 def _bytes(d_sae: list[int | None], one: Mapping[str, Any], release: Mapping[str, Any]) -> list[int | None]:

@@ -1,4 +1,4 @@
-"""The catalogue as a table: written out, then filtered. Every name that matches nothing is an error with near names."""
+"""The catalogue as a table, filtered. Every name that matches nothing is an error with near names."""
 
 from __future__ import annotations
 
@@ -60,28 +60,28 @@ def catalogue(
         TypeError: for a layer that is no number.
 
     Example:
-        >>> found = catalogue(model="gemma-2-2b", site="resid_post", layer=20, width="16k", nearest_l0=70)
-        >>> found[["release", "id", "path"]].iloc[-1].tolist()
+        >>> saes = catalogue(model="gemma-2-2b", site="resid_post", layer=20, width="16k", nearest_l0=70)
+        >>> saes[["release", "id", "path"]].iloc[-1].tolist()
         ['gemma-scope-2b-pt-res-canonical', 'layer_20/width_16k/canonical', 'layer_20/width_16k/average_l0_71']
     """
-    found = _table()
+    table = _table()
     if model is not None:
-        found = found[_model_mask(found, model)]
+        table = table[_model_mask(table, model)]
     for name, value in (("release", release), ("site", _site(site)), ("architecture", architecture)):
         if value is not None:
-            found = found[_known(found, name, value) == value]
+            table = table[_checked_column(table, name, value) == value]
     if layer is not None:
-        found = found[found["layer"].isin(_layers(layer))]
+        table = table[table["layer"].isin(_layers(layer))]
     if width is not None:
-        found = found[(found["d_sae"] == _latents(width)).fillna(False).astype(bool)]
+        table = table[(table["d_sae"] == _latents(width)).fillna(False).astype(bool)]
     if l0 is not None:
         least, most = (l0, l0) if isinstance(l0, (int, float)) else l0
-        found = found[found["l0"].between(least, most)]
+        table = table[table["l0"].between(least, most)]
     if neuronpedia is not None:
-        found = found[_neuronpedia_mask(found, neuronpedia)]
+        table = table[_neuronpedia_mask(table, neuronpedia)]
     if nearest_l0 is not None:
-        found = _nearest(found, nearest_l0)
-    return found.reset_index(drop=True)
+        table = _nearest(table, nearest_l0)
+    return table.reset_index(drop=True)
 
 
 def _table() -> pd.DataFrame:
@@ -119,13 +119,13 @@ def _site(site: str | None) -> str | None:
     return None if site is None else site.rpartition(".")[2].removeprefix("hook_")
 
 
-def _unknown(name: str, got: object, known: Iterable[str]) -> ValueError:
-    known = sorted(set(known))
-    close = near(str(got), known)
-    want = "" if close else ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+def _unknown(name: str, value: object, values: Iterable[str]) -> ValueError:
+    values = sorted(set(values))
+    close = near(str(value), values)
+    want = "" if close else ", ".join(values[:12]) + (f" and {len(values) - 12} more" if len(values) > 12 else "")
     return ValueError(
         explain(
-            f"catalogue got {name}={got!r}, which nothing in it has.",
+            f"catalogue got {name}={value!r}, which nothing in it has.",
             near=close,
             want=want,
             fix=f"saewb.catalogue({name}={close[0]!r})" if close else "",
@@ -133,27 +133,27 @@ def _unknown(name: str, got: object, known: Iterable[str]) -> ValueError:
     )
 
 
-def _known(found: pd.DataFrame, name: str, value: str) -> pd.Series:
-    if not (found[name] == value).any():
+def _checked_column(table: pd.DataFrame, name: str, value: str) -> pd.Series:
+    if not (table[name] == value).any():
         everywhere = _table()[name].dropna()
         if not (everywhere == value).any():
             raise _unknown(name, value, everywhere)
-    return found[name]
+    return table[name]
 
 
-def _model_mask(found: pd.DataFrame, model: str) -> pd.Series:
-    mask = found["model"].isin(_models_like(found, model))
+def _model_mask(table: pd.DataFrame, model: str) -> pd.Series:
+    mask = table["model"].isin(_models_like(table, model))
     if not mask.any():
-        names = [*found["model"].unique(), *found["model"].str.rpartition("/")[2].unique(), *found["label"].dropna()]
+        names = [*table["model"].unique(), *table["model"].str.rpartition("/")[2].unique(), *table["label"].dropna()]
         raise _unknown("model", model, names)
     return mask
 
 
-def _models_like(found: pd.DataFrame, model: str) -> list[str]:
-    pairs = found[["model", "label"]].drop_duplicates().itertuples(index=False)
-    wanted = model.lower().removeprefix("openai-community/")
+def _models_like(table: pd.DataFrame, model: str) -> list[str]:
+    pairs = table[["model", "label"]].drop_duplicates().itertuples(index=False)
+    name = model.lower().removeprefix("openai-community/")
     return [
-        full for full, label in pairs if wanted in (full.lower(), full.rpartition("/")[2].lower(), str(label).lower())
+        full for full, label in pairs if name in (full.lower(), full.rpartition("/")[2].lower(), str(label).lower())
     ]
 
 
@@ -173,16 +173,16 @@ def _latents(label: str | int) -> int:
     return width(label.lower())
 
 
-def _neuronpedia_mask(found: pd.DataFrame, neuronpedia: str | bool) -> pd.Series:
+def _neuronpedia_mask(table: pd.DataFrame, neuronpedia: str | bool) -> pd.Series:
     if isinstance(neuronpedia, bool):
-        return found["neuronpedia"].notna() == neuronpedia
+        return table["neuronpedia"].notna() == neuronpedia
     page = neuronpedia.partition("neuronpedia.org/")[2] or neuronpedia
     page = "/".join(page.strip("/").split("/")[:2])  # an address may go on with a latent's number
-    return _known(found, "neuronpedia", page) == page
+    return _checked_column(table, "neuronpedia", page) == page
 
 
-def _nearest(found: pd.DataFrame, l0: float) -> pd.DataFrame:
-    with_l0 = found[found["l0"].notna()]
+def _nearest(table: pd.DataFrame, l0: float) -> pd.DataFrame:
+    with_l0 = table[table["l0"].notna()]
     alike = ["release", "model", "hook", "hook_out", "d_sae", "architecture"]
     away = (with_l0["l0"] - l0).abs().groupby([with_l0[name] for name in alike], dropna=False)
     return with_l0.loc[sorted(away.idxmin())]
