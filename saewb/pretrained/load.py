@@ -42,7 +42,7 @@ def load_sae(
     token: str | None = None,
     progress: Progress | None = None,
 ) -> AnySAE:
-    """An SAE by name, folder or hub repository; its layout is recognized by its files.
+    """Load an SAE by name, folder or hub repository; its layout is recognized by its files.
 
     What comes from the hub says where from in `sae.cfg.metadata["source"]`: repo, path, revision, commit, the files
     with their sha256, and release and id where the catalogue has them. Saving keeps that.
@@ -96,7 +96,7 @@ def load_config(
     force_download: bool = False,
     token: str | None = None,
 ) -> SAEConfig | PursuitConfig | TemporalConfig:
-    """The configuration of an SAE in the SAELens layout, from cfg.json alone: kilobytes, no weights.
+    """Load the configuration of an SAE in the SAELens layout, from cfg.json alone: kilobytes, no weights.
 
     Other layouts say part of it in their weights only; what is known of a published one without its files is
     `saewb.pretrained.catalogue.find(release, id)`.

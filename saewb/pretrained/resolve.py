@@ -60,7 +60,7 @@ class Source:
 
 
 def resolve(source: str | Path, id: str | None) -> Source:
-    """The place that a folder, a release and its id, or a repository and a folder in it stand for.
+    """Resolve a folder, a release and its id, or a repository and a folder in it, to where the files are.
 
     Raises:
         ValueError: if the release has no such id, or none was given; or if the two are the wrong way round.

@@ -51,7 +51,7 @@ LAYOUTS: list[Layout] = [
 
 
 def detect(path: Path) -> Layout:
-    """The layout of a folder or file.
+    """Find the layout of a folder or file.
 
     Args:
         path: an existing folder or file.
@@ -98,7 +98,7 @@ def read(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Any:
-    """The SAE in a folder or file of any layout.
+    """Read the SAE in a folder or file of any layout.
 
     Args:
         path: an existing folder or file.

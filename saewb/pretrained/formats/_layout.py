@@ -161,11 +161,11 @@ class Layout(ABC):
     """
 
     name: ClassVar[str]
-    """For messages."""
+    """Name of the layout, for messages."""
     aliases: ClassVar[tuple[str, ...]] = ()
     """Names of this layout in the catalogue's `format` column."""
     weights: ClassVar[str] = "{path}"
-    """Template of the file of tensors."""
+    """Template of the file that holds the tensors."""
     config: ClassVar[str | None] = None
     """Template of the configuration, JSON or YAML."""
     needs_config: ClassVar[bool] = True
@@ -199,7 +199,7 @@ class Layout(ABC):
         return [escape(str(file)) for file in files if file is not None]
 
     def detect(self, path: Path) -> bool:
-        """Whether this folder or file is in this layout: by file names, or by names of tensors; never by weights."""
+        """Whether a folder or file is in this layout: by names of files and tensors, never by weights."""
         if self.file_name is not None and not self.file_name.fullmatch(path.name):
             return False
         config, weights = self.config_path(path), Path(self.weights_path(path))
@@ -220,7 +220,7 @@ class Layout(ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Any:
-        """The SAE in a folder or file of this layout. What need not be folded or transposed is memory-mapped.
+        """Read the SAE in a folder or file of this layout. What need not be folded or transposed is memory-mapped.
 
         Args:
             path: the folder or file.
@@ -240,29 +240,29 @@ class Layout(ABC):
             raise FormatError(f"cannot read {path}: {error}") from error
 
     def weights_path(self, path: PurePath) -> PurePath:
-        """The file of tensors of what is at `path`."""
+        """Path of the file that holds the tensors of the SAE at `path`."""
         return locate(self.weights, path)
 
     def config_path(self, path: PurePath) -> PurePath | None:
-        """The configuration of what is at `path`."""
+        """Path of the configuration of the SAE at `path`; None if the layout has none."""
         return locate(self.config, path) if self.config else None
 
     def read_config(self, path: Path) -> dict[str, Any]:
-        """The configuration of what is at `path`; empty if it may be missing and is."""
+        """Read the configuration of the SAE at `path`; empty if it may be missing and is."""
         config = self.config_path(path)
         if config is None or not (self.needs_config or Path(config).is_file()):
             return {}
         return read_object(Path(config))
 
     def open_weights(self, path: Path) -> TensorFile:
-        """The file of tensors of what is at `path`."""
+        """Open the tensors of the SAE at `path`."""
         return TensorFile(Path(self.weights_path(path)))
 
     @abstractmethod
     def _read(
         self, path: Path, provenance: Provenance, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> Any:
-        """What `read` does inside its error handling."""
+        """Read the SAE at `path`; a ValueError becomes a FormatError that names the path."""
 
 
 class TableLayout(Layout):
@@ -292,7 +292,7 @@ class TableLayout(Layout):
         return {}
 
     def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
-        """Weights by the names of `SAE`, by a table of stored names and axes."""
+        """Read the weights by the names of `SAE`, transposed where the table's axes say so."""
         weights = {}
         for name, (stored, axes) in table.items():
             tensor = files.weights.tensor(stored)
@@ -318,7 +318,7 @@ class TableLayout(Layout):
 
 
 def locate(template: str, path: PurePath) -> PurePath:
-    """The path that a template means: "{path}/cfg.json", "{path}" or "{parent}/config.json"."""
+    """Resolve a template such as "{path}/cfg.json", "{path}" or "{parent}/config.json"."""
     base, _, name = template.partition("/")
     return (path.parent if base == "{parent}" else path) / name
 
@@ -367,7 +367,7 @@ def build_sae(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> SAE:
-    """An SAE of these weights; those that have the dtype and are on the CPU already are not copied.
+    """Build an SAE of these weights; those that have the dtype and are on the CPU already are not copied.
 
     Args:
         weights: by the names of `SAE`.
@@ -389,7 +389,7 @@ def build_sae(
 def build_cross_layer(
     layers: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None, device: torch.device | str | None, **fields: Any
 ) -> CrossLayerTranscoder:
-    """A cross-layer transcoder of these layers; what is large in it stays as stored, and memory-mapped on the CPU.
+    """Build a cross-layer transcoder; what is large in it stays as stored, and memory-mapped on the CPU.
 
     Args:
         layers: of each layer the tensors by the names of CrossLayerTranscoder.
@@ -426,7 +426,7 @@ def sum_over_targets(W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def get_typed(config: object, name: str, kind: type[Kind], where: str, default: Kind | None = None) -> Kind:
-    """A value of a configuration, of just this type.
+    """Get a value of a configuration, of just this type.
 
     Raises:
         FormatError: if it is of another type, or missing and there is no default.
