@@ -72,7 +72,7 @@ def build_index(
     contexts, about 750 per latent and at most 528 per coactive token beside them, and about 130 MiB to put them in
     place (380 where 128 latents or more may fire on a token). A batch adds what fires on
     it, about 150 bytes each, and at most 32 MiB of latents (or one row's); where bf16 chooses which latents are worked
-    out (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `rough_bytes(d_in, d_sae)` too, one and
+    out (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `ApproximateTopK.max_bytes(d_in, d_sae)` too, one and
     a half times W_enc and 72 MiB. Then the weights' figures take
     `saewb.features.logit_effects.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once more,
     and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any

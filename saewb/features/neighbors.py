@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.kernels.select import Rough, rough_bytes
+from saewb.kernels.select import ApproximateTopK
 from saewb.kernels.topk import BLOCK, top_of_product
 
 _AT_ONCE = 2**13  # latents
@@ -22,7 +22,7 @@ def nearest(rows: Float[Tensor, "d_sae d"], n: int, name: str) -> dict[str, Tens
     n = min(n, len(rows) - 1)
     unit, found = _unit(rows.detach()), torch.empty(len(rows), n, dtype=torch.int32, device=rows.device)
     cosines, none = torch.empty(len(rows), n, device=rows.device), unit.new_zeros(len(unit))
-    rough = Rough.of(unit.T, none, like=unit[:: -(-len(unit) // _LIKE)])
+    rough = ApproximateTopK.of(unit.T, none, like=unit[:: -(-len(unit) // _LIKE)])
     for own in torch.arange(len(unit), device=unit.device).split(_AT_ONCE):
         at = slice(int(own[0]), int(own[-1]) + 1)
         if rough is None:
@@ -35,8 +35,8 @@ def nearest(rows: Float[Tensor, "d_sae d"], n: int, name: str) -> dict[str, Tens
 
 
 def nearest_bytes(d_sae: int, d: int) -> int:
-    """What `nearest` takes at most, in bytes, besides its result: the unit rows are those of `rough_bytes`."""
-    return rough_bytes(d, d_sae) + 4 * 2 * max(BLOCK, 1024 * _AT_ONCE)
+    """What `nearest` takes at most, in bytes, besides its result."""
+    return ApproximateTopK.max_bytes(d, d_sae) + 4 * 2 * max(BLOCK, 1024 * _AT_ONCE)
 
 
 def _unit(rows: Tensor) -> Float[Tensor, "d_sae d"]:

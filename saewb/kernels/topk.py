@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# A top-k activation must see every latent of a token to know which ones to keep. It does so in row tiles of at most this
-# many pre-activations (64 MiB in float32), so that asking for a few latents stays small.
+# A top-k activation must see every latent of a token to know which ones to keep. It does so in row tiles of at most
+# this many pre-activations (64 MiB in float32), so that asking for a few latents stays small.
 TILE = 2**24
 BLOCK = 2**23  # pre-activations of a block of latents (32 MiB in float32)
 _SLABS = 16  # elements of a group where there is no k

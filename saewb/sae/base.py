@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saewb.errors import FormatError, explain
-from saewb.kernels.select import Rough
+from saewb.kernels.select import ApproximateTopK
 from saewb.sae.activation_functions import Latents, Tap, denormalized, normalized
 from saewb.sae.config import CoderConfig
 from saewb.sae.sparse import SparseLatents
@@ -49,7 +49,8 @@ class SparseCoder(nn.Module, ABC):
 
         Args:
             cfg: what they are the weights of.
-            tensors: by the names of this class, exactly those that `cfg` calls for; one per layer where there are layers.
+            tensors: by the names of this class, exactly those that `cfg` calls for; a list of one per layer for
+                several layers.
 
         Raises:
             FormatError: if one is missing, left over, or of another shape than `cfg` says.
@@ -211,11 +212,13 @@ class SparseCoder(nn.Module, ABC):
 
     # -- sparse encoding: what an architecture may do better than to encode densely ------------------------------------
 
-    def _approximation(self, x: Float[Tensor, "tokens d_in"]) -> Rough | None:
+    def _approximation(self, x: Float[Tensor, "tokens d_in"]) -> ApproximateTopK | None:
         """A low-precision copy of the encoder for inputs like these; None where there is no use for one."""
         return None
 
-    def _encode_tokens(self, x: Float[Tensor, "tokens d_in"], rough: Rough | None) -> SparseLatents | None:
+    def _encode_tokens(
+        self, x: Float[Tensor, "tokens d_in"], approximate: ApproximateTopK | None
+    ) -> SparseLatents | None:
         """Active latents of single tokens, without their pre-activations in memory; None if that does not pay."""
         return None
 
@@ -268,9 +271,9 @@ class SparseCoder(nn.Module, ABC):
 class SparseEncoder:
     """Encodes many batches with one SAE, without the zeros.
 
-    On a CPU with bf16 instructions a product in bf16 says which latents may be active, and those are computed in float32
-    (`saewb.kernels.select`): for that it holds one and a half times W_enc from the first tokens on. The SAE's weights
-    must not change while it is used.
+    On a CPU with bf16 instructions a product in bf16 says which latents may be active, and those are computed in
+    float32 (`saewb.kernels.select`): for that it holds one and a half times W_enc from the first tokens on. The SAE's
+    weights must not change while it is used.
 
     Example:
         >>> import saewb
@@ -284,21 +287,21 @@ class SparseEncoder:
     def __init__(self, sae: SparseCoder) -> None:
         self.sae = sae
         self._prepared = False
-        self._rough: Rough | None = None
+        self._approximate: ApproximateTopK | None = None
 
     @property
     def nbytes(self) -> int:
         """What it holds now besides the SAE, in bytes."""
-        return 0 if self._rough is None else self._rough.nbytes
+        return 0 if self._approximate is None else self._approximate.nbytes
 
     @torch.no_grad()
     def tiles(
-        self, x: Float[Tensor, "rows *ctx d_in"], mask: Bool[Tensor, "rows *ctx"] | None = None
+        self, x: Float[Tensor, "*batch d_in"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> Iterator[tuple[slice, SparseLatents]]:
         """Active latents of some rows, and of the next ones, until all are done: where `sae.encode(x)` is not 0.
 
-        All rows at once, in tiles of 32 MiB of latents, for a top-k activation, and for a threshold that few latents are
-        above; else as many rows at a time as have 32 MiB of latents, or one.
+        All rows at once, in tiles of 32 MiB of latents, for a top-k activation, and for a threshold that few latents
+        are above; else as many rows at a time as have 32 MiB of latents, or one.
 
         Args:
             x: activations of the model; of a temporal SAE the middle axis is time.
@@ -312,8 +315,8 @@ class SparseEncoder:
         token = None if mask is None else mask.flatten().nonzero()[:, 0]
         rows = rows if token is None or len(token) == len(rows) else rows[token]
         if not self._prepared and len(rows):
-            self._rough, self._prepared = self.sae._approximation(rows), True
-        latents = self.sae._encode_tokens(rows, self._rough)
+            self._approximate, self._prepared = self.sae._approximation(rows), True
+        latents = self.sae._encode_tokens(rows, self._approximate)
         if latents is not None:
             if token is not None and len(token) < mask.numel():
                 latents = SparseLatents(token[latents.token], latents.latent, latents.act, (mask.numel(), d_sae))

@@ -1,8 +1,8 @@
 """Configurations: what an SAE is, without its weights.
 
-Frozen dataclasses whose checks are two lines each, not pydantic ones: most checks concern several fields at once (k fits
-d_sae and the activation, pre_bias fits d_out), so pydantic would save little here and cost its import (0.3 s) wherever
-a first SAE is loaded.
+Frozen dataclasses whose checks are two lines each, not pydantic ones: most checks concern several fields at once (k
+fits d_sae and the activation, pre_bias fits d_out), so pydantic would save little here and cost its import (0.3 s)
+wherever a first SAE is loaded.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class SAEConfig(CoderConfig):
     pre_bias: PreBias = "none"
     """Subtracted before encoding: nothing, b_dec itself, or a b_pre of its own."""
     normalization: TokenNormalization = "none"
-    """Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centered", for SAEs of models
-    with centered writing weights). A constant factor is folded into the weights instead."""
+    """Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centered", for SAEs of
+    models with centered writing weights). A constant factor is folded into the weights instead."""
     hook: str | None = None
     """The hook point it reads."""
     hook_out: str | None = None

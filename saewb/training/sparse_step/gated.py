@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from saewb.kernels.pairs import by_latent, combine, dots, gather_rows, per_latent
+from saewb.kernels.select import above_zero
 from saewb.training.objectives import Gated, Losses, State
 from saewb.training.sparse_step.gradients import Batch, add_norm_gradient, figures, leave, squared
-from saewb.training.sparse_step.selection import above_zero
 
 
 def gated_step(objective: Gated, batch: Batch, state: State) -> Losses | None:

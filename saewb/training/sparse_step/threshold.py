@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, per_latent
+from saewb.kernels.select import above_zero
 from saewb.training.objectives import JumpReLU, Losses, Params, Standard, State
 from saewb.training.objectives.dead import pre_activation
 from saewb.training.sparse_step.auxiliary import add_dead_gradients
@@ -21,7 +22,6 @@ from saewb.training.sparse_step.gradients import (
     per_token,
     squared,
 )
-from saewb.training.sparse_step.selection import above_zero
 
 
 def standard_step(objective: Standard, batch: Batch, state: State) -> Losses | None:

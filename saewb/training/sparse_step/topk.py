@@ -19,11 +19,11 @@ from torch import Tensor
 from saewb.distributed import Team
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.kernels.precision import MARGIN
+from saewb.kernels.select import Readout, top_of_batch, top_per_token
 from saewb.training.objectives import AbsTopK, BatchTopK, Losses, Matryoshka, Params, State, TopK
 from saewb.training.objectives.dead import auxk
 from saewb.training.sparse_step.auxiliary import DeadLoss, add_dead_gradients
 from saewb.training.sparse_step.gradients import Batch, coded_gradients, figures, leave, squared
-from saewb.training.sparse_step.selection import Readout, top_of_batch, top_per_token
 
 _PER_PAIR = 25  # scores that a low-precision product must save for each pair it has scored again, to be worth it
 
