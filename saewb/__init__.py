@@ -8,7 +8,25 @@
     saewb.evaluate(model, sae, [document.text for document in saewb.tiny.held_out_texts()])
 
 The public names stand in `__init__.pyi` and are resolved on first use: `import saewb` takes milliseconds and loads
-nothing else.
+nothing else. Each folder below is one room; a room imports only from the lines under it, and `errors` from anywhere
+(`tests/test_architecture.py` holds this):
+
+    cli, demo, diagnostics          the command line: saewb demo, eval, train, lab, doctor
+    prompts/                        one prompt: active latents, next tokens, generation, attribution
+    tiny/                           the bundled model, SAE and texts, and how they were made
+    evals/                          how good an SAE is: losses with it in the model, reconstruction, firing
+    features/                       the feature index: contexts, histograms, logit effects, search, HTML page
+    training/                       train, checkpoints, resume; objectives/ and the hand-written sparse_step/
+    interventions/                  attach, steer, ablate; where an SAE reads and writes (site)
+    data/                           documents -> token rows -> streams of activations, buffers, caches on disk
+    synthetic/                      data whose features are known, and how many of them an SAE recovers
+    models/                         load a model, hook points, forward passes, tokenizer, unembedding
+    stats/                          firing, superposition, correlation, coactivation, the correlation map
+    pretrained/                     find, download, read, write and share SAEs; catalogue/ and formats/
+    sae/                            SAE architectures, their configurations, SparseLatents
+    kernels/                        fast exact products: top-k, selection in low precision; knows no SAE
+    metrics, hub, distributed       reconstruction metrics; Hugging Face Hub; torch.distributed
+    _files, _display, errors        atomic files; tables; error messages that say what to type
 """
 
 from __future__ import annotations
