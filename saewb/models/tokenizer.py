@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain
+from saewb.sae.base import SparseCoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,7 +151,7 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
 
 def tokenizer_of(model: nn.Module) -> Any:
     """The model's tokenizer; an error with the line to type where it has none."""
-    if hasattr(getattr(model, "cfg", None), "d_sae"):
+    if isinstance(model, SparseCoder):
         what = f"got {type(model).__name__} where the model goes."
         raise TypeError(explain(what, want="the model first, then the SAE", fix="saewb.evaluate(model, sae, tokens)"))
     if not hasattr(model, "hook_dict"):

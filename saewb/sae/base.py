@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Union
 
 import torch
@@ -87,6 +88,31 @@ class SparseCoder(nn.Module, ABC):
             self._parameters[name] = nn.Parameter(
                 tensors[name].detach(), requires_grad=tensors[name].is_floating_point()
             )
+
+    def tensors(self) -> dict[str, Any]:
+        """The weights by name, shared, as `from_tensors` takes them."""
+        return dict(self.named_parameters())
+
+    def with_config(self, **changes: Any) -> Any:  # of the same class
+        """The same weights, shared, under a configuration with other hooks, model or metadata.
+
+        Args:
+            changes: fields of its configuration and their new values.
+
+        Raises:
+            TypeError: for a field that the configuration does not have.
+
+        Example:
+            >>> import saewb
+            >>> saewb.SAE(saewb.SAEConfig(2, 4)).with_config(model="tiny")
+            SAE(relu, 2 -> 4 latents, tiny, float32 on cpu)
+        """
+        names = [f.name for f in fields(self.cfg)]
+        if unknown := sorted(set(changes) - set(names)):
+            raise TypeError(
+                explain(f"{type(self.cfg).__name__} has no field {unknown}.", want=", ".join(sorted(names)))
+            )
+        return self.from_tensors(replace(self.cfg, **changes), self.tensors())
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,7 @@ else differs between papers is a matter of reading a file (`saewb.pretrained.for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -27,7 +26,7 @@ from saewb.sae.base import SparseCoder
 from saewb.sae.config import SAEConfig
 from saewb.sae.sparse import SparseLatents
 
-__all__ = ["SAE", "SAEConfig", "replace_config"]
+__all__ = ["SAE", "SAEConfig"]
 
 _SPARSE = 1 / 32  # share of latents that may be active, above which a product in bf16 is not asked which are
 
@@ -272,20 +271,6 @@ class SAE(SparseCoder):
     @property
     def _kind(self) -> str:
         return self.cfg.activation if self.cfg.k is None else f"{self.cfg.activation} k={self.cfg.k}"
-
-
-def replace_config(sae: SAE, **changes: Any) -> SAE:
-    """The same weights, shared, under a configuration with other hooks, model or metadata.
-
-    Raises:
-        TypeError: for a field that SAEConfig does not have.
-    """
-    known = {f.name for f in fields(SAEConfig)}
-    if not set(changes) <= known:
-        raise TypeError(
-            explain(f"SAEConfig has no field {sorted(set(changes) - known)}.", want=", ".join(sorted(known)))
-        )
-    return SAE.from_tensors(replace(sae.cfg, **changes), dict(sae._parameters))
 
 
 def _initial(cfg: SAEConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from saewb.errors import explain
 from saewb.sae.activation_functions import denormalized, normalized
 from saewb.sae.config import TokenNormalization
 from saewb.sae.matching_pursuit import PursuitSAE
-from saewb.sae.sae import SAE, replace_config
+from saewb.sae.sae import SAE
 from saewb.training.config import Normalization
 from saewb.training.whitening import Whitening, unwhitened, whitened, whitening
 
@@ -121,11 +121,7 @@ def to_model(sae: AnySAE, read: Units, write: Units) -> AnySAE:
     one is added to b_dec.
     """
     if read.normalization != "none":
-        return (
-            replace_config(sae, normalization=read.normalization)
-            if isinstance(sae, SAE)
-            else _pursuit(sae, normalization=read.normalization)
-        )
+        return sae.with_config(normalization=read.normalization)
     if isinstance(sae, PursuitSAE):
         moved = sae.fold_scaling(read.factor)
         moved.b_dec.add_(0 if read.mean is None else read.mean.to(moved.device))
@@ -158,9 +154,7 @@ def to_training(sae: AnySAE, read: Units, write: Units) -> AnySAE:
         what = f"{sae!r} has normalization={normalization!r}, training has {read.normalization!r}."
         raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., normalization={normalization!r})"))
     if normalization != "none":
-        return (
-            replace_config(sae, normalization="none") if isinstance(sae, SAE) else _pursuit(sae, normalization="none")
-        )
+        return sae.with_config(normalization="none")
     if isinstance(sae, SAE) and sae.cfg.pre_bias == "own":
         sae = _pre_bias_folded(sae)
     if read.mean is not None:
@@ -189,7 +183,3 @@ def _pre_bias_folded(sae: SAE) -> SAE:
     tensors = {name: p.detach().clone() for name, p in sae.named_parameters()}
     tensors["b_enc"] -= tensors.pop("b_pre") @ tensors["W_enc"]
     return SAE.from_tensors(replace(sae.cfg, pre_bias="none"), tensors)
-
-
-def _pursuit(sae: PursuitSAE, normalization: TokenNormalization) -> PursuitSAE:
-    return PursuitSAE.from_tensors(replace(sae.cfg, normalization=normalization), dict(sae.named_parameters()))
