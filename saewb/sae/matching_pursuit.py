@@ -154,8 +154,8 @@ class PursuitSAE(SparseCoder):
         Args:
             latents: `[..., d_sae]`.
             x: the input they came from; needed, and only used, with a normalization.
-            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is used
-                on.
+            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is
+                used on.
 
         Raises:
             TypeError: if `latents` is no tensor.

@@ -153,8 +153,8 @@ class SAE(SparseCoder):
             latents: `[..., d_sae]`, or what `encode_topk` or `encode_sparse` gave.
             x: the input they came from. Needed, and only used, where the output depends on it beyond the latents: with
                 a normalization (to undo it) and with a skip matrix.
-            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is used
-                on.
+            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is
+                used on.
 
         Returns:
             `[..., d_out]`.
