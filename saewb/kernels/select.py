@@ -347,20 +347,20 @@ def top_of_batch(x: Float[Tensor, "batch d_in"], readout: Readout, n: int, limit
         limit: pairs to list at most, which bounds memory.
     """
     multiply, spare = readout.matmul(x), SPARE[readout.precision]
-    threshold = _guess(x, multiply, n, spare)
+    threshold = _guessed_threshold(x, multiply, n, spare)
     while True:
         listed = _list_above(x, readout, multiply, threshold, limit)
         if listed is None:
             return None
         pairs, off = listed
         scores = readout.score(pairs.pre, pairs.latents)
-        kept, least = _best(scores, n)
+        best, least = _best(scores, n)
         if least >= _reach(threshold, off):  # what was not listed scores at most that
-            return pairs.where(kept)
+            return pairs.where(best)
         if readout.precision == "int8" and off > least - threshold:
             return top_of_batch(x, readout.refined(), n, limit)
         spare *= 2
-        threshold = min(_guess(x, multiply, n, spare), threshold - 2 * off)
+        threshold = min(_guessed_threshold(x, multiply, n, spare), threshold - 2 * off)
 
 
 def above_zero(x: Float[Tensor, "batch d_in"], readout: Readout, limit: int) -> Pairs | None:
@@ -464,16 +464,16 @@ def _of_latents(values: Float[Tensor, " d_sae"], latents: Tensor) -> Tensor:
 
 
 def _best(scores: Float[Tensor, " pairs"], n: int) -> tuple[Tensor, float]:
-    """Which of the pairs are kept, ascending, and the least score among them (0 if there are fewer positive than n)."""
+    """Indices of the n largest scores, ascending, and the least of these (0 if there are fewer positive than n)."""
     if len(scores) > n:
-        kept = scores.topk(n, sorted=False)
-        least = float(kept.values.min())
+        largest_n = scores.topk(n, sorted=False)
+        least = float(largest_n.values.min())
         if least > 0:
-            return kept.indices.sort().values, least
+            return largest_n.indices.sort().values, least
     return (scores > 0).nonzero()[:, 0], 0.0
 
 
-def _guess(x: Tensor, multiply: Multiply, n: int, spare: float) -> float:
+def _guessed_threshold(x: Tensor, multiply: Multiply, n: int, spare: float) -> float:
     """A threshold that about spare * n scores exceed, from tokens spread over the batch; at least 0."""
     sample = x[:: -(-len(x) // _SAMPLE)]
     scores = multiply(sample).flatten()

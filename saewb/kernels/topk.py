@@ -141,14 +141,14 @@ def top_of_product(
     """
     width = max(1024, k, BLOCK // max(1, len(h)))
     buffer = h.new_empty(len(h), min(width, W.shape[1]))
-    found: list[tuple[Tensor, Tensor]] = []
+    tops: list[tuple[Tensor, Tensor]] = []
     for start in range(0, W.shape[1], width):
         columns = slice(start, start + width)
         pre = torch.mm(h, W[:, columns], out=buffer[:, : W[:, columns].shape[1]]).add_(b[columns])
         values, indices = top(pre, min(k, pre.shape[1]), activation)
-        found.append((values, indices + start))
-    values, indices = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    if len(found) > 1:
+        tops.append((values, indices + start))
+    values, indices = (torch.cat(parts, 1) for parts in zip(*tops, strict=True))
+    if len(tops) > 1:
         values, which = top(values, k, activation)
         indices = indices.gather(1, which)
     return values, indices
