@@ -8,7 +8,7 @@ wherever a first SAE is loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args
 
@@ -18,16 +18,6 @@ Activation = Literal["relu", "jumprelu", "topk", "abstopk", "groupmax"]
 TokenNormalization = Literal["none", "layer_norm", "constant_norm", "centered"]
 PreBias = Literal["none", "tied", "own"]
 Shape = tuple[int, ...]
-
-
-def checker(owner: str) -> Callable[[bool, str, object, str], None]:
-    """What raises a ValueError for a wrong field of `owner`: called with (ok, name, value, want)."""
-
-    def check(ok: bool, name: str, value: object, want: str) -> None:
-        if not ok:
-            raise ValueError(explain(f"{owner} got {name}={value!r}.", want=want, fix=f"{owner}(..., {name}=...)"))
-
-    return check
 
 
 class CoderConfig(ABC):
@@ -49,7 +39,9 @@ class CoderConfig(ABC):
         """The tensors of an SAE of this configuration: shapes by name; one per layer where it has several layers."""
 
     def _check(self, ok: bool, name: str, want: str) -> None:
-        checker(type(self).__name__)(ok, name, getattr(self, name), want)
+        if not ok:
+            owner, value = type(self).__name__, getattr(self, name)
+            raise ValueError(explain(f"{owner} got {name}={value!r}.", want=want, fix=f"{owner}(..., {name}=...)"))
 
     def _check_counts(self, *names: str) -> None:
         for name in names:
