@@ -14,7 +14,7 @@ from saewb.interventions.splice import flat
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.sae.encoding import Encoder
-from saewb.stats._fired import Fired
+from saewb.stats._entries import Sparse
 from saewb.stats.correlation_map import MatrixView
 
 _PASS = 4096  # tokens run through the model at a time
@@ -88,8 +88,8 @@ def latent_matrix(
         what = f"all {ids.numel()} tokens are special."
         raise ValueError(explain(what, want="text", fix="latent_matrix(..., skip_special_tokens=False)"))
     token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-    entries = Fired.of(token, latent, value, seen, sae.cfg.d_sae, by, min_fires)
-    return MatrixView(entries, entries.fires() / seen)
+    entries = Sparse.of(token, latent, value, seen, sae.cfg.d_sae, by, min_fires)
+    return MatrixView(entries, entries.firing_counts() / seen)
 
 
 @torch.no_grad()

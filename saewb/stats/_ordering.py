@@ -27,7 +27,7 @@ def by_clusters(entries: Entries, seed: int) -> Int[Tensor, " n"]:
     """The order, of a matrix whose rows and columns are the same features."""
     n = entries.shape[0]
     every = torch.arange(n, device=entries.device)
-    known = ~torch.cat([entries.tile(part, part).diagonal().isnan() for part in every.split(256)])
+    known = ~torch.cat([entries.block(part, part).diagonal().isnan() for part in every.split(256)])
     inside, outside = every[known], every[~known]
     if len(inside) <= _GROUP:
         return torch.cat([_linked(entries, inside), outside]).cpu()
@@ -39,10 +39,10 @@ def by_clusters(entries: Entries, seed: int) -> Int[Tensor, " n"]:
 def leading(entries: Entries, k: int, rng: torch.Generator) -> Float[Tensor, "n k"]:
     """Each feature's coordinates along the leading eigenvectors, scaled: their products come near the entries."""
     start = torch.randn(entries.shape[1], k, generator=rng).to(entries.device)
-    basis = torch.linalg.qr(entries.times(start)).Q
+    basis = torch.linalg.qr(entries.matmul(start)).Q
     for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(entries.times(basis)).Q
-    values, vectors = torch.linalg.eigh(basis.T @ entries.times(basis))
+        basis = torch.linalg.qr(entries.matmul(basis)).Q
+    values, vectors = torch.linalg.eigh(basis.T @ entries.matmul(basis))
     return basis @ vectors * values.clamp(min=0).sqrt()
 
 
@@ -81,7 +81,7 @@ def _linked(entries: Entries, group: Int[Tensor, " some"]) -> Int[Tensor, " some
         return group
     from scipy.cluster.hierarchy import leaves_list, linkage
 
-    order = leaves_list(linkage(_condensed(entries.tile(group, group)), "average"))
+    order = leaves_list(linkage(_condensed(entries.block(group, group)), "average"))
     return group[torch.from_numpy(order).long().to(group.device)]
 
 

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain, near
-from saewb.stats._entries import Counted, Dense, Entries, Factors, Picked, unit
+from saewb.stats._entries import Counts, Dense, Entries, Factors, Selected, unit
 from saewb.stats._ordering import by_clusters
-from saewb.stats._overview import Overview, Pair, pooled
+from saewb.stats._overview import Overview, Pair, pool
 from saewb.stats.cooccurrence import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation
 
@@ -73,7 +73,7 @@ class MatrixView:
         Raises:
             ValueError: for a feature that is not there.
         """
-        return self.entries.tile(self._index(rows, 0), self._index(cols, 1)).cpu()
+        return self.entries.block(self._index(rows, 0), self._index(cols, 1)).cpu()
 
     def picked(self, features: Sequence[int] | Tensor) -> MatrixView:
         """The same matrix between these features, each any number of times; -1 stands for none, and is not defined.
@@ -96,7 +96,7 @@ class MatrixView:
             raise ValueError(explain(f"picked got {at[:5].tolist()}.", want="features, or -1 for none"))
         density = self.density
         return MatrixView(
-            Picked(self.entries, at),
+            Selected(self.entries, at),
             None if density is None else torch.where(at >= 0, density.to(at.device)[at.clamp(min=0)], 0),
         )
 
@@ -118,7 +118,7 @@ class MatrixView:
         """
         if step < 1 or cells not in ("strongest", "mean"):
             raise ValueError(explain(f"pooled got step={step}, cells={cells!r}.", want="1 or more; strongest or mean"))
-        return pooled(self.entries, self._index(rows, 0), self._index(cols, 1), step, cells)
+        return pool(self.entries, self._index(rows, 0), self._index(cols, 1), step, cells)
 
     @torch.no_grad()
     def order(self, by: str = "index", seed: int = 0) -> Int[Tensor, " n"]:
@@ -182,7 +182,7 @@ class MatrixView:
         """The strongest entries of a row (of a column: axis=1), itself left out."""
         chosen = self._index([feature], axis)
         every = torch.arange(self.shape[1 - axis], device=self.entries.device)
-        row = (self.entries.tile(chosen, every)[0] if axis == 0 else self.entries.tile(every, chosen)[:, 0]).cpu()
+        row = (self.entries.block(chosen, every)[0] if axis == 0 else self.entries.block(every, chosen)[:, 0]).cpu()
         size = row.abs().nan_to_num(-1)
         if self.same:
             size[feature] = -1
@@ -193,8 +193,8 @@ class MatrixView:
 
     def pair(self, row: int, col: int) -> PairFigures:
         """What is known of two features."""
-        value, fires = self.block([row], [col]).item(), self.entries.fires()
-        both = self.entries.together(row, col)
+        value, fires = self.block([row], [col]).item(), self.entries.firing_counts()
+        both = self.entries.joint_count(row, col)
         known = fires is not None
         of_col = int(fires[col]) if known and self.same else None
         return PairFigures(row, col, value, int(fires[row]) if known else None, of_col, *(both or (None, None)))
@@ -215,7 +215,7 @@ class MatrixView:
     def _matched(self) -> Tensor:
         n, m = self.shape
         every, place = torch.arange(m, device=self.entries.device), torch.arange(n, device=self.entries.device)
-        tiles = (self.entries.tile(part, every).abs().nan_to_num(-1) for part in place.split(max(1, _TILE // m)))
+        tiles = (self.entries.block(part, every).abs().nan_to_num(-1) for part in place.split(max(1, _TILE // m)))
         found = [tile.max(1) for tile in tiles]
         column, size = torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
         by_size = size.argsort(descending=True, stable=True)
@@ -256,9 +256,9 @@ def matrix_view(
     entries = _crossed(of, other, by) if other is not None else _entries(of, by)
     if min(entries.shape) < 1:
         raise ValueError(explain(f"a matrix of {entries.shape} features.", want="at least 1"))
-    fires = entries.fires()
+    fires = entries.firing_counts()
     if density is None and fires is not None:
-        density = fires / max(1, entries.together(0, 0)[1])
+        density = fires / max(1, entries.joint_count(0, 0)[1])
     if density is not None and len(density) != entries.shape[0]:
         what = f"density has {len(density)} values for {entries.shape[0]} features."
         raise ValueError(explain(what, want="one for each"))
@@ -273,7 +273,7 @@ def _entries(of: Any, by: str | None) -> Entries:
     if isinstance(of, Coactivation):
         default = "phi"
         _check(by, _FIGURES, "counts")
-        return Counted(of, by or default)
+        return Counts(of, by or default)
     if isinstance(of, nn.Module) or by == "cosine":
         rows = unit(_directions(of, by))
         return Factors(rows, rows, True, "cosine")

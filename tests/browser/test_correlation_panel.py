@@ -201,8 +201,8 @@ def test_the_model_is_stopped_and_run_again(page, monkeypatch):
 def test_a_part_in_view_becomes_finer(page, monkeypatch):
     monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
     monkeypatch.setattr(_map_looking, "PIXELS", 100)
-    monkeypatch.setattr(_overview, "QUICK", 1000.0)
-    monkeypatch.setattr(_overview, "_SIDE", 500)
+    monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
+    monkeypatch.setattr(_overview, "MAX_CELLS", 500)
     low = saewb.random_low_rank_correlation(2000, 5, scale=0.1, seed=1)
     monkeypatch.setattr(_overview.Overview, "scan", lambda self: iter(()))
     panel = CorrelationPanel(low, order="index", view=(100, 420, 0, 320))
