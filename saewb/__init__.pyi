@@ -70,7 +70,8 @@ from .sae.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
 from .sae.matching_pursuit import PursuitConfig as PursuitConfig
 from .sae.matching_pursuit import PursuitSAE as PursuitSAE
 from .sae.sae import SAE as SAE
-from .sae.sparse import TopLatents as TopLatents
+from .sae.base import SparseCoder as SparseCoder
+from .sae.sparse import SparseLatents as SparseLatents
 from .sae.temporal import TemporalConfig as TemporalConfig
 from .sae.temporal import TemporalSAE as TemporalSAE
 from .stats.coactivation import CoactivationStream as CoactivationStream

@@ -253,11 +253,10 @@ for call in (
 
 MISTAKES = """
 import json, numpy as np, torch, saewb
-from saewb.sae.cross_layer import cross_layer_shapes
 
 hooks = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 cfg = saewb.CrossLayerConfig(8, (12, 12), hooks)
-zeros = {name: [torch.zeros(shape) for shape in shapes] for name, shapes in cross_layer_shapes(cfg).items()}
+zeros = {name: [torch.zeros(shape) for shape in shapes] for name, shapes in cfg.tensor_shapes().items()}
 saes = {
     "pursuit": saewb.PursuitSAE(saewb.PursuitConfig(8, 12)),
     "temporal": saewb.TemporalSAE(saewb.TemporalConfig(8, 12, n_heads=1, bottleneck_factor=4)),

@@ -26,7 +26,8 @@ from saewb.interventions.splice import flat
 from saewb.metrics import ReconstructionStream, float64
 from saewb.models import hook_points
 from saewb.models.capture import capture
-from saewb.sae.sae import SAE, TopLatents
+from saewb.sae.sae import SAE
+from saewb.sae.sparse import SparseLatents
 from saewb.stats.firing import FiringStream
 
 # Probabilities of at most this many (token, word) pairs are held at a time (64 MiB in float32).
@@ -85,13 +86,13 @@ class Batch:
         rows = per_token.flatten(0, 1)
         return rows if self.kept is None else rows[self.kept]
 
-    def keep_latents(self, latents: Tensor | TopLatents) -> Tensor | TopLatents:
+    def keep_latents(self, latents: Tensor | SparseLatents) -> Tensor | SparseLatents:
         """The tokens that count, of either form of latents."""
-        if not isinstance(latents, TopLatents):
+        if not isinstance(latents, SparseLatents):
             return self.keep(latents)
         if self.kept is None:
             return latents
-        return TopLatents(latents.values[self.kept], latents.indices[self.kept], (len(self.kept), latents.shape[-1]))
+        return latents.select(self.kept)
 
 
 class Batches:
@@ -164,7 +165,7 @@ def at_hooks(places: Sequence[Place], batches: Iterable[Batch]) -> list[AtHook]:
     return found
 
 
-def _latents(sae: nn.Module, x: Tensor) -> Tensor | TopLatents:
+def _latents(sae: nn.Module, x: Tensor) -> Tensor | SparseLatents:
     sparse = isinstance(sae, SAE) and sae.cfg.k is not None and sae.dtype == torch.float32
     return sae.encode_topk(x) if sparse else sae.encode(x)
 

@@ -30,7 +30,8 @@ from saewb.models import hook_points
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_ids
 from saewb.models.unembed import unembedding
-from saewb.sae.encoding import Encoder, firings
+from saewb.sae.base import SparseEncoder
+from saewb.sae.encoding import firings
 from saewb.sae.sae import SAE
 
 
@@ -235,7 +236,7 @@ def _pass(model: nn.Module, builds: list[_Build], text: Text, progress: bool, sa
             raise ValueError(
                 explain(what, want="the same text, or a new folder", fix="index.extend(model, sae, tokens)")
             )
-    first, encoders = min(_next(build, text) for build in builds), [Encoder(build.sae) for build in builds]
+    first, encoders = min(_next(build, text) for build in builds), [SparseEncoder(build.sae) for build in builds]
     saved = time.monotonic()
     # Gathering runs on a thread of its own: an interrupt reaches the main thread only, so no batch is half counted.
     with _bar(progress, text.end - first) as advance, ThreadPoolExecutor(1) as aside:
@@ -283,7 +284,7 @@ def _captured(model: nn.Module, builds: list[_Build], ids: Tensor) -> dict[str, 
 @torch.no_grad()
 def _gather(
     builds: list[_Build],
-    encoders: list[Encoder],
+    encoders: list[SparseEncoder],
     text: Text,
     seen: dict[str, Tensor],
     row: int,

@@ -13,7 +13,8 @@ from saewb.errors import explain, near
 from saewb.interventions.splice import flat
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
-from saewb.sae.encoding import Encoder
+from saewb.sae.base import SparseEncoder
+from saewb.sae.sparse import SparseLatents
 from saewb.stats._entries import Sparse
 from saewb.stats.correlation_map import MatrixView
 
@@ -74,11 +75,11 @@ def latent_matrix(
         raise ValueError(explain(f"latent_matrix got hook={hook!r}, n_tokens={n_tokens}.", want="both", fix=fix))
     ids = token_rows(model, tokens, ctx_len)
     plain = ~special_mask(ids, special_ids(model, skip_special_tokens))
-    found, seen, encoder = [], 0, Encoder(sae)
+    parts, seen, encoder = [], 0, SparseEncoder(sae)
     with eval_mode(model):
         for part in torch.arange(len(ids)).split(max(1, _PASS // ids.shape[1])):
             x = _read(model, sae, ids[part], plain[part], point)[: n_tokens - seen]
-            found += [(on.token + seen + rows.start, on.latent, on.value) for rows, on in encoder.parts(x)]
+            parts += [latents for _, latents in encoder.tiles(x)]
             seen += len(x)
             if progress is not None:
                 progress(seen)
@@ -87,8 +88,7 @@ def latent_matrix(
     if not seen:
         what = f"all {ids.numel()} tokens are special."
         raise ValueError(explain(what, want="text", fix="latent_matrix(..., skip_special_tokens=False)"))
-    token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-    entries = Sparse.of(token, latent, value, seen, sae.cfg.d_sae, by, min_fires)
+    entries = Sparse.of(SparseLatents.cat(parts), by, min_fires)
     return MatrixView(entries, entries.firing_counts() / seen)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saewb.errors import explain
 from saewb.features.config import IndexFacts
+from saewb.sae.sparse import SparseLatents
 from saewb.stats._entries import Sparse
 from saewb.stats.correlation_map import MatrixView
 
@@ -21,5 +22,6 @@ def firing_matrix(facts: IndexFacts, tensors: Mapping[str, Tensor], min_fires: i
         raise ValueError(explain(what, fix="saewb.build_index(..., coactive_tokens=65_536)"))
     token, rank = (active >= 0).nonzero(as_tuple=True)
     latent = active[token, rank].long()
-    entries = Sparse.of(token, latent, torch.ones(len(token)), len(active), facts.d_sae, "phi", min_fires)
+    latents = SparseLatents(token, latent, torch.ones(len(token)), (len(active), facts.d_sae))
+    entries = Sparse.of(latents, "phi", min_fires)
     return MatrixView(entries, tensors["counts.by_position"].sum(1) / max(1, facts.n_tokens))

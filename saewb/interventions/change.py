@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from saewb.errors import explain
 from saewb.interventions import splice
 from saewb.models import hook_points
-from saewb.sae.activation_functions import unscaled
+from saewb.sae.activation_functions import denormalized
 from saewb.sae.sae import SAE
 
 How = Literal["add", "clamp", "scale"]
@@ -130,7 +130,9 @@ def decoded_change(
         if sae.cfg.normalization == "none":
             return moved
         x = x.to(sae.dtype)
-        return unscaled(moved, x, sae.cfg.normalization) - unscaled(torch.zeros_like(moved), x, sae.cfg.normalization)
+        return denormalized(moved, x, sae.cfg.normalization) - denormalized(
+            torch.zeros_like(moved), x, sae.cfg.normalization
+        )
     dense = change.new_zeros(*change.shape[:-1], sae.cfg.d_sae)
     x = change.new_zeros(*change.shape[:-1], sae.cfg.d_in) if x is None else x
     return sae.decode(dense.index_add(-1, torch.tensor(latents, device=change.device), change), x) - sae.decode(

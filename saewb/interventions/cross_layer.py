@@ -103,7 +103,7 @@ class OneLayer:
             read = self.whole.cfg.hooks[missing[0]]
             what = f"{self!r} needs the latents of all earlier layers, and {read!r} was not read in this pass."
             raise ValueError(explain(what, want="a pass that starts at the model's first layer", fix="model(tokens)"))
-        return self.whole._decoded([found[layer] for layer in range(self.layer + 1)], self.layer, x, tap)
+        return self.whole._decode([found[layer] for layer in range(self.layer + 1)], self.layer, x, tap)
 
     def __repr__(self) -> str:
         return f"layer {self.layer} of {self.whole!r}"

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.models import hook_points
-from saewb.sae.sae import SAE, TopLatents
+from saewb.sae.sae import SAE
+from saewb.sae.sparse import SparseLatents
 
 _INNER = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 
@@ -62,7 +63,7 @@ class Splice:
         self.enter = _nobody  # called whenever a point fires
         self.token_mask: Callable[[Tensor], Tensor] | None = None
         self._model = weakref.ref(model)
-        self._latents: Tensor | TopLatents | None = None
+        self._latents: Tensor | SparseLatents | None = None
         self._x: Tensor | None = None
         self._touched = False
         self._carries_on = getattr(sae, "carries_on", False)  # later layers of the same object need its latents
@@ -140,7 +141,7 @@ class Splice:
             raise ValueError(
                 explain(f"{self.sae!r} did not run in the last forward pass{overridden}.", fix="model(tokens)")
             )
-        return self._latents.dense() if isinstance(self._latents, TopLatents) else self._latents
+        return self._latents.dense() if isinstance(self._latents, SparseLatents) else self._latents
 
     def is_early(self, point: hook_points.Point) -> bool:
         """Whether the point is in a block that the pass under way leaves out: what fires there is no activation."""

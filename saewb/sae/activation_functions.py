@@ -1,4 +1,4 @@
-"""Arithmetic that the SAE classes share: gates, scaling per token, taps."""
+"""Activation functions, normalization per token, and taps, as the SAE classes share them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor
 
 from saewb.sae.config import TokenNormalization
 
-Latents = Union[int, slice, Sequence[int], Tensor]  # whatever may stand in `full[..., latents]`
-Tap = Callable[[str, Tensor], Tensor]  # (name, value) -> the value to go on with
+Latents = Union[int, slice, Sequence[int], Tensor]
+"""Whatever may stand in `acts[..., latents]`."""
+Tap = Callable[[str, Tensor], Tensor]
+"""Called with a name and a value; returns the value to go on with."""
 
 
-def threshold_gate(pre: Tensor, threshold: Tensor | None) -> Tensor:
-    """Keep what is > 0 and, given a threshold per latent, strictly greater than it."""
-    kept = torch.relu(pre)
-    return kept if threshold is None else kept * (pre > threshold)
+def thresholded(pre_acts: Tensor, threshold: Tensor | None) -> Tensor:
+    """ReLU; with a threshold per latent JumpReLU: what is > 0 and strictly greater than the threshold."""
+    acts = torch.relu(pre_acts)
+    return acts if threshold is None else acts * (pre_acts > threshold)
 
 
-def scaled(x: Tensor, normalization: TokenNormalization) -> Tensor:
-    """`x` in the units an SAE with this scaling encodes, token by token."""
+def normalized(x: Tensor, normalization: TokenNormalization) -> Tensor:
+    """Activations of a model as an SAE with this normalization encodes them, token by token."""
     if normalization == "layer_norm":
         centered = x - x.mean(-1, keepdim=True)
         return centered / (_std(centered) + 1e-5)
@@ -32,19 +34,19 @@ def scaled(x: Tensor, normalization: TokenNormalization) -> Tensor:
     return x
 
 
-def unscaled(recon: Tensor, x: Tensor, normalization: TokenNormalization) -> Tensor:
-    """A reconstruction back in the units of `x`: the inverse of `scaled`, with the scale of `x`."""
+def denormalized(recons: Tensor, x: Tensor, normalization: TokenNormalization) -> Tensor:
+    """A reconstruction back in the units of `x`: the inverse of `normalized`, with the scale of `x`."""
     if normalization == "layer_norm":
-        return recon * _std(x) + x.mean(-1, keepdim=True)
+        return recons * _std(x) + x.mean(-1, keepdim=True)
     if normalization == "constant_norm":
-        return recon * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
+        return recons * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
     if normalization == "centered":
-        return recon + x.mean(-1, keepdim=True)
-    return recon
+        return recons + x.mean(-1, keepdim=True)
+    return recons
 
 
 def tapped(tap: Tap | None, name: str, value: Tensor) -> Tensor:
-    """The value, or what the tap makes of it."""
+    """The value, or what the tap returns for it."""
     return value if tap is None else tap(name, value)
 
 

@@ -12,53 +12,63 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saewb.errors import FormatError, explain
-from saewb.sae.activation_functions import Latents, Tap, tapped, threshold_gate
-from saewb.sae.base import check_fit, fitting, not_a_tensor
-from saewb.sae.config import checker
+from saewb.errors import explain
+from saewb.sae.activation_functions import Latents, Tap, tapped, thresholded
+from saewb.sae.base import SparseCoder
+from saewb.sae.config import CoderConfig, Shape
+from saewb.sae.sparse import SparseLatents
 
 CrossLayerActivation = Literal["relu", "jumprelu"]
 
-_check = checker("CrossLayerConfig")
-
 
 @dataclass(frozen=True)
-class CrossLayerConfig:
-    """What a cross-layer transcoder is, without its weights. Wrong or unknown fields raise."""
+class CrossLayerConfig(CoderConfig):
+    """Configuration of a cross-layer transcoder. Wrong or unknown fields raise."""
 
-    d_in: int  # width of what every layer reads
-    d_sae: tuple[int, ...]  # number of latents of each layer, first to last
-    hooks: tuple[str, ...]  # the points of the model it reads, one for each layer, in the order the model computes them
-    hooks_out: tuple[str, ...] | None = None  # the points it writes; None means `hooks` (a crosscoder)
-    d_out: int | None = None  # width of what every layer writes; None means d_in
-    activation: CrossLayerActivation = "relu"  # which latents survive
-    skip: bool = False  # adds x_j @ W_skip[j] to the output of layer j
-    model: str | None = None  # name of the language model it was trained on
-    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # whatever else its files say, kept as read
+    d_in: int
+    """Width of what every layer reads."""
+    d_sae: tuple[int, ...]
+    """Number of latents of each layer, first to last."""
+    hooks: tuple[str, ...]
+    """The hook points it reads, one for each layer, in the order the model computes them."""
+    hooks_out: tuple[str, ...] | None = None
+    """The hook points it writes; None means `hooks` (a crosscoder)."""
+    d_out: int | None = None
+    """Width of what every layer writes; None means d_in."""
+    activation: CrossLayerActivation = "relu"
+    """Activation function."""
+    skip: bool = False
+    """Adds x_j @ W_skip[j] to the output of layer j."""
+    model: str | None = None
+    """Name of the language model it was trained on."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Whatever else its files say, kept as read."""
 
     def __post_init__(self) -> None:
         for name in ("d_sae", "hooks", "hooks_out"):
             if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "d_out", self.d_in if self.d_out is None else self.d_out)
-        object.__setattr__(self, "hooks_out", self.hooks if self.hooks_out is None else self.hooks_out)
-        object.__setattr__(self, "metadata", dict(self.metadata))
-        for name in ("d_in", "d_out"):
-            _check(_count(getattr(self, name)), name, getattr(self, name), "a positive integer")
-        counts = isinstance(self.d_sae, tuple) and len(self.d_sae) > 0 and all(map(_count, self.d_sae))
-        _check(counts, "d_sae", self.d_sae, "a positive integer for each layer")
+                self._replace(**{name: tuple(getattr(self, name))})
+        self._replace(
+            d_out=self.d_in if self.d_out is None else self.d_out,
+            hooks_out=self.hooks if self.hooks_out is None else self.hooks_out,
+            metadata=dict(self.metadata),
+        )
+        self._check_counts("d_in", "d_out")
+        counts = isinstance(self.d_sae, tuple) and len(self.d_sae) > 0
+        counts = counts and all(type(width) is int and width > 0 for width in self.d_sae)
+        self._check(counts, "d_sae", "a positive integer for each layer")
         for name in ("hooks", "hooks_out"):
-            got, want = getattr(self, name), f"{len(self.d_sae)} different names, one for each layer of d_sae"
-            fits = isinstance(got, tuple) and all(isinstance(hook, str) for hook in got)
-            _check(fits and len(set(got)) == len(got) == len(self.d_sae), name, got, want)
-        _check(self.activation in get_args(CrossLayerActivation), "activation", self.activation, "'relu' or 'jumprelu'")
-        _check(type(self.skip) is bool, "skip", self.skip, "True or False")
+            hooks, want = getattr(self, name), f"{len(self.d_sae)} different names, one for each layer of d_sae"
+            fits = isinstance(hooks, tuple) and all(isinstance(hook, str) for hook in hooks)
+            self._check(fits and len(set(hooks)) == len(hooks) == len(self.d_sae), name, want)
+        self._check_choice("activation", CrossLayerActivation)
+        self._check(type(self.skip) is bool, "skip", "True or False")
 
     @property
     def n_layers(self) -> int:
@@ -70,29 +80,24 @@ class CrossLayerConfig:
         """Whether it predicts something else than what it reads; False for a crosscoder."""
         return self.d_out != self.d_in or self.hooks_out != self.hooks
 
-
-def _count(n: object) -> bool:
-    return type(n) is int and n > 0
-
-
-def cross_layer_shapes(cfg: CrossLayerConfig) -> dict[str, list[tuple[int, ...]]]:
-    """The tensors of this configuration: by name, the shape of each layer's."""
-    n, d_in, d_out = cfg.n_layers, cfg.d_in, cfg.d_out
-    shapes: dict[str, list[tuple[int, ...]]] = {
-        "W_enc": [(d_in, width) for width in cfg.d_sae],
-        "b_enc": [(width,) for width in cfg.d_sae],
-        "W_dec": [(width, n - i, d_out) for i, width in enumerate(cfg.d_sae)],
-        "b_dec": [(d_out,)] * n,
-    }
-    if cfg.activation == "jumprelu":
-        shapes["threshold"] = [(width,) for width in cfg.d_sae]
-    if cfg.skip:
-        shapes["W_skip"] = [(d_in, d_out)] * n
-    return shapes
+    def tensor_shapes(self) -> dict[str, list[Shape]]:
+        """The tensors of this configuration: by name, the shape of each layer's."""
+        n, d_in, d_out = self.n_layers, self.d_in, self.d_out
+        shapes: dict[str, list[Shape]] = {
+            "W_enc": [(d_in, width) for width in self.d_sae],
+            "b_enc": [(width,) for width in self.d_sae],
+            "W_dec": [(width, n - i, d_out) for i, width in enumerate(self.d_sae)],
+            "b_dec": [(d_out,)] * n,
+        }
+        if self.activation == "jumprelu":
+            shapes["threshold"] = [(width,) for width in self.d_sae]
+        if self.skip:
+            shapes["W_skip"] = [(d_in, d_out)] * n
+        return shapes
 
 
 @final
-class CrossLayerTranscoder(nn.Module):
+class CrossLayerTranscoder(SparseCoder):
     """All layers of a cross-layer transcoder or a weakly causal crosscoder, as one object for `saewb.attach`.
 
     Parameters, each a list with one tensor per layer i: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae,
@@ -112,48 +117,25 @@ class CrossLayerTranscoder(nn.Module):
     Example:
         >>> cfg = CrossLayerConfig(d_in=4, d_sae=(9, 7), hooks=("blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"),
         ...     hooks_out=("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"))
-        >>> shapes = cross_layer_shapes(cfg)
+        >>> shapes = cfg.tensor_shapes()
         >>> clt = CrossLayerTranscoder.from_tensors(cfg, {n: [torch.ones(s) for s in of] for n, of in shapes.items()})
         >>> first, second = clt.encode([torch.ones(3, 4), torch.ones(3, 4)])
         >>> first.shape, second.shape, [y[0, 0].item() for y in clt.decode([first, second])]
         (torch.Size([3, 9]), torch.Size([3, 7]), [46.0, 81.0])
     """
 
-    taps = ("acts_pre", "acts_post", "recons")  # the values `encode_layer` and `decode_layer` hand to `tap`
+    taps = ("acts_pre", "acts_post", "recons")
 
     W_enc: nn.ParameterList
     b_enc: nn.ParameterList
     W_dec: nn.ParameterList
     b_dec: nn.ParameterList
 
-    def __init__(self, cfg: CrossLayerConfig, tensors: Mapping[str, Sequence[Tensor]]) -> None:
-        super().__init__()
+    def _set_weights(self, cfg: CrossLayerConfig, tensors: Mapping[str, Sequence[Tensor]]) -> None:
         self.cfg = cfg
-        for name in cross_layer_shapes(cfg):
+        for name in cfg.tensor_shapes():
             of_layers = [nn.Parameter(tensor.detach(), requires_grad=False) for tensor in tensors[name]]
             self.add_module(name, nn.ParameterList(of_layers))
-
-    @classmethod
-    def from_tensors(cls, cfg: CrossLayerConfig, tensors: Mapping[str, Sequence[Tensor]]) -> CrossLayerTranscoder:
-        """One around these very tensors: no copy, every one accounted for.
-
-        Args:
-            cfg: what they are the weights of.
-            tensors: by the names of this class a tensor for each layer; exactly those that `cfg` calls for.
-
-        Raises:
-            FormatError: if one is missing, left over, or of another shape than `cfg` says.
-        """
-        want = cross_layer_shapes(cfg)
-        if set(tensors) != set(want):
-            missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
-            what = f"weights do not fit {cfg.activation!r}: missing {missing}, left over {extra}."
-            raise FormatError(explain(what, want=", ".join(want)))
-        for name, shapes in want.items():
-            got = [tuple(tensor.shape) for tensor in tensors[name]]
-            if got != shapes:
-                raise FormatError(explain(f"the layers of {name} have shapes {got}.", want=str(shapes)))
-        return cls(cfg, tensors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,13 +164,13 @@ class CrossLayerTranscoder(nn.Module):
         Raises:
             ValueError: if the last axis of `x` is not d_in, or if `tap` is given together with `latents`.
         """
-        if tap is not None and latents is not None:
-            what = "encode_layer got both latents= and tap=."
-            raise ValueError(explain(what, want="one of them; a tap sees all latents"))
-        x, chosen = fitting(self, x, self.cfg.d_in), slice(None) if latents is None else latents
-        pre = torch.tensordot(x, self.W_enc[layer][:, chosen].to(self.dtype), 1) + self.b_enc[layer][chosen]
-        threshold = self.threshold[layer][chosen] if self.cfg.activation == "jumprelu" else None
-        return tapped(tap, "acts_post", threshold_gate(tapped(tap, "acts_pre", pre), threshold))
+        self._check_tap(latents, tap)
+        self._check_input(x)
+        columns = slice(None) if latents is None else latents
+        W_enc, b_enc = self.W_enc[layer][:, columns].to(self.dtype), self.b_enc[layer][columns]
+        threshold = self.threshold[layer][columns] if self.cfg.activation == "jumprelu" else None
+        pre_acts = tapped(tap, "acts_pre", torch.tensordot(x.to(self.dtype), W_enc, 1) + b_enc)
+        return tapped(tap, "acts_post", thresholded(pre_acts, threshold))
 
     def decode_layer(
         self,
@@ -213,7 +195,7 @@ class CrossLayerTranscoder(nn.Module):
         Raises:
             ValueError: if latents of an earlier layer, or `x`, are needed and missing.
         """
-        return self._decoded(self._sources(latents[: layer + 1]), layer, x, tap)
+        return self._decode(self._sources(latents[: layer + 1]), layer, x, tap)
 
     def encode(self, xs: Sequence[Float[Tensor, "..."]]) -> list[Tensor]:
         """`encode_layer` of every layer.
@@ -239,52 +221,65 @@ class CrossLayerTranscoder(nn.Module):
             For each of `cfg.hooks_out` `[..., d_out]`.
         """
         sources = self._sources(self._one_each(latents, "latents"))
-        given = [None] * len(sources) if xs is None else self._one_each(xs)
-        return [self._decoded(sources, layer, x) for layer, x in enumerate(given)]
+        xs = [None] * len(sources) if xs is None else self._one_each(xs)
+        return [self._decode(sources, layer, x) for layer, x in enumerate(xs)]
 
-    def forward(self, xs: Sequence[Float[Tensor, "..."]]) -> list[Tensor]:
-        """`decode(encode(xs), xs)`."""
-        return self.decode(self.encode(xs), xs)
+    def encode_sparse(
+        self, xs: Sequence[Float[Tensor, "..."]], masks: Sequence[Bool[Tensor, "..."] | None] | None = None
+    ) -> list[SparseLatents]:
+        """`encode` without its zeros, one layer's dense latents in memory at a time.
 
-    def _decoded(self, sources: Sequence[Active], layer: int, x: Tensor | None, tap: Tap | None = None) -> Tensor:
+        Args:
+            xs: what the model has at each of `cfg.hooks`, `[..., d_in]`.
+            masks: of each layer, the tokens to encode; None means all.
+        """
+        masks = [None] * self.cfg.n_layers if masks is None else masks
+        layers = zip(self._one_each(xs), masks, range(self.cfg.n_layers), strict=True)
+        acts = ((self.encode_layer(x, layer), mask) for x, mask, layer in layers)
+        return [SparseLatents.from_dense(z if mask is None else torch.where(mask[..., None], z, 0)) for z, mask in acts]
+
+    def _decode(self, sources: Sequence[Active], layer: int, x: Tensor | None, tap: Tap | None = None) -> Tensor:
         if len(sources) <= layer:
             what = f"{self!r} got latents of {len(sources)} layers to decode layer {layer}."
             raise ValueError(explain(what, want=f"those of layers 0 to {layer}"))
-        recon: Tensor = self.b_dec[layer]
+        recons: Tensor = self.b_dec[layer]
         for i, source in enumerate(sources[: layer + 1]):
-            recon = recon + source.written_by(self.W_dec[i][:, layer - i], self.dtype)
-        recon = tapped(tap, "recons", recon)
+            recons = recons + source.written_by(self.W_dec[i][:, layer - i], self.dtype)
+        recons = tapped(tap, "recons", recons)
         if not self.cfg.skip:
-            return recon
+            return recons
         if x is None:
             what = "decode of a cross-layer transcoder with a skip matrix needs its input."
             raise ValueError(explain(what, fix="clt.decode(latents, xs)"))
-        return recon + fitting(self, x, self.cfg.d_in) @ self.W_skip[layer].to(self.dtype)
+        self._check_input(x)
+        return recons + x.to(self.dtype) @ self.W_skip[layer].to(self.dtype)
 
     def _sources(self, latents: Sequence[Tensor]) -> list[Active]:
         for z, width in zip(latents, self.cfg.d_sae, strict=False):
-            check_fit(self, z, width, "latents")
+            self._check_latents(z, width)
         return [active(z) for z in latents]
 
-    def _one_each(self, given: Sequence[Tensor], role: str = "x") -> Sequence[Tensor]:
-        texts = isinstance(given, (list, tuple)) and any(isinstance(one, str) for one in given)
-        if texts or isinstance(given, str) or not hasattr(given, "__len__"):
-            raise not_a_tensor(self, given, role, f"for each of its {self.cfg.n_layers} layers, in a list")
-        if isinstance(given, Tensor) or len(given) != self.cfg.n_layers:
-            got = f"one tensor {tuple(given.shape)}" if isinstance(given, Tensor) else f"{len(given)} tensors"
+    def _one_each(self, tensors: Sequence[Tensor], role: str = "x") -> Sequence[Tensor]:
+        texts = isinstance(tensors, (list, tuple)) and any(isinstance(one, str) for one in tensors)
+        if texts or isinstance(tensors, str) or not hasattr(tensors, "__len__"):
+            raise self._not_a_tensor(tensors, role, f"for each of its {self.cfg.n_layers} layers, in a list")
+        if isinstance(tensors, Tensor) or len(tensors) != self.cfg.n_layers:
+            got = f"one tensor {tuple(tensors.shape)}" if isinstance(tensors, Tensor) else f"{len(tensors)} tensors"
             raise ValueError(explain(f"{self!r} got {got}.", want=f"a list of {self.cfg.n_layers}, one for each layer"))
-        return given
+        return tensors
+
+    @property
+    def _kind(self) -> str:
+        return self.cfg.activation
 
     def __repr__(self) -> str:
         cfg, widths = self.cfg, sorted(set(self.cfg.d_sae))
         each = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
-        facts = [cfg.activation, f"{cfg.n_layers} layers of {cfg.d_in} -> {each} latents -> {cfg.d_out}"]
-        facts += ["skip"] * cfg.skip
-        facts.append(f"{cfg.hooks[0]} to {cfg.hooks[-1]}")
-        facts[-1] += f" => {cfg.hooks_out[0]} to {cfg.hooks_out[-1]}" * (cfg.hooks_out != cfg.hooks)
-        facts += [cfg.model] if cfg.model else []
-        facts.append(f"{str(self.dtype).removeprefix('torch.')} on {self.device}")
-        return f"CrossLayerTranscoder({', '.join(facts)})"
+        parts = [self._kind, f"{cfg.n_layers} layers of {cfg.d_in} -> {each} latents -> {cfg.d_out}"]
+        parts += ["skip"] * cfg.skip
+        parts.append(f"{cfg.hooks[0]} to {cfg.hooks[-1]}")
+        parts[-1] += f" => {cfg.hooks_out[0]} to {cfg.hooks_out[-1]}" * (cfg.hooks_out != cfg.hooks)
+        return self._named(parts)
 
 
 @dataclass(frozen=True, eq=False)

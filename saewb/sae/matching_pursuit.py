@@ -1,6 +1,6 @@
 """Matching pursuit: latents chosen one at a time, each from what those before it left unexplained.
 
-1. r = scale(x) - b_dec, and no latent is on.
+1. r = normalize(x) - b_dec, and no latent is on.
 2. i = argmax_i <r, W_dec[i]>, v = max(<r, W_dec[i]>, 0); latent i gains v, r loses v * W_dec[i].
 3. Again from 2, until latent i was already on, or |r| is below `residual_threshold`, or `max_iterations` are done.
 
@@ -11,60 +11,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saewb.errors import FormatError, explain
+from saewb.errors import explain
 from saewb.kernels.topk import TILE
-from saewb.sae.activation_functions import Latents, Tap, scaled, tapped, unscaled
-from saewb.sae.base import fitting
-from saewb.sae.config import TokenNormalization, WritesWhereItReads, checker, describe
-
-_check = checker("PursuitConfig")
+from saewb.sae.activation_functions import Latents, Tap, tapped
+from saewb.sae.base import SparseCoder
+from saewb.sae.config import OnePointConfig, Shape, TokenNormalization
 
 
 @dataclass(frozen=True)
-class PursuitConfig(WritesWhereItReads):
-    """What a matching pursuit SAE is, without its weights. Wrong or unknown fields raise."""
+class PursuitConfig(OnePointConfig):
+    """Configuration of a matching pursuit SAE. Wrong or unknown fields raise."""
 
-    d_in: int  # width of what it reads and writes
-    d_sae: int  # number of latents
-    residual_threshold: float = 0.01  # stop a token when its residual is shorter than this; 0 means never
-    max_iterations: int | None = None  # latents chosen per token at most; None means d_in
-    stop_on_duplicate: bool = True  # stop a token when it would choose a latent that is already on
-    pre_bias: Literal["none", "tied"] = "tied"  # "none": b_dec is neither subtracted nor added
-    normalization: TokenNormalization = "none"  # per token, undone on the output
-    hook: str | None = None  # the point of the model it reads and writes
-    head: int | None = None  # reads and writes this attention head only; None means all
-    model: str | None = None  # name of the language model it was trained on
-    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # whatever else its file says, kept as read
+    d_in: int
+    """Width of what it reads and writes."""
+    d_sae: int
+    """Number of latents."""
+    residual_threshold: float = 0.01
+    """A token is done when its residual is shorter than this; 0 means never."""
+    max_iterations: int | None = None
+    """Latents chosen per token at most; None means d_in."""
+    stop_on_duplicate: bool = True
+    """A token is done when it would choose a latent that is already on."""
+    pre_bias: Literal["none", "tied"] = "tied"
+    """"none": b_dec is neither subtracted nor added."""
+    normalization: TokenNormalization = "none"
+    """Per token, undone on the output."""
+    hook: str | None = None
+    """The hook point it reads and writes."""
+    head: int | None = None
+    """Reads and writes this attention head only; None means all."""
+    model: str | None = None
+    """Name of the language model it was trained on."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Whatever else its file says, kept as read."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metadata", dict(self.metadata))
-        for name in ("d_in", "d_sae"):
-            width = getattr(self, name)
-            _check(isinstance(width, int) and width > 0, name, width, "a positive integer")
-        _check(self.pre_bias in ("none", "tied"), "pre_bias", self.pre_bias, "'none' or 'tied'")
-        _check(
-            self.normalization in get_args(TokenNormalization),
-            "normalization",
-            self.normalization,
-            ", ".join(get_args(TokenNormalization)),
-        )
-        _check(self.residual_threshold >= 0, "residual_threshold", self.residual_threshold, "a length, 0 or more")
-        _check(
-            self.max_iterations is None or (isinstance(self.max_iterations, int) and self.max_iterations > 0),
-            "max_iterations",
-            self.max_iterations,
-            "a positive integer, or None for d_in",
-        )
+        self._replace(metadata=dict(self.metadata))
+        self._check_counts("d_in", "d_sae")
+        self._check_choice("pre_bias", Literal["none", "tied"])
+        self._check_choice("normalization", TokenNormalization)
+        self._check(self.residual_threshold >= 0, "residual_threshold", "a length, 0 or more")
+        if self.max_iterations is not None:
+            self._check_counts("max_iterations")
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """The tensors of this configuration, by name, with their shapes."""
+        return {"W_dec": (self.d_sae, self.d_in), "b_dec": (self.d_in,)}
 
 
 @final
-class PursuitSAE(nn.Module):
+class PursuitSAE(SparseCoder):
     """A matching pursuit sparse autoencoder: `W_dec [d_sae, d_in]`, `b_dec [d_in]`, and no encoder of its own.
 
     A new one has unit decoder rows in random directions and a zero bias. Rows should keep unit norm: the value v of a
@@ -86,10 +88,7 @@ class PursuitSAE(nn.Module):
         (torch.Size([2, 5, 32]), torch.Size([2, 5, 8]), 3)
     """
 
-    taps = ("acts_post", "recons")  # the values `encode` and `decode` hand to `tap`, in this order
-
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter
+    taps = ("acts_post", "recons")
 
     def __init__(
         self,
@@ -102,55 +101,18 @@ class PursuitSAE(nn.Module):
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
         rows = nn.functional.normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=rng), dim=1)
-        self._declare(
-            cfg, {"W_dec": rows.to(device, dtype), "b_dec": torch.zeros(cfg.d_in, dtype=dtype, device=device)}
-        )
-
-    @classmethod
-    def from_tensors(cls, cfg: PursuitConfig, tensors: Mapping[str, Tensor]) -> PursuitSAE:
-        """A PursuitSAE around these very tensors, `W_dec` and `b_dec`: no copy, nothing left over.
-
-        Raises:
-            FormatError: if one is missing, left over, or of another shape than `cfg` says.
-
-        Example:
-            >>> a = PursuitSAE(PursuitConfig(d_in=2, d_sae=4))
-            >>> PursuitSAE.from_tensors(a.cfg, a.state_dict())
-            PursuitSAE(matching pursuit, 2 -> 4 latents, float32 on cpu)
-        """
-        want = {"W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
-        got = {name: tuple(t.shape) for name, t in tensors.items()}
-        if got != want:
-            raise FormatError(explain(f"weights do not fit a matching pursuit SAE: {got}.", want=str(want)))
-        sae = cls.__new__(cls)
-        nn.Module.__init__(sae)
-        sae._declare(cfg, tensors)
-        return sae
-
-    def _declare(self, cfg: PursuitConfig, tensors: Mapping[str, Tensor]) -> None:
-        self.cfg = cfg
-        self.W_dec = nn.Parameter(tensors["W_dec"].detach())
-        self.b_dec = nn.Parameter(tensors["b_dec"].detach())
+        bias = torch.zeros(cfg.d_in, dtype=dtype, device=device)
+        self._set_weights(cfg, {"W_dec": rows.to(device, dtype), "b_dec": bias})
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
         """The decoder, transposed: what a residual is compared with."""
         return self.W_dec.T
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters; inputs are cast to it."""
-        return self.W_dec.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the parameters."""
-        return self.W_dec.device
-
     def encode(
         self, x: Float[Tensor, "*batch d_in"], latents: Latents | None = None, tap: Tap | None = None
     ) -> Float[Tensor, "..."]:
-        """Latent activations by matching pursuit, in the units of the (scaled) input; 0 or more.
+        """Latent activations by matching pursuit, in the units of the (normalized) input; 0 or more.
 
         Which latents are chosen has no gradient; their values have. Memory for the backward pass is one `d_in` vector
         per choice, never a `d_sae` one.
@@ -172,15 +134,14 @@ class PursuitSAE(nn.Module):
             >>> torch.equal(sae.encode(x, latents=[7, 2]), sae.encode(x)[:, [7, 2]])
             True
         """
-        if tap is not None and latents is not None:
-            raise ValueError(explain("encode got both latents= and tap=.", want="one of them; a tap sees all latents"))
-        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.normalization)
+        self._check_tap(latents, tap)
+        h = self.normalize_input(x)
         rows = (h - self.b_dec if self.cfg.pre_bias == "tied" else h).reshape(-1, self.cfg.d_in)
         if latents is None:
             return tapped(tap, "acts_post", self._pursue(rows).reshape(*h.shape[:-1], self.cfg.d_sae))
         tiles = rows.split(max(1, TILE // self.cfg.d_sae))
-        kept = torch.cat([self._pursue(tile)[:, latents] for tile in tiles])
-        return kept.reshape(*h.shape[:-1], *kept.shape[1:])
+        acts = torch.cat([self._pursue(tile)[:, latents] for tile in tiles])
+        return acts.reshape(*h.shape[:-1], *acts.shape[1:])
 
     def decode(
         self,
@@ -188,33 +149,21 @@ class PursuitSAE(nn.Module):
         x: Float[Tensor, "*batch d_in"] | None = None,
         tap: Tap | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """The reconstruction in the model's units, `unscale(latents @ W_dec + b_dec)`.
+        """The reconstruction in the model's units, `denormalize(latents @ W_dec + b_dec)`.
 
         Args:
             latents: `[..., d_sae]`.
-            x: the input they came from; needed, and only used, with a scaling.
-            tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
+            x: the input they came from; needed, and only used, with a normalization.
+            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is used on.
 
         Raises:
             TypeError: if `latents` is no tensor.
             ValueError: if its last axis is not d_sae; if `x` is needed and missing.
         """
-        recon = fitting(self, latents, self.cfg.d_sae, "latents") @ self.W_dec
-        recon = tapped(tap, "recons", recon + self.b_dec if self.cfg.pre_bias == "tied" else recon)
-        if self.cfg.normalization == "none":
-            return recon
-        if x is None:
-            raise ValueError(
-                explain(
-                    f"decode of an SAE with normalization={self.cfg.normalization!r} needs its input.",
-                    fix="sae.decode(latents, x)",
-                )
-            )
-        return unscaled(recon, fitting(self, x, self.cfg.d_in), self.cfg.normalization)
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """`decode(encode(x), x)`."""
-        return self.decode(self.encode(x), x)
+        self._check_latents(latents, self.cfg.d_sae)
+        recons = latents.to(self.dtype) @ self.W_dec
+        recons = tapped(tap, "recons", recons + self.b_dec if self.cfg.pre_bias == "tied" else recons)
+        return self.denormalize(recons, x)
 
     def fold_decoder_norm(self) -> PursuitSAE:
         """Refused: rows of another norm would be chosen in another order.
@@ -282,5 +231,6 @@ class PursuitSAE(nn.Module):
             moving = moving & (residual.norm(dim=-1) >= self.cfg.residual_threshold)
         return moving
 
-    def __repr__(self) -> str:
-        return describe(self, "matching pursuit")
+    @property
+    def _kind(self) -> str:
+        return "matching pursuit"

@@ -1,7 +1,7 @@
 """The sparse autoencoder: one class for every published feed-forward architecture.
 
-    latents = activation((scale(x) - b_pre) @ W_enc + b_enc)
-    recon   = unscale(latents @ W_dec + b_dec) (+ x @ W_skip)
+    latents = activation((normalize(x) - b_pre) @ W_enc + b_enc)
+    recons  = denormalize(latents @ W_dec + b_dec) (+ x @ W_skip)
 
 The activation is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else
 differs between papers is a matter of reading a file (`saewb.pretrained.formats`) or of training (`saewb.training.objectives`), not of
@@ -17,20 +17,23 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from saewb.errors import FormatError, explain
+from saewb.errors import explain
 from saewb.kernels.select import Rough, chosen
 from saewb.kernels.topk import TILE, top
-from saewb.sae.activation_functions import Latents, Tap, scaled, tapped, threshold_gate, unscaled
-from saewb.sae.base import fitting
-from saewb.sae.config import SAEConfig, describe, tensor_shapes
-from saewb.sae.sparse import TopLatents
+from saewb.sae.activation_functions import Latents, Tap, tapped, thresholded
+from saewb.sae.base import SparseCoder
+from saewb.sae.config import SAEConfig
+from saewb.sae.sparse import SparseLatents
 
-__all__ = ["SAE", "SAEConfig", "TopLatents", "describe", "replace_config", "tensor_shapes"]
+__all__ = ["SAE", "SAEConfig", "replace_config"]
+
+_SPARSE = 1 / 32  # share of latents that may be active, above which a product in bf16 is not asked which are
 
 
 @final
-class SAE(nn.Module):
+class SAE(SparseCoder):
     """A sparse autoencoder or transcoder.
 
     Parameters, where they apply: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae, d_out]` (row i is the direction
@@ -56,7 +59,7 @@ class SAE(nn.Module):
         (torch.Size([2, 5, 32]), torch.Size([2, 5, 8]), 3)
     """
 
-    taps = ("acts_pre", "acts_post", "recons")  # the values `encode` and `decode` hand to `tap`, in this order
+    taps = ("acts_pre", "acts_post", "recons")
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
@@ -67,75 +70,19 @@ class SAE(nn.Module):
         self, cfg: SAEConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__()
-        self._declare(cfg, _initial(cfg, seed, dtype, device))
-
-    @classmethod
-    def from_tensors(cls, cfg: SAEConfig, tensors: Mapping[str, Tensor]) -> SAE:
-        """An SAE around these very tensors: no copy, every one accounted for.
-
-        Args:
-            cfg: what they are the weights of.
-            tensors: by the names of this class; exactly those that `cfg` calls for.
-
-        Raises:
-            FormatError: if one is missing, left over, or of another shape than `cfg` says.
-
-        Example:
-            >>> a = SAE(SAEConfig(d_in=2, d_sae=4))
-            >>> SAE.from_tensors(a.cfg, a.state_dict())
-            SAE(relu, 2 -> 4 latents, float32 on cpu)
-        """
-        want = tensor_shapes(cfg)
-        if set(tensors) != set(want):
-            missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
-            raise FormatError(
-                explain(
-                    f"weights do not fit {cfg.activation!r}: missing {missing}, left over {extra}.",
-                    want=", ".join(want),
-                )
-            )
-        for name, shape in want.items():
-            if tuple(tensors[name].shape) != shape:
-                raise FormatError(
-                    explain(
-                        f"{name} has shape {tuple(tensors[name].shape)}.",
-                        want=f"{shape} for d_in={cfg.d_in}, d_sae={cfg.d_sae}, d_out={cfg.d_out}",
-                    )
-                )
-        sae = cls.__new__(cls)
-        nn.Module.__init__(sae)
-        sae._declare(cfg, tensors)
-        return sae
-
-    def _declare(self, cfg: SAEConfig, tensors: Mapping[str, Tensor]) -> None:
-        self.cfg = cfg
-        for name in tensor_shapes(cfg):
-            # Written past `register_parameter`, which refuses a name that is also a property of the class (`b_pre`).
-            self._parameters[name] = nn.Parameter(
-                tensors[name].detach(), requires_grad=tensors[name].is_floating_point()
-            )
+        self._set_weights(cfg, _initial(cfg, seed, dtype, device))
 
     @property
     def b_pre(self) -> nn.Parameter | None:
-        """What is subtracted from the (scaled) input before encoding: None, `b_dec` itself when tied, or its own."""
+        """Subtracted from the (normalized) input before encoding: None, `b_dec` itself when tied, or its own."""
         return self.b_dec if self.cfg.pre_bias == "tied" else self._parameters.get("b_pre")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters, and of what comes out."""
-        return self.W_dec.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the parameters; inputs must be there."""
-        return self.W_dec.device
 
     def encode(
         self, x: Float[Tensor, "*batch d_in"], latents: Latents | None = None, tap: Tap | None = None
     ) -> Float[Tensor, "..."]:
-        """Latent activations, in the units of the (scaled) input.
+        """Latent activations, in the units of the (normalized) input.
 
-            activation((scale(x) - b_pre) @ W_enc + b_enc)
+            activation((normalize(x) - b_pre) @ W_enc + b_enc)
 
         ReLU keeps what is > 0, JumpReLU what is strictly > threshold (and > 0), TopK the k largest that are > 0,
         AbsTopK the k largest in magnitude, with their sign, GroupMax the largest of each of k groups that is > 0.
@@ -158,19 +105,20 @@ class SAE(nn.Module):
             >>> torch.equal(sae.encode(x, latents=[7, 2]), sae.encode(x)[:, [7, 2]])
             True
         """
-        if tap is not None and latents is not None:
-            raise ValueError(explain("encode got both latents= and tap=.", want="one of them; a tap sees all latents"))
-        h = self.centered(x)
+        self._check_tap(latents, tap)
+        h = self.encoder_input(x)
         if latents is None:
-            pre = h @ self.W_enc + self.b_enc
-            return tapped(tap, "acts_post", self._gate(tapped(tap, "acts_pre", pre)))
+            pre_acts = h @ self.W_enc + self.b_enc
+            return tapped(tap, "acts_post", self._activation(tapped(tap, "acts_pre", pre_acts)))
         if self.cfg.k is not None:
             return self._topk_subset(h, latents)
         threshold = self.threshold[latents] if self.cfg.activation == "jumprelu" else None
-        return threshold_gate(torch.tensordot(h, self.W_enc[:, latents], 1) + self.b_enc[latents], threshold)
+        return thresholded(torch.tensordot(h, self.W_enc[:, latents], 1) + self.b_enc[latents], threshold)
 
-    def encode_topk(self, x: Float[Tensor, "*batch d_in"], rough: Rough | None = None) -> TopLatents:
-        """What a top-k activation keeps, as k values and indices per token: `encode(x)` without its zeros.
+    def encode_topk(self, x: Float[Tensor, "*batch d_in"], rough: Rough | None = None) -> SparseLatents:
+        """What a top-k activation keeps: `encode(x)` without its zeros, with gradients.
+
+        The result holds k values and indices per token (`.topk`).
 
         On a CPU, without gradients, it takes a block of latents at a time: twice as quick as the product with all of a
         wide SAE, and 32 MiB of pre-activations at most. Where the processor multiplies bf16 quickly, that chooses and
@@ -179,7 +127,7 @@ class SAE(nn.Module):
 
         Args:
             x: activations of the model, as for `encode`.
-            rough: of these weights, where there are many calls (`saewb.sae.encoding.Encoder`).
+            rough: of these weights, where there are many calls (`saewb.sae.base.SparseEncoder`).
 
         Raises:
             ValueError: if the activation is a threshold, which keeps no fixed number.
@@ -187,25 +135,26 @@ class SAE(nn.Module):
         if self.cfg.k is None:
             what = f"encode_topk on a {self.cfg.activation!r} SAE."
             raise ValueError(explain(what, want="a top-k activation", fix="sae.encode(x)"))
-        h = self.centered(x)
+        h = self.encoder_input(x)
         rows, shape = h.reshape(-1, h.shape[-1]), (*h.shape[:-1], self.cfg.d_sae)
-        return TopLatents(*chosen(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.activation, rough), shape)
+        topk = chosen(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.activation, rough)
+        return SparseLatents.from_topk(*topk, shape)
 
     def decode(
         self,
-        latents: Float[Tensor, "*batch d_sae"] | TopLatents,
+        latents: Float[Tensor, "*batch d_sae"] | SparseLatents,
         x: Float[Tensor, "*batch d_in"] | None = None,
         tap: Tap | None = None,
     ) -> Float[Tensor, "..."]:
         """The reconstruction (or, for a transcoder, the prediction) in the model's units.
 
-            unscale(latents @ W_dec + b_dec) (+ x @ W_skip)
+            denormalize(latents @ W_dec + b_dec) (+ x @ W_skip)
 
         Args:
-            latents: `[..., d_sae]`, or what `encode_topk` gave.
+            latents: `[..., d_sae]`, or what `encode_topk` or `encode_sparse` gave.
             x: the input they came from. Needed, and only used, where the output depends on it beyond the latents: with
-                a scaling (to undo it) and with a skip matrix.
-            tap: called with ("recons", latents @ W_dec + b_dec), before scaling is undone; what it returns is used on.
+                a normalization (to undo it) and with a skip matrix.
+            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is used on.
 
         Returns:
             `[..., d_out]`.
@@ -214,23 +163,11 @@ class SAE(nn.Module):
             TypeError: if `latents` is no tensor.
             ValueError: if its last axis is not d_sae; if `x` is needed and missing.
         """
-        recon = tapped(tap, "recons", self._decoded(latents))
-        if self.cfg.normalization == "none" and not self.cfg.skip:
-            return recon
-        if x is None:
-            raise ValueError(
-                explain(
-                    f"decode of an SAE with normalization={self.cfg.normalization!r}, skip={self.cfg.skip} needs its input.",
-                    fix="sae.decode(latents, x)",
-                )
-            )
-        x = fitting(self, x, self.cfg.d_in)
-        recon = unscaled(recon, x, self.cfg.normalization)
-        return recon + x @ self.W_skip if self.cfg.skip else recon
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "..."]:
-        """`decode(encode(x), x)`."""
-        return self.decode(self.encode(x), x)
+        if not isinstance(latents, SparseLatents):
+            self._check_latents(latents, self.cfg.d_sae)
+            latents = latents.to(self.dtype)
+        recons = self.denormalize(tapped(tap, "recons", latents @ self.W_dec + self.b_dec), x)
+        return recons + self._needed(x) @ self.W_skip if self.cfg.skip else recons
 
     @torch.no_grad()
     def fold_decoder_norm(self) -> SAE:
@@ -292,31 +229,46 @@ class SAE(nn.Module):
             self.cfg, {name: new[name] if name in new else p.clone() for name, p in self._parameters.items()}
         )
 
-    def centered(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """What the encoder's matrix is multiplied with: scale(x) - b_pre."""
-        h = scaled(fitting(self, x, self.cfg.d_in), self.cfg.normalization)
+    def encoder_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """What the encoder's matrix is multiplied with: normalize(x) - b_pre."""
+        h = self.normalize_input(x)
         return h if self.b_pre is None else h - self.b_pre
 
-    def _gate(self, pre: Tensor) -> Tensor:
+    def _activation(self, pre_acts: Tensor) -> Tensor:
         if self.cfg.k is None:
-            return threshold_gate(pre, self.threshold if self.cfg.activation == "jumprelu" else None)
-        values, indices = top(pre, self.cfg.k, self.cfg.activation)
-        return torch.zeros_like(pre).scatter(-1, indices, values)
+            return thresholded(pre_acts, self.threshold if self.cfg.activation == "jumprelu" else None)
+        values, indices = top(pre_acts, self.cfg.k, self.cfg.activation)
+        return torch.zeros_like(pre_acts).scatter(-1, indices, values)
 
     def _topk_subset(self, h: Tensor, latents: Latents) -> Tensor:
-        rows = h.reshape(-1, h.shape[-1])
-        tiles = rows.split(max(1, TILE // self.cfg.d_sae))
-        kept = torch.cat([self._gate(tile @ self.W_enc + self.b_enc)[:, latents] for tile in tiles])
-        return kept.reshape(*h.shape[:-1], *kept.shape[1:])
+        tiles = h.reshape(-1, h.shape[-1]).split(max(1, TILE // self.cfg.d_sae))
+        acts = torch.cat([self._activation(tile @ self.W_enc + self.b_enc)[:, latents] for tile in tiles])
+        return acts.reshape(*h.shape[:-1], *acts.shape[1:])
 
-    def _decoded(self, latents: Tensor | TopLatents) -> Tensor:
-        if not isinstance(latents, TopLatents):
-            return fitting(self, latents, self.cfg.d_sae, "latents") @ self.W_dec + self.b_dec
-        summed = nn.functional.embedding_bag(latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum")
-        return (summed + self.b_dec).view(*latents.shape[:-1], self.cfg.d_out)
+    def _threshold(self, latents: Tensor | slice) -> Tensor:
+        return self.threshold[latents] if self.cfg.activation == "jumprelu" else torch.zeros_like(self.b_enc[latents])
 
-    def __repr__(self) -> str:
-        return describe(self, self.cfg.activation if self.cfg.k is None else f"{self.cfg.activation} k={self.cfg.k}")
+    def _approximation(self, x: Float[Tensor, "tokens d_in"]) -> Rough | None:
+        if self.cfg.activation == "groupmax":
+            return None
+        floor = None if self.cfg.k is not None else torch.relu(self._threshold(slice(None)))
+        return Rough.of(self.W_enc.detach(), self.b_enc.detach(), self.encoder_input(x), floor)
+
+    def _encode_tokens(self, x: Float[Tensor, "tokens d_in"], rough: Rough | None) -> SparseLatents | None:
+        if self.cfg.k is not None:
+            return self.encode_topk(x, rough)
+        limit = int(_SPARSE * len(x) * self.cfg.d_sae)
+        listed = None if rough is None else rough.over(self.encoder_input(x), limit)
+        if listed is None:
+            return None
+        token, latent, pre_acts = listed
+        acts = thresholded(pre_acts, self._threshold(latent))
+        active = acts.nonzero()[:, 0]
+        return SparseLatents(token[active], latent[active], acts[active], (len(x), self.cfg.d_sae))
+
+    @property
+    def _kind(self) -> str:
+        return self.cfg.activation if self.cfg.k is None else f"{self.cfg.activation} k={self.cfg.k}"
 
 
 def replace_config(sae: SAE, **changes: Any) -> SAE:
@@ -334,13 +286,12 @@ def replace_config(sae: SAE, **changes: Any) -> SAE:
 
 
 def _initial(cfg: SAEConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
-    made = {name: torch.zeros(shape) for name, shape in tensor_shapes(cfg).items()}
+    """Unit decoder rows in random directions, the encoder their transpose (or its own directions), zeros."""
+    tensors = {name: torch.zeros(shape) for name, shape in cfg.tensor_shapes().items()}
     rng = torch.Generator().manual_seed(seed)
-    made["W_dec"] = nn.functional.normalize(torch.randn(cfg.d_sae, cfg.d_out, generator=rng), dim=1)
-    reads = (
-        made["W_dec"]
-        if cfg.d_in == cfg.d_out
-        else nn.functional.normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=rng), dim=1)
-    )
-    made["W_enc"] = reads.T.contiguous()
-    return {name: t.to(device=device, dtype=dtype) for name, t in made.items()}
+    tensors["W_dec"] = normalize(torch.randn(cfg.d_sae, cfg.d_out, generator=rng), dim=1)
+    rows = tensors["W_dec"]
+    if cfg.d_in != cfg.d_out:
+        rows = normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=rng), dim=1)
+    tensors["W_enc"] = rows.T.contiguous()
+    return {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}

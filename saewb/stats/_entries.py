@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saewb.sae.sparse import SparseLatents
 from saewb.stats.cooccurrence import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation, correlation_stats
 
@@ -248,28 +249,19 @@ class Sparse(Entries):
     same: bool = True
 
     @classmethod
-    def of(
-        cls,
-        token: Int[Tensor, " n"],
-        latent: Int[Tensor, " n"],
-        act: Float[Tensor, " n"],
-        n_tokens: int,
-        d_sae: int,
-        what: str,
-        min_fires: int,
-    ) -> Sparse:
-        """From each active (token, latent) once; latents active on fewer than `min_fires` tokens are undefined."""
-        from scipy.sparse import csr_array
-
-        token, latent, act = token.cpu(), latent.cpu(), act.cpu().double()
-        act = act if what == "correlation" else torch.ones_like(act)
+    def of(cls, latents: SparseLatents, what: str, min_fires: int) -> Sparse:
+        """From active latents; those active on fewer than `min_fires` tokens are undefined."""
+        z = latents.to_scipy().astype(np.float64)
+        if what != "correlation":
+            z.data[:] = 1
+        act, n_tokens, d_sae = torch.from_numpy(z.data), *z.shape
+        latent = torch.from_numpy(z.indices).long()
         mean, square = (act.new_zeros(d_sae).index_add_(0, latent, x) / n_tokens for x in (act, act.square()))
         variance = (square - mean.square()).clamp(min=0)
         fires = torch.bincount(latent, minlength=d_sae)
         defined = (fires >= max(1, min_fires)) & (variance > 1e-12 * square)
         scale = torch.where(defined, variance.rsqrt(), 0)
-        place = token.numpy(), latent.numpy()
-        z = csr_array(((act * scale[latent]).numpy(), place), shape=(n_tokens, d_sae))
+        act *= scale[latent]
         return cls(z.tocsc(), z, torch.where(defined, mean * scale, torch.nan), what)
 
     @property

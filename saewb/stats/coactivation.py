@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.sae.sparse import TopLatents
+from saewb.sae.sparse import SparseLatents
 from saewb.stats.cooccurrence import Coactivation, Side, triangle
 
 MAX_BYTES = 2 * 10**9
@@ -29,7 +29,7 @@ _WORK = _PAIRS * 96 + _DENSE * 48  # bytes that steps 1 to 3 take, whatever come
 
 
 def coactivation(
-    batches: Iterable[Float[Tensor, "_ d_sae"] | TopLatents], *, products: bool = True, max_bytes: int = MAX_BYTES
+    batches: Iterable[Float[Tensor, "_ d_sae"] | SparseLatents], *, products: bool = True, max_bytes: int = MAX_BYTES
 ) -> Coactivation:
     """How often each two latents of an SAE fire on the same token, over all batches.
 
@@ -53,11 +53,11 @@ def coactivation(
     """
     stream = None
     for batch in batches:
-        if not isinstance(batch, (Tensor, TopLatents)):
+        if not isinstance(batch, (Tensor, SparseLatents)):
             what = f"coactivation got a {type(batch).__name__} for a batch."
             raise TypeError(explain(what, want="activations [tokens, d_sae]", fix="coactivation([sae.encode(x)])"))
         if stream is None:
-            place = batch.values.device if isinstance(batch, TopLatents) else batch.device
+            place = batch.device
             stream = CoactivationStream(batch.shape[-1], products=products, max_bytes=max_bytes, device=place)
         stream.update(batch)
     if stream is None:
@@ -110,8 +110,8 @@ class CoactivationStream:
     @torch.no_grad()
     def update(
         self,
-        latents: Float[Tensor, "tokens d_sae"] | TopLatents,
-        latents_b: Float[Tensor, "tokens d_sae_b"] | TopLatents | None = None,
+        latents: Float[Tensor, "tokens d_sae"] | SparseLatents,
+        latents_b: Float[Tensor, "tokens d_sae_b"] | SparseLatents | None = None,
     ) -> None:
         """Add these tokens; none is allowed.
 
@@ -194,7 +194,7 @@ class CoactivationStream:
         if self.n_tokens + more >= 2**31:
             raise ValueError(explain(f"{self.n_tokens + more:,} tokens are too many to count.", want="under 2**31"))
 
-    def _check(self, latents: Tensor | TopLatents, latents_b: Tensor | TopLatents | None) -> None:
+    def _check(self, latents: Tensor | SparseLatents, latents_b: Tensor | SparseLatents | None) -> None:
         self._check_open()
         two = self._b is not self._a
         if two != (latents_b is not None):
@@ -237,12 +237,13 @@ class _Fired:
     starts: Int[Tensor, " tokens"]  # where those of each token start
 
     @classmethod
-    def of(cls, latents: Tensor | TopLatents, tokens: slice, device: torch.device) -> _Fired:
-        values = (latents.values if isinstance(latents, TopLatents) else latents)[tokens]
-        token, slot = values.nonzero(as_tuple=True)
-        latent = latents.indices[tokens][token, slot] if isinstance(latents, TopLatents) else slot
-        each = torch.bincount(token, minlength=len(values))
-        parts = latent.long(), values[token, slot].double(), each, each.cumsum(0) - each
+    def of(cls, latents: Tensor | SparseLatents, tokens: slice, device: torch.device) -> _Fired:
+        if isinstance(latents, Tensor):
+            latents = SparseLatents.from_dense(latents[tokens])
+        else:
+            latents = latents.select(torch.arange(latents.n_tokens, device=latents.device)[tokens])
+        each = torch.bincount(latents.token, minlength=latents.n_tokens)
+        parts = latents.latent.long(), latents.act.double(), each, latents.starts
         return cls(*(part.to(device) for part in parts))
 
     def padded(self, tokens: Int[Tensor, " some"], width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,8 +254,9 @@ class _Fired:
         return self.latent[at], self.value[at], real
 
 
-def _width(latents: Tensor | TopLatents) -> int:
-    return (latents.values if isinstance(latents, TopLatents) else latents).shape[1]
+def _width(latents: Tensor | SparseLatents) -> int:
+    is_topk = isinstance(latents, SparseLatents) and latents.topk is not None
+    return latents.topk.values.shape[1] if is_topk else latents.shape[1]
 
 
 def _rectangles(a: Int[Tensor, " tokens"], b: Int[Tensor, " tokens"]) -> Iterator[tuple[Tensor, int, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saewb.errors import explain
 from saewb.metrics import check_same, check_some, float64
-from saewb.sae.sparse import TopLatents
+from saewb.sae.sparse import SparseLatents
 
 DEAD_BELOW = 1e-6  # of tokens; on fewer than a million tokens: latents that never fired
 DENSE_ABOVE = 0.1  # of tokens
@@ -63,22 +63,24 @@ class FiringStream:
         self._sums: Float[Tensor, " d_sae"] | None = None
         self._max: Float[Tensor, " d_sae"] | None = None
 
-    def update(self, latents: Float[Tensor, "tokens d_sae"] | TopLatents, lengths: Sequence[int] | None = None) -> None:
+    def update(
+        self, latents: Float[Tensor, "tokens d_sae"] | SparseLatents, lengths: Sequence[int] | None = None
+    ) -> None:
         """Add these tokens; none is allowed.
 
         Args:
-            latents: activations, or what `encode_topk` gave.
+            latents: activations, dense or sparse.
             lengths: how many of the tokens, one after another, belong to each row of text; None: to one row, all.
 
         Raises:
             ValueError: if there are more or fewer latents than in earlier batches; if lengths do not sum to the tokens.
         """
-        n = len(latents.values if isinstance(latents, TopLatents) else latents)
+        n = latents.n_tokens if isinstance(latents, SparseLatents) else len(latents)
         lengths = [n] if lengths is None else [length for length in lengths if length]
         if sum(lengths) != n:
             raise ValueError(explain(f"lengths sum to {sum(lengths)}.", want=f"{n}, the number of tokens"))
         if n:
-            self._add(n, *(_sparse if isinstance(latents, TopLatents) else _dense)(latents, lengths))
+            self._add(n, *(_sparse if isinstance(latents, SparseLatents) else _dense)(latents, lengths))
 
     def merge(self, other: FiringStream) -> None:
         """Add the tokens that `other` has seen; it stays as it is."""
@@ -145,13 +147,17 @@ def _dense(latents: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor,
     return counts.sum(0).long(), in_rows.sum(0), totals.sum(0), largest.amax(0)
 
 
-def _sparse(latents: TopLatents, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of the values a top-k activation kept, in time and memory of those, not of all latents."""
-    d_sae, k = latents.shape[-1], latents.indices.shape[1]
-    values, indices = float64(latents.values.abs()).flatten(), latents.indices.flatten()
+def _sparse(latents: SparseLatents, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of active latents, in time and memory of those, not of all latents."""
+    d_sae, rows = latents.d_sae, torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(latents.device)
+    if latents.topk is None:
+        values, indices, row = latents.act, latents.latent, rows[latents.token]
+    else:  # as they are: nothing here needs them in order
+        values, indices = (tensor.flatten() for tensor in latents.topk)
+        row = rows.repeat_interleave(latents.topk.values.shape[1])
+    values = float64(values.abs())
     active, none = (values != 0).long(), values.new_zeros(d_sae)
-    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(indices.device)
-    once = (rows.repeat_interleave(k) * d_sae + indices)[active.bool()].unique() % d_sae  # each (row, latent) once
+    once = (row * d_sae + indices)[active.bool()].unique() % d_sae  # each (row, latent) once
     return (
         torch.zeros_like(none, dtype=torch.long).index_add(0, indices, active),
         torch.bincount(once, minlength=d_sae),

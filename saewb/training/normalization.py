@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.sae.activation_functions import scaled, unscaled
+from saewb.sae.activation_functions import denormalized, normalized
 from saewb.sae.config import TokenNormalization
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE, replace_config
@@ -56,7 +56,7 @@ class Units:
 
     def apply(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """Activations in training units."""
-        x = scaled(x, self.normalization)
+        x = normalized(x, self.normalization)
         x = x if self.mean is None else x - self.mean
         if self.whitening is not None:
             return x @ self.whitening.matrix
@@ -64,7 +64,11 @@ class Units:
 
     def undo(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """What was written in training units, in the model's; `x` is what was read, in the model's (for its scale)."""
-        y = unscaled(y / self.factor, x, self.normalization) if self.whitening is None else y @ self.whitening.inverse
+        y = (
+            denormalized(y / self.factor, x, self.normalization)
+            if self.whitening is None
+            else y @ self.whitening.inverse
+        )
         return y if self.mean is None else y + self.mean
 
 

@@ -135,12 +135,12 @@ def test_a_download_that_fails_is_shown_and_the_next_one_works(page, steps):
     page.get_by_role("button", name="Load gpt2-small-res-jb").click()
     for _ in range(10):
         steps.release()
-    page.locator(".complaint", has_text="the download broke off").wait_for()
-    assert page.locator(".complaint img").count() == 0
+    page.locator(".error_message", has_text="the download broke off").wait_for()
+    assert page.locator(".error_message img").count() == 0
     assert page.locator("progress").count() == 0
     assert isinstance(panel.error, ConnectionError)
     page.get_by_role("button", name="Dismiss").click()
-    page.locator(".complaint").wait_for(state="hidden")
+    page.locator(".error_message").wait_for(state="hidden")
     page.locator(".row", has_text="blocks.8.hook_resid_pre").click()
     page.get_by_role("button", name="Load gpt2-small-res-jb, blocks.8").click()
     for _ in range(10):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import chromium, panel_driver
 from saewb_widgets import CorrelationPanel
-from saewb_widgets.correlation import view as _map_looking
+from saewb_widgets.correlation import view
 
 import saewb
 from saewb.stats import _overview
@@ -199,8 +199,8 @@ def test_the_model_is_stopped_and_run_again(page, monkeypatch):
 
 
 def test_a_part_in_view_becomes_finer(page, monkeypatch):
-    monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
-    monkeypatch.setattr(_map_looking, "PIXELS", 100)
+    monkeypatch.setattr(view, "AT_ONCE", 10)
+    monkeypatch.setattr(view, "PIXELS", 100)
     monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
     monkeypatch.setattr(_overview, "MAX_CELLS", 500)
     low = saewb.random_low_rank_correlation(2000, 5, scale=0.1, seed=1)
@@ -227,7 +227,7 @@ def test_tiny_and_undefined_matrices(page, matrix):
     i = int(panel.overview.rows[0])
     page.locator(".pair h3", has_text=f"{i} and {i}").wait_for()
     assert ("not defined" in page.inner_text(".pair h3")) == bool(matrix.isnan().any())
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     assert panel.view == (0, len(matrix), 0, len(matrix))
 
 
@@ -248,7 +248,7 @@ def test_hostile_tokens_are_text_and_errors_are_shown(page):
     with pytest.raises(ValueError, match="near: density"):
         panel.order = "densty"
     flush()
-    page.locator(".complaint", has_text="order is 'densty'").wait_for()
+    page.locator(".error_message", has_text="order is 'densty'").wait_for()
     page.evaluate("() => __stop()")
     assert page.evaluate("() => __heard()") == 0
 

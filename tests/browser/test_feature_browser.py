@@ -175,17 +175,17 @@ def test_an_error_is_shown_and_the_panel_goes_on(page):
     before = panel.selected
     tensors.there = False
     page.locator(".row").nth(3).click()
-    page.locator(".complaint", has_text="OSError: stale file handle").wait_for()
+    page.locator(".error_message", has_text="OSError: stale file handle").wait_for()
     assert [type(e) for e in page.raised] == [OSError]
     heading(page, before)
     page.fill("input[type=search]", "/(/")
-    page.locator(".complaint", has_text="is no pattern").wait_for()
+    page.locator(".error_message", has_text="is no pattern").wait_for()
     page.get_by_role("button", name="Dismiss").first.click()
-    page.locator(".complaint").wait_for(state="hidden")
+    page.locator(".error_message").wait_for(state="hidden")
     tensors.there = True
     page.locator(".row").nth(5).click()
     heading(page, panel.latents[5])
-    assert page.locator(".complaint").is_hidden()
+    assert page.locator(".error_message").is_hidden()
 
 
 def test_hostile_tokens_are_text(page):

@@ -43,10 +43,10 @@ def test_feature_browser_in_jupyterlab(notebook):
     page.locator(".saewb .top button[aria-pressed=true]", has_text="pinned").wait_for()
     assert page.locator(".jp-Notebook .jp-Cell").count() == len(CELLS)
     page.fill(".saewb input[type=search]", "/(/")
-    page.locator(".saewb .complaint", has_text="is no pattern").wait_for()
+    page.locator(".saewb .error_message", has_text="is no pattern").wait_for()
     notebook.run(1)
     heading(748)
-    page.locator(".saewb .complaint").wait_for(state="hidden")
+    page.locator(".saewb .error_message").wait_for(state="hidden")
     notebook.run(2)
     found = index.search("physicist")
     assert notebook.output(2).strip() == f"748 [{order[4]}] {len(found)}"
@@ -54,7 +54,7 @@ def test_feature_browser_in_jupyterlab(notebook):
     notebook.run(3)
     assert "latent 99999" in notebook.output(3)
     assert "traitlets" not in notebook.output(3)
-    page.locator(".saewb .complaint", has_text="want: 0 to 1023").wait_for()
+    page.locator(".saewb .error_message", has_text="want: 0 to 1023").wait_for()
     notebook.do("apputils:change-theme", theme="JupyterLab Dark")
     page.locator(".saewb[data-theme=dark]").wait_for()
     if where := os.environ.get("SAEWB_SCREENSHOTS"):

@@ -89,7 +89,7 @@ def in_both_themes(book, **panels):
 
 def stands_aside(page):
     """While the panel is there, what stands in for it is not seen."""
-    stills = page.locator("[class^=saewb-still]")
+    stills = page.locator("[class^=saewb-snapshot]")
     stills.first.wait_for(state="attached")
     assert not any(still.is_visible() for still in stills.all())
 
@@ -125,9 +125,9 @@ def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
         assert book.output(1).strip() == "775 encoder True"
         book.run(2)
         assert "direction 99999 of 1024" in book.output(2)
-        panel.locator(".complaint", has_text="want: 0 to 1023").wait_for()
+        panel.locator(".error_message", has_text="want: 0 to 1023").wait_for()
         panel.get_by_role("button", name="Dismiss").click()
-        panel.locator(".complaint").wait_for(state="hidden")
+        panel.locator(".error_message").wait_for(state="hidden")
         book.run(3)
         assert book.output(3).strip() == "True"
         book.run(4)

@@ -87,7 +87,7 @@ def test_effects_on_the_next_token_that_is_chosen(page):
     assert panel.rank == "attribution"
     page.fill("input[aria-label='Next token that effects are on']", "two words")
     page.keyboard.press("Enter")
-    page.locator(".complaint", has_text="of this model").wait_for()
+    page.locator(".error_message", has_text="of this model").wait_for()
     assert isinstance(panel.error, ValueError)
     page.get_by_role("button", name="Dismiss").first.click()
     page.get_by_role("button", name="The likeliest again").click()
@@ -137,12 +137,12 @@ def test_errors_a_long_prompt_and_none(page):
     chromium.mount(page, panel)
     page.fill("textarea", "A cat sat. " * 500)
     page.keyboard.press("Enter")
-    page.locator(".complaint", has_text="takes 512 at most").wait_for()
+    page.locator(".error_message", has_text="takes 512 at most").wait_for()
     assert page.locator(".token").count() == 0
     page.fill("textarea", "A cat sat. " * 100)
     page.keyboard.press("Enter")
     page.locator(".pages").wait_for()
-    assert page.locator(".complaint").is_hidden()
+    assert page.locator(".error_message").is_hidden()
     n = panel.window["total"]
     assert page.locator(".token").count() == n - 400
     page.get_by_role("button", name="Earlier tokens").click()

@@ -130,7 +130,7 @@ def explore(notebook, reading):
     target.click()
     target.fill("two words")
     target.press("Enter")
-    page.locator(f"{EXPLORER} .complaint", has_text="of this model").wait_for()
+    page.locator(f"{EXPLORER} .error_message", has_text="of this model").wait_for()
     busy(notebook)
 
 
@@ -150,7 +150,7 @@ def busy(notebook):
     typed(page, TEXT)
     page.locator(f"{EXPLORER} .token", has_text="physicist").wait_for()
     page.locator(f"{EXPLORER} .token", has_text="physicist").click()
-    page.locator(f"{EXPLORER} .complaint").wait_for(state="hidden")
+    page.locator(f"{EXPLORER} .error_message").wait_for(state="hidden")
 
 
 def typed(page, text):

@@ -191,9 +191,9 @@ def the_kernel_is_busy(notebook, panel):
 def what_goes_wrong_is_said(notebook, panel):
     notebook.run(4)  # an exception: there is no such run yet
     assert "no run 'two' here" in notebook.output(4)
-    panel.locator(".complaint", has_text="no run 'two' here").wait_for()
+    panel.locator(".error_message", has_text="no run 'two' here").wait_for()
     panel.get_by_role("button", name="Dismiss").click()
-    panel.locator(".complaint").wait_for(state="hidden")
+    panel.locator(".error_message").wait_for(state="hidden")
     notebook.run(5)  # a run that crashes
     crashing = panel.get_by_label("Run crashing")
     crashing.locator("pre.bad", has_text="OSError: <b>the disk is gone</b>").wait_for()
@@ -233,9 +233,9 @@ def test_catalogue_picker_in_jupyterlab(opened, browser, tmp_path, monkeypatch, 
             assert notebook.output(2).strip().endswith("True True")  # after huggingface_hub's bars
             notebook.run(3)
             assert "near: gpt2-small-res-jb" in notebook.output(3)
-            panel.locator(".complaint", has_text="near: gpt2-small-res-jb").wait_for()
+            panel.locator(".error_message", has_text="near: gpt2-small-res-jb").wait_for()
             panel.get_by_role("button", name="Dismiss").click()
-            panel.locator(".complaint").wait_for(state="hidden")
+            panel.locator(".error_message").wait_for(state="hidden")
             pictured(page, "catalogue")
             notebook.stands_in(0, entry.repo)
             notebook.save()

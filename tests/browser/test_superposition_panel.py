@@ -163,8 +163,8 @@ def test_an_exception_is_shown_and_goes_away(page):
         panel.selected = 5000
     except ValueError:
         flush()
-    page.locator(".complaint", has_text="want: 0 to 1023").wait_for()
+    page.locator(".error_message", has_text="want: 0 to 1023").wait_for()
     page.get_by_role("button", name="Dismiss").click()
-    page.locator(".complaint").wait_for(state="hidden")
+    page.locator(".error_message").wait_for(state="hidden")
     page.locator(".rows .row button").nth(4).click()
     page.locator("h3", has_text=f"Nearest to {panel.rows['rows'][2][0]}").wait_for()

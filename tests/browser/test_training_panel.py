@@ -159,7 +159,7 @@ def test_a_form_says_what_is_wrong_and_starts_a_run(page, tmp_path):
     page.get_by_role("button", name="Show the form for a new run").click()
     page.locator(".field").first.wait_for()
     page.get_by_role("button", name="Start the training").click()
-    page.locator(".complaint pre", has_text="holds a run already").wait_for()
+    page.locator(".error_message pre", has_text="holds a run already").wait_for()
     page.raised.clear()
 
 

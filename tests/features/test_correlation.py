@@ -26,7 +26,7 @@ def dense(sae, ids, plain, n_tokens=10**9, head=None):
 @pytest.mark.parametrize("activation", ["relu", "topk"])
 def test_it_is_the_correlation_of_activations(by, activation, monkeypatch):
     monkeypatch.setattr(module, "_PASS", 40)  # in several passes
-    monkeypatch.setattr("saewb.sae.encoding._TILE", 400)
+    monkeypatch.setattr("saewb.sae.base._TILE", 400)
     sae = tiny_models.sae(HOOK, activation=activation, **({"k": 9} if activation == "topk" else {}))
     ids, seen = tiny_models.tokens(14, 10), []
     how = {"by": by, "skip_special_tokens": [tiny_models.BOS], "n_tokens": 100, "min_fires": 1, "progress": seen.append}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
-from saewb.sae.sae import SAE, SAEConfig, tensor_shapes
-from saewb.sae.temporal import TemporalConfig, TemporalSAE, temporal_shapes
+from saewb.sae.sae import SAE, SAEConfig
+from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
 D_IN, D_SAE, D_OUT = 8, 24, 6
 HOOK, HOOK_OUT = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
@@ -37,7 +37,7 @@ def _drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
 def feed_forward(seed: int = 1, **fields: object) -> SAE:
     """An SAE with random weights; its decoder rows have norms from about 0.4 to 1.8."""
     cfg = SAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "hook": HOOK, "model": "gpt2", **fields})
-    return SAE.from_tensors(cfg, _drawn(tensor_shapes(cfg), seed))
+    return SAE.from_tensors(cfg, _drawn(cfg.tensor_shapes(), seed))
 
 
 def pursuit(seed: int = 2, **fields: object) -> PursuitSAE:
@@ -52,7 +52,7 @@ def temporal(seed: int = 3, **fields: object) -> TemporalSAE:
     """A TemporalSAE whose decoder rows are long enough for its codes not to be tiny."""
     base = {"d_in": D_IN, "d_sae": D_SAE, "hook": HOOK, "model": "gpt2", "n_heads": 2, "bottleneck_factor": 3}
     cfg = TemporalConfig(**{**base, **fields})
-    drawn = _drawn(temporal_shapes(cfg), seed)
+    drawn = _drawn(cfg.tensor_shapes(), seed)
     return TemporalSAE.from_tensors(cfg, {**drawn, "W_dec": drawn["W_dec"] * 3})
 
 

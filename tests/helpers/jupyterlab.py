@@ -53,7 +53,7 @@ class Notebook:
         """Wait until what stands in for the panel under a cell, once there is no kernel, says this."""
         self.page.wait_for_function(
             "([i, text]) => [...document.querySelectorAll('.jp-Notebook .jp-Cell')[i]"
-            ".querySelectorAll('[class^=saewb-still]')].some(still => still.textContent.includes(text))",
+            ".querySelectorAll('[class^=saewb-snapshot]')].some(still => still.textContent.includes(text))",
             arg=[cell, text],
         )
 

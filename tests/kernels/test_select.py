@@ -12,7 +12,7 @@ import saewb
 from saewb.kernels import select
 from saewb.kernels.select import Rough, rough_bytes
 from saewb.kernels.topk import top, top_of_product
-from saewb.sae.encoding import Encoder
+from saewb.sae.base import SparseEncoder
 
 D_SAE = 2048
 
@@ -186,12 +186,12 @@ def test_an_encoder_says_what_fires(name, quick, monkeypatch):
     sae = SAES[name]()
     rng = torch.Generator().manual_seed(5)
     x, plain = torch.randn(6, 7, 48, generator=rng), torch.rand(6, 7, generator=rng) < 0.8
-    encoder, dense = Encoder(sae), torch.zeros(6, 7, D_SAE)
-    for rows, on in encoder.parts(x, plain):
+    encoder, dense = SparseEncoder(sae), torch.zeros(6, 7, D_SAE)
+    for rows, on in encoder.tiles(x, plain):
         key = on.token * D_SAE + on.latent
         assert (key.diff() > 0).all()
-        assert (on.value != 0).all()
-        dense[rows].view(-1, D_SAE)[on.token, on.latent] = on.value
+        assert (on.act != 0).all()
+        dense[rows] = on.dense().float()
     want = (sae.encode(x) * plain[..., None]).detach().float()
     if sae.dtype == torch.bfloat16:  # equal values, of which any may be kept, are common
         dense, want, rtol = dense.sort(-1).values, want.sort(-1).values, 1e-2
@@ -223,9 +223,9 @@ def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
 
 def test_what_it_holds_is_what_is_stated():
     before = """
-import saewb.kernels.select as rough
+import saewb.kernels.select as select
 select.finer = lambda *_: "bf16"
 W, b, h = torch.randn(64, 2**16), torch.zeros(2**16), torch.randn(4096, 64)
 select.Rough.of(W[:, :2048].contiguous(), b[:2048], h).top(h[:64], 32, "topk")"""
-    took = peak_bytes(before, "rough.Rough.of(W, b, h).top(h, 32, 'topk')")  # all of it would be 1 GiB
+    took = peak_bytes(before, "select.Rough.of(W, b, h).top(h, 32, 'topk')")  # all of it would be 1 GiB
     assert took < rough_bytes(64, 2**16) + 4096 * 32 * 12

@@ -14,7 +14,7 @@ from saewb.errors import FormatError
 from saewb.interventions.attachment import attach
 from saewb.models import hook_points
 from saewb.pretrained.load import save_sae
-from saewb.sae.cross_layer import CrossLayerConfig, CrossLayerTranscoder, cross_layer_shapes
+from saewb.sae.cross_layer import CrossLayerConfig, CrossLayerTranscoder
 
 READ, WRITE = "blocks.{}.hook_resid_mid", "blocks.{}.hook_mlp_out"
 WIDTHS = (20, 24, 28)
@@ -24,7 +24,7 @@ def drawn(cfg, seed=0, std=0.3, dtype=torch.float32):
     rng = torch.Generator().manual_seed(seed)
     tensors = {
         name: [(torch.randn(shape, generator=rng) * std).to(dtype) for shape in shapes]
-        for name, shapes in cross_layer_shapes(cfg).items()
+        for name, shapes in cfg.tensor_shapes().items()
     }
     if "threshold" in tensors:
         tensors["threshold"] = [t.abs() for t in tensors["threshold"]]
@@ -46,7 +46,7 @@ def made(seed=0, **fields):
 
 def formula(clt, xs):
     """z_i and y_j by numpy, in float64."""
-    w = {name: [p.double().numpy() for p in getattr(clt, name)] for name in cross_layer_shapes(clt.cfg)}
+    w = {name: [p.double().numpy() for p in getattr(clt, name)] for name in clt.cfg.tensor_shapes()}
     latents, out = [], []
     for i, x in enumerate(xs):
         pre = x.double().numpy() @ w["W_enc"][i] + w["b_enc"][i]
@@ -191,7 +191,7 @@ def test_configurations_are_checked(fields, wrong):
 
 def test_every_tensor_is_accounted_for():
     cfg = config(skip=True)
-    for name in cross_layer_shapes(cfg):
+    for name in cfg.tensor_shapes():
         tensors = drawn(cfg)
         with pytest.raises(FormatError, match=f"missing .*{name}"):
             CrossLayerTranscoder.from_tensors(cfg, {n: t for n, t in tensors.items() if n != name})

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
-from saewb.sae.sparse import TopLatents
+from saewb.sae.sparse import SparseLatents
 from saewb.stats import coactivation as module
 from saewb.stats.coactivation import CoactivationStream, coactivation, needed_bytes
 from saewb.stats.correlation import correlation_stats
@@ -133,7 +133,10 @@ def test_top_latents_are_the_same_as_dense_ones():
     values, indices = x.relu().topk(4, dim=1)
     kept = torch.zeros_like(x).scatter(1, indices, values)
     found = coactivation(
-        [TopLatents(values[:70], indices[:70], (70, 12)), TopLatents(values[70:], indices[70:], (130, 12))]
+        [
+            SparseLatents.from_topk(values[:70], indices[:70], (70, 12)),
+            SparseLatents.from_topk(values[70:], indices[70:], (130, 12)),
+        ]
     )
     check(found, kept)
 
@@ -217,7 +220,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         (lambda: stream.update(latents(), latents()), "two SAEs"),
         (lambda: two.update(latents()), "one SAE"),
         (
-            lambda: two.update(torch.zeros(2, 12), TopLatents(torch.ones(3, 1), torch.ones(3, 1).long(), (3, 3))),
+            lambda: two.update(
+                torch.zeros(2, 12), SparseLatents.from_topk(torch.ones(3, 1), torch.ones(3, 1).long(), (3, 3))
+            ),
             "same tokens",
         ),
         (lambda: stream.merge(two), "x 3 latents with products cannot go into one of 12 latents with"),

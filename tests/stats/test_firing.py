@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saewb.sae.sparse import TopLatents
+from saewb.sae.sparse import SparseLatents
 from saewb.stats.firing import FiringStream
 
 LATENTS = torch.tensor([[0.0, 2.0, -1.0, 0.0], [0.0, 0.0, 3.0, 0.0], [0.0, 0.5, -9.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
@@ -22,7 +22,7 @@ def firing(*batches, lengths=None, **limits):
 
 def as_top(dense, k=3):
     indices = dense.abs().topk(k).indices
-    return TopLatents(dense.gather(1, indices), indices, tuple(dense.shape))
+    return SparseLatents.from_topk(dense.gather(1, indices), indices, tuple(dense.shape))
 
 
 @pytest.mark.parametrize("form", [lambda x: x, as_top], ids=["dense", "sparse"])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saewb
+from saewb.sae.sparse import SparseLatents
 from saewb.stats import _entries, _ordering, _overview
 from saewb.stats import correlation_map as matrix_view
 from saewb.stats._entries import Sparse
@@ -30,8 +31,7 @@ def firings(n_tokens=400, d_sae=23, seed=0):
 
 
 def fired(acts, what, least=1):
-    token, latent = acts.nonzero(as_tuple=True)
-    return saewb.MatrixView(Sparse.of(token, latent, acts[token, latent], *acts.shape, what, least))
+    return saewb.MatrixView(Sparse.of(SparseLatents.from_dense(acts), what, least))
 
 
 def views(n=37):

@@ -13,7 +13,7 @@ from helpers import panel_driver
 from helpers.architecture_registry import feed_forward
 from helpers.fake_hub import hub
 from saewb_widgets import CataloguePicker
-from saewb_widgets.catalogue_picker import filter as _shelf
+from saewb_widgets.catalogue_picker import filter
 from saewb_widgets.catalogue_picker import panel as catalogue_picker
 
 import saewb
@@ -84,7 +84,7 @@ def test_what_remains_after_other_filters(everything):
     assert dict(panel.left["layer"]) == rows.layer.value_counts().to_dict()
     assert [v for v, _ in panel.left["layer"]] == sorted(rows.layer.unique())
     assert dict(panel.left["site"]) == everything[everything.d_sae == 32768].site.value_counts().to_dict()
-    panel.asked("clear")
+    panel.on_request("clear")
     assert (panel.site, panel.width, panel.rows["total"]) == ("", None, len(everything))
 
 
@@ -132,10 +132,10 @@ def test_wrong_values():
     ):
         with pytest.raises(ValueError, match=says):
             setattr(panel, trait, wrong)
-        assert panel.complaint.startswith("ValueError: ")
+        assert panel.error_message.startswith("ValueError: ")
     assert (panel.selected, panel.rows["total"]) == (JB, 13_857)
     panel.site = "z"
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     with pytest.raises(TypeError, match="near: release"):
         CataloguePicker(relase="x")
     with pytest.raises(ValueError, match="a row chosen"):
@@ -221,7 +221,7 @@ def test_cancelling_stops_the_thread_and_a_newer_load_the_older(slow):
     slow.step.release()
     assert slow.ended.wait(60)
     collect(panel)
-    assert (panel.complaint, panel.error, panel.sae) == ("", None, None)
+    assert (panel.error_message, panel.error, panel.sae) == ("", None, None)
     panel.cancel()  # nothing runs
     slow.ended.clear()
     panel.load()
@@ -241,10 +241,10 @@ def test_what_fails_is_shown_and_the_panel_goes_on(slow):
     slow.on(6)
     with pytest.raises(ConnectionError, match="broke off"):
         panel.wait(60)
-    assert panel.complaint.startswith("ConnectionError: the download broke off.\n  fix:")
+    assert panel.error_message.startswith("ConnectionError: the download broke off.\n  fix:")
     assert (panel.busy, panel.progress, panel.loaded) == ("", {}, {})
     panel.layer = 3
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     slow.fails = None
     panel.load()
     slow.on(6)
@@ -268,7 +268,7 @@ panel = CataloguePicker(selected=JB)
 def until(what, seconds=100):
     end = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < end, [panel.progress, panel.complaint, threading.enumerate()]
+        assert time.monotonic() < end, [panel.progress, panel.error_message, threading.enumerate()]
         time.sleep(0.02)
         panel._on_message(panel, {"do": "collect"})
 
@@ -278,7 +278,7 @@ def loaded():
         panel.wait(100)
     except Exception as error:
         assert panel.error is error and not panel.busy and not panel.progress
-        return panel.complaint
+        return panel.error_message
     return panel.loaded["text"]
 
 def threads():
@@ -328,7 +328,7 @@ for _ in range(3):  # cancelled each time when a little more has come
     ends.append(panel.progress)
     panel.cancel()
     until(lambda: not threads())
-    ends.append([panel.busy, panel.progress, panel.sae is None, panel.complaint])
+    ends.append([panel.busy, panel.progress, panel.sae is None, panel.error_message])
 whole = [str(p) for p in Path(constants.HF_HUB_CACHE).rglob("snapshots/*/**/sae_weights.safetensors")]
 constants.HF_HUB_OFFLINE = True
 offline = loaded()  # nothing of what came in part is taken for an SAE
@@ -375,16 +375,16 @@ panel.selected = JB
 constants.HF_HUB_OFFLINE = True
 said += [loaded(), panel.rows["total"]]
 constants.HF_HUB_OFFLINE = False
-print(json.dumps([*said, loaded(), panel.complaint]))
+print(json.dumps([*said, loaded(), panel.error_message]))
 """
     with hub({entry.repo: files}, closed={repos[0]}) as (endpoint, _):
-        gated, nothing, away, total, there, complaint = in_an_interpreter(code, endpoint, tmp_path / "home")
+        gated, nothing, away, total, there, error_message = in_an_interpreter(code, endpoint, tmp_path / "home")
     assert gated.startswith(f"FileNotFoundError: {repos[0]} on the hub is there for those only who accepted")
     assert nothing.startswith(f"FileNotFoundError: no SAE at {repos[1]!r}")
     assert "the hub cannot be reached" in away
     assert total == 13_857
     assert there.startswith("SAE(relu, 64 -> 128 latents")
-    assert complaint == ""
+    assert error_message == ""
 
 
 def test_no_network_is_said_in_one_line(tmp_path):
@@ -403,4 +403,4 @@ def test_examples_run():
     found = doctest.testmod(catalogue_picker)
     assert found.attempted > 5
     assert found.failed == 0
-    assert [_shelf.size(n) for n in (None, 500_000, 151_096_320)] == ["", "0.5 MB", "151 MB"]
+    assert [filter.size(n) for n in (None, 500_000, 151_096_320)] == ["", "0.5 MB", "151 MB"]

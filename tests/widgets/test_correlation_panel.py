@@ -13,7 +13,7 @@ import torch
 from helpers import panel_driver
 from saewb_widgets import CorrelationPanel
 from saewb_widgets.correlation import panel as correlation
-from saewb_widgets.correlation import view as _map_looking
+from saewb_widgets.correlation import view as view_module
 
 import saewb
 from saewb.stats import _overview
@@ -111,10 +111,10 @@ def test_wrong_values_are_said_and_not_taken(trait, wrong, says):
     before = getattr(panel, trait)
     with pytest.raises(ValueError, match=says):
         setattr(panel, trait, wrong)
-    assert says in panel.complaint
+    assert says in panel.error_message
     assert getattr(panel, trait) == before
     panel.view = (0, 9, 0, 9)
-    assert panel.complaint == ""
+    assert panel.error_message == ""
 
 
 def test_what_it_is_made_with_is_checked():
@@ -224,7 +224,7 @@ def test_a_model_that_fails_says_so():
     panel = CorrelationPanel(sae, model=model, tokens=[""])
     with pytest.raises(ValueError, match="tokens"):
         panel.wait(60)
-    assert panel.complaint.startswith("ValueError: ")
+    assert panel.error_message.startswith("ValueError: ")
     assert panel.busy == ""
     with pytest.raises(TypeError, match="want: an SAE"):
         CorrelationPanel(low(), model=model, tokens=["a"])
@@ -277,7 +277,7 @@ def test_a_second_matrix_has_to_fit():
 
 
 def test_two_large_matrices(monkeypatch):
-    monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
+    monkeypatch.setattr(view_module, "AT_ONCE", 10)
     monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
     panel = CorrelationPanel(low(2000), against=low(2000), matched=[*range(1999), -1], order="index")
     assert panel.beside is None  # means of it take a pass, which has not been made
@@ -287,8 +287,8 @@ def test_two_large_matrices(monkeypatch):
 
 
 def test_a_part_in_view_is_made_finer(monkeypatch):
-    monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
-    monkeypatch.setattr(_map_looking, "PIXELS", 100)
+    monkeypatch.setattr(view_module, "AT_ONCE", 10)
+    monkeypatch.setattr(view_module, "PIXELS", 100)
     monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
     monkeypatch.setattr(_overview, "MAX_CELLS", 500)
     panel = CorrelationPanel(low(2000), order="index")
@@ -336,16 +336,16 @@ def test_an_index_deleted_under_the_panel():
     tensors.there = False
     with pytest.raises(OSError, match="stale file handle"):
         panel.pair = (3, 5)
-    assert panel.complaint == "OSError: stale file handle"
+    assert panel.error_message == "OSError: stale file handle"
     panel.view = (0, 50, 0, 50)  # the matrix is in memory
     assert panel.shown.cells == "exact"
     tensors.there = True
     panel.pair = (3, 6)
-    assert (panel.complaint, panel.page["sides"][1]["feature"]) == ("", 6)
+    assert (panel.error_message, panel.page["sides"][1]["feature"]) == ("", 6)
 
 
 def test_large_ones_are_looked_through_beside_the_notebook(monkeypatch):
-    monkeypatch.setattr(_map_looking, "AT_ONCE", 10)
+    monkeypatch.setattr(view_module, "AT_ONCE", 10)
     monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
     go, real = threading.Event(), _overview.Overview.scan
     monkeypatch.setattr(_overview.Overview, "scan", lambda self: (go.wait(30), (yield from real(self)))[1])

@@ -39,7 +39,7 @@ def test_the_first_view_is_the_ranking(panel, index):
     assert panel.rows["total"] == len(index)
     assert [row["latent"] for row in panel.rows["rows"]] == index.ranking(feature_browser.WINDOW)
     assert panel.position == 0
-    assert (panel.error, panel.complaint, panel.busy) == (None, "", "")
+    assert (panel.error, panel.error_message, panel.busy) == (None, "", "")
 
 
 VIEWS = {
@@ -156,11 +156,11 @@ def test_wrong_values_are_said_shown_and_not_taken(panel, trait, wrong, says):
     with pytest.raises(ValueError, match=says) as caught:
         setattr(panel, trait, wrong)
     assert panel.error is caught.value
-    assert re.search(says, panel.complaint)
-    assert panel.complaint.startswith("ValueError: ")
+    assert re.search(says, panel.error_message)
+    assert panel.error_message.startswith("ValueError: ")
     assert (getattr(panel, trait), panel.latents, panel.page) == (before, listed, page)
     panel.selected = 7
-    assert (panel.error, panel.complaint, panel.page["latent"]) == (None, "", 7)
+    assert (panel.error, panel.error_message, panel.page["latent"]) == (None, "", 7)
 
 
 def test_wrong_values_from_the_front_end_are_taken_back(panel):
@@ -169,10 +169,10 @@ def test_wrong_values_from_the_front_end_are_taken_back(panel):
     with pytest.raises(ValueError, match="is no pattern"):
         panel.set_state({"query": "/(/", "sort": "max"})
     assert (panel.query, panel.sort, panel.latents) == ("", "best", listed)
-    assert "is no pattern" in panel.complaint
-    assert {"query", "sort", "complaint"} <= set(sent)
+    assert "is no pattern" in panel.error_message
+    assert {"query", "sort", "error_message"} <= set(sent)
     panel.set_state({"query": "river", "sort": "max"})
-    assert (panel.query, panel.sort, panel.complaint, panel.error) == ("river", "max", "", None)
+    assert (panel.query, panel.sort, panel.error_message, panel.error) == ("river", "max", "", None)
     assert executed(panel)["latents"] == panel.latents
 
 
@@ -188,12 +188,12 @@ def test_an_index_deleted_under_the_panel(index, tmp_path):
     ):
         with pytest.raises(OSError, match="stale file handle"):
             act()
-        assert panel.complaint == "OSError: stale file handle"
+        assert panel.error_message == "OSError: stale file handle"
         assert isinstance(panel.error, OSError)
     assert panel.page == page
     tensors.there = True
     panel.selected = 100
-    assert (panel.complaint, panel.page["latent"]) == ("", 100)
+    assert (panel.error_message, panel.page["latent"]) == ("", 100)
     panel.query = "river"
     assert executed(panel)["latents"] == panel.latents
 
@@ -266,7 +266,11 @@ def test_notes_that_cannot_be_written_are_said(index, tmp_path):
     panel._notes_file = tmp_path / "file" / "notes.json"
     with pytest.raises(OSError, match="file"):
         press(panel, "pin", latent=3)
-    assert "OSError" in panel.complaint or "NotADirectoryError" in panel.complaint or "FileExists" in panel.complaint
+    assert (
+        "OSError" in panel.error_message
+        or "NotADirectoryError" in panel.error_message
+        or "FileExists" in panel.error_message
+    )
     assert panel.pins == [3]
 
 
@@ -282,9 +286,9 @@ def test_saving_a_page(panel, tmp_path):
     assert panel.notice == ""
     with pytest.raises(IsADirectoryError):
         press(panel, "save", path=str(tmp_path))
-    assert "is a folder" in panel.complaint
+    assert "is a folder" in panel.error_message
     press(panel, "dismiss")
-    assert (panel.complaint, panel.error) == ("", None)
+    assert (panel.error_message, panel.error) == ("", None)
 
 
 def test_messages_that_are_none(panel):
@@ -292,7 +296,7 @@ def test_messages_that_are_none(panel):
         panel._on_message(panel, content)
     with pytest.raises(ValueError, match="asked to 'explode'"):
         press(panel, "explode")
-    assert "explode" in panel.complaint
+    assert "explode" in panel.error_message
     press(panel, "code")
     assert panel.notice == panel.code()
 
@@ -405,7 +409,7 @@ def test_work_that_fails_is_said_where_it_is_asked_for(monkeypatch, index):
         panel = FeatureBrowser(index)
         with pytest.raises(OSError, match="stale"):
             panel.wait(30)
-    assert (panel.complaint, panel.busy) == ("OSError: stale file handle", "")
+    assert (panel.error_message, panel.busy) == ("OSError: stale file handle", "")
     panel.selected = 5
     assert panel.page["latent"] == 5
     panel.sort = "max"  # asks for the table again

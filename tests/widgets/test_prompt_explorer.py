@@ -106,7 +106,7 @@ def test_it_opens_on_the_last_token_and_says_what_fires_there(index):
     words = saewb.next_tokens(model, TEXT, sae).to_frame()
     assert [w for w, *_ in panel.words["words"]] == words.token.tolist()
     assert [p for *_, p, _ in panel.words["words"]] == pytest.approx(words.probability.tolist(), rel=1e-3)
-    assert (panel.error, panel.complaint, panel.busy) == (None, "", "")
+    assert (panel.error, panel.error_message, panel.busy) == (None, "", "")
 
 
 def test_a_token_a_latent_and_back():
@@ -166,7 +166,7 @@ def test_pins_stay_at_hand(index):
         panel.pin(5000)
     with pytest.raises(ValueError, match="SAE 2 of 1"):
         panel.pins = [(2, 0)]
-    assert "SAE 2 of 1" in panel.complaint
+    assert "SAE 2 of 1" in panel.error_message
 
 
 def test_a_browser_follows(index):
@@ -234,11 +234,11 @@ def test_a_cross_layer_transcoder_is_read_layer_by_layer():
     before = panel.latents
     with pytest.raises(TypeError, match="reads and writes at every layer"):
         changed(panel, rank="attribution")
-    assert "TypeError" in panel.complaint
+    assert "TypeError" in panel.error_message
     assert (panel.rank, panel.busy) == ("logit_effect", "")  # taken back
     assert panel.latents is before
     changed(panel, shown=3, position=2)
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     check_code(panel)
     panel.selected_sae, panel.selected = 2, 27
     with pytest.raises(ValueError, match="0 to 27"):
@@ -266,7 +266,7 @@ def test_no_prompt_and_back():
     check_code(panel)
     changed(panel, prompt="")
     assert panel.window == panel.words == {}
-    assert panel.complaint == ""
+    assert panel.error_message == ""
 
 
 def test_a_long_prompt_is_sent_in_parts():
@@ -302,7 +302,7 @@ def test_too_long_a_prompt_is_said_and_the_panel_goes_on():
     panel = explorer()
     with pytest.raises(ValueError, match="tokens; .* takes 512 at most"):
         changed(panel, prompt="A cat sat. " * 500)
-    assert "takes 512 at most" in panel.complaint
+    assert "takes 512 at most" in panel.error_message
     assert panel.window == panel.listing == {}
     assert (panel.latents, panel.busy) == (None, "")
     press(panel, "move", by=1)
@@ -310,7 +310,7 @@ def test_too_long_a_prompt_is_said_and_the_panel_goes_on():
     with pytest.raises(ValueError, match="takes 512"):
         panel.wait(60)
     changed(panel, prompt="A cat")
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     check_code(panel)
     with pytest.raises(ValueError, match="takes 512"):
         explorer(prompt="A cat sat. " * 500)
@@ -333,7 +333,7 @@ def test_wrong_values(index):
         with pytest.raises(ValueError, match=says):
             setattr(panel, trait, wrong)
         assert getattr(panel, trait) == before
-        assert re.search(says, panel.complaint)
+        assert re.search(says, panel.error_message)
     panel.rank = "logit_effect"
     panel.wait(60)
     with pytest.raises(ValueError, match="of this model"):
@@ -460,7 +460,7 @@ def test_it_says_how_far_it_is_and_stops(monkeypatch):
     press(panel, "collect")
     assert panel.busy == "running the model: layer 2 of 4"
     press(panel, "stop")
-    assert (panel.busy, panel.prompt, panel.window, panel.complaint) == ("", TEXT, {}, "")
+    assert (panel.busy, panel.prompt, panel.window, panel.error_message) == ("", TEXT, {}, "")
     assert panel.notice.startswith("Stopped")  # and not: waiting for the kernel
     go.release()
     held.remove()
@@ -504,11 +504,11 @@ def test_a_model_that_fails_is_said_and_can_be_tried_again(monkeypatch):
         patched.setattr(saewb, "read_in_turn", lambda *a, **k: 1 / 0, raising=False)
         with pytest.raises(ZeroDivisionError):
             changed(panel, prompt=TEXT)
-    assert panel.complaint.startswith("ZeroDivisionError")
+    assert panel.error_message.startswith("ZeroDivisionError")
     assert (panel.prompt, panel.window, panel.busy) == (TEXT, {}, "")
     press(panel, "read")
     panel.wait(60)
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     check_code(panel)
     with monkeypatch.context() as patched:
         patched.setattr(saewb, "next_tokens", lambda *a, **k: 1 / 0, raising=False)
@@ -575,12 +575,12 @@ def test_an_index_that_is_gone_is_said(index):
     tensors.there = False
     with pytest.raises(OSError, match="stale"):
         panel.selected = 700
-    assert "OSError: stale file handle" in panel.complaint
+    assert "OSError: stale file handle" in panel.error_message
     with pytest.raises(OSError, match="stale"):
         changed(panel, prompt="A cat and a dog")
     tensors.there = True
     changed(panel, position=3)
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     check_code(panel)
 
 
@@ -594,7 +594,7 @@ def test_a_front_end_that_sets_several_things():
     with pytest.raises(ValueError, match="latent 5000"):
         panel.set_state({"selected_sae": 0, "selected": 5000})
     assert panel.selected == 5
-    assert "latent 5000" in panel.complaint
+    assert "latent 5000" in panel.error_message
 
 
 # Where no kernel runs

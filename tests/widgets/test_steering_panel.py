@@ -270,9 +270,9 @@ def test_search(made):
     bare = SteeringPanel(*panel_driver.embedded())
     with pytest.raises(ValueError, match="no index to search"):
         bare.query = "Brazil"
-    assert "no index" in bare.complaint
+    assert "no index" in bare.error_message
     bare.query = "3"
-    assert bare.complaint == ""
+    assert bare.error_message == ""
     assert bare.found["rows"][0][:2] == [0, 3]
 
 
@@ -293,16 +293,16 @@ def test_prompts_of_no_and_of_too_many_tokens(made):
     made.prompt = "word " * 2000
     with pytest.raises(ValueError, match="context 512"):
         made.wait()
-    assert "the prompt has" in made.complaint
+    assert "the prompt has" in made.error_message
     assert (made.movers, made.changes, made.busy) == ([], None, "")
     with pytest.raises(ValueError, match="context 512"):
         say(made, "generate")
-    assert "the prompt has" in made.complaint
+    assert "the prompt has" in made.error_message
     assert not made.running
     made.prompt = "The"
     say(made, "generate")
     made.wait()
-    assert made.complaint == ""
+    assert made.error_message == ""
     same(made, executed(made, model=made.model, sae=made.saes[0]))
 
 
@@ -326,12 +326,12 @@ def test_an_exception_half_way_is_shown_and_the_panel_goes_on(made, monkeypatch)
     made.generate()
     with pytest.raises(ZeroDivisionError):
         made.wait()
-    assert made.complaint.startswith("ZeroDivisionError")
+    assert made.error_message.startswith("ZeroDivisionError")
     assert (made.running, made.busy, made.stale) == (False, "", True)
     monkeypatch.setattr(saewb, "steer", real)
     made.generate()
     made.wait()
-    assert made.complaint == ""
+    assert made.error_message == ""
     assert made.steered
 
 
@@ -343,14 +343,14 @@ def test_an_index_deleted_under_it(made):
     gone.there = False
     with pytest.raises(OSError, match="stale file handle"):
         panel.add(713, 4.0)
-    assert "stale file handle" in panel.complaint
+    assert "stale file handle" in panel.error_message
     assert [card["label"] for card in panel.cards] == ["", ""]
     panel.generate()
     panel.wait()
     same(panel, executed(panel, model=panel.model, sae=panel.saes[0]))
     gone.there = True
     panel.remove(713)
-    assert (panel.complaint, panel.cards) == ("", [label])
+    assert (panel.error_message, panel.cards) == ("", [label])
 
 
 def test_wrong_values(made):
@@ -373,7 +373,7 @@ def test_wrong_values(made):
         before = getattr(made, trait)
         with pytest.raises(ValueError, match=says):
             setattr(made, trait, wrong)
-        assert says in made.complaint
+        assert says in made.error_message
         assert getattr(made, trait) == before
     with pytest.raises(ValueError, match="asked to 'explode'"):
         say(made, "explode")

@@ -68,9 +68,9 @@ def test_a_tensor(directions):
     assert ["of length 0", 1, "directions"] in panel.figures["figures"]
     with pytest.raises(ValueError, match="a tensor has no encoder"):
         panel.side = "encoder"
-    assert "no encoder" in panel.complaint
+    assert "no encoder" in panel.error_message
     panel.selected = 59
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     assert panel.page["direction"] == 59
 
 
@@ -83,7 +83,7 @@ def test_wrong_values(sae, directions):
     ):
         with pytest.raises(ValueError, match=says):
             setattr(panel, trait, wrong)
-        assert says in panel.complaint
+        assert says in panel.error_message
     with pytest.raises(TypeError, match="near: selected"):
         SuperpositionPanel(directions, selcted=3)
     with pytest.raises(TypeError, match="want: an SAE or a tensor"):
@@ -94,7 +94,7 @@ def test_wrong_values(sae, directions):
         SuperpositionPanel(directions / 0)
     with pytest.raises(ValueError, match="asked to 'explode'"):
         panel._on_message(panel, {"do": "explode"})
-    assert "explode" in panel.complaint
+    assert "explode" in panel.error_message
 
 
 def test_many_directions_take_a_thread(monkeypatch, sae):
@@ -122,12 +122,12 @@ def test_directions_that_cannot_be_compared_say_so_and_leave_the_panel(monkeypat
     panel = SuperpositionPanel(directions)
     with pytest.raises(ValueError, match="not finite"):
         panel.wait(60)
-    assert panel.complaint.startswith("ValueError: ")
+    assert panel.error_message.startswith("ValueError: ")
     assert (panel.busy, panel.neighbors, panel.static_html()) == ("", [], "<div>not computed yet</div>")
     directions[3, 4] = 1.0
     panel.closest_first = False  # asks anew
     panel.wait(60)
-    assert panel.complaint == ""
+    assert panel.error_message == ""
     assert executed(panel, directions=directions)["neighbors"] == panel.neighbors
 
 
@@ -221,7 +221,7 @@ def test_an_encoder_that_not_all_have(sae, other):
         panel.which = "other"
     assert panel.which == "topk"
     panel.set_state({"which": "other", "side": "decoder"})  # what the front end sends
-    assert (panel.which, panel.side, panel.complaint) == ("other", "decoder", "")
+    assert (panel.which, panel.side, panel.error_message) == ("other", "decoder", "")
     assert panel.facts["sides"] == []
     assert len(panel.neighbors) == 12
 
@@ -242,10 +242,10 @@ def test_wrong_ones_of_several(sae, other):
         panel.which = "othr"
     with pytest.raises(ValueError, match="direction 300 of 300"):
         panel.set_state({"which": "other", "selected": 300})
-    assert "0 to 299" in panel.complaint
+    assert "0 to 299" in panel.error_message
     panel.which = "other"
     panel.set_state({"selected": 900, "which": "topk"})
-    assert (panel.selected, panel.page["direction"], panel.complaint) == (900, 900, "")
+    assert (panel.selected, panel.page["direction"], panel.error_message) == (900, 900, "")
 
 
 def test_several_are_computed_one_after_the_other(monkeypatch, sae, other):

@@ -13,8 +13,8 @@ import torch
 from helpers import tiny_models
 from helpers.gated_stream import Gated
 from saewb_widgets import TrainingPanel
-from saewb_widgets import _charts as _charts
 from saewb_widgets.training import panel as training
+from saewb_widgets.training.charts import is_log
 from traitlets import TraitError
 
 import saewb
@@ -160,7 +160,7 @@ def test_a_run_is_paused_gone_on_with_and_stopped():
     panel.control("mine", "resume")
     with pytest.raises(RuntimeError, match="has ended"):
         panel.wait(60)
-    assert "has ended" in panel.complaint
+    assert "has ended" in panel.error_message
     panel.refresh()
     for run, what, says in (("other", "stop", "no run"), ("mine", "halt", "want: pause")):
         with pytest.raises((KeyError, ValueError), match=says):
@@ -198,7 +198,7 @@ def test_news_takes_no_error_away():
     with pytest.raises(ValueError, match="explode"):
         panel._on_message(panel, {"do": "explode"})
     panel._on_message(panel, {"do": "look"})
-    assert "explode" in panel.complaint
+    assert "explode" in panel.error_message
     run.stop()
 
 
@@ -255,11 +255,11 @@ def test_a_folder_deleted_under_the_panel_of_a_run_that_goes_on(tmp_path):
     panel = TrainingPanel(run)
     shutil.rmtree(tmp_path / "r")
     panel._on_message(panel, {"do": "look"})
-    assert (panel.status[0]["state"], panel.alive, panel.complaint) == ("running", True, "")
+    assert (panel.status[0]["state"], panel.alive, panel.error_message) == ("running", True, "")
     assert "is not there any more; its SAEs are in run.saes" in panel.status[0]["error"]
     panel.control("r", "stop")
     panel.wait(60)
-    assert (panel.status[0]["state"], panel.status[0]["resume"], panel.complaint) == ("failed", "", "")
+    assert (panel.status[0]["state"], panel.status[0]["resume"], panel.error_message) == ("failed", "", "")
     assert "is not there any more" in panel.status[0]["error"]
     assert panel.series
     assert run.sae.cfg.d_sae == 24
@@ -298,11 +298,11 @@ def test_code_of_a_run_that_has_ended_draws_the_same_curves(what, tmp_path):
 
 
 def test_a_wide_span_is_drawn_on_a_log_scale_unless_it_is_said():
-    assert _charts.is_log([1.0, 31.0], "auto")
-    assert not _charts.is_log([1.0, 29.0], "auto")
-    assert not _charts.is_log([0.0, 1.0, 900.0], "auto")
-    assert not _charts.is_log([1.0, 900.0], "linear")
-    assert _charts.is_log([1.0, 2.0], "log")
+    assert is_log([1.0, 31.0], "auto")
+    assert not is_log([1.0, 29.0], "auto")
+    assert not is_log([0.0, 1.0, 900.0], "auto")
+    assert not is_log([1.0, 900.0], "linear")
+    assert is_log([1.0, 2.0], "log")
     run = train().wait()
     panel = TrainingPanel(run)
     panel.scale = "log"
@@ -373,7 +373,7 @@ def test_what_is_wrong_is_said_beside_the_field():
     for call in (panel.code, panel.start):
         with pytest.raises(ValueError, match="the form is not right"):
             call()
-    assert "not right" in panel.complaint
+    assert "not right" in panel.error_message
     assert panel.run is None
     panel.typed = {
         "hook": "blocks.1.hook_resid_pots",
@@ -400,7 +400,7 @@ def test_a_start_that_fails_leaves_the_form(tmp_path):
     panel.start()
     with pytest.raises(FileExistsError):
         panel.wait(60)
-    assert "holds a run already" in panel.complaint
+    assert "holds a run already" in panel.error_message
     assert panel.form_open
     panel.typed = {**panel.typed, "folder": str(tmp_path / "s")}
     panel.wait(60)

@@ -1,8 +1,11 @@
-"""A latent as HTML without scripts or style sheets: what is left of a panel where no kernel runs."""
+"""HTML and PNG without scripts or style sheets: what a panel shows where no kernel runs."""
 
 from __future__ import annotations
 
+import base64
 import html
+import struct
+import zlib
 from collections.abc import Iterable
 from itertools import zip_longest
 from typing import Any
@@ -20,7 +23,7 @@ def token(text: str, share: float, special: bool, strong: bool) -> str:
     return f'<span style="{style}">{shown}</span>' if style else shown
 
 
-def rows(listed: Iterable[dict[str, Any]]) -> str:
+def latent_rows(listed: Iterable[dict[str, Any]]) -> str:
     """The table's rows."""
     out = []
     for r in listed:
@@ -32,7 +35,7 @@ def rows(listed: Iterable[dict[str, Any]]) -> str:
     return f'<table style="border-collapse:collapse"><tr>{head}{where}</tr>{"".join(out)}</table>'
 
 
-def page(p: dict[str, Any], contexts: int = 8) -> str:
+def latent_html(p: dict[str, Any], contexts: int = 8) -> str:
     """One latent: figures, words, strongest contexts."""
     words = ", ".join(f"<code>{html.escape(s.strip() or s)}</code> {v:+.2f}" for s, _, v in p["raised"][:6])
     facts = f"fires on {percent(p['density'])} of tokens, largest {p['max']}, mean {p['mean']}"
@@ -69,3 +72,26 @@ def grid(head: Iterable[str], body: Iterable[Iterable[object]]) -> str:
 def _cell(tag: str, text: str, like: str) -> str:
     side = "right" if like.lstrip("+-\u2212")[:1].isdigit() else "left"
     return f'<{tag} style="{_CELL};text-align:{side}">{html.escape(text)}</{tag}>'
+
+
+# What the front end draws: blue below 0, orange above, the paper between; told apart by the color-blind.
+COLD, PAPER, WARM, NONE = (33, 102, 172), (247, 247, 247), (200, 84, 10), (205, 205, 205)
+
+
+def palette() -> bytes:
+    """Colors of the levels 0..255, of which 0 is what is not defined and 128 is 0."""
+    colors = [NONE]
+    for level in range(1, 256):
+        share = abs(level - 128) / 127
+        end = COLD if level < 128 else WARM
+        colors.append(tuple(round(a + (b - a) * share**0.8) for a, b in zip(PAPER, end, strict=True)))
+    return bytes(c for color in colors for c in color)
+
+
+def png_uri(levels: bytes, width: int, height: int) -> str:
+    """A PNG of levels, row by row."""
+    lines = b"".join(b"\0" + levels[i * width : (i + 1) * width] for i in range(height))
+    head = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"PLTE", palette()), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(x)) + k + x + struct.pack(">I", zlib.crc32(k + x)) for k, x in parts]
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()

@@ -10,7 +10,7 @@ _QUARTERS = 24  # of decades of density, from 1e-6 to 1
 _BEFORE, _AFTER = 14, 6  # of a row's snippet: characters before the token it is about, tokens from it on
 
 
-def row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
+def latent_row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
     """A latent's row of the table: its figures and the heart of its strongest context (about 300 bytes).
 
     Args:
@@ -33,7 +33,7 @@ def row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
     return made
 
 
-def page(latent: Any, special: frozenset[int], url: str | None) -> dict[str, Any]:
+def latent_page(latent: Any, special: frozenset[int], url: str | None) -> dict[str, Any]:
     """Everything about a latent, about 30 kB for 40 contexts of 31 tokens."""
     words: dict[str, int] = {}
     groups = [latent.top, *latent.quantiles[::-1]]

@@ -18,7 +18,7 @@ from saewb.pretrained.formats._build import reading
 from saewb.pretrained.formats._facts import Facts
 from saewb.pretrained.formats._tensors import TensorFile
 from saewb.pretrained.formats._text import object_of, positive, read_yaml
-from saewb.sae.temporal import TemporalConfig, TemporalSAE, temporal_shapes
+from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
 NAME = "temporal SAEs"
 CONFIG, WEIGHTS = "conf.yaml", "latest_ckpt.safetensors"
@@ -66,8 +66,8 @@ def read(
             raise FormatError(explain(f"{CONFIG} has n_attn_layers {said['n_attn_layers']}, {file!r} not so many."))
         cfg = TemporalConfig(**said, **_placed(facts, folder))
         theirs = {ours: name for name, ours in _OURS.items()}
-        names = {name: theirs.get(name, name) for name in temporal_shapes(cfg)}
-        file.fit({names[name]: shape for name, shape in temporal_shapes(cfg).items()})
+        names = {name: theirs.get(name, name) for name in cfg.tensor_shapes()}
+        file.fit({names[name]: shape for name, shape in cfg.tensor_shapes().items()})
         kind = dtype or file.dtype("D")
         weights = {ours: file.tensor(name).to(device or "cpu", kind) for ours, name in names.items()}
         return TemporalSAE.from_tensors(cfg, weights)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.sae.config import SAEConfig, tensor_shapes
+from saewb.sae.config import SAEConfig
 from saewb.sae.sae import SAE
 
 PreBias = Literal["none", "tied"]
@@ -225,5 +225,5 @@ def from_sae(
     if sae.cfg.normalization != "none" or sae.cfg.pre_bias == "own":
         what = f"{sae!r} with normalization={sae.cfg.normalization!r}, pre_bias={sae.cfg.pre_bias!r} cannot be trained further."
         raise ValueError(explain(what, want="normalization 'none', and pre_bias 'tied' or 'none'"))
-    tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in tensor_shapes(sae.cfg)}
+    tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in sae.cfg.tensor_shapes()}
     return Params(tensors, sae.cfg.pre_bias)

@@ -9,9 +9,9 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets import html as _static
-from saewb_widgets.catalogue_picker import filter as _shelf
-from saewb_widgets.panel import Panel, follows, guarded, refused, source
+from saewb_widgets.catalogue_picker import filter
+from saewb_widgets.html import grid
+from saewb_widgets.panel import Panel, catch_errors, on_change, report_errors, source
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +105,7 @@ class CataloguePicker(Panel):
         self.title = "Published SAEs"
         releases, models = self.catalogue["release"].nunique(), self.catalogue["model"].nunique()
         self.about = f"{len(self.catalogue):,} SAEs of {models} models in {releases} releases"
-        self.facts = {"all": len(self.catalogue), "window": WINDOW, "columns": list(_shelf.COLUMNS.items())}
+        self.facts = {"all": len(self.catalogue), "window": WINDOW, "columns": list(filter.COLUMNS.items())}
         self._ready = True
         self._list()
         self._turn()
@@ -140,19 +140,19 @@ class CataloguePicker(Panel):
 
         self.progress = {"release": release, "id": id, "done": 0, "total": 0}
         self.notice = ""
-        self.started("load", f"loading {id}", lambda: saewb.load_sae(release, id, progress=came, **how), then)
+        self.start_work("load", f"loading {id}", lambda: saewb.load_sae(release, id, progress=came, **how), then)
 
     def cancel(self) -> None:
         """Stop loading. Files that came whole are kept, so loading it again fetches the others only."""
         if self.progress:
             self._given_up.set()
             release, id = self.progress["release"], self.progress["id"]
-            self.dropped("load")
+            self.discard_work("load")
             self.notice = f"cancelled: {release}, {id}"
 
-    def dropped(self, key: str) -> None:
+    def discard_work(self, key: str) -> None:
         """See Panel."""
-        super().dropped(key)
+        super().discard_work(key)
         if key == "load":
             self.progress = {}
 
@@ -180,14 +180,14 @@ class CataloguePicker(Panel):
                 layer,
                 "" if d_sae is None else f"{d_sae:,}",
                 "" if l0 is None else f"{l0:g}",
-                _shelf.size(size),
+                filter.size(size),
             )
             for release, id, _, _, layer, d_sae, l0, _, size, _ in self.rows["rows"][:12]
         ]
-        shown = _static.grid(("release", "id", "layer", "width", "L0", "size"), listed)
-        return shown + (_static.grid(("", " ".join(self.selected)), _shelf.told(self.page)) if self.page else "")
+        shown = grid(("release", "id", "layer", "width", "L0", "size"), listed)
+        return shown + (grid(("", " ".join(self.selected)), filter.told(self.page)) if self.page else "")
 
-    def asked(self, what: str, **how: Any) -> None:
+    def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
         if what == "move":
             self._move(**how)
@@ -231,10 +231,10 @@ class CataloguePicker(Panel):
     # What is asked for is checked before anything changes
 
     @t.validate("model", "release", "site", "sort", "l0", "selected")
-    @guarded
+    @catch_errors
     def _check(self, proposal: dict) -> Any:
         name, got = proposal["trait"].name, proposal["value"]
-        with refused():
+        with report_errors():
             if name == "selected":
                 return self._existing(got)
             if name == "l0":
@@ -245,7 +245,7 @@ class CataloguePicker(Panel):
                 return got
             if name == "model" and got:
                 return self._full(got)
-            return _shelf.checked(name, got, _shelf.COLUMNS if name == "sort" else self.catalogue[name].unique())
+            return filter.checked(name, got, filter.COLUMNS if name == "sort" else self.catalogue[name].unique())
 
     def _existing(self, got: tuple[str, str]) -> tuple[str, str]:
         if got[0] or got[1]:
@@ -263,21 +263,21 @@ class CataloguePicker(Panel):
 
     # What follows from it
 
-    @follows(*_NOTHING)
+    @on_change(*_NOTHING)
     def _asked_anew(self) -> None:
         self._list()
 
-    @follows("selected")
+    @on_change("selected")
     def _selected_anew(self) -> None:
         self._turn()
 
-    @follows("offset")
+    @on_change("offset")
     def _scrolled(self) -> None:
         self._send_rows()
 
-    def _choice(self) -> _shelf.Choice:
+    def _choice(self) -> filter.Choice:
         places = (self.model, self.release, self.site, self.layer, self.width)
-        return _shelf.Choice(*places, self.l0, self.on_neuronpedia, self.query, self.sort, self.descending)
+        return filter.Choice(*places, self.l0, self.on_neuronpedia, self.query, self.sort, self.descending)
 
     def _list(self) -> None:
         choice = self._choice()
@@ -292,7 +292,7 @@ class CataloguePicker(Panel):
     def _send_rows(self) -> None:
         begin = max(0, min(self.offset, len(self.table) - 1))
         part = self.table.iloc[begin : begin + WINDOW].itertuples(index=False)
-        sent = [_shelf.line(row) for row in part]
+        sent = [filter.line(row) for row in part]
         self.rows = {"list": self._list_number, "total": len(self.table), "offset": begin, "rows": sent}
 
     def _place(self) -> int:
@@ -315,4 +315,4 @@ class CataloguePicker(Panel):
             else [("Neuronpedia", f"{saewb.features.neuronpedia.SITE}/{entry.neuronpedia}")]
         )
         links += [(name, address) for name, address in entry.links.items() if address.startswith("https://")]
-        self.page = _shelf.about(row, links, entry.note)
+        self.page = filter.about(row, links, entry.note)

@@ -11,10 +11,9 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets.correlation import serialize as _map_packing
-from saewb_widgets.correlation import view as _map_looking
+from saewb_widgets.correlation import serialize, view
 from saewb_widgets.correlation.inputs import LATENTS, Given
-from saewb_widgets.panel import Panel, guarded, refused, source
+from saewb_widgets.panel import Panel, catch_errors, report_errors, source
 
 CELLS = ("strongest", "mean")
 
@@ -154,15 +153,15 @@ class CorrelationPanel(Panel):
         """See Panel."""
         if self.matrix is None:
             return "<div>the model has not been run yet</div>"
-        return _map_packing.still(self.matrix, self._views(self.view), self.figures.get("pairs", []))
+        return serialize.still(self.matrix, self._views(self.view), self.figures.get("pairs", []))
 
-    def asked(self, what: str, **how: Any) -> None:
+    def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
         if what == "tile":
             self._send_tile(**how)
         elif what == "peek":
             i, j = int(how["row"]), int(how["col"])
-            said = [_map_packing.words(self.matrix, self.index, k, axis) for axis, k in enumerate((i, j))]
+            said = [serialize.words(self.matrix, self.index, k, axis) for axis, k in enumerate((i, j))]
             self.send({"peek": [i, j], "said": said})
         elif what == "progress":
             self._say_progress()
@@ -179,10 +178,10 @@ class CorrelationPanel(Panel):
             raise ValueError(errors.explain(f"CorrelationPanel was asked to {what!r}."))
 
     @t.validate("view", "order", "cells", "pair")
-    @guarded
+    @catch_errors
     def _check(self, proposal: dict) -> Any:
         name, got, (n, m) = proposal["trait"].name, proposal["value"], self._shape
-        with refused():
+        with report_errors():
             if name == "view":
                 self._window(got)
             if name == "pair" and got != (-1, -1) and not (0 <= got[0] < n and 0 <= got[1] < m):
@@ -200,19 +199,19 @@ class CorrelationPanel(Panel):
         return got
 
     @t.observe("order")
-    @guarded
+    @catch_errors
     def _ordered_anew(self, _: Any = None) -> None:
         if self._ready and self.matrix is not None:
             self._arrange()
 
     @t.observe("cells")
-    @guarded
+    @catch_errors
     def _cells_anew(self, _: Any = None) -> None:
         if self._ready:
             self.version += 1
 
     @t.observe("pair")
-    @guarded
+    @catch_errors
     def _paired_anew(self, _: Any = None) -> None:
         if self._ready:
             self._turn()
@@ -241,7 +240,7 @@ class CorrelationPanel(Panel):
             except _Stopped:
                 return None
 
-        self.started("matrix", "running the model", work, self._have)
+        self.start_work("matrix", "running the model", work, self._have)
 
     def _have(self, got: Any) -> None:
         """Take the matrix, if it was not stopped."""
@@ -278,16 +277,16 @@ class CorrelationPanel(Panel):
         self._stop.set()
         self._given_up, self.progress = False, 0.0
         matrix, by = self.matrix, self.order
-        self.dropped("scan")
+        self.discard_work("scan")
         what = f"ordering {self._shape[0]:,} features by {by}"
         self._soon("order", what, lambda: matrix.overview(matrix.order(by)), self._arranged)
 
     def _soon(self, key: str, what: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """At once, or of a large matrix beside the notebook."""
-        if max(self._shape) > _map_looking.AT_ONCE:
-            self.started(key, what, work, then)
+        if max(self._shape) > view.AT_ONCE:
+            self.start_work(key, what, work, then)
         else:
-            self.dropped(key)
+            self.discard_work(key)
             then(work())
 
     def _arranged(self, overview: Any) -> None:
@@ -299,7 +298,7 @@ class CorrelationPanel(Panel):
         seen = self._overviews()
 
         def work() -> Any:
-            _map_looking.look_through(seen[::-1], stop, lambda: self._asked_at)
+            view.look_through(seen[::-1], stop, lambda: self._asked_at)
             return overview
 
         self._soon("scan", "looking for the strongest entries", work, self._scanned)
@@ -307,7 +306,7 @@ class CorrelationPanel(Panel):
     def _scanned(self, overview: Any) -> None:
         if overview is self.overview:
             self.progress = overview.done_frac
-            self.figures = _map_packing.figures(overview)
+            self.figures = serialize.figures(overview)
             self.version += 1
 
     # -- what is in view ---------------------------------------------------------------------------------------------
@@ -317,20 +316,20 @@ class CorrelationPanel(Panel):
         seen = self._overviews()
         if self._fine is not None and self._fine[0] == (seen[0], tuple(window), self.cells):
             return self._fine[1]
-        return _map_looking.views(seen, window, self.cells)
+        return view.views(seen, window, self.cells)
 
     def _refine(self) -> None:
         """Make the part in view of all its entries, beside the notebook, unless the scan will have it soon."""
         window, cells, seen = self.view, self.cells, self._overviews()
-        if "refine" in self._jobs or not _map_looking.worth_it(seen, window):
+        if "refine" in self._jobs or not view.worth_it(seen, window):
             return
         if all(view.is_final for view in self._views(window)):
             return
 
         def work() -> Any:
-            return (seen[0], window, cells), _map_looking.finer(seen, window, cells)
+            return (seen[0], window, cells), view.finer(seen, window, cells)
 
-        self.started("refine", "making the picture finer", work, self._refined)
+        self.start_work("refine", "making the picture finer", work, self._refined)
 
     def _refined(self, got: Any) -> None:
         self._fine = got
@@ -343,10 +342,10 @@ class CorrelationPanel(Panel):
             self.send({"tile": seq, "none": True})
             return
         window = self.view if view is None else self._window(tuple(view))
-        head, levels = _map_packing.tile(self.overview, self._views(window), plain)
+        head, levels = serialize.tile(self.overview, self._views(window), plain)
         self.send({"tile": seq, **head}, levels or None)
 
     def _turn(self) -> None:
         """Turn to the pair."""
         made = self.pair[0] >= 0 and self.matrix is not None
-        self.page = _map_packing.pair(self.matrix, self.second, self.index, *self.pair) if made else {}
+        self.page = serialize.pair(self.matrix, self.second, self.index, *self.pair) if made else {}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from saewb_widgets import _png as _png
-from saewb_widgets import html as _static
-from saewb_widgets import serialize as _packing
+from saewb_widgets.html import grid, png_uri
+from saewb_widgets.serialize import latent_page, short
 
 _WORDS = 6  # contexts of a feature in a tip
 
@@ -42,16 +41,14 @@ def said(views: list[Any]) -> str:
         what = f"{kind} of {first.step} x {first.step}" + ("" if first.is_final else ", for now")
     if len(views) == 1 or (apart := first.differs(views[1])) != apart:
         return what
-    return f"{what}; the two differ by {_packing.short(apart):g} (root mean square)"
+    return f"{what}; the two differ by {short(apart):g} (root mean square)"
 
 
 def figures(overview: Any) -> dict[str, Any]:
     """Statistics and strongest pairs of what has been looked through."""
     found = overview.stats
-    pairs = [[p.row, p.col, _packing.short(p.value)] for p in overview.pairs]
-    stats = (
-        [] if found is None else [["root mean square", _packing.short(found.rms)], ["mean", _packing.short(found.mean)]]
-    )
+    pairs = [[p.row, p.col, short(p.value)] for p in overview.pairs]
+    stats = [] if found is None else [["root mean square", short(found.rms)], ["mean", short(found.mean)]]
     strongest = [["strongest", pairs[0][2]]] if pairs else []
     return {"figures": [*stats, *strongest], "pairs": pairs}
 
@@ -77,17 +74,17 @@ def still(matrix: Any, views: list[Any], pairs: list[Any]) -> str:
     first = views[0]
     high, wide = first.values.shape
     pictures = "".join(
-        f"<img alt='{matrix.what} matrix' width=360 src='{_png.data_uri(v.levels(first.scale), wide, high)}' "
+        f"<img alt='{matrix.what} matrix' width=360 src='{png_uri(v.levels(first.scale), wide, high)}' "
         "style='image-rendering:pixelated;margin-right:12px'>"
         for v in views
     )
     scale = f"{said(views)}; blue {-first.scale:g}, orange {first.scale:+g}, gray not defined"
     rows = [(i, j, f"{v:+.3f}") for i, j, v in pairs[:12]]
-    return f"{pictures}<div>{scale}</div>" + (_static.grid(("feature", "and", matrix.what), rows) if rows else "")
+    return f"{pictures}<div>{scale}</div>" + (grid(("feature", "and", matrix.what), rows) if rows else "")
 
 
 def _value(x: float) -> float | None:
-    return None if x != x else _packing.short(x)
+    return None if x != x else short(x)
 
 
 def _latent(matrix: Any, index: Any, i: int, axis: int) -> Any:
@@ -96,9 +93,9 @@ def _latent(matrix: Any, index: Any, i: int, axis: int) -> Any:
 
 def _side(matrix: Any, index: Any, i: int, axis: int, fires: int | None) -> dict[str, Any]:
     latent = _latent(matrix, index, i, axis)
-    near = [[p.col if axis == 0 else p.row, _packing.short(p.value)] for p in matrix.partners(i, 8, axis)]
+    near = [[p.col if axis == 0 else p.row, short(p.value)] for p in matrix.partners(i, 8, axis)]
     made: dict[str, Any] = {"feature": i, "fires": fires, "near": near}
     if latent is not None:
-        made["page"] = _packing.page(latent, frozenset(index.facts.special), None)
+        made["page"] = latent_page(latent, frozenset(index.facts.special), None)
         made["page"] = {k: made["page"][k] for k in ("density", "max", "scale", "words", "top", "histogram")}
     return made

@@ -11,11 +11,10 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets import html as _static
-from saewb_widgets import serialize as _packing
-from saewb_widgets.feature_browser import bookmarks as _bookmarks
-from saewb_widgets.feature_browser import table_filter as _listing
-from saewb_widgets.panel import Panel, follows, guarded, refused, source
+from saewb_widgets.feature_browser import bookmarks, table_filter
+from saewb_widgets.html import latent_html, latent_rows
+from saewb_widgets.panel import Panel, catch_errors, on_change, report_errors, source
+from saewb_widgets.serialize import densities, latent_page, latent_row, tried
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +48,7 @@ class FeatureBrowser(Panel):
 
     selected = t.Int(0, help="the latent on the page").tag(sync=True)
     query = t.Unicode("", help="a text, /a pattern/, id:TOKEN, or a latent's number").tag(sync=True)
-    sort = t.Unicode(_listing.BEST, help="'best', 'latent' or a column of index.table()").tag(sync=True)
+    sort = t.Unicode(table_filter.BEST, help="'best', 'latent' or a column of index.table()").tag(sync=True)
     descending = t.Bool(True, help="largest first; 'best' does not ask").tag(sync=True)
     show_only = t.Unicode("all", help="all, firing, silent, pinned or noted").tag(sync=True)
     density = t.Tuple(t.Float(), t.Float(), default_value=(0.0, 1.0), help="fractions of tokens, from and to").tag(
@@ -110,7 +109,7 @@ class FeatureBrowser(Panel):
         self._latents: Sequence[int] = range(len(self.index))
         self._list_number = 0  # tells the front end rows of one list from those of another
         special = frozenset(self.index.facts.special)
-        self._rows = functools.lru_cache(_KEPT)(lambda i: _packing.row(self.index.latent(i), special))
+        self._rows = functools.lru_cache(_KEPT)(lambda i: latent_row(self.index.latent(i), special))
         self._chosen = "selected" in traits
         super().__init__(**traits)
         self._open()
@@ -120,7 +119,7 @@ class FeatureBrowser(Panel):
         self.title = f"Features of {f.model} at {f.hook}" + ("" if f.hook == f.hook_out else f" => {f.hook_out}")
         self.about = f"{len(index):,} latents on {f.n_tokens:,} tokens. {f.sae}"
         first = index.latent(0)
-        sorts = {k: v for k, v in _listing.SORTS.items() if k != "top_logit_effect" or first.logits_top}
+        sorts = {k: v for k, v in table_filter.SORTS.items() if k != "top_logit_effect" or first.logits_top}
         self.facts = {
             "latents": len(index),
             "sorts": list(sorts.items()),
@@ -129,7 +128,7 @@ class FeatureBrowser(Panel):
             "window": WINDOW,
         }
         if self._notes_file is not None:
-            pins, notes = _bookmarks.read(self._notes_file)
+            pins, notes = bookmarks.read(self._notes_file)
             self.pins, self.notes = self._exist(pins), {i: notes[i] for i in self._exist(notes)}
         self._ready = True
         self._turn()
@@ -187,9 +186,9 @@ class FeatureBrowser(Panel):
 
     def static_html(self) -> str:
         """See Panel."""
-        return _static.rows(self.rows.get("rows", [])[:12]) + _static.page(self.page)
+        return latent_rows(self.rows.get("rows", [])[:12]) + latent_html(self.page)
 
-    def asked(self, what: str, **how: Any) -> None:
+    def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
         if what == "move":
             self._move(**how)
@@ -218,45 +217,45 @@ class FeatureBrowser(Panel):
     # What is asked for is checked before anything changes
 
     @t.validate("selected", "sort", "show_only", "density", "query")
-    @guarded
+    @catch_errors
     def _check(self, proposal: dict) -> Any:
         name, got = proposal["trait"].name, proposal["value"]
-        with refused():
+        with report_errors():
             if name == "selected":
                 n = len(self.index)
                 return got % n if -n <= got < n else self.index.latent(got).index  # which says what is wrong with it
-            return _listing.check(name, got, dict(self.facts.get("sorts") or _listing.SORTS))
+            return table_filter.check(name, got, dict(self.facts.get("sorts") or table_filter.SORTS))
 
     # What follows from it
 
-    @follows("query", "sort", "descending", "show_only", "density")
+    @on_change("query", "sort", "descending", "show_only", "density")
     def _asked_anew(self) -> None:
         self._list()
 
-    @follows("selected")
+    @on_change("selected")
     def _selected_anew(self) -> None:
         self._chosen = True
         self._turn()
 
-    @follows("offset")
+    @on_change("offset")
     def _scrolled(self) -> None:
         self._send_rows()
 
-    @follows("prompt")
+    @on_change("prompt")
     def _prompted(self) -> None:
         self._try()
 
-    @follows("pins", "notes")
+    @on_change("pins", "notes")
     def _marked_anew(self) -> None:
         if self._notes_file is not None:
-            _bookmarks.write(self._notes_file, self.pins, self.notes)
+            bookmarks.write(self._notes_file, self.pins, self.notes)
         if self.show_only in ("pinned", "noted"):
             self._list()
 
-    def _listing(self) -> _listing.Listing:
+    def _listing(self) -> table_filter.Listing:
         marked = {"pinned": self.pins, "noted": self.notes}.get(self.show_only, ())
         figures = (self.query, self.sort, self.descending, self.show_only, self.density)
-        return _listing.Listing(*figures, tuple(sorted(marked)))
+        return table_filter.Listing(*figures, tuple(sorted(marked)))
 
     def _list(self) -> None:
         """Arrange the table anew, now or, where that takes long, when what it needs is there."""
@@ -267,24 +266,26 @@ class FeatureBrowser(Panel):
                     self._arranged(range(len(self.index)))  # by number, until it is known which are best
                 if "table" not in self._jobs:
                     what = f"ranking {len(self.index):,} latents"
-                    self.started("table", what, self.index.table, lambda got: (self._keep(got), self._list()))
+                    self.start_work("table", what, self.index.table, lambda got: (self._keep(got), self._list()))
                 return
             self._keep(self.index.table())
         if listing.query and (self._found is None or self._found[0] != listing.query):
             search, wanted = self.index.search, listing.wanted()
             if len(self.index) > _AT_ONCE:
                 what = f"searching {len(self.index):,} latents for {listing.query}"
-                self.started("search", what, lambda: search(wanted), lambda found: self._searched(listing.query, found))
+                self.start_work(
+                    "search", what, lambda: search(wanted), lambda found: self._searched(listing.query, found)
+                )
                 return
             self._found = (listing.query, search(wanted))
         if not listing.query:
-            self.dropped("search")
+            self.discard_work("search")
         self._arranged(listing.arranged(self._table, self._found[1] if listing.query else None))
 
     def _keep(self, table: pd.DataFrame) -> None:
         """Have the table from now on."""
         self._table = table
-        self.densities = _packing.densities(table.density)
+        self.densities = densities(table.density)
 
     def _searched(self, query: str, found: pd.DataFrame) -> None:
         self._found = (query, found)
@@ -317,7 +318,7 @@ class FeatureBrowser(Panel):
         if self.index.facts.neuronpedia:
             url = saewb.features.neuronpedia.page(self.index, self.selected).url
         special = frozenset(self.index.facts.special)
-        self.page = _packing.page(self.index.latent(self.selected), special, url)
+        self.page = latent_page(self.index.latent(self.selected), special, url)
         self.position = self._place()
 
     def _try(self) -> None:
@@ -332,4 +333,4 @@ class FeatureBrowser(Panel):
             ids = self.model.to_tokens(self.prompt)[0].tolist()
             found = self.index.find(self.model, self.sae, ids)
             marks = [place for place, i in enumerate(ids) if i in self.index.facts.special]
-            self.tried = _packing.tried(saewb.token_strings(self.model, ids), marks, found)
+            self.tried = tried(saewb.token_strings(self.model, ids), marks, found)

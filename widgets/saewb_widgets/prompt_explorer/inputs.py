@@ -10,9 +10,9 @@ from typing import Any
 
 import saewb
 from saewb import errors
-from saewb_widgets import serialize as _packing
 from saewb_widgets.feature_browser.panel import FeatureBrowser
-from saewb_widgets.prompt_explorer.running import Runner
+from saewb_widgets.prompt_explorer.worker import Runner
+from saewb_widgets.serialize import latent_page, latent_row
 
 _KEPT = 4096  # hints remembered, 300 bytes each
 
@@ -72,7 +72,7 @@ class Given:
     def _hint(self, part: int, latent: int) -> dict[str, Any] | None:
         if (index := self.of(part)) is None:
             return None
-        return _packing.row(index.latent(latent), frozenset(index.facts.special))
+        return latent_row(index.latent(latent), frozenset(index.facts.special))
 
     def page(self, part: int, latent: int) -> dict[str, Any]:
         """Everything the index knows of a latent; nothing where there is none."""
@@ -80,7 +80,7 @@ class Given:
         if index is None or latent < 0:
             return {}
         url = saewb.features.neuronpedia.page(index, latent).url if index.facts.neuronpedia else None
-        return _packing.page(index.latent(latent), frozenset(index.facts.special), url)
+        return latent_page(index.latent(latent), frozenset(index.facts.special), url)
 
 
 def given(model: Any, saes: Any, index: Any) -> Given:

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 import traitlets as t
 
 from saewb import errors
-from saewb_widgets import _bare as _bare
 from saewb_widgets.feature_browser.panel import FeatureBrowser
-from saewb_widgets.panel import guarded, refused, source
-from saewb_widgets.prompt_explorer import serialize as _prompt_packing
-from saewb_widgets.prompt_explorer import worker as _prompt_work
+from saewb_widgets.panel import catch_errors, model_code, report_errors, source
+from saewb_widgets.prompt_explorer import serialize, worker
 from saewb_widgets.prompt_explorer.inputs import given
 from saewb_widgets.prompt_explorer.reader import PromptReader
 from saewb_widgets.prompt_explorer.worker import Choice
@@ -30,9 +28,9 @@ class PromptExplorer(PromptReader):
     to the logit of a next token directly, or by what they do for it by every way (`saewb.attribute`); beside them are
     the model's next tokens, clean and, a moment later, with the SAEs in place. Click a token to list its latents, a
     latent to see it over the whole prompt and, with an index, to read its page. What runs, beside the notebook, is
-    `saewb.models.shared_copy.shared_copy(model)`: cells may use the model meanwhile, and what they put on it is not seen here. `busy` says
-    how far it is, `wait()` waits, `stop()` ends it. Prompts of up to the model's context; 400 tokens and 40 rows are
-    sent at a time.
+    `saewb.models.shared_copy.shared_copy(model)`: cells may use the model meanwhile, and what they put on it is not
+    seen here. `busy` says how far it is, `wait()` waits, `stop()` ends it. Prompts of up to the model's context; 400
+    tokens and 40 rows are sent at a time.
 
     Example:
         >>> import saewb
@@ -88,7 +86,7 @@ class PromptExplorer(PromptReader):
     def _open(self) -> None:
         g = self.given
         self.title = f"Latents of {g.model.cfg.model_name} on a prompt"
-        self.facts = _prompt_work.facts(g, n_rows=ROWS)
+        self.facts = worker.facts(g, n_rows=ROWS)
         self._ready = True
         self._ask_anew()
         self.wait()
@@ -126,22 +124,22 @@ class PromptExplorer(PromptReader):
     def summary(self) -> str:
         """See Panel."""
         n = 0 if self._frame is None else len(self._frame)
-        return _prompt_packing.summary(self.given, self._found, n, self.everywhere)
+        return serialize.summary(self.given, self._found, n, self.everywhere)
 
     def code(self) -> str:
         """Python that makes `latents`, the table; `words`, what comes next; `activations`, of the selected latent."""
         if self._found is None:
             return "# no prompt yet\n"
         sae, index = ("sae", "index") if self.given.one else ("saes", "indexes")
-        on = _bare.named(self.given.model)
+        on = model_code(self.given.model)
         return self._choice().code(on, sae, index, (self.selected_sae, self.selected))
 
     def static_html(self) -> str:
         """See Panel."""
         shown = (self.window, self.trace, self.listing, self.words, self.page)
-        return _prompt_packing.static(*shown, self.given.names)
+        return serialize.static(*shown, self.given.names)
 
-    def asked(self, what: str, **how: Any) -> None:
+    def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
         if what == "code":
             self.notice = self.code()
@@ -168,10 +166,10 @@ class PromptExplorer(PromptReader):
     # What is asked for is checked before anything changes
 
     @t.validate("max_density", "selected", "selected_sae", "pins")
-    @guarded
+    @catch_errors
     def _check(self, proposal: dict) -> Any:
         name, got = proposal["trait"].name, proposal["value"]
-        with refused():
+        with report_errors():
             if name == "pins":
                 for sae, latent in got:
                     self.given.exists(sae, latent)
@@ -181,32 +179,32 @@ class PromptExplorer(PromptReader):
             elif name == "selected_sae":
                 self.given.exists(got, 0)
             else:
-                return _prompt_work.check(name, got, len(self.given.names), self.given.has_index)
+                return worker.check(name, got, len(self.given.names), self.given.has_index)
         return got
 
     # What follows from it
 
     @t.observe("everywhere", "max_density")
-    @guarded
+    @catch_errors
     def _listed_anew(self, _: Any = None) -> None:
         if self._ready and self._found is not None:
             self._list()
 
     @t.observe("selected", "selected_sae")
-    @guarded
+    @catch_errors
     def _selected_anew(self, _: Any = None) -> None:
         if self._ready:
             self._chosen = True
             self._turn()
 
     @t.observe("pins")
-    @guarded
+    @catch_errors
     def _pinned_anew(self, _: Any = None) -> None:
         if self._ready:
             self._send_pins()
 
     @t.observe("offset", "n_rows")
-    @guarded
+    @catch_errors
     def _scrolled(self, change: dict) -> None:
         if self._ready and self._found is not None:
             (self._send_rows if change["name"] == "n_rows" else self._send_window)()
@@ -240,16 +238,16 @@ class PromptExplorer(PromptReader):
         self._turn()
 
     def _send_rows(self) -> None:
-        self.listing = _prompt_packing.rows(self._frame, self.given.names, self.n_rows, self.given.hint)
+        self.listing = serialize.rows(self._frame, self.given.names, self.n_rows, self.given.hint)
 
     def _send_pins(self) -> None:
         if self._found is not None:
             f = self._found
-            self.pinned = _prompt_packing.pins(f.reading, f.at, self.pins, self.given.hint)
+            self.pinned = serialize.pins(f.reading, f.at, self.pins, self.given.hint)
 
     def _send_window(self) -> None:
         begin = max(0, min(self.offset, len(self._found.reading.tokens) - 1))
-        self.window = _prompt_packing.window(self._found.reading, begin, TOKENS)
+        self.window = serialize.window(self._found.reading, begin, TOKENS)
         self._send_trace()
 
     def _send_trace(self) -> None:
@@ -257,7 +255,7 @@ class PromptExplorer(PromptReader):
             self.trace = {}
             return
         acts = self._found.reading.activations(self.selected_sae, self.selected)
-        self.trace = _prompt_packing.trace(acts, self.window.get("offset", 0), TOKENS)
+        self.trace = serialize.trace(acts, self.window.get("offset", 0), TOKENS)
 
     def _turn(self) -> None:
         """Show the selected latent: over the prompt, its page, in browsers that follow."""

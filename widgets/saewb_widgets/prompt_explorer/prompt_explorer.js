@@ -67,12 +67,12 @@ function asking({ body, model, on, set, ask }) {
   const wait = () => {
     clearTimeout(late);
     waiting.textContent = "";
-    if ((model.get("words").prompt || "") === model.get("prompt") || model.get("busy") || model.get("complaint")
+    if ((model.get("words").prompt || "") === model.get("prompt") || model.get("busy") || model.get("error_message")
       || model.get("notice").startsWith("Stopped")) return;
     late = setTimeout(() => { waiting.textContent = "waiting for the kernel, which is running a cell\u2026"; }, 700);
   };
   on("prompt shown special_tokens max_density", draw);
-  on("prompt words busy complaint notice", wait);
+  on("prompt words busy error_message notice", wait);
   on("busy", name);
   draw();
   requestAnimationFrame(grow);

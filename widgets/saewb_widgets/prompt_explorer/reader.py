@@ -9,13 +9,11 @@ from typing import Any
 import traitlets as t
 
 import saewb
-from saewb_widgets import _bare as _bare
-from saewb_widgets.panel import Panel, guarded, refused
-from saewb_widgets.prompt_explorer import serialize as _prompt_packing
-from saewb_widgets.prompt_explorer import worker as _prompt_work
+from saewb_widgets.panel import Panel, catch_errors, model_line, report_errors
+from saewb_widgets.prompt_explorer import serialize, worker
 from saewb_widgets.prompt_explorer.inputs import Given
 from saewb_widgets.prompt_explorer.worker import ALL, Asked, Found
-from saewb_widgets.steering.settings import tried
+from saewb_widgets.steering.settings import attempt
 
 _STOPPED = "Stopped: this prompt is not read."
 _ASKS = ("prompt", "special_tokens", "shown", "rank", "target", "position", "method")
@@ -69,25 +67,25 @@ class PromptReader(Panel):
             self.notice = _STOPPED if self._found is None else self.notice
 
     @t.validate("shown", "rank", "method", "position")
-    @guarded
+    @catch_errors
     def _check_question(self, proposal: dict) -> Any:
         name, got = proposal["trait"].name, proposal["value"]
-        with refused():
+        with report_errors():
             if name != "position":
-                return _prompt_work.check(name, got, len(self.given.names), self.given.has_index)
+                return worker.check(name, got, len(self.given.names), self.given.has_index)
             if self._found is not None and self._found.asked.prompt == self.prompt:
                 self._found.words.to_frame(got)  # says what is wrong
         return got
 
     @t.observe("prompt")
-    @guarded
+    @catch_errors
     def _prompted(self, _: Any = None) -> None:
         if self._ready:
             self._set(position=-1)
             self._ask_anew()
 
     @t.observe("special_tokens", "shown", "rank", "target", "position", "method")
-    @guarded
+    @catch_errors
     def _asked_anew(self, _: Any = None) -> None:
         if self._ready:
             self._ask_anew()
@@ -100,7 +98,7 @@ class PromptReader(Panel):
 
     def _ask_anew(self) -> None:
         asked, before, g = Asked(*(getattr(self, name) for name in _ASKS)), self._found, self.given
-        self.about = _bare.about(g.saes, g.model)
+        self.about = model_line(g.saes, g.model)
         self.notice = "" if self.notice == _STOPPED else self.notice
         if before is not None and not before.is_about(asked):
             self._end("comparing")
@@ -108,26 +106,26 @@ class PromptReader(Panel):
             self._end("reading")
             self._clear()
             return
-        if (found := _prompt_work.met(asked, before)) is not None:
+        if (found := worker.met(asked, before)) is not None:
             self._end("reading")
             self._arrived((found, None))
             return
 
         def work() -> Any:
             try:
-                return _prompt_work.find(g.runner.model, g.saes, asked, before)
+                return worker.find(g.runner.model, g.saes, asked, before)
             except Exception as error:  # raised where the result is asked for
                 return asked, error
 
         self._run("reading", "running the model", work, self._arrived)
 
     def _run(self, key: str, what: str, work: Any, then: Any) -> None:
-        self.started(key, what, self.given.runner.begun(key, what, work), then)
+        self.start_work(key, what, self.given.runner.begun(key, what, work), then)
 
     def _end(self, *keys: str) -> None:
         for key in keys:
             self.given.runner.stop(key)
-            self.dropped(key)
+            self.discard_work(key)
 
     def _say_how_far(self) -> None:
         if self._jobs:
@@ -158,12 +156,12 @@ class PromptReader(Panel):
     def _compare_again(self) -> None:
         """What was stopped or has failed."""
         if self._found is not None:
-            self._compare(_prompt_work.comparing(self.given.runner.model, self.given.saes, self._found))
+            self._compare(worker.comparing(self.given.runner.model, self.given.saes, self._found))
             self._send_words()
 
     def _compare(self, work: Any) -> None:
         if work is not None:
-            self._run("comparing", "running it with the SAEs", lambda: tried(work), self._compared)
+            self._run("comparing", "running it with the SAEs", lambda: attempt(work), self._compared)
 
     def _compared(self, got: tuple[Any, Exception | None]) -> None:
         words, error = got
@@ -174,7 +172,7 @@ class PromptReader(Panel):
         self._send_words()
 
     def _send_words(self) -> None:
-        self.words = {**_prompt_packing.words(self._found), "comparing": "comparing" in self._jobs}
+        self.words = {**serialize.words(self._found), "comparing": "comparing" in self._jobs}
 
     def _set(self, **traits: Any) -> None:
         """Set traits without asking anew."""

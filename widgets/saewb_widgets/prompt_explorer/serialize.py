@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from saewb_widgets import html as _static
+from saewb_widgets.html import grid, latent_html, token
 from saewb_widgets.serialize import short
 
 _COLUMNS = ("activation", "of_max", "logit_effect", "attribution")
@@ -72,7 +72,7 @@ def words(found: Any) -> dict[str, Any]:
     """What comes next at the position, and what the view as a whole is about.
 
     Args:
-        found: a `_prompt_work.Found`.
+        found: a `worker.Found`.
     """
     at, frame, kl = found.at, found.words.to_frame(found.at), found.words.kl
     with_saes = frame["with_saes"] if "with_saes" in frame else [None] * len(frame)
@@ -106,8 +106,8 @@ def summary(given: Any, found: Any, n: int, everywhere: bool) -> str:
     """One line of what is listed.
 
     Args:
-        given: a `_prompt_given.Given`.
-        found: a `_prompt_work.Found`, or None.
+        given: a `inputs.Given`.
+        found: a `worker.Found`, or None.
         n: latents listed.
         everywhere: of the whole prompt.
     """
@@ -134,8 +134,8 @@ def static(tokens: dict, shown: dict, listing: dict, words: dict, page: dict, na
         return "<div>no prompt yet</div>"
     next_ones = [(repr(text), p, "" if q is None else q) for text, _, p, q in words["words"][:6]]
     head = ("next token", "probability", "with the SAEs" if words["compared"] else "")
-    made = _strip_and_rows(tokens, shown, listing, names) + _static.grid(head, next_ones)
-    return made + (_static.page(page) if page else "")
+    made = _strip_and_rows(tokens, shown, listing, names) + grid(head, next_ones)
+    return made + (latent_html(page) if page else "")
 
 
 def _strip_and_rows(tokens: dict, shown: dict, listing: dict, names: Sequence[str]) -> str:
@@ -145,7 +145,7 @@ def _strip_and_rows(tokens: dict, shown: dict, listing: dict, names: Sequence[st
     strip = "".join(
         f'<span style="opacity:.55">{html.escape(text)}</span>'
         if special
-        else _static.token(text, abs(a) / largest, False, False)
+        else token(text, abs(a) / largest, False, False)
         for text, a, special in pieces
     )
     head = ["latent", *(["SAE"] if len(names) > 1 else []), "token", *(c.replace("_", " ") for c in listing["columns"])]
@@ -154,4 +154,4 @@ def _strip_and_rows(tokens: dict, shown: dict, listing: dict, names: Sequence[st
         + ["" if r[c] is None else r[c] for c in listing["columns"]]
         for r in listing["rows"][:12]
     ]
-    return f'<div style="white-space:pre-wrap;margin:6px 0">{strip}</div>{_static.grid(head, body)}'
+    return f'<div style="white-space:pre-wrap;margin:6px 0">{strip}</div>{grid(head, body)}'

@@ -124,7 +124,7 @@ function framed({ model, el }, name, build) {
   const ask = (what, how = {}) => kernel.send({ do: what, ...how });
   const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes();
     if (kernel.tells()) heardYet(); };
-  const errors = make("div", "complaint"), notice = make("div", "notice"), body = make("div", "body"), tip = make("div", "tip");
+  const errors = make("div", "error_message"), notice = make("div", "notice"), body = make("div", "body"), tip = make("div", "tip");
   errors.setAttribute("role", "alert");
   notice.setAttribute("role", "status");
   frame.append(head, errors, notice, body);
@@ -145,10 +145,10 @@ function framed({ model, el }, name, build) {
     title.textContent = model.get("title");
     about.textContent = model.get("about");
     root.setAttribute("aria-label", model.get("title"));
-    said(errors, model.get("complaint"));
+    said(errors, model.get("error_message"));
     said(notice, model.get("notice"));
   };
-  on("title about complaint notice", draw);
+  on("title about error_message notice", draw);
   draw();
 
   let asking = null;
@@ -163,12 +163,12 @@ function framed({ model, el }, name, build) {
   wait();
 
   // What stands in for the panel where no kernel runs is not needed beside it; it follows what is shown.
-  const stands = document.createElement("style"), renew = settled(() => { if (model.get("still")) ask("still"); }, 1500);
-  const hide = () => { const of = ".saewb-still-" + model.get("still");
+  const stands = document.createElement("style"), renew = settled(() => { if (model.get("snapshot_id")) ask("snapshot"); }, 1500);
+  const hide = () => { const of = ".saewb-snapshot-" + model.get("snapshot_id");
     stands.textContent = `${of} { display: none } .jp-OutputArea-child:has(${of}) { display: none }`; };
   document.head.append(stands);
   model.on("change", renew);
-  on("still", hide);
+  on("snapshot_id", hide);
   hide();
 
   const paint = () => { root.dataset.theme = isDark(el) ? "dark" : "light"; };

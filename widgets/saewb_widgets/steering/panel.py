@@ -12,11 +12,23 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets import _bare as _bare
-from saewb_widgets import html as _static
-from saewb_widgets import serialize as _packing
-from saewb_widgets.panel import Panel, guarded, refused, source
-from saewb_widgets.steering import settings as _steered
+from saewb_widgets.html import grid
+from saewb_widgets.panel import Panel, catch_errors, model_line, report_errors, source
+from saewb_widgets.serialize import short
+from saewb_widgets.steering.settings import (
+    HOW,
+    MOVERS,
+    POSITIONS,
+    Settings,
+    Texts,
+    attempt,
+    check_fits,
+    check_latents,
+    indexes,
+    key,
+    start_texts,
+    visible,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,10 +43,10 @@ class SteeringPanel(Panel):
     """Steer with latents: the clean and the steered text side by side as they are written, and the next token's odds.
 
     What is shown is `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`: one `steer` for each
-    way (those that add, then those that scale, then those that clamp). It runs `saewb.models.shared_copy.shared_copy(model)`: the same
-    weights with no hooks, so cells may use the model meanwhile and find it clean, and what they put on it is not seen
-    here. The table follows every change of a setting by itself; texts are written when asked for (`generate()`, a
-    button), or each time with `live=True`.
+    way (those that add, then those that scale, then those that clamp). It runs
+    `saewb.models.shared_copy.shared_copy(model)`: the same weights with no hooks, so cells may use the model meanwhile
+    and find it clean, and what they put on it is not seen here. The table follows every change of a setting by itself;
+    texts are written when asked for (`generate()`, a button), or each time with `live=True`.
 
     Example:
         >>> import saewb
@@ -94,11 +106,11 @@ class SteeringPanel(Panel):
         self.model, self._twin = model, saewb.models.shared_copy.shared_copy(model)
         self._several = isinstance(saes, Sequence)
         self.saes = list(saes) if self._several else [saes]
-        self._indexes = _steered.indexes(self.saes, index)
-        _steered.check_fits(self._twin, self.saes)
+        self._indexes = indexes(self.saes, index)
+        check_fits(self._twin, self.saes)
         self.changes: pd.DataFrame | None = None  # of saewb.next_token_changes
-        self._texts: _steered.Texts | None = None
-        self._of: _steered.Settings | None = None  # of the texts
+        self._texts: Texts | None = None
+        self._of: Settings | None = None  # of the texts
         self._again = self._ready = self._stopped = False
         self._lengths = (0, 0)  # tokens of the texts shown, clean and steered
         super().__init__(**traits)
@@ -108,8 +120,8 @@ class SteeringPanel(Panel):
         self.facts = {
             "saes": [sae.cfg.hook or f"SAE {i}" for i, sae in enumerate(self.saes)],
             "can_search": any(x is not None for x in self._indexes),
-            "how": list(_steered.HOW),
-            "positions": list(_steered.POSITIONS),
+            "how": list(HOW),
+            "positions": list(POSITIONS),
             "context": int(model.cfg.n_ctx),
         }
         self.latents = [{"sae": 0, "latent": i, "value": v, "how": "add"} for i, v in (latents or {}).items()]
@@ -130,20 +142,20 @@ class SteeringPanel(Panel):
             sae: number of the SAE in the list the panel was made with.
         """
         new = {"sae": sae, "latent": latent, "value": value, "how": how}
-        if any(_steered.key(one) == (sae, latent) for one in self.latents):
-            self.latents = [new if _steered.key(one) == (sae, latent) else one for one in self.latents]
+        if any(key(one) == (sae, latent) for one in self.latents):
+            self.latents = [new if key(one) == (sae, latent) else one for one in self.latents]
         else:
             self.latents = [*self.latents, new]
 
     def remove(self, latent: int, sae: int = 0) -> None:
         """Leave a latent alone again."""
-        self.latents = [one for one in self.latents if _steered.key(one) != (sae, latent)]
+        self.latents = [one for one in self.latents if key(one) != (sae, latent)]
 
     def generate(self) -> None:
         """Begin both texts anew; what is being written is closed. `wait()` waits for their end."""
         settings = self._settings()
-        texts = _steered.texts(self._twin, self.saes, settings)
-        self.about = _bare.about(self.saes, self.model)
+        texts = start_texts(self._twin, self.saes, settings)
+        self.about = model_line(self.saes, self.model)
         self._close()
         self._texts, self._of, self._stopped = texts, settings, False
         self.clean, self.steered, self.begun_with = "", "", self.prompt
@@ -156,14 +168,14 @@ class SteeringPanel(Panel):
                 self._of, self.stale = None, True
                 raise error
 
-        self.started("texts", "writing", lambda: _steered.tried(texts.run)[1], then)
+        self.start_work("texts", "writing", lambda: attempt(texts.run)[1], then)
 
     def stop(self) -> None:
         """Write no further; what is there stays."""
         if self.running:
             self._close()
             self._look()
-            self.dropped("texts")
+            self.discard_work("texts")
             self.running, self._stopped = False, True
 
     def summary(self) -> str:
@@ -193,16 +205,16 @@ class SteeringPanel(Panel):
             for one, card in zip(self.latents, self.cards, strict=True)
         ]
         moved = [
-            (_steered.spelled(token), f"{100 * p:.3g} %", f"{100 * q:.3g} %", f"{100 * d:+.3g}")
+            (visible(token), f"{100 * p:.3g} %", f"{100 * q:.3g} %", f"{100 * d:+.3g}")
             for _, token, p, q, d in self.movers[:12]
         ]
         return (
-            _static.grid(("latent", "how", "value", "on"), done)
+            grid(("latent", "how", "value", "on"), done)
             + f"<table style='width:100%;margin:8px 0'><tr>{texts}</tr></table>"
-            + _static.grid(("next token", "clean", "steered", "change"), moved)
+            + grid(("next token", "clean", "steered", "change"), moved)
         )
 
-    def asked(self, what: str, **how: Any) -> None:
+    def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
         if what == "generate":
             self.generate()
@@ -226,17 +238,15 @@ class SteeringPanel(Panel):
     # What is asked for is checked before anything changes
 
     @t.validate("latents", "positions", "temperature", "seed", "max_new_tokens")
-    @guarded
+    @catch_errors
     def _check(self, proposal: dict) -> Any:
         name, got = proposal["trait"].name, proposal["value"]
-        with refused():
+        with report_errors():
             if name == "latents":
-                return _steered.checked(got, self.saes)
-            if name == "positions" and got not in _steered.POSITIONS:
-                near = errors.near(got, list(_steered.POSITIONS))
-                raise ValueError(
-                    errors.explain(f"positions is {got!r}.", near=near, want=", ".join(_steered.POSITIONS))
-                )
+                return check_latents(got, self.saes)
+            if name == "positions" and got not in POSITIONS:
+                near = errors.near(got, list(POSITIONS))
+                raise ValueError(errors.explain(f"positions is {got!r}.", near=near, want=", ".join(POSITIONS)))
             if name == "temperature" and not (math.isfinite(got) and got >= 0):
                 raise ValueError(errors.explain(f"temperature is {got}.", want="a number >= 0"))
             if name == "seed" and not 0 <= got < 2**63:
@@ -246,7 +256,7 @@ class SteeringPanel(Panel):
         return got
 
     @t.observe("latents", "prompt", "positions", "temperature", "seed", "max_new_tokens", "live")
-    @guarded
+    @catch_errors
     def _set_anew(self, change: dict) -> None:
         if not self._ready:
             return
@@ -260,11 +270,11 @@ class SteeringPanel(Panel):
             raise failed
 
     @t.observe("query")
-    @guarded
+    @catch_errors
     def _searched(self, _: Any = None) -> None:
         query = self.query.strip()
         if not query:
-            self.dropped("search")
+            self.discard_work("search")
             self.found = {}
         elif query.isdigit():
             self._show_found([(k, int(query)) for k, sae in enumerate(self.saes) if int(query) < sae.cfg.d_sae])
@@ -281,21 +291,21 @@ class SteeringPanel(Panel):
             return [(k, int(i)) for k, index in indexes for i in index.search(query, _FOUND).index]
 
         if sum(len(index) for _, index in indexes) > _AT_ONCE:
-            self.started("search", "searching", work, self._show_found)
+            self.start_work("search", "searching", work, self._show_found)
         else:
             self._show_found(work())
 
     def _show_found(self, latents: list[tuple[int, int]]) -> None:
         self.found = {"query": self.query, "rows": [[k, i, self._words(k, i)] for k, i in latents]}
 
-    def _settings(self) -> _steered.Settings:
+    def _settings(self) -> Settings:
         latents = tuple((one["sae"], one["latent"], one["value"], one["how"]) for one in self.latents)
         how = (self.prompt, self.positions, self.temperature, self.seed, self.max_new_tokens)
-        return _steered.Settings(latents, *how)
+        return Settings(latents, *how)
 
     def _label(self) -> Exception | None:
         """A card for each latent, blank where the index cannot be read: then that exception."""
-        made = [_steered.tried(partial(self._words, *_steered.key(one))) for one in self.latents]
+        made = [attempt(partial(self._words, *key(one))) for one in self.latents]
         self.cards = [_BLANK if words is None else words for words, _ in made]
         return next((error for _, error in made if error is not None), None)
 
@@ -304,33 +314,31 @@ class SteeringPanel(Panel):
         if (index := self._indexes[sae]) is None:
             return _BLANK
         page = index.latent(latent)
-        tokens = dict.fromkeys(_steered.spelled(c.tokens[c.at]) for c in page.top)
-        raised = [_steered.spelled(word.token) for word in page.logits_top[:_WORDS]]
-        return {"label": ", ".join(list(tokens)[:_WORDS]), "raises": ", ".join(raised), "max": _packing.short(page.max)}
+        tokens = dict.fromkeys(visible(c.tokens[c.at]) for c in page.top)
+        raised = [visible(word.token) for word in page.logits_top[:_WORDS]]
+        return {"label": ", ".join(list(tokens)[:_WORDS]), "raises": ", ".join(raised), "max": short(page.max)}
 
     def _predict(self) -> None:
         """The table, beside the notebook; one at a time, the last one for sure."""
         if "changes" in self._jobs:
             self._again = True
             return
-        self._again, self.about = False, _bare.about(self.saes, self.model)
+        self._again, self.about = False, model_line(self.saes, self.model)
         if not self.latents:
             self.changes, self.movers = None, []
             return
         model, saes, settings = self._twin, self.saes, self._settings()
 
         def work() -> Any:
-            return saewb.next_token_changes(
-                model, settings.prompt, lambda: settings.intervene(model, saes), n=_steered.MOVERS
-            )
+            return saewb.next_token_changes(model, settings.prompt, lambda: settings.intervene(model, saes), n=MOVERS)
 
-        self.started("changes", "next tokens", lambda: _steered.tried(work), lambda made: self._predicted(*made))
+        self.start_work("changes", "next tokens", lambda: attempt(work), lambda made: self._predicted(*made))
 
     def _predicted(self, table: Any, error: Exception | None) -> None:
         self.changes = table
         columns = ["token_id", "token", "clean", "changed", "change"]
         rows = [] if table is None else table[columns].values.tolist()
-        self.movers = [[i, token, *map(_packing.short, odds)] for i, token, *odds in rows]
+        self.movers = [[i, token, *map(short, odds)] for i, token, *odds in rows]
         if self._again:
             self._predict()
         elif error is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import saewb
 from saewb import errors
-from saewb_widgets import _bare as _bare
+from saewb_widgets.panel import model_code
 
 HOW = ("add", "scale", "clamp")  # in this order, so that what is clamped is what later layers see
 POSITIONS = {"all": None, "not the first": slice(1, None)}
@@ -67,7 +67,7 @@ class Settings:
             several: whether they were given as a list.
             stopped: how many tokens the clean and the steered text have, if stopped before their end.
         """
-        on, bare = _bare.named(model)
+        on, bare = model_code(model)
         lines = ["import contextlib", ""] if len(self.wanted()) > 1 else []
         lines += ["import saewb", "", f"# model, {'saes' if several else 'sae'}: what the panel was made with", *bare]
         lines += [f"prompt = {self.prompt!r}", *self._steer_code(on, several)]
@@ -134,7 +134,7 @@ class Texts:
         return n, heard[n - 1] if n else ""
 
 
-def texts(model: Any, saes: Sequence[Any], settings: Settings) -> Texts:
+def start_texts(model: Any, saes: Sequence[Any], settings: Settings) -> Texts:
     """Both texts of these settings, not begun.
 
     Raises:
@@ -156,7 +156,7 @@ def check_fits(model: Any, saes: Sequence[Any]) -> None:
         saewb.next_token_changes(model, "a", partial(saewb.steer, model, sae, {0: 1.0}), n=1)
 
 
-def checked(latents: Sequence[dict[str, Any]], saes: Sequence[Any]) -> list[dict[str, Any]]:
+def check_latents(latents: Sequence[dict[str, Any]], saes: Sequence[Any]) -> list[dict[str, Any]]:
     """Changes of latents with nothing left out, if all of them can be made.
 
     Raises:
@@ -175,7 +175,7 @@ def checked(latents: Sequence[dict[str, Any]], saes: Sequence[Any]) -> list[dict
     return list(made.values())
 
 
-def tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+def attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """The result, or None and the exception: to be raised where it is shown."""
     try:
         return work(), None
@@ -221,6 +221,6 @@ def key(one: dict[str, Any]) -> tuple[int, int]:
     return one["sae"], one["latent"]
 
 
-def spelled(text: str) -> str:
+def visible(text: str) -> str:
     """A token as a label shows it."""
     return text.strip() or text.replace("\n", "↵").replace("\t", "⇥")

@@ -8,10 +8,10 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets import html as _static
-from saewb_widgets import serialize as _packing
-from saewb_widgets.panel import Panel, follows, guarded, refused, source
-from saewb_widgets.superposition import serialize as _crowd_packing
+from saewb_widgets.html import grid
+from saewb_widgets.panel import Panel, catch_errors, on_change, report_errors, source
+from saewb_widgets.serialize import short
+from saewb_widgets.superposition import serialize
 from saewb_widgets.superposition.inputs import SIDES, Given
 
 if TYPE_CHECKING:
@@ -143,24 +143,24 @@ class SuperpositionPanel(Panel):
         closest = [(i, j, f"{cos:+.3f}") for i, _, j, cos in self.rows["rows"][:12]]
         return (
             self.result._repr_html_()
-            + _crowd_packing.still(self.beside, self.which, self.dots, self.figures["cosines"])
-            + _static.grid(("direction", "nearest", "cosine"), closest)
+            + serialize.still(self.beside, self.which, self.dots, self.figures["cosines"])
+            + grid(("direction", "nearest", "cosine"), closest)
             + f"<div style='margin-top:8px'><b>Neighbors of {self.selected}</b></div>"
-            + _static.grid(("direction", "cosine"), near)
+            + grid(("direction", "cosine"), near)
         )
 
-    def asked(self, what: str, **how: Any) -> None:
+    def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
         if what != "code":
             raise ValueError(errors.explain(f"SuperpositionPanel was asked to {what!r}."))
         self.notice = self.code()
 
     @t.validate("which", "selected", "side", "scatter")
-    @guarded
+    @catch_errors
     def _check(self, proposal: dict) -> Any:
         name, got = proposal["trait"].name, proposal["value"]
         known = {"which": self.given.names, "side": SIDES}
-        with refused():
+        with report_errors():
             if name in known and got not in known[name]:
                 near = errors.near(got, known[name])
                 raise ValueError(errors.explain(f"{name} is {got!r}.", near=near, want=", ".join(known[name])))
@@ -176,22 +176,22 @@ class SuperpositionPanel(Panel):
                 raise ValueError(errors.explain(f"direction {got} of {n}.", want=f"0 to {n - 1}"))
         return got
 
-    @follows("which")
+    @on_change("which")
     def _another(self) -> None:
         self._turn_to()
         self._compute()
 
-    @follows("side", "closest_first")
+    @on_change("side", "closest_first")
     def _asked_anew(self) -> None:
         self._compute()
 
-    @follows("scatter")
+    @on_change("scatter")
     def _drawn_anew(self) -> None:
         if self.result is not None:
             self._draw()
             self._turn()
 
-    @follows("selected")
+    @on_change("selected")
     def _selected_anew(self) -> None:
         if not self._choosing:
             self._picked[self.which] = self.selected
@@ -216,7 +216,7 @@ class SuperpositionPanel(Panel):
         due = next((one for one in asked if one not in self._results and one not in self._failed), None)
         if "cosines" in self._jobs and self._due == due:
             return
-        self.dropped("cosines")
+        self.discard_work("cosines")
         self._due = due
         if due is None:
             return
@@ -235,7 +235,7 @@ class SuperpositionPanel(Panel):
 
         if sum(len(self.given.matrix(*one)) for one in asked[1:]) > _AT_ONCE:
             of = f" of {due[0]}" if several else ""
-            self.started("cosines", f"cosines between {len(matrix):,} directions{of}", work, then)
+            self.start_work("cosines", f"cosines between {len(matrix):,} directions{of}", work, then)
         else:
             then(work())
 
@@ -299,10 +299,10 @@ class SuperpositionPanel(Panel):
         self.title = self._title()
         is_sae = self.given.is_sae(self.which)
         self.about = f"{self._size()}. {self.given.of[self.which]!r}" if is_sae else self._size()
-        self.figures = _crowd_packing.figures(self.which, self.result, frame)
+        self.figures = serialize.figures(self.which, self.result, frame)
         table = frame.sort_values("max_abs_cos", ascending=not self.closest_first, kind="stable")
         listed = table.head(_LISTED).reset_index()[["feature", "max_abs_cos", "nearest", "nearest_cos"]]
-        self.rows = {"rows": [[int(i), _packing.short(m), int(j), _packing.short(c)] for i, m, j, c in listed.values]}
+        self.rows = {"rows": [[int(i), short(m), int(j), short(c)] for i, m, j, c in listed.values]}
         if self.which not in self._picked:
             self._choose(int(table.index[0]))
         self._compare()
@@ -314,22 +314,22 @@ class SuperpositionPanel(Panel):
         has = self.given.has
         why = {name: "no encoder" for name in self.given.names if not has(name, self.side)}
         why.update({name: str(error).splitlines()[0] for (name, _), error in self._failed.items()})
-        self.beside = _crowd_packing.compared(self.given.names, self._made(), why)
+        self.beside = serialize.compared(self.given.names, self._made(), why)
 
     def _draw(self) -> None:
         """The scatter."""
         self.points = self._results[self.which, self.side][1][["max_abs_cos", self.scatter]]
         norm = _NORMS[self.side] if self.given.is_sae(self.which) else "its length"
         what = norm if self.scatter == "norm" else "the fraction of tokens it fires on"
-        self.dots = _crowd_packing.dots(self.points, self.scatter, what)
+        self.dots = serialize.dots(self.points, self.scatter, what)
 
     def _size(self) -> str:
         return f"{self.result.n_features:,} directions in {self.result.d:,} dimensions"
 
     def _turn(self) -> None:
-        near = [[j, _packing.short(cos)] for j, cos in self.neighbors]
+        near = [[j, short(cos)] for j, cos in self.neighbors]
         page = {"direction": self.selected, "neighbors": near}
         if self.points is not None:
             x, y = self.points[[self.scatter, "max_abs_cos"]].iloc[self.selected]
-            page["at"] = [_packing.short(x), _packing.short(y)]
+            page["at"] = [short(x), short(y)]
         self.page = page

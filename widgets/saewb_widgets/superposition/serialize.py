@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from saewb_widgets import html as _static
+from saewb_widgets.html import grid
 from saewb_widgets.serialize import short
 
 DOTS = 4000  # of the scatter that are sent, at most
@@ -110,7 +110,7 @@ def still(compared: dict[str, Any], which: str, dots: dict[str, Any], cosines: l
             (r["name"], f"{r['n']:,}", f"{r['d']:,}", *r["figures"]) if "n" in r else (r["name"], r["why"])
             for r in compared["rows"]
         ]
-        table = _static.grid(head, body) + f"<div style='opacity:.65'>{compared['note']}</div>"
+        table = grid(head, body) + f"<div style='opacity:.65'>{compared['note']}</div>"
     others = {name: o["cosines"] for name, o in compared.get("outlines", {}).items() if name != which}
     charts = _histogram(which, cosines, others, list(compared.get("outlines", {}))) + _scatter(dots)
     return table + f"<div style='display:flex;flex-wrap:wrap;gap:14px;margin:8px 0'>{charts}</div>"

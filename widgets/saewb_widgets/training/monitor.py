@@ -8,7 +8,7 @@ from typing import Any
 
 import saewb
 from saewb import errors
-from saewb_widgets import serialize as _packing
+from saewb_widgets.serialize import short
 
 CHARTS = {  # figure: title and note
     "loss": ("loss", "what is minimized, in training units"),
@@ -108,7 +108,7 @@ class Watched:
                 if tokens:
                     if tokens not in xs:
                         xs.append(tokens)
-                    lines[figure] = [xs.index(tokens), [_packing.short(v) for v in values]]
+                    lines[figure] = [xs.index(tokens), [short(v) for v in values]]
             line = {"label": label, "run": name, "sae": sae, "tokens": xs, "lines": lines}
             if found := densities.get(sae):
                 line["density"] = {"at": found.n_tokens, "edges": list(found.edges), "counts": list(found.counts)}

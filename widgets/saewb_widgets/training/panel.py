@@ -9,10 +9,10 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets import _charts as _charts
-from saewb_widgets import html as _static
-from saewb_widgets.panel import Panel, guarded, refused, source
-from saewb_widgets.training import form as _form
+from saewb_widgets.html import grid
+from saewb_widgets.panel import Panel, catch_errors, report_errors, source
+from saewb_widgets.training import form
+from saewb_widgets.training.charts import charts
 from saewb_widgets.training.monitor import CHARTS, LOGS, Watched, free_name, named
 
 _CONTROLS = {"pause": "pausing", "resume": "going on with", "stop": "stopping"}
@@ -100,12 +100,12 @@ class TrainingPanel(Panel):
         typed, kind = {}, "TopK"
         if has_form:
             objective = saewb.TopK(d_sae=4096, k=32) if objective is None else objective
-            kind = _form.kind_of(objective)
-            typed = _form.typed_of(objective, {"n_tokens": 1_000_000, **options})
+            kind = form.kind_of(objective)
+            typed = form.typed_of(objective, {"n_tokens": 1_000_000, **options})
         super().__init__(kind=kind, typed=typed, form_open=has_form and not self._watched)
         self._has_form = has_form
         charts = [[figure, *words, figure in LOGS] for figure, words in CHARTS.items()]
-        self.facts = {"charts": charts, "kinds": list(_form.KINDS)}
+        self.facts = {"charts": charts, "kinds": list(form.KINDS)}
         if has_form:
             self._kind_changed()
         self._look()
@@ -180,16 +180,16 @@ class TrainingPanel(Panel):
         """See Panel."""
         if not self._watched:
             rows = [(key, text) for key, text in self.typed.items()]
-            return f"<div>not started: {self.kind}</div>" + _static.grid(("field", "value"), rows)
+            return f"<div>not started: {self.kind}</div>" + grid(("field", "value"), rows)
         rows = [
             (s["name"], s["state"], s["before"] or f"{s['n_tokens']:,} of {s['total']:,}", s.get("error", ""))
             for s in self.status
         ]
-        return _static.grid(("run", "state", "tokens", ""), rows) + _charts.charts(self.series, self.scale)
+        return grid(("run", "state", "tokens", ""), rows) + charts(self.series, self.scale)
 
     # -- control -----------------------------------------------------------------------------------------------------
 
-    @guarded
+    @catch_errors
     def start(self) -> None:
         """Start what the form says, in the background: `panel.run`, once `wait()` or the front end has collected it.
 
@@ -205,9 +205,9 @@ class TrainingPanel(Panel):
             self.form_open = False
             self.add(run)
 
-        self.started("start", "starting", lambda: saewb.train(model, tokens, objective, **arguments, **passed), then)
+        self.start_work("start", "starting", lambda: saewb.train(model, tokens, objective, **arguments, **passed), then)
 
-    @guarded
+    @catch_errors
     def control(self, run: str, what: str) -> None:
         """Pause, resume or stop a run; it rests once the step under way is done (see `wait`).
 
@@ -225,9 +225,11 @@ class TrainingPanel(Panel):
             raise ValueError(errors.explain(f"got {what!r}.", near=near, want=", ".join(_CONTROLS)))
         if not watched.here:
             raise ValueError(errors.explain(f"{run!r} is not of this kernel.", want="a run started here"))
-        self.started(f"control {run}", f"{_CONTROLS[what]} {run}", getattr(watched.run, what), lambda _: self._look())
+        self.start_work(
+            f"control {run}", f"{_CONTROLS[what]} {run}", getattr(watched.run, what), lambda _: self._look()
+        )
 
-    def asked(self, what: str, **how: Any) -> None:
+    def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
         if what in _CONTROLS:
             self.control(how.get("run", ""), what)
@@ -253,7 +255,7 @@ class TrainingPanel(Panel):
                 self._look()
             except Exception as error:
                 self.alive = False  # or it would fail once a second
-                self.show(error)
+                self.show_error(error)
                 raise
 
     def _look(self) -> None:
@@ -289,38 +291,38 @@ class TrainingPanel(Panel):
             raise ValueError(
                 errors.explain("there is no form.", want="model and tokens", fix="TrainingPanel(model=model, ...)")
             )
-        objective, arguments, problems = _form.read(self.kind, self.typed)
+        objective, arguments, problems = form.read(self.kind, self.typed)
         if problems:
             told = "; ".join(f"{key}: {said.splitlines()[0]}" for key, said in problems.items())
             raise ValueError(errors.explain(f"the form is not right: {told}", want="what stands beside the fields"))
         return objective, arguments
 
     @t.validate("kind")
-    @guarded
+    @catch_errors
     def _check_kind(self, proposal: dict) -> str:
         got = proposal["value"]
-        with refused():
-            if got not in _form.KINDS:
-                near = errors.near(got, _form.KINDS)
-                raise ValueError(errors.explain(f"kind is {got!r}.", near=near, want=", ".join(_form.KINDS)))
+        with report_errors():
+            if got not in form.KINDS:
+                near = errors.near(got, form.KINDS)
+                raise ValueError(errors.explain(f"kind is {got!r}.", near=near, want=", ".join(form.KINDS)))
         return got
 
     @t.observe("kind")
-    @guarded
+    @catch_errors
     def _kind_changed(self, _: Any = None) -> None:
         if self._has_form:
-            self.form = {"groups": _form.groups(self.kind)}
+            self.form = {"groups": form.groups(self.kind)}
             self._typed_changed()
 
     @t.observe("typed")
-    @guarded
+    @catch_errors
     def _typed_changed(self, _: Any = None) -> None:
         if not self._has_form:
             return
-        objective, arguments, problems = _form.read(self.kind, self.typed)
+        objective, arguments, problems = form.read(self.kind, self.typed)
         self.problems = problems
         if problems:
-            self.dropped("estimate")
+            self.discard_work("estimate")
             self.estimate = {}
             return
         model, device = self._model, self._passed["device"]
@@ -333,11 +335,11 @@ class TrainingPanel(Panel):
             except Exception as error:  # shown beside the form: what is typed need not be right yet
                 return error
 
-        self.started("estimate", "estimating memory", work, self._estimated)
+        self.start_work("estimate", "estimating memory", work, self._estimated)
 
     def _estimated(self, found: Any) -> None:
         if isinstance(found, Exception):
-            said = _form.beside(found)
+            said = form.beside(found)
             blamed = [key for key in ("hook", "hook_out") if repr(str(self.typed.get(key))) in said]
             self.problems = {**self.problems, **dict.fromkeys(blamed[:1], said)}
             self.estimate = {"error": said}

@@ -297,7 +297,7 @@ function training({ body, model, on, set, ask }) {
   // whether to leave a notebook that has changed.
   let known = "";
   on("status", () => { const now = model.get("status").map((s) => s.name + s.state).join();
-    if (now !== known && model.get("still")) ask("still");
+    if (now !== known && model.get("snapshot_id")) ask("snapshot");
     known = now; });
   on("alive", poll);
   on("status", statuses);

@@ -5,17 +5,17 @@ import torch
 from helpers.peak_memory import peak_bytes
 
 import saewb
-from saewb.sae import activation_functions
+from saewb.kernels import topk
 
 
 @pytest.mark.parametrize("activation", ["topk", "abstopk"])
 @pytest.mark.parametrize(("tokens", "d_sae", "k"), [(5, 4096, 3), (3, 3000, 1500), (1, 2500, 2500), (0, 2048, 4)])
 def test_blocks_give_what_the_whole_product_gives(activation, tokens, d_sae, k, monkeypatch):
-    monkeypatch.setattr(activation_functions, "BLOCK", 1024)
+    monkeypatch.setattr(topk, "BLOCK", 1024)
     rng = torch.Generator().manual_seed(0)
     h, W, b = (torch.randn(*shape, generator=rng).double() for shape in ((tokens, 7), (7, d_sae), (d_sae,)))
-    values, indices = activation_functions.top_of_product(h, W, b, k, activation)
-    expected, where = activation_functions.top(torch.addmm(b, h, W), k, activation)
+    values, indices = topk.top_of_product(h, W, b, k, activation)
+    expected, where = topk.top(torch.addmm(b, h, W), k, activation)
     dense, wanted = (
         torch.zeros(tokens, d_sae).double().scatter(1, i, v) for v, i in ((values, indices), (expected, where))
     )
@@ -30,7 +30,7 @@ def test_a_wide_sae_keeps_the_same_with_and_without_gradients(activation):
     with_gradients = sae.encode_topk(x)
     with torch.no_grad():
         without = sae.encode_topk(x)
-    assert with_gradients.values.requires_grad
+    assert with_gradients.topk.values.requires_grad
     assert torch.allclose(without.dense(), with_gradients.dense(), atol=1e-6)
 
 
