@@ -12,11 +12,12 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _FIELD = re.compile(r"^    (\w+): [^#\n]*(?:#[ ]*(.*))?$")
+_DOCSTRING = re.compile(r'^    """(.+?)\.?"""$')
 _COMMENT = re.compile(r"^    #[ ]*(.*)$")
 
 
 def field_notes(owner: type) -> dict[str, str]:
-    """The note of each field of a dataclass that has one: beside it, above it, or in its metadata.
+    """The note of each field of a dataclass that has one: beside, above or below it, or in its metadata.
 
     Args:
         owner: the dataclass.
@@ -37,6 +38,8 @@ def field_notes(owner: type) -> dict[str, str]:
             continue
         if field := _FIELD.match(line):
             found[field[1]] = field[2] or " ".join(above)
+        elif found and (text := _DOCSTRING.match(line)):
+            found[list(found)[-1]] = text[1]
         above = []
     told = {f.name: f"{f.metadata['meaning']} ({f.metadata['unit']})" for f in fields(owner) if f.metadata.get("unit")}
     notes = {f.name: told.get(f.name) or f.metadata.get("meaning") or found.get(f.name) for f in fields(owner)}
