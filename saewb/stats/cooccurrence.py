@@ -62,11 +62,16 @@ class Coactivation:
     latent that never fires or never changes, Jaccard of two that never fire.
     """
 
-    n_tokens: int  # tokens
-    a: Side  # how often, and how strongly, each latent of the first SAE fires
-    b: Side | None  # of the second SAE; None if pairs are within one
-    together: Int[Tensor, " pairs"]  # tokens on which both fire; each pair of one SAE's latents once
-    products: Float[Tensor, " pairs"] | None  # sums of products of activations, float64
+    n_tokens: int
+    """Tokens."""
+    a: Side
+    """How often, and how strongly, each latent of the first SAE fires."""
+    b: Side | None
+    """Of the second SAE; None if pairs are within one."""
+    together: Int[Tensor, " pairs"]
+    """Tokens on which both fire; each pair of one SAE's latents once."""
+    products: Float[Tensor, " pairs"] | None
+    """Sums of products of activations, float64."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -40,8 +40,10 @@ class LowRankCorrelation:
                 [0.4800, 1.0000]])
     """
 
-    factor: Float[Tensor, "n rank"]  # what features share; the correlation of two is the product of their rows
-    diag: Float[Tensor, " n"]  # the part of the variance that is each feature's own, 0..1
+    factor: Float[Tensor, "n rank"]
+    """What features share; the correlation of two is the product of their rows."""
+    diag: Float[Tensor, " n"]
+    """The part of the variance that is each feature's own, 0..1."""
 
     def __post_init__(self) -> None:
         shapes = tuple(self.factor.shape), tuple(self.diag.shape)

@@ -42,8 +42,10 @@ class MatrixView:
     Entries that are not defined (a feature that never fires, a direction of length 0) are nan.
     """
 
-    entries: Entries  # where its numbers come from: a matrix, factors, directions, firings
-    density: Float[Tensor, " n"] | None = None  # of the rows' features, fractions of tokens; None: not known
+    entries: Entries
+    """Where its numbers come from: a matrix, factors, directions, firings."""
+    density: Float[Tensor, " n"] | None = None
+    """Of the rows' features, fractions of tokens; None: not known."""
 
     @property
     def shape(self) -> tuple[int, int]:

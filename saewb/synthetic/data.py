@@ -29,8 +29,10 @@ VERSION = 1  # of the folder that `save` writes
 class Sample:
     """Some samples, with their truth."""
 
-    activations: Float[Tensor, "samples d"]  # what a model would have, bias and noise in it
-    firings: Firings  # which features fired, and how strongly
+    activations: Float[Tensor, "samples d"]
+    """What a model would have, bias and noise in it."""
+    firings: Firings
+    """Which features fired, and how strongly."""
 
     def __len__(self) -> int:
         return len(self.activations)
@@ -63,13 +65,20 @@ class SyntheticData:
         (torch.Size([1000, 32]), SyntheticData(64 features in 32 dimensions, 0.982 firing per sample))
     """
 
-    dictionary: FeatureDictionary  # the directions, with their bias
-    probability: Float[Tensor, " features"]  # of firing, over all samples
+    dictionary: FeatureDictionary
+    """The directions, with their bias."""
+    probability: Float[Tensor, " features"]
+    """Of firing, over all samples."""
     magnitudes: Magnitudes = field(default_factory=Magnitudes)
+    """How strongly features fire."""
     correlation: Float[Tensor, "features features"] | LowRankCorrelation | None = None
+    """Of the normal variables that decide which features fire; None: independent."""
     hierarchy: Hierarchy | None = None
-    compensate: bool = True  # draw more often what the hierarchy will silence
-    noise: float = 0.0  # standard deviation of normal noise on each coordinate
+    """Which features need others; None: no feature does."""
+    compensate: bool = True
+    """Draw more often what the hierarchy will silence."""
+    noise: float = 0.0
+    """Standard deviation of normal noise on each coordinate."""
 
     def __post_init__(self) -> None:
         n, device = self.dictionary.n_features, self.dictionary.directions.device

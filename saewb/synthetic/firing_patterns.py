@@ -176,10 +176,14 @@ def _each(value: float | Tensor, features: Tensor) -> Tensor:
 class Firings:
     """Which features fired in which samples, and how strongly: a sparse matrix [samples, features], row by row."""
 
-    samples: Int[Tensor, " fired"]  # ascending
-    features: Int[Tensor, " fired"]  # each once in a sample
-    values: Float[Tensor, " fired"]  # > 0
-    shape: tuple[int, int]  # samples, features
+    samples: Int[Tensor, " fired"]
+    """Ascending."""
+    features: Int[Tensor, " fired"]
+    """Each once in a sample."""
+    values: Float[Tensor, " fired"]
+    """> 0."""
+    shape: tuple[int, int]
+    """Samples, features."""
 
     def __len__(self) -> int:
         return self.shape[0]

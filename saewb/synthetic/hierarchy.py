@@ -23,9 +23,12 @@ from saewb.synthetic.firing_patterns import Firings
 class Node:
     """A feature and what depends on it; or, without a feature, a group of features."""
 
-    feature: int | None  # None: only groups its children, and counts as firing where its own parent does
+    feature: int | None
+    """None: only groups its children, and counts as firing where its own parent does."""
     children: tuple[Node, ...] = ()
-    exclusive: bool = False  # whether at most one of the children fires
+    """Nodes that fire only where this one does."""
+    exclusive: bool = False
+    """Whether at most one of the children fires."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Node:

@@ -22,23 +22,40 @@ if TYPE_CHECKING:
 class Recovery:
     """What `recovery` found. A latent stands for the feature its decoder row is nearest to (largest |cosine|)."""
 
-    mcc: float  # mean |cosine| of latents and features matched one to one; 1: the dictionary was found
-    uniqueness: float  # fraction of latents that are not doubles of a feature; 1: none are
-    true_l0: float  # features firing per sample
-    l0: float  # latents active per sample
-    dead_frac: float  # fraction of latents that were never active
-    l2_ratio: float  # length of the reconstruction; 1: right, less: shrinkage
-    explained_variance: float  # fraction; 1 is perfect, 0 no better than the mean
-    precision: float  # mean over latents: of the samples on which it is active, those on which its feature fires
-    recall: float  # mean over latents: of the samples on which its feature fires, those on which it is active
-    f1: float  # mean over latents of their harmonic mean
-    accuracy: float  # mean over latents: samples on which both or neither are on
-    n_samples: int  # samples
-    feature: Int[Tensor, " d_sae"] = field(repr=False)  # per latent, the feature it stands for
-    cosine: Float[Tensor, " d_sae"] = field(repr=False)  # |cosine| with it
-    latent_precision: Float[Tensor, " d_sae"] = field(repr=False)  # 0 where the latent was never active
-    latent_recall: Float[Tensor, " d_sae"] = field(repr=False)  # 0 where its feature never fired
+    mcc: float
+    """Mean |cosine| of latents and features matched one to one; 1: the dictionary was found."""
+    uniqueness: float
+    """Fraction of latents that are not doubles of a feature; 1: none are."""
+    true_l0: float
+    """Features firing per sample."""
+    l0: float
+    """Latents active per sample."""
+    dead_frac: float
+    """Fraction of latents that were never active."""
+    l2_ratio: float
+    """Length of the reconstruction; 1: right, less: shrinkage."""
+    explained_variance: float
+    """Fraction; 1 is perfect, 0 no better than the mean."""
+    precision: float
+    """Mean over latents: of the samples on which it is active, those on which its feature fires."""
+    recall: float
+    """Mean over latents: of the samples on which its feature fires, those on which it is active."""
+    f1: float
+    """Mean over latents of their harmonic mean."""
+    accuracy: float
+    """Mean over latents: samples on which both or neither are on."""
+    n_samples: int
+    """Samples."""
+    feature: Int[Tensor, " d_sae"] = field(repr=False)
+    """Per latent, the feature it stands for."""
+    cosine: Float[Tensor, " d_sae"] = field(repr=False)
+    """|cosine| with it."""
+    latent_precision: Float[Tensor, " d_sae"] = field(repr=False)
+    """0 where the latent was never active."""
+    latent_recall: Float[Tensor, " d_sae"] = field(repr=False)
+    """0 where its feature never fired."""
     latent_f1: Float[Tensor, " d_sae"] = field(repr=False)
+    """Harmonic mean of a latent's precision and recall."""
 
     def to_frame(self) -> pd.DataFrame:
         """One row of the figures, for comparing SAEs."""
