@@ -38,8 +38,11 @@ class SparseCoder(nn.Module, ABC):
     """Whether the latents of a token depend on the tokens before it."""
 
     cfg: CoderConfig
+    """What the weights are of."""
     W_dec: nn.Parameter
+    """Decoder directions, a row for each latent."""
     b_dec: nn.Parameter
+    """Decoder bias."""
 
     @classmethod
     def from_tensors(
@@ -293,7 +296,7 @@ class SparseEncoder:
 
     @torch.no_grad()
     def tiles(
-        self, x: Float[Tensor, "rows *ctx d_in"], mask: Bool[Tensor, "rows *ctx"] | None = None
+        self, x: Float[Tensor, "*rows d_in"], mask: Bool[Tensor, "*rows"] | None = None
     ) -> Iterator[tuple[slice, SparseLatents]]:
         """Active latents of some rows, and of the next ones, until all are done: where `sae.encode(x)` is not 0.
 
