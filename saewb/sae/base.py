@@ -39,8 +39,11 @@ class SparseCoder(nn.Module, ABC):
     """Whether the latents of a token depend on the tokens before it."""
 
     cfg: CoderConfig
+    """What the weights are of."""
     W_dec: nn.Parameter
+    """Decoder directions, a row for each latent."""
     b_dec: nn.Parameter
+    """Decoder bias."""
 
     @classmethod
     def from_tensors(
