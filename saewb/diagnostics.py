@@ -68,7 +68,9 @@ class Checkup:
         return "\n".join([*lines, "", self._summary()])
 
     def _repr_html_(self) -> str:
-        return html_table(self._summary(), [(_MARKS[f.state], f.name, f.detail, f.fix) for f in self.findings])
+        return html_table(
+            self._summary(), [(_MARKS[f.state], f.name, f.detail, f.fix) for f in self.findings], sides=("left",) * 4
+        )
 
     def _summary(self) -> str:
         n_wrong = sum(finding.state == "wrong" for finding in self.findings)

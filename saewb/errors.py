@@ -15,8 +15,8 @@ class FormatError(ValueError):
     """A file that does not match its layout: a tensor missing, left over or misshapen, or an unknown key."""
 
 
-def near(got: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """Find the `n` known names most like `got` (difflib's ratio, at least 0.5), those with its numbers first.
+def near(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """Find the `n` candidates most like a name (difflib's ratio, at least 0.5), those with its numbers first.
 
     A layer or a width is seldom what was mistyped.
 
@@ -24,8 +24,8 @@ def near(got: str, known: Iterable[str], n: int = 3) -> list[str]:
         >>> near("blocks.8.resid_pst", ["blocks.11.resid_post", "blocks.8.resid_pre", "hook_embed"], n=2)
         ['blocks.8.resid_pre', 'blocks.11.resid_post']
     """
-    matches = difflib.get_close_matches(got, list(dict.fromkeys(known)), n=10 * n, cutoff=0.5)
-    return sorted(matches, key=lambda name: _NUMBER.findall(name) != _NUMBER.findall(got))[:n]
+    matches = difflib.get_close_matches(name, list(dict.fromkeys(candidates)), n=10 * n, cutoff=0.5)
+    return sorted(matches, key=lambda match: _NUMBER.findall(match) != _NUMBER.findall(name))[:n]
 
 
 def explain(what: str, *, near: Iterable[str] = (), want: str = "", fix: str = "") -> str:

@@ -4,7 +4,6 @@ Shapes stand in the types (jaxtyping, or in brackets in the text), units in the 
 """
 
 import ast
-import importlib
 import inspect
 import re
 import textwrap
@@ -12,6 +11,8 @@ from dataclasses import fields, is_dataclass
 from itertools import pairwise
 
 import pytest
+from helpers import public_names
+from helpers.public_names import NAMES
 
 import saewb
 
@@ -22,34 +23,11 @@ FROM_PAPERS = {
     *("Standard", "Gated", "TopK", "AbsTopK", "BatchTopK", "Matryoshka", "JumpReLU", "MatchingPursuit"),
     *("superposition", "enrich", "attribute", "attribute_edges", "evaluate", "steer"),
 }
-# Modules whose functions users type themselves; the rest is for saewb's own rooms.
-MODULES = (
-    "tiny",
-    "metrics",
-    "features.neuronpedia",
-    "training.loggers",
-    "synthetic",
-    "data.tokens",
-    "models.tokenizer",
-)
-NAMES = [name for name in saewb.__all__ if not inspect.ismodule(getattr(saewb, name))]
 NEEDS_NETWORK = {"push_to_hub"}
 
 
 def public():
-    """(name, object) of each public function and class: saewb's own, and those of the modules its users type."""
-    found = {name: getattr(saewb, name) for name in NAMES}
-    for module in (importlib.import_module(f"saewb.{name}") for name in MODULES):
-        for key in getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")]):
-            value = getattr(module, key)
-            if getattr(value, "__module__", "").startswith(module.__name__):
-                found[f"{module.__name__.removeprefix('saewb.')}.{key}"] = value
-    seen, once = set(), []
-    for name, value in sorted(found.items(), key=lambda pair: pair[0].count(".")):  # saewb.x before saewb.m.x
-        if id(value) not in seen:
-            seen.add(id(value))
-            once.append(pytest.param(name, value, id=name))
-    return once
+    return [pytest.param(name, value, id=name) for name, value in public_names.public()]
 
 
 def sections(text):

@@ -2,6 +2,4 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["eval_store", "evaluation", "model_losses", "result"]
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=["evaluation", "model_losses", "result"])

@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from saewb.data.tokens import token_rows
 from saewb.errors import explain
-from saewb.evals.eval_store import Store, source_name
-from saewb.evals.model_losses import AtHook, Batches, Losses, Place, at_hooks, bar, in_model, place
-from saewb.evals.result import Evaluation, LatentFigures
+from saewb.evals.model_losses import (
+    Batches,
+    HookMetrics,
+    Losses,
+    clean_site,
+    evaluate_at_hooks,
+    evaluate_in_model,
+)
+from saewb.evals.result import Evaluation, EvaluationStore, LatentFigures, source_name
+from saewb.interventions.site import Site
 from saewb.models.capture import eval_mode
-from saewb.models.tokenizer import special_ids, special_mask
+from saewb.models.tokenizer import special_ids
 from saewb.sae.sae import SAE
 from saewb.stats.firing import DEAD_BELOW, DENSE_ABOVE
 
@@ -97,9 +105,10 @@ def evaluate(
         >>> found.n_tokens > 30, 0 < found.fvu < 1, found.ce_zero_ablated > found.ce_clean
         (True, True, True)
     """
-    places, batches = _asked(model, [sae], tokens, [(hook, hook_out)], batch_size, ctx_len, skip_special_tokens)
-    (found,) = _evaluated(places, batches, dead_below, dense_above, losses, progress)
-    return found
+    ids, special = token_rows(model, tokens, ctx_len), special_ids(model, skip_special_tokens)
+    sites = [clean_site(model, sae, hook, hook_out)]
+    options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses}
+    return _evaluate(model, sites, ids, special, batch_size, progress, **options)[0]
 
 
 def evaluate_many(
@@ -159,27 +168,19 @@ def evaluate_many(
         raise ValueError(explain(f"evaluate_many got at_once={at_once}.", want="1 or more"))
     named = _named(saes)
     ids = token_rows(model, tokens, ctx_len)
-    options = {
-        "special": special_ids(model, skip_special_tokens),
-        "dead_below": dead_below,
-        "dense_above": dense_above,
-        "losses": losses,
-        "model": str(model.cfg.model_name),
-        "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-    }
-    store = Store(folder, options)
-    found = {name: known for name, sae in named.items() if (known := store.read(name, sae)) is not None}
-    missing = [name for name in named if name not in found]
+    special = special_ids(model, skip_special_tokens)
+    options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses}
+    data = {"model": str(model.cfg.model_name), "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+    store = EvaluationStore(folder, {"special": special, **options, **data})
+    figures = {name: stored for name, sae in named.items() if (stored := store.read(name, sae)) is not None}
+    missing = [name for name in named if name not in figures]
     for names in (missing[i : i + at_once] for i in range(0, len(missing), at_once)):
-        some = [_loaded(named[name]) for name in names]
-        places, batches = _asked(
-            model, some, ids, [(None, None)] * len(some), batch_size, ctx_len, list(options["special"])
-        )
-        new = _evaluated(places, batches, dead_below, dense_above, losses, progress)
-        for name, evaluation in zip(names, new, strict=True):
-            found[name] = evaluation.figures()
-            store.write(name, named[name], found[name])
-    table = pd.DataFrame([found[name] for name in named], index=pd.Index(list(named), name="name"))
+        sites = [clean_site(model, _load(named[name]), None, None) for name in names]
+        evaluations = _evaluate(model, sites, ids, special, batch_size, progress, **options)
+        for name, evaluation in zip(names, evaluations, strict=True):
+            figures[name] = evaluation.figures()
+            store.write(name, named[name], figures[name])
+    table = pd.DataFrame([figures[name] for name in named], index=pd.Index(list(named), name="name"))
     store.write_table(table)
     return table
 
@@ -187,90 +188,77 @@ def evaluate_many(
 # -- one evaluation --------------------------------------------------------------------------------------------------
 
 
-def _asked(
+def _evaluate(
     model: nn.Module,
-    saes: Sequence[nn.Module],
-    tokens: Tensor | Sequence[str],
-    at: Sequence[tuple[str | None, str | None]],
+    sites: Sequence[Site],
+    ids: Tensor,
+    special: Sequence[int],
     batch_size: int,
-    ctx_len: int,
-    skip_special_tokens: bool | Sequence[int],
-) -> tuple[list[Place], Batches]:
-    ids = token_rows(model, tokens, ctx_len)
-    special = special_ids(model, skip_special_tokens)
-    places = [place(model, sae, *where, special) for sae, where in zip(saes, at, strict=True)]
-    return places, Batches(ids, ~special_mask(ids, special), batch_size, next(model.parameters()).device)
-
-
-def _evaluated(
-    places: list[Place], batches: Batches, dead_below: float, dense_above: float, losses: bool, progress: bool
+    progress: bool,
+    *,
+    dead_below: float,
+    dense_above: float,
+    losses: bool,
 ) -> list[Evaluation]:
-    saes = [where.sae for where in places]
-    with torch.no_grad(), eval_mode(places[0].model, *saes), bar(progress, (1 + losses) * len(batches)) as tick:
-        seen = at_hooks(places, tick(batches))
-        whole = [_NO_LOSSES] * len(places)
+    """Evaluate SAEs that share the passes over the model."""
+    batches = Batches(ids, special, batch_size, next(model.parameters()).device)
+    bar = tqdm(total=(1 + losses) * len(batches), desc="evaluate", unit="batch", leave=False, disable=not progress)
+    with torch.no_grad(), eval_mode(model, *(site.sae for site in sites)), bar:
+        metrics = evaluate_at_hooks(model, sites, batches, bar)
+        model_losses = [Losses(*[math.nan] * 7)] * len(sites)
         if losses:
-            whole = in_model(places, [one.written.mean() for one in seen], batches, tick)
+            means = [at_hook.reconstruction.mean() for at_hook in metrics]
+            model_losses = evaluate_in_model(model, sites, means, batches, bar)
+        n_predictions = batches.n_predictions if losses else 0
         return [
-            _evaluation(where, one, loss, batches.n_predictions if losses else 0, dead_below, dense_above)
-            for where, one, loss in zip(places, seen, whole, strict=True)
+            _evaluation(model, site, at_hook, in_model, n_predictions, dead_below, dense_above)
+            for site, at_hook, in_model in zip(sites, metrics, model_losses, strict=True)
         ]
 
 
-_NO_LOSSES = Losses(*[math.nan] * 7)
-
-
 def _evaluation(
-    where: Place, seen: AtHook, loss: Losses, n_predictions: int, dead_below: float, dense_above: float
+    model: nn.Module,
+    site: Site,
+    metrics: HookMetrics,
+    losses: Losses,
+    n_predictions: int,
+    dead_below: float,
+    dense_above: float,
 ) -> Evaluation:
-    fired = seen.fired.result(dead_below, dense_above)
+    firing = metrics.firing.result(dead_below, dense_above)
+    latents = ("density", "mean_activation", "max_activation", "consistent_activation")
+    ce, kl = losses.ce_with_sae, losses.kl
     return Evaluation(
-        **asdict(seen.written.result()),
-        l0=fired.l0,
-        l1=fired.l1,
-        dead_frac=fired.dead_frac,
-        ultra_low_frac=fired.ultra_low_frac,
-        dense_frac=fired.dense_frac,
-        ce_clean=loss.clean,
-        ce_with_sae=loss.with_sae,
-        ce_zero_ablated=loss.zero,
-        ce_mean_ablated=loss.mean,
-        ce_recovered_zero=_recovered(loss.zero, loss.with_sae, loss.clean),
-        ce_recovered_mean=_recovered(loss.mean, loss.with_sae, loss.clean),
-        kl=loss.kl_with_sae,
-        kl_zero_ablated=loss.kl_zero,
-        kl_mean_ablated=loss.kl_mean,
-        kl_recovered_zero=_recovered(loss.kl_zero, loss.kl_with_sae, 0.0),
-        kl_recovered_mean=_recovered(loss.kl_mean, loss.kl_with_sae, 0.0),
+        **asdict(metrics.reconstruction.result()),
+        **{name: getattr(firing, name) for name in ("l0", "l1", "dead_frac", "ultra_low_frac", "dense_frac")},
+        **asdict(losses),
+        ce_recovered_zero=_recovered(losses.ce_zero_ablated, ce, losses.ce_clean),
+        ce_recovered_mean=_recovered(losses.ce_mean_ablated, ce, losses.ce_clean),
+        kl_recovered_zero=_recovered(losses.kl_zero_ablated, kl, 0.0),
+        kl_recovered_mean=_recovered(losses.kl_mean_ablated, kl, 0.0),
         n_predictions=n_predictions,
         dead_below=dead_below,
         dense_above=dense_above,
-        hook=where.read,
-        hook_out=where.write,
-        model=str(where.model.cfg.model_name),
-        sae=repr(where.sae),
-        latents=LatentFigures(
-            density=fired.density.cpu(),
-            mean_activation=fired.mean_activation.cpu(),
-            max_activation=fired.max_activation.cpu(),
-            consistent_activation=fired.consistent_activation.cpu(),
-            **_of_weights(where.sae),
-        ),
+        hook=site.hook_name,
+        hook_out=site.hook_name_out,
+        model=str(model.cfg.model_name),
+        sae=repr(site.sae),
+        latents=LatentFigures(**{name: getattr(firing, name).cpu() for name in latents}, **_weight_figures(site.sae)),
     )
 
 
-def _of_weights(sae: nn.Module) -> dict[str, Tensor]:
+def _weight_figures(sae: nn.Module) -> dict[str, Tensor]:
     """Figures per latent that need no activations; nan where the architecture has no such thing."""
     W_dec = sae.W_dec.detach().double().cpu()
     none = torch.full((sae.cfg.d_sae,), math.nan, dtype=torch.float64)
-    found = dict.fromkeys(("encoder_norm", "encoder_bias", "encoder_decoder_cosine"), none)
-    found["decoder_norm"] = W_dec.norm(dim=1)
+    figures = dict.fromkeys(("encoder_norm", "encoder_bias", "encoder_decoder_cosine"), none)
+    figures["decoder_norm"] = W_dec.norm(dim=1)
     if isinstance(sae, SAE):
         W_enc = sae.W_enc.detach().double().cpu().T
-        found |= {"encoder_norm": W_enc.norm(dim=1), "encoder_bias": sae.b_enc.detach().double().cpu()}
+        figures |= {"encoder_norm": W_enc.norm(dim=1), "encoder_bias": sae.b_enc.detach().double().cpu()}
         if not sae.cfg.is_transcoder:
-            found["encoder_decoder_cosine"] = nn.functional.cosine_similarity(W_enc, W_dec, dim=1)
-    return found
+            figures["encoder_decoder_cosine"] = nn.functional.cosine_similarity(W_enc, W_dec, dim=1)
+    return figures
 
 
 def _recovered(ablated: float, spliced: float, clean: float) -> float:
@@ -296,7 +284,7 @@ def _named(saes: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _loaded(sae: Any) -> nn.Module:
+def _load(sae: Any) -> nn.Module:
     if isinstance(sae, nn.Module):
         return sae
     from saewb.pretrained.load import load_sae

@@ -1,37 +1,50 @@
-"""What an evaluation found, and how it shows itself: as a text table, in a notebook, in pandas."""
+"""Result of an evaluation: as a text table, in a notebook, in pandas, and in a folder of many."""
 
 from __future__ import annotations
 
+import hashlib
 import html
+import json
+import math
+import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from saewb._files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def _is(unit: str, meaning: str) -> Any:
+def _figure(unit: str, meaning: str) -> Any:
     return field(metadata={"unit": unit, "meaning": meaning})
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LatentFigures:
-    """What an evaluation found for each latent, `[d_sae]` each; nan where there is no such figure."""
+    """Figures of each latent, `[d_sae]` each; nan where the architecture has no such figure."""
 
-    density: Float[Tensor, " d_sae"]  # fraction of tokens on which it is active
-    mean_activation: Float[Tensor, " d_sae"]  # |activation| where active
-    max_activation: Float[Tensor, " d_sae"]  # largest |activation|
-    # Active tokens per row of text in which it is active at all; 1: single tokens (sae-lens'
-    # "consistent activation heuristic")
+    density: Float[Tensor, " d_sae"]
+    """Fraction of tokens on which it is active."""
+    mean_activation: Float[Tensor, " d_sae"]
+    """Mean |activation| where active."""
+    max_activation: Float[Tensor, " d_sae"]
+    """Largest |activation|."""
     consistent_activation: Float[Tensor, " d_sae"]
-    encoder_norm: Float[Tensor, " d_sae"]  # ||W_enc[:, i]||
-    encoder_bias: Float[Tensor, " d_sae"]  # b_enc[i]
-    encoder_decoder_cosine: Float[Tensor, " d_sae"]  # cosine of W_enc[:, i] and W_dec[i]; nan for transcoders
-    decoder_norm: Float[Tensor, " d_sae"]  # ||W_dec[i]||
+    """Active tokens per row of text with any; 1: single tokens (SAELens' "consistent activation heuristic")."""
+    encoder_norm: Float[Tensor, " d_sae"]
+    """||W_enc[:, i]||"""
+    encoder_bias: Float[Tensor, " d_sae"]
+    """b_enc[i]"""
+    encoder_decoder_cosine: Float[Tensor, " d_sae"]
+    """Cosine of W_enc[:, i] and W_dec[i]; nan for transcoders."""
+    decoder_norm: Float[Tensor, " d_sae"]
+    """||W_dec[i]||"""
 
     def to_frame(self) -> pd.DataFrame:
         """A row per latent, a column per figure."""
@@ -41,16 +54,16 @@ class LatentFigures:
         return pd.DataFrame(columns, index=pd.RangeIndex(len(self.density), name="latent"))
 
     def density_histogram(self, bins: int = 50) -> tuple[Float[Tensor, " bins"], Float[Tensor, " edges"]]:
-        """How many latents have which density, in bins even in log10(density); latents that never fired are left out.
+        """Number of latents per density, in bins even in log10(density); latents that never fired are left out.
 
         Returns:
-            Counts, and the bins' edges (log10), one more; both empty if none ever fired.
+            Counts, and the edges of the bins (log10), one more; both empty if none ever fired.
         """
-        rates = self.density[self.density > 0].log10()
-        if len(rates) == 0:
+        log_density = self.density[self.density > 0].log10()
+        if len(log_density) == 0:
             return torch.zeros(0), torch.zeros(0)
-        found = torch.histogram(rates, bins)
-        return found.hist, found.bin_edges
+        counts, edges = torch.histogram(log_density, bins)
+        return counts, edges
 
     def __repr__(self) -> str:
         return f"LatentFigures({len(self.density)} latents: {', '.join(f.name for f in fields(self))})"
@@ -58,40 +71,40 @@ class LatentFigures:
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Evaluation:
-    """What `evaluate` found. `print` it for a table; in a notebook it shows itself; `to_frame()` for pandas."""
+    """Result of `evaluate`. `print` it for a table; in a notebook it shows itself; `to_frame()` for pandas."""
 
-    ce_clean: float = _is("nats/token", "loss of the model as it is")
-    ce_with_sae: float = _is("nats/token", "loss with the SAE's output in place of the activation")
-    ce_zero_ablated: float = _is("nats/token", "loss with zeros there")
-    ce_mean_ablated: float = _is("nats/token", "loss with the mean activation there")
-    ce_recovered_zero: float = _is("fraction", "1: as the model itself, 0: as zeros")
-    ce_recovered_mean: float = _is("fraction", "1: as the model itself, 0: as the mean activation")
-    kl: float = _is("nats/token", "KL divergence of predictions, model to model with SAE")
-    kl_zero_ablated: float = _is("nats/token", "the same, with zeros there")
-    kl_mean_ablated: float = _is("nats/token", "the same, with the mean activation there")
-    kl_recovered_zero: float = _is("fraction", "1: no divergence, 0: as much as with zeros")
-    kl_recovered_mean: float = _is("fraction", "1: no divergence, 0: as much as with the mean activation")
-    l0: float = _is("latents/token", "active latents")
-    l1: float = _is("units/token", "sum of |activations|")
-    mse: float = _is("units²/token", "squared length of the error")
-    fvu: float = _is("fraction", "variance unexplained; 0: perfect, 1: as the mean")
-    explained_variance: float = _is("fraction", "1 - fvu")
-    cosine: float = _is("-1..1", "direction of the reconstruction; 1: right")
-    l2_in: float = _is("units", "length of the activation")
-    l2_out: float = _is("units", "length of the reconstruction")
-    l2_ratio: float = _is("ratio", "length of the reconstruction; 1: right, less: shrinkage")
-    relative_reconstruction_bias: float = _is("ratio", "what it should be divided by; 1: unbiased")
-    dead_frac: float = _is("fraction", "latents that fire on fewer than `dead_below` of tokens")
-    ultra_low_frac: float = _is("fraction", "latents that are not dead and fire on fewer than 1e-5 of tokens")
-    dense_frac: float = _is("fraction", "latents that fire on more than `dense_above` of tokens")
-    n_tokens: int = _is("tokens", "that the SAE was used on")
-    n_predictions: int = _is("tokens", "whose prediction the losses are about")
-    dead_below: float = _is("fraction", "of tokens")
-    dense_above: float = _is("fraction", "of tokens")
-    hook: str = _is("", "where the SAE reads")
-    hook_out: str = _is("", "where it writes")
-    model: str = _is("", "name of the language model")
-    sae: str = _is("", "what was evaluated")
+    ce_clean: float = _figure("nats/token", "loss of the clean model")
+    ce_with_sae: float = _figure("nats/token", "loss with the SAE's output in place of the activation")
+    ce_zero_ablated: float = _figure("nats/token", "loss with zeros there")
+    ce_mean_ablated: float = _figure("nats/token", "loss with the mean activation there")
+    ce_recovered_zero: float = _figure("fraction", "1: as the clean model, 0: as zeros")
+    ce_recovered_mean: float = _figure("fraction", "1: as the clean model, 0: as the mean activation")
+    kl: float = _figure("nats/token", "KL divergence of predictions, model to model with SAE")
+    kl_zero_ablated: float = _figure("nats/token", "the same, with zeros there")
+    kl_mean_ablated: float = _figure("nats/token", "the same, with the mean activation there")
+    kl_recovered_zero: float = _figure("fraction", "1: no divergence, 0: as much as with zeros")
+    kl_recovered_mean: float = _figure("fraction", "1: no divergence, 0: as much as with the mean activation")
+    l0: float = _figure("latents/token", "active latents")
+    l1: float = _figure("units/token", "sum of |activations|")
+    mse: float = _figure("units²/token", "squared length of the error")
+    fvu: float = _figure("fraction", "variance unexplained; 0: perfect, 1: as the mean")
+    explained_variance: float = _figure("fraction", "1 - fvu")
+    cosine: float = _figure("-1..1", "direction of the reconstruction; 1: right")
+    l2_in: float = _figure("units", "length of the activation")
+    l2_out: float = _figure("units", "length of the reconstruction")
+    l2_ratio: float = _figure("ratio", "length of the reconstruction; 1: right, less: shrinkage")
+    relative_reconstruction_bias: float = _figure("ratio", "what it should be divided by; 1: unbiased")
+    dead_frac: float = _figure("fraction", "latents that fire on fewer than `dead_below` of tokens")
+    ultra_low_frac: float = _figure("fraction", "latents that are not dead and fire on fewer than 1e-5 of tokens")
+    dense_frac: float = _figure("fraction", "latents that fire on more than `dense_above` of tokens")
+    n_tokens: int = _figure("tokens", "that the SAE was used on")
+    n_predictions: int = _figure("tokens", "whose prediction the losses are about")
+    dead_below: float = _figure("fraction", "of tokens")
+    dense_above: float = _figure("fraction", "of tokens")
+    hook: str = _figure("", "where the SAE reads")
+    hook_out: str = _figure("", "where it writes")
+    model: str = _figure("", "name of the language model")
+    sae: str = _figure("", "what was evaluated")
     latents: LatentFigures = field(repr=False, compare=False, metadata={"unit": "", "meaning": "figures per latent"})
 
     @property
@@ -112,7 +125,7 @@ class Evaluation:
     def __repr__(self) -> str:
         losses = ("ce_recovered_zero", "kl") if self.n_predictions else ()
         shown = (*losses, "l0", "fvu", "n_tokens", "hook")
-        return f"Evaluation({', '.join(f'{name}={_shown(getattr(self, name))}' for name in shown)}, ...)"
+        return f"Evaluation({', '.join(f'{name}={_format(getattr(self, name))}' for name in shown)}, ...)"
 
     def __str__(self) -> str:
         rows = self._rows()
@@ -121,32 +134,80 @@ class Evaluation:
         return "\n".join([self._title(), *lines])
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            "<tr>"
-            + "".join(
-                f'<td style="text-align:{side}">{html.escape(c)}</td>' for c, side in zip(row, _SIDES, strict=True)
-            )
-            + "</tr>"
+        sides = ("left", "right", "left", "left")
+        rows = [
+            "".join(f'<td style="text-align:{side}">{html.escape(c)}</td>' for c, side in zip(row, sides, strict=True))
             for row in self._rows()
-        )
-        return f"<div><div>{html.escape(self._title())}</div><table>{cells}</table></div>"
+        ]
+        table = "".join(f"<tr>{cells}</tr>" for cells in rows)
+        return f"<div><div>{html.escape(self._title())}</div><table>{table}</table></div>"
 
     def _title(self) -> str:
-        return f"{self.sae} on {self.model} at {self.hook}" + (
-            f" => {self.hook_out}" if self.hook_out != self.hook else ""
-        )
+        written = f" => {self.hook_out}" if self.hook_out != self.hook else ""
+        return f"{self.sae} on {self.model} at {self.hook}{written}"
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         figures = [f for f in fields(self) if f.metadata["unit"]]
-        if self.n_predictions == 0:  # the model's predictions were not asked for
+        if self.n_predictions == 0:  # evaluated without losses
             figures = [f for f in figures if not f.name.startswith(("ce_", "kl", "n_predictions"))]
-        return [(f.name, _shown(getattr(self, f.name)), f.metadata["unit"], f.metadata["meaning"]) for f in figures]
+        return [(f.name, _format(getattr(self, f.name)), f.metadata["unit"], f.metadata["meaning"]) for f in figures]
 
 
-_SIDES = ("left", "right", "left", "left")
-
-
-def _shown(value: float | int | str) -> str:
+def _format(value: float | int | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+class EvaluationStore:
+    """Figures of many SAEs in a folder, a file each; without a folder it stores nothing.
+
+    Args:
+        folder: created if it does not exist.
+        options: what else the figures depend on; a file of other options counts as missing.
+    """
+
+    def __init__(self, folder: str | Path | None, options: dict[str, Any]) -> None:
+        self._folder, self._options = None if folder is None else Path(folder), options
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, name: str, sae: Any) -> dict[str, Any] | None:
+        """Figures of this SAE under this name; None if missing, or of other weights, tokens or options."""
+        if self._folder is None or not (path := self._path(name)).exists():
+            return None
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["of"] != self._key(sae):
+            return None
+        return {name: math.nan if value is None else value for name, value in stored["figures"].items()}
+
+    def write(self, name: str, sae: Any, figures: dict[str, Any]) -> None:
+        """Store the figures of an SAE under a name."""
+        if self._folder is not None:
+            strict = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in figures.items()}
+            stored = {"name": name, "of": self._key(sae), "figures": strict}
+            write_text(self._path(name), json.dumps(stored, indent=1, allow_nan=False))
+
+    def write_table(self, table: pd.DataFrame) -> None:
+        """Store all of them as `evaluations.csv`."""
+        if self._folder is not None:
+            write_text(self._folder / "evaluations.csv", table.to_csv())
+
+    def _path(self, name: str) -> Path:
+        readable = re.sub(r"[^\w.-]+", "_", name)[:80]
+        return self._folder / f"{readable}.{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+
+    def _key(self, sae: Any) -> str:
+        identity = _fingerprint(sae) if isinstance(sae, nn.Module) else source_name(sae)
+        return hashlib.sha256(json.dumps([identity, self._options], sort_keys=True).encode()).hexdigest()
+
+
+def source_name(source: Any) -> str:
+    """What `load_sae` takes, as one name."""
+    return "/".join(map(str, source)) if isinstance(source, tuple) else str(source)
+
+
+def _fingerprint(sae: nn.Module) -> str:
+    """Configuration and two sums of each tensor: tells SAEs apart without hashing gigabytes."""
+    parts = [f"{name} {t.double().sum():.17g} {t.double().norm():.17g}" for name, t in sae.state_dict().items()]
+    return "\n".join([repr(sae.cfg), *parts])

@@ -3,5 +3,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["attachment", "base", "change", "cross_layer", "positions", "site", "splice", "steering"]
+    __name__, submodules=["attachment", "base", "cross_layer", "site", "splice", "steering"]
 )

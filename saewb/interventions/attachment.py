@@ -1,19 +1,21 @@
-"""Attach SAEs and transcoders to a language model, and leave the model as it was.
+"""Attach SAEs and transcoders to a language model.
 
-Nothing of the model is replaced: hooks go onto the HookPoints that are there, and exactly those come off again.
-What one attached SAE does in a forward pass is in `saewb.interventions.splice`.
+Nothing of the model is replaced: hooks are added to the HookPoints it has, and exactly those are removed again.
+`saewb.interventions.splice` computes what one attached SAE puts in place of an activation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.interventions.base import OnModel, on_model
-from saewb.interventions.site import splices
+from saewb.interventions.base import ActiveIntervention, active_interventions, check_kv_cache, mask_special_tokens
+from saewb.interventions.cross_layer import TranscoderLayer, transcoder_layers
+from saewb.interventions.site import Site, check_is_sae, check_reconstructs
 from saewb.interventions.splice import Splice
 from saewb.models import forward
 from saewb.models.tokenizer import special_ids
@@ -74,8 +76,8 @@ def attach(
         >>> attached
         Attachment(detached: blocks.2.hook_resid_post)
     """
-    attachment = Attachment(model, splices(model, saes, hook, hook_out, error_term), skip_special_tokens)
-    attachment._install()
+    attachment = Attachment(model, _splices(model, saes, hook, hook_out, error_term), skip_special_tokens)
+    attachment._activate()
     return attachment
 
 
@@ -93,7 +95,7 @@ def attachments(model: nn.Module) -> list[Attachment]:
         >>> attachments(saewb.load_model("tiny"))
         []
     """
-    return [found for found in on_model(model) if isinstance(found, Attachment)]
+    return [active for active in active_interventions(model) if isinstance(active, Attachment)]
 
 
 def detach_all(model: nn.Module) -> None:
@@ -110,33 +112,31 @@ def detach_all(model: nn.Module) -> None:
         >>> saewb.attachments(model)
         []
     """
-    for found in reversed(on_model(model)):
-        found.detach()
+    for active in reversed(active_interventions(model)):
+        active.detach()
 
 
-class Attachment(OnModel):
+class Attachment(ActiveIntervention):
     """SAEs on a model, until `detach` or the end of the `with` block. Made by `saewb.attach`."""
 
-    _again = "with saewb.attach(model, sae) as attached:"
+    _how_to_repeat = "with saewb.attach(model, sae) as attached:"
 
     def __init__(self, model: nn.Module, splices: list[Splice], skip_special_tokens: bool | Sequence[int]) -> None:
         super().__init__(model)
         self._splices = splices
-        self._placed: list[Splice] = []
+        self._installed: list[Splice] = []
         self._tokens: Tensor | None = None
-        self._announced: tuple[Tensor | None] | None = None  # the tokens of a pass that has not begun
-        self._state = "over"  # of the last pass: "whole" or "partial" while it runs, or after it stopped early
+        self._pending: tuple[Tensor | None] | None = None  # tokens of a pass that no splice has seen yet
+        self._pass: Literal["over", "whole", "partial"] = "over"  # the current pass, or one that stopped early
+        self._special = None if skip_special_tokens is False else special_ids(model, skip_special_tokens)
         for splice in splices:
-            splice.enter = self._enter
-        self._special = _special_ids(model, skip_special_tokens)
-        if self._special is not None:
-            for splice in splices:
-                splice.token_mask = self._token_mask
+            splice.on_fire = self._on_fire
+            splice.special_mask = None if self._special is None else self._special_mask
 
     @property
     def saes(self) -> list[nn.Module]:
         """The attached SAEs, in the order given."""
-        return list(dict.fromkeys(_whole(splice) for splice in self._splices))
+        return list(dict.fromkeys(_sae_of(splice) for splice in self._splices))
 
     @property
     def latents(self) -> LatentsView:
@@ -148,82 +148,73 @@ class Attachment(OnModel):
         return LatentsView(self._splices)
 
     def __repr__(self) -> str:
-        places = [s.place for s in self._splices]
-        if len(places) > 8:
-            places = [*places[:2], f"and {len(places) - 2} more"]
+        sites = [s.site.name for s in self._splices]
+        if len(sites) > 8:
+            sites = [*sites[:2], f"and {len(sites) - 2} more"]
         notes = []
         if self.is_attached:
-            hidden = [s.place for s in self._splices if not s.is_top]
-            hiding = [s.place for s in self._splices if s.is_top and s.overrides]
-            notes += [f"overridden at {', '.join(hidden)}"] if hidden else []
-            notes += [f"made for {name}, which this is not" for name in self._strangers()]
-            notes += [f"overrides an earlier one at {', '.join(hiding)}"] if hiding else []
+            overridden = [s.site.name for s in self._splices if not s.is_active]
+            overriding = [s.site.name for s in self._splices if s.is_active and s.overrides]
+            notes += [f"overridden at {', '.join(overridden)}"] if overridden else []
+            notes += [f"made for {name}, which this is not" for name in self._other_models()]
+            notes += [f"overrides an earlier one at {', '.join(overriding)}"] if overriding else []
         state = "attached" if self.is_attached else "detached"
-        return f"Attachment({'; '.join([state + ': ' + ', '.join(places), *notes])})"
+        return f"Attachment({'; '.join([state + ': ' + ', '.join(sites), *notes])})"
 
-    def _strangers(self) -> list[str]:
-        """Models that SAEs here name and that have another name than this one: a fine-tuned one may be meant."""
-        own = str(getattr(getattr(self._model(), "cfg", None), "model_name", None) or "").lower()
-        made_for = [getattr(_whole(splice).cfg, "model", None) for splice in self._splices]
-        named = {name.lower().rpartition("/")[2] for name in made_for if name}
-        return sorted(name for name in named if own and name not in own and own.rpartition("/")[2] not in name)
+    def _other_models(self) -> list[str]:
+        """Names of models the SAEs were trained on that do not fit this one's, which may be fine-tuned."""
+        model_name = str(getattr(getattr(self._model(), "cfg", None), "model_name", None) or "").lower()
+        trained_on = [sae.cfg.model for sae in self.saes]
+        names = {name.lower().rpartition("/")[2] for name in trained_on if name}
+        short = model_name.rpartition("/")[2]
+        return sorted(name for name in names if model_name and name not in model_name and short not in name)
 
-    def _put_on(self) -> None:
+    def _install(self) -> None:
         for splice in self._splices:
-            self._placed.append(splice)
+            self._installed.append(splice)
             splice.install()
 
-    def _take_off(self) -> None:
-        while self._placed:
-            self._placed.pop().uninstall()
+    def _remove(self) -> None:
+        while self._installed:
+            self._installed.pop().uninstall()
 
-    def _announce(self, tokens: Tensor | None) -> None:
-        self._announced = (tokens,)
-        first = forward.first_layer(self._model())
+    def _before_forward(self, tokens: Tensor | None) -> None:
+        self._pending = (tokens,)
+        first_layer = forward.first_layer(self._model())
         for splice in self._splices:
-            splice.restore()
-            splice.first_layer = first
+            splice.restore_hooks()
+            splice.first_layer = first_layer
 
-    def _begin(self, cached_tokens: int) -> None:
-        self._enter()
+    def _at_first_block(self, kv_cache_offset: int) -> None:
+        self._on_fire()
         for splice in self._splices:
-            if cached_tokens and splice.is_top and getattr(splice.sae, "looks_back", False):
-                what = f"{splice.sae!r} looks at earlier tokens, and this pass has them in its cache only."
-                raise ValueError(explain(what, fix="model.generate(..., use_past_kv_cache=False)"))
+            if splice.is_active:
+                check_kv_cache(splice.sae, kv_cache_offset)
 
-    def _enter(self) -> None:
-        """A pass is under way: if this is the first sign of it, forget the pass before.
+    def _on_fire(self) -> None:
+        """At the first sign of a new pass, forget the latents of the last one.
 
-        One that was not announced starts at a later layer: it goes on with what the one before left, if that stopped
-        early.
+        A pass without `_before_forward` starts at a later layer: it continues the last one, if that stopped early.
         """
-        if self._announced is not None or self._state == "over":
-            self._state = "whole" if self._announced is not None else "partial"
-            (self._tokens,) = self._announced or (None,)
-            self._announced = None
+        if self._pending is not None or self._pass == "over":
+            self._pass = "whole" if self._pending is not None else "partial"
+            (self._tokens,) = self._pending or (None,)
+            self._pending = None
             for splice in self._splices:
                 splice.clear()
 
-    def _end(self) -> None:
-        state, self._state = self._state, "over"
+    def _after_forward(self) -> None:
+        whole, self._pass = self._pass == "whole", "over"
         for splice in self._splices:
-            expected = state == "whole" and splice.is_top and not splice.is_early(splice.write)
+            expected = whole and splice.is_active and not splice.write.is_before(splice.first_layer)
             if expected and not splice.fired:
-                raise ValueError(
-                    explain(
-                        f"{splice.write.name!r} did not fire in a whole forward pass: {splice.sae!r} had no effect.",
-                        want="a point that this model computes",
-                        fix="saewb.models.hook_points.point_names(model)",
-                    )
-                )
+                what = f"{splice.write.name!r} did not fire in a whole forward pass: {splice.sae!r} had no effect."
+                fix = "saewb.models.hook_points.point_names(model)"
+                raise ValueError(explain(what, want="a point that this model computes", fix=fix))
 
-    def _token_mask(self, activation: Tensor) -> Tensor:
+    def _special_mask(self, activation: Tensor) -> Tensor:
         """`[batch, pos]`, True at special tokens."""
-        if self._tokens is None or self._tokens.shape != activation.shape[:2]:
-            seen = "no token ids" if self._tokens is None else f"token ids of shape {tuple(self._tokens.shape)}"
-            what = f"skip_special_tokens: the model got {seen}, the activation has shape {tuple(activation.shape)}."
-            raise ValueError(explain(what, want="one token id for each position", fix="skip_special_tokens=False"))
-        return torch.isin(self._tokens.to(activation.device), self._special.to(activation.device))
+        return mask_special_tokens(activation, self._tokens, self._special)
 
 
 class LatentsView:
@@ -233,13 +224,13 @@ class LatentsView:
         self._splices = splices
 
     def __getitem__(self, key: nn.Module | str) -> Tensor | list[Tensor]:
-        found = [s for s in self._splices if (key in s.write.names if isinstance(key, str) else _whole(s) is key)]
-        if isinstance(key, CrossLayerTranscoder) and len(found) == key.cfg.n_layers:
-            return [splice.latents() for splice in found]
-        if len(found) != 1:
-            what = f"{key!r} is {'attached more than once' if found else 'not attached'} here."
+        splices = [s for s in self._splices if (key in s.write.names if isinstance(key, str) else _sae_of(s) is key)]
+        if isinstance(key, CrossLayerTranscoder) and len(splices) == key.cfg.n_layers:
+            return [splice.latents() for splice in splices]
+        if len(splices) != 1:
+            what = f"{key!r} is {'attached more than once' if splices else 'not attached'} here."
             raise ValueError(explain(what, want="one of " + ", ".join(self)))
-        return found[0].latents()
+        return splices[0].latents()
 
     def __iter__(self) -> Iterator[str]:
         return (splice.write.name for splice in self._splices)
@@ -251,10 +242,53 @@ class LatentsView:
         return f"LatentsView({', '.join(self)})"
 
 
-def _whole(splice: Splice) -> nn.Module:
-    """What was given to `attach`, of which this may be one layer."""
-    return getattr(splice.sae, "whole", splice.sae)
+def _sae_of(splice: Splice) -> nn.Module:
+    """What was given to `attach`, of which the splice may have one layer."""
+    return splice.sae.clt if isinstance(splice.sae, TranscoderLayer) else splice.sae
 
 
-def _special_ids(model: nn.Module, skip: bool | Sequence[int]) -> Tensor | None:
-    return None if skip is False else torch.tensor(special_ids(model, skip), dtype=torch.long)
+def _splices(model: nn.Module, saes: object, hook: object, hook_out: object, error_term: bool) -> list[Splice]:
+    """One per SAE, and per layer of a cross-layer transcoder; none is installed yet."""
+    saes = list(saes) if isinstance(saes, (list, tuple)) else [saes]
+    if not saes:
+        raise ValueError(explain("attach got no SAE.", fix="saewb.attach(model, sae)"))
+    hooks, hooks_out = _one_per_sae(hook, len(saes), "hook"), _one_per_sae(hook_out, len(saes), "hook_out")
+    splices: list[Splice] = []
+    for sae, name, name_out in zip(saes, hooks, hooks_out, strict=True):
+        check_is_sae(sae)
+        if isinstance(sae, CrossLayerTranscoder):
+            _check_not_moved(sae, name, name_out)
+            sites = [
+                replace(site, sae=layer, clt_layer=None)
+                for layer, site in zip(transcoder_layers(sae), Site.of_layers(model, sae), strict=True)
+            ]
+        else:
+            check_reconstructs(sae)
+            sites = [Site.of(model, sae, name, name_out)]
+        splices += [Splice(model, site, error_term) for site in sites]
+    _check_distinct(splices)
+    return splices
+
+
+def _one_per_sae(names: object, n: int, argument: str) -> list[str | None]:
+    if names is None or (isinstance(names, str) and n == 1):
+        return [names] * n
+    if isinstance(names, (list, tuple)) and len(names) == n:
+        return list(names)
+    want = "a name, e.g. 'blocks.2.hook_resid_post'" if n == 1 else f"{n} names, in a list"
+    raise ValueError(explain(f"attach got {argument}={names!r} for {n} SAE{'s' * (n > 1)}.", want=want))
+
+
+def _check_not_moved(clt: CrossLayerTranscoder, hook: str | None, hook_out: str | None) -> None:
+    if hook is not None or hook_out is not None:
+        what = f"attach got hook={hook!r}, hook_out={hook_out!r} for {clt!r}, which has points for every layer."
+        fix = "CrossLayerTranscoder.from_tensors(dataclasses.replace(clt.cfg, hooks=...), ...)"
+        raise ValueError(explain(what, want="None: it reads cfg.hooks and writes cfg.hooks_out", fix=fix))
+
+
+def _check_distinct(splices: list[Splice]) -> None:
+    by_point: dict[nn.Module, Splice] = {}
+    for splice in splices:
+        if (other := by_point.setdefault(splice.write.module, splice)) is not splice:
+            what = f"{other.sae!r} and {splice.sae!r} both write to {splice.write.name!r}."
+            raise ValueError(explain(what, want="one SAE for each point; nest a second `attach` to override the first"))

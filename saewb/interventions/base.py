@@ -1,38 +1,47 @@
-"""Something of saewb that is on a language model, from its making until `detach` or the end of the `with` block.
+"""Base class of attachments and interventions: a context manager that adds hooks to a model and removes them.
 
-What attachments and interventions have in common: they hold a model's lock while they come and go, watch its forward
-passes, leave the model as it was, and are kept in a list by model so that one whose variable is lost can be taken off.
+It holds the model's lock while hooks come and go, is told of each forward pass, and is listed per model, so that one
+whose variable is lost can still be detached.
 """
 
 from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import ClassVar, TypeVar
 
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.models import forward, hook_points
+from saewb.models.tokenizer import special_mask
+from saewb.sae.base import SparseCoder
 
-_there: weakref.WeakKeyDictionary[nn.Module, list[OnModel]] = weakref.WeakKeyDictionary()  # oldest first
+_active: weakref.WeakKeyDictionary[nn.Module, list[ActiveIntervention]] = weakref.WeakKeyDictionary()
 
-Self = TypeVar("Self", bound="OnModel")
-
-
-def on_model(model: nn.Module) -> tuple[OnModel, ...]:
-    """What saewb has on this model now, oldest first."""
-    return tuple(_there.get(model, ()))
+Self = TypeVar("Self", bound="ActiveIntervention")
 
 
-class OnModel(ABC):
-    """To be told how to go on and off, and what to do in a pass."""
+def active_interventions(model: nn.Module) -> tuple[ActiveIntervention, ...]:
+    """Attachments and interventions on this model now, oldest first."""
+    return tuple(_active.get(model, ()))
 
-    _again: ClassVar[str]  # the line to type for another one, once this is over
+
+class ActiveIntervention(ABC):
+    """Hooks on a model, until `detach` or the end of the `with` block.
+
+    Subclasses implement `_install` and `_remove`, and for each forward pass `_before_forward`, `_at_first_block` and
+    `_after_forward`. Whoever makes one calls `_activate`.
+    """
+
+    _how_to_repeat: ClassVar[str]
+    """Line of code that makes another one, for the error after this one is detached."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._lock = weakref.ref(model), hook_points.lock(model)
-        self._stop_watching = None
+        self._stop_watching: Callable[[], None] | None = None
 
     @property
     def is_attached(self) -> bool:
@@ -40,19 +49,19 @@ class OnModel(ABC):
         return self._stop_watching is not None
 
     def detach(self) -> None:
-        """Take it off; the model, and every hook on it, is as before. In any order, and again, without harm."""
+        """Remove its hooks; the model, and every other hook on it, is as before. Harmless in any order, and twice."""
         with self._lock:
             if not self.is_attached:
                 return
             self._stop_watching()
             self._stop_watching = None
-            self._take_off()
+            self._remove()
             if (model := self._model()) is not None:
-                _there[model].remove(self)
+                _active[model].remove(self)
 
     def __enter__(self: Self) -> Self:
         if not self.is_attached:
-            raise ValueError(explain(f"{self!r} is over.", fix=self._again))
+            raise ValueError(explain(f"{self!r} is over.", fix=self._how_to_repeat))
         self._lock.acquire()
         return self
 
@@ -62,34 +71,61 @@ class OnModel(ABC):
         finally:
             self._lock.release()
 
-    def _install(self) -> None:
-        """All of it, or nothing."""
+    def _activate(self) -> None:
+        """Install all hooks, or none."""
         model = self._model()
         with self._lock:
             try:
-                self._put_on()
-                self._stop_watching = forward.watch(model, self._announce, self._begin, self._end)
+                self._install()
+                self._stop_watching = forward.watch(
+                    model, self._before_forward, self._at_first_block, self._after_forward
+                )
             except BaseException:
-                self._take_off()
+                self._remove()
                 raise
-            _there.setdefault(model, []).append(self)
+            _active.setdefault(model, []).append(self)
 
     @abstractmethod
-    def _put_on(self) -> None:
-        """Place the hooks; one that fails leaves it to `_take_off` to remove those before it."""
+    def _install(self) -> None:
+        """Add the hooks; if one fails, `_remove` takes off those before it."""
 
     @abstractmethod
-    def _take_off(self) -> None:
-        """Remove the hooks that are there, newest first."""
+    def _remove(self) -> None:
+        """Remove the hooks that were added, newest first."""
 
     @abstractmethod
-    def _announce(self, tokens: Tensor | None) -> None:
-        """The model was called, with these token ids if it was with ids."""
+    def _before_forward(self, tokens: Tensor | None) -> None:
+        """Prepare for a pass over these token ids, `[batch, pos]`; None if the model was given embeddings."""
 
     @abstractmethod
-    def _begin(self, cached_tokens: int) -> None:
-        """Its first layer runs; so many tokens of the text are in the cache of keys and values."""
+    def _at_first_block(self, kv_cache_offset: int) -> None:
+        """Handle the start of the first block, with so many earlier tokens in the KV cache."""
 
     @abstractmethod
-    def _end(self) -> None:
-        """The pass is over."""
+    def _after_forward(self) -> None:
+        """Check a pass that ran to its end."""
+
+
+def check_kv_cache(sae: SparseCoder, kv_cache_offset: int) -> None:
+    """Check that the SAE can encode a pass whose earlier tokens are only in the KV cache.
+
+    Raises:
+        ValueError: for a temporal SAE, which looks back at their activations.
+    """
+    if kv_cache_offset and sae.looks_back:
+        what = f"{sae!r} looks at earlier tokens, and this pass has them in its cache only."
+        raise ValueError(explain(what, fix="model.generate(..., use_past_kv_cache=False)"))
+
+
+def mask_special_tokens(activation: Tensor, tokens: Tensor | None, special: Iterable[int]) -> Bool[Tensor, "batch pos"]:
+    """Mask of an activation, `[batch, pos, ...]`: True at special tokens.
+
+    Raises:
+        ValueError: if the model did not get one token id for each position.
+    """
+    shape = activation.shape[:2]
+    if tokens is None or tokens.shape != shape:
+        ids = "no token ids" if tokens is None else f"token ids of shape {tuple(tokens.shape)}"
+        what = f"skip_special_tokens: the model got {ids}, the activation has shape {tuple(activation.shape)}."
+        raise ValueError(explain(what, want="one token id for each position", fix="skip_special_tokens=False"))
+    return special_mask(tokens.to(activation.device), special)

@@ -1,9 +1,8 @@
 """One layer of a cross-layer transcoder with the interface of an SAE, for attaching.
 
-The layers of one object share what they found in the forward pass under way: each writes what the latents of all
-layers up to its own make there, after whatever hooks did to them. With an error term it also has to say what would
-have been written had no hook touched any latents; for that the undisturbed latents are kept from the first layer on
-where a hook may have changed something.
+The layers of one transcoder share their latents in a forward pass: each writes what the latents of all layers up to its
+own decode to there, after whatever hooks did to them. The error term also needs the reconstruction without edits of
+hooks; for that the clean latents are kept from the first layer on where a hook may have changed something.
 """
 
 from __future__ import annotations
@@ -19,91 +18,86 @@ from saewb.sae.activation_functions import Tap
 from saewb.sae.cross_layer import Active, CrossLayerTranscoder, active
 
 
-def layers_in_one_pass(clt: CrossLayerTranscoder) -> list[OneLayer]:
-    """Its layers as SAEs that are to be run first to last, each knowing what the earlier ones found in this pass."""
-    seen = _Seen()
-    return [OneLayer(clt, layer, seen) for layer in range(clt.cfg.n_layers)]
+def transcoder_layers(clt: CrossLayerTranscoder) -> list[TranscoderLayer]:
+    """Its layers as SAEs to be run first to last, which share their latents in a pass."""
+    latents = _PassLatents()
+    return [TranscoderLayer(clt, layer, latents) for layer in range(clt.cfg.n_layers)]
 
 
 @dataclass(eq=False)
-class _Seen:
-    """What the layers of one CrossLayerTranscoder share in a forward pass."""
+class _PassLatents:
+    """Latents of one forward pass, by layer of the transcoder."""
 
-    used: dict[int, Active] = field(default_factory=dict)  # latents after hooks, by layer
-    undisturbed: dict[int, Active] = field(default_factory=dict)  # before hooks, where those may have changed them
+    edited: dict[int, Active] = field(default_factory=dict)
+    """After hooks."""
+    clean: dict[int, Active] = field(default_factory=dict)
+    """Before hooks, where those may have changed them."""
 
 
 @dataclass(frozen=True)
-class OneLayerConfig:
-    """The fields of an SAEConfig that attaching asks for."""
+class TranscoderLayerConfig:
+    """The fields of an SAEConfig that a splice reads."""
 
     d_in: int
     d_sae: int
     d_out: int
-    hook: str
-    hook_out: str
-    is_transcoder: bool
     head: None = None
     k: None = None
 
 
-class OneLayer:
-    """One layer of a CrossLayerTranscoder with the interface of an SAE. Made by `layers_in_one_pass`; not for users."""
+class TranscoderLayer:
+    """One layer of a CrossLayerTranscoder with the interface of an SAE. Made by `transcoder_layers`; not for users."""
 
-    carries_on = True  # later layers need its latents, even where another SAE is written over its output
+    looks_back = False
 
-    def __init__(self, whole: CrossLayerTranscoder, layer: int, seen: _Seen) -> None:
-        self.whole, self.layer, self._seen = whole, layer, seen
-        cfg = whole.cfg
-        places = cfg.hooks[layer], cfg.hooks_out[layer]
-        self.cfg = OneLayerConfig(
-            cfg.d_in, cfg.d_sae[layer], cfg.d_out, *places, cfg.d_in != cfg.d_out or places[0] != places[1]
-        )
+    def __init__(self, clt: CrossLayerTranscoder, layer: int, latents: _PassLatents) -> None:
+        self.clt, self.layer, self._latents = clt, layer, latents
+        self.cfg = TranscoderLayerConfig(clt.cfg.d_in, clt.cfg.d_sae[layer], clt.cfg.d_out)
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
-        return self.whole.device
+        """Device of the parameters."""
+        return self.clt.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes."""
-        return self.whole.dtype
+        """Dtype of the parameters and the arithmetic."""
+        return self.clt.dtype
 
     @property
-    def disturbed(self) -> bool:
-        """Whether hooks may have changed what an earlier layer found in this pass."""
-        return bool(self._seen.undisturbed)
+    def edited(self) -> bool:
+        """Whether hooks may have changed latents of an earlier layer in this pass."""
+        return bool(self._latents.clean)
 
-    def forget(self) -> None:
-        """A new pass begins."""
-        self._seen.used.clear()
-        self._seen.undisturbed.clear()
+    def clear(self) -> None:
+        """Forget the latents of the last pass."""
+        self._latents.edited.clear()
+        self._latents.clean.clear()
 
     def encode(self, x: Tensor, tap: Tap | None = None) -> Tensor:
-        """This layer's latents, remembered for the later layers of this pass."""
-        latents = self.whole.encode_layer(x, self.layer, tap=tap)
-        self._seen.used[self.layer] = active(latents)
-        return latents
+        """This layer's latents, kept for the later layers of this pass."""
+        acts = self.clt.encode_layer(x, self.layer, tap=tap)
+        self._latents.edited[self.layer] = active(acts)
+        return acts
 
-    def decode(self, latents: Tensor, x: Tensor, tap: Tap | None = None) -> Tensor:
+    def decode(self, acts: Tensor, x: Tensor, tap: Tap | None = None) -> Tensor:
         """What this and all earlier layers write here."""
-        if latents is not self._seen.used[self.layer].latents:
-            self._seen.used[self.layer] = active(latents)
-        return self._sum(self._seen.used, x, tap)
+        if acts is not self._latents.edited[self.layer].latents:
+            self._latents.edited[self.layer] = active(acts)
+        return self._decode(self._latents.edited, x, tap)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What they would write here had no hook touched any latents."""
-        self._seen.undisturbed[self.layer] = active(self.whole.encode_layer(x, self.layer))
-        return self._sum({**self._seen.used, **self._seen.undisturbed}, x)
+        """What this and all earlier layers would write here without edits of hooks."""
+        self._latents.clean[self.layer] = active(self.clt.encode_layer(x, self.layer))
+        return self._decode({**self._latents.edited, **self._latents.clean}, x)
 
-    def _sum(self, found: Mapping[int, Active], x: Tensor, tap: Tap | None = None) -> Tensor:
-        missing = [layer for layer in range(self.layer) if layer not in found]
+    def _decode(self, by_layer: Mapping[int, Active], x: Tensor, tap: Tap | None = None) -> Tensor:
+        missing = [layer for layer in range(self.layer) if layer not in by_layer]
         if missing:
-            read = self.whole.cfg.hooks[missing[0]]
-            what = f"{self!r} needs the latents of all earlier layers, and {read!r} was not read in this pass."
+            hook = self.clt.cfg.hooks[missing[0]]
+            what = f"{self!r} needs the latents of all earlier layers, and {hook!r} was not read in this pass."
             raise ValueError(explain(what, want="a pass that starts at the model's first layer", fix="model(tokens)"))
-        return self.whole._decode([found[layer] for layer in range(self.layer + 1)], self.layer, x, tap)
+        return self.clt._decode([by_layer[layer] for layer in range(self.layer + 1)], self.layer, x, tap)
 
     def __repr__(self) -> str:
-        return f"layer {self.layer} of {self.whole!r}"
+        return f"layer {self.layer} of {self.clt!r}"

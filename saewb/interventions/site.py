@@ -1,102 +1,221 @@
-"""Where SAEs belong in a model: from what a caller says and what the SAEs say themselves to points of the model."""
+"""Where an SAE reads and writes in a model: the only resolver of its hook names.
+
+1. Names: what the caller passes as `hook` and `hook_out` wins over what the SAE's configuration says.
+2. Points: each name, canonical or alias, is resolved to a `HookPoint` of the model.
+3. Checks: both points exist and can fire, and what is written at the second one goes on through the model.
+4. Shapes: an activation at the points, with or without a head axis, becomes `[batch, pos, d]` and back.
+
+Nothing is attached or run to learn this.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.interventions.cross_layer import layers_in_one_pass
-from saewb.interventions.splice import Splice
 from saewb.models import hook_points
+from saewb.models.hook_points import HookPoint
+from saewb.sae.base import SparseCoder
 from saewb.sae.cross_layer import CrossLayerTranscoder
 
 
-def splices(model: nn.Module, saes: object, hook: object, hook_out: object, error_term: bool) -> list[Splice]:
-    """One for each SAE, and for each layer of a cross-layer transcoder, from what `attach` was given; none is on yet.
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Read point and write point of one SAE, or of one layer of a cross-layer transcoder, in one model.
+
+    Example:
+        >>> import saewb
+        >>> site = Site.of(saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny"))
+        >>> site.hook_name, site.read.name, site.layer, site.d_in
+        ('blocks.2.hook_resid_post', 'blocks.2.hook_out', 2, 128)
+    """
+
+    sae: SparseCoder
+    """SAE, transcoder, or the cross-layer transcoder that has this layer."""
+    read: HookPoint
+    """Its activation is encoded."""
+    write: HookPoint
+    """Its activation is reconstructed: the read point for an SAE, another one for a transcoder."""
+    hook_name: str
+    """Name of the read point, as the caller or the configuration spells it."""
+    hook_name_out: str
+    """Name of the write point, spelled likewise."""
+    clt_layer: int | None = None
+    """Which layer of the cross-layer transcoder; None for any other SAE."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        sae: SparseCoder,
+        hook: str | None = None,
+        hook_out: str | None = None,
+        *,
+        writable: bool = True,
+    ) -> Site:
+        """Resolve where `sae` reads and writes.
+
+        Args:
+            model: a TransformerBridge or HookedTransformer.
+            sae: an SAE or transcoder with one read point and one write point.
+            hook: name of the read point, instead of `sae.cfg.hook`. An SAE also writes there; a transcoder keeps its
+                own write point.
+            hook_out: name of the write point, instead of `sae.cfg.hook_out`.
+            writable: require that an activation replaced at the write point goes on through the model; False where the
+                SAE is only encoded.
+
+        Raises:
+            TypeError: if `sae` is no SAE, or a cross-layer transcoder (see `Site.of_layers`).
+            ValueError: for a name that neither the caller nor the SAE gives, an unknown or switched-off point, a write
+                point from which nothing goes on.
+        """
+        check_is_sae(sae)
+        if isinstance(sae, CrossLayerTranscoder):
+            what = f"{sae!r} reads and writes at every layer; this works on SAEs and transcoders with one point each."
+            raise TypeError(explain(what, fix="saewb.attach(model, clt), and hooks on its inner points"))
+        hook_name = hook or sae.cfg.hook
+        if hook_name is None:
+            what = f"{sae!r} does not say where it belongs."
+            raise ValueError(explain(what, fix='saewb.attach(model, sae, hook="blocks.4.hook_resid_post")'))
+        # An SAE moved to another point reads and writes there; a transcoder keeps the point it writes to.
+        hook_name_out = hook_out or (sae.cfg.hook_out if sae.cfg.hook_out != sae.cfg.hook else None) or hook_name
+        if sae.cfg.is_transcoder and hook_name_out == hook_name:
+            what = f"{sae!r} is a transcoder and does not say where it writes."
+            raise ValueError(explain(what, fix='saewb.attach(model, sae, hook_out="blocks.4.hook_mlp_out")'))
+        return cls(sae, *_resolve(model, hook_name, hook_name_out, writable), hook_name, hook_name_out)
+
+    @classmethod
+    def of_layers(cls, model: nn.Module, clt: CrossLayerTranscoder, *, writable: bool = True) -> list[Site]:
+        """Resolve where each layer of a cross-layer transcoder reads, and the first point it writes to.
+
+        Args:
+            model: as for `of`.
+            clt: with one read and one write point per layer.
+            writable: as for `of`.
+
+        Raises:
+            ValueError: as for `of`.
+        """
+        names = enumerate(zip(clt.cfg.hooks, clt.cfg.hooks_out, strict=True))
+        return [cls(clt, *_resolve(model, *pair, writable), *pair, layer) for layer, pair in names]
+
+    @property
+    def name(self) -> str:
+        """`"read point"`, or `"read point => write point"` for a transcoder."""
+        return self.hook_name if self.hook_name == self.hook_name_out else f"{self.hook_name} => {self.hook_name_out}"
+
+    @property
+    def layer(self) -> int | None:
+        """Transformer block of the read point; None outside of blocks."""
+        return self.read.layer
+
+    @property
+    def head(self) -> int | None:
+        """Attention head it reads and writes; None for all of them."""
+        return _head(self.sae)
+
+    @property
+    def d_in(self) -> int:
+        """Width of what the SAE reads."""
+        return self.sae.cfg.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of what the SAE writes."""
+        return self.sae.cfg.d_out
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.sae.cfg.d_sae if self.clt_layer is None else self.sae.cfg.d_sae[self.clt_layer]
+
+    @property
+    def is_one_point(self) -> bool:
+        """Whether it reads where it writes, as an SAE does."""
+        return self.read.module is self.write.module
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Latents of the SAE, or of the layer, on what `read_input` gives."""
+        return self.sae.encode(x) if self.clt_layer is None else self.sae.encode_layer(x, self.clt_layer)
+
+    def read_input(self, activation: Tensor) -> Float[Tensor, "batch pos d_in"]:
+        """The activation at the read point as the SAE takes it; errors as `flatten_heads`."""
+        return flatten_heads(self.sae, activation, self.d_in, self.hook_name)
+
+    def read_target(self, activation: Tensor) -> Float[Tensor, "batch pos d_out"]:
+        """The activation at the write point in the shape of a reconstruction; errors as `flatten_heads`."""
+        return flatten_heads(self.sae, activation, self.d_out, self.hook_name_out)
+
+    def write_output(self, out: Float[Tensor, "batch pos d_out"], activation: Tensor) -> Tensor:
+        """`out` in the shape of the activation it replaces: the inverse of `read_target`, other heads unchanged."""
+        if self.head is None:
+            return out.reshape(activation.shape)
+        replaced = activation.clone()
+        replaced[:, :, self.head] = out
+        return replaced
+
+
+def check_is_sae(sae: object) -> None:
+    """Check that this is one of the SAE classes.
 
     Raises:
-        ValueError, TypeError: as `saewb.attach`.
+        TypeError: if it is anything else, such as the name of an SAE.
     """
-    several = list(saes) if isinstance(saes, (list, tuple)) else [saes]
-    if not several:
-        raise ValueError(explain("attach got no SAE.", fix="saewb.attach(model, sae)"))
-    reads, writes = _one_each(hook, len(several), "hook"), _one_each(hook_out, len(several), "hook_out")
-    made: list[Splice] = []
-    for sae, read, write in zip(several, reads, writes, strict=True):
-        if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
-            fix = f"sae = saewb.load_sae({sae!r})" if isinstance(sae, str) else "sae = saewb.load_sae(...)"
-            raise TypeError(explain(f"attach got {type(sae).__name__} as an SAE.", want="one, or a list", fix=fix))
-        if isinstance(sae, CrossLayerTranscoder):
-            _check_not_moved(sae, read, write)
-            made += [_splice(model, layer, None, None, error_term) for layer in layers_in_one_pass(sae)]
-        else:
-            made.append(_splice(model, sae, read, write, error_term))
-    _check_distinct(made)
-    return made
+    if not isinstance(sae, SparseCoder):
+        fix = f"sae = saewb.load_sae({sae!r})" if isinstance(sae, str) else "sae = saewb.load_sae(...)"
+        raise TypeError(explain(f"got {type(sae).__name__} as an SAE.", want="an SAE, or a list of them", fix=fix))
 
 
-def _splice(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None, error_term: bool) -> Splice:
-    if getattr(sae.cfg, "metadata", {}).get("summed_over_layers"):
+def check_reconstructs(sae: SparseCoder) -> None:
+    """Check that the SAE's output by itself stands for the activation at its write point.
+
+    Raises:
+        ValueError: for one layer of a cross-layer transcoder, read alone.
+    """
+    if sae.cfg.metadata.get("summed_over_layers"):
         what = f"{sae!r} is one layer of a cross-layer transcoder, which reconstructs nothing by itself."
         raise ValueError(explain(what, want="the whole", fix="saewb.attach(model, saewb.load_sae(<its folder>))"))
-    source, target = places(sae, hook, hook_out)
-    place = source if source == target else f"{source} => {target}"
-    return Splice(model, sae, *points(model, source, target), place, error_term)
 
 
-def _check_not_moved(clt: CrossLayerTranscoder, hook: str | None, hook_out: str | None) -> None:
-    if hook is not None or hook_out is not None:
-        what = f"attach got hook={hook!r}, hook_out={hook_out!r} for {clt!r}, which has points for every layer."
-        fix = "CrossLayerTranscoder.from_tensors(dataclasses.replace(clt.cfg, hooks=...), ...)"
-        raise ValueError(explain(what, want="None: it reads cfg.hooks and writes cfg.hooks_out", fix=fix))
+def flatten_heads(sae: SparseCoder, activation: Tensor, width: int, hook_name: str) -> Tensor:
+    """An activation in the shape an SAE takes, `[batch, pos, width]`: one head, all heads side by side, or as it is.
 
+    Args:
+        sae: encodes or reconstructs it.
+        activation: of the model, `[batch, pos, width]` or `[batch, pos, heads, d_head]`.
+        width: `d_in` or `d_out` of the SAE.
+        hook_name: of the point, for the error message.
 
-def places(sae: nn.Module, hook: str | None, hook_out: str | None) -> tuple[str, str]:
-    """The names of the points an SAE reads and writes, given what a caller says instead of its configuration.
-
-    Raises:
-        ValueError: if that leaves one of them open.
-        TypeError: for a cross-layer transcoder, which has many.
-    """
-    if isinstance(sae, CrossLayerTranscoder):
-        what = f"{sae!r} reads and writes at every layer; this works on SAEs and transcoders with one point each."
-        raise TypeError(explain(what, fix="saewb.attach(model, clt), and hooks on its inner points"))
-    source = hook or sae.cfg.hook
-    if source is None:
-        what = f"{sae!r} does not say where it belongs."
-        raise ValueError(explain(what, fix='saewb.attach(model, sae, hook="blocks.4.hook_resid_post")'))
-    # An SAE that is moved to another point reads and writes there; a transcoder keeps the point it writes to.
-    kept = sae.cfg.hook_out if sae.cfg.hook_out != sae.cfg.hook else None
-    target = hook_out or kept or source
-    if sae.cfg.is_transcoder and target == source:
-        what = f"{sae!r} is a transcoder and does not say where it writes."
-        raise ValueError(explain(what, fix='saewb.attach(model, sae, hook_out="blocks.4.hook_mlp_out")'))
-    return source, target
-
-
-def points(model: nn.Module, source: str, target: str) -> tuple[hook_points.Point, hook_points.Point]:
-    """Of these names, where an SAE reads and writes; one point if they are one name.
+    Returns:
+        A view where there can be one.
 
     Raises:
-        ValueError: as `hook_points.resolve` and `hook_points.resolve_writable`.
+        ValueError: if the shapes do not fit, or the SAE is on another device.
     """
-    read = None if source == target else hook_points.resolve(model, source)
-    write = hook_points.resolve_writable(model, target)
+    head, shape = _head(sae), tuple(activation.shape)
+    if activation.device != sae.device:
+        what = f"{sae!r} is on {sae.device}, the activation at {hook_name!r} on {activation.device}."
+        raise ValueError(explain(what, fix=f"sae.to({str(activation.device)!r})"))
+    if head is not None and len(shape) == 4 and head < shape[2] and shape[3] == width:
+        return activation[:, :, head]
+    if head is None and shape[-1] == width:
+        return activation
+    if head is None and len(shape) == 4 and shape[2] * shape[3] == width:
+        return activation.flatten(2)
+    one = "" if head is None else f", or [batch, pos, heads > {head}, {width}] for head {head}"
+    what = f"{hook_name!r} gives activations of shape {shape}, which do not fit {sae!r}."
+    raise ValueError(explain(what, want=f"[batch, pos, {width}]{one}"))
+
+
+def _head(sae: SparseCoder) -> int | None:
+    return None if isinstance(sae, CrossLayerTranscoder) else sae.cfg.head
+
+
+def _resolve(model: nn.Module, hook_name: str, hook_name_out: str, writable: bool) -> tuple[HookPoint, HookPoint]:
+    """Read point and write point; one object if the names are one."""
+    read = None if hook_name == hook_name_out else hook_points.resolve(model, hook_name)
+    write = (hook_points.resolve_writable if writable else hook_points.resolve)(model, hook_name_out)
     return read or write, write
-
-
-def _one_each(names: object, n: int, argument: str) -> list[str | None]:
-    if names is None or (isinstance(names, str) and n == 1):
-        return [names] * n
-    if isinstance(names, (list, tuple)) and len(names) == n:
-        return list(names)
-    want = "a name, e.g. 'blocks.2.hook_resid_post'" if n == 1 else f"{n} names, in a list"
-    raise ValueError(explain(f"attach got {argument}={names!r} for {n} SAE{'s' * (n > 1)}.", want=want))
-
-
-def _check_distinct(splices: list[Splice]) -> None:
-    seen: dict[nn.Module, Splice] = {}
-    for splice in splices:
-        if (other := seen.setdefault(splice.write.module, splice)) is not splice:
-            what = f"{other.sae!r} and {splice.sae!r} both write to {splice.write.name!r}."
-            raise ValueError(explain(what, want="one SAE for each point; nest a second `attach` to override the first"))

@@ -1,27 +1,38 @@
-"""Change a model by an SAE's latents, without putting the SAE into it: steer, clamp, scale, ablate.
+"""Change a model by an SAE's latents, without splicing the SAE in: steer, clamp, scale, ablate.
 
-At the point the SAE writes to, the activation moves by what the change of latents is worth, and by nothing else:
+At the SAE's write point the activation moves by what the change of latents decodes to, and by nothing else:
 
     activation  <-  activation + decode(latents + change) - decode(latents)  =  activation + sum_i change_i W_dec[i]
 
-so what the SAE gets wrong stays as it is, and a change of 0 is the model itself. Only the latents named are encoded
-(none at all to add), in generation too, step by step.
+so the SAE's error stays in place, and a change of 0 is the model itself.
+
+1. The read point gives x, the write point the activation (the same tensor for an SAE).
+2. Only the latents to change are encoded from x, none at all to add; where the SAE is attached, its latents are taken.
+3. The activation moves where the mask of token positions is True. In generation with a KV cache, positions count from
+   the start of the text: a pass begins at the cache's offset.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import get_args
+from dataclasses import dataclass
+from typing import Literal, Union, get_args
 
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.interventions.base import OnModel
-from saewb.interventions.change import Change, How
-from saewb.interventions.positions import Positions, Where, where
-from saewb.interventions.site import places, points
+from saewb.interventions.base import ActiveIntervention, check_kv_cache, mask_special_tokens
+from saewb.interventions.site import Site
+from saewb.interventions.splice import active_splice
 from saewb.models import forward, hook_points
-from saewb.models.tokenizer import special_ids, special_mask
+from saewb.models.tokenizer import special_ids
+from saewb.sae.sae import SAE
+
+How = Literal["add", "clamp", "scale"]
+Positions = Union[int, slice, Sequence[int], Tensor, None]
 
 
 def steer(
@@ -78,15 +89,18 @@ def steer(
         >>> steering
         Steering(detached: add 748: 8 at blocks.2.hook_resid_post)
     """
-    wanted = dict(sae) if isinstance(sae, Mapping) else {sae: latents}
+    values_of = dict(sae) if isinstance(sae, Mapping) else {sae: latents}
     if isinstance(sae, Mapping) and (latents is not None or hook is not None or hook_out is not None):
         what = "steer got several SAEs together with latents=, hook= or hook_out=."
         raise ValueError(explain(what, fix="saewb.steer(model, {sae_a: {12: 4.0}, sae_b: {7: -2.0}})"))
     if how not in get_args(How):
         raise ValueError(explain(f"steer got how={how!r}.", want="one of " + ", ".join(map(repr, get_args(How)))))
-    steering = Steering(model, where(positions), special_ids(model, skip_special_tokens))
-    steering._changes = [_change(model, *one, how, hook, hook_out, steering._mask) for one in wanted.items()]
-    steering._install()
+    changes = []
+    for one, values in values_of.items():
+        site = Site.of(model, one, hook, hook_out)
+        changes.append(LatentChange(site, *_check_values(one, values), how))
+    steering = Steering(model, changes, TokenPositions.of(positions), special_ids(model, skip_special_tokens))
+    steering._activate()
     return steering
 
 
@@ -100,9 +114,9 @@ def ablate(
     hook: str | None = None,
     hook_out: str | None = None,
 ) -> Steering:
-    """Run the model without these latents, until `detach`: each a_i W_dec[i] is taken away, all else stays.
+    """Run the model without these latents, until `detach`: each a_i W_dec[i] is subtracted, all else stays.
 
-    `saewb.steer(..., how="clamp")` with values of 0; everything said there holds.
+    Short for `saewb.steer(..., how="clamp")` with values of 0, and like it in everything else.
 
     Args:
         model: as for `steer`.
@@ -125,114 +139,271 @@ def ablate(
         >>> with saewb.ablate(model, sae, [748, 4]):
         ...     logits = model("The family is found in Brazil")
     """
-    several = sae if isinstance(sae, Mapping) else {sae: latents}
-    zeros = {one: dict.fromkeys(_listed(chosen), 0.0) for one, chosen in several.items()}
-    if not isinstance(sae, Mapping):
-        return steer(
-            model,
-            sae,
-            zeros[sae],
-            how="clamp",
-            positions=positions,
-            skip_special_tokens=skip_special_tokens,
-            hook=hook,
-            hook_out=hook_out,
-        )
-    return steer(model, zeros, how="clamp", positions=positions, skip_special_tokens=skip_special_tokens)
+    latents_of = sae if isinstance(sae, Mapping) else {sae: latents}
+    zeros = {one: dict.fromkeys(_latent_list(indices), 0.0) for one, indices in latents_of.items()}
+    several = isinstance(sae, Mapping)
+    return steer(
+        model,
+        zeros if several else sae,
+        None if several else zeros[sae],
+        how="clamp",
+        positions=positions,
+        skip_special_tokens=skip_special_tokens,
+        hook=hook,
+        hook_out=hook_out,
+    )
 
 
-class Steering(OnModel):
+class Steering(ActiveIntervention):
     """Changed latents on a model, until `detach` or the end of the `with` block. Made by `saewb.steer`."""
 
-    _again = "with saewb.steer(model, sae, {12: 8.0}):"
+    _how_to_repeat = "with saewb.steer(model, sae, {12: 8.0}):"
 
-    def __init__(self, model: nn.Module, positions: Where, special: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, changes: list[LatentChange], positions: TokenPositions, special: tuple[int, ...]
+    ) -> None:
         super().__init__(model)
-        self._positions, self._special = positions, special
-        self._changes: list[Change] = []
+        self._changes, self._positions, self._special = changes, positions, special
         self._hooks: list[hook_points.Hook] = []
         self._tokens: Tensor | None = None
-        self._cached: int | None = None  # tokens of the text before this pass; None before that is known
+        self._kv_cache_offset: int | None = None  # tokens of the text before this pass; None until the first block
 
     def __repr__(self) -> str:
         state = "attached" if self.is_attached else "detached"
         return f"Steering({state}: {'; '.join(map(str, self._changes))})"
 
-    def _put_on(self) -> None:
+    def _install(self) -> None:
         for change in self._changes:
-            self._hooks += change.install()
+            self._hooks += change.install(self._mask)
 
-    def _take_off(self) -> None:
+    def _remove(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
+        for change in self._changes:
+            change.mask = None  # it leads back here: no cycle stays
 
-    def _announce(self, tokens: Tensor | None) -> None:
-        self._tokens, self._cached = tokens, None
-        first = forward.first_layer(self._model())
+    def _before_forward(self, tokens: Tensor | None) -> None:
+        self._tokens, self._kv_cache_offset = tokens, None
+        first_layer = forward.first_layer(self._model())
         for hook in self._hooks:
             if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
                 hook.restore()
         for change in self._changes:
-            change.begin(first)
+            change.before_forward(first_layer)
 
-    def _begin(self, cached_tokens: int) -> None:
-        self._cached = cached_tokens
+    def _at_first_block(self, kv_cache_offset: int) -> None:
+        self._kv_cache_offset = kv_cache_offset
         for change in self._changes:
-            change.check_continues(cached_tokens)
+            if change.how != "add":
+                check_kv_cache(change.sae, kv_cache_offset)
 
-    def _end(self) -> None:
+    def _after_forward(self) -> None:
         for change in self._changes:
-            change.check_fired()
+            change.after_forward()
 
-    def _mask(self, activation: Tensor) -> Tensor | None:
-        """`[batch or 1, pos, 1]`, True where latents change; None everywhere."""
-        shape, device = activation.shape[:2], activation.device
-        mask = self._positions.mask(shape, self._cached)
-        mask = None if mask is None else mask.to(device)
+    def _mask(self, activation: Tensor) -> Bool[Tensor, "_ pos 1"] | None:
+        """Where latents change, `[batch or 1, pos, 1]`; None everywhere."""
+        mask = self._positions.mask(activation.shape[:2], self._kv_cache_offset)
+        mask = None if mask is None else mask.to(activation.device)
         if self._special:
-            if self._tokens is None or self._tokens.shape != shape:
-                seen = "no token ids" if self._tokens is None else f"token ids of shape {tuple(self._tokens.shape)}"
-                what = f"skip_special_tokens: the model got {seen}, the activation has shape {tuple(activation.shape)}."
-                raise ValueError(explain(what, want="one token id for each position", fix="skip_special_tokens=False"))
-            plain = ~special_mask(self._tokens.to(device), self._special)
+            plain = ~mask_special_tokens(activation, self._tokens, self._special)
             mask = plain if mask is None else mask & plain
         return None if mask is None else mask[..., None]
 
 
-def _change(
-    model: nn.Module,
-    sae: nn.Module,
-    latents: object,
-    how: How,
-    hook: str | None,
-    hook_out: str | None,
-    mask: Callable[[Tensor], Tensor | None],
-) -> Change:
-    if not (isinstance(sae, nn.Module) and hasattr(sae, "encode") and hasattr(sae, "cfg")):
-        raise TypeError(explain(f"steer got {type(sae).__name__} as an SAE.", fix="sae = saewb.load_sae(...)"))
-    source, target = places(sae, hook, hook_out)
+@dataclass(eq=False)
+class LatentChange:
+    """Hooks that move the activation at one SAE's write point by a change of some of its latents."""
+
+    site: Site
+    latents: list[int]
+    """Indices of the latents to change, each once."""
+    values: list[float]
+    """One per latent; `how` says what they mean."""
+    how: How
+    mask: Callable[[Tensor], Tensor | None] | None = None
+    """Of an activation: `[batch or 1, pos, 1]`, True where latents change; None everywhere."""
+    first_layer: int = 0
+    """Block at which the current pass starts."""
+    fired: bool = False
+    x: Tensor | None = None
+    """What a transcoder read in the current pass."""
+
+    @property
+    def sae(self) -> nn.Module:
+        """Whose latents change."""
+        return self.site.sae
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the change depends on what the SAE reads."""
+        return self.how != "add" or self.sae.cfg.normalization != "none"
+
+    def install(self, mask: Callable[[Tensor], Tensor | None]) -> list[hook_points.Hook]:
+        """Add the hooks, and return them for removal."""
+        self.mask = mask
+        reading = [self.site.read.add(self._on_read)] if self.needs_input and not self.site.is_one_point else []
+        return [*reading, self.site.write.add(self._on_write)]
+
+    def before_forward(self, first_layer: int) -> None:
+        """Forget the last pass."""
+        self.first_layer, self.fired, self.x = first_layer, False, None
+
+    def after_forward(self) -> None:
+        """Check that the change had its effect in a whole pass."""
+        if not self.fired and not self.site.write.is_before(self.first_layer):
+            what = f"{self.site.write.name!r} did not fire in a whole forward pass: steering had no effect."
+            raise ValueError(explain(what, want="a point that this model computes"))
+
+    def _on_read(self, activation: Tensor) -> None:
+        if not self.site.read.is_before(self.first_layer):
+            self.x = activation.clone()
+
+    def _on_write(self, activation: Tensor) -> Tensor | None:
+        if self.site.write.is_before(self.first_layer):
+            return None
+        self.fired = True
+        target = self.site.read_target(activation)
+        if self.needs_input and self.x is None and not self.site.is_one_point:
+            read, write = self.site.read.name, self.site.write.name
+            what = f"{read!r} did not fire before {write!r}: the transcoder has nothing to read."
+            raise ValueError(explain(what, want="a read point that the model computes before the write point"))
+        shift = self._shift(activation if self.x is None else self.x, target.shape)
+        mask = self.mask(activation)
+        shift = shift if mask is None else torch.where(mask, shift, torch.zeros_like(shift))
+        return self.site.write_output((target + shift).to(activation.dtype), activation)
+
+    def _shift(self, activation: Tensor, shape: torch.Size) -> Float[Tensor, "batch pos d_out"]:
+        """`decode(latents + change) - decode(latents)`."""
+        values = torch.tensor(self.values, dtype=self.sae.dtype, device=self.sae.device)
+        x = self.site.read_input(activation) if self.needs_input else None
+        if self.how == "add":
+            change = values.expand(*shape[:-1], len(values))
+        else:
+            acts = self._acts(x)
+            change = values - acts if self.how == "clamp" else (values - 1) * acts
+        return decode_change(self.sae, change, self.latents, x)
+
+    def _acts(self, x: Tensor) -> Float[Tensor, "batch pos n"]:
+        splice = active_splice(self.site.write)
+        if splice is not None and splice.sae is self.sae and splice.fired:
+            return splice.latents()[..., self.latents]
+        return self.sae.encode(x, latents=self.latents)
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{i}: {v:g}" for i, v in zip(self.latents[:6], self.values[:6], strict=True))
+        more = f" and {len(self.latents) - 6} more" if len(self.latents) > 6 else ""
+        return f"{self.how} {values}{more} at {self.site.hook_name_out}"
+
+
+def decode_change(
+    sae: nn.Module, change: Float[Tensor, "*batch n"], latents: list[int], x: Float[Tensor, "*batch d_in"] | None
+) -> Float[Tensor, "*batch d_out"]:
+    """How far the output moves when these latents change: `decode(latents + change) - decode(latents)`.
+
+    Args:
+        sae: any of the SAE classes; all decode linearly.
+        change: of each of `latents`, in units of its activation.
+        latents: indices, each once.
+        x: the input; only needed where it scales the output (`cfg.normalization`).
+
+    Returns:
+        In the model's units.
+    """
+    if isinstance(sae, SAE):
+        shift = change @ sae.W_dec[latents]
+        if sae.cfg.normalization == "none":
+            return shift
+        return sae.denormalize(shift, x) - sae.denormalize(torch.zeros_like(shift), x)
+    dense = change.new_zeros(*change.shape[:-1], sae.cfg.d_sae)
+    x = change.new_zeros(*change.shape[:-1], sae.cfg.d_in) if x is None else x
+    changed = dense.index_add(-1, torch.tensor(latents, device=change.device), change)
+    return sae.decode(changed, x) - sae.decode(dense, x)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPositions:
+    """Token positions of a text, resolved to a mask of each pass, also during generation with a KV cache."""
+
+    positions: slice | list[int] | Tensor | None
+    """Counted from the start of the text; a bool tensor is the mask of one pass; None means all."""
+
+    @classmethod
+    def of(cls, positions: object) -> TokenPositions:
+        """What a caller's `positions=` means.
+
+        Raises:
+            ValueError: for positions counted from the end.
+        """
+        if isinstance(positions, Tensor) and positions.dtype != torch.bool:
+            positions = positions.flatten().tolist()
+        if positions is None or isinstance(positions, Tensor):
+            return cls(positions)
+        if isinstance(positions, slice):
+            step = positions.step
+            negative = any(end is not None and end < 0 for end in (positions.start, positions.stop))
+            resolved = positions if not (negative or (step is not None and step < 1)) else None
+        else:
+            indices = [positions] if isinstance(positions, int) else [int(i) for i in positions]
+            resolved = indices if all(i >= 0 for i in indices) else None
+        if resolved is None:
+            want = "0 or more, counted from the start of the text: generation moves its end"
+            raise ValueError(explain(f"got positions={positions!r}.", want=want))
+        return cls(resolved)
+
+    def mask(self, shape: torch.Size, kv_cache_offset: int | None) -> Bool[Tensor, "_ pos"] | None:
+        """Mask of a pass over `shape` = (batch, pos) tokens.
+
+        Args:
+            shape: of the activation.
+            kv_cache_offset: how many tokens of the text came before this pass; None if not known yet.
+
+        Returns:
+            `[batch or 1, pos]`, True at the positions, on the CPU; None for all of them.
+
+        Raises:
+            ValueError: if a mask does not fit the pass; if positions are needed before they are known.
+        """
+        if self.positions is None:
+            return None
+        if isinstance(self.positions, Tensor):
+            mask = self.positions[None] if self.positions.ndim == 1 else self.positions
+            if tuple(mask.shape) not in (tuple(shape), (1, shape[1])):
+                got = tuple(self.positions.shape)
+                what = f"positions has shape {got}, the activation [batch, pos] = {tuple(shape)}."
+                want = "a mask of this very pass; in generation a slice or list of positions"
+                raise ValueError(explain(what, want=want))
+            return mask
+        if kv_cache_offset is None:
+            what = "positions= at a point that fires before the model tells where in the text it is."
+            raise ValueError(explain(what, want="positions=None, or a mask of the pass"))
+        position = torch.arange(kv_cache_offset, kv_cache_offset + shape[1])
+        if isinstance(self.positions, slice):
+            start, step = self.positions.start or 0, self.positions.step or 1
+            stop = kv_cache_offset + shape[1] if self.positions.stop is None else self.positions.stop
+            return ((position >= start) & (position < stop) & ((position - start) % step == 0))[None]
+        return torch.isin(position, torch.tensor(self.positions))[None]
+
+
+def _check_values(sae: nn.Module, latents: object) -> tuple[list[int], list[float]]:
+    """Latents and their values, checked."""
     if not isinstance(latents, Mapping) or not latents:
         what = f"steer got latents={latents!r}."
-        raise TypeError(
-            explain(what, want="{latent: value}, with at least one", fix="saewb.steer(model, sae, {12: 8.0})")
-        )
-    numbers = [_latent(sae, i) for i in latents]
+        want = "{latent: value}, with at least one"
+        raise TypeError(explain(what, want=want, fix="saewb.steer(model, sae, {12: 8.0})"))
+    for latent in latents:
+        if isinstance(latent, bool) or int(latent) != latent or not 0 <= int(latent) < sae.cfg.d_sae:
+            raise ValueError(explain(f"{sae!r} has no latent {latent!r}.", want=f"0 to {sae.cfg.d_sae - 1}"))
     values = [float(value) for value in latents.values()]
-    if wrong := [v for v in values if v != v or abs(v) == float("inf")]:
+    if wrong := [value for value in values if not math.isfinite(value)]:
         raise ValueError(explain(f"steer got the value {wrong[0]}.", want="finite numbers"))
-    return Change(sae, *points(model, source, target), target, numbers, values, how, mask)
+    return [int(latent) for latent in latents], values
 
 
-def _listed(latents: object) -> list[int]:
+def _latent_list(latents: object) -> list[int]:
     if isinstance(latents, int):
         return [latents]
     if latents is None or isinstance(latents, (str, bytes)) or len(latents) == 0:
         what = f"ablate got latents={latents!r}."
         raise TypeError(explain(what, want="a latent, or a list of them", fix="saewb.ablate(model, sae, [12, 40])"))
     return [int(i) for i in latents]
-
-
-def _latent(sae: nn.Module, i: object) -> int:
-    if isinstance(i, bool) or int(i) != i or not 0 <= int(i) < sae.cfg.d_sae:
-        raise ValueError(explain(f"{sae!r} has no latent {i!r}.", want=f"0 to {sae.cfg.d_sae - 1}"))
-    return int(i)

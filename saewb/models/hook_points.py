@@ -1,12 +1,12 @@
-"""A model's hook points, by any of their names.
+"""Hook points of a model: resolve them by any of their names, add and remove hooks.
 
-Every difference between kinds and versions of models lives here and, for their forward passes, in `saewb.models.forward`.
+Every difference between kinds and versions of models is here and, for forward passes, in `saewb.models.forward`.
 
-Three kinds of model are known, told apart by what they have, not by their class, so that transformer_lens is not
-imported here: TransformerBridge (transformer-lens 3.x and 4.x; points in `_hook_registry`, aliases computed),
-HookedTransformer and other HookedRootModules (points in `hook_dict` and `mod_dict`).
+Kinds of model are told apart by their attributes, not by their class, so that transformer_lens is not imported:
+TransformerBridge (transformer-lens 3.x and 4.x; points in `_hook_registry`, aliases computed), HookedTransformer and
+other HookedRootModules (points in `hook_dict` and `mod_dict`).
 
-Nothing here replaces a module or a method: hooks are added to the points that are there and taken away again.
+No module or method of the model is replaced: hooks are added to the points it has, and removed again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Edit = Callable[[Tensor], "Tensor | None"]  # gets the activation; what it retur
 INNER = ".hook_sae_"  # in the name of every point that an attachment adds
 _OURS = "_of_saewb"  # an attribute of functions that were put on modules that are no points
 
-_tables: weakref.WeakKeyDictionary[nn.Module, dict[str, Point]] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
+class HookPoint:
     """One place in a model where an activation can be read and replaced."""
 
     name: str  # the name the model itself uses
@@ -46,6 +46,10 @@ class Point:
         """The block it is in; None outside of blocks."""
         found = re.match(r"blocks\.(\d+)\.", self.name)
         return int(found[1]) if found else None
+
+    def is_before(self, layer: int) -> bool:
+        """Whether it is in an earlier block than this one: a pass that starts there computes no activation of it."""
+        return layer > 0 and self.layer is not None and self.layer < layer
 
     @cached_property
     def is_module_input(self) -> bool:
@@ -68,9 +72,9 @@ class InnerPoints:
 
 
 class Hook:
-    """An `Edit` on a `Point`, until `remove`. Survives `model.reset_hooks()`."""
+    """An `Edit` on a `HookPoint`, until `remove`. Survives `model.reset_hooks()`."""
 
-    def __init__(self, point: Point, edit: Edit) -> None:
+    def __init__(self, point: HookPoint, edit: Edit) -> None:
         self._point, self._edit = point, edit
         self.restore()
 
@@ -113,7 +117,7 @@ def lock(model: nn.Module) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
-def resolve(model: nn.Module, name: str) -> Point:
+def resolve(model: nn.Module, name: str) -> HookPoint:
     """The point of that name, alias or canonical.
 
     Args:
@@ -146,7 +150,7 @@ def split_head(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def resolve_writable(model: nn.Module, name: str) -> Point:
+def resolve_writable(model: nn.Module, name: str) -> HookPoint:
     """The point of that name, where an activation that is replaced goes on through the model.
 
     Raises:
@@ -168,7 +172,7 @@ def point_names(model: nn.Module) -> list[str]:
     return sorted(_table(model))
 
 
-def inner_points(model: nn.Module, point: Point, keys: Iterable[str]) -> InnerPoints:
+def inner_points(model: nn.Module, point: HookPoint, keys: Iterable[str]) -> InnerPoints:
     """HookPoints of the class this model uses; not yet part of the model."""
     kind = type(next(iter(_registered(model).values())))
     made = {key: kind() for key in keys}
@@ -179,7 +183,7 @@ def inner_points(model: nn.Module, point: Point, keys: Iterable[str]) -> InnerPo
     return InnerPoints(point.names, made, attributes, by_name)
 
 
-def publish(model: nn.Module, point: Point, inner: InnerPoints) -> None:
+def publish(model: nn.Module, point: HookPoint, inner: InnerPoints) -> None:
     """Make `inner` visible to the model's run_with_cache, run_with_hooks, add_hook and hook_dict, under every name."""
     # An attribute too: `add_hook` of a 3.x Bridge walks attributes. Past nn.Module, so that it is no submodule.
     point.module.__dict__.update(inner.by_attribute)
@@ -187,7 +191,7 @@ def publish(model: nn.Module, point: Point, inner: InnerPoints) -> None:
         mapping.update(inner.by_name)
 
 
-def unpublish(model: nn.Module, point: Point, inner: InnerPoints) -> None:
+def unpublish(model: nn.Module, point: HookPoint, inner: InnerPoints) -> None:
     """Undo `publish`; names that by now mean another point are left alone."""
     _forget(point.module.__dict__, inner.by_attribute)
     for mapping in _mappings(model):
@@ -250,7 +254,7 @@ def _mappings(model: nn.Module) -> Iterable[dict[str, nn.Module]]:
     return found
 
 
-def _table(model: nn.Module) -> dict[str, Point]:
+def _table(model: nn.Module) -> dict[str, HookPoint]:
     """Every name of the model, each with its point. Milliseconds on a Bridge, which computes its aliases anew."""
     _registered(model)  # says what is wrong with an object that is no such model
     names_of: dict[int, list[str]] = {}
@@ -259,18 +263,20 @@ def _table(model: nn.Module) -> dict[str, Point]:
         if INNER not in name:
             names_of.setdefault(id(module), []).append(name)
             modules[id(module)] = module
-    table: dict[str, Point] = {}
+    table: dict[str, HookPoint] = {}
     for key, names in names_of.items():
         own = modules[key].name if modules[key].name in names else names[0]
-        point = Point(own, (own, *(name for name in names if name != own)), modules[key])
+        point = HookPoint(own, (own, *(name for name in names if name != own)), modules[key])
         table.update(dict.fromkeys(names, point))
     return table if is_bridge(model) else {**_mlp_inputs(model), **table}
 
 
-def _mlp_inputs(model: nn.Module) -> dict[str, Point]:
+def _mlp_inputs(model: nn.Module) -> dict[str, HookPoint]:
     """`blocks.L.mlp.hook_in` of a HookedTransformer, which has no HookPoint there; published transcoders read it."""
     mlps = {name: module for name, module in model.mod_dict.items() if name.endswith(".mlp")}
-    return {f"{name}.hook_in": Point(f"{name}.hook_in", (f"{name}.hook_in",), module) for name, module in mlps.items()}
+    return {
+        f"{name}.hook_in": HookPoint(f"{name}.hook_in", (f"{name}.hook_in",), module) for name, module in mlps.items()
+    }
 
 
 def _unknown(model: nn.Module, name: str) -> str:
@@ -280,7 +286,7 @@ def _unknown(model: nn.Module, name: str) -> str:
     return explain(what, near=close, fix=f"saewb.attach(model, sae, hook={(close or names)[0]!r})")
 
 
-def _check_not_gated(model: nn.Module, point: Point, name: str) -> None:
+def _check_not_gated(model: nn.Module, point: HookPoint, name: str) -> None:
     switch = None if point.is_module_input else _switched_off_by(model, point)
     if switch is None:
         return
@@ -291,7 +297,7 @@ def _check_not_gated(model: nn.Module, point: Point, name: str) -> None:
     raise ValueError(explain(what, want=want, fix=f"model.set_{switch}(True)"))
 
 
-def _switched_off_by(model: nn.Module, point: Point) -> str | None:
+def _switched_off_by(model: nn.Module, point: HookPoint) -> str | None:
     """The configuration flag that keeps the point from firing, or None."""
     if is_bridge(model):
         return model._gated_hook_reason(point.name)

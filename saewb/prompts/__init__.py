@@ -11,6 +11,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "generate",
         "next_tokens",
         "prompt_latents",
-        "reading",
     ],
 )

@@ -1,13 +1,15 @@
-"""Which latents, at which positions, moved a figure of the model's output.
+"""Attribute a metric of the model's output to latents at positions, and edges between latents of two SAEs.
 
-The error is a node like the latents. Nothing is attached, so each SAE's figures are about the model as it is. The
-formulas are in `attribute`, the steps in `saewb.prompts.attribution_nodes`.
+The error of an SAE is a node like its latents. Nothing is attached: effects are about the clean model. The formulas are
+in `attribute`, the steps in `saewb.prompts.attribution_nodes`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -15,11 +17,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.interventions import splice
 from saewb.models import hook_points
 from saewb.models.capture import eval_mode, stop_layer
 from saewb.models.tokenizer import token_strings
-from saewb.prompts.attribution_nodes import ERROR, Case, Metric, Nodes, ablated, case, gradients, integrated, nodes
+from saewb.prompts.attribution_nodes import (
+    ERROR,
+    AttributionRun,
+    Metric,
+    Nodes,
+    ablate_nodes,
+    differentiate,
+    integrate_gradients,
+    prepare_attribution,
+    split_into_nodes,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,17 +42,28 @@ Method = Literal["gradient", "integrated", "ablation"]
 class Attribution:
     """Effects on a metric: one per latent that is active at a position, and per position's error. See `attribute`."""
 
-    method: Method  # how effects were found
-    metric: float  # of the model as it is
-    baselines: tuple[float, ...]  # per SAE, the metric with decode(0) at its point; nan unless integrated
-    tokens: tuple[str, ...]  # the prompt, token by token
-    saes: tuple[str, ...]  # where each SAE writes
-    sae: Int[Tensor, " nodes"]  # which of them the node belongs to
-    position: Int[Tensor, " nodes"]  # of the token, from 0
-    latent: Int[Tensor, " nodes"]  # -1: the error
-    activation: Float[Tensor, " nodes"]  # of the latent; the error's length
-    effect: Float[Tensor, " nodes"]  # on the metric, in its unit
-    estimate: Float[Tensor, " nodes"]  # by gradient
+    method: Method
+    """How effects were computed."""
+    metric: float
+    """Metric of the clean model."""
+    baselines: tuple[float, ...]
+    """Per SAE, the metric with decode(0) at its write point; nan unless integrated."""
+    tokens: tuple[str, ...]
+    """The prompt, token by token."""
+    saes: tuple[str, ...]
+    """Where each SAE writes."""
+    sae: Int[Tensor, " nodes"]
+    """Index of the node's SAE."""
+    position: Int[Tensor, " nodes"]
+    """Index of the token, from 0."""
+    latent: Int[Tensor, " nodes"]
+    """Index of the latent; -1: the error."""
+    activation: Float[Tensor, " nodes"]
+    """Activation of the latent; norm of the error."""
+    effect: Float[Tensor, " nodes"]
+    """Effect on the metric, in its unit."""
+    estimate: Float[Tensor, " nodes"]
+    """Effect by the gradient."""
 
     def __len__(self) -> int:
         return len(self.effect)
@@ -56,7 +78,7 @@ class Attribution:
             "sae": [self.saes[i] for i in self.sae[order].tolist()],
             "position": positions,
             "token": [self.tokens[i] for i in positions],
-            "latent": _latents(self.latent[order]),
+            "latent": _latent_column(self.latent[order]),
             "activation": self.activation[order].numpy(),
             "effect": self.effect[order].numpy(),
         }
@@ -68,11 +90,11 @@ class Attribution:
         """Per SAE: the sums over latents and over errors, and what integrated gradients have to sum to."""
         import pandas as pd
 
-        is_error, owns = self.latent == ERROR, [self.sae == i for i in range(len(self.saes))]
+        is_error, masks = self.latent == ERROR, [self.sae == i for i in range(len(self.saes))]
         columns = {
             "sae": self.saes,
-            "latents": [float(self.effect[own & ~is_error].sum()) for own in owns],
-            "errors": [float(self.effect[own & is_error].sum()) for own in owns],
+            "latents": [float(self.effect[mask & ~is_error].sum()) for mask in masks],
+            "errors": [float(self.effect[mask & is_error].sum()) for mask in masks],
             "metric_difference": [self.metric - baseline for baseline in self.baselines],
         }
         return pd.DataFrame(columns)
@@ -96,18 +118,18 @@ def attribute(
     batch_size: int = 16,
     skip_special_tokens: bool | Sequence[int] = True,
 ) -> Attribution:
-    """How much each latent at each position, and what each SAE leaves out, contributes to a figure of the logits.
+    """Attribute a metric of the logits to each latent at each position, and to the error of each SAE.
 
-    At the point an SAE writes to, the activation is decode(0) + sum_i a_i d_i + error: a latent's direction d_i is its
-    decoder row, in the model's units. With G the gradient of the metric there, per position:
+    At an SAE's write point the activation is decode(0) + sum_i a_i d_i + error, with d_i the latent's decoder direction
+    in the model's units. With G the gradient of the metric there, per position:
 
         gradient:    effect_i = a_i d_i . G       G at the activation itself; one forward, one backward pass
-        integrated:  the same, with G averaged on the straight way from decode(0) to the activation
-        ablation:    effect_i = metric - metric without a_i d_i      the truth; a row of a pass for each node
+        integrated:  the same, with G averaged on the straight path from decode(0) to the activation
+        ablation:    effect_i = metric - metric without a_i d_i      exact; a row of a forward pass per node
 
-    The error's effect is computed like a latent's. Effects of several SAEs tell the same thing at several depths: they
-    do not add up across SAEs. Integrated gradients are complete: per SAE, the effects of all latents and errors sum to
-    `metric - metric with decode(0) at the SAE's point` (to a few per mille; `totals()` shows both).
+    The error's effect is computed like a latent's. Effects of several SAEs describe the same metric at several depths:
+    they do not add up across SAEs. Integrated gradients are complete: per SAE, the effects of all latents and errors
+    sum to `metric - metric with decode(0) at the SAE's point` (to a few per mille; `totals()` shows both).
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode.
@@ -115,8 +137,8 @@ def attribute(
         saes: one or several SAEs or transcoders, each at the points its configuration names.
         metric: a function of the logits `[1, pos, d_vocab]` that gives one number; or a token (text or id): its log
             probability as the next token; or two: the logit of the first less that of the second.
-        method: "gradient" is quick and local, "integrated" complete, "ablation" the truth, one run per node.
-        n_steps: points of the way, for "integrated".
+        method: "gradient" is quick and local, "integrated" complete, "ablation" exact, one run per node.
+        n_steps: points on the path, for "integrated".
         n_nodes: for "ablation", how many nodes of each SAE: those with the largest gradient estimates.
         batch_size: copies of the prompt run at a time, for "integrated" and "ablation".
         skip_special_tokens: leave these positions as they are, without nodes: True for the tokenizer's BOS, EOS, PAD
@@ -147,35 +169,34 @@ def attribute(
     if min(n_steps, n_nodes, batch_size) < 1:
         what = f"attribute got n_steps={n_steps}, n_nodes={n_nodes}, batch_size={batch_size}."
         raise ValueError(explain(what, want="1 or more of each"))
-    asked = case(model, prompt, saes, metric, skip_special_tokens)
-    parts: list[Nodes] = []
+    run = prepare_attribution(model, prompt, saes, metric, skip_special_tokens)
+    nodes_of: list[Nodes] = []
     estimates, baselines = [], []
-    with hook_points.lock(model), eval_mode(model, *(site.sae for site in asked.sites)):
-        value, seen = gradients(asked)
-        for site, at in zip(asked.sites, seen, strict=True):
-            found, baseline = nodes(asked, site, at), float("nan")
-            estimate = found.effect
+    with hook_points.lock(model), eval_mode(model, *(site.sae for site in run.sites)):
+        value, clean = differentiate(run)
+        for site, at_site in zip(run.sites, clean, strict=True):
+            nodes, baseline = split_into_nodes(run, site, at_site), math.nan
+            estimate = nodes.effect
             if method == "integrated":
-                baseline, averaged = integrated(asked, site, at, n_steps, batch_size)
-                found = nodes(asked, site, averaged)
+                baseline, averaged = integrate_gradients(run, site, at_site, n_steps, batch_size)
+                nodes = split_into_nodes(run, site, averaged)
             if method == "ablation":
-                found = found.at(found.effect.abs().argsort(descending=True, stable=True)[:n_nodes])
-                estimate = found.effect
-                found = replace(found, effect=ablated(asked, site, at, found, value, batch_size))
-            parts.append(found)
+                nodes = nodes.select(nodes.effect.abs().argsort(descending=True, stable=True)[:n_nodes])
+                estimate = nodes.effect
+                nodes = replace(nodes, effect=ablate_nodes(run, site, at_site, nodes, value, batch_size))
+            nodes_of.append(nodes)
             estimates.append(estimate)
             baselines.append(baseline)
-    whole = {name: torch.cat([getattr(p, name) for p in parts]).cpu() for name in Nodes.__dataclass_fields__}
-    which = torch.cat([torch.full((len(p.latent),), i) for i, p in enumerate(parts)])
+    fields = {f.name: torch.cat([getattr(nodes, f.name) for nodes in nodes_of]).cpu() for f in dataclass_fields(Nodes)}
     return Attribution(
         method=method,
         metric=value,
         baselines=tuple(baselines),
-        tokens=_words(asked),
-        saes=tuple(site.place for site in asked.sites),
-        sae=which,
+        tokens=_token_texts(run),
+        saes=tuple(site.hook_name_out for site in run.sites),
+        sae=torch.cat([torch.full((len(nodes.latent),), i) for i, nodes in enumerate(nodes_of)]),
         estimate=torch.cat(estimates).cpu(),
-        **whole,
+        **fields,
     )
 
 
@@ -190,11 +211,11 @@ def attribute_edges(
     n_targets: int = 10,
     skip_special_tokens: bool | Sequence[int] = True,
 ) -> pd.DataFrame:
-    """Paths from one SAE's latents to a later one's: what of a later activation each earlier latent accounts for.
+    """Attribute activations of a later SAE's latents to the latents of an earlier one.
 
         effect = a_i d_i . grad(b_j)         latent i of `sae_from` at one position, latent j of `sae_to` at another
 
-    One backward pass for each target, through the model as it is.
+    One backward pass per target, through the clean model.
 
     Args:
         model: as for `attribute`.
@@ -228,98 +249,99 @@ def attribute_edges(
     """
     import pandas as pd
 
-    counted = metric if metric is not None else lambda logits: logits.sum()  # not looked at
-    asked = case(model, prompt, [sae_from, sae_to], counted, skip_special_tokens)
+    metric_or_sum = metric if metric is not None else lambda logits: logits.sum()  # its value is not used
+    run = prepare_attribution(model, prompt, [sae_from, sae_to], metric_or_sum, skip_special_tokens)
     with hook_points.lock(model), eval_mode(model, sae_from, sae_to):
-        _, (start, end) = gradients(asked)
-        chosen = _targets(asked, nodes(asked, asked.sites[1], end), targets, n_targets, by_effect=metric is not None)
-        slopes = _slopes(asked, chosen)
-        edges = [nodes(asked, asked.sites[0], replace(start, gradient=slope)) for slope in slopes]
-    words, frames = _words(asked), []
+        _, (start, end) = differentiate(run)
+        later = split_into_nodes(run, run.sites[1], end)
+        later = _select_targets(run, later, targets, n_targets, by_effect=metric is not None)
+        edges = [split_into_nodes(run, run.sites[0], replace(start, gradient=slope)) for slope in _slopes(run, later)]
+    token_texts, frames = _token_texts(run), []
     for j, edge in enumerate(edges):
-        positions, to = edge.position.tolist(), int(chosen.position[j])
+        positions, to = edge.position.tolist(), int(later.position[j])
         columns = {
             "from_position": positions,
-            "from_token": [words[i] for i in positions],
-            "from_latent": _latents(edge.latent.cpu()),
+            "from_token": [token_texts[i] for i in positions],
+            "from_latent": _latent_column(edge.latent.cpu()),
             "to_position": to,
-            "to_token": words[to],
-            "to_latent": int(chosen.latent[j]),
+            "to_token": token_texts[to],
+            "to_latent": int(later.latent[j]),
             "effect": edge.effect.cpu().numpy(),
         }
         if metric is not None:
-            columns["metric_effect"] = columns["effect"] * float(chosen.effect[j] / chosen.activation[j])
+            columns["metric_effect"] = columns["effect"] * float(later.effect[j] / later.activation[j])
         frames.append(pd.DataFrame(columns))
-    whole = pd.concat(frames, ignore_index=True)
     key = "effect" if metric is None else "metric_effect"
-    return whole.sort_values(key, key=abs, ascending=False, kind="stable", ignore_index=True)
+    table = pd.concat(frames, ignore_index=True)
+    return table.sort_values(key, key=abs, ascending=False, kind="stable", ignore_index=True)
 
 
-def _targets(
-    asked: Case, found: Nodes, targets: Iterable[tuple[int, int]] | None, n_targets: int, *, by_effect: bool
+def _select_targets(
+    run: AttributionRun, nodes: Nodes, targets: Iterable[tuple[int, int]] | None, n_targets: int, *, by_effect: bool
 ) -> Nodes:
     """The nodes of the later SAE that edges lead to."""
-    found = found.at((found.latent != ERROR).nonzero()[:, 0])
+    nodes = nodes.select((nodes.latent != ERROR).nonzero()[:, 0])
     if targets is None:
-        size = found.effect if by_effect else found.activation
-        return found.at(size.abs().argsort(descending=True, stable=True)[:n_targets])
-    rows = []
+        size = nodes.effect if by_effect else nodes.activation
+        return nodes.select(size.abs().argsort(descending=True, stable=True)[:n_targets])
+    indices = []
     for position, latent in targets:
-        here = ((found.position == position) & (found.latent == latent)).nonzero()[:, 0]
-        if len(here) == 0:
-            active = found.latent[found.position == position].tolist()
-            what = f"latent {latent} is not active at position {position} of {asked.tokens.shape[1]}."
-            raise ValueError(
-                explain(what, want=f"one of {active[:12]}" if active else "a position with active latents")
-            )
-        rows.append(here)
-    if not rows:
+        index = ((nodes.position == position) & (nodes.latent == latent)).nonzero()[:, 0]
+        if len(index) == 0:
+            active = nodes.latent[nodes.position == position].tolist()
+            what = f"latent {latent} is not active at position {position} of {run.tokens.shape[1]}."
+            want = f"one of {active[:12]}" if active else "a position with active latents"
+            raise ValueError(explain(what, want=want))
+        indices.append(index)
+    if not indices:
         raise ValueError(explain("got no targets.", fix="targets=[(position, latent)]"))
-    return found.at(torch.cat(rows))
+    return nodes.select(torch.cat(indices))
 
 
-def _slopes(asked: Case, chosen: Nodes) -> list[Tensor]:
+def _slopes(run: AttributionRun, targets: Nodes) -> list[Tensor]:
     """For each target, the gradient of its activation where the earlier SAE writes: `[1, pos, d_out]` each."""
-    early, late = asked.sites
-    kept: dict[str, Tensor] = {}
+    early, late = run.sites
+    tensors: dict[str, Tensor] = {}
 
-    def plant(activation: Tensor) -> Tensor:
-        kept["leaf"] = torch.zeros_like(activation, requires_grad=True)
-        return activation + kept["leaf"]
+    def add_leaf(activation: Tensor) -> Tensor:
+        tensors["leaf"] = torch.zeros_like(activation, requires_grad=True)
+        return activation + tensors["leaf"]
 
-    def keep(activation: Tensor) -> None:
-        kept["x"] = activation
+    def read(activation: Tensor) -> None:
+        tensors["x"] = activation
 
-    if early.write == late.read:
-        raise ValueError(_not_later(asked))
+    write_name, read_name = early.write.name, late.read.name
+    if write_name == read_name:
+        raise ValueError(_not_later(run))
     with torch.enable_grad():
-        with hook_points.editing(asked.model, {early.write: plant, late.read: keep}):
-            asked.model(asked.tokens, return_type=None, stop_at_layer=stop_layer(asked.model, (early.write, late.read)))
-        x = splice.flat(late.sae, kept["x"], late.sae.cfg.d_in, late.read)
-        latents, column = chosen.latent.unique(return_inverse=True)
-        active = late.sae.encode(x, latents=latents)[0, chosen.position, column]
-        found = [torch.autograd.grad(a, kept["leaf"], retain_graph=True, allow_unused=True)[0] for a in active]
-    if any(slope is None for slope in found):
-        raise ValueError(_not_later(asked))
-    width = early.sae.cfg.d_out
-    return [splice.flat(early.sae, slope, width, early.write).to(early.sae.dtype) for slope in found]
+        with hook_points.editing(run.model, {write_name: add_leaf, read_name: read}):
+            stop = stop_layer(run.model, (write_name, read_name))
+            run.model(run.tokens, return_type=None, stop_at_layer=stop)
+        latents, column = targets.latent.unique(return_inverse=True)
+        acts = late.sae.encode(late.read_input(tensors["x"]), latents=latents)[0, targets.position, column]
+        leaf = tensors["leaf"]
+        slopes = [torch.autograd.grad(act, leaf, retain_graph=True, allow_unused=True)[0] for act in acts]
+    if any(slope is None for slope in slopes):
+        raise ValueError(_not_later(run))
+    return [early.read_target(slope).to(early.sae.dtype) for slope in slopes]
 
 
-def _not_later(asked: Case) -> str:
-    early, late = asked.sites
-    what = f"{late.read!r}, which {late.sae!r} reads, does not depend on {early.place!r}, which {early.sae!r} writes."
+def _not_later(run: AttributionRun) -> str:
+    early, late = run.sites
+    written = f"{early.hook_name_out!r}, which {early.sae!r} writes"
+    what = f"{late.read.name!r}, which {late.sae!r} reads, does not depend on {written}."
     return explain(what, want="sae_from earlier in the model than sae_to")
 
 
-def _latents(latent: Tensor):
+def _latent_column(latent: Tensor):
     import pandas as pd
 
-    found = pd.array(latent.tolist(), dtype="Int64")
-    found[(latent == ERROR).numpy()] = pd.NA
-    return found
+    column = pd.array(latent.tolist(), dtype="Int64")
+    column[(latent == ERROR).numpy()] = pd.NA
+    return column
 
 
-def _words(asked: Case) -> tuple[str, ...]:
-    ids = asked.tokens[0].tolist()
-    has_tokenizer = getattr(asked.model, "tokenizer", None) is not None
-    return tuple(token_strings(asked.model, ids) if has_tokenizer else map(str, ids))
+def _token_texts(run: AttributionRun) -> tuple[str, ...]:
+    ids = run.tokens[0].tolist()
+    has_tokenizer = getattr(run.model, "tokenizer", None) is not None
+    return tuple(token_strings(run.model, ids) if has_tokenizer else map(str, ids))

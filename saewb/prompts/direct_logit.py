@@ -1,125 +1,99 @@
-"""What active latents add to the logit of one word directly: through the final norm and the unembedding only.
+"""Direct logit attribution: what active latents add to one token's logit through final norm and unembedding only.
 
     effect = d(decode(latents)) / d(latent i) * a_i  .  u / length          per position
 
-with u the word's column of the folded, centered unembedding (`saewb.features.logit_effects`) and length what the final norm
-divides the residual stream by at that position. Where the SAE has no scaling, the first factor is W_dec[i].
+with u the token's column of the folded, centered unembedding (`saewb.features.logit_effects`) and length what the final
+norm divides the residual stream by at that position. Where the SAE does not normalize, the first factor is W_dec[i].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saewb.features.logit_effects import written
+from saewb.features.logit_effects import project_to_residual
+from saewb.interventions.site import Site
 from saewb.models.unembed import final_length, word_direction
 from saewb.prompts.attribution_nodes import slopes, tiles
 from saewb.sae.cross_layer import CrossLayerTranscoder
+from saewb.sae.sparse import SparseLatents
 
-_ROWS = 4096  # latents of a cross-layer transcoder whose decoder rows are held at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What has one list of latents: an SAE, or one layer of a cross-layer transcoder."""
-
-    sae: nn.Module
-    owner: int  # which of those given it is, or is a layer of
-    layer: int | None  # of a cross-layer transcoder, from 0
-    name: str  # "point read" or "point read => point written"
-    read: str  # the point it reads
-    write: str  # the point it writes; of a layer, the first one
-
-    @property
-    def d_sae(self) -> int:
-        """Its latents."""
-        return self.sae.cfg.d_sae if self.layer is None else self.sae.cfg.d_sae[self.layer]
-
-    def encode(self, x: Float[Tensor, "1 pos d_in"]) -> Float[Tensor, "1 pos d_sae"]:
-        """Its latents at some positions."""
-        return self.sae.encode(x) if self.layer is None else self.sae.encode_layer(x, self.layer)
-
-    def tiles(self, n: int) -> Iterator[slice]:
-        """Positions of a prompt of n, as many at a time as have 64 MiB of latents."""
-        return tiles(n, self.d_sae, whole=getattr(self.sae, "looks_back", False))
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Where latents of one part are active."""
-
-    position: Int[Tensor, " rows"]  # ascending
-    latent: Int[Tensor, " rows"]
-    activation: Float[Tensor, " rows"]
+_ROWS = 4096  # latents of a cross-layer transcoder whose decoder directions are held at a time
 
 
 @torch.no_grad()
-def active_rows(part: Part, x: Float[Tensor, "1 pos d_in"], plain: Tensor) -> Rows:
-    """Every latent that is not 0 at a position that counts; 64 MiB of dense latents at a time."""
-    found: list[tuple[Tensor, ...]] = []
-    for at in part.tiles(x.shape[1]):
-        latents = part.encode(x[:, at])[0]
-        position, latent = ((latents != 0) & plain[at, None]).nonzero(as_tuple=True)
-        found.append((position + at.start, latent, latents[position, latent].float()))
-    return Rows(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
+def active_latents(site: Site, x: Float[Tensor, "1 pos d_in"], plain: Bool[Tensor, " pos"]) -> SparseLatents:
+    """Latents that are not 0 at positions that count, float32 on the CPU; 64 MiB of dense ones at a time."""
+    tiles = (torch.where(plain[tile, None], site.encode(x[:, tile])[0], 0) for tile in _tiles(site, x.shape[1]))
+    latents = SparseLatents.cat([SparseLatents.from_dense(tile) for tile in tiles])
+    return SparseLatents(latents.token.cpu(), latents.latent.cpu(), latents.act.float().cpu(), latents.shape)
 
 
 @torch.no_grad()
 def direct_effects(
-    model: nn.Module, part: Part, x: Float[Tensor, "1 pos d_in"], rows: Rows, token: int, final: Tensor
-) -> Float[Tensor, " rows"]:
-    """What each active latent adds to the logit of `token` at its own position; nan where nothing direct is known.
+    model: nn.Module, site: Site, x: Float[Tensor, "1 pos d_in"], latents: SparseLatents, token: int, final: Tensor
+) -> Float[Tensor, " active"]:
+    """What each active latent adds to the logit of `token` at its own position; nan where there is no direct path.
 
     That is: where the SAE writes to a point that does not add to the residual stream (queries, keys, values), and for
     crosscoders, which write the same stream anew at every layer.
 
     Args:
         model: the clean one.
-        part: whose latents.
+        site: the SAE and where it writes.
         x: what it read.
-        rows: from `active_rows`, with this `x`.
-        token: the word's id.
+        latents: from `active_latents`, with this `x`.
+        token: its id.
         final: the final residual stream, `[pos, d_model]`.
     """
-    word = word_direction(model, token)
+    unembedding = word_direction(model, token)
     length = final_length(model, final).cpu()
-    found = _of_layer(model, part, rows, word) if part.layer is not None else _of_sae(model, part, x, rows, word)
-    return rows.activation.new_full((len(rows.latent),), torch.nan) if found is None else found / length[rows.position]
+    if site.clt_layer is None:
+        effects = _effects_of_sae(model, site, x, latents, unembedding)
+    else:
+        effects = _effects_of_layer(model, site, latents, unembedding)
+    if effects is None:
+        return torch.full_like(latents.act, torch.nan)
+    return effects / length[latents.token]
 
 
-def _of_sae(model: nn.Module, part: Part, x: Tensor, rows: Rows, word: Tensor) -> Tensor | None:
-    u = _toward(model, part.sae, part.write, part.sae.cfg.head, word)
+def _effects_of_sae(
+    model: nn.Module, site: Site, x: Tensor, latents: SparseLatents, unembedding: Tensor
+) -> Tensor | None:
+    u = _direction_at(model, site.sae, site.hook_name_out, site.head, unembedding)
     if u is None:
         return None
-    found = [rows.activation[:0]]
-    for at in part.tiles(x.shape[1]):
-        some = x[:, at]
-        latents, _, slope = slopes(part.sae, some, u.expand(1, some.shape[1], -1))
-        begin, end = torch.searchsorted(rows.position, torch.tensor([at.start, at.stop])).tolist()
-        here, latent = rows.position[begin:end] - at.start, rows.latent[begin:end]
-        found.append((latents * slope)[0, here, latent].float().cpu())
-    return torch.cat(found)
+    effects = [latents.act[:0]]
+    for tile in _tiles(site, x.shape[1]):
+        acts, _, slope = slopes(site.sae, x[:, tile], u.expand(1, tile.stop - tile.start, -1))
+        begin, end = torch.searchsorted(latents.token, torch.tensor([tile.start, tile.stop])).tolist()
+        position, latent = latents.token[begin:end] - tile.start, latents.latent[begin:end]
+        effects.append((acts * slope)[0, position, latent].float().cpu())
+    return torch.cat(effects)
 
 
-def _of_layer(model: nn.Module, part: Part, rows: Rows, word: Tensor) -> Tensor | None:
-    clt: CrossLayerTranscoder = part.sae
-    later = clt.cfg.hooks_out[part.layer :]
-    towards = [_toward(model, clt, hook, None, word) for hook in later]
-    if not clt.cfg.is_transcoder or any(u is None for u in towards):
+def _effects_of_layer(model: nn.Module, site: Site, latents: SparseLatents, unembedding: Tensor) -> Tensor | None:
+    clt: CrossLayerTranscoder = site.sae
+    hooks_out = clt.cfg.hooks_out[site.clt_layer :]
+    directions = [_direction_at(model, clt, hook, None, unembedding) for hook in hooks_out]
+    if not clt.cfg.is_transcoder or any(u is None for u in directions):
         return None
-    u = torch.stack(towards)
-    latents, which = rows.latent.unique(return_inverse=True)
-    decoder = clt.W_dec[part.layer]
-    parts = [(decoder[some.to(decoder.device)].to(u) * u).sum((1, 2)).float().cpu() for some in latents.split(_ROWS)]
-    return rows.activation * torch.cat([rows.activation[:0], *parts])[which]
+    u = torch.stack(directions)
+    unique, index = latents.latent.unique(return_inverse=True)
+    W_dec = clt.W_dec[site.clt_layer]
+    parts = [(W_dec[some.to(W_dec.device)].to(u) * u).sum((1, 2)).float().cpu() for some in unique.split(_ROWS)]
+    return latents.act * torch.cat([latents.act[:0], *parts])[index]
 
 
-def _toward(model: nn.Module, sae: nn.Module, hook: str, head: int | None, word: Tensor) -> Tensor | None:
-    """The direction at a point which raises the word's logit."""
+def _tiles(site: Site, n: int) -> Iterator[slice]:
+    return tiles(n, site.d_sae, whole=site.sae.looks_back)
+
+
+def _direction_at(model: nn.Module, sae: nn.Module, hook: str, head: int | None, unembedding: Tensor) -> Tensor | None:
+    """The direction at a hook point that raises the token's logit."""
     eye = torch.eye(sae.cfg.d_out, device=sae.device)
-    out = written(model, eye, hook, head)
-    return None if out is None else (out @ word.to(out)).to(sae.dtype)
+    out = project_to_residual(model, eye, hook, head)
+    return None if out is None else (out @ unembedding.to(out)).to(sae.dtype)

@@ -1,8 +1,16 @@
-"""What was read of a prompt: active latents as rows, to be weighed with a word, looked up, put in tables."""
+"""Active latents of a prompt: which fire on each of its tokens, and what they do for a token that may come next.
+
+1. `read_prompt` runs the clean model once and keeps what each SAE reads and the final residual stream.
+2. Each SAE encodes that, 64 MiB of latents at a time; what is not 0 becomes a row.
+3. `PromptReading.toward` adds to the rows their direct effect on a token's logit (`saewb.prompts.direct_logit`).
+4. `PromptReading.attributed` adds their effect by `saewb.attribute`, through the whole model.
+
+`read_in_turn` gives the same and the next tokens, in fewer passes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -10,13 +18,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saewb.data.tokens import prompt_ids
 from saewb.errors import explain, near
+from saewb.interventions.site import Site, check_is_sae
 from saewb.models import hook_points
-from saewb.models.capture import eval_mode
-from saewb.models.tokenizer import token_strings
+from saewb.models.capture import capture, capturing, eval_mode
+from saewb.models.tokenizer import special_ids, special_mask, token_strings
 from saewb.prompts.attribution import attribute
 from saewb.prompts.attribution_nodes import ERROR, token_id
-from saewb.prompts.direct_logit import Part, Rows, direct_effects
+from saewb.prompts.direct_logit import active_latents, direct_effects
+from saewb.prompts.next_tokens import NextTokens, in_turn
+from saewb.sae.cross_layer import CrossLayerTranscoder
+from saewb.sae.sparse import SparseLatents
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,49 +40,177 @@ Weight = Literal["activation", "logit_effect", "attribution", "of_max"]
 _WEIGHTS: tuple[Weight, ...] = ("activation", "logit_effect", "attribution", "of_max")
 
 
+def read_prompt(
+    model: nn.Module,
+    prompt: str | Sequence[int] | Tensor,
+    saes: nn.Module | Sequence[nn.Module],
+    *,
+    target: str | int | None = None,
+    at: int = -1,
+    attribution: Literal["gradient", "integrated"] | None = None,
+    skip_special_tokens: bool | Sequence[int] = True,
+) -> PromptReading:
+    """List the active latents on each token of a prompt, and their effects on a token that may come next.
+
+        activation     a_i
+        logit_effect   a_i W_dec[i] . u / length     direct, on the target's logit at the latent's own position
+        attribution    as `saewb.attribute`          on the target's log probability after `at`, through the whole model
+
+    u is the target's column of the unembedding as in `FeatureIndex.latent` (the final norm's weight folded in, centered
+    over the vocabulary), length the RMS of the final residual stream there: with the share of the error and of b_dec,
+    the effects of an SAE on the last layer sum to the target's logit less the mean of all logits. An SAE's
+    normalization is taken into account; a cross-layer transcoder's latent counts with all it writes, at every layer.
+
+    One pass of the model; a row per active latent, and 64 MiB of dense latents at a time, whatever the length. What the
+    SAEs read stays on the model's device, for `toward` and `attributed`.
+
+    Args:
+        model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode, with
+            whatever is attached to it.
+        prompt: a text, to which the tokenizer adds its special tokens; or ids, `[pos]` or `[1, pos]`.
+        saes: SAEs, transcoders, cross-layer transcoders (a part for each layer); one or several, at the points their
+            configurations name.
+        target: a token that may come next, as text or id; gives `logit_effect`.
+        at: the position after which it would come, for `attribution`.
+        attribution: "gradient" or "integrated"; needs a target.
+        skip_special_tokens: leave these positions out: True for the tokenizer's BOS, EOS, PAD and the like, False for
+            none, or ids.
+
+    Returns:
+        A PromptReading: `.to_frame(position, by=...)`, `.activations(sae, latent)`, `.toward(word)`.
+
+    Raises:
+        ValueError: for a hook or SAE that does not fit; a prompt of no token or more than the model's context; a word
+            that is several tokens; `attribution` without a target.
+        TypeError: for something that is no SAE; for `attribution` through a cross-layer transcoder.
+
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> reading = saewb.read_prompt(model, "Paris is the capital of", sae, target=" France")
+        >>> reading.tokens[-2:], len(reading), reading.target_token
+        ((' capital', ' of'), 112, ' France')
+        >>> reading.to_frame(position=-1, by="logit_effect", n=3).columns.tolist()
+        ['sae', 'position', 'token', 'latent', 'activation', 'logit_effect']
+    """
+    if attribution is not None and target is None:
+        fix = 'saewb.read_prompt(model, prompt, sae, target=" Paris", attribution="gradient")'
+        raise ValueError(explain("attribution needs a word to attribute.", want="a target", fix=fix))
+    request = _check_request(model, prompt, saes, skip_special_tokens)
+    with hook_points.lock(model), eval_mode(model, *request.saes), torch.no_grad():
+        reading = request.read(capture(model, request.ids, request.hook_names))
+    reading = reading if target is None else reading.toward(target)
+    return reading if attribution is None else reading.attributed(target, at, attribution)
+
+
+def read_in_turn(
+    model: nn.Module,
+    prompt: str | Sequence[int] | Tensor,
+    saes: nn.Module | Sequence[nn.Module],
+    compared: nn.Module | Sequence[nn.Module] | None = None,
+    *,
+    n: int = 10,
+    skip_special_tokens: bool | Sequence[int] = True,
+) -> Iterator[tuple[PromptReading | None, NextTokens]]:
+    """Yield what `read_prompt` and `next_tokens` return, from two passes instead of three, each as soon as it is there.
+
+    Args:
+        model: as for `read_prompt`; its lock is held for each pass, and not in between.
+        prompt: as for `read_prompt`.
+        saes: to read with.
+        compared: those to put in place for the next words; None: none.
+        n: words of each, as for `next_tokens`.
+        skip_special_tokens: as for `read_prompt`.
+
+    Returns:
+        An iterator: the reading and the model's own next words after one pass; then None and the next words with
+        `compared` in place. The logits of the first pass are held in between.
+
+    Raises:
+        ValueError, TypeError: as `read_prompt` and `next_tokens`.
+
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> steps = saewb.read_in_turn(model, "Paris is the capital of", sae, sae)
+        >>> reading, alone = next(steps)
+        >>> _, compared = next(steps)
+        >>> len(reading), alone.kl is None, compared.kl is None
+        (112, True, False)
+    """
+    request = _check_request(model, prompt, saes, skip_special_tokens)
+    steps = in_turn(model, request.ids, compared, n, skip_special_tokens=skip_special_tokens)
+    with hook_points.lock(model), eval_mode(model, *request.saes), torch.no_grad():
+        with capturing(model, request.hook_names) as activations:
+            clean = next(steps)
+        reading = request.read(activations)
+    activations.clear()
+    yield reading, clean
+    yield from ((None, spliced) for spliced in steps)
+
+
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """What the clean run left, for weighing rows with another word."""
+class CleanRun:
+    """Activations of the clean run, for the rows' effects on another token."""
 
     model: nn.Module
-    saes: tuple[nn.Module, ...]  # as they were given
-    parts: tuple[Part, ...]
-    inputs: tuple[Float[Tensor, "1 pos d_in"], ...]  # what each part read, on the model's device
-    final: Float[Tensor, "pos d_model"]  # the residual stream before the final norm
+    saes: tuple[nn.Module, ...]
+    """SAEs as the caller passed them."""
+    sites: tuple[Site, ...]
+    """One per SAE, and per layer of a cross-layer transcoder."""
+    inputs: tuple[Float[Tensor, "1 pos d_in"], ...]
+    """What was read at each site, on the model's device."""
+    final: Float[Tensor, "pos d_model"]
+    """The residual stream before the final norm."""
     ids: Int[Tensor, "1 pos"]
-    skip: bool | tuple[int, ...]  # skip_special_tokens
+    skip_special_tokens: bool | tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class PromptReading:
     """The active latents of a prompt, a row per position and latent. Made by `saewb.read_prompt`, which explains it."""
 
-    tokens: tuple[str, ...]  # the prompt, token by token
-    ids: tuple[int, ...]  # of its tokens
-    special: Bool[Tensor, " pos"]  # positions left out
-    saes: tuple[str, ...]  # each SAE, or layer of a cross-layer transcoder, by where it reads and writes
-    owner: tuple[int, ...]  # which of those given each is, or is a layer of
-    d_sae: tuple[int, ...]  # how many latents each has
-    sae: Int[Tensor, " rows"]  # which of them; rows are in the order of SAE, position, latent
-    position: Int[Tensor, " rows"]  # of the token, from 0
-    latent: Int[Tensor, " rows"]  # index in its SAE
-    activation: Float[Tensor, " rows"]  # in the SAE's own units
-    target: int | None = None  # id of the word that effects are on
-    at: int | None = None  # the position at which it is predicted, where attribution looked
-    logit_effect: Float[Tensor, " rows"] | None = None  # on its logit at the row's own position, directly
-    attribution: Float[Tensor, " rows"] | None = None  # on its log probability at `at`, by every way
-    kept: Kept = field(repr=False, default=None)  # what later questions need
+    tokens: tuple[str, ...]
+    """The prompt, token by token."""
+    ids: tuple[int, ...]
+    """Token ids of the prompt."""
+    special: Bool[Tensor, " pos"]
+    """True at positions left out."""
+    saes: tuple[str, ...]
+    """Name of each SAE, or layer of a cross-layer transcoder: where it reads and writes."""
+    owner: tuple[int, ...]
+    """Per name, index of the SAE passed by the caller that it is, or is a layer of."""
+    d_sae: tuple[int, ...]
+    """Number of latents of each."""
+    sae: Int[Tensor, " rows"]
+    """Index into `saes`; rows are in the order of SAE, position, latent."""
+    position: Int[Tensor, " rows"]
+    """Index of the token, from 0."""
+    latent: Int[Tensor, " rows"]
+    """Index of the latent in its SAE."""
+    activation: Float[Tensor, " rows"]
+    """In the SAE's own units."""
+    target: int | None = None
+    """Id of the token that effects are on."""
+    at: int | None = None
+    """Position after which `attribution` predicts it."""
+    logit_effect: Float[Tensor, " rows"] | None = None
+    """Direct effect on its logit at the row's own position."""
+    attribution: Float[Tensor, " rows"] | None = None
+    """Effect on its log probability at `at`, through the whole model."""
+    clean_run: CleanRun = field(repr=False, default=None)
+    """What `toward` and `attributed` need."""
 
     def __len__(self) -> int:
         return len(self.latent)
 
     @property
     def target_token(self) -> str | None:
-        """The text of the word that effects are on."""
-        return None if self.target is None else words_of(self.kept.model, [self.target])[0]
+        """Text of the token that effects are on."""
+        return None if self.target is None else token_texts(self.clean_run.model, [self.target])[0]
 
     def toward(self, target: str | int) -> PromptReading:
-        """The same rows with `logit_effect`: what each adds to this word's logit, directly, at its own position.
+        """The same rows with `logit_effect`: what each adds directly to this token's logit at its own position.
 
         nan for SAEs that do not write into the residual stream, and for crosscoders.
 
@@ -79,21 +220,20 @@ class PromptReading:
         Raises:
             ValueError: for a word that is several tokens.
         """
-        kept = self.kept
-        token = token_id(kept.model, target)
-        with hook_points.lock(kept.model), eval_mode(*kept.saes):
-            found = [
-                direct_effects(kept.model, part, x, self._rows(k), token, kept.final)
-                for k, (part, x) in enumerate(zip(kept.parts, kept.inputs, strict=True))
+        run = self.clean_run
+        token = token_id(run.model, target)
+        with hook_points.lock(run.model), eval_mode(*run.saes):
+            effects = [
+                direct_effects(run.model, site, x, self._latents(k), token, run.final)
+                for k, (site, x) in enumerate(zip(run.sites, run.inputs, strict=True))
             ]
-        same = self.target == token
-        keep = {"attribution": self.attribution, "at": self.at} if same else {"attribution": None, "at": None}
-        return replace(self, target=token, logit_effect=torch.cat(found), **keep)
+        attribution, at = (self.attribution, self.at) if self.target == token else (None, None)
+        return replace(self, target=token, logit_effect=torch.cat(effects), attribution=attribution, at=at)
 
     def attributed(
         self, target: str | int, at: int = -1, method: Literal["gradient", "integrated"] = "gradient"
     ) -> PromptReading:
-        """The same rows with `attribution`: what each does for this word's log probability after position `at`.
+        """The same rows with `attribution`: the effect of each on this token's log probability after position `at`.
 
         Args:
             target: one token, as text or id.
@@ -104,27 +244,26 @@ class PromptReading:
             ValueError: for a word that is several tokens, a position that is not there.
             TypeError: for a cross-layer transcoder.
         """
-        kept, token, place = self.kept, token_id(self.kept.model, target), self._position(at)
+        run, token, position = self.clean_run, token_id(self.clean_run.model, target), self._position(at)
 
         def log_probability(logits: Tensor) -> Tensor:
-            return logits[0, place].float().log_softmax(-1)[token]
+            return logits[0, position].float().log_softmax(-1)[token]
 
-        how = {"method": method, "skip_special_tokens": kept.skip}
-        found = attribute(kept.model, kept.ids, kept.saes, log_probability, **how)
-        latents = (found.latent != ERROR).nonzero()[:, 0]
-        key = self._key(found.sae[latents], found.position[latents], found.latent[latents])
-        key, order = key.sort()
-        mine = self._key(self.sae, self.position, self.latent)
-        effect = torch.zeros(len(self), dtype=torch.float32)  # what comes after `at` has none
+        options = {"method": method, "skip_special_tokens": run.skip_special_tokens}
+        nodes = attribute(run.model, run.ids, run.saes, log_probability, **options)
+        latents = (nodes.latent != ERROR).nonzero()[:, 0]
+        key, order = self._key(nodes.sae[latents], nodes.position[latents], nodes.latent[latents]).sort()
+        row_key = self._key(self.sae, self.position, self.latent)
+        effect = torch.zeros(len(self), dtype=torch.float32)  # rows after `at` have none
         if len(key):
-            slot = torch.searchsorted(key, mine).clamp_(max=len(key) - 1)
-            effect = torch.where(key[slot] == mine, found.effect[latents][order][slot].float(), effect)
-        same = self.logit_effect if self.target == token else None
-        return replace(self, target=token, at=place, attribution=effect, logit_effect=same)
+            index = torch.searchsorted(key, row_key).clamp_(max=len(key) - 1)
+            effect = torch.where(key[index] == row_key, nodes.effect[latents][order][index].float(), effect)
+        logit_effect = self.logit_effect if self.target == token else None
+        return replace(self, target=token, at=position, attribution=effect, logit_effect=logit_effect)
 
     def activations(self, sae: int | str, latent: int) -> Float[Tensor, " pos"]:
-        """What one latent does at every position of the prompt; 0 at those left out."""
-        k = self._which(sae)
+        """Activations of one latent at every position of the prompt; 0 at those left out."""
+        k = self._sae_index(sae)
         if not 0 <= latent < self.d_sae[k]:
             raise ValueError(explain(f"latent {latent} of {self.saes[k]}.", want=f"0 to {self.d_sae[k] - 1}"))
         rows = ((self.sae == k) & (self.latent == latent)).nonzero()[:, 0]
@@ -141,7 +280,7 @@ class PromptReading:
         index: FeatureIndex | Sequence[FeatureIndex | None] | None = None,
         max_density: float = 1.0,
     ) -> pd.DataFrame:
-        """Rows as a table, the largest |`by`| first: sae, position, token, latent, activation, and effects if weighed.
+        """Rows as a table, the largest |`by`| first: sae, position, token, latent, activation, and effects if computed.
 
         Given an index also density, the fraction of its text's tokens on which the latent fires, and of_max, the
         activation as a share of the largest one there.
@@ -162,16 +301,15 @@ class PromptReading:
         import pandas as pd
 
         weights = {name: w for name in _WEIGHTS[:3] if (w := getattr(self, name)) is not None}
-        if (known := self._known(index)) is not None:
-            weights["density"], weights["of_max"] = known
-        chosen = torch.ones(len(self), dtype=torch.bool)
+        mask = torch.ones(len(self), dtype=torch.bool)
+        if index is not None:
+            weights["density"], weights["of_max"] = self._look_up(index)
+            mask &= ~(weights["density"] > max_density)
         if position is not None:
-            chosen &= self.position == self._position(position)
+            mask &= self.position == self._position(position)
         if sae is not None:
-            chosen &= self.sae == self._which(sae)
-        if known is not None:
-            chosen &= ~(weights["density"] > max_density)
-        rows = chosen.nonzero()[:, 0]
+            mask &= self.sae == self._sae_index(sae)
+        rows = mask.nonzero()[:, 0]
         size = self._weight(by, weights)[rows].abs().nan_to_num(nan=-1.0)
         rows = rows[size.argsort(descending=True, stable=True)].numpy()
         texts, names = np.array(self.tokens, dtype=object), np.array(self.saes, dtype=object)
@@ -181,9 +319,9 @@ class PromptReading:
             "token": texts[self.position.numpy()[rows]],
             "latent": self.latent.numpy()[rows],
         }
-        found = pd.DataFrame(columns | {name: w.numpy()[rows] for name, w in weights.items()})
-        found = found.drop_duplicates(["sae", "latent"]) if once else found
-        return found.head(len(found) if n is None else n).reset_index(drop=True)
+        table = pd.DataFrame(columns | {name: w.numpy()[rows] for name, w in weights.items()})
+        table = table.drop_duplicates(["sae", "latent"]) if once else table
+        return table.head(len(table) if n is None else n).reset_index(drop=True)
 
     def __repr__(self) -> str:
         toward = "" if self.target is None else f", toward {self.target_token!r}"
@@ -193,9 +331,10 @@ class PromptReading:
     def _repr_html_(self) -> str:
         return self.to_frame(n=20, once=True)._repr_html_()
 
-    def _rows(self, k: int) -> Rows:
-        own = (self.sae == k).nonzero()[:, 0]
-        return Rows(self.position[own], self.latent[own], self.activation[own])
+    def _latents(self, k: int) -> SparseLatents:
+        rows = (self.sae == k).nonzero()[:, 0]
+        shape = (len(self.tokens), self.d_sae[k])
+        return SparseLatents(self.position[rows], self.latent[rows], self.activation[rows], shape)
 
     def _key(self, sae: Tensor, position: Tensor, latent: Tensor) -> Int[Tensor, " rows"]:
         return (sae * len(self.tokens) + position) * max(self.d_sae) + latent
@@ -206,7 +345,7 @@ class PromptReading:
             raise ValueError(explain(f"position {at} of a prompt of {n} tokens.", want=f"0 to {n - 1}"))
         return at % n
 
-    def _which(self, sae: int | str) -> int:
+    def _sae_index(self, sae: int | str) -> int:
         if isinstance(sae, str) and sae in self.saes:
             return self.saes.index(sae)
         if isinstance(sae, int) and 0 <= sae < len(self.saes):
@@ -214,33 +353,31 @@ class PromptReading:
         close = near(sae, self.saes) if isinstance(sae, str) else ()
         raise ValueError(explain(f"no SAE {sae!r} here.", near=close, want=f"0 to {len(self.saes) - 1}, or a name"))
 
-    def _known(self, index: FeatureIndex | Sequence[FeatureIndex | None] | None) -> tuple[Tensor, Tensor] | None:
-        """Of each row what an index knows of its latent: density, and the activation's share of the largest; or nan."""
-        if index is None:
-            return None
-        n = len(self.kept.saes)
-        several = list(index) if isinstance(index, (list, tuple)) else [index]
-        if len(several) != n:
-            raise ValueError(explain(f"got {len(several)} indexes for {n} SAEs.", want="one for each, or None"))
+    def _look_up(self, index: FeatureIndex | Sequence[FeatureIndex | None]) -> tuple[Tensor, Tensor]:
+        """Per row the density of its latent, and its activation as a share of the largest; nan without an index."""
+        n = len(self.clean_run.saes)
+        indexes = list(index) if isinstance(index, (list, tuple)) else [index]
+        if len(indexes) != n:
+            raise ValueError(explain(f"got {len(indexes)} indexes for {n} SAEs.", want="one for each, or None"))
         density, of_max = (torch.full((len(self),), torch.nan) for _ in range(2))
         for k, owner in enumerate(self.owner):
-            if (found := several[owner]) is None:
+            if (index := indexes[owner]) is None:
                 continue
-            if len(found) != self.d_sae[k]:
-                what = f"{found!r} is not of {self.saes[k]}, which has {self.d_sae[k]} latents."
+            if len(index) != self.d_sae[k]:
+                what = f"{index!r} is not of {self.saes[k]}, which has {self.d_sae[k]} latents."
                 raise ValueError(explain(what, fix="saewb.build_index(model, sae, texts)"))
-            own = (self.sae == k).nonzero()[:, 0]
-            density[own] = found.density[self.latent[own]].float()
-            largest = found.largest.abs()[self.latent[own]]
-            of_max[own] = self.activation[own].abs() / largest.where(largest > 0, torch.nan)
+            rows = (self.sae == k).nonzero()[:, 0]
+            density[rows] = index.density[self.latent[rows]].float()
+            largest = index.largest.abs()[self.latent[rows]]
+            of_max[rows] = self.activation[rows].abs() / largest.where(largest > 0, torch.nan)
         return density, of_max
 
     def _weight(self, by: str, weights: Mapping[str, Tensor]) -> Tensor:
         if by not in _WEIGHTS:
             raise ValueError(explain(f"by={by!r}.", near=near(str(by), _WEIGHTS), want=", ".join(_WEIGHTS)))
         if by not in weights:
-            verbs = {"logit_effect": 'reading.toward(" Paris")', "attribution": 'reading.attributed(" Paris")'}
-            fix = verbs.get(by, f"reading.to_frame(by={by!r}, index=index)")
+            fixes = {"logit_effect": 'reading.toward(" Paris")', "attribution": 'reading.attributed(" Paris")'}
+            fix = fixes.get(by, f"reading.to_frame(by={by!r}, index=index)")
             raise ValueError(explain(f"this reading has no {by}.", fix=fix))
         if by == "logit_effect" and len(self) and bool(weights[by].isnan().all()):
             what = f"no direct effects on logits are known of {', '.join(self.saes)}."
@@ -249,6 +386,76 @@ class PromptReading:
         return weights[by]
 
 
-def words_of(model: nn.Module, ids: Sequence[int]) -> list[str]:
+def token_texts(model: nn.Module, ids: Sequence[int]) -> list[str]:
     """The text of each token of a prompt; its id where the model has no tokenizer."""
     return token_strings(model, ids) if getattr(model, "tokenizer", None) is not None else [f"<{i}>" for i in ids]
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """A prompt and the sites to read, checked."""
+
+    model: nn.Module
+    ids: Int[Tensor, "1 pos"]
+    special: Bool[Tensor, " pos"]
+    skip_special_tokens: bool | tuple[int, ...]
+    saes: tuple[nn.Module, ...]
+    sites: tuple[Site, ...]
+    owner: tuple[int, ...]
+
+    @property
+    def final_hook(self) -> str:
+        """Name of the point with the final residual stream."""
+        return f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Points to capture in a pass."""
+        return [*(site.hook_name for site in self.sites), self.final_hook]
+
+    def read(self, activations: Mapping[str, Tensor]) -> PromptReading:
+        """Encode what a pass gave at `hook_names`."""
+        sites, ids = self.sites, tuple(self.ids[0].tolist())
+        inputs = tuple(site.read_input(activations[site.hook_name]) for site in sites)
+        latents = [active_latents(site, x, ~self.special) for site, x in zip(sites, inputs, strict=True)]
+        final = activations[self.final_hook][0]
+        return PromptReading(
+            tokens=tuple(token_texts(self.model, ids)),
+            ids=ids,
+            special=self.special.cpu(),
+            saes=_unique_names(sites),
+            owner=self.owner,
+            d_sae=tuple(site.d_sae for site in sites),
+            sae=torch.cat([torch.full((len(of_site),), k) for k, of_site in enumerate(latents)]),
+            position=torch.cat([of_site.token for of_site in latents]),
+            latent=torch.cat([of_site.latent for of_site in latents]),
+            activation=torch.cat([of_site.act for of_site in latents]),
+            clean_run=CleanRun(self.model, self.saes, sites, inputs, final, self.ids, self.skip_special_tokens),
+        )
+
+
+def _check_request(
+    model: nn.Module, prompt: object, saes: object, skip_special_tokens: bool | Sequence[int]
+) -> _Request:
+    ids = prompt_ids(model, prompt)
+    special = special_mask(ids, special_ids(model, skip_special_tokens))[0]
+    saes = tuple(saes) if isinstance(saes, (list, tuple)) else (saes,)
+    if not saes:
+        raise ValueError(explain("got no SAE.", fix="saewb.read_prompt(model, prompt, sae)"))
+    sites: list[Site] = []
+    owner: list[int] = []
+    for i, sae in enumerate(saes):
+        check_is_sae(sae)
+        is_clt = isinstance(sae, CrossLayerTranscoder)
+        of_sae = Site.of_layers(model, sae, writable=False) if is_clt else [Site.of(model, sae, writable=False)]
+        sites += of_sae
+        owner += [i] * len(of_sae)
+    skip = skip_special_tokens if isinstance(skip_special_tokens, bool) else tuple(skip_special_tokens)
+    return _Request(model, ids, special, skip, saes, tuple(sites), tuple(owner))
+
+
+def _unique_names(sites: Sequence[Site]) -> tuple[str, ...]:
+    """Names of the sites; a repeated one gets a number."""
+    names = [site.name for site in sites]
+    repeats = [names[:k].count(name) for k, name in enumerate(names)]
+    return tuple(f"{name} ({n + 1})" if n else name for name, n in zip(names, repeats, strict=True))

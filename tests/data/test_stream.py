@@ -279,8 +279,11 @@ def test_no_more_is_computed_ahead_than_asked():
 
     stream = stream_iterable(chunks(), batch_tokens=10, prefetch=3)
     next(stream)
-    time.sleep(0.1)
-    assert len(taken) <= 1 + 3
+    until = time.monotonic() + 10
+    while len(taken) < 1 + 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    stream.state()  # waits until the thread is at rest
+    assert len(taken) == 1 + 3
     stream.close()
 
 

@@ -540,7 +540,7 @@ def test_a_bar_only_if_asked_for(capfd, monkeypatch):
     evaluate(tiny_models.bridge(), tiny_models.sae(RESID), rows(), batch_size=5)
     assert capfd.readouterr() == ("", "")
     bars = []
-    monkeypatch.setattr("tqdm.auto.tqdm", lambda **how: bars.append(tqdm.tqdm(**how)) or bars[-1])
+    monkeypatch.setattr("saewb.evals.evaluation.tqdm", lambda **how: bars.append(tqdm.tqdm(**how)) or bars[-1])
     evaluate(tiny_models.bridge(), tiny_models.sae(RESID), rows(), batch_size=5, progress=True)
     (bar,) = bars
     assert (bar.n, bar.total, bar.leave) == (4, 4, False)  # two batches, to the hook and through the model
@@ -630,8 +630,8 @@ def test_what_is_in_the_folder_is_not_computed_again(model, tmp_path, monkeypatc
     saes = {"a": tiny_models.sae(RESID), "b": tiny_models.sae(RESID, seed=3)}
     whole = evaluate_many(model, saes, rows())
     asked = []
-    real = evals.at_hooks
-    monkeypatch.setattr(evals, "at_hooks", lambda places, b: asked.extend(p.sae for p in places) or real(places, b))
+    real = evals.evaluate_at_hooks
+    monkeypatch.setattr(evals, "evaluate_at_hooks", lambda m, s, *r: asked.extend(x.sae for x in s) or real(m, s, *r))
     evaluate_many(model, {"a": saes["a"]}, rows(), folder=tmp_path)
     table = evaluate_many(model, saes, rows(), folder=tmp_path)
     assert asked == [saes["a"], saes["b"]]

@@ -135,8 +135,8 @@ def test_heads(model):
 
 
 @pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm"])
-def test_a_change_is_scaled_as_the_sae_scales(model, scaling):
-    sae, tokens = tiny_models.sae(RESID, normalization=scaling), tiny_models.tokens()
+def test_a_change_is_scaled_as_the_sae_scales(model, normalization):
+    sae, tokens = tiny_models.sae(RESID, normalization=normalization), tiny_models.tokens()
 
     def change(x):
         a = sae.encode(x)

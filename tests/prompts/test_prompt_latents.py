@@ -8,7 +8,7 @@ from sae.test_cross_layer import formula, made
 
 import saewb
 from saewb.prompts.next_tokens import next_tokens
-from saewb.prompts.reading import read_in_turn, read_prompt
+from saewb.prompts.prompt_latents import read_in_turn, read_prompt
 
 PROMPT = "w3 w9 w20 w4 w11 w7"
 LAST = f"blocks.{tiny_models.LAYERS - 1}.hook_resid_post"

@@ -19,7 +19,7 @@ from saewb.training.objectives.params import Params, init_params
 @final
 @config
 class MatchingPursuit(Objective):
-    """Latents by matching pursuit over the decoder's own rows ; gradients through the values.
+    """Latents by matching pursuit over the decoder's own rows; gradients through their activations.
 
         a = pursuit(x - b_dec);   recons = a @ W_dec + b_dec;   mse
 

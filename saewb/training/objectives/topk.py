@@ -39,9 +39,9 @@ class TopKObjective(Objective):
     k_aux: PositiveInt | None = None
     """Dead latents per token in the auxiliary loss; None means half of d_out."""
 
-    # Options of some of them only, as fields of the same name:
     signed: ClassVar[bool] = False
     """Whether latents are chosen by magnitude and keep their sign."""
+    # Defaults of what is an option of some of them only:
     aux_relu: ClassVar[bool] = False
     widths: ClassVar[tuple[int, ...]] = ()
     aux_by_level: ClassVar[bool] = False
