@@ -12,7 +12,8 @@ from saewb.errors import explain
 from saewb.features.config import PAIRS, IndexInfo
 from saewb.kernels.select import Rough, rough_bytes
 from saewb.kernels.topk import BLOCK, top_of_product
-from saewb.stats._fired import Fired
+from saewb.sae.sparse import SparseLatents
+from saewb.stats._entries import Sparse
 from saewb.stats.correlation_map import MatrixView
 
 _ROWS = 2**13  # latents whose cosines are computed at a time
@@ -124,5 +125,6 @@ def firing_matrix(info: IndexInfo, tensors: Mapping[str, Tensor], min_fires: int
         raise ValueError(explain(what, fix="saewb.build_index(..., coactive_tokens=65_536)"))
     token, rank = (active >= 0).nonzero(as_tuple=True)
     latent = active[token, rank].long()
-    entries = Fired.of(token, latent, torch.ones(len(token)), len(active), info.d_sae, "phi", min_fires)
+    latents = SparseLatents(token, latent.long(), torch.ones(len(token)), (len(active), info.d_sae))
+    entries = Sparse.of(latents, "phi", min_fires)
     return MatrixView(entries, tensors["counts.by_position"].sum(1) / max(1, info.n_tokens))

@@ -293,7 +293,7 @@ class SparseEncoder:
 
     @torch.no_grad()
     def tiles(
-        self, x: Float[Tensor, "rows *ctx d_in"], mask: Bool[Tensor, "rows *ctx"] | None = None
+        self, x: Float[Tensor, "*rows d_in"], mask: Bool[Tensor, "*rows"] | None = None
     ) -> Iterator[tuple[slice, SparseLatents]]:
         """Active latents of some rows, and of the next ones, until all are done: where `sae.encode(x)` is not 0.
 
