@@ -161,20 +161,24 @@ def require(options: Any, condition: bool, name: str, want: str) -> None:
         want: what its value should be.
     """
     if not condition:
-        raise _wrong_value(type(options).__name__, name, getattr(options, name), want)
+        error = _wrong_value(type(options).__name__, name, getattr(options, name), want)
+        error.requirement = (name, want)  # for `_translated`
+        raise error
 
 
 def _wrong_value(owner: str, name: str, value: Any, want: str, close: Sequence[str] = ()) -> ValueError:
-    text = repr(value).removesuffix(".0")  # an int is converted where a float is due
-    what = f"{owner} got {name}={text}."
+    what = f"{owner} got {name}={value!r}."
     return ValueError(explain(what, near=close, want=want, fix=f"{owner}(..., {name}=...)"))
 
 
 def _translated(owner: type, error: ValidationError) -> Exception:
     """The first of pydantic's errors, in saewb's template."""
     first = error.errors(include_url=False)[0]
-    if "error" in first.get("ctx", {}):  # raised in `__post_init__`
-        return first["ctx"]["error"]
+    if raised := first.get("ctx", {}).get("error"):  # in `__post_init__`
+        typed = getattr(first["input"], "kwargs", None) or {}
+        name, want = getattr(raised, "requirement", (None, ""))
+        # The value as it was typed: 0 where the field has been converted to 0.0.
+        return _wrong_value(owner.__name__, name, typed[name], want) if name in typed else raised
     infos, (at, *rest) = owner.__pydantic_fields__, first["loc"]
     while rest and at in infos and hasattr(infos[at].annotation, "__pydantic_fields__"):  # a config class in another
         owner, (at, *rest) = infos[at].annotation, rest

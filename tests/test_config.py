@@ -90,7 +90,7 @@ def test_descriptions_and_choices_are_inherited():
     ("fields", "text"),
     [
         ({"d_sae": 0}, r"Options got d_sae=0\.\n  want: a positive integer\n  fix:  Options\(\.\.\., d_sae=\.\.\.\)"),
-        ({"k": 2.0}, "got k=2.\n  want: a positive integer"),
+        ({"k": 2.0}, "got k=2.0.\n  want: a positive integer"),
         ({"k": True}, "got k=True.\n  want: a positive integer"),
         ({"k_aux": 0}, "got k_aux=0.\n  want: a positive integer, or None"),
         ({"rate": 2}, "got rate=2.\n  want: a positive number, up to 1"),
