@@ -77,7 +77,7 @@ class _ContextTable:
     def pack(self, page: dict[str, Any]) -> dict[str, Any]:
         """Move the tokens and activations of a latent's contexts into the table."""
         for context in (*page["top"], *(c for group in page["groups"] for c in group)):
-            context["start"], context["length"] = len(self.indices), len(context["tokens"])
+            context["length"] = len(context["tokens"])
             tokens = zip(context.pop("tokens"), context.pop("ids"), strict=True)
             self.indices += [self.tokens.setdefault(token, len(self.tokens)) for token in tokens]
             self.acts.extend(_level(a / page["scale"]) for a in context.pop("acts"))
