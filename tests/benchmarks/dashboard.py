@@ -145,7 +145,7 @@ def compare(options, report: Report) -> Agreement:
     sae = sae_for(model, d_sae)
     texts = [document.text for document in saewb.tiny.texts()]
     ids = saewb.data.tokens.token_rows(model, texts, 128)[: 8 if options.quick else options.rows]
-    special = saewb.data.tokens.special_ids(model, True)
+    special = saewb.models.tokenizer.special_ids(model, True)
     step = max(1, sae.cfg.d_sae // options.compared)
     compared = list(range(0, sae.cfg.d_sae, step))
     with tempfile.TemporaryDirectory() as place:

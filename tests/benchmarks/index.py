@@ -67,7 +67,7 @@ def sae_for(model, options):
 
 def new_build(model, sae) -> _Build:
     """With the settings of `build_index`."""
-    special = saewb.data.tokens.special_ids(model, True)
+    special = saewb.models.tokenizer.special_ids(model, True)
     site = Site.of(model, sae)
     info = _index_info(model, site, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None)
     return _Build.start(site, info)
