@@ -192,15 +192,16 @@ class Latent:
             "top": [c.to_dict() for c in self.top],
             "groups": [[c.to_dict() for c in group[::-1]] for group in self.quantiles[::-1]],
         }
-        return values if digits is None else _round_floats(values, digits)
+        return values if digits is None else round_floats(values, digits)
 
 
-def _round_floats(value: Any, digits: int) -> Any:
+def round_floats(value: Any, digits: int) -> Any:
+    """Round every float in plain JSON values to so many significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {k: _round_floats(v, digits) for k, v in value.items()}
-    return [_round_floats(v, digits) for v in value] if isinstance(value, list) else value
+        return {k: round_floats(v, digits) for k, v in value.items()}
+    return [round_floats(v, digits) for v in value] if isinstance(value, list) else value
 
 
 def read_latent(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, i: int) -> Latent:

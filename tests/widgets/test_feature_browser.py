@@ -281,7 +281,7 @@ def test_saving_a_page(panel, tmp_path):
     text = (tmp_path / "page.html").read_text()
     assert panel.title in text
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
-    assert [f["i"] for f in data["features"]] == panel.latents
+    assert [p["latent"] for p in data["latents"]] == panel.latents
     press(panel, "dismiss")
     assert panel.notice == ""
     with pytest.raises(IsADirectoryError):

@@ -31,7 +31,8 @@ const wordsOf = (c) => Array.from(TOKENS.subarray(c.start, c.start + c.length));
 const unpack = (p) => (c) => { const words = wordsOf(c), ids = words.map((w) => DATA.ids[w]);
   return { ...c, words, ids, acts: Array.from(ACTS.subarray(c.start, c.start + c.length), (a) => (a / 32767) * p.scale),
     special: ids.flatMap((i, j) => (SPECIAL.has(i) ? [j] : [])) }; };
-let order = LATENTS.map((_, n) => n), at = 0, wrap = false, query = "";
+let order = LATENTS.map((_, n) => n), at = 0, wrap = false, query = "", start = 0;
+for (const p of LATENTS) for (const c of [...p.top, ...p.groups.flat()]) { c.start = start; start += c.length; }
 
 const textOf = (c) => { if (c.text === undefined) { c.text = ""; c.ends = [];
   for (const w of wordsOf(c)) { c.text += WORDS[w].toLowerCase(); c.ends.push(c.text.length); } }
