@@ -12,7 +12,7 @@ from saewb.models import hook_points
 from saewb.models.load import key_value_cache
 
 
-class GrowingText:
+class KVCachedText:
     """One text and what the model says comes next; keys and values of what it has read are kept, if asked for.
 
     What is on the model during a pass has its effect on the tokens of that pass, and on later ones by way of the keys
@@ -77,16 +77,16 @@ def watch(
         A function that ends the watch.
     """
 
-    @hook_points.ours
+    @hook_points.mark_as_saewb_hook
     def on_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
         announce(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
 
-    @hook_points.ours
+    @hook_points.mark_as_saewb_hook
     def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
         begin(_cached_tokens(kwargs))
 
-    @hook_points.ours
+    @hook_points.mark_as_saewb_hook
     def on_end(module: nn.Module, args: tuple, output: object) -> None:
         end()
 

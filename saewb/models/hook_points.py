@@ -26,7 +26,7 @@ from saewb.errors import explain, near
 Edit = Callable[[Tensor], "Tensor | None"]  # gets the activation; what it returns, unless None, is used on
 
 INNER = ".hook_sae_"  # in the name of every point that an attachment adds
-_OURS = "_of_saewb"  # an attribute of functions that were put on modules that are no points
+_SAEWB_HOOK = "_saewb_hook"  # attribute of functions that saewb hooks onto modules that are no points
 
 _tables: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -81,7 +81,7 @@ class Hook:
     def restore(self) -> None:
         """Put it (back) at the end of the point's hooks."""
         if self._point.is_module_input:
-            on_input = ours(lambda module, args: self._on_input(args))
+            on_input = mark_as_saewb_hook(lambda module, args: self._on_input(args))
             self._handle = self._point.module.register_forward_pre_hook(on_input)
             return
         self._point.module.add_hook(lambda activation, hook: self._edit(activation), is_permanent=True)
@@ -211,14 +211,14 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
                 hook.remove()
 
 
-def is_bare(model: nn.Module) -> bool:
-    """Whether nothing is on its points: no SAE, no steering, no hook of anybody's."""
+def has_no_hooks(model: nn.Module) -> bool:
+    """Whether no hook is on any of its points: no SAE, no steering, no hook of the user's."""
     return not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-def ours(function: Callable) -> Callable:
-    """The same, known as what saewb has put on a module: a twin does without it."""
-    setattr(function, _OURS, True)
+def mark_as_saewb_hook(function: Callable) -> Callable:
+    """Mark a torch hook of saewb on a module, so that `shared_copy` leaves it out."""
+    setattr(function, _SAEWB_HOOK, True)
     return function
 
 

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers.gguf_files import hf_llama, llama_metadata, llama_tensors, write_gguf
+from helpers.gguf_files import converted, hf_llama, llama_metadata, llama_tensors, write_gguf
 from helpers.transformer_lens_3 import tiny_bridge, tiny_hooked
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
@@ -134,7 +134,8 @@ def test_a_folder_without_config_names_what_it_has(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_gguf_file(tmp_path):
+def test_a_gguf_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEWB_CACHE", str(tmp_path / "cache"))
     original = hf_llama(tied=True)
     model = load_model(write_gguf(tmp_path / "small.gguf", llama_metadata(), llama_tensors(original)), device="cpu")
     ids = model.to_tokens("ab cab")
@@ -390,9 +391,7 @@ def test_smollm2_is_what_it_should_be(smol):
 
 @pytest.mark.smollm2
 def test_smollm2_logits_are_the_hugging_face_models_own(smol):
-    from saewb.models.gguf_llama import llama_from_gguf
-
-    hf, _ = llama_from_gguf(smollm2_path())
+    hf, _ = converted(smollm2_path())
     ids = smol.to_tokens(texts()[0].text[:300])
     with torch.no_grad():
         torch.testing.assert_close(smol(ids), hf(ids).logits, rtol=0, atol=0)
