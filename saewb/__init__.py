@@ -42,9 +42,7 @@ _attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from saewb.field_notes import described
-
-        return described(_attribute(name))
+        return _attribute(name)
     from saewb.errors import near
 
     close = ", ".join(near(name, __all__))

@@ -17,12 +17,12 @@ from . import training as training
 from .data.cache import ActivationCache as ActivationCache
 from .data.cache import cache_activations as cache_activations
 from .data.documents import TextFiles as TextFiles
+from .data.packing import stream_tokens as stream_tokens
 from .data.stream import ActivationStream as ActivationStream
 from .data.stream import stream_activations as stream_activations
 from .data.stream import stream_draws as stream_draws
 from .data.stream import stream_iterable as stream_iterable
 from .data.stream import stream_tensors as stream_tensors
-from .data.token_streams import stream_tokens as stream_tokens
 from .data.tokens import pack as pack
 from .diagnostics import doctor as doctor
 from .errors import FormatError as FormatError
@@ -64,13 +64,13 @@ from .prompts.next_tokens import next_tokens as next_tokens
 from .prompts.prompt_latents import PromptReading as PromptReading
 from .prompts.prompt_latents import read_in_turn as read_in_turn
 from .prompts.prompt_latents import read_prompt as read_prompt
+from .sae.base import SparseCoder as SparseCoder
 from .sae.config import SAEConfig as SAEConfig
 from .sae.cross_layer import CrossLayerConfig as CrossLayerConfig
 from .sae.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
 from .sae.matching_pursuit import PursuitConfig as PursuitConfig
 from .sae.matching_pursuit import PursuitSAE as PursuitSAE
 from .sae.sae import SAE as SAE
-from .sae.base import SparseCoder as SparseCoder
 from .sae.sparse import SparseLatents as SparseLatents
 from .sae.temporal import TemporalConfig as TemporalConfig
 from .sae.temporal import TemporalSAE as TemporalSAE
@@ -87,27 +87,27 @@ from .stats.sampling import CorrelatedNormals as CorrelatedNormals
 from .stats.superposition import superposition as superposition
 from .training.config import TrainConfig as TrainConfig
 from .training.loop import Training as Training
-from .training.objectives.batchtopk import BatchTopK as BatchTopK
-from .training.objectives.batchtopk import Matryoshka as Matryoshka
+from .training.objectives.topk import BatchTopK as BatchTopK
+from .training.objectives.topk import Matryoshka as Matryoshka
 from .training.objectives.gated import Gated as Gated
 from .training.objectives.jumprelu import JumpReLU as JumpReLU
 from .training.objectives.matching_pursuit import MatchingPursuit as MatchingPursuit
 from .training.objectives.standard import Standard as Standard
 from .training.objectives.topk import AbsTopK as AbsTopK
 from .training.objectives.topk import TopK as TopK
-from .training.outlook import TrainOption as TrainOption
-from .training.outlook import training_code as training_code
-from .training.outlook import training_memory as training_memory
-from .training.outlook import training_options as training_options
+from .training.memory import TrainOption as TrainOption
+from .training.code_export import training_code as training_code
+from .training.memory import training_memory as training_memory
+from .training.memory import training_options as training_options
 from .training.past_run import PastRun as PastRun
 from .training.past_run import read_run as read_run
-from .training.past_run import run_curves as run_curves
-from .training.past_run import run_densities as run_densities
+from .training.run_display import run_curves as run_curves
+from .training.run_display import run_densities as run_densities
 from .training.run import Run as Run
 from .training.step_metrics import TrainStep as TrainStep
 from .training.train import resume_run as resume_run
 from .training.train import train as train
-from .training.trainer import Trainee as Trainee
+from .training.config import Trainee as Trainee
 
 __version__: str
 __all__: list[str]

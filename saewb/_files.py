@@ -1,28 +1,26 @@
-"""A state, plain values and tensors, in one file that is there whole or not at all.
-
-The file is a safetensors file: tensors as they are, the rest as JSON in its header. No pickle: reading runs no code.
-"""
+"""Files and folders that are there whole or not at all, and states (plain values and tensors) in one file."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saewb.errors import FormatError, explain
 
-_TENSOR, _TUPLE = "__tensor__", "__tuple__"
-_KEY = "saewb_state"
+_FORMAT = 2
+"""Of a state file; 1 is saewb 0.1.0's, a safetensors file."""
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write a state, atomically: on a full disk, or a kill, what was there before stays whole.
+    """Write a state with `torch.save`, atomically: on a full disk, or a kill, what was there before stays whole.
 
     Args:
         path: replaced if it is there.
@@ -31,42 +29,64 @@ def save_state(path: Path, state: Any) -> None:
 
     Raises:
         TypeError: for anything else.
-        OSError: if the disk is full, or the place cannot be written.
+        OSError: if the disk is full, or the folder cannot be written.
     """
-    from safetensors.torch import save_file
+    content = {"saewb_state": _FORMAT, "state": _on_cpu(state)}
 
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(_plain(state, tensors))
-    atomic_write(path, lambda fresh: save_file(tensors, str(fresh), metadata={_KEY: text}))
+    def fill(fresh: Path) -> None:
+        try:
+            torch.save(content, fresh)
+        except RuntimeError as error:  # torch's error for a full disk
+            raise OSError(f"{path.name} could not be written: {str(error).splitlines()[0]}") from error
+
+    atomic_write(path, fill)
 
 
 def load_state(path: Path) -> Any:
-    """What `save_state` wrote.
+    """Read what `save_state` wrote, with `weights_only=True`: reading runs no code.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        FormatError: if it is none of ours, or is cut short.
+        FormatError: if it is not such a file, or is cut short.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(explain(f"no file {str(path)!r}.", want="a state that saewb wrote"))
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise FormatError(explain(f"{path.name} is no state of saewb's.", want="a file that saewb wrote"))
-            return _filled(json.loads(text), file.get_tensor)
-    except SafetensorError as error:
-        raise FormatError(explain(f"{path.name} cannot be read: {error}.", want="a whole file")) from error
+    want = "a whole file that this version of saewb wrote"
+    with path.open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, UnpicklingError, EOFError, ValueError) as error:  # all of them torch's own
+            why = str(error).splitlines()[0]
+            raise FormatError(explain(f"{path.name} cannot be read: {why}.", want=want)) from error
+    if not isinstance(content, dict) or content.get("saewb_state") != _FORMAT:
+        raise FormatError(explain(f"{path.name} is no state of saewb's.", want=want))
+    return content["state"]
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same state with tensors on the CPU, contiguous, each with a storage of its own size."""
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu().contiguous()
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(explain(f"a state got a dictionary by {list(value)[:3]}.", want="strings as keys"))
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on_cpu(item) for item in value)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(
+        explain(f"a state got a {type(value).__name__}.", want="plain values, lists, dictionaries, tensors")
+    )
 
 
 def atomic_write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a new file beside `path`, and give it that name once it is on the disk.
+    """Write a file atomically: `fill` writes a temporary file beside it, which is flushed to disk and renamed.
 
     Raises:
-        FileNotFoundError: if the folder is not there: one that was deleted is not made anew.
-        OSError: as `fill` does; safetensors' own error for a full disk is turned into one.
+        FileNotFoundError: if the folder does not exist: one that was deleted is not created again.
+        OSError: as `fill` does, also where safetensors has an error of its own for a full disk.
     """
     from safetensors import SafetensorError
 
@@ -80,8 +100,7 @@ def atomic_write(path: Path, fill: Callable[[Path], object]) -> None:
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
-    if os.name != "nt":  # where a folder cannot be opened
-        _flush(path.parent)
+    _flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,51 +108,14 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
-def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        name = f"t{len(tensors)}"
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # of its own, as safetensors wants it
-        return {_TENSOR: name}
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value) or {_TENSOR, _TUPLE} & set(value):
-            raise TypeError(explain(f"a state got a dictionary by {list(value)[:3]}.", want="strings as keys"))
-        return {key: _plain(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_plain(item, tensors) for item in value]
-        return items if isinstance(value, list) else {_TUPLE: items}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(
-        explain(f"a state got a {type(value).__name__}.", want="plain values, lists, dictionaries, tensors")
-    )
-
-
-def _filled(value: Any, tensor: Callable[[str], Tensor]) -> Any:
-    if isinstance(value, dict) and _TENSOR in value:
-        return tensor(value[_TENSOR])
-    if isinstance(value, dict) and _TUPLE in value:
-        return tuple(_filled(item, tensor) for item in value[_TUPLE])
-    if isinstance(value, dict):
-        return {key: _filled(item, tensor) for key, item in value.items()}
-    return [_filled(item, tensor) for item in value] if isinstance(value, list) else value
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def atomic_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[str], overwrite: bool) -> Path:
-    """Let `fill` write files into a new folder, and make that `target` once they are all on the disk.
+    """Write a folder atomically: `fill` writes into a temporary one beside it, which is flushed to disk and renamed.
 
-    The new folder is a hidden sibling until then, so a failure, an interrupt or a full disk leaves neither half a
+    The temporary folder is a hidden sibling until then, so a failure, an interrupt or a full disk leaves neither half a
     folder nor a lost old one. Between moving the old one aside and the new one in, two renames, `target` is absent.
 
     Args:
-        target: where the folder shall be; in one that is there.
+        target: the folder; its parent must exist.
         fill: writes plain files into the folder it is given.
         ours: names of the files that may be replaced. A target with anything else in it is left alone.
         overwrite: whether a target that is not empty may be replaced.

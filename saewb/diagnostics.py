@@ -1,15 +1,14 @@
-"""What saewb finds around it: `saewb doctor`. Looks, and changes nothing.
+"""`saewb doctor`: report what saewb finds on this machine, and how to mend what does not fit. Changes nothing.
 
-1. Python and the packages that saewb's own requirements name, with the versions these allow.
-2. Devices, and whether the installed torch can use the ones that are there.
-3. Folders that are written to: the hub's cache, saewb's own; whether they can be, and what room there is.
+1. Python, and the packages that saewb requires, with the versions it allows.
+2. Devices, and whether the installed torch can use them.
+3. Folders that are written to: the hub's cache, saewb's own; whether they are writable, and their free space.
 4. The notebook: the kernel that Jupyter starts, and the front-end half of the widgets.
-5. The embedded model; and, if asked, the hub.
+5. The bundled model and SAE; and the hub, on request.
 """
 
 from __future__ import annotations
 
-import html
 import importlib.metadata
 import importlib.util
 import json
@@ -17,84 +16,93 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from saewb._display import html_table
 from saewb.errors import explain
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+State = Literal["ok", "absent", "wrong"]
+
 _MARKS = {"ok": "ok", "absent": "-", "wrong": "!!"}
-_COLORS = {"ok": "#2a8a4a", "absent": "#888", "wrong": "#c33"}
-_ROOM = 5 * 2**30  # bytes: less free than this is worth a word
+_MIN_FREE_BYTES = 5 * 2**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: how it is, and the line that mends it."""
+    """One thing that was checked, its state, and the line that mends it."""
 
-    what: str
-    found: str
-    state: Literal["ok", "absent", "wrong"] = "ok"  # absent: not there, and only needed for what `fix` says
+    name: str
+    """What was checked."""
+    detail: str
+    """Version, place or problem, in a line."""
+    state: State = "ok"
+    """"absent": not there, and only needed for what `fix` names; "wrong": to mend."""
     fix: str = ""
+    """Line to type that mends it; empty if there is nothing to mend."""
 
 
 @dataclass(frozen=True, repr=False)
 class Checkup:
-    """What `saewb.doctor` found. `print` it for a table; in a notebook it shows itself."""
+    """Result of `saewb.doctor`: prints as a table, also in a notebook."""
 
-    findings: tuple[Finding, ...]  # in the order they were looked at
+    findings: tuple[Finding, ...]
+    """In the order they were checked."""
 
     @property
     def ok(self) -> bool:
         """Nothing is wrong; things may be absent."""
-        return all(f.state != "wrong" for f in self.findings)
+        return all(finding.state != "wrong" for finding in self.findings)
 
     def __repr__(self) -> str:
-        width = max(len(f.what) for f in self.findings)
+        width = max(len(finding.name) for finding in self.findings)
         lines = []
-        for f in self.findings:
-            lines.append(f"{_MARKS[f.state]:<2} {f.what:<{width}}  {f.found}")
-            lines += [f"   {'':<{width}}  fix:  {f.fix}"] if f.fix else []
-        n = sum(f.state == "wrong" for f in self.findings)
-        return "\n".join([*lines, "", "nothing is wrong" if self.ok else f"{n} to mend: marked !!"])
+        for finding in self.findings:
+            lines.append(f"{_MARKS[finding.state]:<2} {finding.name:<{width}}  {finding.detail}")
+            lines += [f"   {'':<{width}}  fix:  {finding.fix}"] if finding.fix else []
+        return "\n".join([*lines, "", self._summary()])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='color:{_COLORS[f.state]};text-align:left'>{_MARKS[f.state]}</td>"
-            f"<td style='text-align:left'>{html.escape(f.what)}</td><td style='text-align:left'>{html.escape(f.found)}"
-            f"{f'<br><code>{html.escape(f.fix)}</code>' if f.fix else ''}</td></tr>"
-            for f in self.findings
+        return html_table(
+            self._summary(), [(_MARKS[f.state], f.name, f.detail, f.fix) for f in self.findings], sides=("left",) * 4
         )
-        return f"<table>{rows}</table>"
+
+    def _summary(self) -> str:
+        n_wrong = sum(finding.state == "wrong" for finding in self.findings)
+        return f"{n_wrong} to mend: marked !!" if n_wrong else "nothing is wrong"
 
 
 def doctor(network: bool = False, timeout: float = 5.0) -> Checkup:
-    """Versions, devices, folders, notebook: what is there, what is missing, and the line that mends it.
+    """Check versions, devices, folders and the notebook, and suggest a line that mends what is wrong.
 
-    Nothing is changed and, unless asked, nobody is asked. As `saewb doctor` on the command line, whose exit status is 1
-    if something is wrong.
+    Nothing is changed, and no network is used unless requested. On the command line `saewb doctor` exits with 1 if
+    something is wrong.
 
     Args:
-        network: ask the hub (HF_ENDPOINT, else huggingface.co) whether it answers.
+        network: check whether the hub (HF_ENDPOINT, else huggingface.co) answers.
         timeout: seconds to wait for it.
 
     Returns:
-        A Checkup: `print` it; in a notebook it shows itself. `.ok` if nothing is wrong.
+        A Checkup; `.ok` if nothing is wrong.
 
     Raises:
         ValueError: if `timeout` is not above 0.
 
     Example:
-        >>> found = doctor()
-        >>> [f.what for f in found.findings][:2], found.findings[1].state
+        >>> checkup = doctor()
+        >>> [finding.name for finding in checkup.findings][:2], checkup.findings[1].state
         (['saewb', 'Python'], 'ok')
     """
     if timeout <= 0:
         raise ValueError(explain(f"timeout is {timeout!r}.", want="seconds above 0"))
-    parts: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _devices, _folders, _notebook, _embedded]
-    found = [finding for part in parts for finding in part()]
-    return Checkup((*found, _hub(timeout)) if network else tuple(found))
+    checks = (_python, _packages, _devices, _folders, _notebook, _bundled)
+    findings = [finding for check in checks for finding in check()]
+    return Checkup((*findings, _hub(timeout)) if network else tuple(findings))
 
 
 def _python() -> Iterator[Finding]:
@@ -109,22 +117,22 @@ def _packages() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     for line in importlib.metadata.requires("saewb") or []:
-        wanted = Requirement(line)
-        extra = str(wanted.marker) if wanted.marker else ""
-        if not extra:
-            yield _package(wanted.name, wanted.specifier, f'pip install "{wanted.name}{wanted.specifier}"', "wrong")
-        elif '"lab"' in extra:
-            yield _package(wanted.name, wanted.specifier, 'pip install "saewb[lab]"    # for saewb lab', "absent")
-    for name, reason in (("datasets", "texts from the hub"), ("wandb", "that sink"), ("tensorboard", "that sink")):
-        yield _package(name, None, f"pip install {name}    # for {reason}", "absent")
+        requirement = Requirement(line)
+        if requirement.marker is None:
+            yield _package(requirement, f'pip install "{requirement.name}{requirement.specifier}"', "wrong")
+        elif '"lab"' in str(requirement.marker):
+            yield _package(requirement, 'pip install "saewb[lab]"    # for saewb lab', "absent")
+    for name, use in (("datasets", "texts from the hub"), ("wandb", "its logger"), ("tensorboard", "its logger")):
+        yield _package(Requirement(name), f"pip install {name}    # for {use}", "absent")
 
 
-def _package(name: str, allowed, fix: str, without: Literal["absent", "wrong"]) -> Finding:
+def _package(requirement: Requirement, fix: str, if_missing: State) -> Finding:
+    name, allowed = requirement.name, requirement.specifier
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "not installed", without, fix)
-    if allowed is None or allowed.contains(version, prereleases=True):
+        return Finding(name, "not installed", if_missing, fix)
+    if allowed.contains(version, prereleases=True):
         return Finding(name, version)
     return Finding(name, f"{version}; saewb is made for {name}{allowed}", "wrong", fix)
 
@@ -132,7 +140,7 @@ def _package(name: str, allowed, fix: str, without: Literal["absent", "wrong"]) 
 def _devices() -> Iterator[Finding]:
     try:
         import torch
-    except ImportError as error:  # not installed was said above; a broken one is worth its message
+    except ImportError as error:  # installed but broken: a missing one is a finding of `_packages`
         yield Finding("torch", f"cannot be imported: {error}", "wrong", "pip install --force-reinstall torch")
         return
     threads = torch.get_num_threads()
@@ -141,14 +149,11 @@ def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
-            yield Finding(
-                f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-            )
+            memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+            yield Finding(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, {memory}")
     elif shutil.which("nvidia-smi"):
-        why = (
-            "this torch is built without CUDA" if torch.version.cuda is None else "torch cannot use it: see nvidia-smi"
-        )
-        yield Finding("cuda", f"there is an NVIDIA driver, but {why}", "wrong", "see pytorch.org/get-started")
+        built = "torch cannot use it: see nvidia-smi" if torch.version.cuda else "this torch is built without CUDA"
+        yield Finding("cuda", f"there is an NVIDIA driver, but {built}", "wrong", "see pytorch.org/get-started")
     else:
         yield Finding("cuda", "no GPU", "absent")
     if torch.backends.mps.is_available():
@@ -169,21 +174,21 @@ def _folders() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     yield _folder("hub cache", Path(constants.HF_HUB_CACHE), "HF_HOME")
-    own = os.environ.get("SAEWB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "saewb"
-    yield _folder("saewb cache", Path(own).expanduser(), "SAEWB_CACHE")
+    cache = os.environ.get("SAEWB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "saewb"
+    yield _folder("saewb cache", Path(cache).expanduser(), "SAEWB_CACHE")
     if constants.HF_HUB_OFFLINE:
         yield Finding("HF_HUB_OFFLINE", "set: nothing is fetched from the hub", "absent", "unset HF_HUB_OFFLINE")
 
 
-def _folder(what: str, folder: Path, variable: str) -> Finding:
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        return Finding(what, f"{folder} cannot be written to", "wrong", f"export {variable}=<a folder of yours>")
-    free = shutil.disk_usage(there).free
-    said = f"{folder}, {free / 2**30:.1f} GiB free"
-    if free < _ROOM:
-        return Finding(what, said, "wrong", f"export {variable}=<a folder on a larger disk>")
-    return Finding(what, said)
+def _folder(name: str, folder: Path, variable: str) -> Finding:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return Finding(name, f"{folder} cannot be written to", "wrong", f"export {variable}=<a folder of yours>")
+    free = shutil.disk_usage(existing).free
+    detail = f"{folder}, {free / 2**30:.1f} GiB free"
+    if free < _MIN_FREE_BYTES:
+        return Finding(name, detail, "wrong", f"export {variable}=<a folder on a larger disk>")
+    return Finding(name, detail)
 
 
 def _notebook() -> Iterator[Finding]:
@@ -197,48 +202,46 @@ def _notebook() -> Iterator[Finding]:
     from jupyter_core.paths import jupyter_path
 
     try:
-        starts = KernelSpecManager().get_kernel_spec("python3").argv[0]
+        yield _kernel(KernelSpecManager().get_kernel_spec("python3").argv[0])
     except NoSuchKernel:
         yield Finding("kernel", "Jupyter knows no python3", "wrong", f"{sys.executable} -m pip install ipykernel")
-    else:
-        yield _kernel(starts)
-    for name, package in (("@jupyter-widgets/jupyterlab-manager", "ipywidgets"), ("anywidget", "anywidget")):
-        installed = any((Path(p) / "labextensions" / name).is_dir() for p in [_beside(), *jupyter_path()])
-        if installed:
-            yield Finding(f"{package} in the page", "installed")
+    folders = [_share_jupyter(), *map(Path, jupyter_path())]
+    for extension, package in (("@jupyter-widgets/jupyterlab-manager", "ipywidgets"), ("anywidget", "anywidget")):
+        name = f"{package} in the page"
+        if any((folder / "labextensions" / extension).is_dir() for folder in folders):
+            yield Finding(name, "installed")
         else:
-            fix = (
-                f"pip install --force-reinstall {package} jupyterlab_widgets    # where JupyterLab itself is installed"
-            )
-            yield Finding(f"{package} in the page", "not found: panels would stay empty", "wrong", fix)
+            install = f"pip install --force-reinstall {package} jupyterlab_widgets"
+            fix = f"{install}    # where JupyterLab itself is installed"
+            yield Finding(name, "not found: panels would stay empty", "wrong", fix)
 
 
-def _beside() -> Path:
+def _share_jupyter() -> Path:
     return Path(sys.prefix) / "share" / "jupyter"
 
 
-def _kernel(starts: str) -> Finding:
-    found = shutil.which(starts) or starts
-    if Path(found).exists() and Path(found).samefile(sys.executable):
-        return Finding("kernel", f"python3 is {starts}")
-    if starts in ("python", "python3") and Path(_beside() / "kernels" / "python3").is_dir():
-        return Finding("kernel", f"python3 is the {starts} of the environment JupyterLab is started in")
+def _kernel(python: str) -> Finding:
+    path = Path(shutil.which(python) or python)
+    if path.exists() and path.samefile(sys.executable):
+        return Finding("kernel", f"python3 is {python}")
+    if python in ("python", "python3") and (_share_jupyter() / "kernels" / "python3").is_dir():
+        return Finding("kernel", f"python3 is the {python} of the environment JupyterLab is started in")
     fix = f"{sys.executable} -m ipykernel install --user --name saewb    # then choose the kernel saewb"
-    return Finding("kernel", f"python3 is {starts}, not {sys.executable}: saewb may be missing there", "wrong", fix)
+    return Finding("kernel", f"python3 is {python}, not {sys.executable}: saewb may be missing there", "wrong", fix)
 
 
-def _embedded() -> Iterator[Finding]:
+def _bundled() -> Iterator[Finding]:
     from saewb import tiny
 
-    for what, file in (("model", "model.safetensors"), ("sae", "sae_weights.safetensors")):
-        path = tiny.folder(what) / file
+    for part, file in (("model", "model.safetensors"), ("sae", "sae_weights.safetensors")):
+        path = tiny.folder(part) / file
         if not path.is_file():
-            yield Finding(f"embedded {what}", f"{path} is missing", "wrong", "pip install --force-reinstall saewb")
+            yield Finding(f"tiny {part}", f"{path} is missing", "wrong", "pip install --force-reinstall saewb")
             continue
         with path.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        n = sum(name != "__metadata__" for name in header)
-        yield Finding(f"embedded {what}", f"{n} tensors, {path.stat().st_size / 2**20:.1f} MiB")
+        n_tensors = sum(name != "__metadata__" for name in header)
+        yield Finding(f"tiny {part}", f"{n_tensors} tensors, {path.stat().st_size / 2**20:.1f} MiB")
 
 
 def _hub(timeout: float) -> Finding:
@@ -254,7 +257,5 @@ def _hub(timeout: float) -> Finding:
     except urllib.error.HTTPError as error:
         return Finding("hub", f"{url} answers ({error.code})")
     except OSError as error:
-        said = getattr(error, "reason", error)
-        return Finding(
-            "hub", f"{url} does not answer: {said}", "wrong", 'saewb.load_model("tiny") and folders work without it'
-        )
+        detail = f"{url} does not answer: {getattr(error, 'reason', error)}"
+        return Finding("hub", detail, "wrong", 'saewb.load_model("tiny") and folders work without it')

@@ -1,4 +1,4 @@
-"""What saewb's errors have in common: a template of three lines, and names near the one that was typed."""
+"""Error texts of three lines, near names of a mistyped one, and a check of devices."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _NUMBER = re.compile(r"\d+")
 
 
 class FormatError(ValueError):
-    """A file that is not what its layout promises: a tensor missing, left over or misshapen, an unknown key."""
+    """A file that does not match its layout: a tensor missing, left over or misshapen, or an unknown key."""
 
 
-def near(got: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The `n` known names most like `got` (difflib's ratio, at least 0.5); those with its numbers come first.
+def near(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """Find the `n` candidates most like a name (difflib's ratio, at least 0.5), those with its numbers first.
 
     A layer or a width is seldom what was mistyped.
 
@@ -24,12 +24,12 @@ def near(got: str, known: Iterable[str], n: int = 3) -> list[str]:
         >>> near("blocks.8.resid_pst", ["blocks.11.resid_post", "blocks.8.resid_pre", "hook_embed"], n=2)
         ['blocks.8.resid_pre', 'blocks.11.resid_post']
     """
-    found = difflib.get_close_matches(got, list(dict.fromkeys(known)), n=10 * n, cutoff=0.5)
-    return sorted(found, key=lambda name: _NUMBER.findall(name) != _NUMBER.findall(got))[:n]
+    matches = difflib.get_close_matches(name, list(dict.fromkeys(candidates)), n=10 * n, cutoff=0.5)
+    return sorted(matches, key=lambda match: _NUMBER.findall(match) != _NUMBER.findall(name))[:n]
 
 
 def explain(what: str, *, near: Iterable[str] = (), want: str = "", fix: str = "") -> str:
-    """One error text: what was got, then what is near or wanted, then a line to paste.
+    """Compose an error text: what was got, then near names or what is wanted, then a line to paste.
 
     Example:
         >>> print(explain("d_in is 5.", want="a positive even number", fix="d_in=4"))
@@ -42,13 +42,13 @@ def explain(what: str, *, near: Iterable[str] = (), want: str = "", fix: str = "
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device of that name, if tensors can be put there.
+    """Resolve a device, and check that tensors can be put there.
 
     Args:
         device: "cpu", "cuda", "cuda:1", "mps", ...; or a torch.device.
 
     Returns:
-        A torch.device.
+        The torch.device.
 
     Raises:
         ValueError: if torch knows no such device, was built without it, or finds none.
@@ -58,16 +58,17 @@ def check_device(device: torch.device | str) -> torch.device:
         device(type='cpu')
     """
     try:
-        found = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError:
         raise ValueError(explain(f"there is no device {device!r}.", want="'cpu', 'cuda', 'cuda:1', 'mps'")) from None
-    if why := _missing(found):
-        raise ValueError(explain(f"device {str(device)!r}: {why}.", want="'cpu'", fix="saewb doctor    # in a shell"))
-    return found
+    if reason := _unusable(resolved):
+        what = f"device {str(device)!r}: {reason}."
+        raise ValueError(explain(what, want="'cpu'", fix="saewb doctor    # in a shell"))
+    return resolved
 
 
-def _missing(device: torch.device) -> str:
-    """Why nothing can be put there; empty if it can."""
+def _unusable(device: torch.device) -> str:
+    """Why a device cannot be used; empty if it can."""
     if device.type == "cuda":
         if torch.version.cuda is None and torch.version.hip is None:
             return "this torch is built for the CPU only"

@@ -1,6 +1,6 @@
-"""How good an SAE is, from tensors alone: pure functions, and the same figures from a stream of batches.
+"""Reconstruction and sparsity metrics: functions of tensors, and the same from a stream of batches.
 
-Every figure takes one row per token. Sums are kept in float64 and about the running mean, so that activations far from
+Every metric takes one row per token. Sums are float64 and taken about the running mean, so that activations far from
 zero (mean 1e4, standard deviation 1) lose nothing. A latent is active where it is not 0, whatever its sign.
 """
 
@@ -178,23 +178,31 @@ def cosine(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"])
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well activations were reconstructed; the first four are the functions of the same name."""
+    """Reconstruction metrics of some tokens; the first four are the functions of the same name."""
 
-    n_tokens: int  # tokens
-    mse: float  # squared units of the activations, per token; 0 is perfect
-    fvu: float  # fraction; 0 is perfect, 1 no better than the mean
-    explained_variance: float  # fraction, 1 - fvu
-    cosine: float  # -1..1; 1 is perfect
-    l2_in: float  # mean ||x||, units of the activations
-    l2_out: float  # mean ||recon||, the same units
-    l2_ratio: float  # mean over tokens with x != 0 of ||recon|| / ||x||; 1 is perfect, less is shrinkage
-    # sum ||recon||^2 / sum x . recon, what recon would have to be divided by to fit x best: 1 is unbiased, less is
-    # shrinkage, nan where x . recon is 0 (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10)
+    n_tokens: int
+    """Tokens."""
+    mse: float
+    """Squared units of the activations, per token; 0 is perfect."""
+    fvu: float
+    """Fraction; 0 is perfect, 1 no better than the mean."""
+    explained_variance: float
+    """Fraction, 1 - fvu."""
+    cosine: float
+    """-1..1; 1 is perfect."""
+    l2_in: float
+    """Mean ||x||, units of the activations."""
+    l2_out: float
+    """Mean ||recon||, the same units."""
+    l2_ratio: float
+    """Mean over tokens with x != 0 of ||recon|| / ||x||; 1 is perfect, less is shrinkage."""
     relative_reconstruction_bias: float
+    """sum ||recon||^2 / sum x . recon, by which recon would have to be divided to fit x best: 1 is unbiased, less is
+    shrinkage, nan where x . recon is 0 (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10)."""
 
 
 class ReconstructionStream:
-    """`Reconstruction` of tokens that come in batches: the same, to float64 rounding, as of all of them at once.
+    """Accumulates a `Reconstruction` over batches: equal, to float64 rounding, to that of all tokens at once.
 
     Keeps 2 d_in + 9 numbers, on the device of the first batch, and never waits for the device before `result`.
 
@@ -212,7 +220,7 @@ class ReconstructionStream:
         self._sums: Tensor | None = None  # see `_reconstruction_sums`
 
     def update(self, x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> None:
-        """Add these tokens; none is allowed.
+        """Add a batch of tokens, which may be empty.
 
         Raises:
             ValueError: if the shapes differ from one another or from earlier batches.
@@ -222,7 +230,7 @@ class ReconstructionStream:
             self._add(len(x), x[0], (x - x[0]).mean(0), _reconstruction_sums(x, recon))
 
     def merge(self, other: ReconstructionStream) -> None:
-        """Add the tokens that `other` has seen; it stays as it is."""
+        """Add the tokens of another stream, which is not changed."""
         if other.n_tokens:
             self._add(other.n_tokens, other._origin, other._mean, other._sums)
 
@@ -232,7 +240,7 @@ class ReconstructionStream:
         return self._origin + self._mean
 
     def result(self) -> Reconstruction:
-        """The figures of all tokens so far.
+        """Metrics of all tokens so far.
 
         Raises:
             ValueError: if there were none, or if `x` was the same, or 0, on every one of them.
@@ -305,13 +313,13 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def check_some(n_tokens: int) -> None:
-    """ValueError if there are none."""
+    """Raise a ValueError if there are no tokens."""
     if n_tokens == 0:
         raise ValueError(explain("no tokens to measure.", want="at least one row"))
 
 
 def check_same(name: str, got: int, before: int) -> None:
-    """ValueError if a batch does not fit those before it."""
+    """Raise a ValueError if a size differs from that of earlier batches."""
     if got != before:
         raise ValueError(explain(f"a batch has {name}={got}.", want=f"{name}={before}, as the batches before it"))
 

@@ -15,11 +15,8 @@ install_import_hook(
         "saewb.models.unembed",
         "saewb.data.tokens",
         "saewb.stats",
-        *(f"saewb.training.objectives.{part}" for part in ("params", "losses", "dead", "straight_through")),
-        *(
-            f"saewb.features.{part}"
-            for part in ("accumulate", "counts", "enrichment", "logit_effects", "loss_effects", "top_contexts")
-        ),
+        *(f"saewb.training.objectives.{part}" for part in ("params", "losses", "jumprelu")),
+        *(f"saewb.features.{part}" for part in ("accumulate", "enrichment", "logit_effects", "top_contexts")),
     ],
     "beartype.beartype",
 )
@@ -27,8 +24,26 @@ install_import_hook(
 import pytest
 import torch
 from helpers import tiny_models
+from hypothesis import settings
+
+QUICK_EXAMPLES = 10  # of a hypothesis test, unless the long ones are run
 
 torch.set_num_threads(1)  # models this small are slower on two, and much slower on a busy machine
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Hypothesis tests draw a few examples by default, and with `-m long` all that they ask for."""
+    is_long = "long" in config.option.markexpr.replace("not long", "")
+    for item in items:
+        test = getattr(item, "obj", None)
+        if not getattr(test, "is_hypothesis_test", False):
+            continue
+        if is_long:
+            item.add_marker("long")
+        else:
+            full = test._hypothesis_internal_use_settings
+            test._hypothesis_internal_use_settings = settings(full, max_examples=min(full.max_examples, QUICK_EXAMPLES))
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ import saewb
 
 ROOT = Path(saewb.__file__).parents[1]
 
+pytestmark = pytest.mark.long
+
 
 def command(*arguments):
     return subprocess.run(
@@ -131,7 +133,7 @@ def test_a_list_of_tokens_read_as_an_index_has_it_is_what_an_index_has():
     ids = saewb.data.tokens.token_rows(model, texts, 32)
     ids = torch.cat([ids, ids[:3]])  # equal windows too
     made = saewb.build_index(model, sae, ids, window=dashboard.WINDOW)
-    special = saewb.data.tokens.special_ids(model, True)
+    special = saewb.models.tokenizer.special_ids(model, True)
     with torch.no_grad():
         acts = sae.encode(saewb.models.capture.capture(model, ids, [sae.cfg.hook])[sae.cfg.hook])
     acts[torch.isin(ids, torch.tensor(special))] = 0
@@ -167,7 +169,7 @@ def test_an_index_is_measured_whole(tmp_path):
     took, _, _, build = index.passes(model, sae, ids, options)
     assert [forward is not None for forward, _ in took] == [True, False, True]
     whole = saewb.build_index(model, sae, ids, batch_size=4)
-    assert build.facts.n_tokens == whole.n_tokens
-    tensors = build.gathering.tensors()
+    assert build.info.n_tokens == whole.n_tokens
+    tensors = build.accumulator.tensors()
     assert torch.equal(tensors["top.position"], whole.tensors["top.position"])
     assert torch.equal(tensors["counts.by_position"], whole.tensors["counts.by_position"])

@@ -15,8 +15,8 @@ import saewb
 from saewb import cli, diagnostics
 
 
-def finding(what, **how):
-    (found,) = [f for f in saewb.doctor(**how).findings if f.what == what]
+def finding(name, **how):
+    (found,) = [f for f in saewb.doctor(**how).findings if f.name == name]
     return found
 
 
@@ -37,17 +37,17 @@ def versions(monkeypatch):
 
 def test_all_is_well_here_but_for_what_is_absent():
     found = saewb.doctor()
-    wrong = [f for f in found.findings if f.state == "wrong" and f.what not in ("hub cache", "saewb cache", "kernel")]
-    assert [f for f in wrong if not f.what.endswith("in the page")] == []
+    wrong = [f for f in found.findings if f.state == "wrong" and f.name not in ("hub cache", "saewb cache", "kernel")]
+    assert [f for f in wrong if not f.name.endswith("in the page")] == []
     assert repr(found).splitlines()[0].startswith("ok saewb")
     assert found._repr_html_().count("<tr>") == len(found.findings)
 
 
 def test_memory_that_caches_hold_counts_as_unused(monkeypatch):
     monkeypatch.setattr(saewb.training.memory, "available", lambda device: 3 * 2**30)
-    assert ", 3.0 of " in finding("CPU").found
+    assert ", 3.0 of " in finding("CPU").detail
     monkeypatch.setattr(saewb.training.memory, "available", lambda device: None)
-    assert "memory" not in finding("CPU").found
+    assert "memory" not in finding("CPU").detail
 
 
 def test_a_missing_and_an_old_package(versions):
@@ -55,7 +55,7 @@ def test_a_missing_and_an_old_package(versions):
     missing, old, lab = finding("safetensors"), finding("transformer-lens"), finding("jupyterlab")
     assert (missing.state, missing.fix) == ("wrong", 'pip install "safetensors>=0.5"')
     assert old.state == "wrong"
-    assert old.found.startswith("2.16.1; saewb is made for transformer-lens")
+    assert old.detail.startswith("2.16.1; saewb is made for transformer-lens")
     assert (lab.state, lab.fix.split("  ")[0]) == ("absent", 'pip install "saewb[lab]"')
     assert not saewb.doctor().ok
 
@@ -104,7 +104,7 @@ def test_a_kernel_of_another_environment(monkeypatch, tmp_path):
 def test_the_front_end_half_of_the_widgets(monkeypatch, tmp_path):
     import jupyter_core.paths
 
-    monkeypatch.setattr(diagnostics, "_beside", lambda: tmp_path)
+    monkeypatch.setattr(diagnostics, "_share_jupyter", lambda: tmp_path)
     monkeypatch.setattr(jupyter_core.paths, "jupyter_path", lambda *_: [])
     assert finding("anywidget in the page").state == "wrong"
     (tmp_path / "labextensions" / "anywidget").mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_colab_needs_none_of_it(monkeypatch):
 
 def test_a_damaged_install(monkeypatch, tmp_path):
     monkeypatch.setattr(saewb.tiny, "folder", lambda what: tmp_path / what)
-    assert finding("embedded sae").fix == "pip install --force-reinstall saewb"
+    assert finding("tiny sae").fix == "pip install --force-reinstall saewb"
 
 
 class Refuses(BaseHTTPRequestHandler):
@@ -134,7 +134,7 @@ def test_the_hub(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Refuses)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     Thread(target=server.handle_request, daemon=True).start()
-    assert finding("hub", network=True).found.endswith("answers (401)")
+    assert finding("hub", network=True).detail.endswith("answers (401)")
     server.server_close()
     assert finding("hub", network=True).state == "wrong"
     with pytest.raises(ValueError, match="timeout is 0"):

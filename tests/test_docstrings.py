@@ -4,13 +4,15 @@ Shapes stand in the types (jaxtyping, or in brackets in the text), units in the 
 """
 
 import ast
-import importlib
 import inspect
 import re
 import textwrap
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 
 import pytest
+from helpers import public_names
+from helpers.public_names import NAMES
 
 import saewb
 
@@ -21,34 +23,11 @@ FROM_PAPERS = {
     *("Standard", "Gated", "TopK", "AbsTopK", "BatchTopK", "Matryoshka", "JumpReLU", "MatchingPursuit"),
     *("superposition", "enrich", "attribute", "attribute_edges", "evaluate", "steer"),
 }
-# Modules whose functions users type themselves; the rest is for saewb's own rooms.
-MODULES = (
-    "tiny",
-    "metrics",
-    "features.neuronpedia",
-    "training.loggers",
-    "synthetic",
-    "data.tokens",
-    "models.tokenizer",
-)
-NAMES = [name for name in saewb.__all__ if not inspect.ismodule(getattr(saewb, name))]
 NEEDS_NETWORK = {"push_to_hub"}
 
 
 def public():
-    """(name, object) of each public function and class: saewb's own, and those of the modules its users type."""
-    found = {name: getattr(saewb, name) for name in NAMES}
-    for module in (importlib.import_module(f"saewb.{name}") for name in MODULES):
-        for key in getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")]):
-            value = getattr(module, key)
-            if getattr(value, "__module__", "").startswith(module.__name__):
-                found[f"{module.__name__.removeprefix('saewb.')}.{key}"] = value
-    seen, once = set(), []
-    for name, value in sorted(found.items(), key=lambda pair: pair[0].count(".")):  # saewb.x before saewb.m.x
-        if id(value) not in seen:
-            seen.add(id(value))
-            once.append(pytest.param(name, value, id=name))
-    return once
+    return [pytest.param(name, value, id=name) for name, value in public_names.public()]
 
 
 def sections(text):
@@ -114,31 +93,41 @@ def test_functions_say_all(name, value):
         assert "Example" in text, f"{name}: no Example"
 
 
+def field_docstrings(owner):
+    """The docstring under each field of a dataclass and its bases, or the meaning in its metadata."""
+    texts = {f.name: f.metadata["meaning"] for f in fields(owner) if "meaning" in f.metadata}
+    for cls in filter(is_dataclass, reversed(owner.__mro__)):
+        for node, below in pairwise(tree_of(cls).body):
+            if isinstance(node, ast.AnnAssign) and isinstance(getattr(below, "value", None), ast.Constant):
+                texts[node.target.id] = below.value.value
+    return texts
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if is_dataclass(getattr(saewb, name))])
-def test_help_says_what_every_field_is(name):
-    said = inspect.getdoc(getattr(saewb, name)).partition("\nFields:\n")[2]
+def test_every_field_has_a_docstring(name):
+    owner = getattr(saewb, name)
+    texts = field_docstrings(owner)
+    for field in fields(owner):
+        assert field.name.startswith("_") or str(texts.get(field.name, "")).strip(), f"{name}.{field.name}"
+
+
+@pytest.mark.parametrize("name", ["TrainConfig", "TopK", "JumpReLU"])
+def test_help_of_a_config_says_what_every_field_is(name):
+    """With what it may be, if that is one of a few texts."""
+    text = inspect.getdoc(getattr(saewb, name)).partition("\nFields:\n")[2]
     for field in fields(getattr(saewb, name)):
-        assert re.search(rf"(?m)^    {field.name}: \S", said), f"{name}.{field.name}"
-
-
-def test_a_field_is_described_beside_it_above_it_or_in_its_metadata():
-    """As `help()` shows it: with what it may be, if that is one of a few texts."""
-    said = inspect.getdoc(saewb.SAEConfig)
-    assert "\n    activation: which latents survive ('relu', 'jumprelu', 'topk'" in said
-    assert (
-        "\n    normalization: Per token, undone on the output: mean and spread of x, its norm, or its mean alone"
-        in said
-    )
-    assert re.search(r"\n    kl: KL divergence .* \(nats/token\)\n", inspect.getdoc(saewb.Evaluation))
+        assert re.search(rf"(?m)^    {field.name}: \S", text), f"{name}.{field.name}"
+    assert re.search(r"(?m)^    (schedule|rows): .*\('(constant|unit)', '(linear|free)'", text)
 
 
 @pytest.mark.parametrize(("name", "value"), [p for p in public() if inspect.isclass(p.values[1])])
 def test_classes_say_all(name, value):
-    text, node, lines = sections(inspect.getdoc(value)), tree_of(value), inspect.getsource(value).splitlines()
-    fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
-    for field in fields:  # its unit stands beside it, or above it, or in the docstring
-        beside = any("#" in line or "_is(" in line for line in lines[field.lineno - 2 : field.end_lineno])
-        assert beside or re.search(rf"\b{field.target.id}\b", inspect.getdoc(value)), f"{name}.{field.target.id}"
+    text, node = sections(inspect.getdoc(value)), tree_of(value)
+    texts = field_docstrings(value) if is_dataclass(value) else {}
+    for field in node.body:  # its unit stands under it, or in the docstring
+        if isinstance(field, ast.AnnAssign) and not field.target.id.startswith("_"):
+            described = field.target.id in texts or re.search(rf"\b{field.target.id}\b", inspect.getdoc(value))
+            assert described, f"{name}.{field.target.id}"
     for method in node.body:
         if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
             assert ast.get_docstring(method), f"{name}.{method.name} has no docstring"

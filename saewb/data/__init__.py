@@ -7,14 +7,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=[
         "cache",
         "documents",
-        "feed",
-        "orders",
         "packing",
-        "prefetch",
         "shuffle_buffer",
         "sources",
         "stream",
-        "token_streams",
         "tokens",
     ],
 )

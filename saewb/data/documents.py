@@ -1,11 +1,11 @@
-"""Where tokens come from: texts, chats, token ids, in memory, in files, in datasets. One document at a time.
+"""Documents to tokenize: texts, chats or token ids, from memory, files or datasets.
 
-What a document may be, told by its first one:
+The kind is that of the first document:
 
 - a text;
 - a chat: a list of messages, dictionaries with "role" and "content", which go through the tokenizer's chat template;
 - token ids: a list, an array or a tensor of integers;
-- a row of a dataset: a dictionary with one of these under a column, see `COLUMNS`.
+- a row of a dataset: a dictionary with one of these in a column, see `COLUMNS`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,67 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
-from saewb.data.orders import shuffled
 from saewb.errors import explain
 
 COLUMNS = ("input_ids", "tokens", "messages", "conversations", "conversation", "text", "content", "problem")
 
 
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """Random permutation of 0..n-1 for one epoch, int64; the same for the same seed and epoch.
+
+    Example:
+        >>> sorted(epoch_order(5, seed=3, epoch=0).tolist())
+        [0, 1, 2, 3, 4]
+        >>> bool((epoch_order(99, seed=3, epoch=0) == epoch_order(99, seed=3, epoch=1)).all())
+        False
+    """
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
+
+
+@final
+class EpochCursor:
+    """Resumable cursor over the indices 0..n-1, epoch after epoch.
+
+    Args:
+        n: number of indices.
+        seed: of a random order, a new one every epoch; None keeps them ascending.
+    """
+
+    def __init__(self, n: int, seed: int | None) -> None:
+        self._n, self._seed = n, seed
+        self.restore({"epoch": 0, "at": 0})
+
+    def take(self, size: int, *, repeat: bool) -> Tensor | slice:
+        """The next indices of this epoch, at most `size`; StopIteration at its end unless `repeat`."""
+        if self._position >= self._n:
+            if not repeat:
+                raise StopIteration
+            self.restore({"epoch": self.epoch + 1, "at": 0})
+        indices = slice(self._position, self._position + size)
+        self._position += size
+        return indices if self._order is None else self._order[indices]
+
+    def state(self) -> dict[str, Any]:
+        """Epoch and position."""
+        return {"epoch": self.epoch, "at": self._position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`."""
+        self.epoch, self._position = state["epoch"], state["at"]
+        self._order = None if self._seed is None else epoch_order(self._n, self._seed, self.epoch)
+
+
 @final
 class TextFiles:
-    """Documents read from text files, in their order, a block at a time: files of any size.
+    """Documents from text files, in order, read block by block: files of any size.
 
     Args:
         paths: UTF-8 files, `.gz` ones too; one path, or several.
-        separator: what stands between two documents, e.g. a blank line; None makes one document of each file. Empty
-            documents are left out, and blanks at their ends.
+        separator: between two documents, e.g. a blank line; None makes one document of each file. Documents are
+            stripped of white space, and empty ones left out.
 
     Raises:
         FileNotFoundError: for a path that is no file.
@@ -57,8 +102,8 @@ class TextFiles:
     def _pieces(self, path: Path) -> Iterator[str]:
         import gzip
 
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as file:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
             if self.separator is None:
                 yield file.read()
                 return
@@ -71,12 +116,12 @@ class TextFiles:
 
 @final
 class Documents:
-    """A cursor over documents, time round after time round if asked to.
+    """A resumable cursor over documents, for one epoch or many.
 
     Args:
         source: a list, a dataset (anything with `__getitem__` and `__len__`, or `__iter__`), an iterable or iterator.
-        repeat: begins again at its end; an iterator cannot, and ends.
-        seed: of a random order, another one each time round; only where documents can be had by number.
+        repeat: begin the next epoch at the end; an iterator cannot, and ends.
+        seed: of a random order, a new one every epoch; only for documents that can be indexed.
     """
 
     def __init__(self, source: Any, *, repeat: bool, seed: int | None) -> None:
@@ -88,38 +133,36 @@ class Documents:
         if hasattr(source, "__len__") and len(source) == 0:
             raise ValueError(explain("got no documents.", want="at least one"))
         self._source, self._repeat, self._seed = source, repeat, seed
-        self._numbered = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        if seed is not None and not self._numbered:
+        self._indexable = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        if seed is not None and not self._indexable:
             what = f"a {type(source).__name__} cannot be shuffled: its documents have no numbers."
             raise ValueError(explain(what, want="a list, or an iterable that shuffles itself", fix="shuffle_seed=None"))
-        self.epoch = self.given = 0  # times round that are over; documents of this one
+        self.epoch = self.n_yielded = 0  # complete epochs; documents of the current one
         self._open(0)
 
     def take(self, n: int) -> list[Any]:
-        """The next documents, at most `n`, of one time round; none at the end."""
-        taken = list(itertools.islice(self._documents, n))
-        if not taken and self._again():
-            taken = list(itertools.islice(self._documents, n))
-        self.given += len(taken)
-        return taken
+        """The next documents of one epoch, at most `n`; an empty list at the end."""
+        batch = list(itertools.islice(self._documents, n))
+        if not batch and self._begin_epoch():
+            batch = list(itertools.islice(self._documents, n))
+        self.n_yielded += len(batch)
+        return batch
 
-    def seek(self, epoch: int, given: int) -> None:
-        """Go to that document without reading those before it where they have numbers, or where a dataset can skip."""
-        self.epoch, self.given = epoch, given
-        self._open(given)
+    def seek(self, epoch: int, n_yielded: int) -> None:
+        """Go to a document, without reading those before it if the source is indexable or can skip."""
+        self.epoch, self.n_yielded = epoch, n_yielded
+        self._open(n_yielded)
 
-    def _again(self) -> bool:
-        once = iter(self._source) is self._source
-        if not self._repeat or once or self.given == 0:
+    def _begin_epoch(self) -> bool:
+        if not self._repeat or iter(self._source) is self._source or self.n_yielded == 0:
             return False
-        self.epoch, self.given = self.epoch + 1, 0
-        self._open(0)
+        self.seek(self.epoch + 1, 0)
         return True
 
     def _open(self, skip: int) -> None:
-        if self._numbered:
+        if self._indexable:
             n = len(self._source)
-            order: Sequence[int] = range(n) if self._seed is None else shuffled(n, self._seed, self.epoch).tolist()
+            order: Sequence[int] = range(n) if self._seed is None else epoch_order(n, self._seed, self.epoch).tolist()
             self._documents = (self._source[i] for i in order[skip:])
         elif skip and hasattr(self._source, "skip"):
             self._documents = iter(self._source.skip(skip))
@@ -127,12 +170,12 @@ class Documents:
             self._documents = itertools.islice(self._source, skip, None)
 
 
-def encoded(documents: Sequence[Any], tokenizer: Any, column: str | None = None) -> list[list[int]]:
-    """Token ids of documents of one kind, without the special tokens that the tokenizer would add to a text.
+def encode(documents: Sequence[Any], tokenizer: Any, column: str | None = None) -> list[list[int]]:
+    """Token ids of documents of one kind, without the special tokens that a tokenizer adds to a text.
 
     Raises:
-        TypeError: for a document that is none, or a text where the first one was something else.
-        ValueError: without a tokenizer where one is needed; for a dataset without a column that is known.
+        TypeError: for an unknown kind of document, or documents of two kinds.
+        ValueError: without a tokenizer where one is needed; for a dataset without a known column.
     """
     if not documents:
         return []
@@ -159,8 +202,7 @@ def _kind(document: Any) -> str | None:
     if isinstance(document, str):
         return "text"
     if isinstance(document, Tensor) or hasattr(document, "__array__"):
-        whole = document.ndim == 1 and "int" in str(document.dtype)
-        return "ids" if whole else None
+        return "ids" if document.ndim == 1 and "int" in str(document.dtype) else None
     if not isinstance(document, Sequence):
         return None
     if len(document) == 0 or isinstance(document[0], int):

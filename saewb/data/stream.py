@@ -1,13 +1,19 @@
-"""Streams of activations in batches of exactly so many tokens, mixed, computed ahead, resumed bit for bit.
+"""Streams of activations in batches of an exact size: shuffled, prefetched, resumed bit for bit.
 
-A stream is an iterator over `Activations` with `state()` and `restore()`. Five functions make one, by where activations
-come from: `stream_activations` (a model), `stream_tensors`, `stream_iterable`, `stream_draws`, `stream_cache`.
+A stream is an iterator over `Activations` with `state()` and `restore()`. Its stages:
 
-    source (saewb.data.sources)  ->  batches of exactly n, mixed (saewb.data.shuffle_buffer)  ->  computed ahead (saewb.data.prefetch)
+1. A source yields chunks of any size (`saewb.data.sources`).
+2. A buffer cuts them into batches of exactly n tokens, in order or shuffled (`saewb.data.shuffle_buffer`).
+3. A thread computes the next batches while the consumer works on this one, if `prefetch` is set.
+
+Five functions make one, by source: `stream_activations` (a model), `stream_tensors`, `stream_iterable`,
+`stream_draws`, and `ActivationCache.stream`.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
@@ -15,10 +21,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from saewb.data.prefetch import Prefetched
-from saewb.data.shuffle_buffer import Exact, Mixed, Source, packed, unpacked
-from saewb.data.sources import DrawnSource, IterableSource, ModelSource, TensorSource
-from saewb.data.token_streams import TokenStream, stream_tokens
+from saewb.data.packing import TokenStream, stream_tokens
+from saewb.data.shuffle_buffer import FifoBuffer, ShuffleBuffer, Source, batch_from_state, batch_state
+from saewb.data.sources import IterableSource, ModelSource, SyntheticSource, TensorSource
 from saewb.errors import explain
 from saewb.models.capture import Activations
 from saewb.models.tokenizer import special_ids
@@ -30,14 +35,16 @@ PASS_TOKENS = 4096  # of one forward pass
 class ActivationStream:
     """Batches of `batch_tokens` tokens from a source; iterate once, from where it stands.
 
-    `state()`, after any batch, is all there is: an equal stream that restores it gives the same batches bit for bit. It
-    holds the mixing buffer itself (`buffer_tokens` tokens, on the host) and what was computed ahead.
+    `state()`, after any batch, is complete: an equal stream that restores it yields the same batches bit for bit. It
+    holds the shuffle buffer itself (`buffer_tokens` tokens, on the host) and the prefetched batches.
+
+    Memory: the buffer, `prefetch` batches, and the last batch, for `put_back`.
 
     Args:
-        source: of chunks of any size, see `saewb.data.sources`; nobody else takes from it.
-        batch_tokens: tokens of a batch; the last ones of a source that fill none are left out.
-        buffer_tokens: mixed over so many tokens, rounded up to whole batches; 0 keeps the order. See `saewb.data.shuffle_buffer`.
-        seed: of the mixing.
+        source: of chunks of any size, see `saewb.data.sources`; not to be used otherwise.
+        batch_tokens: tokens per batch; an incomplete last batch is left out.
+        buffer_tokens: tokens shuffled over, rounded up to whole batches; 0 keeps the order.
+        seed: of the shuffling.
         prefetch: batches computed ahead in a thread; 0 for no thread.
     """
 
@@ -48,39 +55,62 @@ class ActivationStream:
             what = f"got buffer_tokens={buffer_tokens}, prefetch={prefetch}."
             raise ValueError(explain(what, want="0 or more tokens, 0 or more batches"))
         self.source, self.batch_tokens = source, batch_tokens
-        batches = Mixed(source, batch_tokens, buffer_tokens, seed) if buffer_tokens else Exact(source, batch_tokens)
-        self._cut = batches
-        self._batches = Prefetched(batches, prefetch) if prefetch else batches
-        self._ahead: deque[Activations] = deque()  # of a state with a thread, restored without one
+        self.failed = False
+        """Whether the last batch or fill failed in the stream itself, rather than in the step that used it."""
+        self._buffer = (
+            ShuffleBuffer(source, batch_tokens, buffer_tokens, seed)
+            if buffer_tokens
+            else FifoBuffer(source, batch_tokens)
+        )
+        self._prefetcher = _Prefetcher(self._buffer, prefetch) if prefetch else None
+        self._ahead: deque[Activations] = deque()  # put back, or prefetched in a state that was restored
+        self._last: Activations | None = None
 
     def __iter__(self) -> Iterator[Activations]:
         return self
 
     def __next__(self) -> Activations:
-        return self._ahead.popleft() if self._ahead else next(self._batches)
+        if self._ahead:
+            self._last = self._ahead.popleft()
+        else:
+            self.failed = True
+            self._last = next(self._prefetcher or self._buffer)
+            self.failed = False
+        return self._last
+
+    def put_back(self) -> None:
+        """Make the last batch the next one again, so that nothing is lost after a step that failed."""
+        if self._last is not None:
+            self._ahead.appendleft(self._last)
+            self._last = None
 
     def fill(self) -> bool:
-        """Take one chunk of the source towards a full mixing buffer; whether there was something to take.
+        """Take one chunk of the source towards a full shuffle buffer; whether there was something to take.
 
-        The first batch fills it in one go: this is for who wants to look, or to stop, in between.
+        The first batch fills it in one go: this is for callers that look, or stop, in between.
         """
-        return isinstance(self._cut, Mixed) and not self._in_a_thread and self._cut.fill()
+        if not isinstance(self._buffer, ShuffleBuffer) or self._in_a_thread:
+            return False
+        self.failed = True
+        more = self._buffer.fill()
+        self.failed = False
+        return more
 
     @property
     def filling(self) -> tuple[int, int] | None:
-        """(tokens there, tokens wanted) of a mixing buffer that is not full yet; else None. For any thread."""
-        cut = self._cut
-        return (cut.n_filled, cut.size) if isinstance(cut, Mixed) and not cut.full else None
+        """(tokens now, tokens when full) of a shuffle buffer that is not full yet; else None. Safe from any thread."""
+        buffer = self._buffer
+        return (buffer.n_filled, buffer.size) if isinstance(buffer, ShuffleBuffer) and not buffer.full else None
 
-    def look(self) -> Activations | None:
-        """Some tokens of those to come, which stay where they are. None if there are none, or a thread is at them."""
+    def peek(self) -> Activations | None:
+        """Some of the next tokens, without taking them. None if there are none, or a thread is reading them."""
         if self._ahead:
             return self._ahead[0]
-        return None if self._in_a_thread else self._cut.look()
+        return None if self._in_a_thread else self._buffer.peek()
 
     @property
     def _in_a_thread(self) -> bool:
-        return isinstance(self._batches, Prefetched) and self._batches.started
+        return self._prefetcher is not None and self._prefetcher.started
 
     @property
     def stop_layer(self) -> int | None:
@@ -89,23 +119,142 @@ class ActivationStream:
 
     def state(self) -> dict[str, Any]:
         """Plain values, lists, dictionaries and tensors on the host, copied; the same with a thread as without."""
-        state = self._batches.state()
-        if isinstance(self._batches, Prefetched):
-            return state
-        return {"source": state, "ahead": [packed(batch) for batch in self._ahead]}
+        if self._prefetcher is None:
+            source, ahead = self._buffer.state(), []
+        else:
+            source, ahead = self._prefetcher.state()
+        return {"source": source, "ahead": [*map(batch_state, self._ahead), *ahead]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
-        if isinstance(self._batches, Prefetched):
-            self._batches.restore(state)
-            return
-        self._batches.restore(state["source"])
-        self._ahead = deque(unpacked(batch) for batch in state["ahead"])
+        """Continue from `state()`."""
+        if "again" in state:  # 0.1.0 saved the batch that was put back beside the stream
+            returned = [] if state["again"] is None else [state["again"]]
+            state = {**state["stream"], "ahead": returned + state["stream"]["ahead"]}
+        if self._prefetcher is not None:
+            self._prefetcher.restart(state["source"])
+        else:
+            self._buffer.restore(state["source"])
+        self._ahead, self._last = deque(map(batch_from_state, state["ahead"])), None
 
     def close(self) -> None:
-        """End the thread that computes ahead, if there is one; the stream gives nothing more."""
-        if isinstance(self._batches, Prefetched):
-            self._batches.close()
+        """End the prefetch thread, if there is one; the stream then yields nothing more."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+
+class _End:
+    """The last item a prefetch thread leaves: the source ended, or failed."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+class _Channel:
+    """State shared by thread and consumer. Holds no reference to the consumer, so that it can be collected."""
+
+    def __init__(self, source: Source, depth: int) -> None:
+        self.source, self.depth = source, depth
+        self.ready: deque[Activations | _End] = deque()
+        self.change = threading.Condition()
+        self.busy = self.held = self.closed = False
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self.thread = threading.Thread(target=self.work, name="saewb-prefetch", daemon=True)
+        self.thread.start()
+
+    def work(self) -> None:
+        while self._wait_for_room():
+            try:
+                item = next(self.source)
+            except StopIteration:
+                item = _End(None)
+            except BaseException as error:  # raised again in the consumer, where it belongs
+                item = _End(error)
+            with self.change:
+                self.busy = False
+                self.ready.append(item)
+                self.change.notify_all()
+            if isinstance(item, _End):
+                return
+            del item
+
+    def _wait_for_room(self) -> bool:
+        """Wait for room; whether to compute another batch."""
+        with self.change:
+            self.change.wait_for(lambda: self.closed or not (self.held or len(self.ready) >= self.depth))
+            self.busy = not self.closed
+            return self.busy
+
+    def end(self) -> None:
+        """Signal the thread to end without waiting: whoever drops a stream may hold a lock that the thread needs."""
+        with self.change:
+            self.closed = True
+            self.change.notify_all()
+
+
+@final
+class _Prefetcher:
+    """The batches of a buffer in order, up to `depth` of them computed ahead in a daemon thread.
+
+    The thread starts with the first batch that is requested. Its errors are raised when the next batch is requested,
+    after the batches before it. It ends with the source, on `close()`, when this object is collected, and at exit.
+    """
+
+    def __init__(self, buffer: FifoBuffer | ShuffleBuffer, depth: int) -> None:
+        self._buffer, self._depth = buffer, depth
+        self._open()
+
+    def _open(self) -> None:
+        self._channel = _Channel(self._buffer, self._depth)
+        self._finalizer = weakref.finalize(self, self._channel.end)
+
+    def __next__(self) -> Activations:
+        channel = self._channel
+        with channel.change:
+            if channel.closed:
+                raise StopIteration
+            if channel.thread is None:
+                channel.start()
+            channel.change.wait_for(lambda: channel.ready or channel.closed)
+            if not channel.ready:
+                raise StopIteration
+            item = channel.ready[0]
+            if isinstance(item, _End):  # stays, so that the next request gives the same answer
+                raise StopIteration if item.error is None else item.error
+            channel.ready.popleft()
+            channel.change.notify_all()
+            return item
+
+    @property
+    def started(self) -> bool:
+        """Whether a batch has been requested."""
+        return self._channel.thread is not None
+
+    def state(self) -> tuple[dict[str, Any], list[Any]]:
+        """Of the buffer, at rest, and of the batches that are ready."""
+        channel = self._channel
+        with channel.change:
+            channel.held = True
+            try:
+                channel.change.wait_for(lambda: not channel.busy)
+                ready = [batch_state(item) for item in channel.ready if not isinstance(item, _End)]
+                return self._buffer.state(), ready
+            finally:
+                channel.held = False
+                channel.change.notify_all()
+
+    def restart(self, state: dict[str, Any]) -> None:
+        """End the thread and continue from a state of the buffer."""
+        self.close()
+        self._buffer.restore(state)
+        self._open()
+
+    def close(self) -> None:
+        """End the thread; waits for the batch it is computing."""
+        self._finalizer()
+        if self._channel.thread not in (None, threading.current_thread()):
+            self._channel.thread.join()
 
 
 def stream_activations(
@@ -125,36 +274,38 @@ def stream_activations(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ActivationStream:
-    """A model's activations at one or several points, row by row of the same token, in batches of `batch_tokens`.
+    """Stream a model's activations at one or several points, in batches of `batch_tokens` tokens.
+
+    Row t of every point is the same token.
 
     One forward pass serves all points; it stops after the last layer that is needed and computes no logits. The model's
     lock is held for one pass at a time.
 
-    At position 0 the residual stream of many models is enormous. With rows that begin with BOS, which is special, it is
-    left out by default; for models without BOS say `positions=slice(1, None)`.
+    The residual stream of many models is enormous at position 0. With rows that begin with BOS, which is special, it is
+    left out by default; for models without BOS pass `positions=slice(1, None)`.
 
     Args:
         model: any kind.
         tokens: int ids `[rows, ctx]`, or whatever `saewb.stream_tokens` takes (texts, files, datasets, chats), or a
             TokenStream; texts are packed for this model.
         points: names of hook points. Heads lie side by side; "blocks.0.attn.hook_z[3]" is head 3 alone.
-        batch_tokens: tokens of a batch.
-        buffer_tokens: mixed over so many tokens; 0 keeps the order.
-        seed: of the mixing.
+        batch_tokens: tokens per batch.
+        buffer_tokens: tokens shuffled over; 0 keeps the order.
+        seed: of the shuffling.
         prefetch: batches computed ahead in a thread; 0 for no thread.
-        ctx_len: tokens of a row, if they are packed here.
-        pass_tokens: about so many tokens in one forward pass (rows are whole).
-        skip_special_tokens: leaves out BOS, EOS, padding, ...: True, False, or the ids.
+        ctx_len: tokens per row, if they are packed here.
+        pass_tokens: approximate tokens per forward pass (rows are whole).
+        skip_special_tokens: leave out BOS, EOS, padding, ...: True, False, or the ids.
         positions: of each row, those kept.
-        repeat: goes through the tokens again and again, if they are packed here and are no iterator.
-        device: where activations are put; None leaves them on the model's.
-        dtype: of activations; None keeps the model's.
+        repeat: begin the next epoch at the end, if tokens are packed here and are no iterator.
+        device: of the activations; None leaves them on the model's.
+        dtype: of the activations; None keeps the model's.
 
     Returns:
-        A stream: an iterator of Activations that can be saved and resumed.
+        An iterator of Activations that can be saved and resumed.
 
     Raises:
-        TypeError: for tokens that are none.
+        TypeError: for tokens of an unknown kind.
         ValueError: for a point that does not exist or cannot fire; for sizes that make no sense.
 
     Example:
@@ -174,11 +325,11 @@ def stream_activations(
 def model_tokens(
     model: nn.Module, tokens: Any, *, ctx_len: int, pass_tokens: int = PASS_TOKENS, repeat: bool = False
 ) -> TokenStream:
-    """What functions that stream a model mean by tokens: a TokenStream as it is; else packed for the model."""
+    """Token rows for a model: a TokenStream as it is, anything else packed with the model's tokenizer."""
     if isinstance(tokens, TokenStream):
         return tokens
-    ready = isinstance(tokens, Tensor) and tokens.ndim == 2
-    rows = max(1, pass_tokens // (tokens.shape[1] if ready else ctx_len))
+    row_len = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim == 2 else ctx_len
+    rows = max(1, pass_tokens // row_len)
     tokenizer = getattr(model, "tokenizer", None)
     bos = getattr(tokenizer, "bos_token_id", None) is not None and model.cfg.default_prepend_bos is not False
     return stream_tokens(tokens, tokenizer, ctx_len=ctx_len, rows=rows, bos=bos, repeat=repeat)
@@ -192,17 +343,17 @@ def stream_tensors(
     shuffle_seed: int | None = None,
     point: str = "activations",
 ) -> ActivationStream:
-    """Activations that are in memory.
+    """Stream activations that are in memory.
 
     Args:
         values: `[tokens, d]`, or several by point, with as many rows each.
-        batch_tokens: tokens of a batch.
-        repeat: goes through them again and again.
-        shuffle_seed: of a random order of all tokens, another one each time round; None keeps their order.
+        batch_tokens: tokens per batch.
+        repeat: begin the next epoch at the end.
+        shuffle_seed: of a random order of all tokens, a new one every epoch; None keeps their order.
         point: name for a plain tensor.
 
     Returns:
-        A stream that can be gone through once, saved and resumed; it ends with the tensors unless `repeat`.
+        A stream that can be saved and resumed; it ends with the tensors unless `repeat`.
 
     Raises:
         ValueError: if the numbers of rows differ, or sizes make no sense.
@@ -224,15 +375,15 @@ def stream_iterable(
     prefetch: int = 0,
     point: str = "activations",
 ) -> ActivationStream:
-    """Activations from any iterable of tensors `[tokens, d]`, dictionaries of them by point, or Activations.
+    """Stream activations from an iterable of tensors `[tokens, d]`, dictionaries of them by point, or Activations.
 
-    To resume, the iterable has to be at its start and to give the same again: as many chunks are taken and forgotten.
+    To resume, the iterable has to be at its start and to yield the same again: as many chunks are taken and dropped.
 
     Args:
         chunks: of any sizes.
-        batch_tokens: tokens of a batch.
-        buffer_tokens: mixed over so many tokens; 0 keeps the order.
-        seed: of the mixing.
+        batch_tokens: tokens per batch.
+        buffer_tokens: tokens shuffled over; 0 keeps the order.
+        seed: of the shuffling.
         prefetch: batches taken ahead in a thread; 0 for no thread.
         point: name for plain tensors.
 
@@ -259,13 +410,13 @@ def stream_draws(
     prefetch: int = 0,
     point: str = "activations",
 ) -> ActivationStream:
-    """Activations drawn at random, without end: synthetic data.
+    """Stream activations drawn at random, without end: synthetic data.
 
     Args:
         draw: called with a number of tokens and a seeded `torch.Generator` on the CPU, from which everything random has
-            to come; gives a tensor `[tokens, d]`, a dictionary of them by point, or Activations.
+            to come; returns a tensor `[tokens, d]`, a dictionary of them by point, or Activations.
         seed: of that generator.
-        batch_tokens: tokens of a batch.
+        batch_tokens: tokens per batch.
         prefetch: batches drawn ahead in a thread; 0 for no thread.
         point: name for plain tensors.
 
@@ -277,4 +428,4 @@ def stream_draws(
         >>> next(stream_draws(draw, seed=0, batch_tokens=16))
         Activations(16 tokens: activations 8)
     """
-    return ActivationStream(DrawnSource(draw, seed, point, batch_tokens), batch_tokens, prefetch=prefetch)
+    return ActivationStream(SyntheticSource(draw, seed, point, batch_tokens), batch_tokens, prefetch=prefetch)

@@ -1,4 +1,4 @@
-"""Texts into rows of tokens for a model, and which of those tokens are special."""
+"""Token rows and prompts for a model, from texts or token ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from saewb.data.packing import Packer
+from saewb.data.packing import Packer, check_token_ids
 from saewb.errors import explain
 from saewb.models.tokenizer import tokenizer_of
 
@@ -20,25 +20,24 @@ if TYPE_CHECKING:
 def pack(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ctx_len: int, *, bos: bool = True
 ) -> Int[Tensor, "rows ctx_len"]:
-    """Documents laid end to end and cut into full rows, with no padding.
+    """Concatenate documents and cut them into full rows, without padding.
 
     With `bos`, the documents make one stream, BOS before each. The stream is cut from its start: where the next token
-    is a BOS (a document begins there) the row takes `ctx_len` tokens; elsewhere it takes `ctx_len - 1` and a BOS is put
-    in front. So every row begins with BOS, as a model sees a prompt; further ones mark where a document begins; and a
-    document that goes on in the next row goes on there without a token lost or repeated. What is left at the end and
-    does not fill a row is dropped.
+    is a BOS (a document begins there) the row takes `ctx_len` tokens; elsewhere it takes `ctx_len - 1` after a BOS of
+    its own. So every row begins with BOS, as a model sees a prompt; further ones mark where a document begins; and a
+    document continues in the next row without a token lost or repeated. An incomplete row at the end is dropped.
 
-    Without it, no BOS is written: the tokenizer's EOS, if it has one, stands between two documents of a row; rows are
-    cut every `ctx_len` tokens.
+    Without `bos`, the tokenizer's EOS, if it has one, separates the documents of a row, and rows are cut every
+    `ctx_len` tokens.
 
-    Texts are encoded as they are, without special tokens the tokenizer would add. An empty text leaves no trace. For
-    more than fits in memory, and for other documents than texts: `saewb.stream_tokens`, which makes the same rows.
+    Texts are encoded as they are, without the special tokens a tokenizer adds. An empty text leaves no trace. For more
+    than fits in memory, and for other documents than texts: `saewb.stream_tokens`, which makes the same rows.
 
     Args:
-        texts: the documents, in the order they are to be packed.
+        texts: the documents, in order.
         tokenizer: of the model; or the model.
-        ctx_len: tokens in a row, BOS included; at least 2.
-        bos: whether rows and documents begin with BOS; wrong only for models that were trained without one.
+        ctx_len: tokens per row, BOS included; at least 2.
+        bos: begin rows and documents with BOS; wrong only for models trained without it.
 
     Returns:
         int64 token ids.
@@ -64,22 +63,22 @@ def pack(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(explain("this tokenizer has no BOS token.", fix="pack(texts, tokenizer, ctx_len, bos=False)"))
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    documents = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     packer = Packer(ctx_len, *(tokenizer.bos_token_id,) * 2) if bos else Packer(ctx_len, None, tokenizer.eos_token_id)
-    rows = [row for ids in encoded for row in packer.rows(ids)]
+    rows = [row for ids in documents for row in packer.rows(ids)]
     if not rows:
-        what = f"{len(texts)} texts of {sum(map(len, encoded))} tokens do not fill one row."
+        what = f"{len(texts)} texts of {sum(map(len, documents))} tokens do not fill one row."
         raise ValueError(explain(what, want=f"{ctx_len} tokens or more, or shorter rows", fix="ctx_len=16"))
     return torch.tensor(rows, dtype=torch.long)
 
 
 def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -> Int[Tensor, "rows ctx"]:
-    """What a function that takes `tokens` means by them: ids as they are, or texts packed for this model.
+    """Token rows for a model: ids as they are, or texts packed with its tokenizer.
 
     Args:
-        model: any; asked for its tokenizer if `tokens` are texts, and whether it was trained with BOS.
+        model: any; its tokenizer, and whether it was trained with BOS, matter if `tokens` are texts.
         tokens: ids, `[rows, ctx]`, without padding; or texts, to be packed into rows of `ctx_len`.
-        ctx_len: tokens in a row, BOS included, if `tokens` are texts.
+        ctx_len: tokens per row, BOS included, if `tokens` are texts.
 
     Returns:
         int64 ids on the CPU, with rows of at least two tokens.
@@ -98,25 +97,19 @@ def token_rows(model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int) -
         tokenizer = tokenizer_of(model)
         bos = tokenizer.bos_token_id is not None and model.cfg.default_prepend_bos is not False
         return pack(tokens, tokenizer, ctx_len, bos=bos)
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(explain(f"got tokens of {tokens.dtype}.", want="integer token ids, [rows, ctx]"))
-    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
-        what = f"got tokens of shape {tuple(tokens.shape)}."
-        raise ValueError(
-            explain(what, want="[rows, ctx], with rows of at least two tokens: one to predict the next from")
-        )
-    n_words = getattr(getattr(model, "cfg", None), "d_vocab", None)
-    if n_words is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < n_words:
-        what = f"got token ids {int(tokens.min()):,} to {int(tokens.max()):,}; this model has {n_words:,}."
+    check_token_ids(tokens, min_length=2)
+    d_vocab = getattr(getattr(model, "cfg", None), "d_vocab", None)
+    if d_vocab is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < d_vocab:
+        what = f"got token ids {int(tokens.min()):,} to {int(tokens.max()):,}; this model has {d_vocab:,}."
         raise ValueError(explain(what, want="ids of this model's own tokenizer", fix="model.to_tokens(text)"))
     return tokens.detach().long().cpu()
 
 
 def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
-    """One prompt as the model sees it: ids as they are, or a text with the special tokens its tokenizer adds.
+    """Token ids of one prompt: ids as they are, or a text with the special tokens the model's tokenizer adds.
 
     Args:
-        model: whose tokenizer, context and device count.
+        model: its tokenizer, context length and device are used.
         prompt: a text; or token ids, `[pos]` or `[1, pos]`.
 
     Returns:
@@ -134,8 +127,8 @@ def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
     """
     device = next(model.parameters()).device
     if isinstance(prompt, str):
-        tokenizer_of(model)  # says if there is none
-        ids = model.to_tokens(prompt, truncate=False)  # what is too long is said, not cut
+        tokenizer_of(model)  # raises if there is none
+        ids = model.to_tokens(prompt, truncate=False)  # too long a prompt raises below
     elif isinstance(prompt, (list, tuple)) and all(type(i) is int for i in prompt):
         ids = torch.tensor(prompt, dtype=torch.long)
     else:

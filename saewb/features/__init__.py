@@ -3,10 +3,11 @@
     index = saewb.build_index(model, sae, texts, folder="my.index")
     index.latent(748); index.table(); index.search("physicist"); index.save_html("features.html")
 
-- `build` runs the pass, `firings` the SAE, `gather` keeps what an index is made of: `shelf` the best contexts of each
-  latent, `counts` what adds up. `weights`, `nearest` and `loss_effects` need no stream;
-  `together` says which latents fire on the same tokens.
-- `feature_index` shows it, by `latent` (a page), `overview` (the table), `searching`; `words` and `store` keep it.
+- Building: `build` runs the model, `accumulate` collects contexts (`top_contexts`), counts and coactivation;
+  `logit_effects` and `neighbors` need the weights only.
+- Reading: `index` is the public face of `latent` (one latent), `ranking` (the table), `search`, `html` (the page).
+- On disk: `storage` with `config` (sizes, what it is of) and `token_texts`.
+- Beside an index: `neuronpedia`, `enrichment` of `token_sets`, `correlation`.
 """
 
 import lazy_loader

@@ -1,14 +1,19 @@
-"""Building an index: one streamed pass of the model over text, for one SAE or several."""
+"""Build an index: one streamed pass of the model over text, for one SAE or several.
+
+1. Tokenize and resolve where each SAE reads and writes.
+2. Run the model batch by batch to the hook points, encode, accumulate; save from time to time.
+3. Add what the weights alone tell: logit effects, nearest latents; and the texts of the tokens.
+"""
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +21,17 @@ from torch import Tensor, nn
 from saewb.data.tokens import token_rows
 from saewb.errors import explain
 from saewb.features import storage
-from saewb.features.accumulate import Gathering
-from saewb.features.config import IndexFacts
+from saewb.features.accumulate import LatentAccumulator, TokenRows
+from saewb.features.config import IndexInfo
 from saewb.features.index import FeatureIndex, load_index
-from saewb.features.logit_effects import logit_effects, written
-from saewb.features.loss_effects import loss_effects
+from saewb.features.logit_effects import logit_effects, loss_effects, project_to_residual
 from saewb.features.neighbors import nearest
-from saewb.features.text import Text
-from saewb.features.token_texts import Words, words_of
-from saewb.interventions.attachment import attach
-from saewb.interventions.site import flatten_heads
-from saewb.models import hook_points
-from saewb.models.capture import capture
-from saewb.models.tokenizer import special_ids
+from saewb.features.token_texts import TokenTexts, collect_token_texts
+from saewb.interventions.site import Site, check_reconstructs
+from saewb.models.capture import capture, eval_mode
+from saewb.models.tokenizer import special_ids, special_mask
 from saewb.models.unembed import unembedding
 from saewb.sae.base import SparseEncoder
-from saewb.sae.encoding import firings
 from saewb.sae.sae import SAE
 
 
@@ -64,23 +64,24 @@ def build_index(
     seed: int = 0,
     progress: bool = False,
     neuronpedia: str | None = None,
+    extend: FeatureIndex | None = None,
 ) -> FeatureIndex | list[FeatureIndex]:
-    """What every latent of an SAE does on text, from one pass over it: contexts, histogram, density, and the weights'.
+    """Index what every latent of an SAE does, in one pass over text: contexts, histograms, density, logit effects.
 
-    The model runs to the hook only, once for all SAEs. What is held does not grow with the text. The pass takes
-    `index.facts.plan.nbytes` of each SAE: `d_sae * (n_top + n_quantiles * per_quantile) * (8 * window + 32)` bytes of
-    contexts, about 750 per latent and at most 528 per coactive token beside them, and about 130 MiB to put them in
-    place (380 where 128 latents or more may fire on a token). A batch adds what fires on
-    it, about 150 bytes each, and at most 32 MiB of latents (or one row's); where bf16 chooses which latents are worked
-    out (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `rough_bytes(d_in, d_sae)` too, one and
-    a half times W_enc and 72 MiB. Then the weights' figures take
-    `saewb.features.logit_effects.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once more,
-    and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any
+    The model runs to the hook only, once for all SAEs. Memory does not grow with the text. The pass takes
+    `index.info.config.nbytes` of each SAE: `d_sae * (n_top + n_quantiles * per_quantile) * (8 * window + 32)` bytes of
+    contexts, about 750 per latent and at most 528 per coactive token beside them, and about 130 MiB to merge them (380
+    where 128 latents or more may be active on a token). A batch adds its active latents, about 150 bytes each, and at
+    most 32 MiB of latents (or one row's); where a product in bf16 chooses which latents are computed
+    (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `rough_bytes(d_in, d_sae)` too, one and a
+    half times W_enc and 72 MiB. Then logit effects and neighbors take
+    `saewb.features.logit_effects.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once
+    more, and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any
     `batch_size` and any number of interruptions, up to rounding of the model's activations.
 
-    A latent's top contexts are about its strongest token in each row of text, and texts with equal windows are there
-    once. Its sampled contexts are firings chosen uniformly, sorted by size and cut into groups of equal size: the first
-    group stands for its weakest fifth, and so on.
+    A latent's top contexts are about its strongest token in each row of text; texts with equal windows are kept once.
+    Its sampled contexts are chosen uniformly among its active tokens, sorted by activation and cut into groups of equal
+    size: the first group stands for its weakest fifth, and so on.
 
     Ctrl-C stops the pass and returns what there is (`index.is_complete` is False then).
 
@@ -88,35 +89,37 @@ def build_index(
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         sae: an SAE or transcoder, or a list of them.
         tokens: ids, `[rows, ctx]`, without padding; or texts, to be packed into rows of `ctx_len`.
-        hook: where it reads, instead of `sae.cfg.hook`.
+        hook: hook point it reads, instead of `sae.cfg.hook`.
         n_top: strongest contexts kept of each latent.
         window: tokens of a context before and after the one it is about; one number for both.
         n_quantiles: groups of sampled contexts.
         per_quantile: contexts in each.
-        n_logits: words at each end of the logit effects; 0 to leave them out.
+        n_logits: tokens at each end of the logit effects; 0 to leave them out.
         n_nearest: latents nearest by decoder and by encoder; 0 to leave them out.
-        coactive_tokens: tokens whose active latents (the 128 strongest) say which fire together: all, if there are no
-            more, else a uniform sample.
-        loss_effect_tokens: tokens to run with one latent switched off, to see what its top contexts lose by it. They go
-            to the strongest context of each latent, first latent first, then to the second strongest ones.
+        coactive_tokens: tokens whose active latents (the 128 strongest) tell which are active together: all, if there
+            are no more, else a uniform sample.
+        loss_effect_tokens: tokens to run with one latent ablated, for the loss its top contexts gain. They go to the
+            strongest context of each latent, first latent first, then to the second strongest ones.
         batch_size: rows run at a time.
         ctx_len: tokens in a row, if `tokens` are texts.
         skip_special_tokens: True for the tokenizer's BOS, EOS, PAD and the like, False to treat all tokens alike, or a
-            list of ids. What latents do there is neither counted nor shown.
-        folder: save there, at the end, when stopped, and every `save_every_s`; a folder with an unfinished index of the
-            same model, SAE and settings is gone on with. With several SAEs, in a folder of its number each.
+            list of ids. Activations there are neither counted nor shown.
+        folder: save there, at the end, when stopped, and every `save_every_s`; an unfinished index of the same model,
+            SAE and settings in it is continued. With several SAEs, each in a subfolder named by its number.
         save_every_s: seconds.
         first_row: the number of the first row of `tokens`, for a part of a text that will be merged with others.
         seed: of the samples.
         progress: show a bar.
-        neuronpedia: "model/source" of the SAE's page there; None looks in `sae.cfg.metadata`.
+        neuronpedia: "model/source" of the SAE's pages there; None looks in `sae.cfg.metadata`.
+        extend: an index of the same model and SAE. The result is of its text and `tokens`, as if built of both at once,
+            with its settings: of the others only `batch_size` and `progress` may be given. It stays as it is.
 
     Returns:
         A FeatureIndex; a list of them for a list of SAEs.
 
     Raises:
         ValueError: if all tokens are special, if a number is out of range, or for an SAE that does not fit, as
-            `saewb.attach`; if `folder` has an index of something else.
+            `saewb.attach`; if `folder` has an index of something else, or `extend` is of another SAE or row length.
         TypeError: if `tokens` are not integers.
 
     Example:
@@ -126,58 +129,77 @@ def build_index(
         >>> index.n_tokens, index.latent(int(index.table().density.idxmax())).top[0].text[:14]
         (140, '<|endoftext|>T')
     """
+    if extend is not None:
+        _check_only_extends(locals())
+        return _extend(extend, model, sae, tokens, batch_size, progress)
     several = not isinstance(sae, nn.Module)
     saes = list(sae) if several else [sae]
     before, after = (window, window) if isinstance(window, int) else window
     positive = {"n_top": n_top, "n_quantiles": n_quantiles, "per_quantile": per_quantile, "batch_size": batch_size}
     _check_sizes(positive, before=before, after=after, first_row=first_row, coactive_tokens=coactive_tokens)
-    ids = token_rows(model, tokens, ctx_len)
     special = special_ids(model, skip_special_tokens)
-    text = Text(ids, special, first_row, batch_size, next(model.parameters()).device)
-    sizes = (ids.shape[1], n_top, n_quantiles, per_quantile, before, after, coactive_tokens)
-    plans = [_facts(model, s, hook, sizes, seed, special, neuronpedia) for s in saes]
-    places = _places(folder, len(saes), several)
-    builds = [_started(s, f, p) for s, f, p in zip(saes, plans, places, strict=True)]
-    _pass(model, builds, text, progress, save_every_s)
-    found = [_finished(model, b, text, n_logits, n_nearest, loss_effect_tokens) for b in builds]
-    return found if several else found[0]
-
-
-def extend_index(
-    index: FeatureIndex,
-    model: nn.Module,
-    sae: nn.Module,
-    tokens: Tensor | Sequence[str],
-    *,
-    batch_size: int = 8,
-    progress: bool = False,
-) -> FeatureIndex:
-    """See `FeatureIndex.extend`."""
-    text = Text(
-        token_rows(model, tokens, index.facts.ctx_len),
-        index.facts.special,
-        index.facts.next_row,
-        batch_size,
-        next(model.parameters()).device,
-    )
-    if text.ids.shape[1] != index.facts.ctx_len:
-        what = f"rows of {text.ids.shape[1]} tokens for {index!r}."
-        raise ValueError(explain(what, want=f"rows of {index.facts.ctx_len}, as those before"))
-    if sae.cfg.d_sae != index.facts.d_sae or repr(sae) != index.facts.sae:
-        raise ValueError(explain(f"{index!r} cannot go on with {sae!r}.", want=index.facts.sae))
-    build = _Build(sae, index.facts, Gathering(index.facts.plan, sae.device), None, index)
-    build.gathering.restore(index.tensors)
-    _pass(model, [build], text, progress, float("inf"))
-    return _indexed(model, build, text)
+    text = _tokenize(model, tokens, ctx_len, special, first_row)
+    sizes = (text.ids.shape[1], n_top, n_quantiles, per_quantile, before, after, coactive_tokens)
+    sites = [Site.of(model, s, hook) for s in saes]
+    infos = [_index_info(model, site, sizes, seed, special, neuronpedia) for site in sites]
+    folders = _folders(folder, len(saes), several)
+    builds = [_Build.start(*parts) for parts in zip(sites, infos, folders, strict=True)]
+    _run(model, builds, text, batch_size, progress, save_every_s)
+    indexes = [_finish(model, b, text, n_logits, n_nearest, loss_effect_tokens) for b in builds]
+    return indexes if several else indexes[0]
 
 
 @dataclass
 class _Build:
-    sae: nn.Module
-    facts: IndexFacts
-    gathering: Gathering
-    folder: Path | None
-    base: FeatureIndex | None = None  # what it goes on from
+    """One SAE's part of a pass."""
+
+    site: Site
+    info: IndexInfo
+    accumulator: LatentAccumulator
+    folder: Path | None = None
+
+    @classmethod
+    def start(cls, site: Site, info: IndexInfo, folder: Path | None = None) -> _Build:
+        """From nothing, or from the unfinished index in the folder."""
+        build = cls(site, info, LatentAccumulator(info.config, site.sae.device), folder)
+        if folder is not None and (folder / storage.FILE).exists():
+            unfinished = load_index(folder)
+            what = f"folder={str(folder)!r} has an index already"
+            replace(unfinished.info, rows=()).check_mergeable(info, what)
+            build.accumulator.restore(unfinished.tensors)
+            build.info = unfinished.info
+        return build
+
+    def next_row(self, text: TokenRows) -> int:
+        """The first row of the text that it has not read."""
+        return max(text.first_row, self.info.next_row)
+
+
+def _check_only_extends(arguments: dict[str, Any]) -> None:
+    """Raise for an argument that `extend` does not take."""
+    parameters = inspect.signature(build_index).parameters.values()
+    takes = {"extend", "batch_size", "progress"}
+    settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in takes]
+    if others := [p.name for p in settings if arguments[p.name] != p.default]:
+        what = f"build_index got extend and {', '.join(others)}."
+        want = "the settings of the index: only batch_size and progress beside extend"
+        raise ValueError(explain(what, want=want, fix="build_index(model, sae, tokens, extend=index)"))
+
+
+def _extend(
+    index: FeatureIndex, model: nn.Module, sae: Any, tokens: Tensor | Sequence[str], batch_size: int, progress: bool
+) -> FeatureIndex:
+    info = index.info
+    text = _tokenize(model, tokens, info.ctx_len, info.special, info.next_row)
+    if text.ids.shape[1] != info.ctx_len:
+        what = f"rows of {text.ids.shape[1]} tokens for {index!r}."
+        raise ValueError(explain(what, want=f"rows of {info.ctx_len}, as those before"))
+    if not isinstance(sae, nn.Module) or sae.cfg.d_sae != info.d_sae or repr(sae) != info.sae:
+        raise ValueError(explain(f"{index!r} cannot go on with {sae!r}.", want=info.sae))
+    build = _Build.start(Site.of(model, sae, info.hook, info.hook_out), info)
+    build.accumulator.restore(index.tensors)
+    _run(model, [build], text, batch_size, progress, float("inf"))
+    return _to_index(model, build, index, text)
 
 
 def _check_sizes(positive: dict[str, int], **others: int) -> None:
@@ -187,68 +209,64 @@ def _check_sizes(positive: dict[str, int], **others: int) -> None:
             raise ValueError(explain(f"build_index got {name}={got!r}.", want=f"an integer, at least {least}"))
 
 
-def _facts(
+def _tokenize(
+    model: nn.Module, tokens: Tensor | Sequence[str], ctx_len: int, special: Sequence[int], first_row: int
+) -> TokenRows:
+    ids = token_rows(model, tokens, ctx_len)
+    mask = ~special_mask(ids, special)
+    if not mask.any():
+        what = f"all {ids.numel()} tokens are special."
+        raise ValueError(explain(what, want="text", fix="build_index(..., skip_special_tokens=False)"))
+    return TokenRows(ids, mask, first_row)
+
+
+def _index_info(
     model: nn.Module,
-    sae: nn.Module,
-    hook: str | None,
-    sizes: tuple[int, ...],  # as IndexFacts has them, from ctx_len to coactive_tokens
+    site: Site,
+    sizes: tuple[int, ...],  # as IndexInfo has them, from ctx_len to coactive_tokens
     seed: int,
     special: Sequence[int],
     neuronpedia: str | None,
-) -> IndexFacts:
-    with hook_points.lock(model), attach(model, sae, hook=hook) as attached:  # says what is wrong with it
-        (write,) = attached.latents
-    read = hook or sae.cfg.hook
-    names = hook_points.resolve(model, write).names
-    typed = next((name for name in (sae.cfg.hook_out, read) if name in names), write)
-    page = neuronpedia or sae.cfg.metadata.get("neuronpedia_id") or sae.cfg.metadata.get("neuronpedia")
+) -> IndexInfo:
+    sae, metadata = site.sae, site.sae.cfg.metadata
+    check_reconstructs(sae)
+    page = neuronpedia or metadata.get("neuronpedia_id") or metadata.get("neuronpedia")
     l0_most = sae.cfg.k if isinstance(sae, SAE) and sae.cfg.k is not None else sae.cfg.d_sae
-    made = (sae.cfg.d_sae, *sizes, l0_most, seed, tuple(special), (), 0, repr(sae), str(model.cfg.model_name))
-    return IndexFacts(*made, read, typed, None, page or None)
+    values = (sae.cfg.d_sae, *sizes, l0_most, seed, tuple(special), (), 0, repr(sae), str(model.cfg.model_name))
+    return IndexInfo(*values, site.hook_name, site.hook_name_out, None, page or None)
 
 
-def _places(folder: str | Path | None, n: int, several: bool) -> list[Path | None]:
+def _folders(folder: str | Path | None, n: int, several: bool) -> list[Path | None]:
     if folder is None:
         return [None] * n
     root = Path(folder).expanduser()
     return [root / str(i) for i in range(n)] if several else [root]
 
 
-def _started(sae: nn.Module, facts: IndexFacts, folder: Path | None) -> _Build:
-    build = _Build(sae, facts, Gathering(facts.plan, sae.device), folder)
-    if folder is not None and (folder / storage.FILE).exists():
-        before = load_index(folder)
-        replace(before.facts, rows=()).check_same(facts, f"folder={str(folder)!r} has an index already")
-        build.gathering.restore(before.tensors)
-        build.facts = before.facts
-    return build
+def _run(
+    model: nn.Module, builds: list[_Build], text: TokenRows, batch_size: int, progress: bool, save_every_s: float
+) -> None:
+    """Run the model over the rows still to be read; Ctrl-C stops it between two batches."""
+    from tqdm.auto import tqdm  # comes with transformers
 
-
-def _pass(model: nn.Module, builds: list[_Build], text: Text, progress: bool, save_every_s: float) -> None:
-    """Run the model over what is still to be seen; stopped by Ctrl-C, between two batches' worth of gathering."""
     for build in builds:
-        seen = build.facts.rows
-        if seen and build.folder is not None and (len(seen) > 1 or seen[0][0] != text.first_row):
-            what = f"{build.folder} has rows {seen}, which is no beginning of this text ({text.first_row} on)."
-            raise ValueError(explain(what, fix="index.extend(model, sae, tokens)"))
-        if seen and build.folder is not None and not _same_text(build, text):
-            what = f"{build.folder} has an index of another text."
-            raise ValueError(
-                explain(what, want="the same text, or a new folder", fix="index.extend(model, sae, tokens)")
-            )
-    first, encoders = min(_next(build, text) for build in builds), [SparseEncoder(build.sae) for build in builds]
-    saved = time.monotonic()
-    # Gathering runs on a thread of its own: an interrupt reaches the main thread only, so no batch is half counted.
-    with _bar(progress, text.end - first) as advance, ThreadPoolExecutor(1) as aside:
+        _check_beginning(build, text)
+    first, encoders = min(build.next_row(text) for build in builds), [SparseEncoder(b.site.sae) for b in builds]
+    hooks, device, saved = [build.info.hook for build in builds], next(model.parameters()).device, time.monotonic()
+    bar = tqdm(total=text.end - first, desc="index", unit="row", leave=False, disable=not progress)
+    # Accumulating runs on a thread of its own: an interrupt reaches the main thread only, so no batch is half counted.
+    with bar, ThreadPoolExecutor(1) as thread:
         pending: Future | None = None
         try:
-            for row, ids, plain in text.batches(first):
-                seen = _captured(model, builds, ids)
-                pending = aside.submit(_gather, builds, encoders, text, seen, row, ids, plain)
+            for begin in range(first - text.first_row, len(text), batch_size):
+                rows = text[begin : begin + batch_size].to(device)
+                with torch.no_grad(), eval_mode(model):
+                    activations = capture(model, rows.ids, hooks)
+                pending = thread.submit(_accumulate, builds, encoders, text, activations, rows)
                 pending.result()  # at once: two threads that compute would only get in each other's way
-                advance(len(ids))
+                bar.update(len(rows))
                 if time.monotonic() - saved > save_every_s:
-                    pending = aside.submit(_checkpoint, builds, text)
+                    pending = thread.submit(_checkpoint, builds, text)
                     pending.result()
                     saved = time.monotonic()
         except KeyboardInterrupt:
@@ -256,100 +274,80 @@ def _pass(model: nn.Module, builds: list[_Build], text: Text, progress: bool, sa
                 pending.result()  # what there is is kept; `is_complete` tells
 
 
-def _same_text(build: _Build, text: Text) -> bool:
-    """Whether every token that a context found so far is about is the one in this text."""
-    top = build.gathering.top
-    place = (top.position[top.position >= 0] - text.first_row * build.facts.ctx_len).cpu()
-    there = top.tokens[..., build.facts.before][top.position >= 0].long().cpu()
-    inside = bool((place < text.ids.numel()).all())
-    return inside and torch.equal(text.ids.flatten()[place], there)
-
-
-def _next(build: _Build, text: Text) -> int:
-    return max(text.first_row, build.facts.next_row)
-
-
-@torch.no_grad()
-def _captured(model: nn.Module, builds: list[_Build], ids: Tensor) -> dict[str, Tensor]:
-    training = [part for part in model.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        return capture(model, ids, [build.facts.hook for build in builds])
-    finally:
-        for part in training:
-            part.training = True
+def _check_beginning(build: _Build, text: TokenRows) -> None:
+    """Raise unless what the folder's index has read is the beginning of this text."""
+    rows, fix = build.info.rows, "saewb.build_index(model, sae, tokens, extend=saewb.load_index(folder))"
+    if not rows or build.folder is None:
+        return
+    if len(rows) > 1 or rows[0][0] != text.first_row:
+        what = f"{build.folder} has rows {rows}, which is no beginning of this text ({text.first_row} on)."
+        raise ValueError(explain(what, fix=fix))
+    # Every token that a context so far is about is the one in this text.
+    top = build.accumulator.top
+    used = top.position >= 0
+    position = (top.position[used] - text.first_row * build.info.ctx_len).cpu()
+    peaks = top.tokens[..., build.info.before][used].long().cpu()
+    if not (position < text.ids.numel()).all() or not torch.equal(text.ids.flatten()[position], peaks):
+        what = f"{build.folder} has an index of another text."
+        raise ValueError(explain(what, want="the same text, or a new folder", fix=fix))
 
 
 @torch.no_grad()
-def _gather(
+def _accumulate(
     builds: list[_Build],
     encoders: list[SparseEncoder],
-    text: Text,
-    seen: dict[str, Tensor],
-    row: int,
-    ids: Tensor,
-    plain: Tensor,
+    text: TokenRows,
+    activations: dict[str, Tensor],
+    rows: TokenRows,
 ) -> None:
     for build, encoder in zip(builds, encoders, strict=True):
-        if row < _next(build, text):
+        if rows.first_row < build.next_row(text):
             continue
-        x = flatten_heads(build.sae, seen[build.facts.hook], build.sae.cfg.d_in, build.facts.hook)
-        for part in firings(encoder, x, ids, plain, row):
-            build.gathering.update(part)
-        build.facts = build.facts.with_rows([(row, row + len(ids))], int(plain.sum()))
+        x = build.site.read_input(activations[build.info.hook])
+        for part, latents in encoder.tiles(x, rows.mask):
+            build.accumulator.update(rows[part], latents.to(torch.float32))
+        build.info = build.info.with_rows([(rows.first_row, rows.end)], int(rows.mask.sum()))
 
 
-def _checkpoint(builds: list[_Build], text: Text) -> None:
+def _checkpoint(builds: list[_Build], text: TokenRows) -> None:
     for build in builds:
         if build.folder is not None:
-            tensors = {k: t.cpu() for k, t in build.gathering.tensors().items()}
-            facts = replace(build.facts, n_planned=len(text.ids))
-            storage.write(build.folder, facts, tensors, Words())
+            tensors = {k: t.cpu() for k, t in build.accumulator.tensors().items()}
+            storage.write_index(build.folder, replace(build.info, n_planned=len(text)), tensors, TokenTexts())
 
 
-def _finished(
-    model: nn.Module, build: _Build, text: Text, n_logits: int, n_nearest: int, loss_effect_tokens: int
+def _finish(
+    model: nn.Module, build: _Build, text: TokenRows, n_logits: int, n_nearest: int, loss_effect_tokens: int
 ) -> FeatureIndex:
-    figures = _weights(model, build, n_logits, n_nearest)
-    build.base = FeatureIndex(build.facts, figures, Words())
-    index = _indexed(model, build, text)
+    weights = FeatureIndex(build.info, _weight_tensors(model, build, n_logits, n_nearest), TokenTexts())
+    index = _to_index(model, build, weights, text)
     if loss_effect_tokens and index.is_complete:
-        effects = loss_effects(model, build.sae, index.facts, index.tensors, text.row, loss_effect_tokens)
+        effects = loss_effects(model, build.site.sae, index.info, index.tensors, text.row, loss_effect_tokens)
         index = replace(index, tensors={**index.tensors, "loss_effects": effects})
     if build.folder is not None:
         index.save(build.folder)
     return index
 
 
-def _indexed(model: nn.Module, build: _Build, text: Text) -> FeatureIndex:
-    complete = build.facts.next_row >= text.end
-    facts = replace(build.facts, n_planned=None if complete else build.facts.n_rows + text.end - build.facts.next_row)
-    made = build.base.with_gathered(facts, build.gathering, Words())
-    contexts = [made.tensors["top.tokens"], made.tensors["sample.tokens"]]
-    single = [t for name, t in made.tensors.items() if name in ("logits.top_ids", "logits.bottom_ids")]
-    return replace(made, words=words_of(getattr(model, "tokenizer", None), contexts, single))
+def _to_index(model: nn.Module, build: _Build, weights: FeatureIndex, text: TokenRows) -> FeatureIndex:
+    complete = build.info.next_row >= text.end
+    info = replace(build.info, n_planned=None if complete else build.info.n_rows + text.end - build.info.next_row)
+    index = weights.with_accumulated(info, build.accumulator, TokenTexts())
+    contexts = [index.tensors["top.tokens"], index.tensors["sample.tokens"]]
+    single = [t for name, t in index.tensors.items() if name in ("logits.top_ids", "logits.bottom_ids")]
+    return replace(index, token_texts=collect_token_texts(getattr(model, "tokenizer", None), contexts, single))
 
 
 @torch.no_grad()
-def _weights(model: nn.Module, build: _Build, n_logits: int, n_nearest: int) -> dict[str, Tensor]:
-    made = {"decoder_norm": build.sae.W_dec.float().norm(dim=1)}
-    directions = written(model, build.sae.W_dec, build.facts.hook_out, build.sae.cfg.head) if n_logits else None
+def _weight_tensors(model: nn.Module, build: _Build, n_logits: int, n_nearest: int) -> dict[str, Tensor]:
+    """What an index knows from the weights alone."""
+    sae = build.site.sae
+    tensors = {"decoder_norm": sae.W_dec.float().norm(dim=1)}
+    directions = project_to_residual(model, sae.W_dec, build.site.hook_name_out, build.site.head) if n_logits else None
     if directions is not None:
-        made |= logit_effects(directions, unembedding(model).to(build.sae.device), n_logits)
-    if n_nearest and len(build.sae.W_dec) > 1:
-        made |= nearest(build.sae.W_dec, n_nearest, "decoder")
-        if "W_enc" in (weights := dict(build.sae.named_parameters())):
-            made |= nearest(weights["W_enc"].T, n_nearest, "encoder")
-    return {name: t.detach().cpu() for name, t in made.items()}
-
-
-@contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[[int], object]]:
-    if not shown:
-        yield lambda n: None
-        return
-    from tqdm.auto import tqdm  # comes with transformers
-
-    with tqdm(total=total, desc="index", unit="row", leave=False) as bar:
-        yield bar.update
+        tensors |= logit_effects(directions, unembedding(model).to(sae.device), n_logits)
+    if n_nearest and len(sae.W_dec) > 1:
+        tensors |= nearest(sae.W_dec, n_nearest, "decoder")
+        if "W_enc" in (weights := dict(sae.named_parameters())):
+            tensors |= nearest(weights["W_enc"].T, n_nearest, "encoder")
+    return {name: t.detach().cpu() for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""What an index is about, without its tensors."""
+"""What an index is of, and the sizes of what it keeps; neither has tensors."""
 
 from __future__ import annotations
 
@@ -7,46 +7,121 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from saewb.errors import FormatError, explain
-from saewb.features.accumulate import Plan
+from saewb.features.top_contexts import BLOCK, PENDING
 
 VERSION = 1
-ACTIVE = 128  # active latents noted of a sampled token, at most
+MAX_ACTIVE = 128  # active latents noted of a sampled token
+N_COACTIVE = 10  # coactive latents kept of each
+PAIRS = 2**18  # pairs of coactive latents sorted at a time (2 MiB in int64, up to 32 times over)
+PENDING_TOKENS = 2**13  # sampled tokens held before they are merged
+CANDIDATES = 2**13  # candidates whose windows are read at a time
 
 
 @dataclass(frozen=True)
-class IndexFacts:
-    """What an index is about and how it was made."""
+class IndexConfig:
+    """Sizes of what one pass over text accumulates."""
 
-    d_sae: int  # latents
-    ctx_len: int  # tokens in a row of text
-    n_top: int  # strongest contexts kept of each latent
-    n_quantiles: int  # groups of sampled contexts
-    per_quantile: int  # contexts in each
-    before: int  # tokens of a context before the one it is about
-    after: int  # tokens of a context after it
-    coactive_tokens: int  # sampled tokens that say which latents fire together, at most
-    l0_most: int  # latents that can fire on one token: k of a top-k SAE, else all
-    seed: int  # of the samples
-    special: tuple[int, ...]  # token ids that were left out
-    rows: tuple[tuple[int, int], ...]  # rows of text seen, as [first, last + 1)
-    n_tokens: int  # tokens seen, special ones left out
-    sae: str  # one line on the SAE
-    model: str  # name of the language model
-    hook: str  # point the SAE reads
-    hook_out: str  # point it writes
-    n_planned: int | None = None  # rows it was to see; None once it has seen them
-    neuronpedia: str | None = None  # "model/source" of its page there, e.g. "gpt2-small/6-res-jb"
+    d_sae: int
+    """Latents."""
+    ctx_len: int
+    """Tokens in a row of text."""
+    n_top: int
+    """Strongest contexts kept of each latent."""
+    n_sample: int
+    """Contexts sampled of each latent."""
+    before: int
+    """Tokens of a context before the one it is about."""
+    after: int
+    """Tokens of a context after it."""
+    coactive_tokens: int
+    """Tokens sampled, whose active latents are noted."""
+    active: int
+    """Active latents noted of a sampled token, the strongest ones."""
+    l0_most: int
+    """Latents that can be active on one token."""
+    seed: int
+    """Seed of both samples."""
 
     @property
-    def plan(self) -> Plan:
-        """What a pass that adds to it gathers."""
+    def window(self) -> int:
+        """Tokens in a context."""
+        return self.before + 1 + self.after
+
+    @property
+    def drops_active(self) -> bool:
+        """Whether more latents may be active on a token than are noted."""
+        return self.active < min(self.d_sae, self.l0_most)
+
+    @property
+    def nbytes(self) -> int:
+        """Peak memory of a pass in bytes, besides the model's forward and one batch's latents.
+
+        What is kept, plus the larger of two: candidates that wait and are merged, or the count of coactive latents.
+        """
+        longest = 8 * self.window
+        contexts = self.d_sae * (self.n_top + self.n_sample) * (longest + 32)
+        counts = self.d_sae * (64 * 8 + 8 * (self.ctx_len.bit_length() + 1) + 20 + N_COACTIVE * 12 + 4)
+        token = 4 * self.active + 16
+        candidate = longest + 100  # with its sort keys
+        merged = 3 * BLOCK * max(self.n_top, self.n_sample) * candidate + CANDIDATES * (5 * longest + 100)
+        pending = 4 * (PENDING + CANDIDATES) * candidate + 2 * self.coactive_tokens * token + 3 * PENDING_TOKENS * token
+        coactive = self.coactive_tokens * self.active * 40 + 32 * 8 * PAIRS
+        return contexts + counts + self.coactive_tokens * token + max(merged + pending, coactive)
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """What an index is of and how it was built."""
+
+    d_sae: int
+    """Latents."""
+    ctx_len: int
+    """Tokens in a row of text."""
+    n_top: int
+    """Strongest contexts kept of each latent."""
+    n_quantiles: int
+    """Groups of sampled contexts."""
+    per_quantile: int
+    """Contexts in each group."""
+    before: int
+    """Tokens of a context before the one it is about."""
+    after: int
+    """Tokens of a context after it."""
+    coactive_tokens: int
+    """Tokens sampled to learn which latents are active together, at most."""
+    l0_most: int
+    """Latents that can be active on one token: k of a top-k SAE, else all."""
+    seed: int
+    """Seed of the samples."""
+    special: tuple[int, ...]
+    """Token ids that were left out."""
+    rows: tuple[tuple[int, int], ...]
+    """Rows of text read so far, as [first, last + 1)."""
+    n_tokens: int
+    """Tokens read, special ones left out."""
+    sae: str
+    """The SAE in one line."""
+    model: str
+    """Name of the language model."""
+    hook: str
+    """Hook point the SAE reads."""
+    hook_out: str
+    """Hook point it writes."""
+    n_planned: int | None = None
+    """Rows to read in all; None once they are read."""
+    neuronpedia: str | None = None
+    """"model/source" of its pages on Neuronpedia, e.g. "gpt2-small/6-res-jb"."""
+
+    @property
+    def config(self) -> IndexConfig:
+        """Sizes of a pass that adds to this index."""
         n_sample = self.n_quantiles * self.per_quantile
         sizes = (self.d_sae, self.ctx_len, self.n_top, n_sample, self.before, self.after)
-        return Plan(*sizes, self.coactive_tokens, min(ACTIVE, self.l0_most), self.l0_most, self.seed)
+        return IndexConfig(*sizes, self.coactive_tokens, min(MAX_ACTIVE, self.l0_most), self.l0_most, self.seed)
 
     @property
     def n_rows(self) -> int:
-        """Rows of text seen."""
+        """Rows of text read so far."""
         return sum(b - a for a, b in self.rows)
 
     @property
@@ -54,8 +129,8 @@ class IndexFacts:
         """The number for the first row of further text."""
         return max((b for _, b in self.rows), default=0)
 
-    def check_same(self, other: IndexFacts, what: str) -> None:
-        """Raise unless what both gather is the same and no row of text is in both."""
+    def check_mergeable(self, other: IndexInfo, what: str) -> None:
+        """Raise unless both are of the same SAE and settings and no row of text is in both."""
         mine, theirs = asdict(self), asdict(other)
         free = {"rows", "n_tokens", "n_planned", "neuronpedia"}
         if differ := [name for name in mine if name not in free and mine[name] != theirs[name]]:
@@ -66,31 +141,31 @@ class IndexFacts:
                 fix = f"saewb.build_index(..., first_row={self.next_row})    # for the second part"
                 raise ValueError(explain(f"{what}: both have row {max(a, other.rows[0][0])} of the text.", fix=fix))
 
-    def with_rows(self, rows: Sequence[tuple[int, int]], n_tokens: int, **changes: Any) -> IndexFacts:
-        """The same with further rows and tokens seen; adjoining ones are joined."""
-        found: list[tuple[int, int]] = []
+    def with_rows(self, rows: Sequence[tuple[int, int]], n_tokens: int, **changes: Any) -> IndexInfo:
+        """The same with further rows and tokens; adjoining ranges of rows are joined."""
+        ranges: list[tuple[int, int]] = []
         for a, b in sorted((*self.rows, *rows)):
-            found[-1:] = [(found[-1][0], b)] if found and found[-1][1] == a else [*found[-1:], (a, b)]
-        return replace(self, rows=tuple(found), n_tokens=self.n_tokens + n_tokens, **changes)
+            ranges[-1:] = [(ranges[-1][0], b)] if ranges and ranges[-1][1] == a else [*ranges[-1:], (a, b)]
+        return replace(self, rows=tuple(ranges), n_tokens=self.n_tokens + n_tokens, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can say it."""
+        """As plain JSON values, with the version of the format."""
         return {"version": VERSION, **asdict(self)}
 
     @staticmethod
-    def from_json(read: dict[str, Any]) -> IndexFacts:
+    def from_json(values: dict[str, Any]) -> IndexInfo:
         """What `to_json` gave.
 
         Raises:
             FormatError: for another version, or unknown or missing names.
         """
-        read = dict(read)
-        if (version := read.pop("version", None)) != VERSION:
+        values = dict(values)
+        if (version := values.pop("version", None)) != VERSION:
             got = f"an index of version {version!r}."
             raise FormatError(explain(got, want=f"version {VERSION}", fix="pip install -U saewb"))
-        known = {f.name for f in fields(IndexFacts)}
-        if set(read) - known or {"d_sae", "ctx_len", "rows"} - set(read):
-            wrong = sorted((set(read) - known) | ({"d_sae", "ctx_len", "rows"} - set(read)))
-            raise FormatError(explain(f"index.json has unknown or missing {wrong}.", want=", ".join(sorted(known))))
-        read["special"], read["rows"] = tuple(read["special"]), tuple((a, b) for a, b in read["rows"])
-        return IndexFacts(**read)
+        names = {f.name for f in fields(IndexInfo)}
+        required = {"d_sae", "ctx_len", "rows"}
+        if wrong := sorted((set(values) - names) | (required - set(values))):
+            raise FormatError(explain(f"index.json has unknown or missing {wrong}.", want=", ".join(sorted(names))))
+        values["special"], values["rows"] = tuple(values["special"]), tuple((a, b) for a, b in values["rows"])
+        return IndexInfo(**values)

@@ -1,4 +1,4 @@
-"""How the latents of an SAE go together on text, as a matrix to look at: 65,536 x 65,536, of which little is made."""
+"""Correlation of every two latents of an SAE on text, computed block by block when looked at."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def latent_matrix(
     skip_special_tokens: bool | Sequence[int] = True,
     progress: Callable[[int], Any] | None = None,
 ) -> MatrixView:
-    """Correlation of every two latents over tokens, without a table of pairs: what fires is kept, 40 bytes each.
+    """Correlation of every two latents over tokens, without a table of pairs: active latents are kept, 40 bytes each.
 
-        correlation: Pearson, of activations, zeros included;    phi: the same of whether they fire
+        correlation: Pearson, of activations, zeros included;    phi: the same of whether they are active
 
-    65,536 latents of which 64 fire on each of 65,536 tokens take 170 MB; a block of the matrix is made of that when it
-    is looked at. Counts of all pairs over many more tokens are `saewb.coactivation`'s, up to 28,000 latents.
+    65,536 latents of which 64 are active on each of 65,536 tokens take 170 MB; a block of the matrix is computed from
+    that when it is looked at. Counts of all pairs over many more tokens, up to 28,000 latents: `saewb.coactivation`.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         sae: of any architecture.
         tokens: ids, `[rows, ctx]`, or texts, to be packed into rows of `ctx_len`.
         by: "correlation" or "phi".
-        hook: where it reads, instead of `sae.cfg.hook`.
-        n_tokens: looked at, at most: the first ones.
-        min_fires: latents that fire on fewer tokens have no entries: two that fire once, together, would count as
-            one and the same.
+        hook: hook point it reads, instead of `sae.cfg.hook`.
+        n_tokens: tokens read at most, the first ones.
+        min_fires: latents active on fewer tokens have no entries: two that are active once, together, would
+            correlate perfectly.
         ctx_len: tokens in a row, if `tokens` are texts.
         skip_special_tokens: True leaves out the tokenizer's BOS, EOS, PAD and the like; or a list of ids.
-        progress: called with the number of tokens seen, now and then; what it raises ends the pass.
+        progress: called with the number of tokens read, now and then; what it raises ends the pass.
 
     Returns:
         A MatrixView over all latents of the SAE.
@@ -69,32 +69,32 @@ def latent_matrix(
     """
     if by not in _KINDS:
         raise ValueError(explain(f"latent_matrix got by={by!r}.", near=near(by, _KINDS), want=" or ".join(_KINDS)))
-    if n_tokens < 1 or (point := hook or sae.cfg.hook) is None:
+    if n_tokens < 1 or (hook_name := hook or sae.cfg.hook) is None:
         fix = "latent_matrix(model, sae, tokens, hook='blocks.4.hook_resid_post')"
         raise ValueError(explain(f"latent_matrix got hook={hook!r}, n_tokens={n_tokens}.", want="both", fix=fix))
     ids = token_rows(model, tokens, ctx_len)
-    plain = ~special_mask(ids, special_ids(model, skip_special_tokens))
-    found, seen, encoder = [], 0, SparseEncoder(sae)
+    mask = ~special_mask(ids, special_ids(model, skip_special_tokens))
+    parts, n_read, encoder = [], 0, SparseEncoder(sae)
     with eval_mode(model):
         for part in torch.arange(len(ids)).split(max(1, _PASS // ids.shape[1])):
-            x = _read(model, sae, ids[part], plain[part], point)[: n_tokens - seen]
-            found += [(on.token + seen + rows.start, on.latent, on.act.float()) for rows, on in encoder.tiles(x)]
-            seen += len(x)
+            x = _read(model, sae, ids[part], mask[part], hook_name)[: n_tokens - n_read]
+            parts += [(z.token + n_read + rows.start, z.latent, z.act.float()) for rows, z in encoder.tiles(x)]
+            n_read += len(x)
             if progress is not None:
-                progress(seen)
-            if seen == n_tokens:
+                progress(n_read)
+            if n_read == n_tokens:
                 break
-    if not seen:
+    if not n_read:
         what = f"all {ids.numel()} tokens are special."
         raise ValueError(explain(what, want="text", fix="latent_matrix(..., skip_special_tokens=False)"))
-    token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-    entries = Fired.of(token, latent, value, seen, sae.cfg.d_sae, by, min_fires)
-    return MatrixView(entries, entries.fires() / seen)
+    token, latent, act = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    entries = Fired.of(token, latent, act, n_read, sae.cfg.d_sae, by, min_fires)
+    return MatrixView(entries, entries.fires() / n_read)
 
 
 @torch.no_grad()
-def _read(model: nn.Module, sae: nn.Module, ids: Tensor, plain: Tensor, point: str) -> Tensor:
-    """What the SAE reads at the tokens that count."""
+def _read(model: nn.Module, sae: nn.Module, ids: Tensor, mask: Tensor, hook_name: str) -> Tensor:
+    """Input of the SAE at the tokens that count, `[tokens, d_in]`."""
     device = next(model.parameters()).device
-    activation = capture(model, ids.to(device), [point])[point]
-    return flatten_heads(sae, activation, sae.cfg.d_in, point)[plain.to(device)]
+    activation = capture(model, ids.to(device), [hook_name])[hook_name]
+    return flatten_heads(sae, activation, sae.cfg.d_in, hook_name)[mask.to(device)]

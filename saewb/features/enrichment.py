@@ -1,11 +1,11 @@
-"""Which kinds of tokens a latent promotes: token-set enrichment analysis (TSEA).
+"""Token-set enrichment analysis (TSEA): which kinds of tokens a latent promotes.
 
-1. The vocabulary is put in the order of a latent's logit effects, the most promoted first.
-2. Along it a sum runs: up by 1 / hits at a token of the set, down by 1 / misses at any other. It ends at 0.
-3. The score is where it was farthest from 0: near 1 if the set is at the top, near -1 if at the bottom.
-4. Random sets of the same size say how far from 0 chance gets.
+1. Sort the vocabulary by the latent's logit effects, the most promoted token first.
+2. Walk down it with a running sum: up by 1 / hits at a token of the set, down by 1 / misses at any other.
+3. The score is the sum farthest from 0: near 1 if the set is at the top, near -1 if at the bottom.
+4. Random sets of the same size give the null distribution.
 
-The sum turns at tokens of the set only, so its extremes are read off the places of those, and no sum is ever run.
+The sum turns at tokens of the set only, so its extremes follow from the ranks of those; no sum is run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def enrich(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How far up or down the vocabulary each set of tokens is, in the order of each latent's logit effects.
+    """Score how far up or down the vocabulary each token set is, sorted by each latent's logit effects.
 
         score = the extreme of  #{hits so far} / hits - #{misses so far} / misses      (with its sign, -1..1)
         p     = (1 + #{random sets of that size with |score| at least as large}) / (1 + n_permutations)
@@ -47,12 +47,12 @@ def enrich(
     Args:
         effects: what each latent adds to the logits: `sae.W_dec @ model.W_U`; any scale, only the order matters.
         sets: token ids by name, as `token_sets` gives them; each must have some tokens of the vocabulary, and not all.
-        latents: what to call the rows of `effects`; None is 0, 1, ...
+        latents: indices of the rows of `effects`; None is 0, 1, ...
         n_permutations: random sets for each size.
-        seed: of them.
+        seed: of the random sets.
 
     Returns:
-        A row per latent and set, the most certain and then the largest scores first: latent, set, size, score, p, q.
+        A row per latent and set, by p and then by |score|: latent, set, size, score, p, q.
 
     Raises:
         TypeError: for effects that are no matrix.
@@ -63,8 +63,8 @@ def enrich(
 
     Example:
         >>> effects = torch.arange(10.0)[None].repeat(2, 1) * torch.tensor([[1.0], [-1.0]])
-        >>> found = enrich(effects, {"last three": [7, 8, 9]}, n_permutations=99)
-        >>> found.sort_values("latent").score.tolist()
+        >>> table = enrich(effects, {"last three": [7, 8, 9]}, n_permutations=99)
+        >>> table.sort_values("latent").score.tolist()
         [1.0, -1.0]
     """
     import pandas as pd
@@ -78,20 +78,24 @@ def enrich(
     _check(effects, names, members, n_permutations)
     scores = enrichment_scores(effects, list(members.values()))
     sizes = [len(ids) for ids in members.values()]
-    different = sorted(set(sizes))
-    chance = dict(zip(different, _chance(different, effects.shape[1], n_permutations, seed), strict=True))
-    p = torch.stack([_p(scores[:, i], chance[size]) for i, size in enumerate(sizes)], 1)
-    table = {
+    distinct = sorted(set(sizes))
+    null = dict(zip(distinct, _null_scores(distinct, effects.shape[1], n_permutations, seed), strict=True))
+    p = torch.stack([_p_values(scores[:, i], null[size]) for i, size in enumerate(sizes)], 1)
+    columns = {
         "latent": [name for name in names for _ in members],
         "set": list(members) * len(names),
         "size": sizes * len(names),
         "score": scores.flatten().tolist(),
         "p": p.flatten().tolist(),
-        "q": _false_discoveries(p.flatten()).tolist(),
+        "q": _q_values(p.flatten()).tolist(),
     }
-    found = pd.DataFrame(table)
-    order = found.assign(far=found.score.abs()).sort_values(["p", "far"], ascending=[True, False], kind="stable").index
-    return found.loc[order].reset_index(drop=True)
+    table = pd.DataFrame(columns)
+    order = (
+        table.assign(magnitude=table.score.abs())
+        .sort_values(["p", "magnitude"], ascending=[True, False], kind="stable")
+        .index
+    )
+    return table.loc[order].reset_index(drop=True)
 
 
 @torch.no_grad()
@@ -114,43 +118,43 @@ def enrichment_scores(
 
 
 def _scores(order: Int[Tensor, "n d_vocab"], members: Sequence[Bool[Tensor, " d_vocab"]]) -> Float[Tensor, "n sets"]:
-    """Of each row, which has all tokens in its order."""
+    """Score each set along each row, an order of all tokens."""
     flat = order.flatten()
     hits = (member.to(order.device).index_select(0, flat).view(order.shape) for member in members)
     return torch.stack([_extreme(hit.nonzero()[:, 1].view(len(order), -1), order.shape[1]) for hit in hits], 1)
 
 
-def _extreme(places: Int[Tensor, "n hits"], d_vocab: int) -> Float[Tensor, " n"]:
-    """Where the running sum is farthest from 0. It is highest at one of the hits, and lowest just before one."""
-    hits = places.shape[1]
-    so_far = torch.arange(hits, dtype=torch.float64, device=places.device)
-    below = (places - so_far) / (d_vocab - hits)  # misses passed when a hit comes
+def _extreme(ranks: Int[Tensor, "n hits"], d_vocab: int) -> Float[Tensor, " n"]:
+    """The running sum farthest from 0; it is highest at one of the hits, and lowest just before one."""
+    hits = ranks.shape[1]
+    so_far = torch.arange(hits, dtype=torch.float64, device=ranks.device)
+    below = (ranks - so_far) / (d_vocab - hits)  # misses passed when a hit comes
     top, bottom = ((so_far + 1) / hits - below).amax(1), (so_far / hits - below).amin(1)
     return torch.where(top >= -bottom, top, bottom)
 
 
-def _chance(sizes: Sequence[int], d_vocab: int, n: int, seed: int) -> Float[Tensor, "sizes n"]:
+def _null_scores(sizes: Sequence[int], d_vocab: int, n: int, seed: int) -> Float[Tensor, "sizes n"]:
     """Sorted |score| of `n` random sets of each size: the first so many of a random order of the vocabulary."""
     rng = torch.Generator().manual_seed(seed)
     members = [torch.arange(d_vocab) < size for size in sizes]
-    found, step = [], max(1, _TILE // d_vocab)
+    scores, step = [], max(1, _TILE // d_vocab)
     for start in range(0, n, step):
         # float64, in which no two numbers are ever equal
         numbers = torch.rand(min(step, n - start), d_vocab, generator=rng, dtype=torch.float64)
-        found.append(_scores(numbers.argsort(dim=1), members))
-    return torch.cat(found).abs().T.contiguous().sort(dim=1).values
+        scores.append(_scores(numbers.argsort(dim=1), members))
+    return torch.cat(scores).abs().T.contiguous().sort(dim=1).values
 
 
-def _p(scores: Float[Tensor, " latents"], chance: Float[Tensor, " n"]) -> Float[Tensor, " latents"]:
-    # A hair below, so that equal scores are as large whatever the last place of their sums says.
-    at_least = len(chance) - torch.searchsorted(chance, scores.abs() - 1e-12)
-    return (1 + at_least).double() / (1 + len(chance))
+def _p_values(scores: Float[Tensor, " latents"], null: Float[Tensor, " n"]) -> Float[Tensor, " latents"]:
+    # A hair below, so that rounding does not tell equal scores apart.
+    at_least = len(null) - torch.searchsorted(null, scores.abs() - 1e-12)
+    return (1 + at_least).double() / (1 + len(null))
 
 
-def _false_discoveries(p: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
+def _q_values(p: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
     value, order = p.sort(stable=True)
-    raised = value * len(p) / torch.arange(1, len(p) + 1)
-    return torch.empty_like(p).scatter_(0, order, raised.flip(0).cummin(0).values.flip(0).clamp(max=1))
+    scaled = value * len(p) / torch.arange(1, len(p) + 1)
+    return torch.empty_like(p).scatter_(0, order, scaled.flip(0).cummin(0).values.flip(0).clamp(max=1))
 
 
 def _members(name: str, ids: Sequence[int] | Tensor, d_vocab: int) -> Int[Tensor, " tokens"]:

@@ -1,4 +1,4 @@
-"""The index: what was gathered, as pages, tables and searches."""
+"""The feature index: what every latent does on text, as latents, tables, searches and pages."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.features import overview, search, storage
-from saewb.features.accumulate import Gathering
-from saewb.features.config import IndexFacts
-from saewb.features.latent import Latent, page
-from saewb.features.matrix import firing_matrix
-from saewb.features.ranking import readable
-from saewb.features.together import N_COACTIVE, coactive
-from saewb.features.token_texts import Words
+from saewb.features import search, storage
+from saewb.features.accumulate import LatentAccumulator
+from saewb.features.config import N_COACTIVE, IndexInfo
+from saewb.features.html import MAX_LATENTS, write_page
+from saewb.features.latent import Latent, read_latent
+from saewb.features.neighbors import coactive, firing_matrix
+from saewb.features.ranking import interpretability_score, latent_table
+from saewb.features.token_texts import TokenTexts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureIndex:
-    """What every latent of an SAE does, on text: made by `saewb.build_index`, opened by `saewb.load_index`.
+    """What every latent of an SAE does on text: built by `saewb.build_index`, opened by `saewb.load_index`.
 
-    Needs neither model nor SAE to be looked at. `tensors` are, after `load_index`, mapped from the disk: a page reads
+    Needs neither model nor SAE to be read. After `load_index` the `tensors` are mapped from the disk: `latent` reads
     its own rows only (under 5 ms at 65,536 latents).
 
     Example:
@@ -44,56 +44,58 @@ class FeatureIndex:
         (True, ' who')
     """
 
-    facts: IndexFacts  # what it is about
-    tensors: Mapping[str, Tensor]  # what was gathered, by name; see the modules of saewb.features
-    words: Words  # the strings of the tokenizer that it needs
+    info: IndexInfo
+    """What it is of and how it was built."""
+    tensors: Mapping[str, Tensor]
+    """Contexts, counts, logit effects and neighbors by name; see the modules of saewb.features."""
+    token_texts: TokenTexts
+    """Texts of the tokens it shows."""
 
     def __len__(self) -> int:
-        return self.facts.d_sae
+        return self.info.d_sae
 
     def __iter__(self) -> Iterator[Latent]:
         return map(self.latent, range(len(self)))
 
     def __repr__(self) -> str:
-        facts = self.facts
-        where = facts.hook if facts.hook_out == facts.hook else f"{facts.hook} => {facts.hook_out}"
-        partly = "" if self.is_complete else f"; stopped after {facts.n_rows} of {facts.n_planned} rows"
-        return f"FeatureIndex({len(self)} latents on {facts.n_tokens:,} tokens, {where} of {facts.model}{partly})"
+        info = self.info
+        site = info.hook if info.hook_out == info.hook else f"{info.hook} => {info.hook_out}"
+        stopped = "" if self.is_complete else f"; stopped after {info.n_rows} of {info.n_planned} rows"
+        return f"FeatureIndex({len(self)} latents on {info.n_tokens:,} tokens, {site} of {info.model}{stopped})"
 
     @property
     def n_tokens(self) -> int:
-        """Tokens seen, special ones left out."""
-        return self.facts.n_tokens
+        """Tokens read, special ones left out."""
+        return self.info.n_tokens
 
     @property
     def is_complete(self) -> bool:
         """False if the pass was stopped before its end; `build_index(..., folder=)` goes on from there."""
-        return self.facts.n_planned is None
+        return self.info.n_planned is None
 
     def latent(self, i: int) -> Latent:
         """Everything about one latent.
 
-        Logit effects are the latent's decoder row through TransformerLens' folded, centered unembedding: each coordinate
+        Logit effects are the decoder direction through TransformerLens' folded, centered unembedding: each coordinate
         times the final norm's weight, minus the mean over d_model where the norm centers (LayerNorm), times W_U, minus
-        the mean over words. Multiply with the activation and divide by the length of the final residual stream (its
-        RMS) for what it adds to the logits directly, past later layers.
+        the mean over the vocabulary. Multiply with the activation and divide by the length of the final residual stream
+        (its RMS) for what it adds to the logits directly, past later layers.
 
         Raises:
             ValueError: if there is no such latent.
         """
         if not -len(self) <= int(i) < len(self):
             raise ValueError(explain(f"latent {i} of {self!r}.", want=f"0 to {len(self) - 1}", fix="index.latent(0)"))
-        f = self.facts
-        return page(self.tensors, self.words, int(i) % len(self), f.n_tokens, f.before, f.ctx_len, f.n_quantiles)
+        return read_latent(self.info, self.tensors, self.token_texts, int(i) % len(self))
 
     @property
     def density(self) -> Tensor:
-        """The fraction of tokens on which each latent fires, `[d_sae]`."""
+        """Fraction of tokens on which each latent is active, `[d_sae]`."""
         return self.tensors["counts.by_position"].sum(1).double() / max(1, self.n_tokens)
 
     @property
     def largest(self) -> Tensor:
-        """The strongest activation of each latent, with its sign, 0 if it never fires: `[d_sae]`."""
+        """Strongest activation of each latent, with its sign, 0 if it is never active: `[d_sae]`."""
         return self.tensors["top.value"][:, 0].clone()
 
     def table(self) -> pd.DataFrame:
@@ -102,15 +104,16 @@ class FeatureIndex:
         `top_token` is the token most of its contexts are about, `single_token_share` the share of them (of the
         strongest and the sampled); `contextual` is the score that `ranking` sorts by.
         """
-        return overview.table(self.facts, self.tensors, self.words)
+        return latent_table(self.info, self.tensors, self.token_texts)
 
     def ranking(self, n: int | None = None) -> list[int]:
-        """Latents a person can probably name, first those of which a context says more than a single token does."""
-        order = readable(self.facts, self.tensors, self.words).argsort(descending=True, stable=True)
+        """Latents ordered by how likely a person can name them; those of a single token come last."""
+        scores = interpretability_score(self.info, self.tensors, self.token_texts)
+        order = scores.argsort(descending=True, stable=True)
         return order[:n].tolist()
 
     def search(self, what: str | int | re.Pattern[str], n: int | None = None) -> pd.DataFrame:
-        """Latents with this text, token id or pattern in the contexts they fire on, or among their words.
+        """Latents with this text, token id or pattern in their contexts or among their logit effects.
 
         Args:
             what: a text, found regardless of case where a context has it; a token id; or a compiled pattern.
@@ -119,94 +122,88 @@ class FeatureIndex:
         Returns:
             One row per latent, best first: latent, contexts (how many of its contexts have it), firing (the share of
             them in which the latent fires on it), activation (its largest on it), logit (its largest effect among the
-            words listed that match, else nan), example.
+            tokens listed that match, else nan), example.
 
         Raises:
             TypeError: for anything else.
             ValueError: for an empty text.
         """
-        return search.search(self.facts, self.tensors, self.words, what, n)
+        return search.search(self.info, self.tensors, self.token_texts, what, n)
 
     def find(self, model: nn.Module, sae: nn.Module, prompt: str | Sequence[int] | Tensor) -> pd.DataFrame:
-        """Which latents fire where in a text: token, position, latent, activation, of_max (share of its largest)."""
-        return search.find(self.facts, self.tensors, model, sae, prompt)
+        """Active latents of a prompt: token, position, latent, activation, of_max (share of its largest)."""
+        return search.find(self.info, self.tensors, model, sae, prompt)
 
     def matrix(self, min_fires: int = 10) -> MatrixView:
-        """Which latents fire together, as a matrix of phi to look at, from the tokens sampled (`coactive_tokens`).
+        """Correlation phi of which latents are active together, on the sampled tokens (`coactive_tokens`), as a view.
 
             phi = (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
 
-        Of a token on which more than 128 latents fire, the strongest are known.
+        Of a token on which more than 128 latents are active, the strongest count.
 
         Args:
-            min_fires: latents that fire on fewer of these tokens have no entries.
+            min_fires: latents active on fewer of these tokens have no entries.
 
         Raises:
             ValueError: if no tokens were sampled.
         """
-        return firing_matrix(self.facts, self.tensors, min_fires)
+        return firing_matrix(self.info, self.tensors, min_fires)
 
     def save(self, path: str | Path) -> Path:
-        """Write it to a folder, new or of an index: whole or not at all.
+        """Write the index to a folder, new or of an index: whole or not at all.
 
         Raises:
             FileExistsError: if the folder holds other things.
         """
-        return storage.write(Path(path).expanduser(), self.facts, dict(self.tensors), self.words)
+        return storage.write_index(Path(path).expanduser(), self.info, dict(self.tensors), self.token_texts)
 
     def save_html(self, path: str | Path, latents: Sequence[int] | None = None, title: str | None = None) -> Path:
-        """Write one page that shows these latents to anyone with a browser: no network, no kernel.
+        """Write one HTML file that shows latents to anyone with a browser: no network, no kernel.
 
         Args:
             path: of the file.
             latents: in the order to show them; None: the 500 first of `ranking()`.
-            title: of the page; None says what the index is about.
-        """
-        from saewb.features.html import write_page
+            title: of the page; None says what the index is of.
 
-        return write_page(self, Path(path).expanduser(), latents, title)
+        Raises:
+            ValueError: for no latents, or one that is not there.
+            IsADirectoryError: if `path` is a folder.
+        """
+        info = self.info
+        shown = self.ranking(MAX_LATENTS) if latents is None else [int(i) for i in latents]
+        return write_page(
+            map(self.latent, shown),
+            Path(path).expanduser(),
+            title=title or f"Features of {info.model} at {info.hook}",
+            about=f"{len(self):,} latents on {info.n_tokens:,} tokens. {info.sae}",
+            special=info.special,
+        )
 
     def merge(self, other: FeatureIndex) -> FeatureIndex:
-        """One index of the text of both: the very same as of all of it at once.
+        """Merge with an index of other rows of text: the very same as of all of it at once.
 
         Needs `first_row` given when the second part was built, so that no two rows of text have the same number.
 
         Raises:
             ValueError: if they are of different SAEs or settings, or rows of text are in both.
         """
-        self.facts.check_same(other.facts, "merge")
-        gathering = Gathering(self.facts.plan)
-        gathering.restore(self.tensors)
-        gathering.merge(other.tensors)
-        facts = self.facts.with_rows(other.facts.rows, other.facts.n_tokens)
-        return self.with_gathered(facts, gathering, self.words.merged(other.words))
+        self.info.check_mergeable(other.info, "merge")
+        accumulator = LatentAccumulator(self.info.config)
+        accumulator.restore(self.tensors)
+        accumulator.merge(other.tensors)
+        info = self.info.with_rows(other.info.rows, other.info.n_tokens)
+        return self.with_accumulated(info, accumulator, self.token_texts.merge(other.token_texts))
 
-    def extend(self, model: nn.Module, sae: nn.Module, tokens: Tensor | Sequence[str], **how: Any) -> FeatureIndex:
-        """An index of this one's text and more, as if built of both at once; this one stays as it is.
-
-        Args:
-            model: the one it was built with.
-            sae: likewise.
-            tokens: ids in rows of the same length, or texts.
-            how: `batch_size`, `progress` as for `build_index`.
-
-        Raises:
-            ValueError: if the SAE or the length of rows is another.
-        """
-        from saewb.features.build import extend_index
-
-        return extend_index(self, model, sae, tokens, **how)
-
-    def with_gathered(self, facts: IndexFacts, gathering: Gathering, words: Words) -> FeatureIndex:
-        """The same weights' figures with what was gathered since; what one part alone can know is dropped."""
-        kept = {k: t for k, t in self.tensors.items() if k.split(".")[0] in ("logits", "nearest", "decoder_norm")}
-        gathered = {k: t.cpu() for k, t in gathering.tensors().items()}
-        together = coactive(gathered["active.token_active"], facts.d_sae, N_COACTIVE)
-        return replace(self, facts=facts, tensors=kept | gathered | together, words=words)
+    def with_accumulated(self, info: IndexInfo, accumulator: LatentAccumulator, texts: TokenTexts) -> FeatureIndex:
+        """The same weights with newly accumulated statistics; what only one part knows (loss effects) is dropped."""
+        weights = {k: t for k, t in self.tensors.items() if k.split(".")[0] in ("logits", "nearest", "decoder_norm")}
+        accumulated = {k: t.cpu() for k, t in accumulator.tensors().items()}
+        together = coactive(accumulated["active.token_active"], info.d_sae, N_COACTIVE)
+        return replace(self, info=info, tensors=weights | accumulated | together, token_texts=texts)
 
 
 def load_index(path: str | Path) -> FeatureIndex:
-    """Open what `index.save` wrote: in milliseconds, whatever its size, since pages are read when asked for.
+    """Open an index that `index.save` wrote: in milliseconds, whatever its size, as latents are read when asked for.
 
     Args:
         path: the folder.
@@ -225,4 +222,4 @@ def load_index(path: str | Path) -> FeatureIndex:
         FileNotFoundError: no index at 'nowhere'.
           want: a folder with index.json, as index.save(folder) writes it
     """
-    return FeatureIndex(*storage.read(Path(path).expanduser()))
+    return FeatureIndex(*storage.read_index(Path(path).expanduser()))

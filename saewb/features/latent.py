@@ -1,31 +1,39 @@
-"""What a page about one latent shows."""
+"""A latent as an index knows it: contexts, histograms, logit effects, neighbors; and the same as plain JSON values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saewb.features.counts import N_BINS
-from saewb.features.token_texts import Words
+from saewb.features.accumulate import N_BINS
+from saewb.features.config import IndexInfo
+from saewb.features.token_texts import TokenTexts
 from saewb.features.top_contexts import EMPTY
 
 
 @dataclass(frozen=True)
 class Context:
-    """A piece of text and how strongly the latent fires on each of its tokens."""
+    """A piece of text and how active the latent is on each of its tokens."""
 
-    tokens: tuple[str, ...]  # their text; joined it is the text of the piece
-    ids: tuple[int, ...]  # token ids
-    acts: tuple[float, ...]  # the latent's activation at each, 0 at special tokens
-    at: int  # which of them the context is about
-    row: int  # number of the row of text it is from
-    position: int  # in that row, of the token it is about
-    # Loss at each token without the latent, less loss with it, in nats; None where it was not asked for.
+    tokens: tuple[str, ...]
+    """Texts of the tokens; joined they are the piece."""
+    ids: tuple[int, ...]
+    """Token ids."""
+    acts: tuple[float, ...]
+    """Activation of the latent at each token, 0 at special ones."""
+    at: int
+    """Which of the tokens the context is about."""
+    row: int
+    """Number of its row in the text."""
+    position: int
+    """Position in the row of the token it is about."""
     loss_effects: tuple[float, ...] | None = None
+    """Loss at each token without the latent, minus loss with it, in nats; None where it was not computed."""
 
     @property
     def value(self) -> float:
@@ -42,89 +50,175 @@ class Context:
         """The piece, as one string."""
         return "".join(self.tokens)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values; `loss` only where it was computed."""
+        values = {
+            "at": self.at,
+            "row": self.row,
+            "position": self.position,
+            "tokens": list(self.tokens),
+            "ids": list(self.ids),
+            "acts": list(self.acts),
+        }
+        return values if self.loss_effects is None else values | {"loss": list(self.loss_effects)}
+
 
 @dataclass(frozen=True)
 class Logit:
-    """A word that a latent makes more or less likely."""
+    """A token that a latent makes more or less likely."""
 
-    token: str  # its text
-    id: int  # its token id
-    effect: float  # logits per unit of activation, where the final norm divides by 1; see `FeatureIndex.latent`
+    token: str
+    """Its text."""
+    id: int
+    """Its token id."""
+    effect: float
+    """Logits per unit of activation, where the final norm divides by 1; see `FeatureIndex.latent`."""
 
 
 @dataclass(frozen=True)
 class Neighbor:
     """A latent with a direction near to this one's."""
 
-    latent: int  # its index
-    cosine: float  # -1..1
+    latent: int
+    """Its index."""
+    cosine: float
+    """Cosine of the two directions, -1..1."""
 
 
 @dataclass(frozen=True)
 class Coactive:
-    """A latent that fires on the same tokens as this one."""
+    """A latent that is active on the same tokens as this one."""
 
-    latent: int  # its index
-    together: int  # sampled tokens on which both fire
-    given: float  # share of this one's (sampled) firings on which that one fires too
-    phi: float  # correlation of whether they fire, -1..1
+    latent: int
+    """Its index."""
+    together: int
+    """Sampled tokens on which both are active."""
+    share: float
+    """Share of this one's sampled tokens on which that one is active too."""
+    phi: float
+    """Correlation of whether they are active, -1..1."""
 
 
 @dataclass(frozen=True)
 class Histogram:
     """Counts of values in bins of equal width."""
 
-    edges: tuple[float, ...]  # one more than counts, ascending
-    counts: tuple[int, ...]  # values in [edges[i], edges[i + 1])
+    edges: tuple[float, ...]
+    """Edges of the bins, ascending; one more than counts."""
+    counts: tuple[int, ...]
+    """Values in [edges[i], edges[i + 1])."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return {"low": self.edges[0], "high": self.edges[-1], "counts": list(self.counts)}
 
 
 @dataclass(frozen=True)
 class PositionDensity:
-    """How often a latent fires by position in the row, in groups 0, 1, 2-3, 4-7, ..."""
+    """How often a latent is active by position in the row, in groups 0, 1, 2-3, 4-7, ..."""
 
-    starts: tuple[int, ...]  # first position of each group
-    density: tuple[float, ...]  # fraction of the group's tokens on which it fires; 0 where the group has none
-    n_tokens: tuple[int, ...]  # tokens of each group
+    starts: tuple[int, ...]
+    """First position of each group."""
+    density: tuple[float, ...]
+    """Fraction of the group's tokens on which it is active; 0 where the group has none."""
+    n_tokens: tuple[int, ...]
+    """Tokens of each group."""
 
 
 @dataclass(frozen=True)
 class Latent:
     """Everything an index knows about one latent."""
 
-    index: int  # which latent
-    n_active: int  # tokens on which it fires
-    density: float  # the same as a fraction of all tokens
-    max: float  # its strongest activation (with its sign), 0 if it never fires
-    mean: float  # of the activations that are not 0; 0 if it never fires
-    histogram: Histogram = field(repr=False)  # of |activation|, where it is not 0
-    positions: PositionDensity = field(repr=False)  # how often it fires by position in the row
-    top: tuple[Context, ...] = field(repr=False)  # where it is strongest, strongest first
-    quantiles: tuple[tuple[Context, ...], ...] = field(repr=False)  # sampled firings, weakest group first
-    logits_top: tuple[Logit, ...] = field(repr=False)  # most raised first; empty where it has no effect on logits
-    logits_bottom: tuple[Logit, ...] = field(repr=False)  # most lowered first
-    logit_histogram: Histogram | None = field(repr=False)  # of the effects on all words
-    nearest_by_decoder: tuple[Neighbor, ...] = field(repr=False)  # largest |cosine| of decoder rows first
-    nearest_by_encoder: tuple[Neighbor, ...] = field(repr=False)  # the same of encoder columns
-    coactive: tuple[Coactive, ...] = field(repr=False)  # largest phi first
-    decoder_norm: float  # length of its decoder row
+    index: int
+    """Which latent."""
+    n_active: int
+    """Tokens on which it is active."""
+    density: float
+    """The same as a fraction of all tokens."""
+    max: float
+    """Its strongest activation, with its sign; 0 if it is never active."""
+    mean: float
+    """Mean of the activations that are not 0; 0 if it is never active."""
+    histogram: Histogram = field(repr=False)
+    """Histogram of |activation| where it is not 0."""
+    positions: PositionDensity = field(repr=False)
+    """How often it is active by position in the row."""
+    top: tuple[Context, ...] = field(repr=False)
+    """Contexts in which it is strongest, strongest first."""
+    quantiles: tuple[tuple[Context, ...], ...] = field(repr=False)
+    """Sampled contexts in groups by activation, weakest group first."""
+    logits_top: tuple[Logit, ...] = field(repr=False)
+    """Tokens raised most; empty where it has no effect on logits."""
+    logits_bottom: tuple[Logit, ...] = field(repr=False)
+    """Tokens lowered most."""
+    logit_histogram: Histogram | None = field(repr=False)
+    """Histogram of its effects on all tokens of the vocabulary."""
+    nearest_by_decoder: tuple[Neighbor, ...] = field(repr=False)
+    """Latents of largest |cosine| of decoder directions."""
+    nearest_by_encoder: tuple[Neighbor, ...] = field(repr=False)
+    """Latents of largest |cosine| of encoder directions."""
+    coactive: tuple[Coactive, ...] = field(repr=False)
+    """Latents active on the same tokens, largest phi first."""
+    decoder_norm: float
+    """Norm of its decoder direction; nan if unknown."""
+
+    def to_dict(self, digits: int | None = None) -> dict[str, Any]:
+        """The same as plain JSON values: what the HTML page, the panels and Neuronpedia's JSON are made of.
+
+        Groups and their contexts come strongest first; `scale` is the largest |activation| in any context; `raised` and
+        `lowered` are `[token, id, effect]`, `by_decoder` and `by_encoder` `[latent, cosine]`, `coactive` `[latent,
+        share, phi, together]`.
+
+        Args:
+            digits: significant digits of all floats; None leaves them as they are.
+        """
+        contexts = [*self.top, *(c for group in self.quantiles for c in group)]
+        values = {
+            "latent": self.index,
+            "n_active": self.n_active,
+            "density": self.density,
+            "max": self.max,
+            "mean": self.mean,
+            "norm": None if self.decoder_norm != self.decoder_norm else self.decoder_norm,
+            "scale": max((abs(a) for c in contexts for a in c.acts), default=0.0) or 1.0,
+            "histogram": self.histogram.to_dict(),
+            "positions": {"starts": list(self.positions.starts), "density": list(self.positions.density)},
+            "logits": self.logit_histogram and self.logit_histogram.to_dict(),
+            "raised": [[x.token, x.id, x.effect] for x in self.logits_top],
+            "lowered": [[x.token, x.id, x.effect] for x in self.logits_bottom],
+            "by_decoder": [[x.latent, x.cosine] for x in self.nearest_by_decoder],
+            "by_encoder": [[x.latent, x.cosine] for x in self.nearest_by_encoder],
+            "coactive": [[x.latent, x.share, x.phi, x.together] for x in self.coactive],
+            "top": [c.to_dict() for c in self.top],
+            "groups": [[c.to_dict() for c in group[::-1]] for group in self.quantiles[::-1]],
+        }
+        return values if digits is None else _round_floats(values, digits)
 
 
-def page(tensors: Mapping[str, Tensor], words: Words, i: int, n_tokens: int, before: int, ctx: int, n_q: int) -> Latent:
-    """Latent `i` of an index's tensors; reads its rows of them only."""
+def _round_floats(value: Any, digits: int) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {k: _round_floats(v, digits) for k, v in value.items()}
+    return [_round_floats(v, digits) for v in value] if isinstance(value, list) else value
+
+
+def read_latent(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, i: int) -> Latent:
+    """Latent `i` of an index; reads its rows of the tensors only."""
     n_active = int(tensors["counts.by_position"][i].sum())
-    top = _contexts(tensors, "top", words, i, before, ctx)
+    top = _contexts(info, tensors, texts, "top", i)
     return Latent(
         index=i,
         n_active=n_active,
-        density=n_active / n_tokens if n_tokens else 0.0,
+        density=n_active / info.n_tokens if info.n_tokens else 0.0,
         max=top[0].value if top else 0.0,
         mean=float(tensors["counts.total"][i]) / n_active if n_active else 0.0,
         histogram=_histogram(tensors, i),
         positions=_positions(tensors, i),
         top=top,
-        quantiles=quantile_groups(_contexts(tensors, "sample", words, i, before, ctx), n_q),
-        logits_top=_logits(tensors, "top", words, i),
-        logits_bottom=_logits(tensors, "bottom", words, i),
+        quantiles=quantile_groups(_contexts(info, tensors, texts, "sample", i), info.n_quantiles),
+        logits_top=_logits(tensors, texts, "top", i),
+        logits_bottom=_logits(tensors, texts, "bottom", i),
         logit_histogram=_logit_histogram(tensors, i),
         nearest_by_decoder=_neighbors(tensors, "decoder", i),
         nearest_by_encoder=_neighbors(tensors, "encoder", i),
@@ -134,26 +228,34 @@ def page(tensors: Mapping[str, Tensor], words: Words, i: int, n_tokens: int, bef
 
 
 def quantile_groups(sample: tuple[Context, ...], n: int) -> tuple[tuple[Context, ...], ...]:
-    """A sample of firings cut into `n` groups of equal size (to one), by size of activation, weakest first."""
+    """Split sampled contexts into `n` groups of equal size (to one) by |activation|, weakest first."""
     ordered = sorted(sample, key=lambda c: (abs(c.value), c.row, c.position))
     cuts = [round(j * len(ordered) / n) for j in range(n + 1)]
     return tuple(tuple(ordered[a:b]) for a, b in pairwise(cuts))
 
 
-def _contexts(tensors: Mapping[str, Tensor], shelf: str, words: Words, i: int, before: int, ctx: int) -> tuple:
-    n = int((tensors[f"{shelf}.order"][i] != EMPTY).sum())
-    ids, acts = tensors[f"{shelf}.tokens"][i, :n].tolist(), tensors[f"{shelf}.acts"][i, :n].tolist()
-    positions = tensors[f"{shelf}.position"][i, :n].tolist()
-    losses = _losses(tensors, i, n) if shelf == "top" else [None] * n
-    made = []
+def _contexts(
+    info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, name: str, i: int
+) -> tuple[Context, ...]:
+    n = int((tensors[f"{name}.order"][i] != EMPTY).sum())
+    ids, acts, positions = (tensors[f"{name}.{part}"][i, :n].tolist() for part in ("tokens", "acts", "position"))
+    losses = _losses(tensors, i, n) if name == "top" else [None] * n
+    contexts = []
     for row, act, position, loss in zip(ids, acts, positions, losses, strict=True):
         inside = [j for j, token in enumerate(row) if token >= 0]
-        kept = [row[j] for j in inside]
-        of = tuple(loss[j] for j in inside) if loss else None
-        spelled = tuple(words.spelled(kept))
-        there = tuple(act[j] for j in inside)
-        made.append(Context(spelled, tuple(kept), there, before - inside[0], position // ctx, position % ctx, of))
-    return tuple(made)
+        tokens = tuple(row[j] for j in inside)
+        contexts.append(
+            Context(
+                tokens=tuple(texts.decode(tokens)),
+                ids=tokens,
+                acts=tuple(act[j] for j in inside),
+                at=info.before - inside[0],
+                row=position // info.ctx_len,
+                position=position % info.ctx_len,
+                loss_effects=tuple(loss[j] for j in inside) if loss else None,
+            )
+        )
+    return tuple(contexts)
 
 
 def _losses(tensors: Mapping[str, Tensor], i: int, n: int) -> list:
@@ -170,16 +272,17 @@ def _histogram(tensors: Mapping[str, Tensor], i: int) -> Histogram:
 
 
 def _positions(tensors: Mapping[str, Tensor], i: int) -> PositionDensity:
-    fired, n = tensors["counts.by_position"][i].tolist(), tensors["counts.n_by_position"].tolist()
-    starts = tuple((1 << g) // 2 for g in range(len(n)))
-    return PositionDensity(starts, tuple(f / m if m else 0.0 for f, m in zip(fired, n, strict=True)), tuple(n))
+    n_active, n_tokens = tensors["counts.by_position"][i].tolist(), tensors["counts.n_by_position"].tolist()
+    starts = tuple((1 << g) // 2 for g in range(len(n_tokens)))
+    density = tuple(a / n if n else 0.0 for a, n in zip(n_active, n_tokens, strict=True))
+    return PositionDensity(starts, density, tuple(n_tokens))
 
 
-def _logits(tensors: Mapping[str, Tensor], end: str, words: Words, i: int) -> tuple[Logit, ...]:
+def _logits(tensors: Mapping[str, Tensor], texts: TokenTexts, end: str, i: int) -> tuple[Logit, ...]:
     if f"logits.{end}" not in tensors:
         return ()
     pairs = zip(tensors[f"logits.{end}_ids"][i].tolist(), tensors[f"logits.{end}"][i].tolist(), strict=True)
-    return tuple(Logit(words.of(token), token, effect) for token, effect in pairs)
+    return tuple(Logit(texts.decode_token(token), token, effect) for token, effect in pairs)
 
 
 def _logit_histogram(tensors: Mapping[str, Tensor], i: int) -> Histogram | None:
@@ -200,6 +303,6 @@ def _neighbors(tensors: Mapping[str, Tensor], by: str, i: int) -> tuple[Neighbor
 def _coactive(tensors: Mapping[str, Tensor], i: int) -> tuple[Coactive, ...]:
     if "coactive.latent" not in tensors:
         return ()
-    own = int(tensors["coactive.fired"][i])
+    n_active = int(tensors["coactive.fired"][i])
     rows = (tensors[f"coactive.{name}"][i].tolist() for name in ("latent", "together", "phi"))
-    return tuple(Coactive(j, both, both / own, phi) for j, both, phi in zip(*rows, strict=True) if j >= 0)
+    return tuple(Coactive(j, both, both / n_active, phi) for j, both, phi in zip(*rows, strict=True) if j >= 0)

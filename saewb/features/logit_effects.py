@@ -1,64 +1,70 @@
-"""What the weights alone say about latents: effects on logits (and in `nearest` neighbors)."""
+"""Effects of latents on predictions: logit effects of their directions, loss effects of ablating them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saewb.features.config import IndexInfo
 from saewb.features.neighbors import nearest_bytes
+from saewb.features.top_contexts import EMPTY
+from saewb.interventions.attachment import attach
 from saewb.models import hook_points
 
 N_LOGIT_BINS = 40
-TILE = 2**24  # numbers of [latents, d_vocab] held at a time, at most (64 MiB in float32)
-_IN_CACHE = 2**19  # of them whose bins are told at a time
+TILE = 2**24  # effects [latents, d_vocab] held at a time, at most (64 MiB in float32)
+_IN_CACHE = 2**19  # effects binned at a time
+_ENDS = ("top", "bottom")
+_ABLATED_ROWS = 8  # rows run at a time, one latent ablated in each
 
 
-def written(
-    model: nn.Module, rows: Float[Tensor, "n d_out"], hook_out: str, head: int | None = None
+def project_to_residual(
+    model: nn.Module, directions: Float[Tensor, "n d_out"], hook_name: str, head: int | None = None
 ) -> Float[Tensor, "n d_model"] | None:
-    """What directions at a point add to the residual stream; None where the point does not write into it.
+    """Project directions at a hook point to what they add to the residual stream; None where it adds nothing.
 
-    The directions themselves where the point is as wide as the model; through `W_O` at `hook_z` (that of one head, if
-    `head` says so), through `W_out` at `mlp.hook_post`. A norm between there and the residual stream (Gemma) is left
-    out.
+    As they are where the point is as wide as the model; through `W_O` at `hook_z` (of one head, if `head` is given),
+    through `W_out` at `mlp.hook_post`. A norm between there and the residual stream (Gemma) is left out.
     """
-    point, rows = hook_points.resolve(model, hook_out), rows.detach()
+    point, directions = hook_points.resolve(model, hook_name), directions.detach()
     endings = {name.rpartition(".")[2] for name in point.names}
     if "hook_z" in endings:
-        w_o = model.blocks[point.layer].attn.W_O.detach().to(rows)
-        return rows @ (w_o.flatten(0, 1) if head is None else w_o[head])
+        w_o = model.blocks[point.layer].attn.W_O.detach().to(directions)
+        return directions @ (w_o.flatten(0, 1) if head is None else w_o[head])
     if any(name.endswith("mlp.hook_post") for name in point.names):
-        return rows @ model.blocks[point.layer].mlp.W_out.detach().to(rows)
+        return directions @ model.blocks[point.layer].mlp.W_out.detach().to(directions)
     inside = endings & {"hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_pre", "hook_pattern"}
-    return rows if rows.shape[1] == model.cfg.d_model and not inside else None
+    return directions if directions.shape[1] == model.cfg.d_model and not inside else None
 
 
 def logit_effects(
     directions: Float[Tensor, "d_sae d_model"], w: Float[Tensor, "d_model d_vocab"], n: int
 ) -> dict[str, Tensor]:
-    """Per latent the `n` words its direction raises and lowers most, and a histogram of its effect on all words."""
+    """Find the `n` tokens that each direction raises and lowers most, and the histogram of its effect on all tokens.
+
+    effects = directions @ w        [d_sae, d_vocab], a tile at a time
+    """
     n, step, device = min(n, w.shape[1]), max(1, TILE // w.shape[1]), w.device
-    # All memory is taken before the loop: new memory for each product, with what is kept of it in between, is given
-    # back to the system only at the end, and all products of a wide SAE are tens of gigabytes.
+    # Allocated before the loop: a new buffer for each product, with results kept in between, goes back to the system
+    # only at the end, and all products of a wide SAE are tens of gigabytes.
     buffer = w.new_empty(min(step, len(directions)), w.shape[1])
-    made = {f"{end}_ids": torch.empty(len(directions), n, dtype=torch.int32, device=device) for end in _ENDS}
-    made |= {end: w.new_empty(len(directions), n) for end in _ENDS}
-    made["counts"] = torch.zeros(len(directions), N_LOGIT_BINS, dtype=torch.int32, device=device)
+    result = {f"{end}_ids": torch.empty(len(directions), n, dtype=torch.int32, device=device) for end in _ENDS}
+    result |= {end: w.new_empty(len(directions), n) for end in _ENDS}
+    result["counts"] = torch.zeros(len(directions), N_LOGIT_BINS, dtype=torch.int32, device=device)
     histogram = _Histogram(w)
     for begin in range(0, len(directions), step):
-        at = slice(begin, begin + step)
-        part = directions[at].to(w.dtype)
+        rows = slice(begin, begin + step)
+        part = directions[rows].to(w.dtype)
         effects = torch.mm(part, w, out=buffer[: len(part)])
         for end in _ENDS:
-            found = effects.topk(n, dim=1, largest=end == "top")
-            made[end][at], made[f"{end}_ids"][at] = found.values, found.indices.int()
-        histogram.count(effects, made["bottom"][at, :1], made["top"][at, :1], made["counts"][at])
-    made["range"] = torch.cat([made["bottom"][:, :1], made["top"][:, :1]], 1)
-    return {f"logits.{name}": t for name, t in made.items()}
-
-
-_ENDS = ("top", "bottom")
+            extreme = effects.topk(n, dim=1, largest=end == "top")
+            result[end][rows], result[f"{end}_ids"][rows] = extreme.values, extreme.indices.int()
+        histogram.count(effects, result["bottom"][rows, :1], result["top"][rows, :1], result["counts"][rows])
+    result["range"] = torch.cat([result["bottom"][:, :1], result["top"][:, :1]], 1)
+    return {f"logits.{name}": t for name, t in result.items()}
 
 
 class _Histogram:
@@ -80,11 +86,74 @@ class _Histogram:
 
 
 def weights_bytes(d_sae: int, d_model: int, d_vocab: int, n_logits: int = 10, n_nearest: int = 8) -> int:
-    """What the weights' figures take at most while they are made, in bytes, with what is kept of them.
+    """Peak memory, in bytes, of logit effects and nearest latents, with their results.
 
-    The larger of logit effects (the folded unembedding, and a block of effects) and of neighbors (one matrix of the
-    SAE in float32 and bf16, and a block of cosines).
+    The larger of logit effects (the folded unembedding, and a tile of effects) and of neighbors (one matrix of the
+    SAE in float32 and bf16, and a tile of cosines).
     """
-    kept = d_sae * (2 * 8 * n_logits + 4 * N_LOGIT_BINS + 8 + 2 * 8 * n_nearest + 4)
+    results = d_sae * (2 * 8 * n_logits + 4 * N_LOGIT_BINS + 8 + 2 * 8 * n_nearest + 4)
     logits = 4 * (d_model * d_vocab + max(TILE, d_vocab)) + 20 * max(_IN_CACHE, d_vocab)
-    return kept + max(logits if n_logits else 0, nearest_bytes(d_sae, d_model) if n_nearest else 0)
+    return results + max(logits if n_logits else 0, nearest_bytes(d_sae, d_model) if n_nearest else 0)
+
+
+@torch.no_grad()
+def loss_effects(
+    model: nn.Module,
+    sae: nn.Module,
+    info: IndexInfo,
+    tensors: Mapping[str, Tensor],
+    row_of: Callable[[int], Tensor],
+    n_tokens: int,
+) -> Float[Tensor, "d_sae slots window"]:
+    """Loss at each token of top contexts with the latent ablated, minus the loss with it, in nats; nan if not run.
+
+    The SAE is attached with its error term, so that with all latents on the model is unchanged. The loss at a token is
+    that of predicting it from those before it.
+
+    Args:
+        model: runs whole rows of text, one latent ablated in each.
+        sae: whose latents.
+        info: of the index.
+        tensors: of the index.
+        row_of: ids of a row of text by its number.
+        n_tokens: tokens to run at most with a latent ablated; as many again are run without.
+    """
+    order, position = tensors["top.order"], tensors["top.position"]
+    slot, latent = (order != EMPTY).T.nonzero(as_tuple=True)  # strongest of each latent first
+    n = min(len(slot), n_tokens // info.ctx_len)
+    slots = int(slot[:n].max()) + 1 if n else 0
+    effects = torch.full((info.d_sae, max(1, slots), info.config.window), torch.nan)
+    for begin in range(0, n, _ABLATED_ROWS):
+        end = min(n, begin + _ABLATED_ROWS)
+        i, s = latent[begin:end], slot[begin:end]
+        peak = position[i, s]
+        ids = torch.stack([row_of(int(p) // info.ctx_len) for p in peak]).to(next(model.parameters()).device)
+        by_token = _ablate(model, sae, info, ids, i).cpu()
+        window = (peak % info.ctx_len)[:, None] + torch.arange(-info.before, info.after + 1)
+        inside = (window >= 0) & (window < info.ctx_len)
+        effects[i, s] = torch.where(inside, by_token.gather(1, window.clamp(0, info.ctx_len - 1)), 0)
+    return effects
+
+
+def _ablate(
+    model: nn.Module, sae: nn.Module, info: IndexInfo, ids: Tensor, latent: Tensor
+) -> Float[Tensor, "rows ctx"]:
+    """What the loss at each token gains when one latent of each row is set to 0."""
+    rows = torch.arange(len(ids))
+
+    def ablate(acts: Tensor, hook: object) -> Tensor:
+        acts = acts.clone()
+        acts[rows, :, latent] = 0
+        return acts
+
+    with hook_points.lock(model), attach(model, sae, info.hook, hook_out=info.hook_out, error_term=True):
+        clean = _token_losses(model(ids), ids)
+        with model.hooks(fwd_hooks=[(f"{info.hook_out}{hook_points.INNER}acts_post", ablate)]):
+            return _token_losses(model(ids), ids) - clean
+
+
+def _token_losses(logits: Tensor, ids: Tensor) -> Float[Tensor, "rows ctx"]:
+    losses = torch.zeros(ids.shape, device=ids.device)
+    log_probs = logits[:, :-1].float().log_softmax(-1)
+    losses[:, 1:] = -log_probs.gather(2, ids[:, 1:, None])[:, :, 0]
+    return losses

@@ -9,7 +9,6 @@ import html
 import json
 import os
 import re
-import secrets
 import time
 import urllib.error
 import urllib.parse
@@ -18,13 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from saewb._files import atomic_write, write_text
 from saewb.errors import FormatError, explain
-from saewb.features.feature_json import feature_row
-
-if TYPE_CHECKING:
-    from saewb.features.index import FeatureIndex
+from saewb.features.index import FeatureIndex
+from saewb.features.latent import Latent
 
 SITE = "https://www.neuronpedia.org"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,14 +34,18 @@ _SHOWN = "embed=true&embedexplanation=true&embedplots=true&embedtest=false"
 class NeuronpediaPage:
     """One feature's page; shown by a notebook in a frame, from the network."""
 
-    source: str  # "model/source", e.g. "gpt2-small/6-res-jb"
-    latent: int  # its number there, which is the latent's index
-    site: str = SITE  # without a slash at its end
-    height: int = 540  # of the frame, pixels
+    source: str
+    """"model/source", e.g. "gpt2-small/6-res-jb"."""
+    latent: int
+    """Index of the latent."""
+    site: str = SITE
+    """Address of the site, without a slash at its end."""
+    height: int = 540
+    """Height of the frame in pixels."""
 
     @property
     def url(self) -> str:
-        """Of the page."""
+        """Address of the page."""
         return f"{self.site}/{self.source}/{self.latent}"
 
     def _repr_html_(self) -> str:
@@ -57,7 +59,7 @@ class NeuronpediaPage:
 
 
 def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -> NeuronpediaPage:
-    """The page of a latent, as a link and, in a notebook, embedded. Asks nobody anything by itself.
+    """The page of a latent on Neuronpedia, as a link and, in a notebook, embedded. Sends no request by itself.
 
     Args:
         of: an SAE of the catalogue, an index of one, or None where `source` is given.
@@ -75,7 +77,7 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
         >>> page(None, 7, source="gpt2-small/6-res-jb").url
         'https://www.neuronpedia.org/gpt2-small/6-res-jb/7'
     """
-    return NeuronpediaPage(source_of(of, source), _checked(latent), site.rstrip("/"))
+    return NeuronpediaPage(source_of(of, source), _check_latent(latent), site.rstrip("/"))
 
 
 def source_of(of: Any, source: str | None = None) -> str:
@@ -95,28 +97,28 @@ def source_of(of: Any, source: str | None = None) -> str:
         >>> source_of(None, "gpt2-small/6-res-jb")
         'gpt2-small/6-res-jb'
     """
-    from saewb.features.index import FeatureIndex
-
-    found = source
-    if found is None and of is not None:
-        metadata = {} if isinstance(of, FeatureIndex) else of.cfg.metadata
-        known = of.facts.neuronpedia if isinstance(of, FeatureIndex) else metadata.get("neuronpedia_id")
-        found = known or metadata.get("neuronpedia")
+    if source is None and isinstance(of, FeatureIndex):
+        source = of.info.neuronpedia
+    elif source is None and of is not None:
+        source = of.cfg.metadata.get("neuronpedia_id") or of.cfg.metadata.get("neuronpedia")
     fix = "saewb.features.neuronpedia.page(sae, 0, source='gpt2-small/6-res-jb')"
-    if found is None:
+    if source is None:
         raise ValueError(explain(f"{of!r} names no page on Neuronpedia.", want="model/source", fix=fix))
-    if not _ID.fullmatch(str(found)):
-        raise ValueError(explain(f"{found!r} is no source of Neuronpedia.", want="model/source", fix=fix))
-    return str(found)
+    if not _ID.fullmatch(str(source)):
+        raise ValueError(explain(f"{source!r} is no source of Neuronpedia.", want="model/source", fix=fix))
+    return str(source)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What somebody, mostly a language model, took a latent for."""
+    """An explanation of a latent, usually written by a language model."""
 
-    latent: int  # its index
-    text: str  # the explanation
-    by: str  # the model that wrote it, "" if unknown
+    latent: int
+    """Index of the latent."""
+    text: str
+    """What it says."""
+    by: str
+    """The model that wrote it, "" if unknown."""
 
 
 def explanations(
@@ -152,8 +154,11 @@ def explanations(
         >>> explanations(None, [], source="gpt2-small/6-res-jb")  # asks for none
         {}
     """
-    place = source_of(of, source)
-    return {i: _explained(i, _fetched(site, place, i, timeout, cache, max_age_days)) for i in map(_checked, latents)}
+    source = source_of(of, source)
+    return {
+        i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days))
+        for i in map(_check_latent, latents)
+    }
 
 
 def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None = None, site: str = SITE) -> str:
@@ -177,11 +182,11 @@ def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None
         'https://www.neuronpedia.org/quick-list/'
     """
     model, _, layer = source_of(of, source).partition("/")
-    features = [{"modelId": model, "layer": layer, "index": str(_checked(i))} for i in latents]
+    features = [{"modelId": model, "layer": layer, "index": str(_check_latent(i))} for i in latents]
     if not features:
         raise ValueError(explain("quick_list got no latents.", want="at least one"))
-    asked = urllib.parse.urlencode({"name": name, "features": json.dumps(features)}, quote_via=urllib.parse.quote)
-    return f"{site.rstrip('/')}/quick-list/?{asked}"
+    query = urllib.parse.urlencode({"name": name, "features": json.dumps(features)}, quote_via=urllib.parse.quote)
+    return f"{site.rstrip('/')}/quick-list/?{query}"
 
 
 def make_list(
@@ -195,7 +200,7 @@ def make_list(
     site: str = SITE,
     timeout: float = 30.0,
 ) -> str:
-    """Make a list of latents on Neuronpedia, kept under the account of the key; its address.
+    """Make a list of latents on Neuronpedia under the account of the key, and return its address.
 
     Args:
         of: an SAE of the catalogue, an index of one, or None where `source` is given.
@@ -223,15 +228,16 @@ def make_list(
           want: at least one
     """
     model, _, layer = source_of(of, source).partition("/")
-    said = dict(latents) if isinstance(latents, Mapping) else dict.fromkeys(latents, "")
-    if not said:
+    descriptions = dict(latents) if isinstance(latents, Mapping) else dict.fromkeys(latents, "")
+    if not descriptions:
         raise ValueError(explain("make_list got no latents.", want="at least one"))
     features = [
-        {"modelId": model, "layer": layer, "index": _checked(i), "description": text} for i, text in said.items()
+        {"modelId": model, "layer": layer, "index": _check_latent(i), "description": text}
+        for i, text in descriptions.items()
     ]
     body = {"name": name, "description": description, "features": features}
     url = f"{site.rstrip('/')}/api/list/new-with-features"
-    answer = _asked(url, timeout, body, {"x-api-key": api_key})
+    answer = _request(url, timeout, body, {"x-api-key": api_key})
     if not isinstance(answer.get("url"), str):
         raise FormatError(explain(f"{url} answered without an address: {answer.get('message', answer)!r}."))
     return answer["url"]
@@ -269,82 +275,115 @@ def export_json(
         ['748']
     """
     target = Path(path).expanduser()
-    named = source or index.facts.neuronpedia
-    model, layer = source_of(None, named).split("/") if named else (index.facts.model, index.facts.hook)
+    source = source or index.info.neuronpedia
+    model, layer = source_of(None, source).split("/") if source else (index.info.model, index.info.hook)
     chosen = range(len(index)) if latents is None else latents
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with fresh.open("w", encoding="utf-8") as out:  # a feature at a time: the file may be larger than memory
+
+    def fill(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as out:  # a feature at a time: the file may be larger than memory
             for n, i in enumerate(chosen):
-                feature = {"modelId": model, "layer": layer, **feature_row(index.latent(i))}
+                feature = {"modelId": model, "layer": layer, **feature_json(index.latent(i))}
                 out.write(("[\n" if n == 0 else ",\n") + json.dumps(feature, ensure_ascii=False))
             out.write("[]" if not len(chosen) else "\n]\n")
-        os.replace(fresh, target)
-    finally:
-        fresh.unlink(missing_ok=True)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(target, fill)
     return target
 
 
-def _checked(latent: int) -> int:
+def feature_json(latent: Latent) -> dict[str, Any]:
+    """A latent in the keys that `export_json` names, but for the model and the layer."""
+    page = latent.to_dict()
+    activations = [_activation(c, 0.0, latent.max, -1.0) for c in page["top"]]
+    for group in reversed(page["groups"]):
+        values = [abs(c["acts"][c["at"]]) for c in group]
+        activations += [_activation(c, min(values), max(values), 1 / len(page["groups"])) for c in reversed(group)]
+    values = {"index": str(latent.index), "maxActApprox": latent.max, "frac_nonzero": latent.density}
+    for name, histogram in (("freq_hist", page["histogram"]), ("logits_hist", page["logits"])):
+        values[f"{name}_data_bar_heights"] = histogram["counts"] if histogram else []
+        values[f"{name}_data_bar_values"] = _bin_centers(**histogram) if histogram else []
+    for sign, words in (("pos", page["raised"]), ("neg", page["lowered"])):
+        values[f"{sign}_str"], values[f"{sign}_values"] = [w[0] for w in words], [w[2] for w in words]
+    values["topkCosSimIndices"] = [latent for latent, _ in page["by_decoder"]]
+    values["topkCosSimValues"] = [cosine for _, cosine in page["by_decoder"]]
+    return values | {"activations": activations}
+
+
+def _bin_centers(low: float, high: float, counts: Sequence[int]) -> list[float]:
+    return [low + (i + 0.5) * (high - low) / len(counts) for i in range(len(counts))]
+
+
+def _activation(context: Mapping[str, Any], low: float, high: float, share: float) -> dict[str, Any]:
+    acts = context["acts"]
+    largest = max(range(len(acts)), key=lambda j: abs(acts[j]))
+    return {
+        "tokens": context["tokens"],
+        "values": acts,
+        "maxValue": acts[largest],
+        "maxValueTokenIndex": largest,
+        "binMin": low,
+        "binMax": high,
+        "binContains": share,
+    }
+
+
+def _check_latent(latent: int) -> int:
     if int(latent) != latent or latent < 0:
         raise ValueError(explain(f"got latent {latent!r}.", want="an index, 0 or more"))
     return int(latent)
 
 
-def _explained(latent: int, said: Any) -> tuple[Explanation, ...]:
-    listed = said.get("explanations") or [] if isinstance(said, dict) else None
+def _parse_explanations(latent: int, answer: Any) -> tuple[Explanation, ...]:
+    listed = answer.get("explanations") or [] if isinstance(answer, dict) else None
     if not isinstance(listed, list) or not all(isinstance(x, dict) for x in listed):
         raise FormatError(explain(f"the answer about latent {latent} is not a feature with explanations."))
-    found = [(x.get("description"), x.get("explanationModelName")) for x in listed]
-    return tuple(Explanation(latent, str(text), str(by or "")) for text, by in found if text)
+    pairs = [(x.get("description"), x.get("explanationModelName")) for x in listed]
+    return tuple(Explanation(latent, str(text), str(by or "")) for text, by in pairs if text)
 
 
-def _fetched(
-    site: str, place: str, latent: int, timeout: float, cache: str | Path | None, max_age_days: float
+def _fetch(
+    site: str, source: str, latent: int, timeout: float, cache: str | Path | None, max_age_days: float
 ) -> dict[str, Any]:
     # A file for each site, so that a stand-in's answers are not taken for the real one's.
     host = re.sub(r"\W+", "-", urllib.parse.urlsplit(site).netloc)
-    kept = _cache(cache) / host / place / f"{latent}.json"
-    if kept.is_file() and time.time() - kept.stat().st_mtime < max_age_days * 86400:
-        return json.loads(kept.read_text(encoding="utf-8"))
+    cached = _cache_folder(cache) / host / source / f"{latent}.json"
+    if cached.is_file() and time.time() - cached.stat().st_mtime < max_age_days * 86400:
+        return json.loads(cached.read_text(encoding="utf-8"))
     try:
-        said = _asked(f"{site.rstrip('/')}/api/feature/{place}/{latent}", timeout)
+        answer = _request(f"{site.rstrip('/')}/api/feature/{source}/{latent}", timeout)
     except ConnectionError:
-        if kept.is_file():
-            return json.loads(kept.read_text(encoding="utf-8"))
+        if cached.is_file():
+            return json.loads(cached.read_text(encoding="utf-8"))
         raise
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    fresh = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}")
-    fresh.write_text(json.dumps({"explanations": said.get("explanations")}), encoding="utf-8")
-    os.replace(fresh, kept)
-    return said
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_text(cached, json.dumps({"explanations": answer.get("explanations")}))
+    return answer
 
 
-def _asked(
+def _request(
     url: str, timeout: float, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
-    said = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "saewb", **headers}
+    all_headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "saewb", **headers}
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers=said)
+    request = urllib.request.Request(url, data=data, headers=all_headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            read = answer.read(_LARGEST + 1)
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            content = response.read(_LARGEST + 1)
     except (urllib.error.HTTPError, urllib.error.URLError, TimeoutError, OSError) as error:
         why = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
         raise ConnectionError(f"Neuronpedia did not answer ({why}): {url}") from error
     try:
-        said = json.loads(read) if len(read) <= _LARGEST else None
+        answer = json.loads(content) if len(content) <= _LARGEST else None
     except ValueError:
-        said = None
-    if not isinstance(said, dict):
+        answer = None
+    if not isinstance(answer, dict):
         raise FormatError(explain(f"{url} answered something that is no feature.", want="a JSON object"))
-    return said
+    return answer
 
 
-def _cache(folder: str | Path | None) -> Path:
+def _cache_folder(folder: str | Path | None) -> Path:
     if folder is not None:
         return Path(folder).expanduser()
-    if own := os.environ.get("SAEWB_CACHE"):
-        return Path(own).expanduser() / "neuronpedia"
+    if root := os.environ.get("SAEWB_CACHE"):
+        return Path(root).expanduser() / "neuronpedia"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saewb" / "neuronpedia"

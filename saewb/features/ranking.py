@@ -1,53 +1,85 @@
-"""How likely a person can name the latents of an index."""
+"""Rank latents by how likely a person can name them; the table of all latents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.features.config import IndexFacts
-from saewb.features.token_texts import Words
+from saewb.features.config import IndexInfo
+from saewb.features.token_texts import TokenTexts
 from saewb.features.top_contexts import EMPTY
 
-_SHELVES = ("top", "sample")
-_FOR_RANK = 10  # strongest contexts whose words are compared
-_BLOCK = 2048  # latents looked at at a time
+if TYPE_CHECKING:
+    import pandas as pd
+
+_N_COMPARED = 10  # strongest contexts whose tokens are compared
+_BLOCK = 2048  # latents at a time
 _PAIRS = 4096  # (latent, token) pairs at a time: what fits the processor's cache
-_SIGNS = 256  # numbers that stand for the latents a token is found with
+_N_SIGNS = 256  # dimensions of the random projection of a token's latents
 
 
-def about(facts: IndexFacts, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The tokens that all contexts of each latent are about, -1 for none, `[d_sae, contexts]`."""
-    parts = [tensors[f"{s}.tokens"][:, :, facts.before].where(tensors[f"{s}.order"] != EMPTY, -1) for s in _SHELVES]
-    return torch.cat(parts, 1)
+def latent_table(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts) -> pd.DataFrame:
+    """One row per latent; see `FeatureIndex.table`."""
+    import pandas as pd
+
+    n_active = tensors["counts.by_position"].sum(1)
+    token, share = modal_token(peak_tokens(info, tensors))
+    columns = {
+        "latent": range(info.d_sae),
+        "density": (n_active.double() / max(1, info.n_tokens)).numpy(),
+        "n_active": n_active.numpy(),
+        "max": tensors["top.value"][:, 0].clone().numpy(),
+        "mean": (tensors["counts.total"] / n_active.clamp_min(1)).numpy(),
+        "top_token": [texts.decode_token(t) if t >= 0 else "" for t in token.tolist()],
+        "single_token_share": share.numpy(),
+    }
+    if "logits.top_ids" in tensors:
+        columns["top_logit"] = [texts.decode_token(t) for t in tensors["logits.top_ids"][:, 0].tolist()]
+        columns["top_logit_effect"] = tensors["logits.top"][:, 0].clone().numpy()
+    if "decoder_norm" in tensors:
+        columns["decoder_norm"] = tensors["decoder_norm"].clone().numpy()
+    columns["contextual"] = interpretability_score(info, tensors, texts).numpy()
+    return pd.DataFrame(columns).set_index("latent")
 
 
-def commonest(tokens: Tensor) -> tuple[Tensor, Float[Tensor, " rows"]]:
-    """Of each row the number that occurs most (the smallest of equals) and its share; -1 counts as nothing."""
+def peak_tokens(info: IndexInfo, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The token each context of each latent is about, -1 for none, `[d_sae, contexts]`."""
+    return torch.cat([_peaks(info, tensors, name) for name in ("top", "sample")], 1)
+
+
+def _peaks(info: IndexInfo, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return tensors[f"{name}.tokens"][:, :, info.before].where(tensors[f"{name}.order"] != EMPTY, -1)
+
+
+def modal_token(tokens: Tensor) -> tuple[Tensor, Float[Tensor, " rows"]]:
+    """The most frequent token of each row (the smallest of equals) and its share; -1 counts as nothing."""
     ordered = tokens.long().sort(1).values
-    there = ordered >= 0
-    starts = torch.ones_like(there)
+    is_token = ordered >= 0
+    starts = torch.ones_like(is_token)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    # Length of the run so far at each place: its place less that of the last start.
-    place = torch.arange(ordered.shape[1]).expand_as(ordered)
-    length = (place - torch.where(starts, place, 0).cummax(1).values + 1).where(there, 0)
-    longest, where = length.max(1)
-    token = ordered.gather(1, where[:, None])[:, 0].where(longest > 0, -1)
-    return token, longest / there.sum(1).clamp_min(1)
+    # Length of the run so far: the column minus that of the run's start.
+    column = torch.arange(ordered.shape[1]).expand_as(ordered)
+    length = (column - torch.where(starts, column, 0).cummax(1).values + 1).where(is_token, 0)
+    longest, end = length.max(1)
+    token = ordered.gather(1, end[:, None])[:, 0].where(longest > 0, -1)
+    return token, longest / is_token.sum(1).clamp_min(1)
 
 
-def readable(facts: IndexFacts, tensors: Mapping[str, Tensor], words: Words) -> Float[Tensor, " d_sae"]:
-    """How likely a person can name each latent from its contexts, where one token is not all there is to it; 0 and up.
+def interpretability_score(
+    info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts
+) -> Float[Tensor, " d_sae"]:
+    """How likely a person can name each latent from its contexts, where more than one token matters; 0 and up.
 
-        coherence * kinship * (1 - single_token_share) * (1 - single_token_share of the strongest contexts)^2 * words
+        shared_token * token_coherence * (1 - single_token_share) * (1 - single_token_share of top contexts)^2 * words
 
-    coherence: how much more often than by chance two of its ten strongest contexts share a token up to where it fires,
-    each token weighted with its -log frequency among the contexts of all latents. kinship: whether the tokens that it
-    fires on are of a kind, as "west" and "southeast" are, judged by the other latents; see `kinship`. words: the share
-    of the tokens it fires on that have three letters or more, since features of digits and initials are many and say
+    shared_token: how much more often than by chance two of its ten strongest contexts share a token up to the peak,
+    each token weighted with its -log frequency among the contexts of all latents. token_coherence: whether its peak
+    tokens are of a kind, as "west" and "southeast" are, judged by the other latents; see `token_coherence`. words: the
+    share of peak tokens that have three letters or more, since features of digits and initials are many and say
     little.
 
     Example:
@@ -57,52 +89,52 @@ def readable(facts: IndexFacts, tensors: Mapping[str, Tensor], words: Words) -> 
         >>> len(saewb.build_index(model, sae, texts).ranking(10))
         10
     """
-    ids = tensors["top.tokens"][:, : min(_FOR_RANK, facts.n_top), : facts.before + 1].long()
-    frequency = _frequency(ids)
-    coherence = torch.cat([_coherence(part, frequency) for part in ids.split(_BLOCK)])
-    peaks = tensors["top.tokens"][:, :, facts.before].where(tensors["top.order"] != EMPTY, -1)
-    wordy = torch.zeros(len(frequency) + 1)
-    wordy[[t for t, text in words.strings.items() if t < len(frequency) and sum(map(str.isalpha, text)) >= 3]] = 1
-    of_words = wordy[peaks.long()].sum(1) / (peaks >= 0).sum(1).clamp_min(1)  # the last one, at -1, is 0
-    tokens = about(facts, tensors)
-    single, single_of_top = commonest(tokens)[1], commonest(peaks)[1]
-    return coherence * kinship(tokens) * (1 - single) * (1 - single_of_top).square() * of_words
+    ids = tensors["top.tokens"][:, : min(_N_COMPARED, info.n_top), : info.before + 1].long()
+    frequency = _token_frequency(ids)
+    shared = torch.cat([shared_token(part, frequency) for part in ids.split(_BLOCK)])
+    peaks = _peaks(info, tensors, "top")
+    is_word = torch.zeros(len(frequency) + 1)
+    is_word[[t for t, text in texts.strings.items() if t < len(frequency) and sum(map(str.isalpha, text)) >= 3]] = 1
+    words = is_word[peaks.long()].sum(1) / (peaks >= 0).sum(1).clamp_min(1)  # the last one, at -1, is 0
+    tokens = peak_tokens(info, tensors)
+    single, single_of_top = modal_token(tokens)[1], modal_token(peaks)[1]
+    return shared * token_coherence(tokens) * (1 - single) * (1 - single_of_top).square() * words
 
 
-def kinship(tokens: Tensor) -> Float[Tensor, " d_sae"]:
-    """How much of a kind the tokens are that each latent fires on, by what other latents fire on; 0 to 1.
+def token_coherence(tokens: Tensor) -> Float[Tensor, " d_sae"]:
+    """How much of a kind the peak tokens of each latent are, judged by the other latents; 0 to 1.
 
         sum_{t != u} p_t p_u cos(c_t, c_u) / sum_{t != u} p_t p_u
 
     p_t: share of the latent's contexts that are about token t. c_t: of each other latent, how many of its contexts are
-    about t. Tokens of a kind ("west", "southeast") have other latents in common; what a latent fires on at random has
-    none. The cosine is of 256 random sums of c_t with signs, the same ones each time: .06 off for one pair of tokens,
-    .01 for a latent of the embedded SAE. Memory: 1 kB for each latent and each token that a context is about.
+    about t. Tokens of a kind ("west", "southeast") have other latents in common; random ones have none. The cosine is
+    of 256 random sums of c_t with fixed signs: off by .06 for one pair of tokens, by .01 for a latent of the tiny SAE.
+    Memory: 1 kB for each latent and each token that a context is about.
 
     Args:
-        tokens: that all contexts of each latent are about, -1 for none, `[d_sae, contexts]`.
+        tokens: that the contexts of each latent are about, -1 for none, `[d_sae, contexts]`.
     """
-    latent, token, n = _counted(tokens)
+    latent, token, n = _count_pairs(tokens)
     share = n / torch.zeros(len(tokens)).index_add_(0, latent, n)[latent]
-    signs = torch.randint(0, 2, (len(tokens), _SIGNS), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    sums = torch.zeros(int(token.max()) + 1 if len(token) else 0, _SIGNS)
+    signs = torch.randint(0, 2, (len(tokens), _N_SIGNS), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    sums = torch.zeros(int(token.max()) + 1 if len(token) else 0, _N_SIGNS)
     parts = torch.arange(len(latent)).split(_PAIRS)
     for part in parts:
         sums.index_add_(0, token[part], n[part, None] * signs[latent[part]])
-    total, alone = torch.zeros(len(tokens), _SIGNS), torch.zeros(len(tokens))
+    total, squares = torch.zeros(len(tokens), _N_SIGNS), torch.zeros(len(tokens))
     for part in parts:
         others = sums[token[part]] - n[part, None] * signs[latent[part]]  # exact: sums of small integers
-        known = torch.nn.functional.normalize(others, dim=1) * share[part, None]
-        total.index_add_(0, latent[part], known)
-        alone.index_add_(0, latent[part], known.square().sum(1))
+        unit = torch.nn.functional.normalize(others, dim=1) * share[part, None]
+        total.index_add_(0, latent[part], unit)
+        squares.index_add_(0, latent[part], unit.square().sum(1))
     pairs = 1 - torch.zeros(len(tokens)).index_add_(0, latent, share.square())
-    return ((total.square().sum(1) - alone) / pairs.clamp_min(1e-6)).clamp(0, 1)
+    return ((total.square().sum(1) - squares) / pairs.clamp_min(1e-6)).clamp(0, 1)
 
 
-def _counted(tokens: Tensor) -> tuple[Tensor, Tensor, Float[Tensor, " pairs"]]:
-    """Each latent with each token it fires on, numbered from 0, and in how many of its contexts."""
-    vocabulary, place = tokens.unique(return_inverse=True)
-    key, n = (torch.arange(len(tokens))[:, None] * len(vocabulary) + place)[tokens >= 0].unique(return_counts=True)
+def _count_pairs(tokens: Tensor) -> tuple[Tensor, Tensor, Float[Tensor, " pairs"]]:
+    """Each latent with each of its tokens, numbered from 0, and in how many of its contexts."""
+    vocabulary, number = tokens.unique(return_inverse=True)
+    key, n = (torch.arange(len(tokens))[:, None] * len(vocabulary) + number)[tokens >= 0].unique(return_counts=True)
     return key // len(vocabulary), key % len(vocabulary), n.float()
 
 
@@ -114,8 +146,8 @@ def _occurrences(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return key // size // slots, key % size
 
 
-def _frequency(ids: Tensor) -> Float[Tensor, " d_vocab"]:
-    """Of all contexts, the share that have each token."""
+def _token_frequency(ids: Tensor) -> Float[Tensor, " d_vocab"]:
+    """The share of all contexts that have each token."""
     size = int(ids.max().clamp_min(0)) + 1
     counts = torch.zeros(size, dtype=torch.long)
     for part in ids.split(_BLOCK):
@@ -123,7 +155,8 @@ def _frequency(ids: Tensor) -> Float[Tensor, " d_vocab"]:
     return counts.float() / (ids.shape[0] * ids.shape[1])
 
 
-def _coherence(ids: Tensor, frequency: Tensor) -> Float[Tensor, " latents"]:
+def shared_token(ids: Tensor, frequency: Float[Tensor, " d_vocab"]) -> Float[Tensor, " latents"]:
+    """How much more often than by chance two contexts of a latent share a token, rare tokens counting more."""
     latents, slots, size = *ids.shape[:2], len(frequency)
     if slots < 2:
         return torch.zeros(latents)

@@ -1,18 +1,23 @@
-"""Finding latents by text, by token, by pattern, and by what fires in a prompt."""
+"""Find latents by text, token or pattern, and those active in a prompt.
+
+A search for a text first asks for pairs of tokens that may spell it: the first token that a match touches has all of
+the text, or ends with its first k letters, and then the next token goes on where that one stops. So a context without
+such a token or pair cannot have the text and is not decoded.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.features.config import IndexFacts
-from saewb.features.likely import Likely
-from saewb.features.token_texts import Words
+from saewb.features.config import IndexInfo
+from saewb.features.token_texts import TokenTexts
 from saewb.interventions.site import flatten_heads
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_mask, token_strings
@@ -20,80 +25,106 @@ from saewb.models.tokenizer import special_mask, token_strings
 if TYPE_CHECKING:
     import pandas as pd
 
-_SHELVES = ("top", "sample")
-_ROWS = 2048  # latents looked through at a time
+_ROWS = 2048  # latents searched at a time
+_LETTERS = 60  # of the text that the prefilter uses: the bits of an int64
+_EMPTY_ROW = {"contexts": 0, "firing": 0.0, "activation": 0.0, "logit": float("nan"), "example": ""}
 
 
-def search(facts: IndexFacts, tensors: Mapping[str, Tensor], words: Words, what: Any, n: int | None) -> pd.DataFrame:
+def search(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, what: Any, n: int | None) -> pd.DataFrame:
     """See `FeatureIndex.search`."""
     import pandas as pd
 
     rows: dict[int, dict[str, Any]] = {}
-    likely = Likely(what, words) if isinstance(what, str) else None
-    for shelf in _SHELVES:
-        for begin in range(0, facts.d_sae, _ROWS):
+    prefilter = TokenPairFilter(what, texts) if isinstance(what, str) else None
+    for name in ("top", "sample"):
+        for begin in range(0, info.d_sae, _ROWS):
             part = slice(begin, begin + _ROWS)
-            ids, acts = tensors[f"{shelf}.tokens"][part], tensors[f"{shelf}.acts"][part]
-            for latent, slot, places in _matches(ids, words, what, likely):
-                found = rows.setdefault(begin + latent, _nothing(begin + latent))
-                value = max((float(acts[latent, slot, p]) for p in places), key=abs, default=0.0)
-                found["contexts"] += 1
-                found["firing"] += value != 0
-                if not found["example"] or abs(value) > abs(found["activation"]):
-                    found["activation"] = value
-                    found["example"] = "".join(words.spelled(_inside(ids[latent, slot])))
-    _logits(tensors, words, what, rows)
-    made = pd.DataFrame(list(rows.values()), columns=list(_nothing(0)))
-    made["firing"] = made["firing"] / made["contexts"].clip(lower=1)
-    hits = made["firing"] * made["contexts"]
-    made = made.assign(_hits=hits, _size=made["activation"].abs()).sort_values(
+            ids, acts = tensors[f"{name}.tokens"][part], tensors[f"{name}.acts"][part]
+            for latent, slot, positions in _matches(ids, texts, what, prefilter):
+                row = rows.setdefault(begin + latent, {"latent": begin + latent, **_EMPTY_ROW})
+                value = max((float(acts[latent, slot, p]) for p in positions), key=abs, default=0.0)
+                row["contexts"] += 1
+                row["firing"] += value != 0
+                if not row["example"] or abs(value) > abs(row["activation"]):
+                    row["activation"] = value
+                    row["example"] = "".join(texts.decode([i for i in ids[latent, slot].tolist() if i >= 0]))
+    _match_logits(tensors, texts, what, rows)
+    table = pd.DataFrame(list(rows.values()), columns=["latent", *_EMPTY_ROW])
+    table["firing"] = table["firing"] / table["contexts"].clip(lower=1)
+    hits = table["firing"] * table["contexts"]
+    table = table.assign(_hits=hits, _size=table["activation"].abs()).sort_values(
         ["_hits", "_size", "latent"], ascending=[False, False, True], kind="stable"
     )
-    return made.drop(columns=["_hits", "_size"]).head(n if n is not None else len(made)).set_index("latent")
+    return table.drop(columns=["_hits", "_size"]).head(n if n is not None else len(table)).set_index("latent")
 
 
-def _nothing(latent: int) -> dict[str, Any]:
-    return {
-        "latent": latent,
-        "contexts": 0,
-        "firing": 0.0,
-        "activation": 0.0,
-        "logit": float("nan"),
-        "example": "",
-    }
+class TokenPairFilter:
+    """Prefilter for text search on token pairs; it may pass too many contexts, never too few.
+
+    Bit k of two numbers per token says whether it ends with the first k letters and whether it goes on after them, so
+    all pairs of all contexts cost two look-ups and an "and". Tokens that are not ASCII (other case folding, parts of
+    characters) may be anything, and so may unknown ones.
+
+    Example:
+        >>> texts = TokenTexts({1: " Par", 2: "is", 3: " in"})
+        >>> TokenPairFilter("paris", texts).contexts(torch.tensor([[[3, 1, 2], [2, 1, 3]]]))
+        tensor([[ True, False]])
+    """
+
+    def __init__(self, text: str, texts: TokenTexts) -> None:
+        size = max(texts.strings, default=0) + 2  # the last one stands for all unknown tokens
+        cuts = range(1, min(len(text), _LETTERS))
+        any_cut = sum(1 << k for k in cuts)
+        self.contains = torch.ones(size, dtype=torch.bool)
+        self.ends, self.continues = torch.full((size,), any_cut), torch.full((size,), any_cut)
+        query = text.lower()
+        starts, rests = [query[:k] for k in cuts], [query[k:] for k in cuts]
+        for token, string in texts.strings.items():
+            lower = string.lower()
+            if not string.isascii() or not lower or not text.isascii():
+                continue
+            self.contains[token] = query in lower
+            self.ends[token] = sum(1 << k for k, s in zip(cuts, starts, strict=True) if lower.endswith(s))
+            matching = (k for k, r in zip(cuts, rests, strict=True) if r.startswith(lower) or lower.startswith(r))
+            self.continues[token] = sum(1 << k for k in matching)
+
+    def contexts(self, ids: Int[Tensor, "latents slots window"]) -> Bool[Tensor, "latents slots"]:
+        """Contexts that may have the text; -1 is no token."""
+        is_token = ids >= 0
+        token = ids.clamp(-1, len(self.contains) - 1).long().where(is_token, 0)
+        whole = (self.contains[token] & is_token).any(2)
+        pairs = (self.ends[token[..., :-1]] & self.continues[token[..., 1:]]) != 0
+        return whole | (pairs & is_token[..., :-1] & is_token[..., 1:]).any(2)
 
 
-def _inside(ids: Tensor) -> list[int]:
-    return [i for i in ids.tolist() if i >= 0]
-
-
-def _matches(ids: Tensor, words: Words, what: Any, likely: Likely | None):
-    """(latent, slot, places) of contexts that have it, `ids` being `[latents, slots, window]`."""
+def _matches(
+    ids: Tensor, texts: TokenTexts, what: Any, prefilter: TokenPairFilter | None
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield (latent, slot, positions) of contexts that match, `ids` being `[latents, slots, window]`."""
     if isinstance(what, int) and not isinstance(what, bool):
-        found = ids == what
-        for latent, slot in found.any(2).nonzero().tolist():
-            yield latent, slot, found[latent, slot].nonzero()[:, 0].tolist()
+        equal = ids == what
+        for latent, slot in equal.any(2).nonzero().tolist():
+            yield latent, slot, equal[latent, slot].nonzero()[:, 0].tolist()
         return
     pattern = _pattern(what)
-    worth = likely.contexts(ids) if likely is not None else (ids >= 0).any(2)
-    for (latent, slot), row in zip(worth.nonzero().tolist(), ids[worth].tolist(), strict=True):
+    candidates = prefilter.contexts(ids) if prefilter is not None else (ids >= 0).any(2)
+    for (latent, slot), row in zip(candidates.nonzero().tolist(), ids[candidates].tolist(), strict=True):
         inside = [p for p, i in enumerate(row) if i >= 0]
-        spelled = words.spelled([row[p] for p in inside])
-        text = "".join(spelled)
-        spans = [match.span() for match in pattern.finditer(text) if match.end() > match.start()]
+        tokens = texts.decode([row[p] for p in inside])
+        spans = [m.span() for m in pattern.finditer("".join(tokens)) if m.end() > m.start()]
         if spans:
-            yield latent, slot, [inside[p] for p in _covered(spelled, spans)]
+            yield latent, slot, [inside[p] for p in _covered(tokens, spans)]
 
 
-def _covered(spelled: list[str], spans: list[tuple[int, int]]) -> list[int]:
-    """The tokens that share a character with a span."""
-    places, begin = [], 0
-    for place, text in enumerate(spelled):
+def _covered(tokens: list[str], spans: list[tuple[int, int]]) -> list[int]:
+    """Positions of the tokens that share a character with a span."""
+    positions, begin = [], 0
+    for position, text in enumerate(tokens):
         end = begin + len(text)
         if any(a < end and begin < b for a, b in spans):
-            places.append(place)
+            positions.append(position)
         begin = end
-    return places
+    return positions
 
 
 def _pattern(what: Any) -> re.Pattern[str]:
@@ -107,23 +138,23 @@ def _pattern(what: Any) -> re.Pattern[str]:
     return re.compile(re.escape(what), re.IGNORECASE)
 
 
-def _logits(tensors: Mapping[str, Tensor], words: Words, what: Any, rows: dict[int, dict[str, Any]]) -> None:
+def _match_logits(tensors: Mapping[str, Tensor], texts: TokenTexts, what: Any, rows: dict[int, dict[str, Any]]) -> None:
     for end in ("top", "bottom") if "logits.top" in tensors else ():
         ids = tensors[f"logits.{end}_ids"]
         if isinstance(what, int):
-            wanted = torch.tensor([what])
+            matching = torch.tensor([what])
         else:
             pattern = _pattern(what)
-            wanted = torch.tensor([i for i in ids.unique().tolist() if pattern.search(words.of(i))] or [-1])
-        for latent, place in torch.isin(ids, wanted.to(ids.dtype)).nonzero().tolist():
-            found = rows.setdefault(latent, _nothing(latent))
-            effect = float(tensors[f"logits.{end}"][latent, place])
-            if not abs(found["logit"]) >= abs(effect):  # nan at first
-                found["logit"] = effect
+            matching = torch.tensor([i for i in ids.unique().tolist() if pattern.search(texts.decode_token(i))] or [-1])
+        for latent, rank in torch.isin(ids, matching.to(ids.dtype)).nonzero().tolist():
+            row = rows.setdefault(latent, {"latent": latent, **_EMPTY_ROW})
+            effect = float(tensors[f"logits.{end}"][latent, rank])
+            if not abs(row["logit"]) >= abs(effect):  # nan at first
+                row["logit"] = effect
 
 
 def find(
-    facts: IndexFacts,
+    info: IndexInfo,
     tensors: Mapping[str, Tensor],
     model: nn.Module,
     sae: nn.Module,
@@ -132,28 +163,28 @@ def find(
     """See `FeatureIndex.find`."""
     import pandas as pd
 
-    if sae.cfg.d_sae != facts.d_sae:
-        what = f"this index is of {facts.d_sae} latents, {sae!r} has {sae.cfg.d_sae}."
-        raise ValueError(explain(what, want=facts.sae))
+    if sae.cfg.d_sae != info.d_sae:
+        what = f"this index is of {info.d_sae} latents, {sae!r} has {sae.cfg.d_sae}."
+        raise ValueError(explain(what, want=info.sae))
     device = next(model.parameters()).device
     ids = model.to_tokens(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt).reshape(1, -1)
     ids = ids.to(device)
     with torch.no_grad():
-        x = flatten_heads(sae, capture(model, ids, [facts.hook])[facts.hook], sae.cfg.d_in, facts.hook)
-        latents = sae.encode(x)[0].float().cpu()
-    latents[special_mask(ids[0].cpu(), facts.special)] = 0
-    place, latent = latents.nonzero(as_tuple=True)
-    value, largest = latents[place, latent], tensors["top.value"][latent, 0].abs()
+        x = flatten_heads(sae, capture(model, ids, [info.hook])[info.hook], sae.cfg.d_in, info.hook)
+        acts = sae.encode(x)[0].float().cpu()
+    acts[special_mask(ids[0].cpu(), info.special)] = 0
+    position, latent = acts.nonzero(as_tuple=True)
+    act, largest = acts[position, latent], tensors["top.value"][latent, 0].abs()
     tokenizer = getattr(model, "tokenizer", None)
-    spelled = token_strings(model, ids[0]) if tokenizer is not None else [f"<{i}>" for i in ids[0].tolist()]
-    found = pd.DataFrame(
+    tokens = token_strings(model, ids[0]) if tokenizer is not None else [f"<{i}>" for i in ids[0].tolist()]
+    table = pd.DataFrame(
         {
-            "position": place.numpy(),
-            "token": [spelled[p] for p in place.tolist()],
+            "position": position.numpy(),
+            "token": [tokens[p] for p in position.tolist()],
             "latent": latent.numpy(),
-            "activation": value.numpy(),
-            "of_max": (value.abs() / torch.where(largest > 0, largest, torch.nan)).numpy(),
+            "activation": act.numpy(),
+            "of_max": (act.abs() / torch.where(largest > 0, largest, torch.nan)).numpy(),
         }
     )
-    size = found["activation"].abs()
-    return found.assign(_size=size).sort_values("_size", ascending=False, kind="stable").drop(columns="_size")
+    size = table["activation"].abs()
+    return table.assign(_size=size).sort_values("_size", ascending=False, kind="stable").drop(columns="_size")

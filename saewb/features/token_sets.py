@@ -1,4 +1,4 @@
-"""Sets of a tokenizer's tokens that have something in common: built in, and the caller's own."""
+"""Token sets of a vocabulary, by form, script and meaning: built in, and the caller's own."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ _WORDS = {
 
 
 def token_sets(
-    tokenizer: Any, own: Mapping[str, Iterable[str]] | None = None, *, least: int = 5
+    tokenizer: Any, custom: Mapping[str, Iterable[str]] | None = None, *, min_tokens: int = 5
 ) -> dict[str, list[int]]:
-    """Tokens of a vocabulary that have something in common, for `enrich`: no download, any tokenizer.
+    """Built-in token sets of a vocabulary, for `enrich`: no download, any tokenizer.
 
     By form: starts with a space, goes on a word (letters, no space in front), capitalized, all capitals, lower case,
     single letter, digits, years (1000 to 2099), punctuation, white space, part of a character. By script, as Unicode
     names it (Latin letters beyond a to z are "accented latin"). By meaning: some closed classes of English words.
 
-    A token is read as the text it stands for, without the space in front. Special tokens are in no set.
+    Words are compared without the space in front of a token. Special tokens are in no set.
 
     Args:
         tokenizer: of the model, or the model itself.
-        own: further sets, by name: words, each of which is any token that reads so, whatever its case.
-        least: sets with fewer tokens are left out, since nothing can be said of them; `own` ones stay.
+        custom: further sets, by name: words, each of which is any token of that text, whatever its case.
+        min_tokens: built-in sets with fewer tokens are left out, too small for a test.
 
     Returns:
         Ascending ids, by name.
 
     Raises:
-        ValueError: if no token reads as any of the words of a set of `own`.
+        ValueError: if no token is any of the words of a set of `custom`.
 
     Example:
         >>> from saewb.models.load import load_model
@@ -65,18 +65,18 @@ def token_sets(
     texts = token_texts(tokenizer)
     sets = {name: [i for i, text in texts.items() if fits(text)] for name, fits in _FORMS.items()}
     words = {i: text.strip().lower() for i, text in texts.items()}
-    sets |= {name: _reading(words, listed.split()) for name, listed in _WORDS.items()}
+    sets |= {name: _ids_of_words(words, listed.split()) for name, listed in _WORDS.items()}
     sets |= _by_script(texts)
-    sets = {name: ids for name, ids in sets.items() if least <= len(ids) < len(texts)}
-    for name, listed in (own or {}).items():
-        sets[name] = _reading(words, [word.strip().lower() for word in listed])
+    sets = {name: ids for name, ids in sets.items() if min_tokens <= len(ids) < len(texts)}
+    for name, listed in (custom or {}).items():
+        sets[name] = _ids_of_words(words, [word.strip().lower() for word in listed])
         if not sets[name]:
             raise ValueError(explain(f"no token reads as a word of the set {name!r}.", want="words that are one token"))
     return sets
 
 
 def tokens_where(tokenizer: Any, fits: str | Callable[[str], bool]) -> list[int]:
-    """Ids of the tokens whose text fits: a regular expression found in it, or a function that says so.
+    """Ids of the tokens whose text matches a regular expression or a predicate.
 
     The text has its space in front where the token has one. Special tokens do not fit.
 
@@ -93,12 +93,12 @@ def tokens_where(tokenizer: Any, fits: str | Callable[[str], bool]) -> list[int]
         >>> {token_texts(tiny)[i] for i in tokens_where(tiny, r"^ physic")} >= {" physicist"}
         True
     """
-    found = re.compile(fits).search if isinstance(fits, str) else fits
-    return [i for i, text in token_texts(tokenizer).items() if found(text)]
+    predicate = re.compile(fits).search if isinstance(fits, str) else fits
+    return [i for i, text in token_texts(tokenizer).items() if predicate(text)]
 
 
 def token_texts(tokenizer: Any) -> dict[int, str]:
-    """What each token of a vocabulary stands for, by id, its space in front included; special tokens left out.
+    """Text of each token of a vocabulary by id, its space in front included; special tokens left out.
 
     A token that is only part of a character's bytes is U+FFFD.
 
@@ -129,13 +129,13 @@ def _text(token: str, decoded: str) -> str:
     return decoded
 
 
-def _reading(words: Mapping[int, str], listed: Sequence[str]) -> list[int]:
-    wanted = set(listed)
-    return [i for i, word in words.items() if word in wanted]
+def _ids_of_words(words: Mapping[int, str], listed: Sequence[str]) -> list[int]:
+    members = set(listed)
+    return [i for i, word in words.items() if word in members]
 
 
 def _word(fits: Callable[[str], bool]) -> Callable[[str], bool]:
-    """Of the text without what is white around it, which may not be empty."""
+    """Test the stripped text, which may not be empty."""
     return lambda text: bool(word := text.strip()) and fits(word)
 
 

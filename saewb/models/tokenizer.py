@@ -178,7 +178,23 @@ def prepend_bos(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def tokenizer_of(model: nn.Module) -> Any:
-    """The model's tokenizer; an error with the line to type where it has none."""
+    """The model's tokenizer, checked to be there.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+
+    Returns:
+        The tokenizer, of transformers.
+
+    Raises:
+        TypeError: if `model` is an SAE, or a model of another library.
+        ValueError: if it has no tokenizer.
+
+    Example:
+        >>> import saewb
+        >>> tokenizer_of(saewb.load_model("tiny", device="cpu")).bos_token
+        '<|endoftext|>'
+    """
     if isinstance(model, SparseCoder):
         what = f"got {type(model).__name__} where the model goes."
         raise TypeError(explain(what, want="the model first, then the SAE", fix="saewb.evaluate(model, sae, tokens)"))

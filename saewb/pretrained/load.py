@@ -1,25 +1,25 @@
-"""SAEs by name, from a folder, from the hub or from the package itself. With models.py, all that reads the network.
+"""Load SAEs by name, from a folder, from the hub or from the package itself; save them into a folder.
 
-1. "tiny" is the SAE inside the package.
-2. An existing folder or file is read as it lies there; `id` is a folder or file in it.
-3. A release of the catalogue and one of its ids stand for a place on the hub, and for what its files do not say.
-4. "owner/name" is a repository of the Hugging Face hub; `id` is a folder or file in it. What is in its cache is not
-   fetched again, and is all there is without a network. Places the catalogue knows are treated as in 3.
+1. `resolve` finds out what the arguments mean: the SAE inside the package ("tiny"), a folder or file, a release of the
+   catalogue and one of its ids, or a repository of the hub and a folder in it.
+2. `hub.snapshot` has its files. What is in the hub's cache is not fetched again, and is all there is without a network.
+3. `detect` recognizes their layout, and that reads them; the catalogue completes what the files do not say.
+4. `cfg.metadata["source"]` says where the SAE is from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from saewb.errors import check_device, explain
-from saewb.hub_files import Listing, Progress, Unreachable, fetched, hashes_of, in_cache, listed
-from saewb.pretrained.formats import FORMATS, Facts, read, saelens
-from saewb.pretrained.resolve import Origin, local, not_in_repo, origin_of, unreachable
+from saewb.hub import Progress, Snapshot, snapshot
+from saewb.pretrained.formats import absence, detect, is_readable, layouts_named, saelens
+from saewb.pretrained.resolve import Source, resolve
 from saewb.sae.config import SAEConfig
 from saewb.sae.cross_layer import CrossLayerTranscoder
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
@@ -28,23 +28,6 @@ from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
 AnySAE = SAE | PursuitSAE | TemporalSAE | CrossLayerTranscoder
 _Config = TypeVar("_Config", bound=Any)
-# The reader of each format of the catalogue, by the name of its module in saewb.pretrained.formats.
-READERS = {
-    "sae_lens": "saelens",
-    "gemma_2": "gemma_scope",
-    "gemma_2_transcoder": "gemma_scope",
-    "gemma_3": "gemma_scope_2",
-    "llama_scope": "llama_scope",
-    "llama_scope_r1_distill": "llama_scope_r1",
-    "dictionary_learning_1": "dictionary_learning",
-    "deepseek_r1": "deepseek_r1",
-    "mwhanna_transcoder": "mwhanna",
-    "mntss_clt_layer_transcoder": "mntss",
-    "temporal": "temporal_conf",
-    "goodfire": "goodfire",
-    "qwen_scope": "qwen_scope",
-    "connor_rob_hook_z": "attention_hook_z",
-}
 
 
 def load_sae(
@@ -92,20 +75,16 @@ def load_sae(
     Example:
         >>> import tempfile
         >>> from saewb.sae.sae import SAE, SAEConfig
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     folder = save_sae(SAE(SAEConfig(d_in=4, d_sae=9)), Path(place) / "mine")
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     folder = save_sae(SAE(SAEConfig(d_in=4, d_sae=9)), Path(parent) / "mine")
         ...     load_sae(folder)
         SAE(relu, 4 -> 9 latents, float32 on cpu)
     """
     device = check_device(device or "cpu")
-    place = local(source, id)
-    if place is not None:
-        return read(place, Facts(scaling_factor=scaling_factor), dtype=dtype, device=device)
-    origin = origin_of(str(source), id)
-    root, names, listing = _on_disk(origin, _patterns(origin), _readable, revision, force_download, token, progress)
-    facts = _facts(origin, scaling_factor)
-    sae = read(root / origin.path, facts, dtype=dtype, device=device)
-    sae.cfg = _with_source(sae.cfg, origin, _source(origin, revision, root, names, listing))
+    place = resolve(source, id)
+    files = _fetch(place, _patterns(place), is_readable, revision, force_download, token, progress)
+    sae = detect(files.path).read(files.path, place.provenance(scaling_factor), dtype=dtype, device=device)
+    sae.cfg = _with_source(sae.cfg, place, files)
     return sae
 
 
@@ -141,19 +120,12 @@ def load_config(
         >>> load_config("tiny").d_sae
         1024
     """
-    call = f"saewb.load_sae({str(source)!r}{f', {id!r}' if id else ''}).cfg"
-    place = local(source, id)
-    if place is not None:
-        _only_saelens(_has_config(place), str(place), call)
-        return saelens.read_config(place)
-    origin = origin_of(str(source), id)
-    entry = origin.entry
-    _only_saelens(entry is None or entry.format == "sae_lens", f"{origin.repo}/{origin.path}", call)
-    patterns = [pattern for pattern in saelens.files(origin.path) if pattern.endswith((saelens.CONFIG, saelens.SCALER))]
-    root, names, listing = _on_disk(origin, patterns, _has_config, revision, force_download, token)
-    _only_saelens(_has_config(root / origin.path), f"{origin.repo}/{origin.path}", call)
-    cfg = saelens.read_config(root / origin.path, _facts(origin, None))
-    return _with_source(cfg, origin, _source(origin, revision, root, names, listing))
+    place, names = resolve(source, id), (saelens.CONFIG, saelens.SCALER)
+    _check_saelens(place.published is None or place.published.format in saelens.SAELens.aliases, place)
+    patterns = [pattern for pattern in saelens.SAELens().patterns(place.path) if pattern.endswith(names)]
+    files = _fetch(place, patterns, _has_config, revision, force_download, token)
+    _check_saelens(_has_config(files.path), place)
+    return _with_source(saelens.read_config(files.path, place.provenance()), place, files)
 
 
 def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
@@ -184,99 +156,75 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
     return saelens.write(sae, folder, overwrite=overwrite)
 
 
-def _facts(origin: Origin, scaling_factor: float | None) -> Facts:
-    entry = origin.entry
-    if entry is None:
-        return Facts(repo=origin.repo, path=origin.path, scaling_factor=scaling_factor)
-    return Facts(
-        repo=entry.repo,
-        path=entry.path,
-        model=entry.model,
-        hook=entry.hook,
-        hook_out=entry.hook_out,
-        layer=entry.layer,
-        scaling_factor=entry.norm_factor if scaling_factor is None else scaling_factor,
-        overrides=entry.overrides,
-    )
+@dataclass(frozen=True)
+class _Files:
+    """Where the files of an SAE are now."""
+
+    path: Path
+    """Folder or file on this machine."""
+    snapshot: Snapshot | None = None
+    """Of the repository they came from; None for files that were here."""
+    revision: str = "main"
+    """Branch, tag or commit that was asked for."""
 
 
-def _patterns(origin: Origin) -> list[str]:
-    layouts = FORMATS
-    if origin.entry is not None:
-        layouts = [one for one in FORMATS if one.__name__.endswith(f".{READERS[origin.entry.format]}")]
-    return [pattern for layout in layouts for pattern in layout.files(origin.path)]
+def _patterns(place: Source) -> list[str]:
+    layouts = layouts_named(None if place.published is None else place.published.format)
+    return [pattern for layout in layouts for pattern in layout.patterns(place.path)]
 
 
-def _on_disk(
-    origin: Origin,
+def _fetch(
+    place: Source,
     patterns: list[str],
-    complete: Callable[[Path], bool],
+    is_complete: Callable[[Path], bool],
     revision: str | None,
     force_download: bool,
     token: str | None,
     progress: Progress | None = None,
-) -> tuple[Path, list[str], Listing | None]:
-    """The repository's folder in the hub's cache, the names of the files, and the hub's own listing if it answered."""
-    listing = listed(origin.repo, revision, token, origin.call)
-    if isinstance(listing, Unreachable):
-        root = in_cache(origin.repo, revision, patterns)
-        if root is None or not complete(root / origin.path):
-            raise FileNotFoundError(unreachable(origin, listing.reason))
-        here = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*")) if file.is_file()]
-        return root, Listing("", dict.fromkeys(here, 0), {}).matching(patterns), None
-    names = listing.matching(patterns)
-    if not names:
-        not_in_repo(origin, listing)
-    root = fetched(
-        origin.repo,
-        listing,
-        names,
+) -> _Files:
+    if place.local is not None:
+        return _Files(place.local)
+    files = snapshot(
+        place.repo,
+        place.path,
+        patterns,
         revision=revision,
         force_download=force_download,
         token=token,
-        call=origin.call,
+        call=place.call,
+        is_complete=is_complete,
+        n_bytes=None if place.published is None else place.published.bytes,
         progress=progress,
     )
-    return root, names, listing
+    if not files.hashes:
+        raise FileNotFoundError(absence(place.repo, place.path, files.names))
+    return _Files(files.root / place.path, files, revision or "main")
 
 
-def _readable(place: Path) -> bool:
-    return any(layout.matches(place) for layout in FORMATS)
+def _has_config(path: Path) -> bool:
+    return (path / saelens.CONFIG).is_file()
 
 
-def _has_config(place: Path) -> bool:
-    return (place / saelens.CONFIG).is_file()
+def _with_source(cfg: _Config, place: Source, files: _Files) -> _Config:
+    """The configuration with where it is from, and the names that the catalogue has."""
+    if files.snapshot is None:
+        return cfg
+    origin = {"revision": files.revision, "commit": files.snapshot.commit, "files": dict(files.snapshot.hashes)}
+    metadata = {**cfg.metadata, "source": {**place.metadata(), **origin}}
+    if place.published is None:
+        return replace(cfg, metadata=metadata)
+    if place.published.neuronpedia is not None:
+        metadata["neuronpedia_id"] = place.published.neuronpedia
+    return replace(cfg, model=place.published.model, metadata=metadata)
 
 
-def _source(
-    origin: Origin, revision: str | None, root: Path, names: list[str], listing: Listing | None
-) -> dict[str, Any]:
-    named = {} if origin.entry is None else {"release": origin.entry.release, "id": origin.entry.id}
-    return {
-        **named,
-        "repo": origin.repo,
-        "path": origin.path,
-        "revision": revision or "main",
-        "commit": listing.commit if listing is not None else root.name,
-        "files": hashes_of(root, names, listing),
-    }
-
-
-def _with_source(cfg: _Config, origin: Origin, source: dict[str, Any]) -> _Config:
-    entry, changes = origin.entry, {"metadata": {**cfg.metadata, "source": source}}
-    if entry is not None:
-        changes["model"] = entry.model
-        if entry.neuronpedia is not None:
-            changes["metadata"]["neuronpedia_id"] = entry.neuronpedia
-    return replace(cfg, **changes)
-
-
-def _only_saelens(is_saelens: bool, what: str, call: str) -> None:
+def _check_saelens(is_saelens: bool, place: Source) -> None:
     if not is_saelens:
+        what = str(place.local or f"{place.repo}/{place.path}")
         raise ValueError(
             explain(
                 f"{what} is not in the SAELens layout, and others keep part of their configuration in the weights.",
                 want="saewb.pretrained.catalogue.find(release, id) for what is known without its files",
-                fix=call,
+                fix=f"{place.call}.cfg",
             )
         )

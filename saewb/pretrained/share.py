@@ -1,7 +1,8 @@
-"""SAEs put on the hub, with a card that says what they are."""
+"""Publish SAEs on the Hugging Face Hub, with a model card: what they are, how they were trained, how to load them."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,32 @@ from typing import Any
 
 from saewb.errors import explain
 from saewb.pretrained.load import save_sae
-from saewb.pretrained.model_card import model_card
 from saewb.pretrained.resolve import REPO, inside
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
 from saewb.sae.temporal import TemporalSAE
 
 AnySAE = SAE | PursuitSAE | TemporalSAE
+
+# Keys of an SAE's metadata that say how it was trained, and the words for them.
+_TRAINING_KEYS = {
+    "training_architecture": "trained as",
+    "dataset_path": "data set",
+    "context_size": "context length (tokens)",
+    "training_tokens": "training tokens",
+    "n_training_tokens": "training tokens",
+    "trained_with": "trained with",
+    "prepend_bos": "BOS in front of each context",
+    "seqpos_slice": "positions",
+    "exclude_special_tokens": "special tokens left out",
+    "training_architecture_details": "settings",
+    "source": "made from",
+}
+_ARCHITECTURES = {"SAE": "", "PursuitSAE": "matching pursuit", "TemporalSAE": "temporal"}
+_CENTERED = (
+    "With sae-lens, load the language model with `center_writing_weights=True`: it was trained on such activations. "
+    "saewb centers them itself."
+)
 
 
 def push_to_hub(
@@ -58,10 +78,10 @@ def push_to_hub(
     stray = sorted(set(figures or {}) - set(saes))
     if stray:
         raise ValueError(explain(f"push_to_hub got figures for {stray}.", want=f"folders of this push: {list(saes)}"))
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as upload:
         for folder, one in saes.items():
-            save_sae(one, Path(place) / folder)
-        return _pushed(place, saes, repo_id, figures or {}, private, revision, token, commit_message)
+            save_sae(one, Path(upload) / folder)
+        return _upload(Path(upload), saes, repo_id, figures or {}, private, revision, token, commit_message)
 
 
 def _by_folder(sae: AnySAE | Mapping[str, AnySAE], id: str | None) -> dict[str, AnySAE]:
@@ -74,8 +94,8 @@ def _by_folder(sae: AnySAE | Mapping[str, AnySAE], id: str | None) -> dict[str, 
     return {inside(folder): one for folder, one in sae.items()}
 
 
-def _pushed(
-    place: str,
+def _upload(
+    folder: Path,
     saes: Mapping[str, AnySAE],
     repo_id: str,
     figures: Mapping[str, Mapping[str, Any]],
@@ -84,15 +104,113 @@ def _pushed(
     token: str | None,
     commit_message: str | None,
 ) -> str:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
 
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if not api.file_exists(repo_id, "README.md", revision=revision):
-        (Path(place) / "README.md").write_text(model_card(saes, repo_id, figures), encoding="utf-8")
+        ModelCard(model_card(saes, repo_id, figures)).save(folder / "README.md")
     first = next(iter(saes))
     message = f"{first}: {saes[first]!r}" if len(saes) == 1 else f"{len(saes)} SAEs: {', '.join(saes)}"[:200]
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=place, revision=revision, commit_message=commit_message or message
+        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message or message
     )
     return commit.commit_url
+
+
+def model_card(saes: Mapping[str, AnySAE], repo_id: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README.md of a repository, as Markdown. Nothing is in it that the SAEs or `figures` do not say.
+
+    Args:
+        saes: by folder.
+        repo_id: "owner/name".
+        figures: for each folder, numbers by name.
+    """
+    from huggingface_hub import ModelCardData
+
+    models = sorted({sae.cfg.model for sae in saes.values() if sae.cfg.model})
+    data = ModelCardData(
+        library_name="saewb",
+        tags=["sparse-autoencoder", "saewb", "saelens"],
+        base_model=models[0] if len(models) == 1 and "/" in models[0] else None,
+    )
+    of = " and ".join(models) or "a language model"
+    head = ["---", data.to_yaml(), "---", f"# {repo_id.split('/')[1]}", ""]
+    head += [f"Sparse autoencoders of {of}, one per folder, SAELens layout.", ""]
+    parts = (
+        _architecture_table(saes),
+        _training_list(saes),
+        _figure_table(saes, figures),
+        _loading_code(saes, repo_id),
+    )
+    return "\n".join([*head, *(line for part in parts for line in part), ""])
+
+
+def _markdown_table(titles: list[str], rows: list[list[Any]]) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (titles, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return [lines[0], "|--" * len(titles) + "|", *lines[1:], ""]
+
+
+def _architecture_table(saes: Mapping[str, AnySAE]) -> list[str]:
+    rows: list[list[Any]] = []
+    for folder, sae in saes.items():
+        cfg = sae.cfg
+        activation = _ARCHITECTURES.get(type(sae).__name__) or cfg.activation
+        activation += f" k={cfg.k}" if getattr(cfg, "k", None) is not None else ""
+        activation += "" if cfg.normalization == "none" else f", {cfg.normalization}"
+        dtype = str(sae.dtype).removeprefix("torch.")
+        rows.append([folder, cfg.hook or "", cfg.hook_out or cfg.hook or "", activation, cfg.d_in, cfg.d_sae, dtype])
+    return _markdown_table(["folder", "reads", "writes", "activation", "d_in", "latents", "dtype"], rows)
+
+
+def _training_list(saes: Mapping[str, AnySAE]) -> list[str]:
+    facts: dict[str, dict[str, str]] = {}
+    for folder, sae in saes.items():
+        for key, words in _TRAINING_KEYS.items():
+            value = sae.cfg.metadata.get(key)
+            if value not in (None, {}, []):
+                facts.setdefault(words, {})[folder] = _format_value(key, value)
+    lines = [] if facts else ["Their files do not say."]
+    for words, values in facts.items():
+        if len(set(values.values())) == 1 and len(values) == len(saes):
+            lines.append(f"- {words}: {next(iter(values.values()))}")
+        else:
+            lines += [f"- {words}, {folder}: {value}" for folder, value in values.items()]
+    return ["## How they were trained", "", *lines, ""]
+
+
+def _format_value(key: str, value: Any) -> str:
+    if key == "source" and isinstance(value, Mapping):
+        return f"{value.get('repo')}/{value.get('path')} at {value.get('commit') or value.get('revision')}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {json.dumps(v, default=str)}" for name, v in value.items() if v is not None)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _figure_table(saes: Mapping[str, AnySAE], figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Figures given, and what an SAE's metadata has: "held_out" of saewb's training, or the l0 that sae-lens notes."""
+    numbers = {}
+    for folder, sae in saes.items():
+        metadata = sae.cfg.metadata
+        held_out = metadata.get("held_out", {"l0": metadata["l0"]} if "l0" in metadata else {})
+        numbers[folder] = {**(held_out if isinstance(held_out, Mapping) else {}), **figures.get(folder, {})}
+    names = list(dict.fromkeys(name for row in numbers.values() for name in row))
+    if not names:
+        return []
+    rows = [
+        [folder, *("" if row.get(name) is None else _format_value(name, row[name]) for name in names)]
+        for folder, row in numbers.items()
+    ]
+    return ["## Figures", "", *_markdown_table(["folder", *names], rows)]
+
+
+def _loading_code(saes: Mapping[str, AnySAE], repo_id: str) -> list[str]:
+    folder, sae = next(iter(saes.items()))
+    lines = ["## Loading", "", "```python", "import saewb"]
+    lines += [f"sae = saewb.load_sae({repo_id!r}, {folder!r})   # {sae!r}", "```", ""]
+    if getattr(sae.cfg, "is_transcoder", False) and getattr(sae.cfg, "k", None) is not None:
+        return [*lines, "sae-lens has no top-k transcoders and cannot load it."]
+    lines += ["or with sae-lens:", "", "```python", "from sae_lens import SAE"]
+    lines += [f"sae = SAE.from_pretrained(release={repo_id!r}, sae_id={folder!r})", "```"]
+    return [*lines, *([_CENTERED] if sae.cfg.normalization == "centered" else [])]

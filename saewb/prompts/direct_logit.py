@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saewb.features.logit_effects import written
+from saewb.features.logit_effects import project_to_residual
 from saewb.interventions.site import Site
 from saewb.models.unembed import final_length, word_direction
 from saewb.prompts.attribution_nodes import slopes, tiles
@@ -95,5 +95,5 @@ def _tiles(site: Site, n: int) -> Iterator[slice]:
 def _direction_at(model: nn.Module, sae: nn.Module, hook: str, head: int | None, unembedding: Tensor) -> Tensor | None:
     """The direction at a hook point that raises the token's logit."""
     eye = torch.eye(sae.cfg.d_out, device=sae.device)
-    out = written(model, eye, hook, head)
+    out = project_to_residual(model, eye, hook, head)
     return None if out is None else (out @ unembedding.to(out)).to(sae.dtype)

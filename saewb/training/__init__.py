@@ -2,25 +2,25 @@
 
     stream -> Training -> TrainStep, TrainStep, ...     and at any time    training.saes, training.state()
 
-`config` says how, `units` in which units, `learner` is one SAE's step, `paths` the two ways to its gradients, `loop`
-drives all SAEs over one stream, `checks` is what goes together, `record` what a step reports.
+`objectives` are what SAEs are trained for, `config` describes a run, `normalization` the units. `loop` trains all SAEs
+over one stream; `trainer` is one SAE's step, `sparse_step` its fast gradients, `step_metrics` its metrics. `train`
+starts a `run` in the background; `run_folder` is what it writes, `past_run` reads it, `run_display` shows it.
 """
 
 from __future__ import annotations
 
 import lazy_loader
 
-from saewb.training.config import TrainConfig
+from saewb.training.config import TrainConfig, Trainee
 from saewb.training.loop import Batch, Stream, Training
-from saewb.training.step_metrics import DENSITY_EDGES, Diverged, Figures, HeldOut, TrainStep
-from saewb.training.trainer import Trainee
+from saewb.training.step_metrics import DENSITY_EDGES, Diverged, HeldOut, StepMetrics, TrainStep
 
 __all__ = [
     "DENSITY_EDGES",
     "Batch",
     "Diverged",
-    "Figures",
     "HeldOut",
+    "StepMetrics",
     "Stream",
     "TrainConfig",
     "TrainStep",

@@ -1,24 +1,60 @@
-"""How to train, in tokens: sizes, schedule, optimizer, units."""
+"""The description of a training run: which SAEs, how to train them, on which activations, what to write.
+
+    RunSpec(saes={name: Trainee}, train=TrainConfig, data=DataConfig, run=RunConfig)
+
+`RunSpec.from_options` makes one from the arguments of `saewb.train` or a YAML file, `RunSpec.from_dict` from run.json;
+`to_dict` is run.json, `saewb.training.code_export.train_code` the cell of code.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer, Strict
 
-from saewb.errors import explain
-from saewb.sae.config import checker
+from saewb._config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    config,
+    descriptions,
+    dump,
+    parse,
+    require,
+)
+from saewb.data.stream import PASS_TOKENS
+from saewb.errors import explain, near
+from saewb.sae.matching_pursuit import PursuitSAE
+from saewb.sae.sae import SAE
+from saewb.training.objectives import OBJECTIVES, JumpReLU, Objective
 
 Schedule = Literal["constant", "linear", "cosine", "restarts"]
 Normalization = Literal["none", "constant", "centered", "whitened", "layer_norm", "constant_norm"]
 Step = Literal["auto", "plain", "sparse"]
 
-_check = checker("TrainConfig")
+FORMAT = 2
+"""Of run.json; 1 is saewb 0.1.0's, which is read as well."""
 
 
-@dataclass(frozen=True)
+def _dtype(value: Any) -> Any:
+    dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    if dtype not in (None, torch.bfloat16):
+        want = "torch.bfloat16 or None; float16 loses small gradients, and nothing here rescales them"
+        raise ValueError(explain(f"TrainConfig got autocast={value!r}.", want=want, fix="autocast=torch.bfloat16"))
+    return dtype
+
+
+Autocast = Annotated[torch.dtype | None, BeforeValidator(_dtype), PlainSerializer(str, when_used="json-unless-none")]
+Beta = Annotated[float, Ge(0), Lt(1)]
+
+
+@config
 class TrainConfig:
     """How to train; one for all SAEs of a stream. All sizes are in tokens. Wrong or unknown fields raise.
 
@@ -28,71 +64,66 @@ class TrainConfig:
         (244, 2.458e-05, 0.0003)
     """
 
-    n_tokens: int  # to train on; a last batch that would not be full is left out
-    batch_tokens: int = 4096  # per optimizer step
-    lr: float = 3e-4  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
-    eps: float = 1e-8  # of Adam
-    weight_decay: float = 0.0  # decoupled (AdamW), per unit of learning rate; 0 is Adam
-    schedule: Schedule = "constant"  # between warm-up and decay
-    lr_end: float | None = None  # what linear, cosine and restarts fall to; None means lr / 10
-    n_cycles: int = 1  # of "restarts"
-    warmup_tokens: int = 0  # learning rate rises linearly from 0
-    decay_tokens: int = 0  # at the end: falls linearly to 0 from where the schedule has brought it
-    clip: float | None = 1.0  # longest gradient, over all weights of an SAE; None does not clip
-    autocast: torch.dtype | None = None  # of products in the plain losses: torch.bfloat16; weights stay float32
-    compile: str | None = None  # backend of torch.compile for the plain losses, e.g. "inductor"
-    step: Step = "auto"  # how gradients are computed: see `saewb.training.paths.choose`
-    normalization: Normalization = (
-        "centered"  # of activations: see `saewb.training.normalization`; "none" for synthetic ones
-    )
-    shrinkage: float = 1e-3  # of the covariance, for "whitened": see `saewb.training.whitening`
-    estimate_tokens: int | None = None  # that means and factors are estimated on; held meanwhile; None means 8 batches
-    b_dec: Literal["zeros", "mean"] = "zeros"  # where the decoder's bias starts
-    dead_after_tokens: int | None = None  # silent for longer: dead. None means a tenth of n_tokens, at most 10,000,000
-    look_every_steps: int | None = None  # how often the host counts the dead; None means 1 on a CPU, 16 elsewhere
-    dense_above: float = 0.1  # of tokens; a latent that is on more often counts as dense
-    density_tokens: int = 100_000  # about how many of the last tokens that frequency is taken over
-    control_tokens: int | None = None  # time constant of the target-L0 controller; None means a twentieth of n_tokens
-    eval_every_tokens: int | None = None  # measure on the held-out activations; None means only after the last step
-    seed: int = 0  # of the initial weights
+    n_tokens: PositiveInt
+    """Tokens to train on; a last batch that would not be full is left out."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens per optimizer step."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.999)
+    """Decay rates of Adam's two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator of Adam."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled (AdamW), per unit of learning rate; 0 is Adam."""
+    schedule: Schedule = "constant"
+    """Learning rate between warm-up and decay."""
+    lr_end: NonNegativeFloat | None = None
+    """Learning rate at the end of linear, cosine and restarts; None means lr / 10."""
+    n_cycles: PositiveInt = 1
+    """Cycles of the schedule "restarts"."""
+    warmup_tokens: NonNegativeInt = 0
+    """Tokens over which the learning rate rises linearly from 0."""
+    decay_tokens: NonNegativeInt = 0
+    """Last tokens, over which the learning rate falls linearly to 0 from where the schedule has brought it."""
+    clip: PositiveFloat | None = 1.0
+    """Largest gradient norm, over all weights of an SAE; None does not clip."""
+    autocast: Autocast = None
+    """Dtype of products in the plain losses: torch.bfloat16, or None; weights stay float32."""
+    compile: str | None = None
+    """Backend of torch.compile for the plain losses, e.g. "inductor"."""
+    step: Step = "auto"
+    """How gradients are computed: by autograd, by hand on active latents, or whichever is quicker."""
+    normalization: Normalization = "centered"
+    """Of activations: see `saewb.training.normalization`; "none" for synthetic ones."""
+    shrinkage: Annotated[float, Ge(0), Le(1)] = 1e-3
+    """Of the covariance, for "whitened", 0 to 1; 0 needs every direction to vary."""
+    estimate_tokens: PositiveInt | None = None
+    """Tokens that means and factors are estimated on, held in memory meanwhile; None means 8 batches."""
+    b_dec: Literal["zeros", "mean"] = "zeros"
+    """Initial decoder bias."""
+    dead_after_tokens: PositiveInt | None = None
+    """Tokens after which a silent latent is dead; None means a tenth of n_tokens, at most 10,000,000."""
+    look_every_steps: PositiveInt | None = None
+    """Steps between counts of dead latents on the host; None means 1 on a CPU, 16 elsewhere."""
+    dense_above: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """Fraction of tokens; a latent that is active on more counts as dense."""
+    density_tokens: PositiveInt = 100_000
+    """Tokens over which the frequency of latents is averaged, about."""
+    control_tokens: PositiveInt | None = None
+    """Time constant of the target-L0 controller, in tokens; None means a twentieth of n_tokens."""
+    eval_every_tokens: PositiveInt | None = None
+    """Tokens between measurements on held-out activations; None means only after the last step."""
+    seed: int = 0
+    """Seed of the initial weights."""
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "batch_tokens", "n_cycles", "density_tokens"):
-            _check(_positive(getattr(self, name)), name, getattr(self, name), "a positive integer")
-        for name in ("estimate_tokens", "dead_after_tokens", "look_every_steps", "control_tokens", "eval_every_tokens"):
-            value = getattr(self, name)
-            _check(value is None or _positive(value), name, value, "a positive integer, or None")
-        for name in ("warmup_tokens", "decay_tokens"):
-            value = getattr(self, name)
-            _check(type(value) is int and value >= 0, name, value, "a number of tokens, 0 or more")
-        for name, choices in (("schedule", Schedule), ("normalization", Normalization), ("step", Step)):
-            known = ", ".join(map(repr, get_args(choices)))
-            _check(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {known}")
-        _check(self.b_dec in ("zeros", "mean"), "b_dec", self.b_dec, "'zeros' or 'mean'")
-        _check(
-            0 <= self.shrinkage <= 1, "shrinkage", self.shrinkage, "a share, 0 to 1; 0 needs every direction to vary"
-        )
-        self._check_rates()
-        fits = self.batch_tokens <= self.n_tokens
-        _check(fits, "batch_tokens", self.batch_tokens, f"at most n_tokens={self.n_tokens}")
-        ramps = self.warmup_tokens + self.decay_tokens
-        what = f"{self.warmup_tokens} + decay_tokens={self.decay_tokens}"
-        _check(ramps <= self.n_tokens, "warmup_tokens", what, f"together at most n_tokens={self.n_tokens}")
-
-    def _check_rates(self) -> None:
-        _check(self.lr > 0, "lr", self.lr, "a positive learning rate, such as 3e-4")
-        _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in 0..1")
-        _check(self.eps > 0, "eps", self.eps, "a small positive number, such as 1e-8")
-        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        end = self.lr_end
-        _check(end is None or 0 <= end <= self.lr, "lr_end", end, f"0 to lr={self.lr}, or None for a tenth of it")
-        _check(self.clip is None or self.clip > 0, "clip", self.clip, "a positive length, or None")
-        if self.autocast not in (None, torch.bfloat16):
-            want = "torch.bfloat16 or None; float16 loses small gradients, and nothing here rescales them"
-            what = f"TrainConfig got autocast={self.autocast!r}."
-            raise ValueError(explain(what, want=want, fix="autocast=torch.bfloat16"))
-        _check(0 < self.dense_above < 1, "dense_above", self.dense_above, "a share of tokens, between 0 and 1")
+        require(self, self.batch_tokens <= self.n_tokens, "batch_tokens", f"at most n_tokens={self.n_tokens}")
+        lr_end = self.lr_end is None or self.lr_end <= self.lr
+        require(self, lr_end, "lr_end", f"0 to lr={self.lr}, or None for a tenth of it")
+        ramps = self.warmup_tokens + self.decay_tokens <= self.n_tokens
+        want = f"with decay_tokens={self.decay_tokens} together at most n_tokens={self.n_tokens}"
+        require(self, ramps, "warmup_tokens", want)
 
     @property
     def n_steps(self) -> int:
@@ -110,7 +141,7 @@ class TrainConfig:
         return self.control_tokens or max(self.batch_tokens, self.n_tokens // 20)
 
     def look_every(self, device: torch.device) -> int:
-        """Steps between counts of the dead, with the default filled in."""
+        """Steps between counts of dead latents, with the default filled in."""
         return self.look_every_steps or (1 if device.type == "cpu" else 16)
 
     def rate(self, n_tokens: int) -> float:
@@ -138,5 +169,232 @@ class TrainConfig:
         return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _positive(value: object) -> bool:
-    return type(value) is int and value > 0
+@config
+class DataConfig:
+    """How activations are read."""
+
+    buffer_tokens: NonNegativeInt | None = None
+    """Tokens of the shuffle buffer; 0 keeps the order, None means 16 batches."""
+    prefetch: NonNegativeInt = 2
+    """Batches computed ahead."""
+    ctx_len: PositiveInt = 128
+    """Tokens of a row."""
+    pass_tokens: PositiveInt = PASS_TOKENS
+    """Tokens of one forward pass of the model."""
+    skip_special_tokens: bool | Annotated[list[int], Strict(False)] = True
+    """Leaves out special tokens (BOS, EOS, padding); or the token ids to leave out."""
+    positions: Annotated[tuple[int | None, int | None, int | None], Strict(False)] = (None, None, None)
+    """Start, stop and step of the positions of each row that are kept."""
+    held_out_tokens: PositiveInt = 16_384
+    """Tokens of held-out texts, at most."""
+
+
+@config
+class RunConfig:
+    """What a run writes, and when."""
+
+    checkpoint_every_tokens: PositiveInt | None = None
+    """Tokens between checkpoints; None writes one on the way out only."""
+    keep_saes: bool = False
+    """Keeps the SAEs of every checkpoint, not only of the last."""
+    log_every_steps: PositiveInt = 10
+    """Steps between rows of the history; the first and the last step are always logged."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """One SAE to be trained: for what, where it reads and writes, and what to start from."""
+
+    objective: Objective
+    """What it is trained for."""
+    read: str | None = None
+    """Point of the stream it reads; None means the only one."""
+    write: str | None = None
+    """Point it predicts; None or `read` makes it an autoencoder, another one a transcoder."""
+    lr: float | None = None
+    """Its own peak learning rate; None means the config's."""
+    seed: int | None = None
+    """Its own seed; None means the config's, and SAEs of one seed and size begin alike."""
+    init: SAE | PursuitSAE | None = None
+    """A trained SAE to continue from, in the model's units; None means random weights."""
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts another point than it reads."""
+        return self.write not in (None, self.read)
+
+    @property
+    def fits_thresholds(self) -> bool:
+        """Whether its first thresholds are set from the first tokens."""
+        objective = self.objective
+        return isinstance(objective, JumpReLU) and objective.start_l0 is not None and self.init is None
+
+    @property
+    def location(self) -> str:
+        """Where it reads and writes, in a few words."""
+        return f"{self.read} => {self.write}" if self.write else str(self.read)
+
+    def objective_fields(self) -> dict[str, Any]:
+        """Its objective as plain values, for metadata and checkpoints."""
+        return {"objective": type(self.objective).__name__, **asdict(self.objective)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the objective's name and fields, `read`, `write`, `lr` and `seed`; not `init`."""
+        return {**self.objective_fields(), "read": self.read, "write": self.write, "lr": self.lr, "seed": self.seed}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Trainee:
+        """The inverse of `to_dict`; numbers may be text, `hook` and `hook_out` mean `read` and `write`.
+
+        Raises:
+            ValueError: for an objective that does not exist or a wrong value.
+            TypeError: for an unknown field.
+        """
+        values = {{"hook": "read", "hook_out": "write"}.get(name, name): value for name, value in values.items()}
+        name = str(values.pop("objective", None))
+        if name not in OBJECTIVES:
+            known = list(OBJECTIVES)
+            raise ValueError(explain(f"got objective {name!r}.", near=near(name, known), want=", ".join(known)))
+        own = {key: values.pop(key) for key in ("read", "write", "lr", "seed") if key in values}
+        own |= {key: kind(own[key]) for key, kind in (("lr", float), ("seed", int)) if own.get(key) is not None}
+        return cls(parse(OBJECTIVES[name], values), **own)
+
+
+def _sae(value: Any) -> Any:
+    return Trainee.from_dict(value) if isinstance(value, Mapping) else value
+
+
+SAESpec = Annotated[InstanceOf[Trainee], BeforeValidator(_sae), PlainSerializer(Trainee.to_dict)]
+"""A Trainee; in run.json its `to_dict()`."""
+
+
+@config
+class RunSpec:
+    """A training run: the arguments of `saewb.train` but for the model, the tokens and what only the caller has."""
+
+    saes: dict[str, SAESpec]
+    """The SAEs by name."""
+    train: TrainConfig
+    """How to train."""
+    data: DataConfig = DataConfig()
+    """How activations are read."""
+    run: RunConfig = RunConfig()
+    """What is written, and when."""
+    model: str | None = None
+    """Name of the language model."""
+    widths: dict[str, int] = field(default_factory=dict)
+    """Numbers per token, by point of the stream."""
+
+    @classmethod
+    def from_options(
+        cls,
+        saes: Any,
+        *,
+        n_tokens: int,
+        hook: str | None = None,
+        hook_out: str | None = None,
+        positions: slice = slice(None),
+        strict: bool = True,
+        **options: Any,
+    ) -> RunSpec:
+        """Sort the arguments of `saewb.train` into the parts of a spec.
+
+        Args:
+            saes: as for `saewb.train`, like all that follow.
+            strict: False takes numbers as text and lists as tuples, as they come from YAML.
+
+        Raises:
+            TypeError: for an option that does not exist.
+            ValueError: for a wrong value.
+        """
+        owners = {name: owner for owner in (TrainConfig, DataConfig, RunConfig) for name in descriptions(owner)}
+        for name in options:
+            if name not in owners:
+                close = [_ALIASES[name]] if name in _ALIASES else near(name, owners)
+                fix = f"train(..., {close[0]}=...)" if close else 'print(*saewb.training_options(), sep="\\n")'
+                raise TypeError(explain(f"train has no option {name!r}.", near=close, fix=fix))
+        options |= {"n_tokens": n_tokens, "positions": (positions.start, positions.stop, positions.step)}
+        parts = []
+        for owner in (TrainConfig, DataConfig, RunConfig):
+            values = {name: value for name, value in options.items() if owners[name] is owner}
+            parts.append(owner(**values) if strict else parse(owner, values))
+        return cls(trainees(saes, hook, hook_out), *parts)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
+        """The spec that run.json holds, also saewb 0.1.0's.
+
+        Raises:
+            ValueError, TypeError: if it is none.
+        """
+        content = {name: value for name, value in values.items() if name != "saewb_run"}
+        return parse(cls, _upgraded(content) if values["saewb_run"] == 1 else content)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as run.json holds them."""
+        return {"saewb_run": FORMAT, **dump(self)}
+
+    @property
+    def points(self) -> list[str]:
+        """All points that are read or written, each once."""
+        both = [point for sae in self.saes.values() for point in (sae.read, sae.write) if point is not None]
+        return list(dict.fromkeys(both))
+
+    @property
+    def buffer_tokens(self) -> int:
+        """Tokens of the shuffle buffer, with the default filled in; never more than are trained on."""
+        n_tokens = self.data.buffer_tokens
+        return min(self.train.n_tokens, 16 * self.train.batch_tokens if n_tokens is None else n_tokens)
+
+    def with_widths(self, widths: Mapping[str, int]) -> RunSpec:
+        """The spec of a stream of these points: SAEs that name no point read the only one there is."""
+        only = next(iter(widths)) if len(widths) == 1 else None
+        saes = {name: replace(sae, read=sae.read or only) for name, sae in self.saes.items()}
+        return replace(self, saes=saes, widths=dict(widths))
+
+
+# As other trainers call them.
+_ALIASES = {
+    "learning_rate": "lr",
+    "batch_size": "batch_tokens",
+    "context_size": "ctx_len",
+    "warmup_steps": "warmup_tokens",
+}
+
+
+def trainees(saes: Any, hook: str | None = None, hook_out: str | None = None) -> dict[str, Trainee]:
+    """An objective, a Trainee, or several by name, as Trainees; those that name no point read `hook`.
+
+    Raises:
+        TypeError: for what is no objective.
+        ValueError: for none at all, or a name that cannot be a folder's.
+    """
+    by_name = dict(saes) if isinstance(saes, Mapping) else {"sae": saes}
+    if not by_name:
+        raise ValueError(explain("train got no SAE.", want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
+    specs = {}
+    for name, sae in by_name.items():
+        if not (name and all(c.isalnum() or c in "._-" for c in name)) or name.startswith("."):
+            what = f"got an SAE named {name!r}."
+            raise ValueError(explain(what, want="letters, digits, '_', '-', '.'", fix="'sae_1'"))
+        trainee = sae if isinstance(sae, Trainee) else Trainee(sae)
+        objective = trainee.objective
+        if isinstance(objective, type):
+            what, fix = f"train got the class {objective.__name__}.", f"saewb.{objective.__name__}(d_sae=4096)"
+            raise TypeError(explain(what, want="an instance of it", fix=fix))
+        if not isinstance(objective, Objective):
+            what = f"train got a {type(objective).__name__} for {name!r}."
+            raise TypeError(explain(what, want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
+        read = trainee.read or hook
+        write = trainee.write or (hook_out if trainee.read is None else None)
+        specs[name] = replace(trainee, read=read, write=None if write == read else write)
+    return specs
+
+
+def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 1 of run.json under today's names."""
+    parts = {"config": "train", "reading": "data", "options": "run"}
+    values = {parts.get(name, name): value for name, value in values.items()}
+    normalization = values["train"].pop("normalisation", "none")
+    values["train"]["normalization"] = "centered" if normalization == "centred" else normalization
+    return values

@@ -1,15 +1,15 @@
-"""Where a run's figures go besides its own history: anything that can be called with an `Event`.
+"""Loggers of a run: anything that can be called with an `Event`.
 
-    saewb.train(..., sinks=[saewb.training.loggers.Wandb(project="my-saes")])
-    saewb.train(..., sinks=[lambda event: print(event.row) if event.kind == "step" else None])
+    saewb.train(..., loggers=[saewb.training.loggers.Wandb(project="my-saes")])
+    saewb.train(..., loggers=[lambda event: print(event.row) if event.kind == "step" else None])
 
-A sink is called on the run's thread, between two steps. One that raises does not end the run: what it raised is kept in
-`run.notes`, and after three failures in a row it is left alone.
+A logger is called on the run's thread, between two steps. One that raises does not end the run: its error is kept in
+`run.notes`, and after three failures in a row it is not called again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -19,48 +19,33 @@ from typing import Any, Literal, final
 class Event:
     """Something that happened in a run."""
 
-    kind: Literal["begin", "step", "checkpoint", "end"]  # of the run
-    step: int  # steps done
-    n_tokens: int  # trained on
-    row: Mapping[str, Any] = field(default_factory=dict)  # "step": the history's row; "begin": what was asked for
-    folder: Path | None = None  # "checkpoint", "end": of the run; None if it has none
-    names: tuple[str, ...] = ()  # of the SAEs
-    state: str = "running"  # "end": finished, stopped or failed
+    kind: Literal["begin", "step", "checkpoint", "end"]
+    """What happened."""
+    step: int
+    """Steps done."""
+    n_tokens: int
+    """Tokens trained on."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """At "step" the history's row, at "begin" the run's spec as run.json has it."""
+    folder: Path | None = None
+    """Of the run; None if it has none."""
+    names: tuple[str, ...] = ()
+    """The names of the SAEs."""
+    state: str = "running"
+    """Of the run; at "end": finished, stopped or failed."""
 
 
-Sink = Callable[[Event], object]
+Logger = Callable[[Event], object]
 
 
-@final
-class Sinks:
-    """The sinks of one run; one that fails three times in a row is not called again."""
-
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks, self._failures = list(sinks), [0] * len(sinks)
-
-    def tell(self, event: Event) -> list[str]:
-        """Call them; what they raised, in words."""
-        notes = []
-        for i, sink in enumerate(self._sinks):
-            if self._failures[i] >= 3:
-                continue
-            try:
-                sink(event)
-                self._failures[i] = 0
-            except Exception as error:
-                self._failures[i] += 1
-                notes.append(f"{sink!r} failed at step {event.step}: {type(error).__name__}: {error}")
-        return notes
-
-
-_TERMS = {  # objectives' names of loss terms: SAELens' keys
+_LOSS_TERMS = {  # objectives' names of loss terms: SAELens' keys
     "mse": "mse_loss",
     "l1": "l1_loss",
     "l0": "l0_loss",
     "aux": "auxiliary_reconstruction_loss",
     "pre_act": "pre_act_loss",
 }
-_OWN = {"held_out/fvu", "held_out/l0", "held_out/mse"}
+_UNCHANGED = {"held_out/fvu", "held_out/l0", "held_out/mse"}
 
 
 def saelens_keys(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
@@ -77,13 +62,13 @@ def saelens_keys(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, fl
         >>> saelens_keys({"step": 1, "n_tokens": 64, "fvu": 0.25, "losses/mse": 2.0}, ("sae",))
         {'details/n_training_samples': 64, 'metrics/explained_variance': 0.75, 'losses/mse_loss': 2.0}
     """
-    found: dict[str, float] = {"details/n_training_samples": row["n_tokens"]}
+    keys: dict[str, float] = {"details/n_training_samples": row["n_tokens"]}
     for name in names:
         prefix = "" if len(names) == 1 else f"{name}/"
         for key, value in row.items():
             if key.startswith(prefix) and (theirs := _key(key.removeprefix(prefix), value)):
-                found[prefix + theirs[0]] = theirs[1]
-    return found
+                keys[prefix + theirs[0]] = theirs[1]
+    return keys
 
 
 def _key(key: str, value: Any) -> tuple[str, float] | None:
@@ -100,10 +85,10 @@ def _key(key: str, value: Any) -> tuple[str, float] | None:
     if key in fixed:
         return fixed[key], value
     if group == "losses":
-        return f"losses/{_TERMS.get(term, term)}", value
+        return f"losses/{_LOSS_TERMS.get(term, term)}", value
     if group == "coefficients":
         return f"details/{term}_coefficient", value
-    return (key, value) if key in _OWN else None
+    return (key, value) if key in _UNCHANGED else None
 
 
 @final
@@ -122,7 +107,7 @@ class Wandb:
         self._log_weights, self._run = log_weights, None
 
     def __call__(self, event: Event) -> None:
-        """Pass an event on."""
+        """Log an event."""
         import wandb
 
         if self._run is None:
@@ -155,7 +140,7 @@ class TensorBoard:
         self._folder, self._writer = folder, None
 
     def __call__(self, event: Event) -> None:
-        """Pass an event on."""
+        """Log an event."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 

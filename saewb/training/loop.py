@@ -10,40 +10,46 @@ from typing import Any, Protocol, Union, final
 import torch
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb._config import dump
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain, near
-from saewb.training.checks import check_state, check_trainee, plain
-from saewb.training.config import TrainConfig
-from saewb.training.normalization import AnySAE, Units, estimated, from_estimates, whitening_units
+from saewb.training.config import TrainConfig, Trainee
+from saewb.training.normalization import (
+    ActivationNormalizer,
+    AnySAE,
+    estimate_factor_and_mean,
+    estimate_whitening,
+)
 from saewb.training.objectives import Objective
-from saewb.training.step_metrics import TrainStep
-from saewb.training.trainer import Learner, Trainee, described, starts_from_data
+from saewb.training.step_metrics import HeldOut, TrainStep
+from saewb.training.trainer import SAETrainer, check_state, check_trainee
 
-PROBE_ROWS = 256  # of the last batch, that an export is proved on
+PROBE_ROWS = 256  # of the last batch, that an export is checked on
 _ESTIMATED = ("constant", "centered", "whitened")  # normalizations that are estimated
 
 
 class Batch(Protocol):
     """Activations of the same tokens at several points: what a stream yields (`saewb.models.capture.Activations`)."""
 
-    values: Mapping[str, Tensor]  # by point, [tokens, d]; row t of each is the same token
+    values: Mapping[str, Tensor]
+    """By point, [tokens, d]; row t of each is the same token."""
 
     def __len__(self) -> int: ...
 
 
 class Stream(Protocol):
-    """Where batches come from."""
+    """Source of batches."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches, from the present place on."""
+        """Batches, from the current position on."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """The place: after the last batch that was taken."""
+        """The position: after the last batch that was taken."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to a place; iterating anew goes on from there."""
+        """Go back to a position; iterating anew continues from there."""
         ...
 
 
@@ -55,16 +61,16 @@ class Training:
             ...
 
     Each SAE has its own optimizer and learns exactly what it would learn alone; they share the batches. `state()` after
-    any step is all there is: a new Training over an equal stream that restores it goes on bit for bit.
+    any step is complete: a new Training over an equal stream that restores it continues bit for bit.
 
     Args:
         stream: yields batches of exactly `config.batch_tokens` tokens.
-        saes: an objective, or objectives or `Trainee`s by the names the SAEs are to have.
+        saes: an objective, or objectives or `Trainee`s by the names of the SAEs.
         config: how to train.
         held_out: activations by point, `[tokens, d]`, in the model's units, to measure on every `eval_every_tokens` and
             after the last step.
         device: of weights and arithmetic; None means that of the first batch.
-        team: processes that train together, each on its share of every batch (`saewb.distributed`); each is given the same
+        team: processes that train together, each on its shard of every batch (`saewb.distributed`); each gets the same
             stream of whole batches. None trains alone.
 
     Raises:
@@ -87,36 +93,37 @@ class Training:
         *,
         held_out: Mapping[str, Tensor] | None = None,
         device: torch.device | str | None = None,
-        team: Team | None = None,
+        team: ParallelContext | None = None,
     ) -> None:
-        named = saes if isinstance(saes, Mapping) else {"sae": saes}
-        if not named:
+        by_name = saes if isinstance(saes, Mapping) else {"sae": saes}
+        if not by_name:
             raise ValueError(explain("Training got no SAE.", want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
-        self._team = team or ALONE
-        self._rows = self._team.share(config.batch_tokens)  # of a batch, this process's
+        self._team = team or SINGLE_PROCESS
+        self._rows = self._team.shard(config.batch_tokens)  # of a batch, for this process
         self.config = config
         self.n_steps = 0  # done
         self.n_tokens = 0  # trained on
         self._stream = stream
-        self._trainees = {name: s if isinstance(s, Trainee) else Trainee(s) for name, s in named.items()}
+        self._trainees = {name: s if isinstance(s, Trainee) else Trainee(s) for name, s in by_name.items()}
         for name, trainee in self._trainees.items():
             check_trainee(name, trainee, config)
         self._signature = {
-            name: {**described(t), "read": t.read, "write": t.write, "lr": t.lr} for name, t in self._trainees.items()
+            name: {**t.objective_fields(), "read": t.read, "write": t.write, "lr": t.lr}
+            for name, t in self._trainees.items()
         }
         self._held_out = None if held_out is None else dict(held_out)
         self._device = None if device is None else torch.device(device)
         self._iterator: Iterator[Batch] | None = None  # of the stream, one for the whole training
-        self._pending: deque[Batch] = deque()  # taken from the stream for estimates, to be trained on next
-        self._place: dict[str, Any] = {}  # of the stream before the first batch that was pending
-        self._n_taken = 0  # batches trained on since then
-        self._n_skip = self._skipped = 0  # batches that were trained on before it was resumed; those gone by again
-        self._units: dict[str, Units] = {}
-        self._learners: dict[str, Learner] = {}
+        self._pending: deque[Batch] = deque()  # read for estimates, to be trained on next
+        self._stream_state: dict[str, Any] = {}  # before the first batch that was pending
+        self._n_taken = 0  # pending batches trained on since then
+        self._n_skip = self._skipped = 0  # batches to skip after a restore; those skipped so far
+        self._normalizers: dict[str, ActivationNormalizer] = {}
+        self._trainers: dict[str, SAETrainer] = {}
         self._probe: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[TrainStep]:
-        """Goes on to `config.n_steps`; may be left and taken up again between any two steps."""
+        """Train up to `config.n_steps`; may be interrupted and continued between any two steps."""
         self.begin()
         while self.n_steps < self.config.n_steps:
             batch = self._next()
@@ -132,71 +139,70 @@ class Training:
         return self._pending.popleft()
 
     def _step(self, values: Mapping[str, Tensor]) -> TrainStep:
-        inner = {point: units.apply(self._placed(values[point][self._rows])) for point, units in self._units.items()}
-        figures = {}
-        for name, learner in self._learners.items():
+        inputs = {p: n.normalize(self._to_device(values[p][self._rows])) for p, n in self._normalizers.items()}
+        metrics = {}
+        for name, trainer in self._trainers.items():
             read, write = self._points(name)
-            figures[name] = learner.learn(inner[read], inner[write], self.n_tokens)
+            metrics[name] = trainer.step(inputs[read], inputs[write], self.n_tokens)
         before, self.n_tokens = self.n_tokens, self.n_tokens + self.config.batch_tokens
         self.n_steps += 1
-        self._probe = {point: values[point][:PROBE_ROWS].clone() for point in self._units}
+        self._probe = {point: values[point][:PROBE_ROWS].clone() for point in self._normalizers}
         if self._held_out is not None and self._is_due(before):
-            figures = {name: replace(f, held_out=self._measured(name)) for name, f in figures.items()}
-        return TrainStep(self.n_steps, self.n_tokens, figures)
+            metrics = {name: replace(m, held_out=self._evaluate(name)) for name, m in metrics.items()}
+        return TrainStep(self.n_steps, self.n_tokens, metrics)
 
     def _is_due(self, before: int) -> bool:
         every = self.config.eval_every_tokens
         return self.n_steps == self.config.n_steps or (every is not None and before // every != self.n_tokens // every)
 
-    def _measured(self, name: str) -> Any:
+    def _evaluate(self, name: str) -> HeldOut:
         read, write = self._points(name)
-        return self._learners[name].measure(self._held_out[read], self._held_out[write])
+        return self._trainers[name].measure(self._held_out[read], self._held_out[write])
 
     @property
     def saes(self) -> dict[str, AnySAE]:
-        """The SAEs so far, by name: in the model's own units, with unit decoder rows, proved on the last batch.
+        """The SAEs so far, by name: in the model's own units, with unit decoder rows, checked on the last batch.
 
         Copies: training goes on undisturbed.
 
         Raises:
             RuntimeError: if an SAE's output is not that of the training to 1e-5 of a row's length.
         """
-        if not self._learners:
+        if not self._trainers:
             self.begin()
-        made = {}
-        for name, learner in self._learners.items():
+        saes = {}
+        for name, trainer in self._trainers.items():
             metadata = {
-                "objective": described(self._trainees[name]),
+                "objective": self._trainees[name].objective_fields(),
                 "n_training_tokens": self.n_tokens,
                 "normalization": self.config.normalization,
                 "trained_with": "saewb",
             }
-            made[name] = learner.export(self._probe[self._points(name)[0]], metadata)
-        return made
+            saes[name] = trainer.export(self._probe[self._points(name)[0]], metadata)
+        return saes
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed training needs: a dict of plain values and tensors on the host, copied.
+        """Everything that a resumed training needs: a dict of plain values and tensors on the host, copied.
 
         It can be written with torch.save and read with `weights_only=True` if the stream's own state can.
         """
         self.begin()
-        units = {p: u.snapshot() for p, u in self._units.items()}
         return {
-            "config": plain(self.config),
+            "config": dump(self.config),
             "trainees": self._signature,
             "points": {name: [t.read, t.write] for name, t in self._trainees.items()},
             "n_steps": self.n_steps,
             "n_tokens": self.n_tokens,
-            "units": units,
+            "units": {point: normalizer.state() for point, normalizer in self._normalizers.items()},
             "probe": {point: rows.to("cpu", copy=True) for point, rows in self._probe.items()},
-            "learners": {name: learner.snapshot() for name, learner in self._learners.items()},
+            "learners": {name: trainer.state() for name, trainer in self._trainers.items()},
             "device": str(self._device),
-            "stream": self._place if self._pending else self._stream.state(),
+            "stream": self._stream_state if self._pending else self._stream.state(),
             "n_taken": self._n_taken if self._pending else 0,  # batches to take from there first
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where `state()` was taken: weights, optimizers, schedules, estimates, place in the stream.
+        """Continue from a `state()`: weights, optimizers, schedules, estimates, position in the stream.
 
         Raises:
             ValueError: if the SAEs, or a field of the config that must not change, are not those of the state.
@@ -205,11 +211,13 @@ class Training:
         self._device = self._device or torch.device(state["device"])
         for name, (read, write) in state["points"].items():
             self._trainees[name] = replace(self._trainees[name], read=read, write=write)
-        self._units = {point: Units.restored(saved, self._device) for point, saved in state["units"].items()}
+        self._normalizers = {
+            point: ActivationNormalizer.from_state(saved, self._device) for point, saved in state["units"].items()
+        }
         self._probe = dict(state["probe"])
-        self._make_learners({point: rows.shape[1] for point, rows in self._probe.items()}, {})
-        for name, learner in self._learners.items():
-            learner.restore(state["learners"][name])
+        self._make_trainers({point: rows.shape[1] for point, rows in self._probe.items()}, {})
+        for name, trainer in self._trainers.items():
+            trainer.restore(state["learners"][name])
         self.n_steps, self.n_tokens = state["n_steps"], state["n_tokens"]
         self._pending.clear()
         self._stream.restore(state["stream"])
@@ -217,51 +225,51 @@ class Training:
         self._n_skip, self._skipped = state["n_taken"], 0
 
     def begin(self) -> None:
-        """Estimates and first weights, from the stream's first batches, which are then trained on.
+        """Estimate normalizations and initialize weights from the first batches, which are then trained on.
 
-        The first step does it, or whatever needs weights. With several processes that share the model's passes: for
-        all of them to call, before one asks for SAEs alone.
+        The first step does it, or whatever needs weights. With several processes that share the model's passes, all of
+        them must call it before one alone exports SAEs.
         """
         while self.read_ahead():
             pass
 
     def read_ahead(self, fill: Callable[[], bool] = lambda: False) -> bool:
-        """A part of what `begin()` does; whether there is more of it. For who wants to look, or to stop, in between.
+        """Do a part of `begin()`, to allow for a stop in between; True if there is more to do.
 
         Args:
-            fill: called before a batch is taken until it says that there is no more to do, e.g. `stream.fill`.
+            fill: called before a batch is read until it returns False, e.g. `stream.fill`.
         """
         if self._iterator is None:
-            self._place, self._iterator = self._stream.state(), iter(self._stream)
+            self._stream_state, self._iterator = self._stream.state(), iter(self._stream)
         if fill():
             return True
         if self._skipped < self._n_skip:
             next(self._iterator)
             self._skipped += 1
             return self.ahead is not None
-        if self._learners:
+        if self._trainers:
             return False
-        if len(self._pending) < self._n_wanted and (batch := next(self._iterator, None)) is not None:
+        if len(self._pending) < self._n_estimate_batches and (batch := next(self._iterator, None)) is not None:
             self._pending.append(batch)
             return True
-        self._start()
+        self._initialize()
         return False
 
     @property
     def ahead(self) -> tuple[str, int, int] | None:
-        """(what for, tokens there, tokens wanted) of what is read before the first step; None once that may come.
+        """(purpose, tokens read, tokens to read) before the first step; None once that can be taken.
 
-        At any time, of any thread.
+        Safe to read at any time, from any thread.
         """
         size, normalizes = self.config.batch_tokens, self.config.normalization in _ESTIMATED
         if self._skipped < self._n_skip:
             return "going back to its place", self._skipped * size, self._n_skip * size
-        what = "estimating " + ("the normalization" if normalizes else "on the first tokens")
-        what = what if self._estimates else "reading the first batch"
-        return None if self._learners else (what, len(self._pending) * size, self._n_wanted * size)
+        purpose = "estimating " + ("the normalization" if normalizes else "on the first tokens")
+        purpose = purpose if self._estimates else "reading the first batch"
+        return None if self._trainers else (purpose, len(self._pending) * size, self._n_estimate_batches * size)
 
     @property
-    def _n_wanted(self) -> int:
+    def _n_estimate_batches(self) -> int:
         """Batches that are read before the first step."""
         config = self.config
         tokens = min(config.n_tokens, config.estimate_tokens or 8 * config.batch_tokens) if self._estimates else 1
@@ -269,10 +277,10 @@ class Training:
 
     @property
     def _estimates(self) -> bool:
-        fits = any(map(starts_from_data, self._trainees.values()))
+        fits = any(trainee.fits_thresholds for trainee in self._trainees.values())
         return self.config.normalization in _ESTIMATED or self.config.b_dec == "mean" or fits
 
-    def _start(self) -> None:
+    def _initialize(self) -> None:
         if not self._pending:
             raise ValueError(explain("the stream is empty.", want="at least one batch"))
         values = self._checked(self._pending[0])
@@ -283,10 +291,10 @@ class Training:
         self._probe = {point: values[point][:PROBE_ROWS].clone() for point in points}
         means = {}
         for point in points:
-            self._units[point], means[point] = self._estimated(point) if self._estimates else (self._fixed(), None)
-        self._make_learners({point: values[point].shape[1] for point in points}, means)
-        for name, learner in self._learners.items():
-            learner.fit([batch.values[self._points(name)[0]] for batch in self._pending])
+            self._normalizers[point], means[point] = self._estimate(point)
+        self._make_trainers({point: values[point].shape[1] for point in points}, means)
+        for name, trainer in self._trainers.items():
+            trainer.fit_thresholds([batch.values[self._points(name)[0]] for batch in self._pending])
 
     def _check_held_out(self, points: list[str]) -> None:
         for point in points:
@@ -307,31 +315,32 @@ class Training:
                     raise ValueError(explain(what, near=near(point, values), want=", ".join(values)))
             self._trainees[name] = trainee
 
-    def _fixed(self) -> Units:
-        return from_estimates(self.config.normalization, 1.0, torch.zeros(0))
-
-    def _estimated(self, point: str) -> tuple[Units, Tensor]:
-        """Units of a point, and its mean in them, from the pending batches."""
-        batches = [self._placed(batch.values[point]) for batch in self._pending]
-        factor, mean = estimated(point, batches, centered=self.config.normalization == "centered")
-        if self.config.normalization == "whitened":
-            units = whitening_units(point, batches, mean, self.config.shrinkage)
+    def _estimate(self, point: str) -> tuple[ActivationNormalizer, Tensor | None]:
+        """Normalizer of a point, and the mean of its output, from the pending batches; no mean if nothing needs one."""
+        normalization = self.config.normalization
+        if not self._estimates:
+            return ActivationNormalizer.from_estimates(normalization, 1.0, torch.zeros(0)), None
+        batches = [self._to_device(batch.values[point]) for batch in self._pending]
+        factor, mean = estimate_factor_and_mean(point, batches, centered=normalization == "centered")
+        if normalization == "whitened":
+            whitening = estimate_whitening(point, batches, mean, self.config.shrinkage)
+            normalizer = ActivationNormalizer(mean=mean, whitening=whitening)
         else:
-            units = from_estimates(self.config.normalization, factor, mean)
-        return units, torch.cat([units.apply(x).mean(0, keepdim=True) for x in batches]).mean(0)
+            normalizer = ActivationNormalizer.from_estimates(normalization, factor, mean)
+        return normalizer, torch.cat([normalizer.normalize(x).mean(0, keepdim=True) for x in batches]).mean(0)
 
-    def _make_learners(self, widths: Mapping[str, int], means: Mapping[str, Tensor | None]) -> None:
+    def _make_trainers(self, widths: Mapping[str, int], means: Mapping[str, Tensor | None]) -> None:
         for name, trainee in self._trainees.items():
             read, write = self._points(name)
-            self._learners[name] = Learner(
+            self._trainers[name] = SAETrainer(
                 trainee,
                 self.config,
-                self._units[read],
-                self._units[write],
+                self._normalizers[read],
+                self._normalizers[write],
                 d_in=widths[read],
                 d_out=widths[write],
                 device=self._device,
-                start=means.get(write) if self.config.b_dec == "mean" else None,
+                b_dec=means.get(write) if self.config.b_dec == "mean" else None,
                 team=self._team,
             )
 
@@ -339,7 +348,7 @@ class Training:
         trainee = self._trainees[name]
         return trainee.read, trainee.write or trainee.read
 
-    def _placed(self, x: Tensor) -> Tensor:
+    def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self._device, torch.float32)
 
     def _checked(self, batch: Batch) -> Mapping[str, Tensor]:

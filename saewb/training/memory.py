@@ -1,13 +1,23 @@
-"""What a training will need, told before it starts."""
+"""Before a training starts: an estimate of the memory it needs, and the list of its options."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from saewb._config import choices, descriptions, parse_field
+from saewb.data.cache import ActivationCache
+from saewb.data.packing import stream_tokens
+from saewb.data.sources import ModelSource
+from saewb.errors import explain
+from saewb.models.shared_copy import shared_copy
+from saewb.training.config import OBJECTIVES, DataConfig, RunConfig, RunSpec, TrainConfig
 
 _FLOAT = 4  # weights and arithmetic are float32
 
@@ -16,12 +26,18 @@ _FLOAT = 4  # weights and arithmetic are float32
 class MemoryEstimate:
     """Bytes, by what for; `print` it for a table. `step` and `forward` are rough, within about a factor of two."""
 
-    weights: int  # of all SAEs, with gradients and Adam's two moments; exact
-    step: int  # of the largest SAE's step: pre-activations, latents and their gradients, if computed densely
-    buffer: int  # mixing buffer and batches computed ahead; exact
-    checkpoint: int  # a copy of weights, moments and buffer while a checkpoint is written
-    forward: int  # of one pass of the model, beyond its weights
-    available: int | None  # free now, where it is needed; None if the system does not say
+    weights: int
+    """Of all SAEs, with gradients and Adam's two moments; exact."""
+    step: int
+    """Of the largest SAE's step: pre-activations, latents and their gradients, if computed densely."""
+    buffer: int
+    """Shuffle buffer and batches computed ahead; exact."""
+    checkpoint: int
+    """A copy of weights, moments and buffer while a checkpoint is written."""
+    forward: int
+    """Of one pass of the model, beyond its weights."""
+    available: int | None
+    """Free now, where it is needed; None if the system does not say."""
 
     @property
     def total(self) -> int:
@@ -30,12 +46,12 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether that much is free, as far as can be told."""
+        """Whether the estimate fits into free memory; True where that is unknown."""
         return self.available is None or self.total <= self.available
 
     @property
     def weights_fit(self) -> bool:
-        """Whether the part that is exact is free; without it, training cannot begin."""
+        """Whether the exact part fits into free memory; without it, training cannot begin."""
         return self.available is None or self.weights <= self.available
 
     def __str__(self) -> str:
@@ -56,7 +72,7 @@ def estimate_memory(
     model: Any = None,
     device: torch.device | str = "cpu",
 ) -> MemoryEstimate:
-    """What training SAEs on a stream will take.
+    """Memory that training SAEs on a stream takes.
 
         weights      16 bytes for each of d_sae (d_in + d_out + 1) + d_out: weight, gradient, two moments
         step         4 (4 d_sae + 4 (d_in + d_out)) bytes per token of a batch
@@ -67,7 +83,7 @@ def estimate_memory(
         saes: (d_in, d_sae, d_out) of each.
         widths: by point of the stream: numbers per token.
         batch_tokens: tokens of a step.
-        buffer_tokens: of the mixing buffer.
+        buffer_tokens: of the shuffle buffer.
         prefetch: batches computed ahead.
         pass_tokens: of one forward pass of the model; 0 without a model.
         itemsize: bytes of one number in the stream.
@@ -98,7 +114,7 @@ def _forward(model: Any, pass_tokens: int) -> int:
 
 
 def available(device: torch.device | str) -> int | None:
-    """Bytes that can still be taken there, caches given up; None where that cannot be known."""
+    """Free bytes on a device, caches included; None where that is unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -110,3 +126,168 @@ def available(device: torch.device | str) -> int | None:
         return None
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     return free[0] if free else None
+
+
+def training_memory(
+    model: nn.Module | None,
+    saes: Any,
+    *,
+    n_tokens: int,
+    tokens: Any = None,
+    hook: str | None = None,
+    hook_out: str | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> MemoryEstimate:
+    """The memory that `saewb.train` with the same arguments would need; also finds what is wrong with them.
+
+    Formulas in `saewb.training.memory.estimate_memory`. Costs one pass of two tokens, for the widths of the points.
+
+    Args:
+        model: as for `saewb.train`.
+        saes: as for `saewb.train`.
+        n_tokens: as for `saewb.train`.
+        tokens: only if they are an ActivationCache.
+        hook: as for `saewb.train`.
+        hook_out: as for `saewb.train`.
+        device: as for `saewb.train`.
+        options: as for `saewb.train`.
+
+    Returns:
+        A MemoryEstimate, in bytes; `print` it.
+
+    Raises:
+        TypeError: for an option that does not exist.
+        ValueError: for what does not fit, or a point that is not there.
+
+    Example:
+        >>> import saewb
+        >>> memory = training_memory(saewb.load_model("tiny"), saewb.TopK(1024, k=16),
+        ...                          hook="blocks.2.hook_resid_post", n_tokens=100_000)
+        >>> memory.weights
+        4212736
+    """
+    spec = RunSpec.from_options(saes, n_tokens=n_tokens, hook=hook, hook_out=hook_out, **options)
+    if isinstance(tokens, ActivationCache):
+        widths = {name: tokens.points[name] for name in spec.points or tokens.points}
+    elif model is None:
+        raise ValueError(explain("got no model.", want="a model, or an ActivationCache for tokens"))
+    elif any(sae.read is None for sae in spec.saes.values()):
+        raise ValueError(explain("got no hook.", want="where to read", fix='hook="blocks.4.hook_resid_post"'))
+    else:
+        widths = point_widths(shared_copy(model), spec.points)
+    if device is None and model is not None:
+        device = next(model.parameters()).device
+    return run_memory(spec.with_widths(widths), model, device)
+
+
+def run_memory(spec: RunSpec, model: nn.Module | None, device: torch.device | str | None) -> MemoryEstimate:
+    """The estimate of a run whose widths are known."""
+    return estimate_memory(
+        [(spec.widths[s.read], s.objective.d_sae, spec.widths[s.write or s.read]) for s in spec.saes.values()],
+        spec.widths,
+        batch_tokens=spec.train.batch_tokens,
+        buffer_tokens=spec.buffer_tokens,
+        prefetch=spec.data.prefetch,
+        pass_tokens=0 if model is None else spec.data.pass_tokens,
+        itemsize=_FLOAT if model is None else next(model.parameters()).element_size(),
+        model=model,
+        device=device or "cpu",
+    )
+
+
+def point_widths(model: nn.Module, points: Iterable[str]) -> dict[str, int]:
+    """The width of each point of a model with hook points of its own, by a pass of two tokens."""
+    first = next(ModelSource(model, stream_tokens(torch.zeros(1, 2, dtype=torch.int64)), points))
+    return {name: value.shape[1] for name, value in first.values.items()}
+
+
+@dataclass(frozen=True)
+class TrainOption:
+    """An option of `saewb.train`, or a field of an objective."""
+
+    name: str
+    """As it is passed."""
+    default: Any
+    """Its default; dataclasses.MISSING if there is none."""
+    note: str
+    """What it is, with its unit."""
+    owner: type
+    """The config class or objective it is a field of."""
+    choices: tuple[str, ...] = ()
+    """The texts it takes, if it takes one of a few."""
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is MISSING
+
+    def __str__(self) -> str:
+        default = "" if self.required else f" = {self.default!r}"
+        choices = f" ({', '.join(map(repr, self.choices))})" if self.choices else ""
+        return f"{self.name}{default}: {self.note}{choices}"
+
+    def value(self, text: str) -> Any:
+        """What was typed as a Python literal, as a value; quotes may be left out.
+
+        Args:
+            text: e.g. "3e-4", "None", "(0.9, 0.999)", "cosine", "torch.bfloat16".
+
+        Returns:
+            The value.
+
+        Raises:
+            ValueError: for a value that this option cannot have.
+
+        Example:
+            >>> batch = next(option for option in training_options() if option.name == "batch_tokens")
+            >>> batch.note, batch.value("8_192")
+            ('Tokens per optimizer step.', 8192)
+        """
+        text = text.strip()
+        try:
+            value = ast.literal_eval(text)
+        except (
+            ValueError,
+            SyntaxError,
+            MemoryError,
+            RecursionError,
+        ):  # not a literal: a choice, or the name of a dtype
+            value = text
+        return parse_field(self.owner, self.name, value)
+
+
+def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
+    """All options of `saewb.train` with their defaults and notes, or those of an objective: what a form would ask for.
+
+    Args:
+        objective: a class, e.g. `saewb.TopK`, or one of it; None means the options of `saewb.train` itself.
+
+    Returns:
+        Each option once, in the order in which it is documented; `print(*saewb.training_options(), sep="\\n")`.
+
+    Raises:
+        TypeError: for what is no objective.
+
+    Example:
+        >>> import saewb
+        >>> [(option.name, option.default) for option in training_options(saewb.TopK)][1:3]
+        [('k', 32), ('aux', 0.03125)]
+        >>> print(training_options(saewb.TopK)[1])
+        k = 32: Active latents per token.
+    """
+    if objective is None:
+        options = [option for owner in (TrainConfig, DataConfig, RunConfig) for option in _options(owner)]
+        return tuple(option for option in options if option.name != "positions")  # an argument of `train` itself
+    kind = objective if isinstance(objective, type) else type(objective)
+    if kind not in OBJECTIVES.values():
+        raise TypeError(explain(f"got {objective!r}.", want="an objective", fix="training_options(saewb.TopK)"))
+    return _options(kind)
+
+
+def _options(owner: type) -> tuple[TrainOption, ...]:
+    defaults = {f.name: f.default for f in fields(owner)}
+    return tuple(
+        TrainOption(name, defaults[name], note, owner, choices(owner, name))
+        for name, note in descriptions(owner).items()
+    )

@@ -1,18 +1,27 @@
-"""The units training happens in, and the way back: an exported SAE reads and writes the model's own activations.
+"""Normalization of the activations that are trained on, and its inverse: an exported SAE reads and writes the model's.
 
-    none           as they are
+    none           x' = x
     constant       x' = f x,         f = sqrt(d) / mean ||x||           (one number per point, estimated once)
-    centered        x' = f (x - m),   m = mean x, f = sqrt(d) / mean ||x - m||
-    whitened       x' = (x - m) M,   M from the covariance: `saewb.training.whitening`
+    centered       x' = f (x - m),   m = mean x, f = sqrt(d) / mean ||x - m||
+    whitened       x' = (x - m) M,   M = C_s^(-1/2),   C_s = (1 - s) C + s tr(C) / d I,     C: covariance of x
     layer_norm, constant_norm        per token, as the normalization of `SAEConfig`
 
 The first four are folded into the weights at export; the others stay with the SAE as its `normalization`.
+
+Whitening makes all directions equally large, so that the loss no longer favors the largest. M is the symmetric root
+(ZCA): x' is as near to x as whitened activations can be. With shrinkage s = 0 the covariance of x' is the identity; a
+direction of C with eigenvalue c keeps the variance c / ((1 - s) c + s tr(C) / d), so that directions in which nothing
+varies are not blown up. All in float64, from one pass over the tokens of the estimate.
+
+References:
+    Saraswatula and Klindt 2025, arXiv:2511.13981 (whitening before SAEs); Ledoit and Wolf 2004 (shrinkage to
+    tr(C) / d I).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Union
 
@@ -24,37 +33,63 @@ from saewb.errors import explain
 from saewb.sae.activation_functions import denormalized, normalized
 from saewb.sae.config import TokenNormalization
 from saewb.sae.matching_pursuit import PursuitSAE
-from saewb.sae.sae import SAE, replace_config
+from saewb.sae.sae import SAE
 from saewb.training.config import Normalization
-from saewb.training.whitening import Whitening, unwhitened, whitened, whitening
 
 AnySAE = Union[SAE, PursuitSAE]
+_MIN_VARIANCE = 1e-12  # of the largest eigenvalue: below, a direction has no variance
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
-    """How activations of one point become what is trained on, and back."""
+class Whitening:
+    """The two matrices of one point; its mean is subtracted before, and added after."""
 
-    factor: float = 1.0  # multiplies activations
-    mean: Float[Tensor, " d"] | None = None  # subtracted before, in the model's units
-    normalization: TokenNormalization = "none"  # instead of both: per token
-    whitening: Whitening | None = None  # after the mean, instead of the factor
+    matrix: Float[Tensor, "d d"]
+    """z = (x - m) @ matrix."""
+    inverse: Float[Tensor, "d d"]
+    """x = z @ inverse + m."""
 
-    def snapshot(self) -> dict[str, Any]:
-        """As plain values and tensors on the host."""
-        kept = {"factor": self.factor, "mean": _host(self.mean), "normalization": self.normalization}
-        white = self.whitening
-        return kept if white is None else {**kept, "matrix": _host(white.matrix), "inverse": _host(white.inverse)}
+
+@dataclass(frozen=True, eq=False)
+class ActivationNormalizer:
+    """Normalization of the activations of one point, and its inverse."""
+
+    factor: float = 1.0
+    """Multiplies activations."""
+    mean: Float[Tensor, " d"] | None = None
+    """Subtracted before, in the model's units."""
+    normalization: TokenNormalization = "none"
+    """Per token, instead of both."""
+    whitening: Whitening | None = None
+    """After the mean, instead of the factor."""
 
     @classmethod
-    def restored(cls, saved: Mapping[str, Any], device: torch.device) -> Units:
-        """From a snapshot."""
-        names = [name for name in ("mean", "matrix", "inverse") if saved.get(name) is not None]
-        tensors = {name: saved[name].to(device, torch.float32) for name in names}
-        white = Whitening(tensors["matrix"], tensors["inverse"]) if "matrix" in tensors else None
-        return cls(saved["factor"], tensors.get("mean"), saved["normalization"], white)
+    def from_estimates(
+        cls, normalization: Normalization, factor: float, mean: Float[Tensor, " d"]
+    ) -> ActivationNormalizer:
+        """The normalizer of any normalization but "whitened", given a point's estimates."""
+        if normalization in ("layer_norm", "constant_norm"):
+            return cls(normalization=normalization)
+        if normalization == "none":
+            return cls()
+        return cls(factor, mean if normalization == "centered" else None)
 
-    def apply(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors on the host, from which `from_state` makes it again."""
+        state = {"factor": self.factor, "mean": _to_host(self.mean), "normalization": self.normalization}
+        if self.whitening is not None:
+            state |= {"matrix": _to_host(self.whitening.matrix), "inverse": _to_host(self.whitening.inverse)}
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> ActivationNormalizer:
+        """The normalizer with this state."""
+        names = [name for name in ("mean", "matrix", "inverse") if state.get(name) is not None]
+        tensors = {name: state[name].to(device, torch.float32) for name in names}
+        matrices = Whitening(tensors["matrix"], tensors["inverse"]) if "matrix" in tensors else None
+        return cls(state["factor"], tensors.get("mean"), state["normalization"], matrices)
+
+    def normalize(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
         """Activations in training units."""
         x = normalized(x, self.normalization)
         x = x if self.mean is None else x - self.mean
@@ -62,21 +97,22 @@ class Units:
             return x @ self.whitening.matrix
         return x if self.factor == 1 else x * self.factor
 
-    def undo(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
-        """What was written in training units, in the model's; `x` is what was read, in the model's (for its scale)."""
-        y = (
-            denormalized(y / self.factor, x, self.normalization)
-            if self.whitening is None
-            else y @ self.whitening.inverse
-        )
+    def denormalize(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        """An output in training units, in the model's; `x` is the input, in the model's units (for its scale)."""
+        if self.whitening is None:
+            y = denormalized(y / self.factor, x, self.normalization)
+        else:
+            y = y @ self.whitening.inverse
         return y if self.mean is None else y + self.mean
 
 
-def _host(tensor: Tensor | None) -> Tensor | None:
+def _to_host(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to("cpu", copy=True)
 
 
-def estimated(point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, centered: bool) -> tuple[float, Tensor]:
+def estimate_factor_and_mean(
+    point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, centered: bool
+) -> tuple[float, Tensor]:
     """`sqrt(d) / mean ||x||` (centered: of `||x - mean||`) and the mean of `x`, over these batches, in float64 sums.
 
     Raises:
@@ -95,49 +131,66 @@ def estimated(point: str, batches: Iterable[Float[Tensor, "tokens d"]], *, cente
     return batches[0].shape[1] ** 0.5 / float(lengths), mean.float()
 
 
-def from_estimates(normalization: Normalization, factor: float, mean: Float[Tensor, " d"]) -> Units:
-    """The units that a normalization means, given a point's estimates."""
-    if normalization in ("layer_norm", "constant_norm"):
-        return Units(normalization=normalization)
-    if normalization == "none":
-        return Units()
-    return Units(factor, mean if normalization == "centered" else None)
+def estimate_whitening(
+    point: str, batches: Iterable[Float[Tensor, "tokens d"]], mean: Float[Tensor, " d"], shrinkage: float
+) -> Whitening:
+    """The matrices that whiten these activations.
 
+    Args:
+        point: its name, for messages.
+        batches: in the model's units; gone through once.
+        mean: of all of them.
+        shrinkage: s, 0 to 1.
 
-def whitening_units(
-    point: str, batches: Sequence[Float[Tensor, "tokens d"]], mean: Float[Tensor, " d"], shrinkage: float
-) -> Units:
-    """The units of whitened activations, estimated on these batches."""
-    return Units(mean=mean, whitening=whitening(point, batches, mean, shrinkage))
+    Raises:
+        ValueError: if some direction does not vary and nothing shrinks the covariance.
+
+    Example:
+        >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.1])
+        >>> z = (x - x.mean(0)) @ estimate_whitening("x", [x], x.mean(0), 0.0).matrix
+        >>> torch.allclose(z.T @ z / 1000, torch.eye(3), atol=1e-5)
+        True
+    """
+    products, n = torch.zeros((), dtype=torch.float64), 0
+    for x in batches:
+        centered = x.double() - mean.double()
+        products, n = products.to(x.device) + centered.T @ centered, n + len(x)
+    covariance = products / n
+    d = len(covariance)
+    values, axes = torch.linalg.eigh(covariance)
+    values = (1 - shrinkage) * values.clamp(min=0) + shrinkage * covariance.trace() / d
+    flat = int((values <= _MIN_VARIANCE * values.max()).sum())
+    if flat:
+        what = f"{flat} of {d} directions of {point!r} do not vary over {n} tokens, and shrinkage={shrinkage:g}."
+        fix = "TrainConfig(..., normalization='whitened', shrinkage=1e-3)"
+        raise ValueError(explain(what, want=f"more than {d} tokens, or a shrinkage above 0", fix=fix))
+    root = values.sqrt()
+    return Whitening(((axes / root) @ axes.T).float(), ((axes * root) @ axes.T).float())
 
 
 @torch.no_grad()
-def to_model(sae: AnySAE, read: Units, write: Units) -> AnySAE:
-    """An SAE in training units, made to read and write the model's own: a new one, with unit decoder rows (whitened
-    top-k ones excepted: `unwhitened`).
+def to_model(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormalizer) -> AnySAE:
+    """An SAE in training units, made to read and write the model's: a new one, with unit decoder rows (whitened top-k
+    ones excepted: see `_unwhiten`).
 
     With u(x) = f (x - m) on each side, `W_enc *= f_in; W_dec, b_dec /= f_out`, then the means: added to b_dec where it
     is tied; else the read mean becomes a `b_pre` of its own (folding it into b_enc would lose digits) and the written
     one is added to b_dec.
     """
     if read.normalization != "none":
-        return (
-            replace_config(sae, normalization=read.normalization)
-            if isinstance(sae, SAE)
-            else _pursuit(sae, normalization=read.normalization)
-        )
+        return _with_normalization(sae, read.normalization)
     if isinstance(sae, PursuitSAE):
-        moved = sae.fold_scaling(read.factor)
-        moved.b_dec.add_(0 if read.mean is None else read.mean.to(moved.device))
-        return moved
+        folded = sae.fold_scaling(read.factor)
+        folded.b_dec.add_(0 if read.mean is None else read.mean.to(folded.device))
+        return folded
     if read.whitening is not None:
-        moved = unwhitened(sae, read.whitening, write.whitening)
+        folded = _unwhiten(sae, read.whitening, write.whitening)
     else:
-        moved = sae.fold_scaling(read.factor, write.factor).fold_decoder_norm()
-    return moved if read.mean is None else _shifted(moved, read.mean.to(sae.device), write.mean.to(sae.device))
+        folded = sae.fold_scaling(read.factor, write.factor).fold_decoder_norm()
+    return folded if read.mean is None else _shift(folded, read.mean.to(sae.device), write.mean.to(sae.device))
 
 
-def _shifted(sae: SAE, read: Tensor, write: Tensor) -> SAE:
+def _shift(sae: SAE, read: Tensor, write: Tensor) -> SAE:
     tensors = {name: p.detach() for name, p in sae.named_parameters()}
     if sae.cfg.pre_bias == "tied" and not sae.cfg.skip:
         return SAE.from_tensors(sae.cfg, {**tensors, "b_dec": tensors["b_dec"] + write})
@@ -147,7 +200,7 @@ def _shifted(sae: SAE, read: Tensor, write: Tensor) -> SAE:
 
 
 @torch.no_grad()
-def to_training(sae: AnySAE, read: Units, write: Units) -> AnySAE:
+def to_training(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormalizer) -> AnySAE:
     """The inverse of `to_model`, up to row lengths: an SAE that reads the model's units, made to read training units.
 
     Raises:
@@ -158,21 +211,19 @@ def to_training(sae: AnySAE, read: Units, write: Units) -> AnySAE:
         what = f"{sae!r} has normalization={normalization!r}, training has {read.normalization!r}."
         raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., normalization={normalization!r})"))
     if normalization != "none":
-        return (
-            replace_config(sae, normalization="none") if isinstance(sae, SAE) else _pursuit(sae, normalization="none")
-        )
+        return _with_normalization(sae, "none")
     if isinstance(sae, SAE) and sae.cfg.pre_bias == "own":
-        sae = _pre_bias_folded(sae)
+        sae = _fold_pre_bias(sae)
     if read.mean is not None:
-        sae = _unshifted(sae, read.mean.to(sae.device), write.mean.to(sae.device))
+        sae = _unshift(sae, read.mean.to(sae.device), write.mean.to(sae.device))
     if read.whitening is not None:
-        return whitened(sae, read.whitening, write.whitening)
+        return _whiten(sae, read.whitening, write.whitening)
     if isinstance(sae, PursuitSAE):
         return sae.fold_scaling(1 / read.factor)
     return sae.fold_scaling(1 / read.factor, 1 / write.factor).fold_decoder_norm()
 
 
-def _unshifted(sae: AnySAE, read: Tensor, write: Tensor) -> AnySAE:
+def _unshift(sae: AnySAE, read: Tensor, write: Tensor) -> AnySAE:
     tensors = {name: p.detach().clone() for name, p in sae.named_parameters()}
     skip = getattr(sae.cfg, "skip", False)
     if sae.cfg.pre_bias == "tied":
@@ -185,11 +236,54 @@ def _unshifted(sae: AnySAE, read: Tensor, write: Tensor) -> AnySAE:
     return SAE.from_tensors(sae.cfg, tensors)
 
 
-def _pre_bias_folded(sae: SAE) -> SAE:
+def _fold_pre_bias(sae: SAE) -> SAE:
     tensors = {name: p.detach().clone() for name, p in sae.named_parameters()}
     tensors["b_enc"] -= tensors.pop("b_pre") @ tensors["W_enc"]
     return SAE.from_tensors(replace(sae.cfg, pre_bias="none"), tensors)
 
 
-def _pursuit(sae: PursuitSAE, normalization: TokenNormalization) -> PursuitSAE:
-    return PursuitSAE.from_tensors(replace(sae.cfg, normalization=normalization), dict(sae.named_parameters()))
+def _with_normalization(sae: AnySAE, normalization: TokenNormalization) -> AnySAE:
+    return type(sae).from_tensors(replace(sae.cfg, normalization=normalization), dict(sae.named_parameters()))
+
+
+def _unwhiten(sae: SAE, read: Whitening, write: Whitening) -> SAE:
+    """An SAE of whitened activations folded to read and write centered ones: exactly the same function.
+
+        W_enc' = M_r W_enc;   W_dec' = W_dec M_w^-1;   W_skip' = M_r W_skip M_w^-1
+        b_dec' = b_dec M_w^-1;   b_pre' = b_pre M_r^-1
+
+    Rows of W_dec get unit length again where that changes nothing. A top-k activation chose by lengths in whitened
+    units, so its rows have unit length there, and other lengths in the model's.
+    """
+    folded = _change_basis(sae, read.matrix, read.inverse, write.inverse)
+    return folded if sae.cfg.k is not None else folded.fold_decoder_norm()
+
+
+def _whiten(sae: SAE, read: Whitening, write: Whitening) -> SAE:
+    """The inverse of `_unwhiten`, with rows of unit length in whitened units.
+
+    A top-k SAE that was not trained in these units then keeps other latents here and there: the lengths they write are
+    compared in whitened units from now on.
+    """
+    folded = _change_basis(sae, read.inverse, read.matrix, write.matrix)
+    if sae.cfg.k is None:
+        return folded.fold_decoder_norm()
+    norm = folded.W_dec.norm(dim=1)
+    norm = torch.where(norm == 0, torch.ones_like(norm), norm)
+    tensors = {name: p.detach() for name, p in folded.named_parameters()}
+    tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm, tensors["b_enc"] * norm
+    return SAE.from_tensors(folded.cfg, {**tensors, "W_dec": tensors["W_dec"] / norm[:, None]})
+
+
+@torch.no_grad()
+def _change_basis(sae: SAE, reads: Tensor, back: Tensor, writes: Tensor) -> SAE:
+    """Multiply encoder directions by `reads`, the pre-encoder bias by `back`, the output side by `writes`."""
+    old = {name: p.detach() for name, p in sae.named_parameters()}
+    reads, back, writes = (m.to(sae.device, torch.float64) for m in (reads, back, writes))
+    new = {"W_enc": reads @ old["W_enc"].double(), "W_dec": old["W_dec"].double() @ writes}
+    new["b_dec"] = old["b_dec"].double() @ writes
+    if "b_pre" in old:
+        new["b_pre"] = old["b_pre"].double() @ back
+    if "W_skip" in old:
+        new["W_skip"] = reads @ old["W_skip"].double() @ writes
+    return SAE.from_tensors(sae.cfg, {**old, **{name: t.to(sae.dtype) for name, t in new.items()}})

@@ -1,13 +1,13 @@
-"""A training that runs in the background: a daemon thread that steps, logs, and keeps checkpoints.
+"""A training in the background: a daemon thread that steps, logs, and writes checkpoints.
 
-1. Between two steps the thread lets others in: pausing, stopping, exporting, reading. A step is never interrupted.
-2. It runs the same weights through hook points of its own (`saewb.models.shared_copy.shared_copy`), so other cells use the model at any
-   time, and neither sees the other's hooks.
+1. Between two steps other threads can take the lock: to pause, stop, export, read. A step is never interrupted.
+2. It runs the same weights through hook points of its own (`saewb.models.shared_copy`), so other cells use the
+   model at any time, and neither sees the other's hooks.
 3. On every way out (the end, `stop()`, an exception, the interpreter's exit) a checkpoint is written, if the run has a
    folder. An interrupt (Ctrl-C, the notebook's stop button) reaches the main thread alone: in `wait()` it stops the run
    cleanly, in another cell it does nothing to it. There are no signal handlers; a script that wants a checkpoint on
-   SIGTERM calls `saewb.training.run_record.exit_on_sigterm()`.
-4. Nothing is printed. What went wrong is in `run.error`, what is worth knowing in `run.notes`.
+   SIGTERM calls `saewb.training.run.exit_on_sigterm()`.
+4. Nothing is printed. What went wrong is in `run.error`, warnings in `run.notes`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,31 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
-from saewb.data.feed import Feed
-from saewb.distributed import ALONE, Team
+from saewb.data.stream import ActivationStream
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
-from saewb.training import Training, TrainStep
-from saewb.training.journal import Journal
-from saewb.training.loggers import Sink
+from saewb.models.hook_points import split_head
+from saewb.sae.sae import SAE
+from saewb.training import Diverged, Training, TrainStep
+from saewb.training.code_export import train_code
+from saewb.training.config import RunSpec
+from saewb.training.loggers import Event, Logger
 from saewb.training.memory import MemoryEstimate
-from saewb.training.past_run import code_of, frame_of
-from saewb.training.run_display import Pace, Progress, line, page, run_up
+from saewb.training.run_display import (
+    DENSITY_COUNTS,
+    Pace,
+    Progress,
+    history_frame,
+    measures_held_out,
+    run_html,
+    run_repr,
+    run_up,
+)
 from saewb.training.run_folder import RunFolder
-from saewb.training.run_record import RunOptions, before_failed_step, out_of_memory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,45 +57,42 @@ _live: weakref.WeakSet[Run] = weakref.WeakSet()  # to be stopped when the interp
 class Run:
     """A training in the background; made by `saewb.train` and `saewb.resume_run`.
 
-    All of it at any time, from any thread. `run.memory` is the estimate before it started.
+    All of it at any time, from any thread. `run.spec` is what is trained and how, `run.memory` the estimate before it
+    started.
     """
 
     def __init__(
         self,
         training: Training,
-        feed: Feed,
+        stream: ActivationStream,
+        spec: RunSpec,
         *,
-        places: Mapping[str, str],
-        finish: Callable[[Any], Any],
-        folder: RunFolder | None,
-        options: RunOptions,
-        sinks: Sequence[Sink],
         memory: MemoryEstimate,
-        facts: Mapping[str, Any],
-        layers: tuple[int | None, int | None],
+        folder: RunFolder | None = None,
+        loggers: Sequence[Logger] = (),
+        layers: tuple[int | None, int | None] = (None, None),
         rows: Sequence[Mapping[str, Any]] = (),
         seconds: float = 0.0,
-        team: Team = ALONE,
+        parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
-        self.memory, self._team = memory, team
+        self.spec, self.memory = spec, memory
         self.error: BaseException | None = None
-        self._training, self._feed, self._places, self._finish = training, feed, dict(places), finish
-        self._folder, self._options, self._facts = folder, options, facts
-        self._journal = Journal(list(places), folder, sinks, rows, lambda: self.state)
-        self._rows, self.notes = self._journal.rows, self._journal.notes
+        self._training, self._stream, self._folder, self._parallel = training, stream, folder, parallel
         self._layers, self._config = layers, training.config
-        self._gate = threading.Condition(threading.RLock())  # held during a step, and by whoever comes in between
+        self._log = _RunLog(tuple(spec.saes), folder, loggers, rows, lambda: self.state)
+        self.notes = self._log.notes
+        self._lock = threading.Condition(threading.RLock())  # held during a step, and by other threads in between
         self._waiting, self._ended = 0, threading.Event()
         self._paused, self._stopping = False, False
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
         self._done = self._from = (training.n_steps, training.n_tokens)
-        self._run_up = run_up(feed.stream.filling, training.ahead)
+        self._run_up = run_up(stream.filling, training.ahead)
         self._seconds = seconds  # of work, without pauses, over all sessions
         self._pace = Pace()
         self._thread = threading.Thread(target=self._work, name="saewb-train", daemon=True)
-        atexit.unregister(_at_exit)
-        atexit.register(_at_exit)
+        atexit.unregister(_stop_all)
+        atexit.register(_stop_all)
         _live.add(self)
         self._thread.start()
 
@@ -91,7 +100,7 @@ class Run:
 
     def pause(self) -> Run:
         """Rest after the step under way, or the forward pass before the first one; returns when it does."""
-        with self._between():
+        with self._between_steps():
             self._paused = True
         return self
 
@@ -104,7 +113,7 @@ class Run:
         if self._final is not None:
             fix = f"saewb.resume_run({str(self.folder)!r}, model=model, tokens=tokens)" if self.folder else ""
             raise RuntimeError(explain(f"{self!r} has ended.", want="a run that is paused", fix=fix))
-        with self._between():
+        with self._between_steps():
             self._paused = False
             self._pace = Pace()
         return self
@@ -115,7 +124,7 @@ class Run:
         Before the first step: after the forward pass under way, and then there is no SAE.
         """
         self._stopping = True
-        with self._between():
+        with self._between_steps():
             pass
         self._join(None)
         return self
@@ -126,7 +135,7 @@ class Run:
         Raises:
             KeyboardInterrupt: on an interrupt, after the run was stopped cleanly and its checkpoint written. A second
                 one does not wait for that.
-            Exception: what the run failed of.
+            Exception: the error of the run.
         """
         try:
             self._join(timeout)
@@ -146,7 +155,7 @@ class Run:
                     return
             self._thread.join()
 
-    # -- to look at --------------------------------------------------------------------------------------------------
+    # -- what it shows ------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> RunState:
@@ -164,33 +173,33 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """A row per logged step; with several SAEs their columns begin with their names. Also in `history.jsonl`."""
-        return frame_of(self._rows)
+        return history_frame(self.rows)
 
     @property
     def rows(self) -> tuple[Mapping[str, Any], ...]:
         """The history as plain values, without pandas."""
-        return tuple(self._rows)
+        return tuple(self._log.rows)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its SAEs."""
-        return tuple(self._places)
+        """The names of its SAEs."""
+        return tuple(self.spec.saes)
 
     @property
     def code(self) -> str:
         """The cell that starts an equal run; needs `model` and `tokens` (and `held_out`, if it measures on them)."""
-        return code_of(self._facts, self._rows)
+        return train_code(self.spec, held_out=measures_held_out(self.rows))
 
     @property
     def saes(self) -> dict[str, Any]:
-        """The SAEs so far, by name: copies, in the model's units, proved to do what training does.
+        """The SAEs so far, by name: copies, in the model's units, checked to compute what training does.
 
         Raises a RuntimeError if the run was stopped before there were any.
         """
         if self._saes is not None:
             return dict(self._saes)
-        with self._between():
-            return dict(self._saes) if self._saes is not None else self._exported()
+        with self._between_steps():
+            return dict(self._saes) if self._saes is not None else self._export()
 
     @property
     def sae(self) -> Any:
@@ -199,14 +208,14 @@ class Run:
         Raises:
             ValueError: if several are trained.
         """
-        if len(self._places) != 1:
-            want, what = ", ".join(map(repr, self._places)), f"this run trains {len(self._places)} SAEs."
+        if len(self.names) != 1:
+            want, what = ", ".join(map(repr, self.names)), f"this run trains {len(self.names)} SAEs."
             raise ValueError(explain(what, want=want, fix="run.saes[name]"))
         return next(iter(self.saes.values()))
 
     @property
-    def folder(self) -> Any:
-        """Where it is kept, or None."""
+    def folder(self) -> Path | None:
+        """The path of its folder, or None."""
         return None if self._folder is None else self._folder.path
 
     def checkpoint(self) -> Run:
@@ -215,136 +224,272 @@ class Run:
         Raises:
             ValueError: if the run has no folder, or has ended.
         """
-        if not self._team.leads:
+        if not self._parallel.is_main:
             return self
         if self._folder is None or self._final is not None:
             what = f"{self!r} has nothing to write."
             raise ValueError(explain(what, want="a run with a folder", fix="folder='runs/a'"))
-        with self._between():
-            self._keep()
+        with self._between_steps():
+            self._write_checkpoint()
         return self
 
     def __repr__(self) -> str:
-        return line(self.progress, list(self._places.values()))
+        return run_repr(self.progress, [sae.location for sae in self.spec.saes.values()])
 
     def _repr_html_(self) -> str:
-        last = self._rows[-1] if self._rows else {}
+        last = self._log.rows[-1] if self._log.rows else {}
         error = [] if self.error is None else [f"{type(self.error).__name__}: {self.error}"]
-        return page(self.progress, self._places, last, [*self.notes, *error])
+        locations = {name: sae.location for name, sae in self.spec.saes.items()}
+        return run_html(self.progress, locations, last, [*self.notes, *error])
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _between(self) -> Iterator[None]:
-        self._waiting += 1  # the thread gives way to those who wait
-        with self._gate:
+    def _between_steps(self) -> Iterator[None]:
+        """Hold the lock, for another thread than the run's."""
+        self._waiting += 1  # the run's thread gives way to those who wait
+        with self._lock:
             self._waiting -= 1
             try:
                 yield
             finally:
-                self._gate.notify_all()
+                self._lock.notify_all()
 
     def _work(self) -> None:
         error: BaseException | None = None
-        self._journal.tell("begin", self._done, self._facts)
+        self._log.notify("begin", self._done, self.spec.to_dict())
         try:
             steps = iter(self._training)
-            while self._runs_up():
+            while self._read_ahead():
                 pass
-            while (step := self._next(steps)) is not None:
-                self._after(step)
+            while (step := self._next_step(steps)) is not None:
+                self._log_and_checkpoint(step)
         except BaseException as caught:  # a thread that died must not look like one that runs
             error = out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
         self._end(error)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._gate:
-            self._gate.wait_for(lambda: self._stopping or not (self._paused or self._waiting))
+    def _step_turn(self) -> Iterator[None]:
+        """Hold the lock for a step, once the run is not paused and no other thread waits."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._stopping or not (self._paused or self._waiting))
             began = time.monotonic()
             yield
             self._seconds += time.monotonic() - began
 
-    def _runs_up(self) -> bool:
+    def _read_ahead(self) -> bool:
         """A forward pass, or a batch, of what the first step needs; whether it needs more."""
-        with self._turn():
-            more = not self._stopping and self._training.read_ahead(self._feed.fill)
-            now = run_up(self._feed.stream.filling, self._training.ahead)
+        with self._step_turn():
+            more = not self._stopping and self._training.read_ahead(self._stream.fill)
+            now = run_up(self._stream.filling, self._training.ahead)
             self._pace = self._pace if now and self._run_up and now.what == self._run_up.what else Pace()
             if now:
-                self._pace.note(now.n_tokens)
+                self._pace.update(now.n_tokens)
             self._run_up = now
             return more
 
-    def _next(self, steps: Iterator[TrainStep]) -> TrainStep | None:
-        with self._turn():
-            step = None if self._team.any(self._stopping) else next(steps, None)
+    def _next_step(self, steps: Iterator[TrainStep]) -> TrainStep | None:
+        with self._step_turn():
+            step = None if self._parallel.any(self._stopping) else next(steps, None)
             if step is not None:
                 self._done = (step.step, step.n_tokens)
-                self._pace.note(step.n_tokens)
+                self._pace.update(step.n_tokens)
             return step
 
-    def _after(self, step: TrainStep) -> None:
+    def _log_and_checkpoint(self, step: TrainStep) -> None:
         last = step.step == self._config.n_steps
-        measured = any(figures.held_out is not None for figures in step.saes.values())
-        if step.step == 1 or last or measured or step.step % self._options.log_every_steps == 0:
-            self._journal.log(step, self._seconds, self._config.lr)
-        every = self._options.checkpoint_every_tokens
+        measured = any(metrics.held_out is not None for metrics in step.saes.values())
+        if step.step == 1 or last or measured or step.step % self.spec.run.log_every_steps == 0:
+            self._log.add_step(step, self._seconds, self._config.lr)
+        every = self.spec.run.checkpoint_every_tokens
         due = every is not None and step.n_tokens // every > (step.n_tokens - self._config.batch_tokens) // every
-        if due and not last and self._team.leads:
-            with self._gate:
+        if due and not last and self._parallel.is_main:
+            with self._lock:
                 try:
-                    self._keep()
+                    self._write_checkpoint()
                 except OSError as error:  # e.g. a full disk: the checkpoint before is whole, training need not stop
                     self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
 
-    def _exported(self) -> dict[str, Any]:
+    def _export(self) -> dict[str, Any]:
         if self._training is None:
             raise RuntimeError(explain(f"{self!r} has no SAE.", want="a run that came to its first step"))
-        return {name: self._finish(sae) for name, sae in self._training.saes.items()}
+        return {name: _with_model(sae, self.spec.model) for name, sae in self._training.saes.items()}
 
-    def _keep(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write a checkpoint. SAEs first: if one cannot be proved, the checkpoint before stays in its place."""
-        saes = self._exported()
-        state = {"training": self._training.state() if state is None else state, "seconds": self._seconds}
-        self._folder.checkpoint(state, saes, self._done[1] if self._options.keep_saes else None)
-        self._journal.tell("checkpoint", self._done)
+    def _write_checkpoint(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write a checkpoint. SAEs first: if one fails its check, the checkpoint before stays in its place."""
+        saes = self._export()
+        state = self._training.state() if state is None else state
+        at_tokens = self._done[1] if self.spec.run.keep_saes else None
+        self._folder.write_checkpoint(state, self._seconds, saes, at_tokens)
+        self._log.notify("checkpoint", self._done)
         return saes
 
     def _end(self, error: BaseException | None) -> None:
         if error is not None:
-            self._team.leave()  # the others must not wait for this process
-        with self._gate:
+            self._parallel.destroy()  # the others must not wait for this process
+        with self._lock:
             try:
                 if error is None or self._done[0] > 0:
-                    self._last(error)
+                    self._export_last(error)
             except BaseException as caught:
                 error = error or out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
                 if error is not caught:
                     self.notes.append(f"no last checkpoint: {type(caught).__name__}: {caught}")
             self.error, finished = error, self._done[0] >= self._config.n_steps
             final: RunState = "failed" if error is not None else "finished" if finished else "stopped"
-            self._journal.end(final, self._done, self._seconds, error)
+            self._log.end(final, self._done, self._seconds, error)
             self._final = final  # after the folder, for who waits for it and then reads there
-        self._journal.tell("end", self._done)
+        self._log.notify("end", self._done)
         if self._folder is not None:
             self._folder.close()
-        self._feed.stream.close()
+        self._stream.close()
         if self._saes is not None or error is None:
-            self._training = self._feed = None  # weights, moments and buffers go; the SAEs stay
+            self._training = self._stream = None  # weights, moments and buffers go; the SAEs stay
         _live.discard(self)
         self._ended.set()
 
-    def _last(self, error: BaseException | None) -> None:
+    def _export_last(self, error: BaseException | None) -> None:
         if self._done[0] == 0 and self._training.ahead is not None:  # stopped before there were weights
             return
         if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
-            self._saes = self._exported()  # a checkpoint that there was stays
+            self._saes = self._export()  # a checkpoint that there was stays
             return
-        half = error is not None and not self._feed.broke
-        self._saes = self._keep(before_failed_step(self._training, self._feed) if half else None)
+        mid_step = error is not None and not self._stream.failed
+        self._saes = self._write_checkpoint(
+            _state_before_failed_step(self._training, self._stream) if mid_step else None
+        )
 
 
-def _at_exit() -> None:
+@final
+class _RunLog:
+    """The history and the notes of a run, also written to its folder and passed to its loggers."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        folder: RunFolder | None,
+        loggers: Sequence[Logger],
+        rows: Sequence[Mapping[str, Any]],
+        state: Callable[[], str],
+    ) -> None:
+        self.rows: list[dict[str, Any]] = [dict(row) for row in rows]
+        self.notes: list[str] = []
+        self._names, self._folder, self._state = names, folder, state
+        self._loggers, self._failures = list(loggers), [0] * len(loggers)
+        self._warned: set[tuple[str, str]] = set()
+
+    def notify(self, kind: Any, done: tuple[int, int], row: Mapping[str, Any] | None = None) -> None:
+        """Call the loggers after `done` steps and tokens; one that fails three times in a row is not called again."""
+        path = None if self._folder is None else self._folder.path
+        event = Event(kind, *done, row or {}, path, self._names, self._state())
+        for i, logger in enumerate(self._loggers):
+            if self._failures[i] >= 3:
+                continue
+            try:
+                logger(event)
+                self._failures[i] = 0
+            except Exception as error:
+                self._failures[i] += 1
+                self.notes.append(f"{logger!r} failed at step {event.step}: {type(error).__name__}: {error}")
+
+    def add_step(self, step: TrainStep, seconds: float, lr: float) -> None:
+        """Add a row, and a note on each thing that is wrong with the settings, once.
+
+        Raises:
+            FloatingPointError: if the loss is no longer a number; `lr` is the learning rate to go below.
+        """
+        self._warn(step, lr)
+        row = row_of(step, seconds)
+        self.rows.append(row)
+        if self._folder is not None:
+            self._folder.append_row(row)
+        self.notify("step", (step.step, step.n_tokens), row)
+
+    def end(self, state: str, done: tuple[int, int], seconds: float, error: BaseException | None) -> None:
+        """Write to the folder how the run ended."""
+        if self._folder is None:
+            return
+        end = {"state": state, "step": done[0], "n_tokens": done[1], "seconds": round(seconds, 3)}
+        end["error"] = "" if error is None else f"{type(error).__name__}: {error}"
+        try:
+            self._folder.write_end({**end, "notes": self.notes[-20:]})
+        except OSError as failure:  # a full disk, a folder that is gone
+            self.notes.append(f"its folder does not say how it ended: {type(failure).__name__}: {failure}")
+
+    def _warn(self, step: TrainStep, lr: float) -> None:
+        for name, warnings in step.warnings.items():
+            for warning in warnings:
+                if isinstance(warning, Diverged):
+                    raise FloatingPointError(explain(f"{name!r} diverged: {warning}.", fix=f"lr={lr / 10:g}"))
+                if (name, warning.name) not in self._warned:
+                    self._warned.add((name, warning.name))
+                    self.notes.append(f"{name}: {warning}")
+
+
+def row_of(step: TrainStep, seconds: float) -> dict[str, Any]:
+    """A step as a row of the history: plain numbers, the SAE's name first where there are several.
+
+    `density_counts` alone is a list (see `StepMetrics.numbers_and_density`): for the folder and `run_densities`.
+    """
+    row: dict[str, Any] = {"step": step.step, "n_tokens": step.n_tokens, "seconds": round(seconds, 3)}
+    for name, metrics in step.saes.items():
+        numbers: dict[str, Any]
+        numbers, counts = metrics.numbers_and_density()
+        numbers["n_dead"] = round(numbers["dead_frac"] * metrics.d_sae) if math.isfinite(numbers["dead_frac"]) else None
+        if metrics.held_out is not None:
+            held_out = {**asdict(metrics.held_out.reconstruction), **asdict(metrics.held_out.firing)}
+            numbers |= {f"held_out/{key}": float(v) for key, v in held_out.items() if isinstance(v, (int, float))}
+        prefix = "" if len(step.saes) == 1 else f"{name}/"
+        row |= {prefix + key: value for key, value in numbers.items()} | {f"{prefix}{DENSITY_COUNTS}": counts}
+    return row
+
+
+def out_of_memory(error: BaseException, step: int, batch_tokens: int, memory: MemoryEstimate) -> BaseException:
+    """A MemoryError that says what to change, if memory was missing; any other error as it is."""
+    text = str(error)
+    if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
+        return error
+    first = text.splitlines()[0] if text else "no memory"
+    want = f"less of batch_tokens={batch_tokens}, buffer_tokens, pass_tokens or d_sae; the estimate was\n{memory}"
+    what = f"out of memory at step {step}: {first}"
+    explained = MemoryError(explain(what, want=want, fix=f"batch_tokens={max(1, batch_tokens // 2)}"))
+    explained.__cause__ = error
+    return explained
+
+
+def exit_on_sigterm() -> None:
+    """Make SIGTERM end this process by `sys.exit`, so that runs are stopped with a checkpoint. For scripts to call.
+
+    Replaces the process's handler; call it in the main thread.
+    """
+    import signal
+    import sys
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def _state_before_failed_step(training: Training, stream: ActivationStream) -> dict[str, Any]:
+    """The state before a step that failed half way: its batch is to be trained on again.
+
+    Raises:
+        RuntimeError: if some SAEs have made the step and others not: then the checkpoint before stands.
+    """
+    state = training.state()
+    if any(learner["n_batches"] != state["n_steps"] for learner in state["learners"].values()):
+        raise RuntimeError("the step failed half way through its SAEs")
+    if state["n_taken"] > 0:
+        return {**state, "n_taken": state["n_taken"] - 1}
+    stream.put_back()
+    return training.state()
+
+
+def _with_model(sae: Any, model: str | None) -> Any:
+    """An exported SAE with the model's name, and its head as a field of its own."""
+    hook, head = split_head(sae.cfg.hook or "")
+    location = {"hook": hook, "head": head} if head is not None and isinstance(sae, SAE) else {}
+    return type(sae).from_tensors(replace(sae.cfg, model=model, **location), dict(sae.named_parameters()))
+
+
+def _stop_all() -> None:
     for run in list(_live):
         run.stop()

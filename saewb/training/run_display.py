@@ -1,22 +1,36 @@
-"""How a run shows itself: one line, a few lines, a table for the notebook. No widgets here."""
+"""Display of a run: progress, tables for the notebook, and its history as data frame, curves and histograms."""
 
 from __future__ import annotations
 
 import html
+import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
+
+from saewb.errors import explain
+from saewb.training.step_metrics import DENSITY_EDGES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CURVES = ("loss", "l0", "fvu", "dead_frac", "n_dense", "lr", "held_out/fvu")
+DENSITY_COUNTS = "density_counts"
+"""Column of a row of the history, after the SAE's name where there are several; a list, see `Densities.counts`."""
 
 
 @dataclass(frozen=True)
 class RunUp:
     """What a run reads before its first step. `print` it."""
 
-    what: str  # "filling the buffer", "estimating the normalization", ...
-    n_tokens: int  # read
-    total_tokens: int  # to be read
+    what: str
+    """ "filling the buffer", "estimating the normalization", ..."""
+    n_tokens: int
+    """Tokens read."""
+    total_tokens: int
+    """Tokens to be read."""
 
     @property
     def frac(self) -> float:
@@ -28,7 +42,7 @@ class RunUp:
 
 
 def run_up(filling: tuple[int, int] | None, ahead: tuple[str, int, int] | None) -> RunUp | None:
-    """What comes before the first step: of a mixing buffer, (tokens there, wanted); then of the training."""
+    """The run-up from the state of the shuffle buffer, (tokens there, wanted), and then of the training."""
     if filling is not None:
         return RunUp("filling the buffer", *filling)
     return None if ahead is None else RunUp(*ahead)
@@ -36,19 +50,19 @@ def run_up(filling: tuple[int, int] | None, ahead: tuple[str, int, int] | None) 
 
 @final
 class Pace:
-    """Tokens per second over about the last ten seconds; noted by one thread, asked of any."""
+    """Tokens per second over about the last ten seconds; updated by one thread, read by any."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque(maxlen=1000)
 
-    def note(self, n_tokens: int) -> None:
-        """So many tokens by now."""
+    def update(self, n_tokens: int) -> None:
+        """Record the number of tokens so far."""
         self._recent.append((time.monotonic(), n_tokens))
         while self._recent[-1][0] - self._recent[0][0] > 10:
             self._recent.popleft()
 
     def speed(self) -> float | None:
-        """None if that is not known yet."""
+        """Tokens per second; None if that is not known yet."""
         recent = list(self._recent)
         if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
             return None
@@ -59,16 +73,26 @@ class Pace:
 class Progress:
     """How far a run is. `print` it."""
 
-    state: str  # running, paused, stopped, finished, failed
-    step: int  # optimizer steps done
-    n_steps: int  # in all
-    n_tokens: int  # trained on
-    total_tokens: int  # in all
-    tokens_per_s: float | None  # over about the last ten seconds (of the run-up: read); None if that is not known
-    seconds_left: float | None  # at that speed; None if that is not known
-    stop_layer: int | None  # first layer of the model that is not run; None if all are, or there is no model
-    n_layers: int | None  # of the model
-    run_up: RunUp | None = None  # what comes before the first step, until that has begun
+    state: str
+    """Running, paused, stopped, finished or failed."""
+    step: int
+    """Optimizer steps done."""
+    n_steps: int
+    """Optimizer steps in all."""
+    n_tokens: int
+    """Tokens trained on."""
+    total_tokens: int
+    """Tokens in all."""
+    tokens_per_s: float | None
+    """Over about the last ten seconds (during the run-up: tokens read); None if unknown."""
+    seconds_left: float | None
+    """At that speed; None if unknown."""
+    stop_layer: int | None
+    """First layer of the model that does not run; None if all do, or there is no model."""
+    n_layers: int | None
+    """Layers of the model."""
+    run_up: RunUp | None = None
+    """What comes before the first step, until that has begun."""
 
     @property
     def frac(self) -> float:
@@ -88,25 +112,25 @@ class Progress:
         return ", ".join(parts)
 
 
-def line(progress: Progress, places: Sequence[str]) -> str:
-    """One line that is the same whenever the run is at the same place."""
-    saes = places[0] if len(places) == 1 else f"{len(places)} SAEs"
+def run_repr(progress: Progress, locations: Sequence[str]) -> str:
+    """One line on a run, without anything that depends on time."""
+    saes = locations[0] if len(locations) == 1 else f"{len(locations)} SAEs"
     where = progress.run_up or f"{progress.n_tokens:,} of {progress.total_tokens:,} tokens"
     return f"Run({progress.state}, {where}, {saes})"
 
 
-def page(progress: Progress, places: Mapping[str, str], row: Mapping[str, Any], notes: Sequence[str]) -> str:
-    """A table: a bar, and the last figures of each SAE."""
+def run_html(progress: Progress, locations: Mapping[str, str], row: Mapping[str, Any], notes: Sequence[str]) -> str:
+    """A progress bar, and the last metrics of each SAE."""
     frac = (progress.run_up or progress).frac
     bar = f'<progress value="{frac:.4f}" max="1" style="width:100%"></progress>'
     out = [f"<div><div>{html.escape(str(progress))}</div>{bar}"]
     columns = ("loss", "l0", "fvu", "dead_frac", "held_out/fvu")
-    known = [c for c in columns if any(_value(row, name, c, len(places)) is not None for name in places)]
-    if known:
-        head = "".join(f"<th>{html.escape(c)}</th>" for c in ("SAE", "place", *known))
+    shown = [c for c in columns if any(_value(row, name, c, len(locations)) is not None for name in locations)]
+    if shown:
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in ("SAE", "place", *shown))
         out.append(f"<table><thead><tr>{head}</tr></thead><tbody>")
-        for name, place in places.items():
-            cells = [name, place, *(_number(_value(row, name, c, len(places))) for c in known)]
+        for name, location in locations.items():
+            cells = [name, location, *(_number(_value(row, name, c, len(locations))) for c in shown)]
             out.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
         out.append("</tbody></table>")
     out += [f"<div>{html.escape(note)}</div>" for note in notes[-3:]]
@@ -125,3 +149,110 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+# -- the history -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Densities:
+    """How frequent the latents of an SAE in training are."""
+
+    n_tokens: int  # trained on by then
+    edges: tuple[float, ...]  # shares of tokens, ascending, the last one 1
+    counts: tuple[int, ...]  # of latents: counts[0] below edges[0], or silent; counts[i] in [edges[i-1], edges[i])
+
+
+def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """The history as curves to draw: of each SAE and figure, tokens and values, thinned out evenly.
+
+    Every row is taken, or every second, fourth, ... , and always the last; so a curve that grows does not jump. Values
+    that are not finite are left out. Of 10^5 rows: about 10 ms.
+
+    Args:
+        run: a Run, or what `read_run` gives.
+        points: at most, of each curve.
+
+    Returns:
+        By SAE and figure ("loss", "l0", "fvu", "dead_frac", "n_dense", "lr", "held_out/fvu"): (tokens, values).
+
+    Raises:
+        ValueError: for fewer than two points.
+
+    Example:
+        >>> import saewb
+        >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.held_out_texts()]
+        >>> run = saewb.train(model, texts, saewb.TopK(d_sae=256, k=8), hook="blocks.2.hook_resid_post",
+        ...                   n_tokens=2_048, batch_tokens=512, buffer_tokens=2_048)
+        >>> run_curves(run.wait())["sae"]["l0"]
+        ([512, 2048], [8.0, 8.0])
+    """
+    if points < 2:
+        raise ValueError(explain(f"got points={points}.", want="2 or more"))
+    rows, names = run.rows, run.names
+    all_steps = _thinned(rows, points)
+    curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    for name in names:
+        prefix = "" if len(names) == 1 else f"{name}/"
+        held = [row for row in rows if f"{prefix}held_out/fvu" in row]
+        curves[name] = {
+            figure: _curve(_thinned(held, points) if figure.startswith("held_out/") else all_steps, prefix + figure)
+            for figure in CURVES
+        }
+    return curves
+
+
+def run_densities(run: Any) -> dict[str, Densities]:
+    """How frequent the latents of each SAE are, as of the last logged step: a histogram of their densities.
+
+    A latent's density is the share of about the last `density_tokens` tokens on which it is on. Bins are a quarter of a
+    factor of ten wide, from 10^-7 to 1.
+
+    Args:
+        run: a Run, or what `read_run` gives.
+
+    Returns:
+        By SAE; without those of which nothing has been logged yet.
+
+    Example:
+        >>> import saewb
+        >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.held_out_texts()]
+        >>> run = saewb.train(model, texts, saewb.TopK(d_sae=256, k=8), hook="blocks.2.hook_resid_post",
+        ...                   n_tokens=2_048, batch_tokens=512, buffer_tokens=2_048).wait()
+        >>> densities = run_densities(run)["sae"]
+        >>> densities.n_tokens, len(densities.edges), sum(densities.counts)
+        (2048, 29, 256)
+    """
+    densities = {}
+    for name in run.names:
+        column = DENSITY_COUNTS if len(run.names) == 1 else f"{name}/{DENSITY_COUNTS}"
+        for row in run.rows[-1:]:
+            if column in row:
+                densities[name] = Densities(row["n_tokens"], DENSITY_EDGES, tuple(row[column]))
+    return densities
+
+
+def history_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of a history as a table of numbers: without the histograms, for which there is `run_densities`."""
+    import pandas as pd
+
+    return pd.DataFrame([{name: v for name, v in row.items() if not isinstance(v, list)} for row in rows])
+
+
+def measures_held_out(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there are held-out metrics in a history."""
+    return any("held_out/" in column for row in rows[-1:] for column in row)
+
+
+def _thinned(rows: Sequence[Any], points: int) -> list[Any]:
+    stride = 1
+    while len(rows) > stride * (points - 1) + 1:
+        stride *= 2
+    thinned = list(rows[::stride])
+    return thinned if not rows or (len(rows) - 1) % stride == 0 else [*thinned, rows[-1]]
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[list[int], list[float]]:
+    pairs = [(row["n_tokens"], row[column]) for row in rows if row.get(column) is not None]
+    pairs = [(n_tokens, value) for n_tokens, value in pairs if math.isfinite(value)]
+    return [n_tokens for n_tokens, _ in pairs], [value for _, value in pairs]

@@ -1,15 +1,15 @@
-"""What a training run leaves on the disk.
+"""The folder of a training run.
 
-    run.json                 what was asked for, as plain values
+    run.json                 the run's `RunSpec`
     history.jsonl            a line per logged step
-    end.json                 how it ended, and of what; not there while it goes on, or if it was cut off (`kill -9`)
-    checkpoint.safetensors   everything a resumed run needs, as of the last checkpoint
-    saes/<name>/             the SAEs as of then, in the SAELens layout
-    saes_at/<tokens>/<name>/ those of every checkpoint, if they are to be kept
-    init/<name>/             what an SAE was started from, if from a trained one
+    end.json                 how it ended; absent while it is running, or if it was interrupted (`kill -9`)
+    checkpoint.pt            the state that a resumed run continues from, see `RunFolder.write_checkpoint`
+    saes/<name>/             the SAEs of that checkpoint, in the SAELens layout
+    saes_at/<tokens>/<name>/ those of every checkpoint, with `keep_saes`
+    init/<name>/             the SAE that one was started from, if from a trained one
 
-All but the history is written whole or not at all: a full disk or a kill leaves what was there before. The history is
-appended to; a last line that was cut off is dropped when it is read.
+All but the history is written atomically: a full disk or a kill leaves what was there before. The history is appended
+to; a last line that was cut off is dropped when it is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, final
 
@@ -25,9 +26,11 @@ from saewb._files import load_state, save_state, write_text
 from saewb.errors import FormatError, explain
 from saewb.pretrained.formats import saelens
 from saewb.pretrained.load import load_sae, save_sae
+from saewb.training.config import FORMAT, RunSpec
 
-_RUN, _HISTORY, _END = "run.json", "history.jsonl", "end.json"
-_CHECKPOINT, _LOCK = "checkpoint.safetensors", ".lock"
+SPEC, HISTORY, END, CHECKPOINT = "run.json", "history.jsonl", "end.json", "checkpoint.pt"
+_CHECKPOINT_0_1_0 = "checkpoint.safetensors"
+_LOCK = ".lock"
 
 
 @final
@@ -50,130 +53,124 @@ class RunFolder:
             self._lock = _locked(self.path)
         self._history: IO[str] | None = None
 
-    @property
-    def checkpoint_path(self) -> Path:
-        """The file of the last checkpoint."""
-        return self.path / _CHECKPOINT
-
-    def begin(self, facts: Mapping[str, Any], init: Mapping[str, Any]) -> None:
-        """Note what was asked for.
+    def create(self, spec: RunSpec) -> None:
+        """Write the spec of a new run, and the trained SAEs that it starts from.
 
         Raises:
             FileExistsError: if there is a run in the folder.
         """
-        if (self.path / _RUN).exists():
+        if (self.path / SPEC).exists():
             fix = f"saewb.resume_run({str(self.path)!r}, model=model, tokens=tokens)"
             raise FileExistsError(explain(f"{str(self.path)!r} holds a run already.", want="a new folder", fix=fix))
-        for name, sae in init.items():
-            save_sae(sae, self.path / "init" / name, overwrite=True)
-        write_text(self.path / _RUN, json.dumps(facts, indent=1))
+        for name, sae in spec.saes.items():
+            if sae.init is not None:
+                save_sae(sae.init, self.path / "init" / name, overwrite=True)
+        self._write_json(SPEC, spec.to_dict())
 
-    def facts(self) -> dict[str, Any]:
-        """What was asked for; see `read_facts`."""
-        return read_facts(self.path)
+    def read_spec(self) -> RunSpec:
+        """The spec with the SAEs that it starts from; see the function `read_spec`."""
+        spec = read_spec(self.path)
+        inits = {name: self.path / "init" / name for name in spec.saes}
+        saes = {n: replace(s, init=load_sae(inits[n])) if inits[n].is_dir() else s for n, s in spec.saes.items()}
+        return replace(spec, saes=saes)
 
-    def init(self, name: str) -> Any:
-        """The SAE that one was started from, or None."""
-        path = self.path / "init" / name
-        return load_sae(path) if path.is_dir() else None
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Append a line to the history."""
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Append a row to the history."""
         if self._history is None:
-            self._history = (self.path / _HISTORY).open("a", encoding="utf-8")
+            self._history = (self.path / HISTORY).open("a", encoding="utf-8")
         self._history.write(json.dumps(row) + "\n")
         self._history.flush()
 
-    def resumed(self, facts: Mapping[str, Any], n_tokens: int) -> list[dict[str, Any]]:
-        """Go on after `n_tokens` tokens: what came after that, and how it ended, is forgotten on the disk too.
+    def rewind(self, spec: RunSpec, n_tokens: int) -> list[dict[str, Any]]:
+        """Go back to a checkpoint: what came after it, and how the run ended, is removed from the disk.
 
         Args:
-            facts: what is asked for now; it may have another end.
+            spec: of the resumed run; it may have another end.
             n_tokens: of the checkpoint.
 
         Returns:
             The history up to there.
         """
-        path = self.path / _HISTORY
+        path = self.path / HISTORY
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows = [row for row in map(_parsed, lines) if row is not None and row["n_tokens"] <= n_tokens]
+        rows = [row for row in map(_parse_row, lines) if row is not None and row["n_tokens"] <= n_tokens]
         if self._writes:
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-            write_text(self.path / _RUN, json.dumps(facts, indent=1))
-            (self.path / _END).unlink(missing_ok=True)
+            self._write_json(SPEC, spec.to_dict())
+            (self.path / END).unlink(missing_ok=True)
         return rows
 
-    def end(self, told: Mapping[str, Any]) -> None:
-        """Note how the run ended: its state, its error if it failed.
+    def write_end(self, end: Mapping[str, Any]) -> None:
+        """Write how the run ended: `state`, `error`, `notes`, `step`, `n_tokens` and `seconds`.
 
         Raises:
             OSError: if the disk is full, or the folder is gone.
         """
         if not self.path.is_dir():  # not to be made anew, with nothing but its end in it
             raise FileNotFoundError(_gone(self.path))
-        write_text(self.path / _END, json.dumps(told, indent=1))
+        self._write_json(END, end)
 
-    def checkpoint(self, state: Mapping[str, Any], saes: Mapping[str, Any], keep: int | None) -> None:
-        """Put a state and its SAEs in place of the last ones.
+    def write_checkpoint(
+        self, training: Mapping[str, Any], seconds: float, saes: Mapping[str, Any], at_tokens: int | None
+    ) -> None:
+        """Replace the checkpoint and its SAEs.
 
         Args:
-            state: for `resume_run`.
-            saes: by name.
-            keep: number of tokens, to keep these SAEs under; None keeps only the newest.
+            training: `Training.state()`: weights, optimizer moments, dead latents, coefficients, normalization, and the
+                state of the stream with its shuffle buffer.
+            seconds: of work so far.
+            saes: by name, as they would be exported now.
+            at_tokens: number of tokens, to keep these SAEs under as well; None keeps only the newest.
 
         Raises:
             OSError: if the disk is full, or the folder is gone.
         """
         try:
-            save_state(self.checkpoint_path, dict(state))
-            self._write(saes, "saes")
-            if keep is not None:
-                self._write(saes, "saes_at", f"{keep:012d}")
+            save_state(self.path / CHECKPOINT, {"training": dict(training), "seconds": seconds})
+            self._write_saes(saes, "saes")
+            if at_tokens is not None:
+                self._write_saes(saes, "saes_at", f"{at_tokens:012d}")
         except OSError as error:
             if self.path.is_dir():
                 raise
             raise FileNotFoundError(_gone(self.path)) from error
 
-    def _write(self, saes: Mapping[str, Any], *below: str) -> None:
-        """Folder by folder: a run's folder that somebody deletes meanwhile is not made anew."""
+    def read_checkpoint(self) -> dict[str, Any]:
+        """The last checkpoint: `training`, a state of `Training`, and `seconds`.
+
+        Raises:
+            FileNotFoundError: if the run never came to one.
+            FormatError: if it is saewb 0.1.0's.
+        """
+        path = self.path / CHECKPOINT
+        if path.is_file():
+            return load_state(path)
+        if (self.path / _CHECKPOINT_0_1_0).is_file():
+            what = f"the run in {str(self.path)!r} is of saewb 0.1.0, whose checkpoints this version cannot continue."
+            sae = next(iter(read_spec(self.path).saes))
+            fix = f"saewb.Trainee(..., init=saewb.load_sae({str(self.path / 'saes' / sae)!r}))"
+            raise FormatError(explain(what, want="a new run from its SAEs, which load", fix=fix))
+        what = f"the run in {str(self.path)!r} ended before its first checkpoint."
+        raise FileNotFoundError(explain(what, want="a run with a checkpoint", fix="saewb.train(...), anew"))
+
+    def close(self) -> None:
+        """Release the folder."""
+        for file in (self._history, self._lock):
+            if file is not None:
+                file.close()
+        self._history = self._lock = None
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(content, indent=1))
+
+    def _write_saes(self, saes: Mapping[str, Any], *below: str) -> None:
+        """Folder by folder, so that a run's folder that somebody deletes meanwhile is not made anew."""
         folder = self.path
         for name in below:
             folder = folder / name
             folder.mkdir(exist_ok=True)
         for name, sae in saes.items():
             saelens.write(sae, folder / name, overwrite=True)
-
-    def state(self) -> dict[str, Any]:
-        """The last checkpoint.
-
-        Raises:
-            FileNotFoundError: if the run never came to one.
-        """
-        if not self.checkpoint_path.is_file():
-            what = f"the run in {str(self.path)!r} ended before its first checkpoint."
-            raise FileNotFoundError(explain(what, want="a run with a checkpoint", fix="saewb.train(...), anew"))
-        return load_state(self.checkpoint_path)
-
-    def close(self) -> None:
-        """Let others have the folder."""
-        for file in (self._history, self._lock):
-            if file is not None:
-                file.close()
-        self._history = self._lock = None
-
-
-def sae_names(names: Iterable[str]) -> None:
-    """Check that SAEs can be folders.
-
-    Raises:
-        ValueError: for a name that is no plain file name.
-    """
-    for name in names:
-        plain = name and all(c.isalnum() or c in "._-" for c in name) and not name.startswith(".")
-        if not plain:
-            raise ValueError(
-                explain(f"got an SAE named {name!r}.", want="letters, digits, '_', '-', '.'", fix="'sae_1'")
-            )
 
 
 def _gone(path: Path) -> str:
@@ -182,7 +179,7 @@ def _gone(path: Path) -> str:
     return explain(f"the run's folder {str(path)!r} is not there any more.", want=want, fix=fix)
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parse_row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:
@@ -191,18 +188,18 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def _locked(folder: Path) -> IO[str] | None:
-    """An open file that nobody else can have open in this way; the system takes it back when the process ends."""
+    """An open file that only one process can hold; the system releases it when the process ends."""
     if os.name == "nt":
         return None
     import fcntl
 
     file = (folder / _LOCK).open("a")
-    for left in range(9, -1, -1):
+    for retries in range(9, -1, -1):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
-            if left:  # somebody who looks whether a run goes on holds it for a moment
+            if retries:  # `is_locked` of another process holds it for a moment
                 time.sleep(0.01)
                 continue
             file.close()
@@ -212,8 +209,8 @@ def _locked(folder: Path) -> IO[str] | None:
     return file
 
 
-def is_going_on(folder: Path) -> bool | None:
-    """Whether a process holds a run's folder; None where that cannot be known."""
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process holds a run's folder; None where that is unknown."""
     lock = folder / _LOCK
     if os.name == "nt" or not lock.is_file():
         return None if os.name == "nt" else False
@@ -230,35 +227,39 @@ def is_going_on(folder: Path) -> bool | None:
 def read_end(folder: Path) -> dict[str, Any]:
     """How the run in a folder ended: its state, its error, its last notes.
 
-    Without a note of it: "running", if a process holds the folder; "cut off", if none does, as after `kill -9`;
-    "unfinished" where that cannot be known.
+    Without an end.json: "running", if a process holds the folder; "interrupted", if none does, as after `kill -9`;
+    "unfinished" where that is unknown.
 
     Raises:
-        FormatError: if the file is not ours.
+        FormatError: if the file cannot be read.
     """
-    path, going = folder / _END, is_going_on(folder)
-    if not path.is_file():  # written before the folder is let go, so there would be one
-        return {"state": "unfinished" if going is None else "running" if going else "cut off", "error": "", "notes": []}
+    path, locked = folder / END, is_locked(folder)
+    if not path.is_file():  # it is written before the folder is released, so there would be one
+        state = "unfinished" if locked is None else "running" if locked else "interrupted"
+        return {"state": state, "error": "", "notes": []}
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return {"state": str(told["state"]), "error": str(told["error"]), "notes": list(map(str, told["notes"]))}
+        end = json.loads(path.read_text(encoding="utf-8"))
+        return {"state": str(end["state"]), "error": str(end["error"]), "notes": list(map(str, end["notes"]))}
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(explain(f"{_END} in {str(folder)!r} cannot be read: {error!r}.", want="ours")) from error
+        raise FormatError(explain(f"{END} in {str(folder)!r} cannot be read: {error!r}.", want="ours")) from error
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """What was asked of the run in a folder.
+def read_spec(path: Path) -> RunSpec:
+    """The spec of the run in a folder.
 
     Raises:
         FileNotFoundError: if there is no run in the folder.
         FormatError: if the file is not ours.
     """
-    if not (path / _RUN).is_file():
-        raise FileNotFoundError(explain(f"no run in {str(path)!r}.", want=f"a folder with {_RUN}"))
+    if not (path / SPEC).is_file():
+        raise FileNotFoundError(explain(f"no run in {str(path)!r}.", want=f"a folder with {SPEC}"))
     try:
-        facts = json.loads((path / _RUN).read_text(encoding="utf-8"))
+        content = json.loads((path / SPEC).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FormatError(explain(f"{_RUN} in {str(path)!r} is no JSON: {error}.", want="ours")) from error
-    if not isinstance(facts, dict) or facts.get("saewb_run") != 1:
-        raise FormatError(explain(f"{_RUN} in {str(path)!r} is not a run of saewb's.", want='"saewb_run": 1'))
-    return facts
+        raise FormatError(explain(f"{SPEC} in {str(path)!r} is no JSON: {error}.", want="ours")) from error
+    if not isinstance(content, dict) or content.get("saewb_run") not in (1, FORMAT):
+        raise FormatError(explain(f"{SPEC} in {str(path)!r} is not a run of saewb's.", want=f'"saewb_run": {FORMAT}'))
+    try:
+        return RunSpec.from_dict(content)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{SPEC} in {str(path)!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a training step reports. Figures stay on the device until somebody reads them."""
+"""Metrics of a training step; tensors stay on the device until they are read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Union
+from typing import Union
 
 import torch
 from jaxtyping import Float, Int
@@ -15,52 +15,69 @@ from torch import Tensor
 from saewb.errors import explain
 from saewb.metrics import Reconstruction
 from saewb.stats.firing import Firing
-from saewb.training.objectives import Coefficient, CoefficientWarning, coefficient_warnings
+from saewb.training.objectives.sparsity_coefficient import Coefficient, CoefficientWarning, coefficient_warnings
 
 DENSITY_EDGES = tuple(10 ** (i / 4 - 7) for i in range(29))  # 10^-7 to 1, four bins for each factor of ten
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How an SAE does on activations it is not trained on, as it would be exported now, in the model's units."""
+    """Metrics on activations an SAE is not trained on, of the SAE as it would be exported now, in the model's units."""
 
-    reconstruction: Reconstruction  # mse, fvu, cosine, ...
-    firing: Firing  # l0, density, dead and dense fractions
+    reconstruction: Reconstruction
+    """mse, fvu, cosine, ..."""
+    firing: Firing
+    """l0, density, dead and dense fractions."""
 
 
 @dataclass(frozen=True)
 class Diverged:
     """The loss is no longer a number."""
 
-    loss: float  # nan or inf
+    loss: float
+    """nan or inf."""
 
     def __str__(self) -> str:
         return f"the loss is {self.loss}: lower the learning rate, or go back to a checkpoint"
 
 
 @dataclass(frozen=True, eq=False)
-class Figures:
-    """One SAE's step. Tensors are 0-d, on the training's device; `numbers()` reads them all at once."""
+class StepMetrics:
+    """Metrics of one SAE in one step. Tensors are 0-d, on the device; `numbers()` reads them all at once."""
 
-    loss: Float[Tensor, ""]  # what was minimized: the sum of `losses`
-    losses: Mapping[str, Float[Tensor, ""]]  # by name, as they enter the sum, in training units
-    l0: Float[Tensor, ""]  # active latents per token, in this batch
-    fvu: Float[Tensor, ""]  # fraction of this batch's variance that is not explained
-    dead_frac: Float[Tensor, ""]  # fraction of latents silent for longer than `dead_after_tokens`
-    n_dense: Int[Tensor, ""]  # latents on more than `dense_above` of the last tokens
-    lr: float  # of this step
-    coefficients: Mapping[str, Float[Tensor, ""]]  # weights of sparsity losses in this step
-    extra: Mapping[str, Float[Tensor, ""]]  # what else the objective measures: "kept_min", "in_band"
-    densities: Float[Tensor, " d_sae"] = field(repr=False)  # share of about the last `density_tokens` it is on
-    held_out: HeldOut | None = None  # on steps that measured
-    watch: Mapping[str, Coefficient] = field(default_factory=dict, repr=False)  # how the weights were set
-    n_tokens: int = 0  # trained on after this step
-    d_sae: int = 0  # latents
+    loss: Float[Tensor, ""]
+    """What was minimized: the sum of `losses`."""
+    losses: Mapping[str, Float[Tensor, ""]]
+    """By name, as they enter the sum, in training units."""
+    l0: Float[Tensor, ""]
+    """Active latents per token, in this batch."""
+    fvu: Float[Tensor, ""]
+    """Fraction of this batch's variance that is not explained."""
+    dead_frac: Float[Tensor, ""]
+    """Fraction of latents silent for longer than `dead_after_tokens`."""
+    n_dense: Int[Tensor, ""]
+    """Latents active on more than `dense_above` of the last tokens."""
+    lr: float
+    """Learning rate of this step."""
+    coefficients: Mapping[str, Float[Tensor, ""]]
+    """Weights of sparsity losses in this step."""
+    extra: Mapping[str, Float[Tensor, ""]]
+    """Further metrics of the objective: "kept_min", "in_band"."""
+    densities: Float[Tensor, " d_sae"] = field(repr=False)
+    """Per latent, the share of about the last `density_tokens` on which it was active."""
+    held_out: HeldOut | None = None
+    """On steps with an evaluation."""
+    schedules: Mapping[str, Coefficient] = field(default_factory=dict, repr=False)
+    """How the weights of sparsity losses were set."""
+    n_tokens: int = 0
+    """Tokens trained on after this step."""
+    d_sae: int = 0
+    """Number of latents."""
 
     def numbers(self) -> dict[str, float]:
-        """Every figure as a float, by name ("losses/mse", "coefficients/l1", ...): one wait for the device."""
+        """Every metric as a float, by name ("losses/mse", "coefficients/l1", ...): one wait for the device."""
         named = self._named()
-        return self._told(named, torch.stack(list(named.values())).tolist())
+        return self._to_dict(named, torch.stack(list(named.values())).tolist())
 
     def numbers_and_density(self) -> tuple[dict[str, float], list[int]]:
         """`numbers()`, and how many latents are how frequent: one wait for the device, for both.
@@ -73,8 +90,8 @@ class Figures:
         edges = torch.tensor(DENSITY_EDGES, device=self.densities.device)
         above = (self.densities >= edges[:, None]).sum(1).float()  # exact up to 2^24 latents
         values = torch.cat([torch.stack(list(named.values())), above]).tolist()
-        least = [self.densities.numel(), *map(int, values[len(named) :]), 0]
-        return self._told(named, values[: len(named)]), [a - b for a, b in pairwise(least)]
+        at_least = [self.densities.numel(), *map(int, values[len(named) :]), 0]
+        return self._to_dict(named, values[: len(named)]), [a - b for a, b in pairwise(at_least)]
 
     def _named(self) -> dict[str, Tensor]:
         named = {"loss": self.loss, "l0": self.l0, "fvu": self.fvu, "dead_frac": self.dead_frac}
@@ -83,16 +100,18 @@ class Figures:
             named |= {f"{group}/{name}": value for name, value in getattr(self, group).items()}
         return {name: value.detach().float() for name, value in named.items()}
 
-    def _told(self, named: Mapping[str, Tensor], values: list[float]) -> dict[str, float]:
+    def _to_dict(self, named: Mapping[str, Tensor], values: list[float]) -> dict[str, float]:
         return {**dict(zip(named, values, strict=True)), "lr": self.lr}
 
     @property
     def warnings(self) -> tuple[Union[CoefficientWarning, Diverged], ...]:
-        """What is wrong with this step's settings; waits for the device."""
+        """Problems with the settings that show in this step; waits for the device."""
         numbers = self.numbers()
-        found: list[Any] = [] if math.isfinite(numbers["loss"]) else [Diverged(numbers["loss"])]
-        for name, coefficient in self.watch.items():
-            found += coefficient_warnings(
+        problems: list[Union[CoefficientWarning, Diverged]] = (
+            [] if math.isfinite(numbers["loss"]) else [Diverged(numbers["loss"])]
+        )
+        for name, coefficient in self.schedules.items():
+            problems += coefficient_warnings(
                 coefficient,
                 name,
                 numbers[f"coefficients/{name}"],
@@ -101,20 +120,23 @@ class Figures:
                 d_sae=self.d_sae,
                 in_band=numbers.get("extra/in_band"),
             )
-        return tuple(found)
+        return tuple(problems)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainStep:
-    """One step of a training: what each SAE did with one batch."""
+    """One step of a training: metrics of each SAE on one batch."""
 
-    step: int  # 1 after the first
-    n_tokens: int  # trained on so far, this step's included
-    saes: Mapping[str, Figures]  # by the SAE's name
+    step: int
+    """1 after the first."""
+    n_tokens: int
+    """Tokens trained on so far, this step's included."""
+    saes: Mapping[str, StepMetrics]
+    """By the SAE's name."""
 
     @property
-    def only(self) -> Figures:
-        """The figures of the one SAE.
+    def only(self) -> StepMetrics:
+        """The metrics of the one SAE.
 
         Raises:
             ValueError: if several are trained.
@@ -126,6 +148,5 @@ class TrainStep:
 
     @property
     def warnings(self) -> dict[str, tuple[Union[CoefficientWarning, Diverged], ...]]:
-        """What is wrong, by SAE; only those with something; waits for the device."""
-        found = {name: figures.warnings for name, figures in self.saes.items()}
-        return {name: warnings for name, warnings in found.items() if warnings}
+        """Problems by SAE, only of those that have some; waits for the device."""
+        return {name: warnings for name, metrics in self.saes.items() if (warnings := metrics.warnings)}

@@ -1,10 +1,11 @@
-"""Starting a training run, and taking one up again: from what the user says to a stream, a Training and a Run."""
+"""Start a training run, or continue one: from the arguments to a stream, a `Training` and a `Run`."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from saewb.data.cache import ActivationCache
-from saewb.data.feed import Feed
+from saewb.data.documents import TextFiles
 from saewb.data.sources import ModelSource
 from saewb.data.stream import ActivationStream, model_tokens
-from saewb.distributed import ALONE, Team
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import check_device, explain, near
 from saewb.interventions.attachment import attachments
 from saewb.models.capture import Activations, joined
+from saewb.models.load import load_model
 from saewb.models.shared_copy import shared_copy
 from saewb.models.tokenizer import special_ids
-from saewb.training import TrainConfig, Trainee, Training
-from saewb.training.loggers import Sink
-from saewb.training.outlook import memory_of, model_widths
+from saewb.training import Training
+from saewb.training.config import RunSpec, Trainee
+from saewb.training.loggers import Logger
+from saewb.training.memory import point_widths, run_memory
 from saewb.training.run import Run
-from saewb.training.run_folder import RunFolder, read_facts
-from saewb.training.run_plan import (
-    Reading,
-    facts_of,
-    finisher,
-    from_told,
-    place_of,
-    points_of,
-    sorted_out,
-    trainees_of,
-    with_points,
-)
-from saewb.training.run_record import RunOptions
+from saewb.training.run_folder import SPEC, RunFolder, read_spec
 
-FEW_STEPS = 200  # below, a run says so: its SAE has hardly left its random directions
+FEW_STEPS = 200
+"""Below, a run says so: its SAE has hardly left its random directions."""
 
 
 def train(
@@ -52,7 +44,7 @@ def train(
     hook_out: str | None = None,
     folder: str | Path | None = None,
     held_out: Any = None,
-    sinks: Sequence[Sink] = (),
+    loggers: Sequence[Logger] = (),
     device: torch.device | str | None = None,
     positions: slice = slice(None),
     **options: Any,
@@ -64,8 +56,9 @@ def train(
     be wrong is found before it returns: names of hooks, sizes, options, the memory (an error if weights and
     moments cannot fit, else a warning, see `run.memory`).
 
-    In a script that torchrun or `accelerate launch` started in several processes, all train together (`saewb.distributed`):
-    call it in each with the same arguments, and `run.wait()`; the first one alone writes the folder and calls sinks.
+    In a script that torchrun or `accelerate launch` started in several processes, all train together
+    (`saewb.distributed`): call it in each with the same arguments, and `run.wait()`; the first one alone writes the
+    folder and calls loggers.
 
     Args:
         model: any kind; None if `tokens` is a stream or a cache of activations.
@@ -79,7 +72,7 @@ def train(
         hook_out: the point predicted; None or `hook` makes SAEs, another one transcoders.
         folder: for history, checkpoints and SAEs; a new one. None keeps all in memory.
         held_out: tokens or texts that are not trained on, or activations by point, to measure on.
-        sinks: called with each `saewb.training.loggers.Event`.
+        loggers: called with each `saewb.training.loggers.Event`.
         device: of the training; None means the model's.
         positions: of each row of tokens, those trained on.
         options: of the training (lr, batch_tokens, warmup_tokens, normalization, eval_every_tokens, seed, ...), the run
@@ -105,22 +98,8 @@ def train(
         >>> run.sae.cfg.d_sae, len(run.history)
         (256, 2)
     """
-    reading, run_options, config = sorted_out(options, n_tokens)
-    reading = replace(reading, positions=(positions.start, positions.stop, positions.step))
-    trainees = trainees_of(saes, hook, hook_out)
-    team = Team.joined()
-    with team.agreed():
-        feed, widths = _feed(model, tokens, trainees, reading, config, team)
-    trainees = with_points(trainees, widths)
-    facts = facts_of(config, trainees, reading, run_options, widths=widths, model=_name(model))
-    run = _launch(
-        model, feed, widths, trainees, config, reading, run_options, facts, folder, held_out, sinks, device, team
-    )
-    if config.n_steps < FEW_STEPS:
-        run.notes.append(
-            f"{config.n_steps} steps only: more n_tokens, or a smaller batch_tokens, give it more to learn in"
-        )
-    return run
+    spec = RunSpec.from_options(saes, n_tokens=n_tokens, hook=hook, hook_out=hook_out, positions=positions, **options)
+    return _start(spec, model, tokens, folder=folder, held_out=held_out, loggers=loggers, device=device)
 
 
 def resume_run(
@@ -130,13 +109,13 @@ def resume_run(
     tokens: Any = None,
     held_out: Any = None,
     n_tokens: int | None = None,
-    sinks: Sequence[Sink] = (),
+    loggers: Sequence[Logger] = (),
     device: torch.device | str | None = None,
 ) -> Run:
-    """Go on with a run from its last checkpoint, bit for bit as if it had not ended.
+    """Continue a run from its last checkpoint, bit for bit as if it had not ended.
 
-    Weights, optimizer, schedules, coefficients, mixing buffer and the place in the tokens are in the checkpoint. The
-    model and the tokens are not: pass the same. (The same bits also need the same machine, threads and versions.)
+    Weights, optimizer, schedules, coefficients, shuffle buffer and the position in the tokens are in the checkpoint.
+    The model and the tokens are not: pass the same. (The same bits also need the same machine, threads and versions.)
 
     Args:
         folder: of the run.
@@ -144,7 +123,7 @@ def resume_run(
         tokens: as for `train`, equal to what was passed there; an iterator has to be at its start again.
         held_out: as for `train`.
         n_tokens: a new end; None keeps it.
-        sinks: as for `train`.
+        loggers: as for `train`.
         device: as for `train`.
 
     Returns:
@@ -152,6 +131,7 @@ def resume_run(
 
     Raises:
         FileNotFoundError: if there is no run, or it never came to a checkpoint.
+        FormatError: if its checkpoint is saewb 0.1.0's.
         RuntimeError: if the run is going on.
 
     Example:
@@ -161,85 +141,182 @@ def resume_run(
         FileNotFoundError: no run in 'nowhere'.
           want: a folder with run.json
     """
-    team = Team.joined()
-    with team.agreed():
-        read_facts(Path(folder).expanduser())  # says if there is none, before anything is made
-        kept = RunFolder(folder, writes=team.leads)
+    parallel = ParallelContext.from_environment()
+    with parallel.raise_together():
+        read_spec(Path(folder).expanduser())  # raises if there is none, before a lock file is made
+        run_folder = RunFolder(folder, writes=parallel.is_main)
     try:
-        facts, state = kept.facts(), kept.state()
-        facts["config"] |= {} if n_tokens is None else {"n_tokens": n_tokens}
-        config = dict(facts["config"])
-        autocast = config["autocast"]
-        config["autocast"] = None if autocast is None else getattr(torch, autocast.removeprefix("torch."))
-        config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-        reading = Reading(**facts["reading"])
-        trainees = {name: from_told(said, kept.init(name)) for name, said in facts["saes"].items()}
-        feed, widths = _feed(model, tokens, trainees, reading, config, team, facts["widths"])
-        options = RunOptions(**facts["options"])
+        spec, checkpoint = run_folder.read_spec(), run_folder.read_checkpoint()
+        if n_tokens is not None:
+            spec = replace(spec, train=replace(spec.train, n_tokens=n_tokens))
+        stream, _ = _open_stream(spec, model, tokens, parallel)
         return _launch(
-            model, feed, widths, trainees, config, reading, options, facts, kept, held_out, sinks, device, team, state
+            spec,
+            stream,
+            checkpoint,
+            model=model,
+            folder=run_folder,
+            held_out=held_out,
+            loggers=loggers,
+            device=device,
+            parallel=parallel,
         )
     except BaseException:
-        kept.close()
+        run_folder.close()
         raise
 
 
-def _launch(
+def train_file(path: Path) -> Run:
+    """Start the run that a YAML file describes, or continue it if there is one in its folder.
+
+        model: tiny                              # as for saewb.load_model
+        tokens: {files: [corpus.txt.gz]}         # or {embedded: true}, {cache: folder}; separator: between documents
+        held_out: {files: [other.txt]}           # as tokens; may be left out
+        saes:
+          wide: {objective: TopK, d_sae: 4096, k: 32, hook: blocks.2.hook_resid_post}
+          transcoder: {objective: TopK, d_sae: 4096, hook: blocks.2.mlp.hook_in, hook_out: blocks.2.hook_mlp_out}
+        n_tokens: 2_000_000
+        folder: runs/first
+        lr: 3e-4                                 # and any other option of saewb.train
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError, TypeError: for what the file should not say, or lacks.
+    """
+    options = _read_yaml(path)
+    for name in ("tokens", "saes", "n_tokens", "folder"):
+        if name not in options:
+            raise ValueError(explain(f"{path} has no {name!r}.", want="model, tokens, saes, n_tokens, folder"))
+    folder, device, dtype = (
+        Path(options.pop("folder")).expanduser(),
+        options.pop("device", None),
+        options.pop("dtype", None),
+    )
+    has_model = "model" in options or "cache" not in options["tokens"]
+    model = load_model(options.pop("model", "tiny"), dtype) if has_model else None
+    tokens = _documents(options.pop("tokens"), "tokens")
+    held_out = _documents(options.pop("held_out"), "held_out") if "held_out" in options else None
+    if ParallelContext.from_environment().broadcast_object((folder / SPEC).exists()):
+        return resume_run(folder, model=model, tokens=tokens, held_out=held_out, n_tokens=options["n_tokens"])
+    saes = {name: Trainee.from_dict(sae) for name, sae in options.pop("saes").items()}
+    spec = RunSpec.from_options(saes, strict=False, **options)
+    return _start(spec, model, tokens, folder=folder, held_out=held_out, device=device)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(explain(f"no file {str(path)!r}.", want="a YAML file", fix="saewb train config.yaml"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(explain(f"{path} is no YAML: {error}.", want="name: value, a line each")) from error
+    for name, value in [(str(path), content), *((content or {}).items() if isinstance(content, dict) else ())]:
+        if name in (str(path), "tokens", "held_out", "saes") and not isinstance(value, dict):
+            raise ValueError(explain(f"{name} is {value!r}.", want="names with values"))
+    return content
+
+
+def _documents(options: Mapping[str, Any], name: str) -> Any:
+    """Texts, files or a cache, as a YAML file names them."""
+    kinds = [kind for kind in ("files", "embedded", "cache") if kind in options]
+    if len(kinds) != 1 or set(options) - {"files", "embedded", "cache", "separator"}:
+        raise ValueError(explain(f"{name} has {', '.join(options)}.", want="one of files, embedded, cache; separator"))
+    if kinds == ["cache"]:
+        return ActivationCache(options["cache"])
+    if kinds == ["files"]:
+        return TextFiles(options["files"], **({"separator": options["separator"]} if "separator" in options else {}))
+    tiny = import_module("saewb.tiny")  # by name, for it lies above this room: the bundled SAE is trained with it
+    held_out = {document.text for document in tiny.held_out_texts()}
+    if name == "held_out":
+        return sorted(held_out)
+    return [document.text for document in tiny.texts() if document.text not in held_out]
+
+
+def _start(
+    spec: RunSpec,
     model: nn.Module | None,
-    feed: Feed,
-    widths: Mapping[str, int],
-    trainees: Mapping[str, Trainee],
-    config: TrainConfig,
-    reading: Reading,
-    options: RunOptions,
-    facts: Mapping[str, Any],
+    tokens: Any,
+    *,
+    folder: str | Path | None,
+    held_out: Any,
+    device: torch.device | str | None,
+    loggers: Sequence[Logger] = (),
+) -> Run:
+    parallel = ParallelContext.from_environment()
+    with parallel.raise_together():
+        stream, widths = _open_stream(spec, model, tokens, parallel)
+    spec = replace(spec.with_widths(widths), model=None if model is None else model.cfg.model_name)
+    run = _launch(
+        spec,
+        stream,
+        model=model,
+        folder=folder,
+        held_out=held_out,
+        loggers=loggers,
+        device=device,
+        parallel=parallel,
+    )
+    if spec.train.n_steps < FEW_STEPS:
+        few = f"{spec.train.n_steps} steps only: more n_tokens, or a smaller batch_tokens, give it more to learn in"
+        run.notes.append(few)
+    return run
+
+
+def _launch(
+    spec: RunSpec,
+    stream: ActivationStream,
+    state: Mapping[str, Any] | None = None,
+    *,
+    model: nn.Module | None,
     folder: RunFolder | str | Path | None,
     held_out: Any,
-    sinks: Sequence[Sink],
+    loggers: Sequence[Logger],
     device: torch.device | str | None,
-    team: Team,
-    state: Mapping[str, Any] | None = None,
+    parallel: ParallelContext,
 ) -> Run:
-    device = check_device(device) if device is not None else _device(model)
-    memory = memory_of(trainees, widths, model, config, reading, device)
+    """Run a spec on a stream, from a checkpoint's state or from the beginning."""
+    if device is not None:
+        device = check_device(device)
+    elif model is not None:
+        device = next(model.parameters()).device
+    memory = run_memory(spec, model, device)
     if not memory.weights_fit:
         what = f"the weights alone need {memory.weights / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
         raise ValueError(explain(f"{what}:\n{memory}", fix="a smaller d_sae, or fewer SAEs at a time"))
     if not memory.fits:
         what = f"this training needs about {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
-        warnings.warn(f"{what}:\n{memory}\n  fix:  a smaller batch_tokens, buffer_tokens or d_sae", stacklevel=3)
-    measured = None if held_out is None else _held_out(model, held_out, widths, reading, config)
+        warnings.warn(f"{what}:\n{memory}\n  fix:  a smaller batch_tokens, buffer_tokens or d_sae", stacklevel=4)
+    held_out = None if held_out is None else _held_out_activations(spec, model, held_out)
     rows: list[dict[str, Any]] = []
-    with team.agreed():
-        training = Training(feed, dict(trainees), config, held_out=measured, device=device, team=team)
-        if state is None and folder is not None and team.leads:
-            folder = _begun(folder, facts, trainees)
+    with parallel.raise_together():
+        training = Training(stream, spec.saes, spec.train, held_out=held_out, device=device, team=parallel)
+        if state is None and folder is not None and parallel.is_main:
+            folder = _create_folder(folder, spec)
     if state is not None:
         training.restore(state["training"])
-        rows = folder.resumed(facts, training.n_tokens)
-    if team.size > 1:
+        rows = folder.rewind(spec, training.n_tokens)
+    if parallel.size > 1:
         training.begin()
     return Run(
         training,
-        feed,
-        places={name: place_of(trainee) for name, trainee in trainees.items()},
-        finish=finisher(_name(model)),
-        folder=folder if team.leads else None,
-        options=options,
-        sinks=sinks if team.leads else (),
+        stream,
+        spec,
         memory=memory,
-        facts=facts,
-        layers=(feed.stream.stop_layer, None if model is None else model.cfg.n_layers),
+        folder=folder if parallel.is_main else None,
+        loggers=loggers if parallel.is_main else (),
+        layers=(stream.stop_layer, None if model is None else model.cfg.n_layers),
         rows=rows,
         seconds=0.0 if state is None else state["seconds"],
-        team=team,
+        parallel=parallel,
     )
 
 
-def _begun(path: str | Path, facts: Mapping[str, Any], trainees: Mapping[str, Trainee]) -> RunFolder:
+def _create_folder(path: str | Path, spec: RunSpec) -> RunFolder:
     folder = RunFolder(path)
     try:
-        folder.begin(facts, {name: t.init for name, t in trainees.items() if t.init is not None})
+        folder.create(spec)
     except BaseException:
         folder.close()
         raise
@@ -249,86 +326,73 @@ def _begun(path: str | Path, facts: Mapping[str, Any], trainees: Mapping[str, Tr
 # -- the stream ------------------------------------------------------------------------------------------------------
 
 
-def _feed(
-    model: nn.Module | None,
-    tokens: Any,
-    trainees: Mapping[str, Trainee],
-    reading: Reading,
-    config: TrainConfig,
-    team: Team,
-    widths: Mapping[str, int] | None = None,
-) -> tuple[Feed, dict[str, int]]:
-    """The stream, and the width of each of its points, unless they are known: the model's by a pass of one row."""
-    how = {"batch_tokens": config.batch_tokens, "seed": config.seed, "prefetch": reading.prefetch}
-    how["buffer_tokens"] = reading.buffer(config)
+def _open_stream(
+    spec: RunSpec, model: nn.Module | None, tokens: Any, parallel: ParallelContext
+) -> tuple[ActivationStream, Mapping[str, int]]:
+    """The stream, and the width of each of its points; of a model, unless the spec has them, by a pass of one row."""
+    options = {"batch_tokens": spec.train.batch_tokens, "seed": spec.train.seed, "prefetch": spec.data.prefetch}
+    options["buffer_tokens"] = spec.buffer_tokens
     if isinstance(tokens, ActivationStream):
-        feed = Feed(tokens)
-        return feed, dict(widths) if widths is not None else _widths_of(feed, trainees)
+        return tokens, spec.widths or _stream_widths(tokens, spec.points)
     if isinstance(tokens, ActivationCache):
-        points = points_of(trainees) or list(tokens.points)
-        return Feed(tokens.stream(**how, points=points)), {name: tokens.points[name] for name in points}
+        points = spec.points or list(tokens.points)
+        return tokens.stream(**options, points=points), {name: tokens.points[name] for name in points}
     if model is None:
         what = "train got no model, and tokens that are no activations."
         raise ValueError(explain(what, want="a model; or an ActivationStream or ActivationCache for tokens"))
-    if any(t.read is None for t in trainees.values()):
+    if any(sae.read is None for sae in spec.saes.values()):
         layer = getattr(getattr(model, "cfg", None), "n_layers", 8) // 2
         fix = f'hook="blocks.{layer}.hook_resid_post"'
         raise ValueError(explain("train got no hook.", want="where to read", fix=fix))
     if attached := attachments(model):
         what = f"SAEs are attached: {', '.join(map(repr, attached))}."
         raise ValueError(explain(what, want="the model as it is", fix="saewb.detach_all(model)"))
-    own = shared_copy(model)  # so that neither sees the other's passes
-    source = _source(own, tokens, points_of(trainees), reading, repeat=True, team=team)
-    how["prefetch"] = reading.prefetch if team.size == 1 else 0  # exchanges in two threads would be out of order
-    return Feed(ActivationStream(source, **how)), model_widths(own, source.points)
+    model = shared_copy(model)  # so that neither sees the other's passes
+    source = _model_source(spec, model, tokens, spec.points, repeat=True, parallel=parallel)
+    options["prefetch"] *= parallel.size == 1  # collectives in two threads would be out of order
+    return ActivationStream(source, **options), spec.widths or point_widths(model, source.points)
 
 
-def _source(
-    model: nn.Module, tokens: Any, points: Iterable[str], reading: Reading, *, repeat: bool, team: Team = ALONE
+def _model_source(
+    spec: RunSpec,
+    model: nn.Module,
+    tokens: Any,
+    points: Iterable[str],
+    *,
+    repeat: bool,
+    parallel: ParallelContext = SINGLE_PROCESS,
 ) -> ModelSource:
-    rows = model_tokens(model, tokens, ctx_len=reading.ctx_len, pass_tokens=reading.pass_tokens, repeat=repeat)
-    skipped = special_ids(model, reading.skip_special_tokens)
-    return ModelSource(model, rows, points, positions=slice(*reading.positions), skipped=skipped, team=team)
+    data = spec.data
+    rows = model_tokens(model, tokens, ctx_len=data.ctx_len, pass_tokens=data.pass_tokens, repeat=repeat)
+    skipped = special_ids(model, data.skip_special_tokens)
+    return ModelSource(model, rows, points, positions=slice(*data.positions), skipped=skipped, team=parallel)
 
 
-def _widths_of(feed: Feed, trainees: Mapping[str, Trainee]) -> dict[str, int]:
-    """Looks at the first tokens, which are not waited for longer than it takes to compute some."""
-    first = feed.stream.look()
-    if first is None and (first := next(feed, None)) is not None:
-        feed.put_back()
+def _stream_widths(stream: ActivationStream, points: Iterable[str]) -> dict[str, int]:
+    """From the first tokens, which are not waited for longer than it takes to compute some."""
+    first = stream.peek()
+    if first is None and (first := next(stream, None)) is not None:
+        stream.put_back()
     if first is None:
         raise ValueError(explain("the stream is empty.", want="one batch or more"))
-    for point in points_of(trainees):
+    for point in points:
         if point not in first.values:
             known = list(first.values)
             raise ValueError(explain(f"the stream has no point {point!r}.", near=near(point, known), want=str(known)))
     return {name: value.shape[1] for name, value in first.values.items()}
 
 
-def _held_out(
-    model: nn.Module | None, held_out: Any, widths: Mapping[str, int], reading: Reading, config: TrainConfig
-) -> dict[str, Tensor]:
+def _held_out_activations(spec: RunSpec, model: nn.Module | None, held_out: Any) -> dict[str, Tensor]:
     if isinstance(held_out, (Mapping, Activations)):
         return dict(held_out.values if isinstance(held_out, Activations) else held_out)
     if model is None:
         want = "activations by point, {name: [tokens, d]}"
         raise ValueError(explain("held_out cannot be read without a model.", want=want))
-    parts: list[Activations] = []
-    for chunk in _source(model, held_out, widths, reading, repeat=False):
-        parts.append(chunk)
-        if sum(map(len, parts)) >= reading.held_out_tokens:
+    chunks: list[Activations] = []
+    for chunk in _model_source(spec, model, held_out, spec.widths, repeat=False):
+        chunks.append(chunk)
+        if sum(map(len, chunks)) >= spec.data.held_out_tokens:
             break
-    if not parts:
-        raise ValueError(explain("held_out gives no token.", want=f"a row of {reading.ctx_len} tokens or more"))
-    return dict(joined(parts).rows(slice(0, reading.held_out_tokens)).values)
-
-
-# -- around it -------------------------------------------------------------------------------------------------------
-
-
-def _device(model: nn.Module | None) -> torch.device | None:
-    return None if model is None else next(model.parameters()).device
-
-
-def _name(model: nn.Module | None) -> str | None:
-    return None if model is None else model.cfg.model_name
+    if not chunks:
+        raise ValueError(explain("held_out gives no token.", want=f"a row of {spec.data.ctx_len} tokens or more"))
+    return dict(joined(chunks).rows(slice(0, spec.data.held_out_tokens)).values)

@@ -1,85 +1,68 @@
-"""One SAE in training: weights, optimizer, dead latents, coefficients; a step, a checkpoint, an export.
+"""Trainer of one SAE: parameters, optimizer, dead latents, loss coefficients; a step, a checkpoint, an export.
 
 A step, given one batch in training units:
-1. coefficients are warmed up, dead latents marked; losses and gradients are computed (`saewb.training.paths`);
+
+1. coefficients are warmed up, dead latents marked; losses and gradients are computed, by autograd or by the sparse step
+   (`choose_gradients`), and averaged over processes;
 2. with unit rows, gradients lose their part along the rows; gradients are clipped;
-3. Adam steps; rows are made unit length again;
-4. silence, density, threshold and controlled coefficients are brought up to date, all on the device.
+3. Adam steps; rows are scaled to unit length again;
+4. silence, density, threshold and controlled coefficients are updated, all on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
+from saewb._config import dump
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.metrics import ReconstructionStream
-from saewb.sae.matching_pursuit import PursuitSAE
-from saewb.sae.sae import SAE
 from saewb.stats.firing import FiringStream
-from saewb.training.combined import combined
-from saewb.training.config import TrainConfig
-from saewb.training.normalization import AnySAE, Units, to_model, to_training
+from saewb.training.config import TrainConfig, Trainee
+from saewb.training.normalization import ActivationNormalizer, AnySAE, to_model, to_training
 from saewb.training.objectives import (
-    BatchTopK,
-    JumpReLU,
     Losses,
-    Matryoshka,
+    MatchingPursuit,
     Objective,
+    ObjectiveState,
     Params,
-    State,
     constrain,
-    next_threshold,
     project_gradient,
-    revives,
-    steered,
-    warmed,
 )
 from saewb.training.objectives.sparsity_coefficient import SMOOTHING
-from saewb.training.paths import choose
-from saewb.training.sparse_step import clipped_step
-from saewb.training.step_metrics import Figures, HeldOut
+from saewb.training.sparse_step import MAX_DENSITY, best_precision, clipped_step, has_sparse_step, sparse_step
+from saewb.training.step_metrics import HeldOut, StepMetrics
 
 TOLERANCE = 1e-5  # of a row's length, by which an exported SAE may differ from the training's own output
-TIES = 0.05  # share of probe rows that may differ more: a latent at its threshold may fall the other way by rounding
+MISMATCH_TOLERANCE = 0.05  # of probe rows may differ more: a latent at its threshold may fall the other way by rounding
+MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # when training is resumed
 
-
-@dataclass(frozen=True)
-class Trainee:
-    """One SAE to be trained: for what, where it reads and writes, and what to start from."""
-
-    objective: Objective  # what it is trained for
-    read: str | None = None  # point of the stream it reads; None means the only one
-    write: str | None = None  # point it predicts; None, or `read`: an autoencoder; another: a transcoder
-    lr: float | None = None  # its own peak learning rate; None means the config's
-    seed: int | None = None  # its own; None means the config's, and SAEs of one seed and size begin alike
-    init: AnySAE | None = None  # a trained SAE to go on from, in the model's units; None means random weights
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it predicts another point than it reads."""
-        return self.write not in (None, self.read)
+# Fills `.grad` of every parameter with the gradient of the total, in the parameter's own memory order.
+Gradients = Callable[
+    [Objective, Params, Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"], ObjectiveState],
+    Losses,
+]
 
 
 @final
-class Learner:
-    """A Trainee with its weights and everything that changes while it learns.
+class SAETrainer:
+    """Trains one SAE: its weights and everything that changes in training.
 
     Args:
-        trainee: what is trained; `read` is a point's name.
-        config: how.
-        read: units of what is read.
-        write: units of what is written.
-        d_in: width of what is read.
-        d_out: width of what is written.
-        device: where all of it lives.
-        start: mean of what is written, in training units, for b_dec; None starts from zeros (or from `init`).
+        trainee: what is trained; its `read` is a point's name.
+        config: how it is trained.
+        read: normalization of the input.
+        write: normalization of the output.
+        d_in: width of the input.
+        d_out: width of the output.
+        device: of all tensors.
+        b_dec: first value of b_dec, in training units; None starts from zeros (or from `init`).
         team: processes that share each batch.
     """
 
@@ -87,48 +70,50 @@ class Learner:
         self,
         trainee: Trainee,
         config: TrainConfig,
-        read: Units,
-        write: Units,
+        read: ActivationNormalizer,
+        write: ActivationNormalizer,
         *,
         d_in: int,
         d_out: int,
         device: torch.device,
-        start: Float[Tensor, " d_out"] | None = None,
-        team: Team = ALONE,
+        b_dec: Float[Tensor, " d_out"] | None = None,
+        team: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         self.trainee, self.config, self.read, self.write, self._team = trainee, config, read, write, team
-        self.params = _first_weights(trainee, config, read, write, d_in, d_out, device)
-        if start is not None and trainee.init is None:
+        self.params = _initial_params(trainee, config, read, write, d_in, d_out, device)
+        if b_dec is not None and trainee.init is None:
             with torch.no_grad():
-                self.params.b_dec.copy_(start)
-        self.watch = trainee.objective.coefficients()
-        self.state: State = replace(trainee.objective.state(device), team=team)
-        self._weights = dict(self.state.coefficients)  # before warm-up, as the controller has left them
+                self.params.b_dec.copy_(b_dec)
+        self.schedules = trainee.objective.coefficients()
+        self.objective_state = replace(trainee.objective.initial_state(device), team=team)
+        self._coefficients = dict(self.objective_state.coefficients)  # before warm-up, as the controller has left them
         d_sae = trainee.objective.d_sae
         self._silent = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens since each latent fired
-        self._looked = torch.zeros(d_sae, dtype=torch.bool, device=device)  # dead when the host last looked
+        self._dead_at_last_check = torch.zeros(d_sae, dtype=torch.bool, device=device)  # the host's last
         self._density = torch.zeros(d_sae, device=device)
         self._l0 = torch.zeros((), device=device)  # of about the last ten batches
         self._n_batches = 0
-        self._gradients = choose(trainee.objective, config)
+        self._gradients = choose_gradients(trainee.objective, config)
         self._optimizer = _optimizer(self.params, config)
 
-    def fit(self, batches: Sequence[Float[Tensor, "tokens d_in"]]) -> None:
-        """Take from the first batches, in the model's units, what the objective starts with."""
-        if starts_from_data(self.trainee):
-            self.trainee.objective.fit(self.params, [self.read.apply(self._placed(x)) for x in batches])
+    def fit_thresholds(self, batches: Sequence[Float[Tensor, "tokens d_in"]]) -> None:
+        """Set the first thresholds from the first batches, in the model's units, if the objective asks for it."""
+        if self.trainee.fits_thresholds:
+            inputs = [self.read.normalize(self._to_device(x)) for x in batches]
+            self.trainee.objective.fit_thresholds(self.params, inputs)
 
-    def learn(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], n_tokens: int) -> Figures:
+    def step(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], n_tokens: int) -> StepMetrics:
         """One step on (this process's share of) a batch in training units, after `n_tokens` tokens."""
         objective, config, batch = self.trainee.objective, self.config, len(x) * self._team.size
-        self._prepare(n_tokens)
-        losses = combined(self._gradients(objective, self.params, x, y, self.state), y, self._team)
+        self._update_objective_state(n_tokens)
+        losses = self._gradients(objective, self.params, x, y, self.objective_state)
+        losses = combine_shards(losses, y, self._team)
         rate = config.rate(n_tokens) * (1 if self.trainee.lr is None else self.trainee.lr / config.lr)
-        self._step(rate)
-        used = self.state.coefficients
-        self._account(losses, batch, n_tokens)
+        self._optimize(rate)
+        coefficients = self.objective_state.coefficients
+        self._update_statistics(losses, batch, n_tokens)
         silent = self._silent > config.dead_after
-        return Figures(
+        return StepMetrics(
             loss=losses.total.detach(),
             losses={name: value.detach() for name, value in losses.terms.items()},
             l0=losses.l0,
@@ -136,28 +121,29 @@ class Learner:
             dead_frac=silent.float().mean(),
             n_dense=(self._density > config.dense_above).sum(),
             lr=rate,
-            coefficients=used,
+            coefficients=coefficients,
             extra=losses.extra,
             densities=self._density,
-            watch=self.watch,
+            schedules=self.schedules,
             n_tokens=n_tokens + batch,
             d_sae=objective.d_sae,
         )
 
-    def _prepare(self, n_tokens: int) -> None:
-        state, after = self.state, self.config.dead_after
-        coefficients = {name: self._weights[name] * warmed(c, n_tokens) for name, c in self.watch.items()}
-        if n_tokens <= after or not revives(self.trainee.objective):  # nothing can be dead, or nobody asks
-            self.state = replace(state, coefficients=coefficients)
+    def _update_objective_state(self, n_tokens: int) -> None:
+        """Warm up coefficients and mark dead latents."""
+        state, after = self.objective_state, self.config.dead_after
+        coefficients = {n: self._coefficients[n] * c.warmup_factor(n_tokens) for n, c in self.schedules.items()}
+        if n_tokens <= after or not self.trainee.objective.revives_dead:  # nothing can be dead, or no loss needs it
+            self.objective_state = replace(state, coefficients=coefficients)
             return
         rows = state.dead_rows
         if self._n_batches % self.config.look_every(self._silent.device) == 0:
-            self._looked = self._silent > after
-            rows = self._looked.nonzero()[:, 0]  # waits for the device
-        dead = self._looked & (self._silent > after)
-        self.state = replace(state, coefficients=coefficients, dead=dead, dead_rows=rows)
+            self._dead_at_last_check = self._silent > after
+            rows = self._dead_at_last_check.nonzero()[:, 0]  # waits for the device
+        dead = self._dead_at_last_check & (self._silent > after)
+        self.objective_state = replace(state, coefficients=coefficients, dead=dead, dead_rows=rows)
 
-    def _step(self, rate: float) -> None:
+    def _optimize(self, rate: float) -> None:
         rows = self.trainee.objective.rows
         parameters = list(self.params.parameters())
         for p in parameters:  # the fused Adam walks memory: a gradient in another order would be applied crosswise
@@ -171,128 +157,248 @@ class Learner:
         constrain(self.params, rows)
 
     @torch.no_grad()
-    def _account(self, losses: Losses, batch: int, n_tokens: int) -> None:
-        objective, config, first = self.trainee.objective, self.config, 1 / (self._n_batches + 1)
+    def _update_statistics(self, losses: Losses, batch: int, n_tokens: int) -> None:
+        config, first = self.config, 1 / (self._n_batches + 1)
         self._silent = torch.where(losses.fired > 0, 0, self._silent + batch)
         share = max(first, min(1.0, batch / config.density_tokens))
         self._density = self._density + share * (losses.fired / batch - self._density)
         self._l0 = self._l0 + max(first, SMOOTHING) * (losses.l0 - self._l0)
-        for name, c in self.watch.items():
+        for name, c in self.schedules.items():
             if c.target_l0 is not None and n_tokens >= c.warmup_tokens:
-                self._weights[name] = steered(self._weights[name], self._l0, c, batch=batch, tau=config.control)
-        if isinstance(objective, (BatchTopK, Matryoshka)):
-            self.state = next_threshold(self.state, losses.extra["kept_min"], objective.threshold_rate)
+                weight = self._coefficients[name]
+                self._coefficients[name] = c.control(weight, self._l0, batch=batch, tau=config.control)
+        self.objective_state = self.trainee.objective.next_state(self.objective_state, losses)
         self._n_batches += 1
 
     @torch.no_grad()
     def measure(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"]) -> HeldOut:
-        """How the SAE does, as it would be exported now, on activations in the model's units."""
+        """Metrics of the SAE as it would be exported now, on activations in the model's units."""
         reconstruction, firing = ReconstructionStream(), FiringStream()
         for rows, target in zip(x.split(self.config.batch_tokens), y.split(self.config.batch_tokens), strict=True):
-            rows, target = self._placed(rows), self._placed(target)
-            latents, recon = self._forward(rows)
-            reconstruction.update(target, recon)
-            firing.update(latents)
+            rows, target = self._to_device(rows), self._to_device(target)
+            acts, recons = self._forward(rows)
+            reconstruction.update(target, recons)
+            firing.update(acts)
         return HeldOut(reconstruction.result(), firing.result(dense_above=self.config.dense_above))
 
-    def _placed(self, x: Tensor) -> Tensor:
+    def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self._silent.device, self.params.W_dec.dtype)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        inner = self.read.apply(x)
-        latents = self.trainee.objective.latents(self.params, inner, self.state)
-        return latents, self.write.undo(self.params.decoded(latents, inner), x)
+        normalized = self.read.normalize(x)
+        acts = self.trainee.objective.latents(self.params, normalized, self.objective_state)
+        return acts, self.write.denormalize(self.params.decode(acts, normalized), x)
 
     @torch.no_grad()
     def export(self, probe: Float[Tensor, "rows d_in"], metadata: Mapping[str, Any]) -> AnySAE:
-        """The SAE so far, in the model's units, proved on `probe` (model's units) to do what training does.
+        """The SAE so far, in the model's units, checked on `probe` (model's units) against the training's own output.
 
         Raises:
             RuntimeError: if on more than 1 row in 20 its output differs from the training's by more than 1e-5 of the
                 row's length.
         """
         objective = self.trainee.objective
-        sae = to_model(objective.export(self.params, self.state), self.read, self.write)
+        sae = to_model(objective.to_sae(self.params, self.objective_state), self.read, self.write)
         hooks = {"hook": self.trainee.read, "metadata": metadata}
         if self.trainee.is_transcoder:
             hooks["hook_out"] = self.trainee.write
-        made = type(sae).from_tensors(replace(sae.cfg, **hooks), dict(sae.named_parameters()))
-        self._prove(made, self._placed(probe))
-        return made
+        sae = type(sae).from_tensors(replace(sae.cfg, **hooks), dict(sae.named_parameters()))
+        self._check_export(sae, self._to_device(probe))
+        return sae
 
-    def _prove(self, sae: SAE | PursuitSAE, x: Tensor) -> None:
-        want, got = self._forward(x)[1], sae(x)
-        off = (got - want).norm(dim=1) / torch.maximum(want.norm(dim=1), x.norm(dim=1)).clamp_min(1e-30)
+    def _check_export(self, sae: AnySAE, x: Tensor) -> None:
+        expected = self._forward(x)[1]
+        off = (sae(x) - expected).norm(dim=1) / torch.maximum(expected.norm(dim=1), x.norm(dim=1)).clamp_min(1e-30)
         wrong = int((~(off <= TOLERANCE)).sum())
-        if wrong > TIES * len(x):
+        if wrong > MISMATCH_TOLERANCE * len(x):
             what = f"the exported {sae!r} differs from training by more than {TOLERANCE} on {wrong} of {len(x)} rows"
             worst = f"{what} (worst {float(off.max()):.2g} of a row's length); it was not handed out."
             raise RuntimeError(explain(worst, want="finite weights; float32 products (no TF32)"))
 
-    def snapshot(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Everything that changes, copied to the host: plain values and tensors."""
         moments = {
-            name: {key: _copied(value) for key, value in self._optimizer.state[p].items()}
+            name: {key: _to_host(value) for key, value in self._optimizer.state[p].items()}
             for name, p in self.params.named_parameters()
         }
-        threshold = self.state.threshold
+        threshold = self.objective_state.threshold
         return {
-            "params": {name: _copied(p) for name, p in self.params.named_parameters()},
+            "params": {name: _to_host(p) for name, p in self.params.named_parameters()},
             "pre_bias": self.params.pre_bias,
             "optimizer": moments,
-            "weights": {name: _copied(value) for name, value in self._weights.items()},
-            "threshold": None if threshold is None else _copied(threshold),
-            "n_thresholds": self.state.n_thresholds,
-            "silent": _copied(self._silent),
-            "looked": _copied(self._looked),
-            "density": _copied(self._density),
-            "l0": _copied(self._l0),
+            "weights": {name: _to_host(value) for name, value in self._coefficients.items()},
+            "threshold": None if threshold is None else _to_host(threshold),
+            "n_thresholds": self.objective_state.n_thresholds,
+            "silent": _to_host(self._silent),
+            "looked": _to_host(self._dead_at_last_check),
+            "density": _to_host(self._density),
+            "l0": _to_host(self._l0),
             "n_batches": self._n_batches,
         }
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes up a snapshot, bit for bit, on this learner's own device."""
+        """Continue from a `state()`, bit for bit, on this trainer's device."""
         device = self._silent.device
         for name, p in self.params.named_parameters():
             p.copy_(saved["params"][name])
             self._optimizer.state[p] = {k: _like(p, v) for k, v in saved["optimizer"][name].items()}
-        self._weights = {name: value.to(device) for name, value in saved["weights"].items()}
-        self._silent, self._looked, self._density, self._l0 = (
+        self._coefficients = {name: value.to(device) for name, value in saved["weights"].items()}
+        self._silent, self._dead_at_last_check, self._density, self._l0 = (
             saved[name].to(device, copy=True) for name in ("silent", "looked", "density", "l0")
         )
         self._n_batches = saved["n_batches"]
         threshold = saved["threshold"]
-        self.state = replace(
-            self.state,
+        self.objective_state = replace(
+            self.objective_state,
             threshold=None if threshold is None else threshold.to(device, copy=True),
             n_thresholds=saved["n_thresholds"],
-            dead_rows=self._looked.nonzero()[:, 0],
+            dead_rows=self._dead_at_last_check.nonzero()[:, 0],
         )
 
 
-def starts_from_data(trainee: Trainee) -> bool:
-    """Whether something of it besides its units is taken from the first tokens: thresholds."""
-    objective = trainee.objective
-    return isinstance(objective, JumpReLU) and objective.start_l0 is not None and trainee.init is None
+def choose_gradients(objective: Objective, config: TrainConfig) -> Gradients:
+    """How the gradients of an SAE are computed: by autograd ("plain") or by the sparse step.
+
+    Plain is the reference, for every objective, device, autocast and compile; sparse (`saewb.training.sparse_step`)
+    works on active latents alone, many times faster where few are active.
+
+    The rule for "auto": sparse on a CPU, batch by batch, unless more than 1 in 12 latents are on in it (ReLU and
+    JumpReLU SAEs start so; the first few hundred tokens show it), the objective has no sparse step, or autocast or
+    compile are asked for, which concern the plain one. On other devices plain, until it is measured there which is
+    quicker. "sparse" is sparse on every device and at every density; "plain" is always plain.
+
+    Which one is taken depends on nothing but weights and batch, so that a resumed training takes the same ones.
+
+    Raises:
+        ValueError: if "sparse" is asked for and this objective has no sparse step, or with autocast or compile.
+    """
+    dense = config.autocast is not None or config.compile is not None
+    if config.step == "sparse":
+        if not has_sparse_step(objective):
+            what = f"{type(objective).__name__} has no sparse step (or not with these losses)."
+            raise ValueError(explain(what, want="step 'auto' or 'plain'", fix="TrainConfig(..., step='auto')"))
+        if dense:
+            what = f"step='sparse' with autocast={config.autocast}, compile={config.compile!r}."
+            raise ValueError(explain(what, want="neither: both concern step='plain'", fix="TrainConfig(step='sparse')"))
+        return sparse_gradients(config, max_density=1.0)
+    if config.step == "plain" or dense:
+        return autograd_gradients(config)
+    return sparse_gradients(config, max_density=MAX_DENSITY)
 
 
-def described(trainee: Trainee) -> dict[str, Any]:
-    """An objective as plain values, for metadata and checkpoints."""
-    return {"objective": type(trainee.objective).__name__, **asdict(trainee.objective)}
+def sparse_gradients(config: TrainConfig, max_density: float) -> Gradients:
+    """Losses and gradients by the sparse step where at most this share of latents is active, by autograd elsewhere."""
+    by_autograd = autograd_gradients(config)
+
+    def gradients(objective: Objective, params: Params, x: Tensor, y: Tensor, state: ObjectiveState) -> Losses:
+        losses = None
+        if config.step == "sparse" or x.device.type == "cpu":
+            losses = sparse_step(objective, params, x, y, state, best_precision(x.device), max_density)
+        return by_autograd(objective, params, x, y, state) if losses is None else losses
+
+    return gradients
 
 
-def _first_weights(
-    trainee: Trainee, config: TrainConfig, read: Units, write: Units, d_in: int, d_out: int, device: torch.device
+def autograd_gradients(config: TrainConfig) -> Gradients:
+    """Losses by the objective, gradients by autograd, under the config's autocast and compiler."""
+    forward = _losses if config.compile is None else torch.compile(_losses, backend=config.compile)
+
+    def gradients(objective: Objective, params: Params, x: Tensor, y: Tensor, state: ObjectiveState) -> Losses:
+        params.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, dtype=config.autocast, enabled=config.autocast is not None):
+            losses = forward(objective, params, x, y, state)
+        losses.total.backward()
+        return losses
+
+    return gradients
+
+
+def _losses(objective: Objective, params: Params, x: Tensor, y: Tensor, state: ObjectiveState) -> Losses:
+    return objective.losses(params, x, y, state)
+
+
+@torch.no_grad()
+def combine_shards(losses: Losses, y: Float[Tensor, "shard d_out"], team: ParallelContext) -> Losses:
+    """Losses of the whole batch, from those of each process's shard of it: as one process would have measured them.
+
+        terms, l0, in_band: means;   fired: sums;   kept_min: the least;   fvu = B mse / (sum |y|^2 - |sum y|^2 / B)
+
+    All but `kept_min` in one exchange of d_sae + d_out numbers, in float64, so that the variance keeps its digits. No
+    gradient goes through it: gradients are averaged by themselves.
+
+    Args:
+        losses: of this process's shard.
+        y: targets of this process's shard.
+        team: the processes; with one alone, nothing is done.
+    """
+    if team.size == 1:
+        return losses
+    means = {**losses.terms, "/l0": losses.l0, **{k: v for k, v in losses.extra.items() if k != "kept_min"}}
+    y = y.double()
+    scalars = torch.stack([value.detach().double() for value in means.values()]) / team.size
+    parts = [scalars, y.square().sum()[None], losses.fired.double(), y.sum(0)]
+    sums = team.sum_(torch.cat(parts))
+    scalars, square, fired, total = sums.split([len(part) for part in parts])
+    named = dict(zip(means, scalars.to(losses.total.dtype), strict=True))
+    n = len(y) * team.size
+    variance = square[0] - total.square().sum() / n
+    mse = scalars[list(means).index("mse")]
+    terms = {name: named[name] for name in losses.terms}
+    extra = {name: named[name] for name in losses.extra if name != "kept_min"}
+    if "kept_min" in losses.extra:
+        extra["kept_min"] = team.min_(losses.extra["kept_min"].detach().clone())
+    return replace(
+        losses,
+        terms=terms,
+        total=torch.stack(list(terms.values())).sum(),
+        l0=named["/l0"],
+        fvu=(n * mse / variance).to(losses.fvu.dtype),
+        fired=fired.round().long(),
+        extra=extra,
+    )
+
+
+def check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
+    """Raise if a normalization does not go with an SAE."""
+    per_token = config.normalization in ("layer_norm", "constant_norm")
+    if per_token and (trainee.objective.skip or trainee.is_transcoder):
+        what = f"normalization={config.normalization!r} with {name!r}, a transcoder or with a skip matrix."
+        raise ValueError(explain(what, want="'none', 'constant' or 'centered': a scale per token says nothing about y"))
+    if config.normalization == "whitened" and isinstance(trainee.objective, MatchingPursuit):
+        what = f"normalization='whitened' with {name!r}, which does matching pursuit."
+        raise ValueError(explain(what, want="'constant' or 'centered': its encoder is its decoder, whitened it is not"))
+
+
+def check_state(state: Mapping[str, Any], trainees: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise if a state is of other SAEs (given as the state has them), or of another config."""
+    if state["trainees"] != trainees:
+        what = f"the state is of other SAEs: {state['trainees']}."
+        raise ValueError(explain(what, want=str(trainees)))
+    values = dump(config)
+    changed = {k for k, v in state["config"].items() if values.get(k) != v} - MAY_CHANGE
+    if changed:
+        text = ", ".join(f"{k}={state['config'][k]!r}, now {values.get(k)!r}" for k in sorted(changed))
+        raise ValueError(explain(f"the state was made with {text}.", want="the same config"))
+
+
+def _initial_params(
+    trainee: Trainee,
+    config: TrainConfig,
+    read: ActivationNormalizer,
+    write: ActivationNormalizer,
+    d_in: int,
+    d_out: int,
+    device: torch.device,
 ) -> Params:
     objective = trainee.objective
     if trainee.init is not None:
         _check_init(trainee, d_in, d_out)
-        params = objective.resume(to_training(trainee.init, read, write), device=device)
+        params = objective.from_sae(to_training(trainee.init, read, write), device=device)
         constrain(params, objective.rows)
         return params
     seed = config.seed if trainee.seed is None else trainee.seed
-    return objective.start(d_in, d_out if trainee.is_transcoder else None, seed=seed, device=device)
+    return objective.init_params(d_in, d_out if trainee.is_transcoder else None, seed=seed, device=device)
 
 
 def _check_init(trainee: Trainee, d_in: int, d_out: int) -> None:
@@ -306,7 +412,7 @@ def _check_init(trainee: Trainee, d_in: int, d_out: int) -> None:
 def _optimizer(params: Params, config: TrainConfig) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
     fused = params.W_dec.device.type in ("cpu", "cuda")
-    made = kind(
+    optimizer = kind(
         params.parameters(),
         lr=config.lr,
         betas=config.betas,
@@ -314,16 +420,16 @@ def _optimizer(params: Params, config: TrainConfig) -> torch.optim.Optimizer:
         weight_decay=config.weight_decay,
         fused=fused,
     )
-    for p in params.parameters():  # as Adam would at its first step, so that a snapshot before it is complete
-        made.state[p] = {
+    for p in params.parameters():  # as Adam would at its first step, so that a state before it is complete
+        optimizer.state[p] = {
             "step": torch.zeros((), device=p.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(p),
             "exp_avg_sq": torch.zeros_like(p),
         }
-    return made
+    return optimizer
 
 
-def _copied(value: Tensor) -> Tensor:
+def _to_host(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 

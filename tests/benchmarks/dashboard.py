@@ -125,7 +125,7 @@ def agreement(index, theirs: dict[str, torch.Tensor], compared: list[int], ids: 
     for j, i in enumerate(compared):
         page = index.latent(i)
         ours = [(c.row * ids.shape[1] + c.position, c.value) for c in page.top]
-        their_top = reduced(theirs["position"][j].tolist(), theirs["value"][j].tolist(), ids, index.facts.n_top)
+        their_top = reduced(theirs["position"][j].tolist(), theirs["value"][j].tolist(), ids, index.info.n_top)
         if not same_contexts(ours, their_top):
             differ.append(i)
         firings += page.n_active == int(theirs["n_active"][j])
@@ -144,7 +144,7 @@ def compare(options, report: Report) -> Agreement:
     sae = sae_for(model, d_sae)
     texts = [document.text for document in saewb.tiny.texts()]
     ids = saewb.data.tokens.token_rows(model, texts, 128)[: 8 if options.quick else options.rows]
-    special = saewb.data.tokens.special_ids(model, True)
+    special = saewb.models.tokenizer.special_ids(model, True)
     step = max(1, sae.cfg.d_sae // options.compared)
     compared = list(range(0, sae.cfg.d_sae, step))
     with tempfile.TemporaryDirectory() as place:

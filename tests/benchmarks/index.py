@@ -4,7 +4,7 @@ The pass of an index (model, encoding, gathering) against the model's own forwar
 a time, forward and index in turn, so that a busy machine troubles both alike; with `--forward-every 4` the forward runs
 on every fourth chunk only, and ratios are of those. Then what the weights say and the words, how long a page of one
 latent takes to open, and the memory: what the pass held at its peak beyond what the forward does, what is kept, and
-what is stated (`index.facts.plan.nbytes`, 32 MiB of latents, and what choosing them in bf16 holds: `rough_bytes`).
+what is stated (`index.info.config.nbytes`, 32 MiB of latents, and what choosing them in bf16 holds: `rough_bytes`).
 
 The first rows fill the index and cost most, so more text gives a lower ratio. Text beyond the embedded sample is the
 corpus that it comes from, fetched once; and repeated where that is too short.
@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 import saewb
-from saewb.features.accumulate import Gathering
-from saewb.features.build import _Build, _facts, _finished, _pass
-from saewb.features.text import Text
+from saewb.features.accumulate import TokenRows
+from saewb.features.build import _Build, _finish, _index_info, _run
+from saewb.interventions.site import Site
 from saewb.kernels.select import pays, rough_bytes
 from saewb.models.capture import capture
+from saewb.models.tokenizer import special_mask
 from saewb.tiny.make import fetch_corpus, read_corpus
 
 from .measure import Report, Row, Table, arguments, in_turn, peak_mb, reset_peak, seconds
@@ -66,9 +67,15 @@ def sae_for(model, options):
 
 def new_build(model, sae) -> _Build:
     """With the settings of `build_index`."""
-    special = saewb.data.tokens.special_ids(model, True)
-    facts = _facts(model, sae, None, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None)
-    return _Build(sae, facts, Gathering(facts.plan, sae.device), None)
+    special = saewb.models.tokenizer.special_ids(model, True)
+    site = Site.of(model, sae)
+    info = _index_info(model, site, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None)
+    return _Build.start(site, info)
+
+
+def rows_from(ids, special, first_row: int) -> TokenRows:
+    """Rows of a text without its special tokens."""
+    return TokenRows(ids, ~special_mask(ids, special), first_row)
 
 
 def passes(model, sae, ids, options):
@@ -81,8 +88,7 @@ def passes(model, sae, ids, options):
                 capture(model, batch.to(device), [sae.cfg.hook])
 
     def index(part, row):
-        text = Text(part, build.facts.special, row, options.batch, device)
-        _pass(model, [build], text, False, float("inf"))
+        _run(model, [build], rows_from(part, build.info.special, row), options.batch, False, float("inf"))
 
     in_turn({"warm": lambda: forward(chunks[0]), "too": lambda: new_index(model, sae, chunks[0], options)}, 0, device)
     held = reset_peak()
@@ -100,8 +106,8 @@ def passes(model, sae, ids, options):
 
 def new_index(model, sae, part, options) -> None:
     """A throw-away one, to warm up."""
-    text = Text(part[: options.batch], (), 0, options.batch, options.device)
-    _pass(model, [new_build(model, sae)], text, False, float("inf"))
+    text = rows_from(part[: options.batch], (), 0)
+    _run(model, [new_build(model, sae)], text, options.batch, False, float("inf"))
 
 
 def main() -> None:
@@ -123,8 +129,8 @@ def main() -> None:
     sae, ids = sae_for(model, options), rows_of(model, options.tokens, options.corpus)
     took, forward_mb, both_mb, build = passes(model, sae, ids, options)
     made = []
-    text = Text(ids, build.facts.special, 0, options.batch, options.device)
-    finishing = seconds(lambda: made.append(_finished(model, build, text, 10, 8, 0)))
+    text = rows_from(ids, build.info.special, 0)
+    finishing = seconds(lambda: made.append(_finish(model, build, text, 10, 8, 0)))
     report = Report(options)
     report.add(table(options, sae, ids, took, (forward_mb, both_mb), finishing, made[0]))
     report.add(pages(made[0]))
@@ -142,7 +148,7 @@ def table(options, sae, ids, took, memory, finishing, index) -> Table:
     kept = sum(tensor.nbytes for tensor in index.tensors.values())
     held = (
         f"pass +{both_mb - forward_mb:.0f} MB beyond the forward's +{forward_mb:.0f} MB; stated "
-        f"{(index.facts.plan.nbytes + choosing) / MB + 32:.0f} MB; kept {kept / MB:.0f} MB"
+        f"{(index.info.config.nbytes + choosing) / MB + 32:.0f} MB; kept {kept / MB:.0f} MB"
     )
     rows = (
         Row("forward to the layer", forward, f"{n / forward:,.0f} tokens/s, on {len(paired)} of {len(took)} chunks"),

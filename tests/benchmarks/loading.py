@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from saewb.pretrained.formats import Facts, read
+from saewb.pretrained.formats import Provenance, read
 from saewb.sae.sae import SAE, SAEConfig
 
 from .measure import Report, Table, arguments, has, peak_mb, reset_peak, seconds
@@ -64,7 +64,7 @@ def readers(folder: Path) -> dict[str, Callable[[], object]]:
     calls: dict[str, Callable[[], object]] = {
         "safetensors map": lambda: bare(folder),
         "saewb, SAELens layout": lambda: read(folder / "saelens"),
-        "saewb, Gemma Scope 2 layout": lambda: read(folder / "gemma", Facts()),
+        "saewb, Gemma Scope 2 layout": lambda: read(folder / "gemma", Provenance()),
     }
     if has("sae_lens"):
         import sae_lens

@@ -67,7 +67,7 @@ def sparse_bias(W_enc, x, k):
 
 def weights(name, objective, x, k):
     """Weights to begin with."""
-    params = objective.start(x.shape[1])
+    params = objective.init_params(x.shape[1])
     if name in ("standard", "jumprelu", "gated"):
         bias = sparse_bias(params.W_enc.detach(), x, k)
         for bias_name in ("b_enc", "b_gate", "b_mag"):
@@ -80,10 +80,10 @@ def ours(name, options, how, x):
     """A saewb step by `how`: "plain", or a precision of the sparse one."""
     objective = objective_for(name, options.d_sae, options.k, options.rows)
     params = weights(name, objective, x, options.k).to(x.device)
-    state = objective.state(x.device)
+    state = objective.initial_state(x.device)
     if options.dead_frac:
         dead = torch.arange(objective.d_sae, device=x.device) % round(1 / options.dead_frac) == 0
-        state = saewb.training.objectives.with_dead(state, dead)
+        state = state.with_dead(dead)
     optimizer = torch.optim.Adam(params.parameters(), lr=LR, fused=True)
 
     def step(batch):

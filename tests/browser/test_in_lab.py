@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 
 import pytest
 from helpers import jupyterlab, panel_driver
@@ -59,10 +60,17 @@ def test_feature_browser_in_jupyterlab(notebook):
     page.locator(".saewb[data-theme=dark]").wait_for()
     if where := os.environ.get("SAEWB_SCREENSHOTS"):
         page.screenshot(path=f"{where}/lab.png")
-    page.wait_for_timeout(3000)  # what stands in for the panel without a kernel follows what is shown
-    _, stands_in = notebook.save()["cells"][0]["outputs"]
-    assert "Latent 748" in "".join(stands_in["data"]["text/html"])
+    until = time.monotonic() + 30
+    while "Latent 748" not in stands_in(notebook) and time.monotonic() < until:
+        page.wait_for_timeout(100)
+    assert "Latent 748" in stands_in(notebook)
     check_it_is_readable_without_a_kernel(notebook.path, 748)
+
+
+def stands_in(notebook):
+    """What stands in for the panel without a kernel, which follows what is shown after a moment."""
+    _, still = notebook.save()["cells"][0]["outputs"]
+    return "".join(still["data"]["text/html"])
 
 
 def check_it_is_readable_without_a_kernel(path, latent):

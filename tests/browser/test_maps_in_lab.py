@@ -6,6 +6,7 @@ What zooming a matrix of 4 billion entries takes is printed.
 import json
 import os
 import re
+import textwrap
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from helpers import jupyterlab
 
 SETUP = "import saewb, torch\nfrom saewb_widgets import CorrelationPanel, SuperpositionPanel"
 # A callback of an ipykernel that hears clicks beside a cell has to wait for the panel's lock.
-BUSY = "import time\nwith panel._lock:\n    print('asleep')\n    time.sleep(3)"
+BUSY = "with panel._lock:\n" + textwrap.indent(f"print('asleep')\n{jupyterlab.WAIT}", "    ")
 SAES = [
     f"{SETUP}\npanel = SuperpositionPanel(saewb.load_sae('tiny'))\npanel",
     "print(panel.selected, panel.side, panel.closest_first)",
@@ -192,6 +193,7 @@ def while_busy(book, cell, panel, act):
     act()
     panel.locator(".late:visible", has_text="waiting for the kernel, which is busy").wait_for()
     said = time.perf_counter() - began
+    jupyterlab.go_on(book)
     panel.locator(".late").wait_for(state="hidden")
     took = time.perf_counter() - began
     print(f"\nclicked while a cell ran: said to wait after {said:.1f} s, answered after {took:.1f} s")

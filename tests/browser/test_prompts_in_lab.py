@@ -20,7 +20,7 @@ panel""",
     "print(repr(panel.prompt), panel.position, panel.rank, panel.selected, browser.selected, panel.error)",
     """exec(panel.code(), made := {"model": model, "sae": sae, "index": index})
 print(made["latents"].equals(panel.latents), made["words"].equals(panel.next_tokens.to_frame(panel.position)))""",
-    "import time; time.sleep(4)",
+    jupyterlab.WAIT,
     """steering = SteeringPanel(model, sae, index, prompt="The scientist", max_new_tokens=60)
 steering""",
     "import json; print(json.dumps([steering.latents, steering.clean, steering.steered]))",
@@ -145,6 +145,7 @@ def busy(notebook):
     typed(page, "A cat sat")
     answered = page.locator(f"{EXPLORER} .token", has_text="sat")
     page.locator(f"{EXPLORER} .waiting", has_text="kernel").or_(answered).wait_for()
+    jupyterlab.go_on(notebook)
     print("a cell runs:", page.inner_text(f"{EXPLORER} .waiting") or "the panel goes on beside it")
     answered.wait_for()
     typed(page, TEXT)

@@ -22,7 +22,7 @@ panel = TrainingPanel(model=model, tokens=texts, objective=saewb.TopK(512, k=8),
 panel""",
     "panel",
     "print(panel.run.state, panel.run.folder, len(panel.run.rows) > 0, panel.run.names)",
-    "print('asleep', flush=True)\ntime.sleep(8)",
+    f"print('asleep', flush=True)\n{jupyterlab.WAIT}",
     "panel.control('two', 'stop')",
     """import torch
 def broken():
@@ -181,6 +181,7 @@ def the_kernel_is_busy(notebook, panel):
     notebook.page.locator(".jp-Notebook .jp-Cell >> nth=3").locator(".jp-OutputArea", has_text="asleep").wait_for()
     panel.get_by_role("button", name="Pause one").click()
     panel.locator(".late:visible, .run[data-state=paused]").first.wait_for()
+    jupyterlab.go_on(notebook)
     panel.locator(".run[data-state=paused]").wait_for()
     panel.locator(".late").wait_for(state="hidden")
     assert tokens(panel) > before

@@ -1,9 +1,11 @@
 """The cache on the disk: exactly so many tokens, ids intact, goes on after a kill, read in any order."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from helpers import tiny_models
 import saewb
 from saewb.data.cache import ActivationCache, cache_activations
 from saewb.data.stream import stream_activations
+from saewb.errors import FormatError
 from saewb.models.capture import joined
 
 RESID, Z = "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"
@@ -54,7 +57,7 @@ def test_ten_thousand_tokens_are_ten_thousand_and_half_precision_leaves_ids_alon
     rows = saewb.pack(texts, model.tokenizer, 128)
     assert (
         whole.ids.tolist()
-        == rows[~torch.isin(rows, torch.tensor(saewb.data.tokens.special_ids(model, True)))][:10_000].tolist()
+        == rows[~torch.isin(rows, torch.tensor(saewb.models.tokenizer.special_ids(model, True)))][:10_000].tolist()
     )
     assert int(whole.ids.max()) > 2048  # where float16 begins to skip integers
 
@@ -91,15 +94,16 @@ def test_goes_on_after_an_interruption_with_the_same_bytes(tmp_path, ids, monkey
 def test_goes_on_after_kill_9(tmp_path, ids):
     want = cached(tmp_path / "whole", ids)
     code = f"""
-        import os, signal, small
+        import os, signal
+        from helpers import tiny_models
         import saewb.data.cache as module
         real, calls = module.atomic_write, []
         def write(path, fill):  # killed while the third shard is being written
             calls.append(path)
             real(path, fill if len(calls) < 3 else lambda fresh: (fresh.write_bytes(b"half"), os.kill(os.getpid(), 9)))
         module.atomic_write = write
-        module.cache_activations(tiny_models.bridge(), tiny_models.tokens(60, 20), [{RESID!r}, {Z!r}], {str(tmp_path / "cut")!r},
-                                 1000, shard_tokens=300)
+        model, tokens = tiny_models.bridge(), tiny_models.tokens(60, 20)
+        module.cache_activations(model, tokens, [{RESID!r}, {Z!r}], {str(tmp_path / "cut")!r}, 1000, shard_tokens=300)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd="tests", capture_output=True, text=True, timeout=300
@@ -174,3 +178,37 @@ def test_folders_that_are_no_cache(tmp_path, ids):
     (cache.folder / "index.json").write_text(json.dumps({"n_tokens": 3}))
     with pytest.raises(saewb.FormatError, match="no index"):
         ActivationCache(cache.folder)
+
+
+# -- caches of other versions ----------------------------------------------------------------------------------------
+
+OLD = Path(__file__).parents[1] / "fixtures" / "v0_1_0" / "cache"
+
+
+def test_a_cache_of_0_1_0_opens_and_is_not_made_again(tmp_path):
+    cache = ActivationCache(OLD)
+    assert repr(cache) == f"ActivationCache(400 tokens: {RESID} 16)"
+    batch = next(cache.stream(batch_tokens=400, block_tokens=400, seed=None))
+    assert batch.values[RESID].shape == (400, 16)
+    assert batch.ids.tolist() == cache[0:].ids.tolist()
+    folder = shutil.copytree(OLD, tmp_path / "cache")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = cache_activations(tiny_models.bridge(), tiny_models.tokens(60, 20), RESID, folder, 400)
+    assert again[0:].ids.tolist() == batch.ids.tolist()
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"saewb_cache": 2}, "has format 2; this saewb reads 1"),
+        ({"saewb_cache": None}, "is no index"),
+        ({"points": []}, "is no index"),
+    ],
+)
+def test_a_cache_of_a_later_version_is_refused_in_a_line(tmp_path, change, says):
+    folder = shutil.copytree(OLD, tmp_path / "cache")
+    index = json.loads((folder / "index.json").read_text()) | change
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=says):
+        ActivationCache(folder)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saewb
-from saewb.data.shuffle_buffer import Exact, Mixed
+from saewb.data.shuffle_buffer import FifoBuffer, ShuffleBuffer
 from saewb.data.sources import IterableSource
 from saewb.data.stream import ActivationStream, stream_activations, stream_draws, stream_iterable, stream_tensors
 from saewb.models import hook_points
@@ -279,8 +279,11 @@ def test_no_more_is_computed_ahead_than_asked():
 
     stream = stream_iterable(chunks(), batch_tokens=10, prefetch=3)
     next(stream)
-    time.sleep(0.1)
-    assert len(taken) <= 1 + 3
+    until = time.monotonic() + 10
+    while len(taken) < 1 + 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    stream.state()  # waits until the thread is at rest
+    assert len(taken) == 1 + 3
     stream.close()
 
 
@@ -314,12 +317,12 @@ def test_shapes_that_do_not_fit():
 
 
 def test_a_buffer_takes_no_more_than_its_size():
-    batches = Mixed(IterableSource(numbered(400).split(3), "x"), 10, 100, seed=0)
+    batches = ShuffleBuffer(IterableSource(numbered(400).split(3), "x"), 10, 100, seed=0)
     next(batches)
     assert batches._buffer.n_bytes == 100 * 2 * 4
-    left = Exact(IterableSource(numbered(400).split(50), "x"), 10)
+    left = FifoBuffer(IterableSource(numbered(400).split(50), "x"), 10)
     next(left)
-    assert sum(len(part) for part in left._left) == 40
+    assert sum(len(part) for part in left._pending) == 40
 
 
 # -- a buffer that fills ---------------------------------------------------------------------------------------------
@@ -333,14 +336,14 @@ def filled_by_pieces(**how):
 def test_a_buffer_filled_by_pieces_gives_the_same_batches(prefetch):
     stream, told = filled_by_pieces(prefetch=prefetch), []
     assert stream.filling == (0, 100)
-    assert stream.look().values["activations"][0, 0] == 0  # and it stays where it is
+    assert stream.peek().values["activations"][0, 0] == 0  # and it stays where it is
     while stream.fill():
         told.append(stream.filling)
     assert told == [*((n, 100) for n in range(7, 99, 7)), None]
     assert stream.filling is None
     assert stream.fill() is False
     assert order(stream) == order(filled_by_pieces())
-    assert (stream.look() is None, stream.fill()) == (prefetch > 0, False)
+    assert (stream.peek() is None, stream.fill()) == (prefetch > 0, False)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -362,16 +365,48 @@ def test_a_source_that_ends_while_the_buffer_fills():
     while stream.fill():
         pass
     assert stream.filling is None
-    assert stream._cut._buffer.n_bytes == 35 * 2 * 4
+    assert stream._buffer._buffer.n_bytes == 35 * 2 * 4
     assert sorted(order(stream)) == sorted(order(short(35)))
     assert len(set(order(short(35)))) == 30
     empty = short(0)
-    assert (empty.fill(), empty.filling, list(empty), empty.look()) == (False, None, [], None)
+    assert (empty.fill(), empty.filling, list(empty), empty.peek()) == (False, None, [], None)
 
 
 def test_a_stream_is_looked_at_without_taking_from_it():
     for prefetch, buffer in itertools.product([0, 2], [0, 30]):
         stream = stream_iterable(numbered(100).split(7), batch_tokens=10, buffer_tokens=buffer, prefetch=prefetch)
-        first = stream.look()
+        first = stream.peek()
         assert {name: value.shape for name, value in first.values.items()} == {"activations": (7, 2)}
         assert sorted(order(stream)) == list(range(100))
+
+
+# -- put back --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_batch_that_is_put_back_comes_again_also_after_a_restore(prefetch):
+    stream, plain = filled_by_pieces(prefetch=prefetch), list(filled_by_pieces())
+    stream.put_back()  # nothing was taken: nothing happens
+    assert same(next(stream), plain[0])
+    assert same(next(stream), plain[1])
+    stream.put_back()
+    stream.put_back()  # once only
+    assert same(stream.peek(), plain[1])
+    for again in (filled_by_pieces(prefetch=2 - prefetch), filled_by_pieces(prefetch=prefetch)):
+        again.restore(stream.state())
+        assert order(again) == order(plain[1:])
+    old = {"stream": stream.state(), "again": None}  # as 0.1.0 wrote it
+    old["again"], old["stream"]["ahead"] = old["stream"]["ahead"][0], old["stream"]["ahead"][1:]
+    again = filled_by_pieces()
+    again.restore(old)
+    assert order(again) == order(stream) == order(plain[1:])
+
+
+def test_a_stream_tells_its_own_failure_from_that_of_its_consumer():
+    stream = stream_iterable(chunks_that_fail(2), batch_tokens=10)
+    next(stream)
+    assert not stream.failed
+    next(stream)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    assert stream.failed

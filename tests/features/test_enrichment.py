@@ -162,7 +162,7 @@ def test_sets_of_any_tokenizer(kind):
     tokenizer, words = tokenizer_of(kind)
     texts = token_texts(tokenizer)
     assert list(texts.values()) == [f" {word}" for word in words] + words
-    sets = token_sets(tokenizer, {"places": ["PARIS", "москва", "Oz"]}, least=1)
+    sets = token_sets(tokenizer, {"places": ["PARIS", "москва", "Oz"]}, min_tokens=1)
     named = {name: {texts[i] for i in ids} for name, ids in sets.items()}
     assert named["starts with space"] == {f" {word}" for word in words}
     assert named["goes on a word"] == set(words) - {"1987", "42", ","}

@@ -9,7 +9,7 @@ from helpers import tiny_models
 
 import saewb
 from saewb.features import build_index
-from saewb.features.token_texts import Words
+from saewb.features.token_texts import TokenTexts
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -52,8 +52,8 @@ def test_it_shows_searches_and_moves(browser, tiny_index, tmp_path):
     assert page.inner_text("main h2") == f"Latent {first}"
     assert page.locator("#list li").count() == 500
     latent = tiny_index.latent(first)
-    assert page.locator("section .row").count() == len(latent.top) + sum(map(len, latent.quantiles))
-    marked = page.locator("section .row").first.locator(".t.peak")
+    assert page.locator(".context").count() == len(latent.top) + sum(map(len, latent.quantiles))
+    marked = page.locator(".context").first.locator(".t.peak")
     assert marked.inner_text().strip() == latent.top[0].token.strip()
     marked.hover()
     said = page.inner_text("#tip")
@@ -79,8 +79,8 @@ def test_it_shows_searches_and_moves(browser, tiny_index, tmp_path):
     assert page.locator("#list li").count() == 500
     page.keyboard.press("Escape")
     page.keyboard.press("w")
-    assert page.locator(".row.plain").count() > 0
-    page.locator(".near a:not(.off)").first.click()
+    assert page.locator(".contexts.plain").count() > 0
+    page.locator(".near button:not(:disabled)").first.click()
     assert page.inner_text("main h2") != f"Latent {first}"
     assert page.url.split("#")[1] == page.inner_text("main h2").split()[1]
     assert page.complaints == []
@@ -111,7 +111,7 @@ def test_hostile_tokens_are_text(browser, tmp_path):
     index = build_index(model, tiny_models.sae("blocks.1.hook_resid_post", model=HOSTILE), tiny_models.tokens(8, 9))
     names = (HOSTILE, "</script><script>alert(1)</script>", "<!--", "\u2028", "\n", "&lt;", '"', "\\", "__proto__", "")
     strings = dict(zip(range(4, tiny_models.VOCAB), names * 3, strict=False))
-    index = replace(index, words=Words(strings))
+    index = replace(index, token_texts=TokenTexts(strings))
     path = index.save_html(tmp_path / "f.html", range(40), title=HOSTILE)
     assert HOSTILE not in path.read_text()
     page = opened(browser, path)
@@ -164,8 +164,8 @@ def test_a_page_is_as_wide_as_its_words(tmp_path, monkeypatch):
     index = build_index(tiny_models.bridge(), tiny_models.sae("blocks.1.hook_resid_post"), tiny_models.tokens(8, 9))
     import saewb.features.html as html
 
-    packed = html._Packed()
-    packed.words = {f"word {i}": i for i in range(2**16)}
-    monkeypatch.setattr(html, "_Packed", lambda: packed)
+    table = html._ContextTable()
+    table.tokens = {(f"word {i}", i): i for i in range(2**16)}
+    monkeypatch.setattr(html, "_ContextTable", lambda: table)
     text = index.save_html(tmp_path / "f.html", [0]).read_text()
     assert '"wide":true' in text

@@ -12,10 +12,10 @@ import saewb
 from saewb.features import build as building
 from saewb.features import build_index, load_index
 from saewb.features import neighbors as finding
-from saewb.features.config import IndexFacts
+from saewb.features.config import IndexInfo
 from saewb.features.logit_effects import N_LOGIT_BINS, logit_effects
 from saewb.features.neighbors import nearest
-from saewb.features.token_texts import Words, words_of
+from saewb.features.token_texts import TokenTexts, collect_token_texts
 from saewb.features.top_contexts import EMPTY
 from saewb.interventions.site import flatten_heads
 from saewb.kernels import select
@@ -117,12 +117,12 @@ def test_several_saes_in_one_pass_are_each_what_they_are_alone(model):
 
 
 def same(a, b):
-    assert a.facts == b.facts
+    assert a.info == b.info
     assert a.tensors.keys() == b.tensors.keys()
     for name, tensor in a.tensors.items():
         other = b.tensors[name]
         torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
-    assert a.words.strings == b.words.strings
+    assert a.token_texts.strings == b.token_texts.strings
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -224,7 +224,7 @@ def test_nearest_by_hand_and_by_numpy(monkeypatch):
     assert found["nearest.decoder"][0].tolist() == [1, 3]
     assert found["nearest.decoder_cosine"][0].tolist() == pytest.approx([0.99875, -0.98639], abs=1e-4)
     assert found["nearest.decoder_cosine"][4].tolist() == [0, 0]
-    monkeypatch.setattr("saewb.features.neighbors._AT_ONCE", 2)
+    monkeypatch.setattr("saewb.features.neighbors._ROWS", 2)
     again = nearest(rows, 2, "decoder")
     assert torch.equal(found["nearest.decoder_cosine"], again["nearest.decoder_cosine"])
 
@@ -246,9 +246,9 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
     monkeypatch.setattr(select.Rough, "_decided", watched)
     monkeypatch.setattr(select, "finer", lambda *_: "bf16")
     monkeypatch.setattr(select, "_TILE", 1100 * 50)
-    monkeypatch.setattr("saewb.features.neighbors._AT_ONCE", 50)
+    monkeypatch.setattr("saewb.features.neighbors._ROWS", 50)
     found, unit = nearest(rows, 8, "decoder"), torch.nn.functional.normalize(rows.double(), dim=1)
-    sure = torch.tensor([sure[tuple(row.tolist())] for row in finding._unit(rows)])
+    sure = torch.tensor([sure[tuple(row.tolist())] for row in finding._normalize(rows)])
     assert sure[450:700].float().mean() > 0.9
     assert not sure[100:400].any()  # done in float32
     cosine = unit @ unit.T
@@ -268,7 +268,8 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
 def test_extended_and_merged_are_the_whole(model):
     sae, ids = PLACES["topk"](), text(16)
     whole = build(model, sae, ids)
-    same(build(model, sae, ids[:7]).extend(model, sae, ids[7:], batch_size=4), whole)
+    first = build(model, sae, ids[:7])
+    same(build_index(model, sae, ids[7:], extend=first, batch_size=4), whole)
     second = build(model, sae, ids[7:], first_row=7)
     same(build(model, sae, ids[:7]).merge(second), whole)
     same(second.merge(build(model, sae, ids[:7])), whole)
@@ -282,9 +283,11 @@ def test_parts_that_do_not_go_together(model):
     with pytest.raises(ValueError, match="seed 0 and 1"):
         index.merge(build(model, sae, ids[6:], first_row=6, seed=1))
     with pytest.raises(ValueError, match="cannot go on with"):
-        index.extend(model, tiny_models.sae(RESID), ids)
+        build_index(model, tiny_models.sae(RESID), ids, extend=index)
     with pytest.raises(ValueError, match="rows of 7 tokens"):
-        index.extend(model, sae, ids[:, :7])
+        build_index(model, sae, ids[:, :7], extend=index)
+    with pytest.raises(ValueError, match="got extend and n_top, seed"):
+        build_index(model, sae, ids, extend=index, n_top=4, seed=1)
 
 
 def test_on_disk_and_back(model, tmp_path):
@@ -302,11 +305,11 @@ def test_on_disk_and_back(model, tmp_path):
 def test_a_failed_save_leaves_the_old_index(model, tmp_path, monkeypatch):
     index = build(model, PLACES["relu"]())
     index.save(tmp_path)
-    monkeypatch.setattr("saewb.features.storage._words_to_json", lambda words: 1 / 0)
+    monkeypatch.setattr("saewb.features.storage._texts_to_json", lambda texts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         index.save(tmp_path)
-    monkeypatch.setattr("saewb.features.storage.os.replace", lambda a, b: 1 / 0)
-    monkeypatch.setattr("saewb.features.storage._words_to_json", lambda words: {})
+    monkeypatch.setattr("saewb._files.os.replace", lambda a, b: 1 / 0)
+    monkeypatch.setattr("saewb.features.storage._texts_to_json", lambda texts: {})
     with pytest.raises(ZeroDivisionError):
         index.save(tmp_path)
     same(load_index(tmp_path), index)
@@ -356,7 +359,7 @@ def test_stopped_by_ctrl_c_and_gone_on_with(model, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "capture", stopping)
     index = build(model, sae, ids, folder=tmp_path / "i")
     assert not index.is_complete
-    assert index.facts.rows == ((0, 10),)
+    assert index.info.rows == ((0, 10),)
     assert "stopped after 10 of 20 rows" in repr(index)
     assert index.latent(0).n_active >= 0
     assert all(passes)
@@ -399,8 +402,8 @@ def test_search_finds_tokens_texts_and_patterns(model):
     import re
 
     index = build(model, PLACES["relu"]())
-    token = int(index.tensors["top.tokens"][:, 0, index.facts.before][0])
-    word = index.words.of(token).strip()
+    token = int(index.tensors["top.tokens"][:, 0, index.info.before][0])
+    word = index.token_texts.decode_token(token).strip()
     by_id = index.search(token)
     contexts = {
         i: [c for c in (*index.latent(i).top, *sum(index.latent(i).quantiles, ())) if token in c.ids]
@@ -490,20 +493,20 @@ def test_loss_effects_are_the_losses_without_the_latent(model):
 def test_characters_of_several_tokens_are_spelled_whole():
     tokenizer = saewb.load_model("tiny", device="cpu").tokenizer
     ids = tokenizer("A 🙂 and 漢字 sun", add_special_tokens=False).input_ids
-    words = words_of(tokenizer, [torch.tensor([[-1, -1, *ids]])], [])
-    assert "".join(words.spelled(ids)) == "A 🙂 and 漢字 sun"
-    assert words.spelled(ids) == saewb.token_strings(tokenizer, ids)
+    words = collect_token_texts(tokenizer, [torch.tensor([[-1, -1, *ids]])], [])
+    assert "".join(words.decode(ids)) == "A 🙂 and 漢字 sun"
+    assert words.decode(ids) == saewb.token_strings(tokenizer, ids)
     assert words.runs
 
 
 def test_without_a_tokenizer_there_are_numbers():
-    assert words_of(None, [torch.tensor([[1, 2]])], []).spelled([1, 2]) == ["<1>", "<2>"]
-    assert Words().merged(Words({1: "a"})).of(1) == "a"
+    assert collect_token_texts(None, [torch.tensor([[1, 2]])], []).decode([1, 2]) == ["<1>", "<2>"]
+    assert TokenTexts().merge(TokenTexts({1: "a"})).decode_token(1) == "a"
 
 
 def test_rows_of_facts_join_up():
-    facts = IndexFacts(2, 4, 1, 1, 1, 0, 0, 8, 2, 0, (), ((4, 6),), 8, "", "", "", "")
+    facts = IndexInfo(2, 4, 1, 1, 1, 0, 0, 8, 2, 0, (), ((4, 6),), 8, "", "", "", "")
     assert facts.with_rows([(6, 8)], 4).rows == ((4, 8),)
     assert facts.with_rows([(0, 2)], 4).rows == ((0, 2), (4, 6))
     assert facts.with_rows([(0, 4)], 4).rows == ((0, 6),)
-    assert IndexFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+    assert IndexInfo.from_json(json.loads(json.dumps(facts.to_json()))) == facts

@@ -3,9 +3,9 @@
 import pytest
 from helpers.peak_memory import peak_bytes
 
+from saewb.features.config import PAIRS
 from saewb.features.logit_effects import weights_bytes
 from saewb.features.neighbors import nearest_bytes
-from saewb.features.together import PAIRS
 from saewb.kernels.select import rough_bytes
 
 MB = 2**20
@@ -24,7 +24,7 @@ def wide(d_sae, rows):
 wide(64, rows[:8])"""
     code = """
 index = wide(8192, rows)
-print(index.facts.plan.nbytes, sum(t.nbytes for t in index.tensors.values()), model.cfg.d_model, model.cfg.d_vocab)
+print(index.info.config.nbytes, sum(t.nbytes for t in index.tensors.values()), model.cfg.d_model, model.cfg.d_vocab)
 """
     lines = []
     took = peak_bytes(before, code, lines)
@@ -56,7 +56,7 @@ nearest(rows[:2048], 8, "decoder")"""
 @pytest.mark.parametrize("d_sae", [300, 30_000])
 def test_what_fires_together_is_sorted_some_pairs_at_a_time(d_sae):
     before = f"""
-from saewb.features.together import coactive
+from saewb.features.neighbors import coactive
 active = torch.randint(0, {d_sae}, (2**12, 64), dtype=torch.int32)
 active[:, 0] = 7  # one that always fires
 coactive(active[:64], {d_sae}, 10)"""

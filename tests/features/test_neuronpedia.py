@@ -167,4 +167,4 @@ def test_an_index_knows_its_page(model, tmp_path):
     index.save(tmp_path / "i")
     assert neuronpedia.page(saewb.load_index(tmp_path / "i"), 2).url.endswith(f"{SOURCE}/2")
     with pytest.raises(ValueError, match="names no page"):
-        neuronpedia.page(replace(index, facts=replace(index.facts, neuronpedia=None)), 2)
+        neuronpedia.page(replace(index, info=replace(index.info, neuronpedia=None)), 2)

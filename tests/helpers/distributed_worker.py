@@ -1,4 +1,4 @@
-"""What each process of tests/test_team.py runs: `python -m torch.distributed.run ... together.py what folder`."""
+"""Each process of tests/training/test_distributed.py: `torchrun distributed_worker.py what folder`."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import torch
 
 import saewb
 from helpers import tiny_models
-from saewb.distributed import Team
+from saewb.distributed import ParallelContext
 from saewb.training import TrainConfig, Training
 
 RESID = "blocks.1.hook_resid_post"
@@ -72,7 +72,7 @@ def numbers(training):
 
 
 def main(what, folder):
-    team, folder = Team.joined(), Path(folder)
+    team, folder = ParallelContext.from_environment(), Path(folder)
     if what == "all":
         run = train(folder / "plain", "plain").wait()
         run = train(folder / "sparse").wait()
@@ -80,7 +80,7 @@ def main(what, folder):
         torch.save(numbers(from_tensors(team)), folder / f"tensors_{team.rank}.pt")
         resumed(folder / "alone_first").wait()
         train(folder / "together_first", n_steps=HALF).wait()
-        kept = folder / "together_first" / "checkpoint.safetensors"
+        kept = folder / "together_first" / "checkpoint.pt"
         (folder / f"{team.rank}_folder.json").write_text(json.dumps([str(run.folder), kept.exists(), len(run.history)]))
         run = train(folder / "stopped", n_steps=10**6)
         while run.progress.step < 5:
@@ -102,7 +102,7 @@ def main(what, folder):
         while run.progress.step < 5:
             time.sleep(0.01)
         if team.rank == 1:
-            run._training._learners["topk"]._gradients = None  # the next step fails
+            run._training._trainers["topk"]._gradients = None  # the next step fails
         try:
             run.wait()
         finally:

@@ -63,6 +63,11 @@ class Notebook:
         return json.loads(self.path.read_text())
 
 
+def go_on(notebook):
+    """Let the cell end that waits with `WAIT`."""
+    notebook.path.with_name("go_on").touch()
+
+
 @contextmanager
 def opened(browser, work, cells):
     """A notebook of these cells in `work`, not yet run."""
@@ -74,6 +79,10 @@ def opened(browser, work, cells):
     nbformat.write(book, path)
     with _server(work) as base, _opened(browser, path, *base) as page:
         yield Notebook(page, path)
+
+
+# For a cell: the kernel is busy until the test calls `go_on`.
+WAIT = "import pathlib, time\nwhile not pathlib.Path('go_on').exists():\n    time.sleep(0.05)"
 
 
 def without_a_kernel(browser, work, pictures=None):

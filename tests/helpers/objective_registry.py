@@ -51,7 +51,7 @@ SKIPS = {
 
 def drawn(objective: Any, d_out: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 5) -> Any:
     """An objective's parameters with random values in all of them: no zero biases, rows of different lengths."""
-    params = objective.start(D_IN, d_out, dtype=dtype)
+    params = objective.init_params(D_IN, d_out, dtype=dtype)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in params.named_parameters():

@@ -9,9 +9,9 @@ import torch
 import saewb
 from helpers import tiny_models
 from saewb.features import build_index
-from saewb.features.accumulate import Gathering
-from saewb.features.config import IndexFacts
-from saewb.features.token_texts import Words
+from saewb.features.accumulate import LatentAccumulator
+from saewb.features.config import IndexInfo
+from saewb.features.token_texts import TokenTexts
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 NAMES = (HOSTILE, "</script><script>alert(1)</script>", "<!--", "\u2028", "\n", "&lt;", '"', "\\", "__proto__", "")
@@ -34,7 +34,7 @@ def hostile():
     sae = tiny_models.sae("blocks.1.hook_resid_post", model=HOSTILE)
     made = build_index(tiny_models.bridge(), sae, tiny_models.tokens(8, 9), batch_size=8)
     strings = dict(zip(range(4, tiny_models.VOCAB), NAMES * 3, strict=False))
-    return replace(made, facts=replace(made.facts, model=HOSTILE, sae=HOSTILE), words=Words(strings))
+    return replace(made, info=replace(made.info, model=HOSTILE, sae=HOSTILE), token_texts=TokenTexts(strings))
 
 
 @functools.cache
@@ -50,8 +50,8 @@ def many(n=65_536):
     """An index of many latents; what they do is made up."""
     rng = torch.Generator().manual_seed(0)
     sizes = (n, 16, 2, 1, 2, 4, 4, 64, n, 0)
-    facts = IndexFacts(*sizes, (0,), ((0, 1000),), 16_000, "SAE(many)", "many", "blocks.0.hook_resid_post", "")
-    tensors = {k: t.clone() for k, t in Gathering(facts.plan).tensors().items()}
+    info = IndexInfo(*sizes, (0,), ((0, 1000),), 16_000, "SAE(many)", "many", "blocks.0.hook_resid_post", "")
+    tensors = {k: t.clone() for k, t in LatentAccumulator(info.config).tensors().items()}
     for shelf in ("top", "sample"):
         tensors[f"{shelf}.tokens"] = torch.randint(1, 500, tensors[f"{shelf}.tokens"].shape, generator=rng).int()
         tensors[f"{shelf}.acts"] = torch.rand(tensors[f"{shelf}.acts"].shape, generator=rng)
@@ -59,7 +59,7 @@ def many(n=65_536):
         tensors[f"{shelf}.order"].fill_(1)
     tensors["counts.by_position"] = torch.randint(0, 99, tensors["counts.by_position"].shape, generator=rng)
     tensors["decoder_norm"] = torch.ones(n)
-    return saewb.FeatureIndex(facts, tensors, Words({i: f" word{i}" for i in range(500)}))
+    return saewb.FeatureIndex(info, tensors, TokenTexts({i: f" word{i}" for i in range(500)}))
 
 
 class Gone(dict):

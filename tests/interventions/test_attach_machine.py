@@ -211,18 +211,19 @@ def models(kind):
 
 
 @pytest.mark.timeout(0)
+@pytest.mark.parametrize("examples", [50, pytest.param(500, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", tiny_models.kinds())
-def test_any_order_of_everything(kind):
+def test_any_order_of_everything(kind, examples):
     from hypothesis.stateful import run_state_machine_as_test
 
-    examples = int(os.environ.get("SAEWB_EXAMPLES", "500"))
+    more = int(os.environ.get("SAEWB_EXAMPLES", "0"))
     run_state_machine_as_test(
         type("Machine", (AttachMachine,), {"kind": kind}),
         settings=settings(
-            max_examples=examples,
+            max_examples=more or examples,
             stateful_step_count=8,
             deadline=None,
-            derandomize=examples == 500,
+            derandomize=not more,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),

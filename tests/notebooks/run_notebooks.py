@@ -1,4 +1,6 @@
-"""Run notebooks anew and keep what they show, for readers without a kernel: `python tests/run_notebooks.py [FILE ...]`.
+"""Run notebooks anew and keep what they show, for readers without a kernel.
+
+From the folder tests: `python -m notebooks.run_notebooks [FILE ...]`.
 
 1. A fresh kernel runs each from top to bottom; a cell that fails leaves the file as it was.
 2. What belongs to this one run is taken out: widgets' states, times, ids.

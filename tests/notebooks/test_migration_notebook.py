@@ -26,7 +26,8 @@ ENTRIES = {
         PretrainedSaeHuggingfaceLoader PretrainedSaeDiskLoader get_repo_id_and_folder_name get_config_overrides
         get_releases_for_repo_id load_model model_class_name HookedMamba HookedProxyLM save_model save_inference_model
         upload_saes_to_huggingface""",
-    "normalization": "normalize_activations apply_b_dec_to_input reshape_activations covariance_whitening ActivationScaler",
+    "normalization": """normalize_activations apply_b_dec_to_input reshape_activations covariance_whitening
+        ActivationScaler""",
     "objectives": """StandardTrainingSAEConfig GatedTrainingSAEConfig TopKTrainingSAEConfig AbsTopKTrainingSAEConfig
         BatchTopKTrainingSAEConfig MatryoshkaBatchTopKTrainingSAEConfig JumpReLUTrainingSAEConfig
         MatchingPursuitTrainingSAEConfig l1_coefficient lp_norm aux_loss_coefficient matryoshka_widths

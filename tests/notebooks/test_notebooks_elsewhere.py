@@ -16,6 +16,8 @@ from helpers import tiny_models
 import saewb
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+pytestmark = pytest.mark.long
+
 HOOK, WIDTH, LATENTS = "blocks.1.hook_resid_pre", 48, 1100
 WITHOUT_A_MODEL = {"02_finding_and_loading_saes", "05_toy_models"}
 

@@ -12,7 +12,6 @@ import torch
 from helpers.objective_registry import D_IN, D_SAE, InMemory, batch, drawn, recovered, true_features
 
 import saewb
-from saewb.training.objectives import next_threshold, with_dead
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from sae_lens.config import LoggingConfig, SAETrainerConfig  # noqa: E402  (after the check that it is there)
@@ -96,7 +95,7 @@ def both(name, dead=DEAD, params=None):
         params.threshold.data = params.threshold.float().double()  # theirs is float32 whatever the rest
     x = batch()
     theirs = copied(their_sae(kind, fields), params)
-    state = with_dead(objective.state(), dead)
+    state = objective.initial_state().with_dead(dead)
     state = replace(state, coefficients={n: c.double() for n, c in state.coefficients.items()})
     ours = objective.losses(params, x, x, state)
     ours.total.backward()
@@ -140,7 +139,7 @@ def test_their_gate_reconstruction_moves_the_decoder():
     objective = saewb.Gated(D_SAE, l1=0.7, **FREE)
     for p in params.parameters():
         p.grad = None
-    state = replace(objective.state(), coefficients={"l1": torch.tensor(0.7).double()})
+    state = replace(objective.initial_state(), coefficients={"l1": torch.tensor(0.7).double()})
     objective.losses(params, x, x, state).terms["gate_mse"].backward()
     print(f"gradient of the gate's reconstruction by W_dec: sae-lens {moved:.3f}, saewb none; paper none")
     assert moved > 0.1
@@ -152,10 +151,10 @@ def test_their_threshold_starts_from_zero():
     """After n batches theirs is 1 - 0.99^n of the smallest activation kept: saved early, it lets too much through."""
     objective, kind, fields = pairs()["batchtopk"]
     params = drawn(objective)
-    theirs, state = copied(their_sae(kind, fields), params), objective.state()
+    theirs, state = copied(their_sae(kind, fields), params), objective.initial_state()
     for seed in range(20):
         x = batch(n=200, seed=seed)
-        state = next_threshold(state, objective.losses(params, x, x, state).extra["kept_min"].detach(), 0.01)
+        state = state.next_threshold(objective.losses(params, x, x, state).extra["kept_min"].detach(), 0.01)
         theirs.training_forward_pass(
             TrainStepInput(
                 sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=seed, is_logging_step=True
@@ -166,7 +165,7 @@ def test_their_threshold_starts_from_zero():
     x = batch(n=2000, seed=99)
     with torch.no_grad():
         l0 = (objective.latents(params, x, state) != 0).sum(1).double().mean().item()
-        scores = torch.relu(params.pre(x)) * params.norms()
+        scores = torch.relu(params.pre_acts(x)) * params.norms()
         theirs_l0 = (scores > theirs.topk_threshold).sum(1).double().mean().item()
     print(f"after 20 batches, k=3.5: L0 by our threshold {l0:.2f}, by theirs {theirs_l0:.2f}")
     assert l0 == pytest.approx(3.5, rel=0.05)
@@ -181,7 +180,9 @@ def test_their_auxiliary_loss_needs_two_dimensions():
     with pytest.raises(ZeroDivisionError):
         theirs.training_forward_pass(step)
     objective = saewb.TopK(4, k=1)
-    losses = objective.losses(objective.start(1, dtype=torch.float64), x, x, with_dead(objective.state(), dead))
+    losses = objective.losses(
+        objective.init_params(1, dtype=torch.float64), x, x, objective.initial_state().with_dead(dead)
+    )
     assert losses.total.isfinite()
 
 

@@ -22,7 +22,7 @@ from helpers.format_fixtures import (
     sparsify,
 )
 
-from saewb.pretrained.formats import Facts, read
+from saewb.pretrained.formats import Provenance, read
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from sae_lens.loading import pretrained_sae_loaders as loaders  # noqa: E402  (after the check that it is there)
@@ -137,7 +137,7 @@ def test_it_cannot_read_other_mwhanna_transcoders(extra, tmp_path):
 def test_one_layer_of_a_cross_layer_transcoder(threshold, tmp_path):
     mntss(tmp_path, threshold=threshold, d_out=D)
     oracle = theirs(loaders.mntss_clt_layer_huggingface_loader, "mntss/clt-gemma-2-2b-426k", "1")
-    ours = read(tmp_path / "1", Facts(repo="mntss/clt-gemma-2-2b-426k", path="1"), dtype=torch.float32)
+    ours = read(tmp_path / "1", Provenance(repo="mntss/clt-gemma-2-2b-426k", path="1"), dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(ours.W_dec, oracle.W_dec, **NEAR)
         torch.testing.assert_close(ours.b_dec, oracle.b_dec, **NEAR)

@@ -17,7 +17,7 @@ from pretrained.formats import (
     test_temporal_conf,
 )
 
-from saewb.pretrained.formats import Facts, read
+from saewb.pretrained.formats import Provenance, read
 
 sae_lens = pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from huggingface_hub.errors import EntryNotFoundError  # noqa: E402  (after the check that sae-lens is there)
@@ -84,7 +84,7 @@ def x_of(rows=50, **kind):
 def test_gemma_scope_saes(site, oracle, tmp_path):
     repo, path = f"google/gemma-scope-2b-pt-{site}", test_gemma_scope.PATH
     test_gemma_scope.written(tmp_path / path)
-    ours = read(tmp_path / path, Facts(repo=repo, path=path))
+    ours = read(tmp_path / path, Provenance(repo=repo, path=path))
     assert_same(ours, oracle("gemma_2", tmp_path, repo, path, **WIDTHS), x_of())
 
 
@@ -93,7 +93,7 @@ def test_gemma_scope_embedding_but_for_its_bias(oracle, tmp_path):
     repo, path = "google/gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6"
     test_gemma_scope.written(tmp_path / path)
     ours, oracles = (
-        read(tmp_path / path, Facts(repo=repo, path=path)),
+        read(tmp_path / path, Provenance(repo=repo, path=path)),
         oracle("gemma_2", tmp_path, repo, path, **WIDTHS),
     )
     x = x_of(scale=D**0.5)
@@ -103,7 +103,7 @@ def test_gemma_scope_embedding_but_for_its_bias(oracle, tmp_path):
     w = test_gemma_scope.published_weights()
     test_gemma_scope.written(tmp_path / path, w | {"b_dec": np.zeros(D, np.float32)})
     ours, oracles = (
-        read(tmp_path / path, Facts(repo=repo, path=path)),
+        read(tmp_path / path, Provenance(repo=repo, path=path)),
         oracle("gemma_2", tmp_path, repo, path, **WIDTHS),
     )
     assert_same(ours, oracles, x)
@@ -112,7 +112,7 @@ def test_gemma_scope_embedding_but_for_its_bias(oracle, tmp_path):
 def test_gemma_scope_transcoders(oracle, tmp_path):
     repo, path = "google/gemma-scope-2b-pt-transcoders", "layer_3/width_16k/average_l0_54"
     test_gemma_scope.written(tmp_path / path, test_gemma_scope.published_weights(d_out=O))
-    ours = read(tmp_path / path, Facts(repo=repo, path=path))
+    ours = read(tmp_path / path, Provenance(repo=repo, path=path))
     assert_same(ours, oracle("gemma_2_transcoder", tmp_path, repo, path, **WIDTHS, d_out=O), x_of())
 
 
@@ -128,7 +128,7 @@ def test_gemma_scope_2_saes(site, config, oracle, tmp_path):
         hooks = dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), f"model.layers.17.{point}")
         said = test_gemma_scope_2.CONFIG | hooks
     test_gemma_scope_2.written(tmp_path / path, config=said)
-    ours = read(tmp_path / path, Facts(repo=repo, path=path))
+    ours = read(tmp_path / path, Provenance(repo=repo, path=path))
     oracles = oracle("gemma_3", tmp_path, repo, path)
     assert_same(ours, oracles, x_of())
     assert ours.cfg.metadata["hf_hook_name"] == oracles.cfg.metadata.hf_hook_name
@@ -140,7 +140,7 @@ def test_gemma_scope_2_transcoders_but_for_the_point_they_read(affine, oracle, t
     path, repo = test_gemma_scope_2.PATHS["affine" if affine else "transcoder"], test_gemma_scope_2.REPO
     w = test_gemma_scope_2.made(d_out=O, **({"affine": (D, O)} if affine else {}))
     test_gemma_scope_2.written(tmp_path / path, w, None)
-    ours = read(tmp_path / path, Facts(repo=repo, path=path))
+    ours = read(tmp_path / path, Provenance(repo=repo, path=path))
     oracles = oracle("gemma_3", tmp_path, repo, path)
     assert oracles.cfg.metadata.hook_name == "blocks.17.hook_mlp_in"
     assert ours.cfg.hook == "blocks.17.mlp.hook_in"
@@ -153,7 +153,7 @@ def test_one_layer_of_a_cross_layer_transcoder(oracle, tmp_path):
     w |= {"W_dec": np.random.default_rng(1).standard_normal((F, 3, O)).astype(np.float32)}
     path, repo = "clt/width_262k_l0_big/params_layer_2", test_gemma_scope_2.REPO
     test_gemma_scope_2.written((tmp_path / path).parent, w, None, name="params_layer_2.safetensors")
-    ours = read(tmp_path / path, Facts(repo=repo, path=path))
+    ours = read(tmp_path / path, Provenance(repo=repo, path=path))
     oracles = oracle("gemma_3", tmp_path, repo, path)
     oracles.cfg.metadata.hook_name = ours.cfg.hook
     assert_same(ours, oracles, x_of())
@@ -167,7 +167,7 @@ def test_llama_scope_with_unit_rows(oracle, tmp_path):
     repo, path = test_llama_scope.REPO, test_llama_scope.PATH
     test_llama_scope.written(tmp_path / path, w, hyper)
     factor = D**0.5 / hyper["dataset_average_activation_norm"]["in"]
-    ours = read(tmp_path / path, Facts(repo=repo, path=path), dtype=torch.float32)
+    ours = read(tmp_path / path, Provenance(repo=repo, path=path), dtype=torch.float32)
     assert_same(ours, oracle("llama_scope", tmp_path, repo, path, factor), x_of(scale=2.0))
 
 
@@ -176,7 +176,7 @@ def test_llama_scope_with_other_rows_is_not_what_sae_lens_computes(oracle, tmp_p
     repo, path = test_llama_scope.REPO, test_llama_scope.PATH
     test_llama_scope.written(tmp_path / path, w, hyper)
     factor = D**0.5 / hyper["dataset_average_activation_norm"]["in"]
-    ours = read(tmp_path / path, Facts(repo=repo, path=path), dtype=torch.float32)
+    ours = read(tmp_path / path, Provenance(repo=repo, path=path), dtype=torch.float32)
     oracles = oracle("llama_scope", tmp_path, repo, path, factor)
     x = inputs(scale=2.0)
     latents, out = test_llama_scope.native(w, x, hyper)
@@ -195,7 +195,7 @@ def test_llama_scope_r1_with_unit_rows(oracle, tmp_path):
     repo, path = test_llama_scope.R1_REPO, test_llama_scope.R1_PATH
     config = test_llama_scope.R1 | {"expansion_factor": F / D}
     test_llama_scope.written_r1(tmp_path / path, w, config)
-    ours = read(tmp_path / path, Facts(repo=repo, path=path, scaling_factor=f))
+    ours = read(tmp_path / path, Provenance(repo=repo, path=path, scaling_factor=f))
     oracles = oracle("llama_scope_r1_distill", tmp_path, repo, path, f, d_sae=F)
     assert oracles.cfg.metadata.model_name == "meta-llama/Llama-3.1-8B"  # the base model's: ours is the distilled one's
     oracles.cfg.metadata.model_name = ours.cfg.model
@@ -229,5 +229,5 @@ def test_hook_z(oracle, tmp_path):
 def test_goodfire(oracle, tmp_path):
     repo, name = test_single_files.GOODFIRE_REPO, test_single_files.GOODFIRE
     place = test_single_files.written_goodfire(tmp_path, weights())
-    ours = read(place, Facts(repo=repo, path=name), dtype=torch.float32)
+    ours = read(place, Provenance(repo=repo, path=name), dtype=torch.float32)
     assert_same(ours, oracle("goodfire", tmp_path, repo, name, **WIDTHS), x_of())

@@ -35,7 +35,8 @@ def test_everything_is_there_and_quickly(table):
 
 
 def test_import_parses_nothing_and_needs_no_pandas():
-    code = "import saewb.pretrained.catalogue, sys; saewb.pretrained.catalogue.find('gpt2-small-res-jb', 'blocks.8.hook_resid_pre');"
+    code = "import sys; from saewb.pretrained import catalogue;"
+    code += "catalogue.find('gpt2-small-res-jb', 'blocks.8.hook_resid_pre');"
     code += "print('pandas' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.strip() == "False"

@@ -14,6 +14,7 @@ from pretrained.formats import (
     test_temporal_conf,
 )
 
+from saewb.hub import Snapshot
 from saewb.pretrained import catalogue, load
 
 
@@ -66,7 +67,7 @@ def test_files_and_catalogue_agree(release, id, tmp_path, monkeypatch):
     place = tmp_path / entry.path
     place.parent.mkdir(parents=True, exist_ok=True)
     write(place)
-    monkeypatch.setattr(load, "_on_disk", lambda origin, *_: (tmp_path, [], None))
+    monkeypatch.setattr(load, "snapshot", lambda *_, **__: Snapshot(tmp_path, "", {entry.path: None}, ()))
     sae = load.load_sae(release, id, dtype=torch.float32)
     assert sae.cfg.hook == entry.hook
     assert sae.cfg.hook_out == entry.hook_out

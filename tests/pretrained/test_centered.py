@@ -16,7 +16,7 @@ from helpers.transformer_lens_3 import GONE, has_hooked_transformer
 
 from saewb.errors import FormatError
 from saewb.interventions.attachment import attach
-from saewb.pretrained.formats import Facts, read
+from saewb.pretrained.formats import Provenance, read
 from saewb.pretrained.load import load_sae, save_sae
 from saewb.sae.config import SAEConfig
 from saewb.sae.sae import SAE, replace_config
@@ -180,7 +180,7 @@ def test_an_override_of_the_catalogue_makes_it_centered(tmp_path, old):
         metadata = raw.pop("metadata")
         path.write_text(json.dumps(raw | {"hook_point": metadata["hook_name"], "model_name": "gpt2-small"}))
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
-    sae = read(tmp_path / "a", Facts(overrides=kwargs))
+    sae = read(tmp_path / "a", Provenance(overrides=kwargs))
     assert sae.cfg.normalization == "centered"
     assert load_sae(tmp_path / "a").cfg.normalization == "none"
     x = activations(3)
@@ -232,7 +232,7 @@ def test_a_transcoder_reads_centered_by_its_weights(tmp_path):
         made.W_skip.copy_(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
     save_sae(made, tmp_path / "a")
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
-    sae, x = read(tmp_path / "a", Facts(overrides=kwargs)), activations(5)
+    sae, x = read(tmp_path / "a", Provenance(overrides=kwargs)), activations(5)
     assert sae.cfg.normalization == "none"
     torch.testing.assert_close(sae(x), made(x - x.mean(-1, keepdim=True)), atol=1e-5, rtol=1e-5)
     again = load_sae(save_sae(sae, tmp_path / "b"))

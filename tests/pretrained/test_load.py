@@ -16,11 +16,11 @@ from helpers.architecture_registry import ARCHITECTURES, activations, feed_forwa
 from helpers.fake_hub import hub
 
 from saewb.errors import FormatError
-from saewb.hub_files import _PlainHttp
+from saewb.hub import _plain_http
 from saewb.pretrained import catalogue
 from saewb.pretrained.catalogue._expand import expand
-from saewb.pretrained.formats import FORMATS
-from saewb.pretrained.load import READERS, load_config, load_sae, save_sae
+from saewb.pretrained.formats import LAYOUTS, layouts_named
+from saewb.pretrained.load import load_config, load_sae, save_sae
 from saewb.pretrained.share import push_to_hub
 from saewb.sae.sae import SAE
 
@@ -195,7 +195,7 @@ print(json.dumps([
 def test_push_and_load_again(tmp_path):
     repos = {}
     code = """
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 sae = SAE(SAEConfig(d_in=4, d_sae=9, hook="blocks.0.hook_mlp_out", model="gpt2"), seed=3)
 urls = [S.push_to_hub(sae, "me/mine", private=True)]
 urls.append(S.push_to_hub(sae, "me/mine", "deep/two", commit_message="another"))
@@ -223,7 +223,7 @@ print(json.dumps([urls, same]))
 def test_push_several_in_one_commit_with_a_card_of_figures(tmp_path):
     repos = {}
     code = """
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 made = {
     f"layer_{n}": SAE(
         SAEConfig(4, 9, "topk", k=2, hook=f"blocks.{n}.hook_resid_pre", model="me/small",
@@ -269,7 +269,7 @@ def test_push_checks_everything_before_anything_is_sent(tmp_path):
 def test_push_leaves_a_card_that_is_there_alone(tmp_path):
     repos = {"me/mine": {"README.md": b"my own words"}}
     code = """
-from saewb.sae import SAE, SAEConfig
+from saewb.sae.sae import SAE, SAEConfig
 S.push_to_hub(SAE(SAEConfig(d_in=4, d_sae=9)), "me/mine", "x")
 print("[]")
 """
@@ -325,10 +325,9 @@ def test_of_several_downloads_without_xet_the_last_one_puts_it_back(monkeypatch)
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    plain = _PlainHttp()
     one, two = ExitStack(), ExitStack()
-    one.enter_context(plain.http())
-    two.enter_context(plain.http())
+    one.enter_context(_plain_http())
+    two.enter_context(_plain_http())
     one.close()
     assert constants.HF_HUB_DISABLE_XET
     with pytest.raises(RuntimeError), two:
@@ -391,8 +390,8 @@ sae = L.load_sae(*ids)
 same = L.load_sae({entry.repo!r}, {entry.path!r})
 kept = L.load_sae(L.save_sae(sae, {str(tmp_path / "kept")!r}))
 less = dict(cfg.metadata, source=sae.cfg.metadata["source"])
-facts = [cfg.model, cfg.normalization, cfg.metadata, sae.cfg.metadata["source"], kept.cfg == sae.cfg, same.cfg == sae.cfg]
-facts.append([{{**vars(cfg), "metadata": less}} == vars(sae.cfg)])
+facts = [cfg.model, cfg.normalization, cfg.metadata, sae.cfg.metadata["source"]]
+facts += [kept.cfg == sae.cfg, same.cfg == sae.cfg, [{{**vars(cfg), "metadata": less}} == vars(sae.cfg)]]
 print(json.dumps([facts, sae(x).tolist(), tried("gpt2-small-mlp-tm"), tried("gpt2-small-mlp-tm", "blocks.3.hook_mlp")]))
 """
     with hub({entry.repo: files}) as (endpoint, log):
@@ -417,8 +416,8 @@ print(json.dumps([facts, sae(x).tolist(), tried("gpt2-small-mlp-tm"), tried("gpt
 def test_a_large_download_says_how_large(tmp_path):
     repos = {REPO: _published(tmp_path, "a")}
     code = f"""
-import contextlib, io, saewb.hub_files
-saewb.hub_files.LARGE = 1000
+import contextlib, io, saewb.hub
+saewb.hub.LARGE = 1000
 said = io.StringIO()
 with contextlib.redirect_stderr(said):
     L.load_sae({REPO!r}, "a")
@@ -434,13 +433,12 @@ print(json.dumps(said.getvalue()))
 
 def test_every_format_of_the_catalogue_has_a_reader():
     formats = {json.loads(line).get("format", "sae_lens") for line in catalogue.lines()}
-    assert formats == set(READERS)
-    modules = {layout.__name__.rpartition(".")[2]: layout for layout in FORMATS}
+    assert formats == {alias for layout in LAYOUTS for alias in layout.aliases}
     for line in catalogue.lines():
         spec = json.loads(line)
-        layout = modules[READERS[spec.get("format", "sae_lens")]]
+        [layout] = layouts_named(spec.get("format", "sae_lens"))
         for path in expand(spec)["path"]:
-            assert layout.files(path), (spec["release"], path)
+            assert layout.patterns(path), (spec["release"], path)
 
 
 def test_configuration_without_weights_is_that_with_weights(tmp_path):

@@ -119,7 +119,7 @@ def test_the_sae_learns():
     assert after < 0.2 < 0.5 * before, (before, after)
 
 
-def test_held_out_figures_of_an_sae_that_knows_only_the_mean(made, documents):
+def test_held_out_metrics_of_an_sae_that_knows_only_the_mean(made, documents):
     model = AutoModelForCausalLM.from_pretrained(made / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(made / "model")
     rows = make_sae.pack([document.text for document in documents], tokenizer, 32)
@@ -128,7 +128,7 @@ def test_held_out_figures_of_an_sae_that_knows_only_the_mean(made, documents):
     with torch.no_grad():
         sae.W_enc.zero_()
         sae.b_dec.copy_(x.mean(0))
-    figures = make_sae.held_out_figures(model, sae, rows, 0, (0,))
+    figures = make_sae.held_out_metrics(model, sae, rows, 0, (0,))
     assert figures["fvu"] == pytest.approx(1, abs=1e-5)
     assert (figures["l0"], figures["dead_frac"]) == (0, 1)
     assert figures["ce_with_sae"] == pytest.approx(figures["ce_mean_ablated"], abs=1e-6)

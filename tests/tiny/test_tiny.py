@@ -46,7 +46,7 @@ def numpy_sae(x):
 
 
 @torch.no_grad()
-def losses(tiny, rows, counted, edit=None):
+def losses(bundled, rows, counted, edit=None):
     """Mean cross-entropy between counted tokens, with `edit(x)` read by block 3 in place of x; and the counted x."""
     parts = [
         _batch_losses(bundled.model, *batch, edit) for batch in zip(rows.split(50), counted.split(50), strict=True)
@@ -126,7 +126,7 @@ def test_license_and_source_lie_beside_the_text():
 
 
 def test_the_model_predicts_held_out_text_as_well_as_measured(bundled, figures):
-    clean, _ = losses(tiny, bundled.rows, bundled.counted)
+    clean, _ = losses(bundled, bundled.rows, bundled.counted)
     assert clean == pytest.approx(figures["ce_clean"], abs=2e-3)
     assert clean < 3.75  # 3.697 measured; a model made anew elsewhere may differ by a few hundredths
     assert int(bundled.counted.sum()) == figures["n_tokens"]
@@ -134,7 +134,7 @@ def test_the_model_predicts_held_out_text_as_well_as_measured(bundled, figures):
 
 def test_the_sae_is_as_good_as_its_config_says(bundled, figures):
     rows, counted = bundled.rows, bundled.counted
-    spliced, x = losses(tiny, rows, counted, lambda x: torch.from_numpy(numpy_sae(x.numpy())[1]))
+    spliced, x = losses(bundled, rows, counted, lambda x: torch.from_numpy(numpy_sae(x.numpy())[1]))
     latents, recon = numpy_sae(x.numpy())
     x = x.numpy().astype(np.float64)
     fvu = ((x - recon) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
@@ -146,9 +146,9 @@ def test_the_sae_is_as_good_as_its_config_says(bundled, figures):
 
 def test_the_ablations_are_as_bad_as_its_config_says_on_a_part(bundled, figures):
     rows, counted = bundled.rows[:100], bundled.counted[:100]
-    clean, x = losses(tiny, rows, counted)
-    zero, _ = losses(tiny, rows, counted, torch.zeros_like)
-    mean, _ = losses(tiny, rows, counted, lambda out: x.mean(0).expand_as(out))
+    clean, x = losses(bundled, rows, counted)
+    zero, _ = losses(bundled, rows, counted, torch.zeros_like)
+    mean, _ = losses(bundled, rows, counted, lambda out: x.mean(0).expand_as(out))
     assert zero - clean == pytest.approx(figures["ce_zero_ablated"] - figures["ce_clean"], rel=0.05)
     assert mean - clean == pytest.approx(figures["ce_mean_ablated"] - figures["ce_clean"], rel=0.05)
     for name in ("zero", "mean"):
@@ -159,7 +159,7 @@ def test_the_ablations_are_as_bad_as_its_config_says_on_a_part(bundled, figures)
 
 def test_load_sae_reads_it_as_numpy_does(bundled):
     sae = load_sae(tiny.folder("sae"))
-    _, x = losses(tiny, bundled.rows[:5], bundled.counted[:5])
+    _, x = losses(bundled, bundled.rows[:5], bundled.counted[:5])
     latents, recon = numpy_sae(x.numpy())
     torch.testing.assert_close(sae.encode(x), torch.from_numpy(latents), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sae(x), torch.from_numpy(recon), rtol=1e-4, atol=1e-4)

@@ -12,8 +12,8 @@ from helpers import distributed_worker
 
 import saewb
 from saewb import cli
-from saewb.distributed import Team
-from saewb.training.objectives.batchtopk import kept_in_batch
+from saewb.distributed import ParallelContext
+from saewb.training.objectives.topk import topk_over_batch
 
 TESTS = Path(__file__).parents[1]
 TOLERANCE = 2e-5  # of a figure: sums in another order, over 25 steps
@@ -114,7 +114,7 @@ def test_a_stop_in_one_stops_all_with_a_checkpoint(folder):
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert first[0] == "stopped"
-    assert (folder / "stopped" / "checkpoint.safetensors").exists()
+    assert (folder / "stopped" / "checkpoint.pt").exists()
 
 
 def test_what_one_process_finds_wrong_ends_all_with_a_message(folder):
@@ -133,7 +133,7 @@ def test_a_failure_in_one_ends_all_and_says_why(tmp_path):
     assert state == state_1 == "failed"
     assert "not callable" in error_1
     assert "another process of this training failed or ended" in error
-    assert (tmp_path / "failed" / "checkpoint.safetensors").exists()
+    assert (tmp_path / "failed" / "checkpoint.pt").exists()
     assert (tmp_path / "1.saw").read_text() == "True"  # the other ended while the one that failed was still there
 
 
@@ -166,15 +166,15 @@ def test_the_command_line_under_accelerate(tmp_path):
 
 
 def test_one_alone_exchanges_nothing():
-    team, x = Team(), torch.arange(6.0).view(2, 3)
-    assert (team.size, team.rank, team.leads) == (1, 0, True)
-    assert team.share(7) == slice(0, 7)
+    team, x = ParallelContext(), torch.arange(6.0).view(2, 3)
+    assert (team.size, team.rank, team.is_main) == (1, 0, True)
+    assert team.shard(7) == slice(0, 7)
     assert team.sum_(x) is x
     assert team.mean_(x) is x
     assert team.min_(x) is x
-    assert team.told("a") == "a"
+    assert team.broadcast_object("a") == "a"
     assert not team.any(False)
-    with pytest.raises(ZeroDivisionError), team.agreed():
+    with pytest.raises(ZeroDivisionError), team.raise_together():
         raise ZeroDivisionError
 
 
@@ -184,19 +184,19 @@ class Pretended:
     def __init__(self, rank, everyones):
         self.rank, self.size, self.everyones = rank, len(everyones), everyones
 
-    def chosen(self, scores, n):
+    def topk_mask(self, scores, n):
         assert len(scores) <= n
         cut = torch.cat(self.everyones).topk(n).values.min()
         return scores >= cut
 
 
 def test_what_is_kept_over_a_batch_is_kept_over_all_of_it():
-    params = saewb.BatchTopK(24, k=2.5).start(8, dtype=torch.float64)
+    params = saewb.BatchTopK(24, k=2.5).init_params(8, dtype=torch.float64)
     pre = torch.randn(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pre[:20] *= 5  # the first process has nearly all of what is kept
-    whole, least = kept_in_batch(params, pre, 2.5)
+    whole, least = topk_over_batch(params, pre, 2.5)
     scores = [(torch.relu(half) * params.norms()).flatten() for half in pre.chunk(2)]
-    parts = [kept_in_batch(params, half, 2.5, Pretended(rank, scores)) for rank, half in enumerate(pre.chunk(2))]
+    parts = [topk_over_batch(params, half, 2.5, Pretended(rank, scores)) for rank, half in enumerate(pre.chunk(2))]
     assert torch.equal(torch.cat([latents for latents, _ in parts]), whole)
     assert min(low for _, low in parts) == least
     assert (parts[0][0] != 0).sum() > 90

@@ -1,4 +1,4 @@
-"""Sinks with the real libraries, offline: what they wrote, read back with what the libraries read it with."""
+"""Loggers with the real libraries, offline: what they wrote, read back with what the libraries read it with."""
 
 import json
 import struct
@@ -15,12 +15,12 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def run_and_folder(tmp_path_factory):
     """A run of two SAEs that told both, where they are installed."""
-    folder = tmp_path_factory.mktemp("sinks")
-    sinks = []
+    folder = tmp_path_factory.mktemp("loggers")
+    loggers = []
     try:
         import tensorboard  # noqa: F401
 
-        sinks.append(saewb.training.loggers.TensorBoard(folder / "board"))
+        loggers.append(saewb.training.loggers.TensorBoard(folder / "board"))
     except ImportError:
         pass
     try:
@@ -28,17 +28,17 @@ def run_and_folder(tmp_path_factory):
 
         quiet = wandb.Settings(silent=True, console="off")
         how = {"mode": "offline", "dir": str(folder), "settings": quiet, "log_weights": True}
-        sinks.append(saewb.training.loggers.Wandb(project="sparse", name="first", **how))
+        loggers.append(saewb.training.loggers.Wandb(project="sparse", name="first", **how))
     except ImportError:
         pass
-    how = {"held_out": tiny_models.tokens(9, 7, seed=2), "eval_every_tokens": 400, "sinks": sinks}
+    how = {"held_out": tiny_models.tokens(9, 7, seed=2), "eval_every_tokens": 400, "loggers": loggers}
     saes = {"a": saewb.TopK(d_sae=24, k=4), "b": saewb.Standard(d_sae=24, l1=0.3)}
     run = test_run.train(folder / "run", saes, checkpoint_every_tokens=480, **how).wait()
     return run, folder
 
 
 def test_tensorboard_reads_the_history(run_and_folder):
-    pytest.importorskip("tensorboard", reason="pip install tensorboard: reads back what the sink wrote")
+    pytest.importorskip("tensorboard", reason="pip install tensorboard: reads back what the logger wrote")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, folder = run_and_folder
@@ -77,7 +77,7 @@ def records(path):
 
 
 def test_wandb_keeps_sae_lens_keys_config_and_weights(run_and_folder):
-    pytest.importorskip("wandb", reason="pip install wandb: reads back what the sink wrote")
+    pytest.importorskip("wandb", reason="pip install wandb: reads back what the logger wrote")
     run, folder = run_and_folder
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     found = list(records(path))
@@ -96,7 +96,7 @@ def test_wandb_keeps_sae_lens_keys_config_and_weights(run_and_folder):
     (opened,) = [record.run for record in found if record.WhichOneof("record_type") == "run"][:1]
     assert (opened.project, opened.display_name) == ("sparse", "first")
     config = {item.key: json.loads(item.value_json) for item in opened.config.update}
-    assert config["config"]["batch_tokens"] == 40
+    assert config["train"]["batch_tokens"] == 40
     assert config["saes"]["b"]["objective"] == "Standard"
     (left,) = [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
     assert left == 0
@@ -104,7 +104,7 @@ def test_wandb_keeps_sae_lens_keys_config_and_weights(run_and_folder):
 
 
 def test_wandb_is_given_the_weights_where_asked(run_and_folder):
-    pytest.importorskip("wandb", reason="pip install wandb: reads back what the sink wrote")
+    pytest.importorskip("wandb", reason="pip install wandb: reads back what the logger wrote")
     _, folder = run_and_folder
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     artifacts = [record for record in records(path) if "artifact" in str(record.WhichOneof("record_type") or record)]

@@ -15,15 +15,10 @@ import saewb
 from saewb.training.objectives import (
     Coefficient,
     Params,
-    coefficient_warnings,
     constrain,
-    next_threshold,
     project_gradient,
-    revives,
-    steered,
-    warmed,
-    with_dead,
 )
+from saewb.training.objectives.sparsity_coefficient import coefficient_warnings
 
 CASES = (
     [(name, o, None) for name, o in OBJECTIVES.items()]
@@ -38,7 +33,7 @@ DEAD = torch.isin(torch.arange(D_SAE), torch.tensor([0, 3, 7, 8, 15, 23]))
 def set_up(objective, d_out, dtype=torch.float64):
     x = batch(dtype=dtype)
     y = x if d_out is None else batch(d=d_out, dtype=dtype, seed=9)
-    state = with_dead(objective.state(), DEAD)
+    state = objective.initial_state().with_dead(DEAD)
     coefficients = {name: c.to(dtype) for name, c in state.coefficients.items()}
     return drawn(objective, d_out, dtype), x, y, replace(state, coefficients=coefficients)
 
@@ -202,10 +197,10 @@ def test_export_does_what_training_does(objective, d_out):
     params, x, y, state = set_up(objective, d_out, torch.float32)
     losses = objective.losses(params, x, y, state)
     if "kept_min" in losses.extra:
-        state = next_threshold(next_threshold(state, losses.extra["kept_min"], 0.01), torch.tensor(0.3), 0.01)
-    sae = objective.export(params, state)
+        state = state.next_threshold(losses.extra["kept_min"], 0.01).next_threshold(torch.tensor(0.3), 0.01)
+    sae = objective.to_sae(params, state)
     latents = objective.latents(params, x, state)
-    torch.testing.assert_close(sae(x), params.decoded(latents, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x), params.decode(latents, x), rtol=1e-5, atol=1e-5)
     assert torch.equal((sae.encode(x) != 0).sum(1), (latents != 0).sum(1))
     torch.testing.assert_close(sae.encode(x), latents * (params.norms() if objective.rows == "free" else 1))
     norms = sae.W_dec.norm(dim=1)
@@ -221,7 +216,7 @@ def test_export_does_what_training_does(objective, d_out):
 def test_start_is_seeded_and_laid_out_by_latent(objective, d_out):
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    a, b, other = (objective.start(D_IN, d_out, seed=s) for s in (1, 1, 2))
+    a, b, other = (objective.init_params(D_IN, d_out, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.W_dec, other.W_dec)
@@ -238,28 +233,28 @@ def test_start_is_seeded_and_laid_out_by_latent(objective, d_out):
 def test_resume_goes_on_from_an_export(objective, d_out):
     params, x, _, state = set_up(objective, d_out, torch.float32)
     if isinstance(objective, (saewb.BatchTopK, saewb.Matryoshka)):
-        state = next_threshold(state, torch.tensor(0.4), 0.01)
-    sae = objective.export(params, state)
-    again = objective.resume(sae)
-    torch.testing.assert_close(objective.export(again, state)(x), sae(x), rtol=1e-5, atol=1e-5)
+        state = state.next_threshold(torch.tensor(0.4), 0.01)
+    sae = objective.to_sae(params, state)
+    again = objective.from_sae(sae)
+    torch.testing.assert_close(objective.to_sae(again, state)(x), sae(x), rtol=1e-5, atol=1e-5)
     assert again.W_dec.data_ptr() != sae.W_dec.data_ptr()
 
 
 def test_resume_refuses_another_architecture():
     relu = saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, pre_bias="tied"))
     with pytest.raises(ValueError, match="cannot go on from SAE\\(relu"):
-        saewb.TopK(24, k=4).resume(relu)
+        saewb.TopK(24, k=4).from_sae(relu)
     with pytest.raises(ValueError, match="k=5"):
-        saewb.TopK(24, k=5).resume(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, activation="topk", k=4)))
+        saewb.TopK(24, k=5).from_sae(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, activation="topk", k=4)))
     with pytest.raises(ValueError, match="layer_norm"):
-        saewb.Standard(24).resume(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, normalization="layer_norm")))
+        saewb.Standard(24).from_sae(saewb.SAE(saewb.SAEConfig(d_in=8, d_sae=24, normalization="layer_norm")))
     with pytest.raises(ValueError, match="PursuitSAE"):
-        saewb.MatchingPursuit(24).resume(relu)
+        saewb.MatchingPursuit(24).from_sae(relu)
 
 
 def test_matching_pursuit_cannot_be_a_transcoder():
     with pytest.raises(ValueError, match="reads with its decoder rows"):
-        saewb.MatchingPursuit(24).start(8, 6)
+        saewb.MatchingPursuit(24).init_params(8, 6)
 
 
 # --- dead latents ---
@@ -268,16 +263,16 @@ def test_matching_pursuit_cannot_be_a_transcoder():
 @pytest.mark.parametrize("name", ["topk", "abstopk", "batchtopk", "matryoshka", "matryoshka_by_level", "jumprelu_tanh"])
 def test_auxiliary_loss_needs_the_dead(name):
     objective = OBJECTIVES[name]
-    assert revives(objective)
+    assert objective.revives_dead
     params, x, y, state = set_up(objective, None)
     term = "pre_act" if "jumprelu" in name else "aux"
-    none = with_dead(state, torch.zeros_like(DEAD))
+    none = state.with_dead(torch.zeros_like(DEAD))
     assert float(objective.losses(params, x, y, none).terms[term]) == 0
     # A latent that fired since the host looked takes no part, as if it had not been on the list at all.
     revived = DEAD.clone()
     revived[[3, 15]] = False
     stale = replace(state, dead=revived)
-    now = with_dead(state, revived)
+    now = state.with_dead(revived)
     got, want = (objective.losses(params, x, y, s).terms[term] for s in (stale, now))
     assert float(got) == pytest.approx(float(want), rel=1e-12)
     assert float(got) > 0
@@ -289,15 +284,15 @@ def test_auxiliary_loss_is_zero_for_a_perfect_second_opinion():
     tensors = {"W_enc": W, "W_dec": W, "b_enc": torch.zeros(2).double(), "b_dec": torch.tensor([5.0, -7.0]).double()}
     x = torch.tensor([[8.0, -3.0]], dtype=torch.float64)  # centered (3, 4): k=1 keeps latent 1, misses latent 0
     objective = saewb.TopK(2, k=1, aux=1.0)
-    state = with_dead(objective.state(), torch.tensor([True, False]))
+    state = objective.initial_state().with_dead(torch.tensor([True, False]))
     losses = objective.losses(Params(tensors, "tied"), x, x, state)
     assert float(losses.terms["mse"]) == 9.0
     assert float(losses.terms["aux"]) == 0.0
 
 
 def test_objectives_that_do_not_look_at_the_dead():
-    assert not any(revives(OBJECTIVES[name]) for name in ("standard", "gated", "abstopk_free", "pursuit"))
-    assert not revives(OBJECTIVES["jumprelu_quadratic"])  # over all latents
+    assert not any(OBJECTIVES[name].revives_dead for name in ("standard", "gated", "abstopk_free", "pursuit"))
+    assert not OBJECTIVES["jumprelu_quadratic"].revives_dead  # over all latents
 
 
 # --- rows, thresholds, coefficients ---
@@ -326,26 +321,26 @@ def test_constrain():
 
 
 def test_threshold_is_a_mean_then_an_exponential_one():
-    state = saewb.BatchTopK(4, k=1).state()
+    state = saewb.BatchTopK(4, k=1).initial_state()
     seen = [0.5, 1.5, math.inf, 1.0]
     for value in seen[:2]:
-        state = next_threshold(state, torch.tensor(value), rate=0.01)
+        state = state.next_threshold(torch.tensor(value), rate=0.01)
     assert float(state.threshold) == pytest.approx(1.0)
-    assert float(next_threshold(state, torch.tensor(math.inf), rate=0.01).threshold) == pytest.approx(1.0)
+    assert float(state.next_threshold(torch.tensor(math.inf), rate=0.01).threshold) == pytest.approx(1.0)
     state = replace(state, n_thresholds=1000)
-    assert float(next_threshold(state, torch.tensor(2.0), rate=0.01).threshold) == pytest.approx(1.01)
+    assert float(state.next_threshold(torch.tensor(2.0), rate=0.01).threshold) == pytest.approx(1.01)
 
 
 def test_coefficients_in_closed_form():
     c = Coefficient(2.0, warmup_tokens=400, target_l0=10.0)
-    assert [warmed(c, n) for n in (0, 100, 400, 10**9)] == [0, 0.25, 1, 1]
-    assert warmed(Coefficient(2.0), 0) == 1
+    assert [c.warmup_factor(n) for n in (0, 100, 400, 10**9)] == [0, 0.25, 1, 1]
+    assert Coefficient(2.0).warmup_factor(0) == 1
     value = torch.tensor(2.0)
-    assert float(steered(value, torch.tensor(10.0), c, batch=100, tau=1000)) == pytest.approx(2.0)
-    assert float(steered(value, torch.tensor(20.0), c, batch=100, tau=1000)) == pytest.approx(2 * 2**0.1)
-    assert float(steered(value, torch.tensor(1e9), c, batch=100, tau=1000)) == pytest.approx(2 * math.exp(0.1))
-    assert float(steered(value, torch.tensor(0.0), c, batch=100, tau=1000)) == pytest.approx(2 * math.exp(-0.1))
-    assert float(steered(torch.tensor(2e4), torch.tensor(99.0), c, batch=100, tau=100)) == pytest.approx(2e4)
+    assert float(c.control(value, torch.tensor(10.0), batch=100, tau=1000)) == pytest.approx(2.0)
+    assert float(c.control(value, torch.tensor(20.0), batch=100, tau=1000)) == pytest.approx(2 * 2**0.1)
+    assert float(c.control(value, torch.tensor(1e9), batch=100, tau=1000)) == pytest.approx(2 * math.exp(0.1))
+    assert float(c.control(value, torch.tensor(0.0), batch=100, tau=1000)) == pytest.approx(2 * math.exp(-0.1))
+    assert float(c.control(torch.tensor(2e4), torch.tensor(99.0), batch=100, tau=100)) == pytest.approx(2e4)
 
 
 FIXED = Coefficient(1.0)
@@ -409,11 +404,11 @@ def test_wrong_fields(make, text):
 
 def test_thresholds_by_hand():
     objective = saewb.JumpReLU(2, init_l0=1.25)  # of 4 tokens 5 activations: 3 of the first latent, 2 of the second
-    params = objective.start(2)
+    params = objective.init_params(2)
     with torch.no_grad():
         params.W_enc.copy_(torch.eye(2))
     x = torch.tensor([[1.0, 9.0], [2.0, 7.0], [3.0, 1.0], [5.0, 4.0]])
-    objective.fit(params, [x[:1], x[1:]])
+    objective.fit_thresholds(params, [x[:1], x[1:]])
     assert params.threshold.tolist() == [1.5, 5.5]
     assert (x > params.threshold).sum(0).tolist() == [3, 2]
 
@@ -421,16 +416,16 @@ def test_thresholds_by_hand():
 @pytest.mark.parametrize("threshold", ["direct", "log"])
 @pytest.mark.parametrize("l0", [0.01, 0.5, 3.7, 5.0])
 def test_thresholds_give_the_first_tokens_the_l0_that_is_asked_for(l0, threshold, monkeypatch):
-    monkeypatch.setattr(saewb.training.objectives.jumprelu, "_AT_ONCE", 5 * 640)  # five latents at a time
+    monkeypatch.setattr(saewb.training.objectives.jumprelu, "_PRE_ACTS_AT_ONCE", 5 * 640)  # five latents at a time
     objective = saewb.JumpReLU(32, init_l0=l0, threshold=threshold)
-    params = objective.start(8, seed=1)
+    params = objective.init_params(8, seed=1)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         params.b_dec.copy_(torch.randn(8, generator=rng))
         params.b_enc.copy_(torch.randn(32, generator=rng) / 4)
     x = torch.randn(640, 8, generator=rng) * torch.arange(1, 9) + 1
-    objective.fit(params, x.split(100))
-    fired = objective.losses(params, x, x, objective.state()).fired
+    objective.fit_thresholds(params, x.split(100))
+    fired = objective.losses(params, x, x, objective.initial_state()).fired
     assert int(fired.sum()) == round(640 * l0)
     assert int(fired.max() - fired.min()) <= 1
 
@@ -443,6 +438,6 @@ def test_where_thresholds_start():
     assert start_l0(target_l0=5, init_l0=5) == start_l0(init_l0=5) == 5
     assert start_l0(target_l0=5, init_threshold=0.01) is None
     below = saewb.JumpReLU(4, init_l0=3.9)  # which would take thresholds below 0
-    params = below.start(4)
-    below.fit(params, [torch.randn(100, 4, generator=torch.Generator().manual_seed(0))])
+    params = below.init_params(4)
+    below.fit_thresholds(params, [torch.randn(100, 4, generator=torch.Generator().manual_seed(0))])
     assert params.threshold.tolist() == [0.0] * 4

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from saewb.training import run_folder
 
 RESID, MLP = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
 TOPK = saewb.TopK(d_sae=24, k=4)
+RUN_0_1_0 = Path(__file__).parents[1] / "fixtures" / "v0_1_0" / "run"
 HOW = {"n_tokens": 960, "batch_tokens": 40, "buffer_tokens": 200, "log_every_steps": 1, "pass_tokens": 28}
 
 
@@ -83,7 +85,7 @@ def test_a_run_is_the_training_it_says(tmp_path):
     assert run.state == "finished"
     assert run.error is None
     lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    assert lines == run._rows
+    assert lines == list(run.rows)
     assert equal(saewb.load_sae(tmp_path / "run" / "saes" / "sae"), run.sae)
 
 
@@ -203,7 +205,7 @@ def test_an_interrupt_while_waiting_stops_cleanly_and_elsewhere_does_nothing(tmp
     with pytest.raises(KeyboardInterrupt):
         run.wait()
     assert run.state == "stopped"
-    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == run.progress.step
+    assert load_state(tmp_path / "r" / "checkpoint.pt")["training"]["n_steps"] == run.progress.step
 
 
 # -- what fails ------------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def test_divergence_is_a_failure_and_keeps_the_checkpoint_before(tmp_path):
     run = saewb.train(None, stream_iterable(chunks(), batch_tokens=40), TOPK, folder=tmp_path / "r", **how)
     with pytest.raises(FloatingPointError, match="diverged(.|\n)*lr="):
         run.wait()
-    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == 6
+    assert load_state(tmp_path / "r" / "checkpoint.pt")["training"]["n_steps"] == 6
 
 
 def test_activations_that_are_not_finite_from_the_first_are_said_to_be():
@@ -285,23 +287,23 @@ def test_activations_that_are_not_finite_from_the_first_are_said_to_be():
         run.wait()
 
 
-def test_sinks_hear_everything_and_one_that_fails_does_no_harm():
+def test_loggers_hear_everything_and_one_that_fails_does_no_harm():
     heard = []
 
     def broken(event):
         raise ConnectionError("no network")
 
-    run = train(sinks=[broken, heard.append]).wait()
+    run = train(loggers=[broken, heard.append]).wait()
     assert [e.kind for e in heard] == ["begin", *["step"] * 24, "end"]
     assert heard[-1].state == "finished"
     assert heard[1].row["n_tokens"] == heard[1].n_tokens == 40
     assert len([note for note in run.notes if "no network" in note]) == 3
 
 
-def test_a_sink_may_stop_the_run():
+def test_a_logger_may_stop_the_run():
     run = []
     run.append(
-        endless(sinks=[lambda event: run[0].stop() if event.kind == "step" and event.step >= 20 and run else None])
+        endless(loggers=[lambda event: run[0].stop() if event.kind == "step" and event.step >= 20 and run else None])
     )
     run[0]._join(20)
     assert run[0].state == "stopped"
@@ -319,7 +321,9 @@ def test_resumed_after_stop_it_is_bit_for_bit_the_whole_run(tmp_path, at, normal
     stop = lambda event: run[0].stop() if event.kind == "step" and event.step == at else None  # noqa: E731
     activation = threading.Event()
     run.append(
-        train(tmp_path / "r", sinks=[lambda event: activation.wait(5) if event.kind == "begin" else None, stop], **how)
+        train(
+            tmp_path / "r", loggers=[lambda event: activation.wait(5) if event.kind == "begin" else None, stop], **how
+        )
     )
     activation.set()
     run[0].wait()
@@ -341,7 +345,7 @@ SCRIPT = """
     from helpers import tiny_models
     from training import test_run
     {before}
-    run = test_run.train(sys.argv[1], checkpoint_every_tokens=200, sinks=[sink], n_tokens={n_tokens})
+    run = test_run.train(sys.argv[1], checkpoint_every_tokens=200, loggers=[sink], n_tokens={n_tokens})
     {after}
 """
 
@@ -358,9 +362,9 @@ def test_resumed_after_kill_9_it_is_bit_for_bit_the_whole_run(tmp_path):
     kill = "sink = lambda event: os.kill(os.getpid(), 9) if event.kind == 'step' and event.step == 14 else None"
     done = script(tmp_path / "r", kill)
     assert done.returncode == -9, done.stderr
-    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
+    assert load_state(tmp_path / "r" / "checkpoint.pt")["training"]["n_tokens"] == 400
     assert len((tmp_path / "r" / "history.jsonl").read_text().splitlines()) == 14
-    assert saewb.read_run(tmp_path / "r").state == "cut off"
+    assert saewb.read_run(tmp_path / "r").state == "interrupted"
     whole = train().wait()
     again = saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7)).wait()
     assert equal(again.sae, whole.sae)
@@ -400,7 +404,7 @@ def test_a_folder_tells_how_its_run_ended(tmp_path):
 
 def test_where_nobody_can_tell_whether_it_goes_on(tmp_path, monkeypatch):
     run = endless(folder=tmp_path / "r")
-    monkeypatch.setattr(run_folder, "is_going_on", lambda folder: None)  # as on Windows
+    monkeypatch.setattr(run_folder, "is_locked", lambda folder: None)  # as on Windows
     assert saewb.read_run(tmp_path / "r").state == "unfinished"
     run.stop()
     assert saewb.read_run(tmp_path / "r").state == "stopped"
@@ -450,7 +454,7 @@ def test_a_folder_deleted_within_a_checkpoint_is_not_made_anew(tmp_path, keep_sa
     for at in (1, 2, 3):
         folder, left[:] = run_folder.RunFolder(tmp_path / "r"), [at]
         with pytest.raises(FileNotFoundError, match="is not there any more"):
-            any(folder.checkpoint({}, saes, 0 if keep_saes else None) for _ in itertools.count())
+            any(folder.write_checkpoint({}, 0.0, saes, 0 if keep_saes else None) for _ in itertools.count())
         folder.close()
         assert not (tmp_path / "r").exists()
 
@@ -461,34 +465,34 @@ def test_the_interpreters_exit_leaves_a_checkpoint(tmp_path, how):
     sink += "sink = lambda event: reached.set() if event.kind == 'step' and event.step >= 3 else None"
     after = "reached.wait(60)"
     if how == "SIGTERM":
-        after += "; saewb.training.run_record.exit_on_sigterm(); os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(60)"
-        sink += "\nimport saewb.training.run_record"
+        after += (
+            "; saewb.training.run.exit_on_sigterm(); os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(60)"
+        )
+        sink += "\nimport saewb.training.run"
     done = script(tmp_path / "r", sink, after, n_tokens=10**7)
     assert done.returncode == (143 if how == "SIGTERM" else 0), done.stderr
     assert done.stderr == ""
-    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] >= 3
+    assert load_state(tmp_path / "r" / "checkpoint.pt")["training"]["n_steps"] >= 3
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path, monkeypatch):
-    import safetensors.torch
+    real, full = torch.save, []
 
-    real, full = safetensors.torch.save_file, []
-
-    def save_file(tensors, path, metadata=None):
+    def save(state, path):
         if full and "checkpoint" in str(path):
             with open(path, "wb") as file:  # what fits
                 file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata)
+        real(state, path)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    monkeypatch.setattr(torch, "save", save)
     fill = lambda event: full.append(1) if event.kind == "step" and event.step == 12 else None  # noqa: E731
-    run = train(tmp_path / "r", checkpoint_every_tokens=400, sinks=[fill])
+    run = train(tmp_path / "r", checkpoint_every_tokens=400, loggers=[fill])
     with pytest.raises(OSError, match="No space left"):
         run.wait()
     assert run.progress.step == 24
     assert any("no checkpoint at 800 tokens" in note for note in run.notes)
-    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_tokens"] == 400
+    assert load_state(tmp_path / "r" / "checkpoint.pt")["training"]["n_tokens"] == 400
     assert not list((tmp_path / "r").glob("*.new"))
     assert run.sae.cfg.d_sae == 24
     monkeypatch.undo()
@@ -532,6 +536,23 @@ def test_folders_that_are_taken_or_no_run(tmp_path):
     (tmp_path / "r" / "run.json").write_text("{}")
     with pytest.raises(saewb.FormatError, match="not a run"):
         saewb.resume_run(tmp_path / "r")
+
+
+def test_a_run_of_0_1_0_is_read_and_says_how_to_go_on(tmp_path):
+    """Written by `train(normalisation="centred", checkpoint_every_tokens=200)` of that version."""
+    past = saewb.read_run(RUN_0_1_0)
+    assert (past.state, past.names, past.resumable, past.frac) == ("finished", ("sae",), False, 1.0)
+    assert past.history["n_tokens"].tolist() == list(range(40, 401, 40))
+    assert past.spec.saes["sae"].objective == TOPK
+    assert past.spec.train == saewb.TrainConfig(n_tokens=400, batch_tokens=40, normalization="centered")
+    assert past.spec.data == saewb.training.config.DataConfig(buffer_tokens=200, pass_tokens=28)
+    assert "checkpoint_every_tokens=200" in past.code
+    assert saewb.run_densities(past)["sae"].n_tokens == 400
+    shutil.copytree(RUN_0_1_0, tmp_path / "r")
+    with pytest.raises(
+        saewb.FormatError, match=r"is of saewb 0\.1\.0, whose checkpoints(.|\n)*fix: .*init=saewb.load_sae\("
+    ):
+        saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7))
 
 
 # -- before it starts ------------------------------------------------------------------------------------------------
@@ -609,9 +630,9 @@ def test_wandb_gets_sae_lens_keys_and_weights_only_if_asked(tmp_path, monkeypatc
 
     fake = SimpleNamespace(init=lambda **how: opened.append(how) or theirs, Artifact=Artifact)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    train(tmp_path / "a", sinks=[saewb.training.loggers.Wandb(project="p", mode="offline")]).wait()
+    train(tmp_path / "a", loggers=[saewb.training.loggers.Wandb(project="p", mode="offline")]).wait()
     assert opened[0]["project"] == "p"
-    assert opened[0]["config"]["config"]["batch_tokens"] == 40
+    assert opened[0]["config"]["train"]["batch_tokens"] == 40
     keys = set(log[0][1])
     assert {
         "losses/overall_loss",
@@ -626,12 +647,13 @@ def test_wandb_gets_sae_lens_keys_and_weights_only_if_asked(tmp_path, monkeypatc
     assert [step for step, _ in log[:-1]] == list(range(1, 25))
     assert log[-1] == 0
     assert not artifacts
-    train(tmp_path / "b", sinks=[saewb.training.loggers.Wandb(log_weights=True)]).wait()
+    train(tmp_path / "b", loggers=[saewb.training.loggers.Wandb(log_weights=True)]).wait()
     assert [a.files for a in artifacts] == [["cfg.json", "sae_weights.safetensors"]]
 
 
-def test_importing_sinks_imports_none_of_them():
-    code = "import sys, saewb.training.loggers; assert not {'wandb', 'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)"
+def test_importing_loggers_imports_none_of_them():
+    late = {"wandb", "tensorboard", "torch.utils.tensorboard"}
+    code = f"import sys, saewb.training.loggers; assert not {late} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -684,9 +706,9 @@ folder: FOLDER
 
 def test_the_command_line_trains_from_a_file_and_goes_on(tmp_path, capsys, monkeypatch):
     from saewb import cli
-    from saewb.training import run_record
+    from saewb.training import run
 
-    monkeypatch.setattr(run_record, "exit_on_sigterm", lambda: None)  # this process is pytest's
+    monkeypatch.setattr(run, "exit_on_sigterm", lambda: None)  # this process is pytest's
     (tmp_path / "a.yaml").write_text(FILE.replace("FOLDER", str(tmp_path / "r")))
     assert cli.main(["train", str(tmp_path / "a.yaml")]) == 0
     out = capsys.readouterr().out
@@ -709,9 +731,9 @@ def test_the_command_line_trains_from_a_file_and_goes_on(tmp_path, capsys, monke
 )
 def test_files_that_are_wrong(tmp_path, capsys, monkeypatch, old, new, says):
     from saewb import cli
-    from saewb.training import run_record
+    from saewb.training import run
 
-    monkeypatch.setattr(run_record, "exit_on_sigterm", lambda: None)
+    monkeypatch.setattr(run, "exit_on_sigterm", lambda: None)
     (tmp_path / "a.yaml").write_text(FILE.replace("FOLDER", str(tmp_path / "r")).replace(old, new))
     assert cli.main(["train", str(tmp_path / "a.yaml")]) == 1
     assert says in capsys.readouterr().err

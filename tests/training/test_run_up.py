@@ -127,10 +127,10 @@ def test_resumed_within_the_estimate_it_fills_its_buffer_again_and_may_be_stoppe
     stop = lambda event: run[0].stop() if event.kind == "step" and event.step == 2 else None  # noqa: E731
     begun = threading.Event()
     hold = lambda event: begun.wait(PATIENCE) if event.kind == "begin" else None  # noqa: E731
-    run.append(saewb.train(None, free.stream(), TOPK, folder=tmp_path / "r", sinks=[hold, stop], **HOW))
+    run.append(saewb.train(None, free.stream(), TOPK, folder=tmp_path / "r", loggers=[hold, stop], **HOW))
     begun.set()
     assert run[0].wait(PATIENCE).progress.step == 2  # of 3 batches that were read for the estimate
-    before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
+    before = (tmp_path / "r" / "checkpoint.pt").read_bytes()
     gated = Gated()
     gated.let()  # what the first run had looked at
     again = saewb.resume_run(tmp_path / "r", tokens=gated.stream())
@@ -138,7 +138,7 @@ def test_resumed_within_the_estimate_it_fills_its_buffer_again_and_may_be_stoppe
     assert repr(again) == "Run(running, filling the buffer, 40 of 200 tokens, activations)"
     within_a_pass(again, again.stop, gated)
     assert (again.state, again.progress.n_tokens, again.sae.cfg.d_sae) == ("stopped", 80, 24)
-    assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
+    assert (tmp_path / "r" / "checkpoint.pt").read_bytes() == before
     gated = Gated()
     gated.let(5)
     again = saewb.resume_run(tmp_path / "r", tokens=gated.stream())
@@ -146,4 +146,4 @@ def test_resumed_within_the_estimate_it_fills_its_buffer_again_and_may_be_stoppe
     assert repr(again) == "Run(running, going back to its place, 0 of 80 tokens, activations)"
     ended(again, gated)
     assert all(torch.equal(a, b) for a, b in zip(again.sae.parameters(), whole.sae.parameters(), strict=True))
-    assert load_state(tmp_path / "r" / "checkpoint.safetensors")["training"]["n_steps"] == 10
+    assert load_state(tmp_path / "r" / "checkpoint.pt")["training"]["n_steps"] == 10

@@ -13,9 +13,8 @@ import saewb
 from saewb.kernels import precision
 from saewb.kernels import topk as tiles
 from saewb.kernels.pairs import by_latent, combine, dots, gather_rows, pairs_of, per_latent, rectangular
-from saewb.training.objectives import with_dead
 from saewb.training.sparse_step import best_precision, clipped_step, has_sparse_step, sparse_step
-from saewb.training.sparse_step.adam import folds
+from saewb.training.sparse_step.adam import clips_in_fused_step
 from saewb.training.sparse_step.selection import Readout, above_zero, top_of_batch, top_per_token
 
 D_SAE = 48
@@ -43,7 +42,7 @@ def problem(objective, tokens, d_in=7, d_out=None, seed=0, shift=0.0, dead=0.2, 
     """Weights away from their start, a batch and a state with dead latents, in float64, where ties do not happen."""
     rng = torch.Generator().manual_seed(seed)
     objective = replace(objective, skip=skip)
-    params = objective.start(d_in, d_out, seed=seed, dtype=torch.float64)
+    params = objective.init_params(d_in, d_out, seed=seed, dtype=torch.float64)
     with torch.no_grad():
         for name, p in params.named_parameters():
             p.add_(torch.randn(p.shape, generator=rng, dtype=p.dtype), alpha=0.1)
@@ -51,7 +50,7 @@ def problem(objective, tokens, d_in=7, d_out=None, seed=0, shift=0.0, dead=0.2, 
                 p.add_(shift)
     x = torch.randn(tokens, d_in, generator=rng, dtype=torch.float64)
     y = x if d_out is None else torch.randn(tokens, d_out, generator=rng, dtype=torch.float64)
-    state = with_dead(objective.state(), torch.rand(objective.d_sae, generator=rng) < dead)
+    state = objective.initial_state().with_dead(torch.rand(objective.d_sae, generator=rng) < dead)
     exact = {name: value.double() for name, value in state.coefficients.items()}
     return objective, params, x, y, replace(state, coefficients=exact)
 
@@ -141,7 +140,7 @@ def test_float32_to_a_ten_thousandth():
 def wide(objective, seed=0):
     """A problem with a few directions in the data, a large mean and an outlying coordinate, as in language models."""
     rng = torch.Generator().manual_seed(seed)
-    params = objective.start(64, seed=seed)
+    params = objective.init_params(64, seed=seed)
     which = torch.randint(256, (200, 6), generator=rng)
     features = torch.nn.functional.normalize(torch.randn(256, 64, generator=rng), dim=1)
     x = features[which].sum(1) * 3 + 0.02 * torch.randn(200, 64, generator=rng) + 0.3
@@ -149,9 +148,7 @@ def wide(objective, seed=0):
     params.b_dec.data.copy_(x.mean(0))
     for name in ("b_enc", "b_gate"):
         if name in params._parameters:
-            params.get_parameter(name).data.copy_(
-                -(params.centered(x) @ params.W_enc).kthvalue(190, dim=0).values - 0.01
-            )
+            params.get_parameter(name).data.copy_(-(params.center(x) @ params.W_enc).kthvalue(190, dim=0).values - 0.01)
     return params, x
 
 
@@ -171,7 +168,7 @@ LOW = {
 def test_low_precision_selects_the_same_latents(name, how):
     """And values and gradients do not know of it. (Slow, but right, on hardware without such products.)"""
     params, x = wide(LOW[name])
-    state = with_dead(LOW[name].state(), torch.arange(1024) % 30 == 0)
+    state = LOW[name].initial_state().with_dead(torch.arange(1024) % 30 == 0)
     assert_same(LOW[name], params, x, x, state, how, rtol=1e-4, atol=1e-4 * float(x.std()))
 
 
@@ -185,7 +182,7 @@ def test_training_goes_the_same_way(how):
         optimizer = torch.optim.Adam(params.parameters(), lr=1e-2)
         fvus = []
         for _ in range(40):
-            losses = sparse_step(objective, params, x, x, objective.state(), precision_)
+            losses = sparse_step(objective, params, x, x, objective.initial_state(), precision_)
             fvus.append(float(losses.fvu))
             clipped_step(optimizer, params.parameters(), 1.0)
         assert fvus[-1] < 0.7 * fvus[0]
@@ -206,21 +203,21 @@ def test_too_coarse_a_margin_is_noticed():
 def test_dense_batches_are_left_to_autograd():
     """ReLU from zero biases has half of all latents on: nothing is written, and nothing large is made."""
     objective = saewb.Standard(1024)
-    params, x = objective.start(16), torch.randn(300, 16)
-    assert sparse_step(objective, params, x, x, objective.state()) is None
+    params, x = objective.init_params(16), torch.randn(300, 16)
+    assert sparse_step(objective, params, x, x, objective.initial_state()) is None
     assert all(p.grad is None for p in params.parameters())
     few = saewb.TopK(64, k=32)
-    assert sparse_step(few, few.start(16), x, x, few.state()) is None
+    assert sparse_step(few, few.init_params(16), x, x, few.initial_state()) is None
 
 
 def test_objectives_without_a_sparse_step():
     x = torch.randn(8, 16)
     for objective in (saewb.MatchingPursuit(32), saewb.JumpReLU(32, pre_act=1.0, pre_act_on="all")):
-        params = objective.start(16)
+        params = objective.init_params(16)
         assert not has_sparse_step(objective)
-        assert sparse_step(objective, params, x, x, objective.state()) is None
+        assert sparse_step(objective, params, x, x, objective.initial_state()) is None
     half, x = saewb.TopK(32, k=2), x.bfloat16()
-    assert sparse_step(half, half.start(16, dtype=torch.bfloat16), x, x, half.state()) is None
+    assert sparse_step(half, half.init_params(16, dtype=torch.bfloat16), x, x, half.initial_state()) is None
 
 
 def test_gradients_replace_those_before():
@@ -238,9 +235,11 @@ def test_losses_of_large_batches_keep_their_digits():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 512, generator=rng)
     objective = saewb.TopK(64, k=1, aux=0)
-    params = objective.start(512)
-    got = sparse_step(objective, params, x, x, objective.state())
-    want = float(objective.losses(params.double(), x.double(), x.double(), objective.state()).terms["mse"].detach())
+    params = objective.init_params(512)
+    got = sparse_step(objective, params, x, x, objective.initial_state())
+    want = float(
+        objective.losses(params.double(), x.double(), x.double(), objective.initial_state()).terms["mse"].detach()
+    )
     assert float(got.terms["mse"]) == pytest.approx(want, rel=1e-6)
 
 
@@ -304,7 +303,7 @@ def test_auto_goes_from_dense_to_sparse(monkeypatch):
         taken.append(found is not None)
         return found
 
-    monkeypatch.setattr("saewb.training.paths.sparse_step", watched)
+    monkeypatch.setattr("saewb.training.trainer.sparse_step", watched)
     trained(saewb.Standard(96, l1=5.0), steps=200)
     assert not taken[0]
     assert taken[-1]
@@ -431,7 +430,7 @@ def test_clipped_step_is_clip_then_step(kind, fused, clip):
         rng = torch.Generator().manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(s, generator=rng)) for s in ((5, 4), (4,))]
         optimizer = kind(weights, lr=0.1, fused=fused)
-        assert folds(optimizer) == (fused and kind is not torch.optim.SGD)
+        assert clips_in_fused_step(optimizer) == (fused and kind is not torch.optim.SGD)
         for _ in range(3):
             for w in weights:
                 w.grad = torch.randn(w.shape, generator=rng)

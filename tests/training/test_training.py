@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import saewb
 from saewb.training import DENSITY_EDGES, TrainConfig, Trainee, Training
-from saewb.training.objectives import revives
 from saewb.training.sparse_step import has_sparse_step
 
 B = 50
@@ -165,7 +164,7 @@ def test_exports_are_in_the_models_units(normalization):
     values = {"x": data()["x"] * 40 + 7, "y": data()["y"] * 0.02 - 1}
     made = {name: Trainee(o, read="x") for name, o in OBJECTIVES.items()}
     if normalization == "whitened":
-        made.pop("pursuit")  # refused: tests/test_whitening.py
+        made.pop("pursuit")  # refused: test_normalization.py
     if normalization not in ("layer_norm", "constant_norm"):
         made |= {f"{name}_transcoder": Trainee(o, read="x", write="y") for name, o in SKIPS.items()}
         made |= {f"{name}_skip": Trainee(o, read="x") for name, o in SKIPS.items()}
@@ -173,7 +172,7 @@ def test_exports_are_in_the_models_units(normalization):
     training = Training(stream(values), made, config)
     run(training)
     for name, sae in training.saes.items():  # proved on a probe inside
-        learner = training._learners[name]
+        learner = training._trainers[name]
         latents, want = (t.detach() for t in learner._forward(values["x"]))
         off = (sae(values["x"]).detach() - want).norm(dim=1) / want.norm(dim=1)
         assert float(off.median()) < 1e-5
@@ -338,7 +337,7 @@ def test_a_step_does_not_wait_for_the_device(name):
             next(steps)
         waits.append(len(mode.seen))
     looking = [i for i, n in enumerate(waits) if n and i]  # the first step also estimates the factor
-    assert looking == ([8, 12, 16] if revives(OBJECTIVES[name]) else [])
+    assert looking == ([8, 12, 16] if OBJECTIVES[name].revives_dead else [])
     assert max(waits[1:]) <= 1
 
 
@@ -418,7 +417,7 @@ def test_the_step_is_adam_on_the_objectives_gradient():
     config = replace(CONFIG, n_tokens=10 * B, normalization="none", warmup_tokens=0, decay_tokens=0, clip=0.5)
     config = replace(config, dead_after_tokens=CONFIG.n_tokens)
     training = Training(stream(values), objective, config)
-    params, state = objective.start(D_IN), objective.state()
+    params, state = objective.init_params(D_IN), objective.initial_state()
     adam = torch.optim.Adam(params.parameters(), fused=False, foreach=False)
     for i, batch in zip(range(10), stream(values), strict=False):
         adam.param_groups[0]["lr"] = config.rate(i * B)

@@ -2,6 +2,7 @@
 
 import base64
 import doctest
+import inspect
 import json
 import re
 import shutil
@@ -244,7 +245,7 @@ def test_a_folder_is_read_again_as_it_grows_and_its_end_is_told(tmp_path):
     assert (moved.status[0]["state"], bool(moved.status[0]["resume"])) == ("stopped", True)
     (tmp_path / "moved" / "end.json").unlink()  # as after kill -9
     moved.refresh()
-    assert (moved.status[0]["state"], moved.alive) == ("cut off", False)
+    assert (moved.status[0]["state"], moved.alive) == ("interrupted", False)
     assert "without a word" in moved.status[0]["error"]
     assert moved.status[0]["resume"]
 
@@ -283,7 +284,7 @@ def test_code_of_a_run_that_has_ended_draws_the_same_curves(what, tmp_path):
     else:
         stop = lambda event: runs[0].stop() if event.kind == "step" and event.step >= 5 and runs else None  # noqa: E731
         runs = []
-        runs.append(train(sinks=[stop]))
+        runs.append(train(loggers=[stop]))
         runs[0]._join(60)
         panel = TrainingPanel(runs[0])
         assert panel.status[0]["state"] == "stopped"
@@ -324,11 +325,10 @@ def test_fields_of_each_objective(kind):
     assert panel.problems == {}
     fields = {f["key"]: f for group in panel.form["groups"] for f in group["fields"]}
     own = {k.removeprefix("objective."): f for k, f in fields.items() if k.startswith("objective.")}
-    assert set(own) == set(getattr(saewb, kind).__dataclass_fields__)
+    assert set(own) == set(inspect.signature(getattr(saewb, kind)).parameters)
     assert all(f["note"] for k, f in fields.items() if k not in ("objective.sparsity",))
     made = executed(panel.code())["run"].wait()
-    assert type(made._facts) is dict
-    assert made._facts["saes"]["sae"]["objective"] == kind
+    assert made.spec.to_dict()["saes"]["sae"]["objective"] == kind
     panel.wait(60)
     assert panel.estimate["fits"]
 

@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from IPython.display import HTML
 
 PACKAGE = Path(__file__).parent
+LATENT_JS = Path(saewb.__file__).parent / "features" / "page" / "latent.js"  # draws a latent; the HTML page has it too
 
 
-def source(*names: str) -> str:
+def source(*files: str | Path) -> str:
     """Concatenate files of this package: there is no build step, and a widget's ES module cannot import another one."""
-    return "\n".join((PACKAGE / name).read_text(encoding="utf-8") for name in names)
+    return "\n".join((PACKAGE / file).read_text(encoding="utf-8") for file in files)
 
 
 def catch_errors(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What the front end is sent about latents: JSON, with each word of a page once."""
+"""Latents as the front end takes them: JSON, with each token text of a page once."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def latent_row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
         latent: as `index.latent` gives it.
         special: ids of tokens to show as a mark.
     """
-    made = {"latent": latent.index, "density": short(latent.density), "max": short(latent.max), "tokens": []}
+    row = {"latent": latent.index, "density": short(latent.density), "max": short(latent.max), "tokens": []}
     if latent.logits_top:
-        made["word"] = latent.logits_top[0].token
+        row["word"] = latent.logits_top[0].token
     if latent.top:
         c = latent.top[0]
         begin, end, room = c.at, c.at + _AFTER, _BEFORE
@@ -28,58 +28,24 @@ def latent_row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
         pieces = zip(c.tokens[begin:end], c.ids[begin:end], c.acts[begin:end], strict=True)
         largest = max(map(abs, c.acts)) or 1.0
         # [text, share of the largest activation, 1 if special]
-        made["tokens"] = [[s, round(abs(a) / largest, 3), int(i in special)] for s, i, a in pieces]
-        made["at"] = c.at - begin
-    return made
+        row["tokens"] = [[s, round(abs(a) / largest, 3), int(i in special)] for s, i, a in pieces]
+        row["at"] = c.at - begin
+    return row
 
 
 def latent_page(latent: Any, special: frozenset[int], url: str | None) -> dict[str, Any]:
-    """Everything about a latent, about 30 kB for 40 contexts of 31 tokens."""
-    words: dict[str, int] = {}
-    groups = [latent.top, *latent.quantiles[::-1]]
-    packed = [[_context(c, words, special) for c in sorted(g, key=lambda c: -abs(c.value))] for g in groups]
-    logits = latent.logit_histogram
-    return {
-        "latent": latent.index,
-        "n_active": latent.n_active,
-        "density": short(latent.density),
-        "max": short(latent.max),
-        "mean": short(latent.mean),
-        "norm": short(latent.decoder_norm) if latent.decoder_norm == latent.decoder_norm else None,
-        "scale": max((abs(a) for g in groups for c in g for a in c.acts), default=0.0) or 1.0,
-        "histogram": _histogram(latent.histogram),
-        "positions": {"starts": latent.positions.starts, "density": list(map(short, latent.positions.density))},
-        "logits": logits and _histogram(logits),
-        "raised": [[x.token, x.id, short(x.effect)] for x in latent.logits_top],
-        "lowered": [[x.token, x.id, short(x.effect)] for x in latent.logits_bottom],
-        "by_decoder": [[x.latent, short(x.cosine)] for x in latent.nearest_by_decoder],
-        "by_encoder": [[x.latent, short(x.cosine)] for x in latent.nearest_by_encoder],
-        "coactive": [[x.latent, short(x.given), short(x.phi), x.together] for x in latent.coactive],
-        "words": list(words),
-        "top": packed[0],
-        "groups": packed[1:],
-        "url": url,
-    }
+    """Everything about a latent, each token text once; about 30 kB for 40 contexts of 31 tokens.
 
-
-def _histogram(histogram: Any) -> dict[str, Any]:
-    edges: Sequence[float] = histogram.edges
-    return {"low": short(edges[0]), "high": short(edges[-1]), "counts": list(histogram.counts)}
-
-
-def _context(context: Any, words: dict[str, int], special: frozenset[int]) -> dict[str, Any]:
-    made = {
-        "at": context.at,
-        "row": context.row,
-        "position": context.position,
-        "words": [words.setdefault(text, len(words)) for text in context.tokens],
-        "ids": list(context.ids),
-        "acts": [short(a) for a in context.acts],
-        "special": [j for j, i in enumerate(context.ids) if i in special],
-    }
-    if context.loss_effects is not None:
-        made["loss"] = [short(x) for x in context.loss_effects]
-    return made
+    Args:
+        latent: as `index.latent` gives it.
+        special: ids of tokens to show as a mark.
+        url: of its page on Neuronpedia, if it has one.
+    """
+    page, words = latent.to_dict(digits=4), {}
+    for context in (*page["top"], *(c for group in page["groups"] for c in group)):
+        context["words"] = [words.setdefault(text, len(words)) for text in context.pop("tokens")]
+        context["special"] = [j for j, i in enumerate(context["ids"]) if i in special]
+    return page | {"words": list(words), "url": url}
 
 
 def short(value: float) -> float:
@@ -99,17 +65,17 @@ def densities(density: Any) -> dict[str, Any]:
     return {"counts": [int(counts.get(q, 0)) for q in range(-_QUARTERS, 0)], "silent": int((density == 0).sum())}
 
 
-def tried(tokens: Sequence[str], special: Sequence[int], found: Any) -> dict[str, Any]:
+def tried(tokens: Sequence[str], special: Sequence[int], active: Any) -> dict[str, Any]:
     """A prompt's tokens, and for each latent that fires on it where and how much, those nearest to their largest first.
 
     Args:
         tokens: their texts.
-        special: places of those to show as a mark.
-        found: `index.find(...)`.
+        special: positions of those to show as a mark.
+        active: `index.find(...)`.
     """
-    best = found.sort_values("of_max", ascending=False, kind="stable").latent.drop_duplicates()
-    fired = {
+    best = active.sort_values("of_max", ascending=False, kind="stable").latent.drop_duplicates()
+    acts = {
         i: [[int(p), short(a)] for p, a in zip(g.position, g.activation, strict=True)]
-        for i, g in found.groupby("latent")
+        for i, g in active.groupby("latent")
     }
-    return {"tokens": list(tokens), "special": list(special), "latents": [[int(i), fired[i]] for i in best]}
+    return {"tokens": list(tokens), "special": list(special), "latents": [[int(i), acts[i]] for i in best]}

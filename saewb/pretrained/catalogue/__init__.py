@@ -3,7 +3,7 @@
 The data is releases.jsonl, one release per line; where it differs from sae-lens, that line's `note` says how and why.
 Nothing is read before it is asked for, and asking for one release parses that line only.
 
-- `find(release, id)` is one entry; `releases()` are the names; `ids(release)` those of one.
+- `find(release, id)` is one SAE; `releases()` are the names; `ids(release)` those of one.
 - `catalogue(...)` is the table, to look through and filter.
 """
 
@@ -19,35 +19,57 @@ from saewb.errors import explain, near
 from saewb.pretrained.catalogue._expand import expand
 from saewb.pretrained.catalogue.search import catalogue
 
-__all__ = ["Entry", "at", "catalogue", "find", "ids", "lines", "releases"]
+__all__ = ["PublishedSAE", "at", "catalogue", "find", "ids", "lines", "releases"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class PublishedSAE:
     """One published SAE, and what is known of it without its files."""
 
     release: str
+    """Name of its release."""
     id: str
-    repo: str  # "owner/name" on the hub
-    path: str  # of its folder or file in the repository
-    format: str  # the reader's name in sae-lens; "sae_lens" for its own layout
-    model: str  # the language model's name on the hub
-    hook: str  # the point of the model it reads
-    layer: int  # of that point
-    d_in: int  # width of what it reads
-    dtype: str  # of the published weights; e.g. "float32"
-    hook_out: str | None = None  # the point it writes; None means `hook`
-    d_sae: int | None = None  # number of latents, where it is known
-    l0: float | None = None  # mean number of active latents per token
-    l0_is: str = "measured"  # or "target": what training aimed at
-    architecture: str | None = None  # "relu", "jumprelu", "topk", "gated" or "temporal"
-    neuronpedia: str | None = None  # "model/source": the pages of its latents are neuronpedia.org/model/source/<latent>
-    norm_factor: float | None = None  # what its training inputs were multiplied with
-    variance_explained: float | None = None  # as its authors report it
-    bytes: int | None = None  # of the weights, estimated from shapes and dtype
-    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what its own configuration gets wrong
+    """Name of the SAE in the release."""
+    repo: str
+    """Repository on the hub, "owner/name"."""
+    path: str
+    """Folder or file in the repository."""
+    format: str
+    """Layout of the files, by the name of its reader in sae-lens; "sae_lens" for its own."""
+    model: str
+    """Language model, by its name on the hub."""
+    hook: str
+    """Hook point that it reads."""
+    layer: int
+    """Layer of that hook point."""
+    d_in: int
+    """Width of the activations it reads."""
+    dtype: str
+    """dtype of the published weights, e.g. "float32"."""
+    hook_out: str | None = None
+    """Hook point that it writes; None means `hook`."""
+    d_sae: int | None = None
+    """Number of latents, where it is known."""
+    l0: float | None = None
+    """Mean number of active latents per token."""
+    l0_is: str = "measured"
+    """What `l0` is: "measured", or "target", what training aimed at."""
+    architecture: str | None = None
+    """One of "relu", "jumprelu", "topk", "gated", "temporal"."""
+    neuronpedia: str | None = None
+    """Id on Neuronpedia, "model/source": its latents' pages are neuronpedia.org/model/source/<latent>."""
+    norm_factor: float | None = None
+    """Factor that its training inputs were multiplied with."""
+    variance_explained: float | None = None
+    """Fraction of variance explained, as its authors report it."""
+    bytes: int | None = None
+    """Size of the weights, estimated from shapes and dtype."""
+    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Corrections of its own configuration, by the keys of SAELens' cfg.json."""
     links: Mapping[str, str] = field(default_factory=dict, hash=False)
-    note: str = ""  # where this catalogue departs from sae-lens's, and what else to know
+    """Addresses of the model, paper and so on."""
+    note: str = ""
+    """Where this catalogue departs from sae-lens's, and what else to know."""
 
 
 def lines() -> Iterator[str]:
@@ -78,7 +100,7 @@ def ids(release: str) -> list[str]:
     return expand(_spec(release))["id"]
 
 
-def find(release: str, id: str) -> Entry:
+def find(release: str, id: str) -> PublishedSAE:
     """One published SAE by its names.
 
     Raises:
@@ -102,11 +124,11 @@ def find(release: str, id: str) -> Entry:
                 fix=f"saewb.load_sae({release!r}, {(close or columns['id'])[0]!r})",
             )
         )
-    return _entry(spec, columns, columns["id"].index(id))
+    return _published(spec, columns, columns["id"].index(id))
 
 
-def at(repo: str, path: str) -> Entry | None:
-    """The entry of a place on the hub, if it is in the catalogue: the first of several that name it.
+def at(repo: str, path: str) -> PublishedSAE | None:
+    """The SAE at a place on the hub, if it is in the catalogue: the first of several that name it.
 
     Example:
         >>> at("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre").release
@@ -117,7 +139,7 @@ def at(repo: str, path: str) -> Entry | None:
             spec = json.loads(line)
             columns = expand(spec)
             if path in columns["path"]:
-                return _entry(spec, columns, columns["path"].index(path))
+                return _published(spec, columns, columns["path"].index(path))
     return None
 
 
@@ -128,9 +150,9 @@ _SHARED = (
 )
 
 
-def _entry(spec: Mapping[str, Any], columns: Mapping[str, list[Any]], row: int) -> Entry:
+def _published(spec: Mapping[str, Any], columns: Mapping[str, list[Any]], row: int) -> PublishedSAE:
     shared = {name: spec[name] for name in _SHARED if name in spec}
-    return Entry(**_DEFAULTS | shared, **{name: values[row] for name, values in columns.items()})
+    return PublishedSAE(**_DEFAULTS | shared, **{name: values[row] for name, values in columns.items()})
 
 
 def _name(line: str) -> str:

@@ -1,99 +1,99 @@
-"""Published layouts: one module each; `recognize` finds the one that a folder or file is in, `read` reads it.
+"""Published layouts, one module each: `detect` finds the one that a folder or file is in, `read` reads it.
 
-Every module in `FORMATS` has NAME and MARKS (for messages), `files(path)` (patterns of what reading `path` of a
-repository needs), `matches(place)` (cheap: by names, or a header where those are ambiguous; never by weights) and
-`read(place, facts, *, dtype, device)`. Adding a layout means adding its module here, nothing else.
+A layout is a subclass of `Layout`; adding one means adding it to `LAYOUTS`, nothing else.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from saewb.errors import FormatError, explain
-from saewb.pretrained.formats import (
-    attention_hook_z,
-    deepseek_r1,
-    dictionary_learning,
-    gemma_scope,
-    gemma_scope_2,
-    gemma_scope_2_cross_layer,
-    llama_scope,
-    llama_scope_r1,
-    mwhanna,
-    openai,
-    qwen_scope,
-    saelens,
-    sparsify,
-)
-from saewb.pretrained.formats import circuit_tracer as mntss
-from saewb.pretrained.formats import linear_pt as goodfire
-from saewb.pretrained.formats import temporal as temporal_conf
-from saewb.pretrained.formats._facts import Facts
+from saewb.errors import FormatError, explain, near
+from saewb.pretrained.formats._layout import Layout, Provenance
 from saewb.pretrained.formats._tensors import TensorFile
+from saewb.pretrained.formats.attention_hook_z import AttentionHookZ
+from saewb.pretrained.formats.circuit_tracer import CircuitTracerCrossLayer, CircuitTracerTranscoder
+from saewb.pretrained.formats.dictionary_learning import DictionaryLearning
+from saewb.pretrained.formats.gemma_scope import GemmaScope
+from saewb.pretrained.formats.gemma_scope_2 import GemmaScope2, GemmaScope2CrossLayer
+from saewb.pretrained.formats.linear_pt import DeepSeekR1, Goodfire
+from saewb.pretrained.formats.llama_scope import LlamaScope, LlamaScopeR1
+from saewb.pretrained.formats.openai import OpenAI
+from saewb.pretrained.formats.qwen_scope import QwenScope
+from saewb.pretrained.formats.saelens import SAELens
+from saewb.pretrained.formats.sparsify import Sparsify
+from saewb.pretrained.formats.temporal import Temporal
 
-__all__ = ["FORMATS", "Facts", "TensorFile", "read", "recognize"]
+__all__ = ["LAYOUTS", "Layout", "Provenance", "TensorFile", "absence", "detect", "is_readable", "layouts_named", "read"]
 
 # The first that matches counts.
-FORMATS: list[ModuleType] = [
-    saelens,
-    sparsify,
-    dictionary_learning,
-    gemma_scope_2_cross_layer,
-    mntss,
-    mwhanna,
-    qwen_scope,
-    openai,
-    deepseek_r1,
-    gemma_scope,
-    gemma_scope_2,
-    llama_scope,
-    llama_scope_r1,
-    temporal_conf,
-    attention_hook_z,
-    goodfire,
+LAYOUTS: list[Layout] = [
+    SAELens(),
+    Sparsify(),
+    DictionaryLearning(),
+    GemmaScope2CrossLayer(),
+    CircuitTracerCrossLayer(),
+    CircuitTracerTranscoder(),
+    QwenScope(),
+    OpenAI(),
+    DeepSeekR1(),
+    GemmaScope(),
+    GemmaScope2(),
+    LlamaScope(),
+    LlamaScopeR1(),
+    Temporal(),
+    AttentionHookZ(),
+    Goodfire(),
 ]
 
 
-def recognize(place: Path) -> ModuleType:
-    """The module that reads this folder or file.
+def detect(path: Path) -> Layout:
+    """The layout of a folder or file.
 
     Args:
-        place: an existing folder or file.
+        path: an existing folder or file.
 
     Returns:
-        The first entry of `FORMATS` whose `matches` says yes.
+        The first of `LAYOUTS` whose `detect` says yes.
 
     Raises:
-        FormatError: if none does; the message lists the files seen and the layouts known.
+        FormatError: if none does; the message lists the files there and the layouts known.
     """
-    place = Path(place)
-    for layout in FORMATS:
-        if layout.matches(place):
+    path = Path(path)
+    for layout in LAYOUTS:
+        if layout.detect(path):
             return layout
-    inner = None
-    if place.is_dir():
-        seen = sorted(entry.name + "/" * entry.is_dir() for entry in place.iterdir())
-        shown = ", ".join(seen[:12]) + (f" and {len(seen) - 12} more" if len(seen) > 12 else "")
-        what = f"{place} has {shown or 'no files'}"
-        inner = next((name.rstrip("/") for name in seen if _readable(place / name)), None)
-    else:
-        what = f"the file {place}"
+    what, inner = f"the file {path}", None
+    if path.is_dir():
+        names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+        more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+        what = f"{path} has {', '.join(names[:12]) or 'no files'}{more}"
+        inner = next((name.rstrip("/") for name in names if is_readable(path / name)), None)
     raise FormatError(
         explain(
             f"no layout that saewb knows: {what}.",
-            want="; ".join(f"{layout.NAME} ({' + '.join(layout.MARKS)})" for layout in FORMATS),
-            fix=f"saewb.load_sae({str(place)!r}, {inner!r})" if inner else "",
+            want="; ".join(layout.description for layout in LAYOUTS),
+            fix=f"saewb.load_sae({str(path)!r}, {inner!r})" if inner else "",
         )
     )
 
 
+def is_readable(path: Path) -> bool:
+    """Whether any layout recognizes this folder or file."""
+    return any(layout.detect(path) for layout in LAYOUTS)
+
+
+def layouts_named(format: str | None) -> list[Layout]:
+    """The layouts of a name in the catalogue's `format` column; all of them for None."""
+    return [layout for layout in LAYOUTS if format is None or format in layout.aliases]
+
+
 def read(
-    place: Path,
-    facts: Facts | None = None,
+    path: Path,
+    provenance: Provenance | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -101,8 +101,8 @@ def read(
     """The SAE in a folder or file of any layout.
 
     Args:
-        place: an existing folder or file.
-        facts: what is known beyond the files; None means nothing.
+        path: an existing folder or file.
+        provenance: what is known beyond the files; None means nothing.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
 
@@ -112,8 +112,24 @@ def read(
     Raises:
         FormatError: if it is of no known layout, or not what its layout promises.
     """
-    return recognize(place).read(Path(place), facts or Facts(), dtype=dtype, device=device)
+    return detect(path).read(path, provenance, dtype=dtype, device=device)
 
 
-def _readable(place: Path) -> bool:
-    return any(layout.matches(place) for layout in FORMATS)
+def absence(repo: str, path: str, names: Iterable[str]) -> str:
+    """The error text for a folder of a repository that has no SAE, with the folders that have one.
+
+    Args:
+        repo: "owner/name".
+        path: that was asked for; "" for the root.
+        names: of all files of the repository.
+    """
+    marks = {mark for layout in LAYOUTS for mark in layout.marks}
+    folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in marks} - {"."})
+    neighbors = near(path, folders) or folders[:3]
+    where = f"in folder {path!r}" if path else "at its top"
+    return explain(
+        f"the hub repository {repo} has no SAE {where} ({len(folders)} folders with one).",
+        near=neighbors,
+        want="" if neighbors else "; ".join(layout.description for layout in LAYOUTS),
+        fix=f"saewb.load_sae({repo!r}, {neighbors[0]!r})" if neighbors else "",
+    )

@@ -1,94 +1,392 @@
-"""From the weights of a published layout to an SAE, with what its files and `Facts` say about it."""
+"""What all layouts of published SAEs share: which files they need, how they are recognized, how they are read.
+
+A layout declares its files; most are a `TableLayout`, which also declares a table of its tensors. To read one:
+
+1. open the configuration and the header of the weights,
+2. check that the tensors are exactly those of the table, with shapes that fit each other,
+3. turn them into the weights of an `SAE` by the table,
+4. take activation, hooks and metadata from `fields`, and from `Provenance` where the files do not say,
+5. build the SAE in the dtype and on the device asked for.
+
+Adding a layout means a subclass here and its line in `formats.LAYOUTS`.
+"""
 
 from __future__ import annotations
 
+import re
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from glob import escape
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from saewb.errors import FormatError, explain
-from saewb.pretrained.formats._build import built
-from saewb.pretrained.formats._facts import Facts
-from saewb.pretrained.formats._tensors import FLOATS, TensorFile
+from saewb.pretrained.formats._tensors import TensorFile, read_object
 from saewb.sae.cross_layer import CrossLayerConfig, CrossLayerTranscoder
 from saewb.sae.sae import SAE, SAEConfig
 
 Kind = TypeVar("Kind")
 
+# Overrides that say where an SAE belongs, and those that would change what it computes: only SAELens files have these.
+_SITE_KEYS = {"model_name": "model", "hook_name": "hook", "hook_name_out": "hook_out", "hook_head_index": "head"}
+_COMPUTATION_KEYS = frozenset(
+    (
+        *("architecture", "d_in", "d_sae", "d_out", "k", "activation_fn", "apply_b_dec_to_input"),
+        *("normalize_activations", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor"),
+    )
+)
+_FILE_KEYS = ("dtype", "device")
+# Axes of SAE's own weights: D is d_in, F is d_sae, O is d_out. A table entry with other axes is transposed.
+_TRANSPOSED = {"W_enc": ("FD",), "W_dec": ("DF", "OF"), "W_skip": ("OD",)}
 
-def said(content: object, name: str, kind: type[Kind], where: str, default: Kind | None = None) -> Kind:
-    """A field of a configuration file, of just this type.
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known about an SAE beyond its files: where it was published, and what a catalogue says.
+
+    A field is None where it is not known. What a file says comes first, unless its layout says otherwise.
+    """
+
+    repo: str | None = None
+    """Repository on the hub, "owner/name"."""
+    path: str | None = None
+    """Folder or file inside the repository; "" for its root."""
+    model: str | None = None
+    """Name of the language model."""
+    hook: str | None = None
+    """Hook point that the SAE reads."""
+    hook_out: str | None = None
+    """Hook point that it writes, if another one."""
+    layer: int | None = None
+    """Layer of the hook point."""
+    scaling_factor: float | None = None
+    """Factor that training inputs were multiplied with."""
+    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Corrections of the file's configuration, by the keys of SAELens' cfg.json."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        if self.layer is not None and not (type(self.layer) is int and self.layer >= 0):
+            raise ValueError(explain(f"Provenance got layer={self.layer!r}.", want="an integer, 0 or more"))
+
+    def address(self, path: Path) -> str:
+        """The text to search for names of models and layers: "owner/name/path", or else the full path on disk.
+
+        Example:
+            >>> Provenance(repo="google/gemma-scope-2b-pt-res", path="layer_3/width_16k").address(Path("a"))
+            'google/gemma-scope-2b-pt-res/layer_3/width_16k'
+        """
+        if self.repo is None:
+            return Path(path).absolute().as_posix()
+        return "/".join(part for part in (self.repo, self.path) if part)
+
+    def number(self, pattern: str, path: Path) -> int | None:
+        """The number that the pattern's first group matches last in the address, e.g. r"layer_(\\d+)"; or None.
+
+        Example:
+            >>> Provenance(repo="a/b", path="layer_3/width_16k").number(r"layer_(\\d+)", Path("c"))
+            3
+        """
+        numbers = re.findall(pattern, self.address(path))
+        return int(numbers[-1]) if numbers else None
+
+    def complete(
+        self, *, model: str | None, hook: str | None, hook_out: str | None = None, **metadata: Any
+    ) -> dict[str, Any]:
+        """Fields of a configuration class: model, hooks and metadata of the file, completed by what is known.
+
+        Args:
+            model: as the file or the name of its repository says; None if neither does.
+            hook: likewise.
+            hook_out: likewise; None for an SAE that writes where it reads.
+            metadata: what else the file says, by SAELens' keys; None is left out, `overrides` come first.
+
+        Raises:
+            FormatError: if `overrides` would change what is computed.
+        """
+        wrong = sorted(_COMPUTATION_KEYS & set(self.overrides))
+        if wrong:
+            what = f"overrides {wrong} would change what the SAE computes."
+            raise FormatError(explain(what, want="a layout that says them in its own files"))
+        out = self.hook_out if hook_out is None and hook is None else hook_out
+        site = {"model": model or self.model, "hook": hook or self.hook, "hook_out": out}
+        site |= {name: self.overrides[key] for key, name in _SITE_KEYS.items() if key in self.overrides}
+        if site["hook_out"] == site["hook"]:
+            site["hook_out"] = None
+        others = {key: value for key, value in self.overrides.items() if key not in (*_SITE_KEYS, *_FILE_KEYS)}
+        return {**site, "metadata": {**{k: v for k, v in metadata.items() if v is not None}, **others}}
+
+    def refuse_factor(self, layout: str) -> None:
+        """Check that no `scaling_factor` was given, for a layout whose weights read the model's own units.
+
+        Raises:
+            FormatError: if there was.
+        """
+        if self.scaling_factor is not None:
+            what = f"scaling_factor={self.scaling_factor} was given, but {layout} reads the model's own units."
+            raise FormatError(explain(what, want="no factor"))
+
+
+@dataclass(frozen=True)
+class OpenFiles:
+    """The files of one SAE while it is read."""
+
+    path: Path
+    """What was to be read: a folder or a file."""
+    weights: TensorFile
+    """Its tensors."""
+    config: Mapping[str, Any]
+    """Its configuration; empty if there is none."""
+    provenance: Provenance
+    """What is known beyond the files."""
+    dtype: torch.dtype | None = None
+    """Of the parameters to be made; None means as stored."""
+
+    @property
+    def address(self) -> str:
+        """The text to search for names of models and layers."""
+        return self.provenance.address(self.path)
+
+
+class Layout(ABC):
+    """One way in which SAEs are published. Subclasses declare; `read` does the work.
+
+    Paths are templates: "{path}/cfg.json" is a file in the folder to read, "{path}" the file to read itself,
+    "{parent}/config.json" a file beside it.
+    """
+
+    name: ClassVar[str]
+    """For messages."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Names of this layout in the catalogue's `format` column."""
+    weights: ClassVar[str] = "{path}"
+    """Template of the file of tensors."""
+    config: ClassVar[str | None] = None
+    """Template of the configuration, JSON or YAML."""
+    needs_config: ClassVar[bool] = True
+    """Whether a folder without the configuration is not in this layout."""
+    extra_files: ClassVar[tuple[str, ...]] = ()
+    """Templates of further files, which may be missing."""
+    file_name: ClassVar[re.Pattern[str] | None] = None
+    """What the name of the file to read looks like, for layouts that are one file."""
+    marks: ClassVar[tuple[str, ...]]
+    """The files by which the layout is recognized, for messages."""
+    has_tensors: ClassVar[frozenset[str]] = frozenset()
+    """Tensors by which it is recognized, where file names are not enough."""
+    folds_factor: ClassVar[bool] = False
+    """Whether training inputs may have been scaled by a constant factor."""
+
+    def __init_subclass__(cls) -> None:
+        if "marks" not in cls.__dict__:
+            cls.marks = tuple(t.removeprefix("{path}/") for t in (cls.config, cls.weights) if t)
+
+    @property
+    def description(self) -> str:
+        """Name and files, for messages."""
+        return f"{self.name} ({' + '.join(self.marks)})"
+
+    def patterns(self, path: str) -> list[str]:
+        """Patterns of the repository's files that reading `path` may need; empty if it cannot be of this layout."""
+        place = PurePosixPath(path)
+        if self.file_name is not None and not self.file_name.fullmatch(place.name):
+            return []
+        files = [self.config_path(place), self.weights_path(place), *(locate(t, place) for t in self.extra_files)]
+        return [escape(str(file)) for file in files if file is not None]
+
+    def detect(self, path: Path) -> bool:
+        """Whether this folder or file is in this layout: by file names, or by names of tensors; never by weights."""
+        if self.file_name is not None and not self.file_name.fullmatch(path.name):
+            return False
+        config, weights = self.config_path(path), Path(self.weights_path(path))
+        if not weights.is_file() or (self.needs_config and config is not None and not Path(config).is_file()):
+            return False
+        if not self.has_tensors:
+            return True
+        try:
+            return self.has_tensors <= set(TensorFile(weights).names)
+        except FormatError:
+            return False
+
+    def read(
+        self,
+        path: Path,
+        provenance: Provenance | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """The SAE in a folder or file of this layout. What need not be folded or transposed is memory-mapped.
+
+        Args:
+            path: the folder or file.
+            provenance: what is known beyond the files; None means nothing.
+            dtype: of the parameters; None means as stored.
+            device: of the parameters; None means the CPU.
+
+        Raises:
+            FormatError: if anything is unknown, missing, left over or does not fit.
+        """
+        path, provenance = Path(path).absolute(), provenance or Provenance()
+        try:
+            if not self.folds_factor:
+                provenance.refuse_factor(self.name)
+            return self._read(path, provenance, dtype, device)
+        except ValueError as error:
+            raise FormatError(f"cannot read {path}: {error}") from error
+
+    def weights_path(self, path: PurePath) -> PurePath:
+        """The file of tensors of what is at `path`."""
+        return locate(self.weights, path)
+
+    def config_path(self, path: PurePath) -> PurePath | None:
+        """The configuration of what is at `path`."""
+        return locate(self.config, path) if self.config else None
+
+    def read_config(self, path: Path) -> dict[str, Any]:
+        """The configuration of what is at `path`; empty if it may be missing and is."""
+        config = self.config_path(path)
+        if config is None or not (self.needs_config or Path(config).is_file()):
+            return {}
+        return read_object(Path(config))
+
+    def open_weights(self, path: Path) -> TensorFile:
+        """The file of tensors of what is at `path`."""
+        return TensorFile(Path(self.weights_path(path)))
+
+    @abstractmethod
+    def _read(
+        self, path: Path, provenance: Provenance, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> Any:
+        """What `read` does inside its error handling."""
+
+
+class TableLayout(Layout):
+    """Layouts whose tensors are those of one `SAE` under other names.
+
+    A subclass gives `table` and `fields`, and overrides what depends on the file.
+    """
+
+    table: ClassVar[Mapping[str, str]] = {}
+    """For each weight of `SAE`, the name of the stored tensor and its axes: {"W_enc": "encoder.weight FD"}.
+
+    D is d_in, F d_sae, O d_out; a question mark in front of the name: it may be missing.
+    """
+    used_overrides: ClassVar[tuple[str, ...]] = ()
+    """Keys of `Provenance.overrides` that `fields` makes use of itself."""
+
+    def side_tensors(self, files: OpenFiles) -> Mapping[str, str | None]:
+        """Axes of stored tensors that may be there, of any dtype, and are no weights; None for any shape."""
+        return {}
+
+    def tensor_table(self, files: OpenFiles) -> Mapping[str, str]:
+        """`table`, for layouts in which it depends on the file."""
+        return self.table
+
+    def widths(self, files: OpenFiles) -> dict[str, int]:
+        """Sizes of axes that the configuration says; those of the others come from the tensors."""
+        return {}
+
+    def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
+        """Weights by the names of `SAE`, by a table of stored names and axes."""
+        weights = {}
+        for name, (stored, axes) in table.items():
+            tensor = files.weights.tensor(stored)
+            if axes in _TRANSPOSED.get(name, ()):  # rows of the decoder in one piece, as taking few of them needs
+                tensor = tensor.T if name == "W_enc" else tensor.T.contiguous()
+            weights[name] = tensor
+        return weights
+
+    @abstractmethod
+    def fields(self, files: OpenFiles) -> dict[str, Any]:
+        """Fields of `SAEConfig` but for the widths; `model`, `hook`, `hook_out` None where the files do not say."""
+
+    def _read(
+        self, path: Path, provenance: Provenance, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> Any:
+        config = self.read_config(path)
+        files = OpenFiles(path, self.open_weights(path), config, provenance, dtype)
+        table = check_table(files.weights, self.tensor_table(files), self.side_tensors(files), **self.widths(files))
+        fields = self.fields(files)
+        others = {key: value for key, value in provenance.overrides.items() if key not in self.used_overrides}
+        provenance = replace(provenance, overrides=others)
+        return build_sae(self.tensors(files, table), fields, provenance, dtype, device)
+
+
+def locate(template: str, path: PurePath) -> PurePath:
+    """The path that a template means: "{path}/cfg.json", "{path}" or "{parent}/config.json"."""
+    base, _, name = template.partition("/")
+    return (path.parent if base == "{parent}" else path) / name
+
+
+def check_table(
+    file: TensorFile, table: Mapping[str, str], side: Mapping[str, str | None] | None = None, **widths: int
+) -> dict[str, tuple[str, str]]:
+    """Check that a file has the tensors of a table, with axes of the same name equally long.
+
+    Args:
+        file: of tensors.
+        table: stored name and axes of each weight.
+        side: axes of tensors that may be there and are no weights.
+        widths: lengths of axes that are known.
+
+    Returns:
+        Stored name and axes by the names of `SAE`, of the tensors that are there.
 
     Raises:
-        FormatError: if it is of another type, or missing and there is no default.
+        FormatError: naming each tensor that is missing, left over, of another shape or of integers.
     """
-    if not isinstance(content, Mapping):
-        raise FormatError(explain(f"{where} holds a {type(content).__name__}.", want=f"a mapping with {name!r}"))
-    value = content.get(name, default)
-    if type(value) is not kind:
-        got = f"{name}={reprlib.repr(value)}" if name in content else f"no {name!r}"
-        raise FormatError(explain(f"{where} has {got}.", want=f"{name} as {kind.__name__}"))
-    return value
+    entries = {}
+    for name, text in table.items():
+        stored, axes = text.split(" ")
+        if not stored.startswith("?") or stored[1:] in file:
+            entries[name] = stored.removeprefix("?"), axes
+    side = {name: axes for name, axes in (side or {}).items() if name in file}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stored, axes in (*entries.values(), *side.items()):
+        shape = file.shape(stored) if stored in file else ()
+        if axes is None:
+            shapes[stored] = shape
+            continue
+        for axis, width in zip(axes, shape, strict=False):
+            if len(shape) == len(axes):
+                widths.setdefault(axis, width)
+        shapes[stored] = tuple(widths.get(axis, 0) for axis in axes)
+    file.check(shapes, any_dtype=side)
+    return entries
 
 
-def opened(place: Path) -> TensorFile | None:
-    """The tensors of a file, to recognize a layout by their names; None if it is no file of tensors."""
-    try:
-        return TensorFile(place) if place.is_file() else None
-    except FormatError:
-        return None
-
-
-def published(
+def build_sae(
     weights: Mapping[str, Tensor],
-    facts: Facts,
-    layout: str,
-    *,
+    fields: Mapping[str, Any],
+    provenance: Provenance,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
-    model: str | None,
-    hook: str | None,
-    hook_out: str | None = None,
-    metadata: Mapping[str, Any],
-    **fields: Any,
 ) -> SAE:
-    """An SAE of these weights, with its widths taken from them.
+    """An SAE of these weights; those that have the dtype and are on the CPU already are not copied.
 
     Args:
         weights: by the names of `SAE`.
-        facts: its overrides come before what the file says; `hook`, `hook_out`, `model` count where that says nothing.
-        layout: its name, for messages.
+        fields: of SAEConfig, without widths; `model`, `hook`, `hook_out`, `metadata` as the file says.
+        provenance: completes these.
         dtype: of the parameters; None means that of W_dec.
         device: of the parameters; None means the CPU.
-        model: as the file says, None if it does not; `hook` and `hook_out` likewise.
-        hook: see `model`.
-        hook_out: see `model`; None for an SAE that writes where it reads.
-        metadata: whatever else is known, by SAELens' names; None is left out.
-        fields: of SAEConfig.
-
-    Raises:
-        FormatError: if weights do not fit each other, or are no floating point numbers.
     """
-    facts.no_factor(layout)
-    for name, tensor in weights.items():
-        if tensor.dtype not in FLOATS:
-            raise FormatError(explain(f"{name} is stored as {tensor.dtype}.", want=", ".join(map(str, FLOATS))))
-    for name, want in (("W_enc", 2), ("W_dec", 2)):
-        if weights[name].ndim != want:
-            raise FormatError(explain(f"{name} has shape {tuple(weights[name].shape)}.", want=f"{want} dimensions"))
-    placed = facts.placed(model=model, hook=hook, hook_out=hook_out, **metadata)
-    if placed["hook_out"] == placed["hook"]:
-        placed["hook_out"] = None
-    d_in, d_sae = weights["W_enc"].shape
-    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=weights["W_dec"].shape[1], **placed, **fields)
-    return built(cfg, weights, weights["W_dec"].dtype, dtype, device)
+    fields = dict(fields)
+    metadata = fields.pop("metadata", {})
+    site = {name: fields.pop(name, None) for name in ("model", "hook", "hook_out")}
+    (d_in, d_sae), d_out = weights["W_enc"].shape, weights["W_dec"].shape[1]
+    completed = provenance.complete(**site, **metadata)
+    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, d_out=d_out, **completed, **fields)
+    dtype = dtype or weights["W_dec"].dtype
+    return SAE.from_tensors(cfg, {name: tensor.to(device or "cpu", dtype) for name, tensor in weights.items()})
 
 
-def across_layers(
+def build_cross_layer(
     layers: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None, device: torch.device | str | None, **fields: Any
 ) -> CrossLayerTranscoder:
     """A cross-layer transcoder of these layers; what is large in it stays as stored, and memory-mapped on the CPU.
@@ -104,13 +402,11 @@ def across_layers(
     """
     names = [sorted(layer) for layer in layers]
     if not layers or any(of != names[0] for of in names):
-        got = "; ".join(f"layer {i}: {', '.join(of)}" for i, of in enumerate(names) if of != names[0])
-        raise FormatError(
-            explain(f"its {len(layers)} layers differ in what they have: {got}.", want="the same in each")
-        )
-    d_in = layers[0]["W_enc"].shape[0]
+        differences = "; ".join(f"layer {i}: {', '.join(of)}" for i, of in enumerate(names) if of != names[0])
+        what = f"its {len(layers)} layers differ in what they have: {differences}."
+        raise FormatError(explain(what, want="the same in each"))
     cfg = CrossLayerConfig(
-        d_in=d_in,
+        d_in=layers[0]["W_enc"].shape[0],
         d_sae=tuple(layer["W_enc"].shape[1] for layer in layers),
         d_out=layers[0]["W_dec"].shape[2],
         activation="jumprelu" if "threshold" in layers[0] else "relu",
@@ -118,13 +414,27 @@ def across_layers(
         **fields,
     )
     dtype = dtype or layers[0]["b_dec"].dtype
-    cast = {name: dtype if name in ("b_enc", "b_dec", "threshold") else None for name in names[0]}
-    tensors = {name: [layer[name].to(device or "cpu", to) for layer in layers] for name, to in cast.items()}
+    dtypes = {name: dtype if name in ("b_enc", "b_dec", "threshold") else None for name in names[0]}
+    tensors = {name: [layer[name].to(device or "cpu", to) for layer in layers] for name, to in dtypes.items()}
     return CrossLayerTranscoder.from_tensors(cfg, tensors)
 
 
-def turned(weight: Tensor) -> Tensor:
-    """The transpose of a matrix as it is stored: a decoder whose rows lie in one piece, as taking few of them needs."""
-    if weight.ndim != 2:
-        raise FormatError(explain(f"a weight has shape {tuple(weight.shape)}.", want="a matrix"))
-    return weight.T.contiguous()
+def sum_over_targets(W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[d_sae, layers, d_out] summed over the layers written to, in float32; `dtype`: of the result, None as stored."""
+    rows = max(1, (1 << 24) // max(1, W_dec[0].numel()))  # all at once would hold the tensor twice
+    return torch.cat([part.float().sum(1).to(dtype or W_dec.dtype) for part in W_dec.split(rows)])
+
+
+def get_typed(config: object, name: str, kind: type[Kind], where: str, default: Kind | None = None) -> Kind:
+    """A value of a configuration, of just this type.
+
+    Raises:
+        FormatError: if it is of another type, or missing and there is no default.
+    """
+    if not isinstance(config, Mapping):
+        raise FormatError(explain(f"{where} holds a {type(config).__name__}.", want=f"a mapping with {name!r}"))
+    value = config.get(name, default)
+    if type(value) is not kind:
+        got = f"{name}={reprlib.repr(value)}" if name in config else f"no {name!r}"
+        raise FormatError(explain(f"{where} has {got}.", want=f"{name} as {kind.__name__}"))
+    return value

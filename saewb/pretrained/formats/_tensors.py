@@ -1,36 +1,52 @@
-"""Named tensors of a file, each read when asked for; a file that lies is refused before anything is allocated.
+"""Named tensors of a file, each read when asked for, and small JSON and YAML files; all of it untrusted data.
 
 - .safetensors: memory-mapped.
-- .npz: a member that is stored and aligned is memory-mapped; others are read, one at a time, into their final place.
-  (numpy's own `savez` aligns within a member, not within the file, so most are read.)
-- .pt, .pth, .bin: zip files of torch >= 1.6, memory-mapped; the pickle in them may name tensors and nothing else.
+- .npz: numpy's `load(allow_pickle=False)`, one array at a time.
+- .pt, .pth, .bin: zip files of torch >= 1.6, memory-mapped by `torch.load(weights_only=True)`: no code is run.
 
-Files come from the internet and are data. Their pickles are looked through before torch sees them, sizes and offsets
-must agree with the file's length, and what would unpack to far more than the file holds is refused. The path itself is
-followed through symbolic links, since the hub's cache is made of them, but must end at a regular file.
+Sizes in headers must agree with the file's length before anything is allocated. The path is followed through symbolic
+links, since the hub's cache is made of them, but must end at a regular file.
 
-A weight that is not finite is refused by name: tensors of up to 2^20 numbers (biases, thresholds) are looked at whole;
-of larger ones the first and the last 4096, so that an SAE of 20 GB is opened without being read. `finite` looks at all.
+A weight that is not finite is refused by name: tensors of up to 2^20 numbers (biases, thresholds) are checked whole;
+of larger ones the first and the last 4096, so that an SAE of 20 GB is opened without being read. `check_finite` reads
+everything.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import stat
-from collections.abc import Callable, Iterable, Mapping
+import struct
+import sys
+import tokenize
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saewb.errors import FormatError, explain, near
 
-_MOST_HEADER = 8 << 20  # bytes of a safetensors header; that of a model with 700 tensors has 80 kB
-_WHOLE, _ENDS = 1 << 20, 4096  # numbers
-_SAFE_DTYPES = {
+_MAX_HEADER = 8 << 20  # bytes of a safetensors header; that of a model with 700 tensors has 80 kB
+_MAX_NESTING = 4  # dictionaries inside dictionaries of a .pt file
+# Weights compress to no less than about half: a file that declares more is made to fill memories.
+_MAX_EXPANSION, _SMALL_ARCHIVE = 20, 16 << 20
+_CHECKED_WHOLE, _CHECKED_ENDS = 1 << 20, 4096  # numbers
+_MAX_TEXT = 16 << 20  # bytes
+# A YAML parser in Python needs a second for this many bytes; the configuration of a training run has some 5 kB.
+_MAX_YAML, _MAX_YAML_DEPTH = 1 << 17, 32
+
+_SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -42,11 +58,21 @@ _SAFE_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NUMPY_DTYPES = {
+    "<f8": torch.float64,
+    "<f4": torch.float32,
+    "<f2": torch.float16,
+    "<i8": torch.int64,
+    "<i4": torch.int32,
+    "|u1": torch.uint8,
+    "|i1": torch.int8,
+    "|b1": torch.bool,
+}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file, not yet read."""
 
     shape: tuple[int, ...]
@@ -66,22 +92,24 @@ class TensorFile:
 
     Raises:
         FileNotFoundError: if it is not there.
-        FormatError: if it is not a file of its kind, is damaged, or asks for more than tensors.
+        FormatError: if it is not a file of its kind, is damaged, or holds more than tensors.
 
     Example:
         >>> import tempfile
         >>> from safetensors.torch import save_file
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     save_file({"W": torch.ones(2, 3)}, Path(place) / "a.safetensors")
-        ...     file = TensorFile(Path(place) / "a.safetensors")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"W": torch.ones(2, 3)}, Path(folder) / "a.safetensors")
+        ...     file = TensorFile(Path(folder) / "a.safetensors")
         ...     file.names, file.shape("W"), file.dtype("W"), file.tensor("W").sum().item()
         (('W',), (2, 3), torch.float32, 6.0)
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        _regular(self.path)
-        self._entries, self.values = _OPENERS[_kind(self.path)](self.path)
+        _check_regular(self.path)
+        if self.path.suffix.lower() not in _OPENERS:
+            raise FormatError(explain(f"{self.path.name} is of no kind that holds tensors.", want=", ".join(_OPENERS)))
+        self._entries, self.values = _OPENERS[self.path.suffix.lower()](self.path)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,10 +131,10 @@ class TensorFile:
         """One tensor, on the CPU, as stored; mapped where the file allows. Writing to it does not change the file.
 
         Raises:
-            FormatError: if there is none of that name, it is damaged, or (as far as looked at) holds NaN or infinity.
+            FormatError: if there is none of that name, it is damaged, or (as far as checked) holds NaN or infinity.
         """
         tensor = self._entry(name).load()
-        if not _looks_finite(tensor):
+        if not _ends_are_finite(tensor):
             raise FormatError(explain(f"{self.path.name} has NaN or infinity in {name}.", want="finite weights"))
         return tensor
 
@@ -114,28 +142,31 @@ class TensorFile:
         """All of them."""
         return {name: self.tensor(name) for name in self.names}
 
-    def fit(self, want: Mapping[str, tuple[int, ...]], ignore: Iterable[str] = ()) -> None:
+    def subset(self, prefix: str) -> TensorFile:
+        """The tensors and values whose names start with `prefix`, by the rest of their names."""
+        part = object.__new__(TensorFile)
+        part.path, cut = self.path, len(prefix)
+        part._entries = {name[cut:]: entry for name, entry in self._entries.items() if name.startswith(prefix)}
+        part.values = {name[cut:]: value for name, value in self.values.items() if name.startswith(prefix)}
+        return part
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], any_dtype: Iterable[str] = ()) -> None:
         """Check that the file has exactly these tensors, of these shapes, all of floating point numbers.
 
         Args:
-            want: shapes by name.
-            ignore: names of tensors that may be there and are not looked at.
+            shapes: expected, by name.
+            any_dtype: names of tensors that may be of integers.
 
         Raises:
             FormatError: naming each one that is missing, left over, of another shape or of integers.
         """
-        looked_at = {name: entry for name, entry in self._entries.items() if name not in set(ignore) - set(want)}
-        fit({name: entry.shape for name, entry in looked_at.items()}, want, self.path.name)
-        for name, entry in looked_at.items():
-            if entry.dtype not in FLOATS:
-                raise FormatError(
-                    explain(
-                        f"{self.path.name} stores {name} as {entry.dtype}.",
-                        want=", ".join(map(str, FLOATS)),
-                    )
-                )
+        check_shapes({name: entry.shape for name, entry in self._entries.items()}, shapes, self.path.name)
+        for name, entry in self._entries.items():
+            if entry.dtype not in FLOATS and name not in any_dtype:
+                what = f"{self.path.name} stores {name} as {entry.dtype}."
+                raise FormatError(explain(what, want=", ".join(map(str, FLOATS))))
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
             raise FormatError(
                 explain(
@@ -150,41 +181,115 @@ class TensorFile:
         return f"TensorFile({str(self.path)!r}, {len(self._entries)} tensors)"
 
 
-def fit(got: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], where: str = "the file") -> None:
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str = "the file"
+) -> None:
     """Check that names and shapes are the same.
 
     Raises:
         FormatError: naming each tensor that is missing, left over or of another shape.
     """
-    wrong = [f"{name} missing" for name in want if name not in got]
-    wrong += [f"{name} left over" for name in got if name not in want]
-    wrong += [f"{n} {tuple(got[n])} instead of {want[n]}" for n in want if n in got and tuple(got[n]) != want[n]]
+    wrong = [f"{name} missing" for name in expected if name not in shapes]
+    wrong += [f"{name} left over" for name in shapes if name not in expected]
+    wrong += [
+        f"{name} {tuple(shapes[name])} instead of {shape}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
     if wrong:
-        raise FormatError(explain(f"the tensors of {where} do not fit: {', '.join(wrong)}.", want=", ".join(want)))
+        what = f"the tensors of {where} do not fit: {', '.join(wrong)}."
+        raise FormatError(explain(what, want=", ".join(expected)))
 
 
-def finite(tensors: Mapping[str, Tensor]) -> None:
-    """Look at every number of every tensor; reads all of a mapped file.
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Check every number of every tensor; reads all of a mapped file.
 
     Raises:
         FormatError: naming the first tensor with NaN or infinity in it.
     """
     for name, tensor in tensors.items():
-        if not all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_WHOLE)):
+        if not all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_CHECKED_WHOLE)):
             raise FormatError(explain(f"there is NaN or infinity in {name}.", want="finite weights"))
 
 
-def _looks_finite(tensor: Tensor) -> bool:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FormatError: if it is not there, is not JSON, is nested absurdly deep, or has more than 16 MiB.
+    """
+    try:
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(explain(f"{path.name} is not JSON: {error}.")) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file: plain values only, tags that make objects are refused.
+
+    Raises:
+        FormatError: if it is not there, is not such YAML, has references, is nested deep, or has more than 128 KiB.
+    """
+    import yaml
+
+    try:
+        text, depth = _read_text(path, _MAX_YAML), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # stops before depth costs time, and before any content
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_YAML_DEPTH or isinstance(event, yaml.AliasEvent):
+                # References to references are short to write, and fill the memory when printed.
+                raise FormatError(explain(f"{path.name} has references, or is nested {_MAX_YAML_DEPTH} deep."))
+        return yaml.safe_load(text)
+    except FormatError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FormatError(explain(f"{path.name} is not YAML of plain values: {error}.")) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON or YAML file.
+
+    Raises:
+        FormatError: as `read_json` and `read_yaml`, or if it holds a list, a number or text.
+    """
+    content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    if not isinstance(content, dict):
+        raise FormatError(explain(f"{path.name} holds a {type(content).__name__}.", want="an object"))
+    return content
+
+
+def positive(value: object, name: str) -> float:
+    """The number, checked.
+
+    Raises:
+        FormatError: if it is no positive, finite number.
+    """
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise FormatError(explain(f"{name} is {value!r}.", want="a positive number"))
+    return float(value)
+
+
+def _read_text(path: Path, limit: int = _MAX_TEXT) -> str:
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or size > limit:
+            raise FormatError(explain(f"{path.name} has {size} bytes.", want=f"a file of at most {limit}"))
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FormatError(explain(f"{path.name} cannot be read in {path.parent}.")) from error
+
+
+def _ends_are_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
-    if tensor.numel() <= _WHOLE:
+    if tensor.numel() <= _CHECKED_WHOLE:
         return bool(tensor.isfinite().all())
-    rows = max(1, _ENDS // max(1, tensor[0].numel()))
-    ends = (tensor[:rows].reshape(-1)[:_ENDS], tensor[-rows:].reshape(-1)[-_ENDS:])
+    rows = max(1, _CHECKED_ENDS // max(1, tensor[0].numel()))
+    ends = (tensor[:rows].reshape(-1)[:_CHECKED_ENDS], tensor[-rows:].reshape(-1)[-_CHECKED_ENDS:])
     return all(bool(end.isfinite().all()) for end in ends)
 
 
-def _regular(path: Path) -> None:
+def _check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -193,69 +298,149 @@ def _regular(path: Path) -> None:
         raise FormatError(explain(f"{path} is not a regular file.", want="a file with weights"))
 
 
-def _kind(path: Path) -> str:
-    kind = path.suffix.lower()
-    if kind not in _OPENERS:
-        raise FormatError(explain(f"{path.name} is of no kind that holds tensors.", want=", ".join(_OPENERS)))
-    return kind
+_Content = tuple[dict[str, TensorEntry], dict[str, Any]]
 
 
-Opened = tuple[dict[str, Entry], dict[str, Any]]
-
-
-def _open_safetensors(path: Path) -> Opened:
-    what = f"{path.name} is damaged or not a safetensors file"
+@contextmanager
+def _refuse_damage(path: Path, kind: str) -> Iterator[None]:
+    """Inside, what a damaged or hostile file leads to is a FormatError."""
     try:
-        header = _safetensors_header(path)
+        yield
+    except FormatError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise FormatError(explain(f"{path.name} holds more than tensors; nothing in it was run: {error}.")) from error
+    except (
+        *(zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, OSError, EOFError),
+        *(ValueError, TypeError, LookupError, OverflowError, MemoryError, AttributeError, SafetensorError),
+        *(SyntaxError, tokenize.TokenError),  # of numpy, which parses headers of arrays as Python literals
+    ) as error:
+        raise FormatError(explain(f"{path.name} is damaged or not {kind}: {error}.")) from error
+
+
+def _open_safetensors(path: Path) -> _Content:
+    with _refuse_damage(path, "a safetensors file"):
+        header = _read_safetensors_header(path)
         file = safe_open(path, framework="pt", device="cpu")  # checks every offset against the file's length
-        entries = {name: _safe_entry(file, name, said) for name, said in header.items() if name != "__metadata__"}
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        raise FormatError(explain(f"{what}: {error}.")) from error
+        return {name: _mapped_entry(file, name, header[name]) for name in header if name != "__metadata__"}, {}
+
+
+def _read_safetensors_header(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"its header of {length} bytes does not fit into {size}")
+        if length > _MAX_HEADER:
+            raise ValueError(f"its header has {length} bytes, more than {_MAX_HEADER}")
+        return json.loads(file.read(length), object_pairs_hook=_unique_names)
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("it names something twice")
+    return dict(pairs)
+
+
+def _mapped_entry(file: Any, name: str, info: Mapping[str, Any]) -> TensorEntry:
+    if info["dtype"] not in _SAFETENSORS_DTYPES:
+        raise ValueError(f"{name} is of kind {info['dtype']!r}")
+    return TensorEntry(tuple(info["shape"]), _SAFETENSORS_DTYPES[info["dtype"]], lambda: file.get_tensor(name))
+
+
+def _check_members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
+    """The members of a zip file, if their names and declared sizes are plausible."""
+    infos, size = archive.infolist(), path.stat().st_size
+    names = [info.filename for info in infos]
+    if len(set(names)) != len(names):
+        raise FormatError(explain(f"{path.name} has {len(infos)} members, {len(set(names))} different names."))
+    for info in infos:
+        if ".." in info.filename.split("/") or info.filename.startswith("/") or "\\" in info.filename:
+            raise FormatError(explain(f"{path.name} has a member {info.filename!r}.", want="names inside the file"))
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise FormatError(explain(f"{info.filename} in {path.name} is packed.", want="stored or deflated members"))
+    declared = sum(info.file_size for info in infos)
+    if declared > max(_SMALL_ARCHIVE, _MAX_EXPANSION * size):
+        what = f"{path.name} would unpack its {size} bytes to {declared}."
+        raise FormatError(explain(what, want=f"at most {_MAX_EXPANSION} times as many"))
+    return infos
+
+
+def _open_npz(path: Path) -> _Content:
+    entries: dict[str, TensorEntry] = {}
+    with _refuse_damage(path, "an npz file"), zipfile.ZipFile(path) as archive:
+        for info in _check_members(archive, path):
+            if not info.filename.endswith(".npy"):
+                raise FormatError(explain(f"{path.name} has a member {info.filename!r}.", want="arrays, *.npy"))
+            name = info.filename.removesuffix(".npy")
+            entries[name] = _array_entry(archive, path, info, name)
     return entries, {}
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
+def _array_entry(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, name: str) -> TensorEntry:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(info) as file:
+        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+        expected = file.tell() + math.prod(shape) * dtype.itemsize
+    if dtype.str not in _NUMPY_DTYPES:
+        raise FormatError(explain(f"{name} in {path.name} is of kind {dtype.str!r}.", want=", ".join(_NUMPY_DTYPES)))
+    if min(shape, default=0) < 0 or any(type(n) is not int for n in shape) or expected != info.file_size:
+        what = f"{name} in {path.name} has {info.file_size} bytes and shape {shape!r}."
+        raise FormatError(explain(what, want=f"{expected} bytes for {dtype}"))
+
+    def load() -> Tensor:
+        with _refuse_damage(path, "an npz file"), np.load(path, allow_pickle=False) as arrays:
+            return torch.from_numpy(arrays[name])
+
+    return TensorEntry(tuple(shape), _NUMPY_DTYPES[dtype.str], load)
+
+
+def _open_pickled(path: Path) -> _Content:
+    with _refuse_damage(path, "a file that torch.save of torch 1.6 or later wrote"):
+        with zipfile.ZipFile(path) as archive:
+            infos = _check_members(archive, path)
+        if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+            raise ValueError("it is compressed")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, Mapping):
+            raise FormatError(explain(f"{path.name} holds a {type(content).__name__}.", want="a dictionary of tensors"))
+        values = dict(_flatten(content, path))
+        tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+        _check_sizes(tensors, Counter(info.file_size for info in infos if "/data/" in info.filename), path)
+    entries = {name: _loaded_entry(tensor) for name, tensor in tensors.items()}
+    return entries, {name: value for name, value in values.items() if name not in tensors}
+
+
+def _flatten(content: Mapping[Any, Any], path: Path, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if depth > _MAX_NESTING:
+        raise FormatError(explain(f"{path.name} has dictionaries inside dictionaries, {depth} deep."))
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, path, f"{prefix}{name}/", depth + 1)
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], members: Counter[int], path: Path) -> None:
+    """Check that no tensor is larger than the file, and that every storage is one whole member of it.
+
+    torch maps as many bytes as the pickle says, whatever follows them in the file.
+    """
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        n = int.from_bytes(file.read(8), "little")
-        if size < 8 or n > size - 8:
-            raise FormatError(f"its header of {n} bytes does not fit into {size}")
-        if n > _MOST_HEADER:
-            raise FormatError(f"its header has {n} bytes, more than {_MOST_HEADER}")
-        return json.loads(file.read(n), object_pairs_hook=_no_duplicates)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.numel() * tensor.itemsize > size:
+            what = f"{name} in {path.name} has shape {tuple(tensor.shape)}."
+            raise FormatError(explain(what, want=f"what {size} bytes can hold"))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    if not Counter(nbytes for nbytes in storages.values() if nbytes) <= members:
+        raise FormatError(explain(f"{path.name} is damaged: its pickle and its numbers do not agree in size."))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise FormatError("it names something twice")
-    return made
+def _loaded_entry(tensor: Tensor) -> TensorEntry:
+    return TensorEntry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def _safe_entry(file: Any, name: str, said: Mapping[str, Any]) -> Entry:
-    if said["dtype"] not in _SAFE_DTYPES:
-        raise FormatError(f"{name} is of kind {said['dtype']!r}")
-    return Entry(tuple(said["shape"]), _SAFE_DTYPES[said["dtype"]], lambda: file.get_tensor(name))
-
-
-def _open_npz(path: Path) -> Opened:
-    from saewb.pretrained.formats._npz import open_npz
-
-    return {name: Entry(*found) for name, found in open_npz(path).items()}, {}
-
-
-def _open_pickled(path: Path) -> Opened:
-    from saewb.pretrained.formats._pickled import open_pickled
-
-    tensors, values = open_pickled(path)
-    return {name: _held(tensor) for name, tensor in tensors.items()}, values
-
-
-def _held(tensor: Tensor) -> Entry:
-    return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-_OPENERS: dict[str, Callable[[Path], Opened]] = {
+_OPENERS: dict[str, Callable[[Path], _Content]] = {
     ".safetensors": _open_safetensors,
     ".npz": _open_npz,
     ".pt": _open_pickled,

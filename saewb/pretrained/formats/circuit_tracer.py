@@ -1,4 +1,11 @@
-"""Cross-layer transcoders in circuit-tracer's layout: `W_enc_<i>.safetensors`, `W_dec_<i>.safetensors`, `config.yaml`.
+"""circuit-tracer's layouts: one file per layer's transcoder, or two files per layer of a cross-layer transcoder.
+
+Per layer, `layer_<i>.safetensors`, with x what the MLP reads, after its norm and the norm's gain:
+
+    z = relu(x @ W_enc.T + b_enc)  (with `activation_function.threshold`: where it is strictly greater)
+    y = z @ W_dec + b_dec (+ x @ W_skip.T)
+
+Cross-layer, `W_enc_<i>.safetensors` and `W_dec_<i>.safetensors`:
 
     z_i = relu(x_i @ W_enc_i.T + b_enc_i)  (with `threshold_i`: where it is strictly greater)
     y_j = sum over i <= j of z_i @ W_dec_i[:, j - i]  +  b_dec_j  (+ x_j @ W_skip_j)
@@ -11,124 +18,164 @@ all that a latent writes to any layer, summed, which says what the latent does b
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from glob import escape
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from saewb.errors import FormatError, explain
-from saewb.pretrained.formats._build import reading
-from saewb.pretrained.formats._facts import Facts
-from saewb.pretrained.formats._layout import across_layers, published, said
-from saewb.pretrained.formats._tensors import TensorFile
-from saewb.pretrained.formats._text import object_of, read_yaml
+from saewb.pretrained.formats._layout import (
+    Layout,
+    OpenFiles,
+    Provenance,
+    TableLayout,
+    build_cross_layer,
+    build_sae,
+    check_table,
+    get_typed,
+    sum_over_targets,
+)
+from saewb.pretrained.formats._tensors import TensorFile, read_object
 from saewb.sae.cross_layer import CrossLayerTranscoder
 from saewb.sae.sae import SAE
 
-NAME = "circuit-tracer cross-layer transcoder"
-CONFIG = "config.yaml"
-MARKS = ("W_enc_<n>.safetensors", "W_dec_<n>.safetensors", CONFIG)
-_LAYER = re.compile(r"(?:W_enc_)?(\d+)(?:\.safetensors)?")
-_METADATA = {"model_from_pretrained_kwargs": {"fold_ln": False}}
+_CONFIG = "config.yaml"
+_THRESHOLDS = {"activation_function.threshold", "threshold"}
+_UNFOLDED = {"model_from_pretrained_kwargs": {"fold_ln": False}}
 
 
-def files(path: str) -> list[str]:
-    """Patterns of the repository's files that reading `path` needs: its root, or the number of a layer."""
-    place = PurePosixPath(path)
-    found = _LAYER.fullmatch(place.name)
-    folder = place.parent if found else place
-    names = [f"W_enc_{n}.safetensors" for n in (found[1] if found else "*",)]
-    names += [f"W_dec_{n}.safetensors" for n in (found[1] if found else "*",)]
-    return [name if str(folder) == "." else f"{escape(str(folder))}/{name}" for name in (*names, CONFIG)]
+class CircuitTracerTranscoder(TableLayout):
+    """circuit-tracer's per-layer transcoders; github.com/decoderesearch/circuit-tracer, single_layer_transcoder.py."""
+
+    name = "circuit-tracer transcoders"
+    aliases = ("mwhanna_transcoder",)
+    weights = "{path}"
+    config = "{parent}/config.yaml"
+    needs_config = False
+    extra_files = ("{parent}/wandb-config.yaml", "{parent}/wanb-config.yaml")  # as some repositories spell it
+    file_name = re.compile(r"layer_(\d+)\.safetensors")
+    marks = ("layer_<n>.safetensors with W_enc, W_dec, b_enc, b_dec",)
+    has_tensors = frozenset({"W_enc", "W_dec", "b_enc", "b_dec"})
+
+    def tensor_table(self, files: OpenFiles) -> dict[str, str]:
+        """Thresholds have two spellings; W_skip may be missing."""
+        stored = next((name for name in files.weights.names if name in _THRESHOLDS), None)
+        table = {"W_enc": "W_enc FD", "b_enc": "b_enc F", "W_dec": "W_dec FO", "b_dec": "b_dec O"}
+        table |= {"W_skip": "?W_skip OD"} | ({"threshold": f"{stored} F"} if stored else {})
+        return table
+
+    def side_tensors(self, files: OpenFiles) -> dict[str, None]:
+        """k, of a training with a batch's top k, beside the threshold that counts now."""
+        return {"k": None} if _THRESHOLDS & set(files.weights.names) else {}
+
+    def widths(self, files: OpenFiles) -> dict[str, int]:
+        """As the training run's configuration says, if there is one."""
+        paths = (Path(files.path.parent / template.partition("/")[2]) for template in self.extra_files)
+        run = next((read_object(path) for path in paths if path.is_file()), {})
+        return {
+            axis: get_typed(get_typed(run, key, dict, "wandb-config.yaml"), "value", int, key)
+            for axis, key in (("D", "d_model"), ("F", "d_feature"))
+            if key in run
+        }
+
+    def fields(self, files: OpenFiles) -> dict[str, Any]:
+        """Hooks and model from config.yaml; the model also from a repository such as mwhanna/qwen3-14b-transcoders."""
+        config, block = files.config, f"blocks.{self.file_name.fullmatch(files.path.name)[1]}"
+        size = re.search(r"qwen3-(\d+(?:\.\d+)?)b", files.address, re.IGNORECASE)
+        model = files.provenance.model or (f"Qwen/Qwen3-{size[1]}B" if size else None)
+        stored = set(files.weights.names)
+        return {
+            "activation": "jumprelu" if stored & _THRESHOLDS else "relu",
+            "skip": "W_skip" in stored,
+            "model": get_typed(config, "model_name", str, _CONFIG) if "model_name" in config else model,
+            "hook": f"{block}.{get_typed(config, 'feature_input_hook', str, _CONFIG, 'mlp.hook_in')}",
+            "hook_out": f"{block}.{get_typed(config, 'feature_output_hook', str, _CONFIG, 'hook_mlp_out')}",
+            "metadata": {**_UNFOLDED, "dataset_path": "monology/pile-uncopyrighted"},
+        }
 
 
-def matches(place: Path) -> bool:
-    """Whether the folder has the files of layer 0; or, for "<folder>/<n>" or .../W_enc_<n>.safetensors, of layer n."""
-    folder, layer = _one(Path(place))
-    return all((folder / f"W_{side}_{layer or 0}.safetensors").is_file() for side in ("enc", "dec"))
+class CircuitTracerCrossLayer(Layout):
+    """circuit-tracer's cross-layer transcoders: the whole folder, or one layer; cross_layer_transcoder.py there."""
 
+    name = "circuit-tracer cross-layer transcoder"
+    aliases = ("mntss_clt_layer_transcoder",)
+    config = "{path}/config.yaml"
+    marks = ("W_enc_<n>.safetensors", "W_dec_<n>.safetensors", _CONFIG)
 
-def read(
-    place: Path,
-    facts: Facts | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> CrossLayerTranscoder | SAE:
-    """The whole transcoder, its matrices memory-mapped; or one layer of it, to encode with.
+    def patterns(self, path: str) -> list[str]:
+        """The files of one layer for "<folder>/<n>", or else of all."""
+        place = PurePosixPath(path)
+        layer = _layer_number(place)
+        folder = PurePosixPath(escape(str(place.parent if layer is not None else place)))
+        n = "*" if layer is None else layer
+        return [str(folder / name) for name in (f"W_enc_{n}.safetensors", f"W_dec_{n}.safetensors", _CONFIG)]
 
-    Args:
-        place: the folder; or its name, a slash and the number of a layer.
-        facts: `model` counts where there is no config.yaml.
-        dtype: to compute in; None means as stored. Of the whole, only biases and thresholds are converted at once.
-        device: of the parameters; None means the CPU. Another one is given all of them.
+    def detect(self, path: Path) -> bool:
+        """Whether the folder has the files of layer 0; or, for "<folder>/<n>" or .../W_enc_<n>.safetensors, of n."""
+        folder, layer = _split(path)
+        return all((folder / f"W_{side}_{layer or 0}.safetensors").is_file() for side in ("enc", "dec"))
 
-    Raises:
-        FormatError: if anything is missing, left over or does not fit.
-
-    References:
-        github.com/decoderesearch/circuit-tracer, transcoder/cross_layer_transcoder.py.
-    """
-    place, facts = Path(place), facts or Facts()
-    with reading(place):
-        facts.no_factor(NAME)
-        folder, layer = _one(place)
-        config = object_of(read_yaml(folder / CONFIG), folder / CONFIG) if (folder / CONFIG).is_file() else {}
-        sides = [said(config, f"feature_{side}_hook", str, CONFIG, default) for side, default in _SIDES]
-        fields = {"model": said(config, "model_name", str, CONFIG, facts.model or "") or None}
+    def _read(
+        self, path: Path, provenance: Provenance, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> CrossLayerTranscoder | SAE:
+        folder, layer = _split(path)
+        config = read_object(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+        hook = get_typed(config, "feature_input_hook", str, _CONFIG, "hook_resid_mid")
+        hook_out = get_typed(config, "feature_output_hook", str, _CONFIG, "hook_mlp_out")
+        model = get_typed(config, "model_name", str, _CONFIG, provenance.model or "") or None
         if layer is not None:
-            hooks = {"hook": f"blocks.{layer}.{sides[0]}", "hook_out": f"blocks.{layer}.{sides[1]}"}
-            return _summed(folder, layer, facts, dtype, device, **hooks, **fields)
+            site = {"hook": f"blocks.{layer}.{hook}", "hook_out": f"blocks.{layer}.{hook_out}", "model": model}
+            return _read_one_layer(_read_layer(folder, layer), site, provenance, dtype, device)
         n = len(list(folder.glob("W_enc_*.safetensors")))
-        layers = [_layer(folder, i, n) for i in range(n)]
-        hooks = [tuple(f"blocks.{i}.{side}" for i in range(n)) for side in sides]
-        return across_layers(layers, dtype, device, hooks=hooks[0], hooks_out=hooks[1], metadata=_METADATA, **fields)
+        return build_cross_layer(
+            [_read_layer(folder, i, n) for i in range(n)],
+            dtype,
+            device,
+            model=model,
+            hooks=tuple(f"blocks.{i}.{hook}" for i in range(n)),
+            hooks_out=tuple(f"blocks.{i}.{hook_out}" for i in range(n)),
+            metadata=_UNFOLDED,
+        )
 
 
-_SIDES = (("input", "hook_resid_mid"), ("output", "hook_mlp_out"))
+def _layer_number(path: PurePath) -> int | None:
+    name = re.fullmatch(r"(?:W_enc_)?(\d+)(?:\.safetensors)?", path.name)
+    return int(name[1]) if name else None
 
 
-def _one(place: Path) -> tuple[Path, int | None]:
+def _split(path: Path) -> tuple[Path, int | None]:
     """The folder, and which layer of it is meant, if one."""
-    found = _LAYER.fullmatch(place.name)
-    return (place.parent, int(found[1])) if found and not place.is_dir() else (place, None)
+    layer = None if path.is_dir() else _layer_number(path)
+    return (path, None) if layer is None else (path.parent, layer)
 
 
-def _layer(folder: Path, i: int, n: int | None = None) -> dict[str, Tensor]:
+def _read_layer(folder: Path, i: int, n: int | None = None) -> dict[str, Tensor]:
     """Tensors of one layer, by the names of CrossLayerTranscoder; `n` layers in all, if that is known."""
-    enc, dec = (TensorFile(folder / f"W_{side}_{i}.safetensors") for side in ("enc", "dec"))
-    shape, written = enc.shape(f"W_enc_{i}"), dec.shape(f"W_dec_{i}")
-    if len(shape) != 2 or len(written) != 3:
-        what = f"layer {i} has W_enc of shape {shape}, W_dec of shape {written}."
+    encoder, decoder = (TensorFile(folder / f"W_{side}_{i}.safetensors") for side in ("enc", "dec"))
+    shapes = encoder.shape(f"W_enc_{i}"), decoder.shape(f"W_dec_{i}")
+    if [len(shape) for shape in shapes] != [2, 3]:
+        what = f"layer {i} has W_enc of shape {shapes[0]}, W_dec of shape {shapes[1]}."
         raise FormatError(explain(what, want="[d_sae, d_in] and [d_sae, layers from this one on, d_out]"))
-    (d_sae, d_in), (_, targets, d_out) = shape, written
-    dec.fit({f"W_dec_{i}": (d_sae, targets if n is None else n - i, d_out)})
-    want: dict[str, tuple[int, ...]] = {"W_enc": shape, "b_enc": (d_sae,), "b_dec": (d_out,)}
-    optional = {"threshold": (d_sae,), "W_skip": (d_in, d_out)}
-    want |= {name: shape for name, shape in optional.items() if f"{name}_{i}" in enc}
-    enc.fit({f"{name}_{i}": shape for name, shape in want.items()})
-    tensors = {name: enc.tensor(f"{name}_{i}") for name in want}
-    return {**tensors, "W_enc": tensors["W_enc"].T, "W_dec": dec.tensor(f"W_dec_{i}")}
+    widths = {"F": shapes[0][0], "D": shapes[0][1], "O": shapes[1][2]}
+    check_table(decoder, {"W_dec": f"W_dec_{i} FLO"}, **widths, **({} if n is None else {"L": n - i}))
+    table: ClassVar[Mapping[str, str]] = {"W_enc": "W_enc FD", "b_enc": "b_enc F", "b_dec": "b_dec O"}
+    table |= {"threshold": "?threshold F", "W_skip": "?W_skip DO"}
+    numbered = {name: text.replace(" ", f"_{i} ") for name, text in table.items()}
+    tensors = {name: encoder.tensor(stored) for name, (stored, _) in check_table(encoder, numbered, **widths).items()}
+    return {**tensors, "W_enc": tensors["W_enc"].T, "W_dec": decoder.tensor(f"W_dec_{i}")}
 
 
-def _summed(folder: Path, layer: int, facts: Facts, dtype: Any, device: Any, **fields: Any) -> SAE:
-    w = _layer(folder, layer)
-    stored, targets = w["W_dec"].dtype, w["W_dec"].shape[1]
-    if "W_skip" in w:  # of the layer written to; it has no part in the latents
-        del w["W_skip"]
-    total = w["W_dec"][:, 0].float()
-    for target in range(1, targets):  # one at a time: a sum in another dtype copies all of it first
-        total += w["W_dec"][:, target]
-    w["W_dec"] = total.to(dtype or stored)
-    return published(
-        w,
-        facts,
-        NAME,
-        dtype=dtype,
-        device=device,
-        activation="jumprelu" if "threshold" in w else "relu",
-        metadata={**_METADATA, "summed_over_layers": targets},
-        **fields,
-    )
+def _read_one_layer(
+    weights: dict[str, Tensor], site: Mapping[str, Any], provenance: Provenance, dtype: Any, device: Any
+) -> SAE:
+    weights.pop("W_skip", None)  # of the layer written to; it has no part in the latents
+    n_targets = weights["W_dec"].shape[1]
+    fields = {
+        "activation": "jumprelu" if "threshold" in weights else "relu",
+        "metadata": {**_UNFOLDED, "summed_over_layers": n_targets},
+    }
+    weights["W_dec"] = sum_over_targets(weights["W_dec"], dtype)
+    return build_sae(weights, {**site, **fields}, provenance, dtype, device)

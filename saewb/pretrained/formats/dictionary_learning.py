@@ -15,172 +15,122 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from glob import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saewb.errors import FormatError, explain, near
-from saewb.pretrained.formats._build import reading
-from saewb.pretrained.formats._facts import Facts
-from saewb.pretrained.formats._layout import published, said, turned
-from saewb.pretrained.formats._tensors import FLOATS, TensorFile, fit
-from saewb.pretrained.formats._text import read_json
-from saewb.pretrained.formats.saelens.fold import ungated
-from saewb.sae.sae import SAE
+from saewb.pretrained.formats._layout import OpenFiles, TableLayout, get_typed
+from saewb.pretrained.formats._tensors import TensorFile
+from saewb.pretrained.formats.saelens.folding import fold_gate
 
-NAME = "dictionary_learning"
-CONFIG, WEIGHTS = "config.json", "ae.pt"
-MARKS = (CONFIG, WEIGHTS)
-
-# What is stored: names, each with its axes; what only newer files have comes after a question mark.
-_LINEAR = {"encoder.weight": "FD", "encoder.bias": "F", "decoder.weight": "DF"}
-_PLAIN = {"W_enc": "DF", "b_enc": "F", "W_dec": "FD", "b_dec": "D"}
-_CLASSES: dict[str, dict[str, str]] = {
-    "AutoEncoder": {**_LINEAR, "bias": "D"},
-    "AutoEncoderNew": {**_LINEAR, "decoder.bias": "D"},
-    "GatedAutoEncoder": {
-        **{"encoder.weight": "FD", "decoder.weight": "DF", "decoder_bias": "D"},
-        **{"r_mag": "F", "gate_bias": "F", "mag_bias": "F"},
-    },
-    "AutoEncoderTopK": {**_LINEAR, "b_dec": "D", "k": "?", "threshold": "?"},
-    "BatchTopKSAE": {**_LINEAR, "b_dec": "D", "k": "?", "threshold": ""},
-    "MatryoshkaBatchTopKSAE": {**_PLAIN, "k": "?", "threshold": "", "group_sizes": "?G"},
-    "JumpReluAutoEncoder": {**_PLAIN, "threshold": "F"},
+_TRAINER = "its trainer"
+_LINEAR = {"W_enc": "encoder.weight FD", "b_enc": "encoder.bias F", "W_dec": "decoder.weight DF"}
+_PLAIN = {"W_enc": "W_enc DF", "b_enc": "b_enc F", "W_dec": "W_dec FD", "b_dec": "b_dec D"}
+_GATED = {"b_gate": "gate_bias F", "b_mag": "mag_bias F", "r_mag": "r_mag F"}
+_TABLES: dict[str, dict[str, str]] = {
+    "AutoEncoder": {**_LINEAR, "b_dec": "bias D"},
+    "AutoEncoderNew": {**_LINEAR, "b_dec": "decoder.bias D"},
+    "GatedAutoEncoder": {"W_enc": _LINEAR["W_enc"], "W_dec": _LINEAR["W_dec"], "b_dec": "decoder_bias D", **_GATED},
+    "AutoEncoderTopK": {**_LINEAR, "b_dec": "b_dec D", "threshold": "?threshold "},
+    "BatchTopKSAE": {**_LINEAR, "b_dec": "b_dec D", "threshold": "threshold "},
+    "MatryoshkaBatchTopKSAE": {**_PLAIN, "threshold": "threshold "},
+    "JumpReluAutoEncoder": {**_PLAIN, "threshold": "threshold F"},
 }
-_OURS = {
-    "encoder.bias": "b_enc",
-    "bias": "b_dec",
-    "decoder.bias": "b_dec",
-    "decoder_bias": "b_dec",
-    "gate_bias": "b_gate",
-    "mag_bias": "b_mag",
+_COUNTS = {
+    "AutoEncoderTopK": {"k": ""},
+    "BatchTopKSAE": {"k": ""},
+    "MatryoshkaBatchTopKSAE": {"k": "", "group_sizes": "G"},
 }
-_WIDTHS = {"D": "activation_dim", "F": "dict_size"}
+_ACTIVATIONS = {"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk"}
 _UNTIED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 _SITES = {"resid_post": "hook_resid_post", "resid_pre": "hook_resid_pre", "mlp": "hook_mlp_out", "att": "hook_attn_out"}
 
 
-def files(path: str) -> list[str]:
-    """Patterns of the repository's files that reading the folder `path` needs."""
-    prefix = f"{escape(path)}/" if path else ""
-    return [f"{prefix}{name}" for name in MARKS]
+class DictionaryLearning(TableLayout):
+    """The library dictionary_learning; github.com/saprmarks/dictionary_learning, dictionary.py and trainers/."""
+
+    name = "dictionary_learning"
+    aliases = ("dictionary_learning_1",)
+    weights = "{path}/ae.pt"
+    config = "{path}/config.json"
+
+    def read_config(self, path: Path) -> dict[str, Any]:
+        """The configuration, with its trainer's dict_class checked."""
+        config = super().read_config(path)
+        kind = get_typed(get_typed(config, "trainer", dict, "config.json"), "dict_class", str, _TRAINER)
+        if kind not in _TABLES:
+            what = f"unknown dict_class {kind!r}."
+            raise FormatError(explain(what, near=near(kind, _TABLES), want=", ".join(_TABLES)))
+        return config
+
+    def fields(self, files: OpenFiles) -> dict[str, Any]:
+        """Everything from the trainer's settings; the hook only for parts of the model that the library names."""
+        trainer, buffer = files.config["trainer"], files.config.get("buffer")
+        buffer, kind = buffer if isinstance(buffer, Mapping) else {}, trainer["dict_class"]
+        metadata = {"prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted"}
+        if "group_sizes" in files.weights:
+            metadata["group_sizes"] = _group_sizes(files.weights, trainer["dict_size"])
+        return {
+            "activation": _ACTIVATIONS.get(kind, "jumprelu"),
+            "k": _k(files.weights, trainer) if kind == "AutoEncoderTopK" else None,
+            "pre_bias": "none" if kind in _UNTIED else "tied",
+            "model": get_typed(trainer, "lm_name", str, _TRAINER, files.provenance.model or "").split("/")[-1],
+            "hook": _hook(trainer, buffer.get("io", "out")),
+            "metadata": {**metadata, "context_size": buffer.get("ctx_len"), "dictionary_learning": dict(trainer)},
+        }
+
+    def open_weights(self, path: Path) -> TensorFile:
+        """Out of "ae" in what the library writes to go on with training."""
+        file = super().open_weights(path)
+        return file.subset("ae/") if any(name.startswith("ae/") for name in file.names) else file
+
+    def tensor_table(self, files: OpenFiles) -> Mapping[str, str]:
+        """That of the dict_class."""
+        return _TABLES[files.config["trainer"]["dict_class"]]
+
+    def side_tensors(self, files: OpenFiles) -> Mapping[str, str]:
+        """Integers of the top-k classes."""
+        return _COUNTS.get(files.config["trainer"]["dict_class"], {})
+
+    def widths(self, files: OpenFiles) -> dict[str, int]:
+        """As the trainer says."""
+        trainer = files.config["trainer"]
+        keys = {"D": "activation_dim", "F": "dict_size"}
+        return {axis: get_typed(trainer, key, int, _TRAINER) for axis, key in keys.items()}
+
+    def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
+        """With gates folded, and one threshold repeated for all latents."""
+        kind = files.config["trainer"]["dict_class"]
+        weights = super().tensors(files, table)
+        if kind == "AutoEncoderTopK":
+            weights.pop("threshold", None)
+        if kind == "GatedAutoEncoder":
+            return fold_gate(weights)
+        if "threshold" in weights and weights["threshold"].ndim == 0:
+            weights["threshold"] = weights["threshold"].repeat(weights["b_enc"].shape[0])
+        return weights
 
 
-def matches(place: Path) -> bool:
-    """Whether the folder has the two files of this layout."""
-    return all((Path(place) / name).is_file() for name in MARKS)
+def _group_sizes(file: TensorFile, d_sae: int) -> list[int]:
+    sizes = file.tensor("group_sizes").reshape(-1).tolist()
+    if sum(sizes) != d_sae:
+        raise FormatError(explain(f"group_sizes sum to {sum(sizes)}.", want=f"{d_sae}"))
+    return sizes
 
 
-def read(
-    place: Path,
-    facts: Facts | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> SAE:
-    """The SAE in a folder of this layout. The encoder is memory-mapped; a stored `decoder.weight` is transposed.
-
-    Args:
-        place: a folder with config.json and ae.pt.
-        facts: `hook` counts where config.json names a part of the model that saewb does not know.
-        dtype: of the parameters; None means as stored.
-        device: of the parameters; None means the CPU.
-
-    Raises:
-        FormatError: if anything in the folder is unknown, missing, left over or contradictory.
-
-    References:
-        github.com/saprmarks/dictionary_learning, dictionary.py and trainers/.
-    """
-    place, facts = Path(place), facts or Facts()
-    with reading(place):
-        config = read_json(place / CONFIG)
-        trainer = said(config, "trainer", dict, CONFIG)
-        kind = said(trainer, "dict_class", str, "its trainer")
-        if kind not in _CLASSES:
-            raise FormatError(
-                explain(f"unknown dict_class {kind!r}.", near=near(kind, _CLASSES), want=", ".join(_CLASSES))
-            )
-        stored, values = _stored(TensorFile(place / WEIGHTS))
-        _check_shapes(stored, kind, trainer)
-        k = _k(stored, values, trainer) if kind == "AutoEncoderTopK" else None
-        return published(
-            _weights(stored, kind),
-            facts,
-            NAME,
-            dtype=dtype,
-            device=device,
-            activation={"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk"}.get(
-                kind, "jumprelu"
-            ),
-            k=k,
-            pre_bias="none" if kind in _UNTIED else "tied",
-            hook=_hook(trainer, config.get("buffer")),
-            model=said(trainer, "lm_name", str, "its trainer", facts.model or "").split("/")[-1],
-            metadata=_metadata(trainer, config.get("buffer"), stored),
-        )
+def _k(file: TensorFile, trainer: Mapping[str, Any]) -> int:
+    values = file.tensor("k").reshape(-1).tolist() if "k" in file else []
+    values += [source["k"] for source in (file.values, trainer) if "k" in source]
+    if not values or any(type(k) is not int for k in values) or len(set(values)) > 1:
+        raise FormatError(explain(f"k is {values or 'not said'} in ae.pt and config.json.", want="one integer"))
+    return values[0]
 
 
-def _stored(file: TensorFile) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Tensors and plain values; out of "ae" in what the library writes to go on with training."""
-    prefix = "ae/" if any(name.startswith("ae/") for name in file.names) else ""
-    own = [name for name in file.names if name.startswith(prefix)]
-    values = {name[len(prefix) :]: value for name, value in file.values.items() if name.startswith(prefix)}
-    return {name[len(prefix) :]: file.tensor(name) for name in own}, values
-
-
-def _check_shapes(stored: Mapping[str, Tensor], kind: str, trainer: Mapping[str, Any]) -> None:
-    widths = {axis: said(trainer, name, int, "its trainer") for axis, name in _WIDTHS.items()}
-    widths["G"] = stored["group_sizes"].numel() if "group_sizes" in stored else 0
-    want = {
-        name: tuple(widths[axis] for axis in axes.lstrip("?"))
-        for name, axes in _CLASSES[kind].items()
-        if name in stored or not axes.startswith("?")
-    }
-    fit({name: tuple(tensor.shape) for name, tensor in stored.items()}, want, WEIGHTS)
-    wrong = [name for name, t in stored.items() if name not in ("k", "group_sizes") and t.dtype not in FLOATS]
-    if wrong:
-        raise FormatError(explain(f"{wrong[0]} is stored as {stored[wrong[0]].dtype}.", want="floating point numbers"))
-    if "group_sizes" in stored and int(stored["group_sizes"].sum()) != widths["F"]:
-        raise FormatError(explain(f"group_sizes sum to {int(stored['group_sizes'].sum())}.", want=f"{widths['F']}"))
-
-
-def _k(stored: Mapping[str, Tensor], values: Mapping[str, Any], trainer: Mapping[str, Any]) -> int:
-    found = [stored["k"].item()] if "k" in stored else [values[name] for name in ("k",) if name in values]
-    found += [trainer["k"]] if "k" in trainer else []
-    if not found or any(type(k) is not int for k in found) or len(set(found)) > 1:
-        raise FormatError(explain(f"k is {found or 'not said'} in {WEIGHTS} and {CONFIG}.", want="one integer"))
-    return found[0]
-
-
-def _weights(stored: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    w = {_OURS.get(name, name): t for name, t in stored.items() if name not in ("k", "group_sizes")}
-    if "encoder.weight" in w:
-        w["W_enc"], w["W_dec"] = w.pop("encoder.weight").T, turned(w.pop("decoder.weight"))
-    if kind == "GatedAutoEncoder":
-        return ungated(w)
-    if kind == "AutoEncoderTopK":
-        w.pop("threshold", None)
-    elif "threshold" in w and w["threshold"].ndim == 0:
-        w["threshold"] = w["threshold"].repeat(w["b_enc"].shape[0])
-    return w
-
-
-def _hook(trainer: Mapping[str, Any], buffer: object) -> str | None:
+def _hook(trainer: Mapping[str, Any], side: object) -> str | None:
     """By the layer and the name of the part; None if the name is not one that the library's examples use."""
-    layer = said(trainer, "layer", int, "its trainer")
-    part = said(trainer, "submodule_name", str, "its trainer", "resid_post")
-    io = buffer.get("io", "out") if isinstance(buffer, Mapping) else "out"
+    layer = get_typed(trainer, "layer", int, _TRAINER)
+    part = get_typed(trainer, "submodule_name", str, _TRAINER, "resid_post")
     site = next((hook for name, hook in _SITES.items() if re.search(rf"(?<![a-z]){name}", part)), None)
-    return f"blocks.{layer}.{site}" if site and io == "out" else None
-
-
-def _metadata(trainer: Mapping[str, Any], buffer: object, stored: Mapping[str, Tensor]) -> dict[str, Any]:
-    ctx_len = buffer.get("ctx_len") if isinstance(buffer, Mapping) else None
-    kept = {"context_size": ctx_len, "dataset_path": "monology/pile-uncopyrighted", "prepend_bos": True}
-    if "group_sizes" in stored:
-        kept["group_sizes"] = stored["group_sizes"].tolist()
-    return {**kept, "dictionary_learning": dict(trainer)}
+    return f"blocks.{layer}.{site}" if site and side == "out" else None

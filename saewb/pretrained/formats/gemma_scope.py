@@ -12,22 +12,14 @@ repository and its folders: google/gemma-scope-{2b,9b,27b}-{pt,it}-{res,mlp,att,
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from glob import escape
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from saewb.errors import FormatError, explain
-from saewb.pretrained.formats._build import built, reading
-from saewb.pretrained.formats._facts import Facts
-from saewb.pretrained.formats._tensors import TensorFile
-from saewb.sae.sae import SAE, SAEConfig
-
-NAME = "Gemma Scope"
-WEIGHTS = "params.npz"
-MARKS = (WEIGHTS,)
+from saewb.pretrained.formats._layout import OpenFiles, TableLayout
 
 _REPO = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)")
 _HOOKS = {
@@ -36,132 +28,87 @@ _HOOKS = {
     "att": ("blocks.{}.attn.hook_z", None),
     "transcoders": ("blocks.{}.ln2.hook_normalized", "blocks.{}.hook_mlp_out"),
 }
+_AXES = {"W_enc": "DF", "b_enc": "F", "W_dec": "FO", "b_dec": "O", "threshold": "F"}
 _SPELLINGS = {
     **{"wenc": "W_enc", "we": "W_enc", "wdec": "W_dec", "wd": "W_dec"},
     **{"benc": "b_enc", "be": "b_enc", "bdec": "b_dec", "bd": "b_dec", "threshold": "threshold"},
 }
 
 
-@dataclass(frozen=True)
-class _Named:
-    """What the names say; None where they do not."""
+class GemmaScope(TableLayout):
+    """Gemma Scope: JumpReLU SAEs of Gemma 2 in a `params.npz`, whose folder's name says where they belong."""
 
-    model: str | None
-    hook: str | None
-    hook_out: str | None
-    embedding: bool
+    name = "Gemma Scope"
+    aliases = ("gemma_2", "gemma_2_transcoder")
+    weights = "{path}/params.npz"
 
+    def weights_path(self, path: PurePath) -> PurePath:
+        """The file itself may be named too."""
+        return path if path.name == "params.npz" else path / "params.npz"
 
-def files(path: str) -> list[str]:
-    """Patterns of the repository's files that reading the folder (or file) `path` needs."""
-    return [escape(path if path.endswith(WEIGHTS) else f"{path}/{WEIGHTS}".lstrip("/"))]
-
-
-def matches(place: Path) -> bool:
-    """Whether it is a file params.npz, or a folder with one."""
-    return _weights(Path(place)).is_file()
-
-
-def read(
-    place: Path,
-    facts: Facts | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> SAE:
-    """The SAE or transcoder in a folder of this layout.
-
-    Args:
-        place: the folder, or its params.npz. Without `facts.repo` its full path is searched for the speaking names.
-        facts: `repo` and `path` say model, layer and site; `model`, `hook`, `hook_out`, `layer` count where those
-            names do not say it.
-        dtype: of the parameters; None means as stored.
-        device: of the parameters; None means the CPU.
-
-    Raises:
-        FormatError: if the arrays are not those of a JumpReLU SAE.
-    """
-    facts, path = facts or Facts(), _weights(Path(place))
-    with reading(path):
-        facts.no_factor(NAME)
-        file = TensorFile(path)
-        stored = _stored_names(file)
-        d_in, d_sae, d_out = _widths(file, stored)
-        weights = {ours: file.tensor(name) for ours, name in stored.items()}
-        named = _named(facts, path)
-        if named.embedding:
-            weights = _unscaled_embedding(weights, d_in)
-        transcoder = named.hook_out is not None
-        cfg = SAEConfig(
-            d_in=d_in,
-            d_sae=d_sae,
-            d_out=d_out,
-            activation="jumprelu",
-            **facts.placed(
-                model=named.model,
-                hook=named.hook,
-                hook_out=named.hook_out,
-                prepend_bos=True,
-                context_size=1024,
-                dataset_path="monology/pile-uncopyrighted",
-                l0=facts.number(r"average_l0_(\d+)", path),
-                model_from_pretrained_kwargs={"fold_ln": False} if transcoder else None,
-            ),
-        )
-        return built(cfg, weights, file.dtype(stored["W_dec"]), dtype, device)
-
-
-def _weights(place: Path) -> Path:
-    return place if place.name == WEIGHTS and not place.is_dir() else place / WEIGHTS
-
-
-def _stored_names(file: TensorFile) -> dict[str, str]:
-    """Our name -> the file's, without a factor per latent that is all ones."""
-    found: dict[str, str] = {}
-    for name in file.names:
-        ours = _SPELLINGS.get(name.lower().replace("_", ""), name)
-        if ours in found:
-            raise FormatError(explain(f"{file.path.name} has both {found[ours]} and {name}.", want="one of them"))
-        found[ours] = name
-    if "scaling_factor" in found:
-        if not bool((file.tensor(found["scaling_factor"]) == 1).all()):
+    def tensor_table(self, files: OpenFiles) -> dict[str, str]:
+        """The arrays, which have several spellings."""
+        stored: dict[str, str] = {}
+        for name in files.weights.names:
+            ours = _SPELLINGS.get(name.lower().replace("_", ""), name)
+            if ours in stored:
+                what = f"params.npz has both {stored[ours]} and {name}."
+                raise FormatError(explain(what, want="one of them"))
+            stored[ours] = name
+        if "scaling_factor" in stored and not bool((files.weights.tensor(stored["scaling_factor"]) == 1).all()):
             raise FormatError(explain("`scaling_factor` is not all ones.", want="a file without it, or all ones"))
-        del found["scaling_factor"]
-    return found
+        return {name: f"{stored.get(name, name)} {axes}" for name, axes in _AXES.items()}
+
+    def side_tensors(self, files: OpenFiles) -> dict[str, str]:
+        """A factor per latent, which is all ones."""
+        return {"scaling_factor": "F"}
+
+    def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
+        """As they stand; of the embedding, in units of the scaled embedding."""
+        weights = super().tensors(files, table)
+        if not _is_of_embedding(files):
+            return weights
+        root = weights["W_enc"].shape[0] ** 0.5
+        scaled = {"W_enc": weights["W_enc"] / root, "W_dec": weights["W_dec"] * root, "b_dec": weights["b_dec"] * root}
+        return {**weights, **scaled}
+
+    def fields(self, files: OpenFiles) -> dict[str, Any]:
+        """Model, layer and site by the names of repository and folder."""
+        model, hook, hook_out = _site(files)
+        return {
+            "activation": "jumprelu",
+            "model": model,
+            "hook": hook,
+            "hook_out": hook_out,
+            "metadata": {
+                "prepend_bos": True,
+                "context_size": 1024,
+                "dataset_path": "monology/pile-uncopyrighted",
+                "l0": files.provenance.number(r"average_l0_(\d+)", files.path),
+                "model_from_pretrained_kwargs": {"fold_ln": False} if hook_out else None,
+            },
+        }
 
 
-def _widths(file: TensorFile, stored: dict[str, str]) -> tuple[int, int, int]:
-    shapes = {ours: file.shape(name) for ours, name in stored.items()}
-    enc, dec = shapes.get("W_enc", ()), shapes.get("W_dec", ())
-    if len(enc) != 2 or len(dec) != 2:
-        what = f"{file.path.name} has W_enc of shape {enc}, W_dec of shape {dec}; in all {', '.join(file.names)}."
-        raise FormatError(explain(what, want="W_enc [d_in, d_sae] and W_dec [d_sae, d_out]"))
-    (d_in, d_sae), d_out = enc, dec[1]
-    want = {
-        **{"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out)},
-        **{"b_enc": (d_sae,), "b_dec": (d_out,), "threshold": (d_sae,)},
-    }
-    file.fit({stored.get(ours, ours): shape for ours, shape in want.items()}, ignore=("scaling_factor",))
-    return d_in, d_sae, d_out
+def _is_of_embedding(files: OpenFiles) -> bool:
+    names = list(_REPO.finditer(files.address))
+    if not names:
+        return (files.provenance.hook or "").endswith("hook_embed")
+    return "embedding" in files.address[names[-1].end() :]
 
 
-def _named(facts: Facts, path: Path) -> _Named:
-    found = list(_REPO.finditer(facts.where(path)))
-    if not found:
-        embedding = (facts.hook or "").endswith("hook_embed")
-        return _Named(None, None, None, embedding)
-    size, kind, site = found[-1].groups()
+def _site(files: OpenFiles) -> tuple[str | None, str | None, str | None]:
+    """Model, hook and hook_out; None where the names do not say."""
+    names = list(_REPO.finditer(files.address))
+    if not names:
+        return None, None, None
+    size, kind, site = names[-1].groups()
     model = f"gemma-2-{size}" + ("-it" if kind == "it" else "")
-    if "embedding" in facts.where(path)[found[-1].end() :]:
-        return _Named(model, "hook_embed", None, True)
-    layer = facts.number(r"layer_(\d+)", path)
-    layer = facts.layer if layer is None else layer
+    if _is_of_embedding(files):
+        return model, "hook_embed", None
+    layer = files.provenance.number(r"layer_(\d+)", files.path)
+    layer = files.provenance.layer if layer is None else layer
     if layer is None:
-        return _Named(model, None, None, False)
+        return model, None, None
     hook, hook_out = _HOOKS[site]
-    return _Named(model, hook.format(layer), hook_out and hook_out.format(layer), False)
-
-
-def _unscaled_embedding(w: dict[str, Tensor], d_in: int) -> dict[str, Tensor]:
-    root = d_in**0.5
-    return {**w, "W_enc": w["W_enc"] / root, "W_dec": w["W_dec"] * root, "b_dec": w["b_dec"] * root}
+    return model, hook.format(layer), hook_out and hook_out.format(layer)

@@ -1,228 +1,256 @@
-"""Gemma Scope 2: `params.safetensors`, mostly with a `config.json`; SAEs and transcoders of Gemma 3.
+"""Gemma Scope 2: SAEs, transcoders, cross-layer transcoders and crosscoders of Gemma 3.
 
-The weights are those of a JumpReLU SAE as they stand, with `affine_skip_connection` [d_in, d_out] for the affine
-transcoders. One layer of a cross-layer transcoder, `params_layer_<i>.safetensors`, writes to every later layer through
-`w_dec` [d_sae, layers, d_out]: read alone its rows are summed over the layers, so its latents are right and its output
-is the sum of what it writes; reading the whole folder gives the transcoder itself.
+`GemmaScope2` reads `params.safetensors` and `config.json`. The weights are those of a JumpReLU SAE as they stand, with
+`affine_skip_connection` [d_in, d_out] for the affine transcoders.
 
 - A transcoder reads `blocks.L.mlp.hook_in`, the MLP's input after the norm and its gain. (`hook_mlp_in`, which
   sae-lens says, is the residual stream before the norm.)
 - Without config.json, or where it does not say, names do: repository google/gemma-scope-2-{size}-{pt,it}, folders
   {resid_post,attn_out,mlp_out,transcoder,clt}[_all]/layer_L_width_W_l0_L0[_affine].
+
+`GemmaScope2CrossLayer` reads a folder of `params_layer_<i>.safetensors`, a cross-layer transcoder or crosscoder:
+
+    z_i = relu(x_i @ w_enc_i + b_enc_i) where that is > threshold_i
+    y_j = sum over i <= j of z_i @ w_dec_i[:, j]  +  b_dec_j  (+ x_j @ affine_skip_connection_j)
+
+A crosscoder of layers 5, 9, 12, 15 has four files, 0 to 3, each with latents of its own that read the residual stream
+at that layer and describe it there and at the later ones ("weakly causal"); it is the same arithmetic. `w_dec` has room
+for earlier layers too, which is zero; a file in which it is not is refused, since no pass could write there in time.
+One file of a transcoder alone is read as an SAE, with its rows summed over the layers: its latents are right and its
+output is the sum of what it writes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from glob import escape
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from saewb.errors import FormatError, explain
-from saewb.pretrained.formats._build import built, reading
-from saewb.pretrained.formats._facts import Facts
+from saewb.pretrained.formats._layout import (
+    Layout,
+    OpenFiles,
+    Provenance,
+    TableLayout,
+    build_cross_layer,
+    check_table,
+    get_typed,
+    sum_over_targets,
+)
 from saewb.pretrained.formats._tensors import TensorFile
-from saewb.pretrained.formats._text import object_of, read_json
-from saewb.sae.sae import SAE, SAEConfig
+from saewb.sae.cross_layer import CrossLayerTranscoder
 
-NAME = "Gemma Scope 2"
-WEIGHTS, CONFIG = "params.safetensors", "config.json"
-MARKS = (WEIGHTS,)
-
+_CONFIG = "config.json"
 _ONE_LAYER = re.compile(r"params_layer_(\d+)(\.safetensors)?")
 _REPO = re.compile(r"gemma-scope-2-(\w+)-(pt|it)")
+_POINT = re.compile(r"model\.layers\.\{([^}]*)\}\.(.+)")
+_MLP = ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output")
 _SITES = {  # by folder: what it reads in the words of config.json, and what it writes
     "resid_post": ("output", None),
     "attn_out": ("self_attn.o_proj.input", None),
     "mlp_out": ("post_feedforward_layernorm.output", None),
-    "transcoder": ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
-    "clt": ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
+    "transcoder": _MLP,
+    "clt": _MLP,
 }
-_HOOKS = {  # in the words of config.json -> here
+_HOOKS = {  # in the words of config.json -> in TransformerLens'
     "output": "hook_resid_post",
     "self_attn.o_proj.input": "attn.hook_z",
     "post_attention_layernorm.output": "hook_attn_out",
     "pre_feedforward_layernorm.input": "hook_resid_mid",
-    "pre_feedforward_layernorm.output": "mlp.hook_in",
+    "pre_feedforward_layernorm.output": "mlp.hook_in",  # with the norm's gain: not hook_mlp_in, which is before it
     "post_feedforward_layernorm.output": "hook_mlp_out",
 }
+_CROSS_LAYER_HOOKS = (*_MLP, "output")
 _TYPES = ("sae", "transcoder", "clt")
+_TABLE = {
+    "W_enc": "w_enc DF",
+    "b_enc": "b_enc F",
+    "W_dec": "w_dec FO",
+    "b_dec": "b_dec O",
+    "threshold": "threshold F",
+    "W_skip": "?affine_skip_connection DO",
+}
+_SAMPLED_ROWS = 64  # of a decoder, that are looked at for what it writes to earlier layers
 
 
-def files(path: str) -> list[str]:
-    """Patterns of the repository's files that reading `path` needs: a folder, or one layer of a transcoder."""
-    folder, _, name = path.rpartition("/")
-    if _ONE_LAYER.fullmatch(name):
-        prefix = f"{folder}/" if folder else ""
-        return [escape(f"{prefix}{name.removesuffix('.safetensors')}.safetensors"), escape(f"{prefix}{CONFIG}")]
-    prefix = f"{path}/" if path else ""
-    return [escape(f"{prefix}{WEIGHTS}"), escape(f"{prefix}{CONFIG}")]
+class GemmaScope2(TableLayout):
+    """Gemma Scope 2's SAEs and transcoders, and one layer of its cross-layer transcoders."""
+
+    name = "Gemma Scope 2"
+    aliases = ("gemma_3",)
+    weights = "{path}/params.safetensors"
+    needs_config = False
+    marks = ("params.safetensors",)
+
+    def weights_path(self, path: PurePath) -> PurePath:
+        """The file itself may be named too, with ".safetensors" or (of one layer) without."""
+        if _ONE_LAYER.fullmatch(path.name):
+            return path.with_name(f"{path.name.removesuffix('.safetensors')}.safetensors")
+        return path if path.name == "params.safetensors" else path / "params.safetensors"
+
+    def config_path(self, path: PurePath) -> PurePath:
+        """Beside the weights."""
+        return self.weights_path(path).with_name(_CONFIG)
+
+    def tensor_table(self, files: OpenFiles) -> dict[str, str]:
+        """The decoder has an axis more in a layer of a cross-layer transcoder; the configuration may want the skip."""
+        config = _completed(files)
+        _check_axes(files.weights, config["type"])
+        table = {**_TABLE, "W_dec": "w_dec FLO"} if config["type"] == "clt" else dict(_TABLE)
+        if "affine_connection" in config:
+            del table["W_skip"]
+        return table | ({"W_skip": "affine_skip_connection DO"} if config.get("affine_connection") else {})
+
+    def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
+        """With the decoder summed over the layers written to, where it has them."""
+        weights = super().tensors(files, table)
+        if weights["W_dec"].ndim == 3:
+            weights["W_dec"] = sum_over_targets(weights["W_dec"], files.dtype)
+        return weights
+
+    def fields(self, files: OpenFiles) -> dict[str, Any]:
+        """From config.json, completed by names of repository and folders."""
+        config, shape = _completed(files), files.weights.shape("w_dec")
+        return {
+            "activation": "jumprelu",
+            "skip": "affine_skip_connection" in files.weights,
+            "model": _model(config.get("model_name"), files.address),
+            "hook": _hook(config.get("hf_hook_point_in")),
+            "hook_out": _hook(config.get("hf_hook_point_out")),
+            "metadata": {
+                "prepend_bos": True,
+                "context_size": 1024,
+                "dataset_path": "monology/pile-uncopyrighted",
+                "l0": config.get("l0"),
+                "hf_hook_name": config.get("hf_hook_point_in"),
+                "hf_hook_name_out": config.get("hf_hook_point_out"),
+                "summed_over_layers": shape[1] if len(shape) == 3 else None,
+            },
+        }
 
 
-def matches(place: Path) -> bool:
-    """Whether it is a folder with params.safetensors, that file, or a file params_layer_<i>.safetensors."""
-    return _weights(Path(place)).is_file()
+class GemmaScope2CrossLayer(Layout):
+    """Gemma Scope 2's cross-layer transcoders and crosscoders: the whole folder."""
 
+    name = "Gemma Scope 2 cross-layer transcoder or crosscoder"
+    weights = "{path}/params_layer_0.safetensors"
+    config = "{path}/config.json"
+    needs_config = False
+    marks = ("params_layer_<n>.safetensors",)
 
-def read(
-    place: Path,
-    facts: Facts | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> SAE:
-    """The SAE, the transcoder or the one layer of a cross-layer transcoder in this layout; weights are memory-mapped.
+    def patterns(self, path: str) -> list[str]:
+        """The files of all layers."""
+        return [pattern.replace("_0.safetensors", "_*.safetensors") for pattern in super().patterns(path)]
 
-    Args:
-        place: the folder, or a file of weights (".safetensors" may be left out).
-        facts: `repo` and `path` say what config.json does not; `model`, `hook`, `hook_out`, `layer` count after those.
-        dtype: of the parameters; None means as stored.
-        device: of the parameters; None means the CPU.
-
-    Raises:
-        FormatError: if config.json says another architecture than "jump_relu", or the tensors are not those it says.
-    """
-    facts, path = facts or Facts(), _weights(Path(place))
-    with reading(path):
-        facts.no_factor(NAME)
-        config = _config(path, facts)
-        file = TensorFile(path)
-        d_in, d_sae, d_out, targets = _widths(file, config)
-        weights = {ours: file.tensor(name) for name, ours in _names(file).items()}
-        if targets:
-            weights["W_dec"] = _summed(weights["W_dec"])
-        cfg = SAEConfig(
-            d_in=d_in,
-            d_sae=d_sae,
-            d_out=d_out,
-            activation="jumprelu",
-            skip="W_skip" in weights,
-            **facts.placed(
-                model=_model(config, facts, path),
-                hook=_hook(config.get("hf_hook_point_in")),
-                hook_out=_hook(config.get("hf_hook_point_out")),
-                prepend_bos=True,
-                context_size=1024,
-                dataset_path="monology/pile-uncopyrighted",
-                l0=config.get("l0"),
-                hf_hook_name=config.get("hf_hook_point_in"),
-                hf_hook_name_out=config.get("hf_hook_point_out"),
-                summed_over_layers=targets,
-            ),
+    def _read(
+        self, path: Path, provenance: Provenance, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> CrossLayerTranscoder:
+        config, address = self.read_config(path), provenance.address(path)
+        if get_typed(config, "architecture", str, _CONFIG, "jump_relu") != "jump_relu":
+            raise FormatError(explain(f"config.json has architecture={config['architecture']!r}.", want="'jump_relu'"))
+        n = len(list(path.glob("params_layer_*.safetensors")))
+        layers = [_read_layer(path / f"params_layer_{i}.safetensors", i, n) for i in range(n)]
+        total = sum(layer["W_enc"].shape[1] for layer in layers)
+        if get_typed(config, "width", int, _CONFIG, total) != total:
+            what = f"config.json has width={config['width']}."
+            raise FormatError(explain(what, want=f"{total}, as the layers have"))
+        hooks, hooks_out = _cross_layer_hooks(config, address, n)
+        return build_cross_layer(
+            layers,
+            dtype,
+            device,
+            hooks=hooks,
+            hooks_out=hooks_out,
+            model=_model(get_typed(config, "model_name", str, _CONFIG, provenance.model or "") or None, address),
+            metadata={"context_size": 1024, "prepend_bos": True, "gemma_scope_2": config},
         )
-        return built(cfg, weights, file.dtype("w_dec"), dtype, device)
 
 
-def _weights(place: Path) -> Path:
-    if _ONE_LAYER.fullmatch(place.name) and not place.is_dir():
-        return place.with_name(f"{place.name.removesuffix('.safetensors')}.safetensors")
-    return place if place.name == WEIGHTS and not place.is_dir() else place / WEIGHTS
+# --- one SAE
 
 
-def _config(path: Path, facts: Facts) -> dict[str, Any]:
-    """What config.json says, and what the names say where it does not; hooks in its words."""
-    beside = path.with_name(CONFIG)
-    said = object_of(read_json(beside), beside) if beside.is_file() else {}
-    said = {name: value for name, value in said.items() if value is not None}
-    if said.get("architecture", "jump_relu") != "jump_relu":
-        raise FormatError(explain(f"{CONFIG} has architecture {said['architecture']!r}.", want="'jump_relu'"))
+def _completed(files: OpenFiles) -> dict[str, Any]:
+    """config.json, completed by names of repository and folders; hooks in its words."""
+    config = {name: value for name, value in files.config.items() if value is not None}
+    if config.get("architecture", "jump_relu") != "jump_relu":
+        raise FormatError(explain(f"config.json has architecture {config['architecture']!r}.", want="'jump_relu'"))
     for name in ("hf_hook_point_in", "hf_hook_point_out", "model_name"):
-        if not isinstance(said.get(name, ""), str):
-            raise FormatError(explain(f"{CONFIG} has {name}={said[name]!r}.", want="text"))
-    kind = _type(said, facts, path)
+        if not isinstance(config.get(name, ""), str):
+            raise FormatError(explain(f"config.json has {name}={config[name]!r}.", want="text"))
+    kind = _type(config, files)
     if kind == "clt":  # one configuration for all layers, with a placeholder for the number
-        said = {name: value for name, value in said.items() if not name.startswith("hf_hook")}
-    inferred = _inferred(facts, path)
-    config = {**inferred, **said, "type": kind}
+        config = {name: value for name, value in config.items() if not name.startswith("hf_hook")}
+    inferred = _hooks_by_name(files)
+    completed = {**inferred, **config, "type": kind}
     for name in ("hf_hook_point_in", "hf_hook_point_out"):
-        if name in config and _hook(config[name]) is None:
+        if name in completed and _hook(completed[name]) is None:
             if name not in inferred:
                 want = ", ".join(f"model.layers.<n>.{point}" for point in _HOOKS)
-                raise FormatError(explain(f"{CONFIG} has {name}={config[name]!r}.", want=want))
-            config[name] = inferred[name]
+                raise FormatError(explain(f"config.json has {name}={completed[name]!r}.", want=want))
+            completed[name] = inferred[name]
     if kind == "sae":  # it writes where it reads, and its file may say so
-        config.pop("hf_hook_point_out", None)
-    return config
+        completed.pop("hf_hook_point_out", None)
+    return completed
 
 
-def _type(said: Mapping[str, Any], facts: Facts, path: Path) -> str:
-    by_name = "transcoder" if _site(facts, path) == "transcoder" else "sae"
-    kind = said.get("type", "clt" if path.name != WEIGHTS else by_name)
-    if "crosscoder" in _inside(facts, path):
+def _type(config: Mapping[str, Any], files: OpenFiles) -> str:
+    by_name = "transcoder" if _site(files) == "transcoder" else "sae"
+    kind = config.get("type", "clt" if files.weights.path.name != "params.safetensors" else by_name)
+    if "crosscoder" in _inner_path(files):
         kind = "crosscoder"
     if kind not in _TYPES:
         want = "for a crosscoder, the whole folder; else one of " + ", ".join(_TYPES)
-        raise FormatError(explain(f"{path.name} is of type {kind!r}.", want=want))
+        raise FormatError(explain(f"{files.weights.path.name} is of type {kind!r}.", want=want))
     return kind
 
 
-def _inferred(facts: Facts, path: Path) -> dict[str, str]:
-    layer, points = _layer(facts, path), _SITES.get(_site(facts, path), (None, None))
-    names = zip(("hf_hook_point_in", "hf_hook_point_out"), points, strict=True)
-    return {name: f"model.layers.{layer}.{point}" for name, point in names if point and layer is not None}
+def _check_axes(file: TensorFile, kind: str) -> None:
+    encoder, decoder, n_axes = file.shape("w_enc"), file.shape("w_dec"), 3 if kind == "clt" else 2
+    if len(encoder) != 2 or len(decoder) != n_axes:
+        what = f"{file.path.name} has w_enc of shape {encoder}, w_dec of shape {decoder}."
+        raise FormatError(explain(what, want=f"2 and {n_axes} axes for type {kind!r}"))
+    if kind == "sae" and encoder[0] != decoder[1]:
+        what = f"an SAE that reads {encoder[0]} numbers and writes {decoder[1]}."
+        raise FormatError(explain(what, want="type 'transcoder'"))
 
 
-def _names(file: TensorFile) -> dict[str, str]:
-    ours = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
-    return {name: ours.get(name, name) for name in file.names}
-
-
-def _widths(file: TensorFile, config: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
-    """d_in, d_sae, d_out, and for one layer of a cross-layer transcoder the number of layers it writes to."""
-    enc, dec = (file.shape(name) for name in ("w_enc", "w_dec"))
-    want = 3 if config["type"] == "clt" else 2
-    if len(enc) != 2 or len(dec) != want:
-        what = f"{file.path.name} has w_enc of shape {enc}, w_dec of shape {dec}."
-        raise FormatError(explain(what, want=f"2 and {want} axes for type {config['type']!r}"))
-    (d_in, d_sae), d_out = enc, dec[-1]
-    if config["type"] == "sae" and d_in != d_out:
-        raise FormatError(explain(f"an SAE that reads {d_in} numbers and writes {d_out}.", want="type 'transcoder'"))
-    shapes = {
-        **{"w_enc": (d_in, d_sae), "w_dec": (d_sae, *dec[1:])},
-        **{"b_enc": (d_sae,), "b_dec": (d_out,), "threshold": (d_sae,)},
-    }
-    if config.get("affine_connection", "affine_skip_connection" in file):
-        shapes["affine_skip_connection"] = (d_in, d_out)
-    file.fit(shapes)
-    return d_in, d_sae, d_out, dec[1] if want == 3 else None
-
-
-def _summed(w_dec: torch.Tensor) -> torch.Tensor:
-    """Over the layers written to, some latents at a time: a sum of all at once would hold the tensor twice."""
-    kind = w_dec.dtype
-    return torch.cat([part.float().sum(1).to(kind) for part in w_dec.split(max(1, (1 << 24) // w_dec[0].numel()))])
-
-
-def _inside(facts: Facts, path: Path) -> str:
+def _inner_path(files: OpenFiles) -> str:
     """The folders inside the repository: "owner" and "name" may hold any words."""
-    if facts.path is not None:
-        return facts.path
-    where = facts.where(path)
-    found = list(_REPO.finditer(where))
-    return where[found[-1].end() :] if found else "/".join(Path(where).parts[-4:])
+    if files.provenance.path is not None:
+        return files.provenance.path
+    names = list(_REPO.finditer(files.address))
+    return files.address[names[-1].end() :] if names else "/".join(Path(files.address).parts[-4:])
 
 
-def _site(facts: Facts, path: Path) -> str:
-    found = re.findall(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?(?=/|$)", _inside(facts, path))
-    return found[-1] if found else ""
+def _site(files: OpenFiles) -> str:
+    sites = re.findall(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?(?=/|$)", _inner_path(files))
+    return sites[-1] if sites else ""
 
 
-def _layer(facts: Facts, path: Path) -> int | None:
-    """Of a file params_layer_<i>, of the folder's name, or of `facts`."""
-    in_file, in_path = re.search(r"layer_(\d+)", path.name), re.findall(r"layer_(\d+)", _inside(facts, path))
-    if in_file:
-        return int(in_file[1])
-    return int(in_path[-1]) if in_path else facts.layer
+def _hooks_by_name(files: OpenFiles) -> dict[str, str]:
+    """By the layer of a file params_layer_<i>, of the folder's name or of the catalogue, and the site's folder."""
+    in_file = re.search(r"layer_(\d+)", files.weights.path.name)
+    in_path = re.findall(r"layer_(\d+)", _inner_path(files))
+    layer = in_file[1] if in_file else in_path[-1] if in_path else files.provenance.layer
+    points = zip(("hf_hook_point_in", "hf_hook_point_out"), _SITES.get(_site(files), (None, None)), strict=True)
+    return {} if layer is None else {name: f"model.layers.{int(layer)}.{point}" for name, point in points if point}
 
 
-def _model(config: Mapping[str, Any], facts: Facts, path: Path) -> str | None:
-    name = config.get("model_name")
+def _hook(point: str | None) -> str | None:
+    """TransformerLens' name of "model.layers.5.output"."""
+    names = re.fullmatch(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)", point or "")
+    return f"blocks.{names[1]}.{_HOOKS[names[2]]}" if names and names[2] in _HOOKS else None
+
+
+def _model(name: str | None, address: str) -> str | None:
+    """The model's name on the hub, from that in config.json or else in the repository's name."""
+    sizes = _REPO.findall(address)
     if name is None:
-        found = _REPO.findall(facts.where(path))
-        name = f"gemma-3-{found[-1][0]}-{found[-1][1]}" if found else None
+        name = f"gemma-3-{sizes[-1][0]}-{sizes[-1][1]}" if sizes else None
     if name is None:
         return None
     name = name.replace("-v3", "-3")
@@ -230,6 +258,40 @@ def _model(config: Mapping[str, Any], facts: Facts, path: Path) -> str | None:
     return name.removesuffix("-pt") if "270m" in name else name  # the smallest has no suffix on the hub
 
 
-def _hook(said: str | None) -> str | None:
-    found = re.fullmatch(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)", said or "")
-    return f"blocks.{found[1]}.{_HOOKS[found[2]]}" if found and found[2] in _HOOKS else None
+# --- all layers
+
+
+def _read_layer(path: Path, i: int, n: int) -> dict[str, Tensor]:
+    """Tensors of one of `n` layers, by the names of CrossLayerTranscoder."""
+    file = TensorFile(path)
+    table: ClassVar[Mapping[str, str]] = check_table(file, {**_TABLE, "W_dec": "w_dec FLO"}, L=n)
+    tensors = {name: file.tensor(stored) for name, (stored, _) in table.items()}
+    rows = tensors["W_dec"][:: max(1, len(tensors["W_dec"]) // _SAMPLED_ROWS)]
+    if i and float(rows[:, :i].abs().max()) > 1e-3 * float(rows[:, i:].abs().max()):
+        what = f"{path.name} writes to layers before its own, {i}."
+        raise FormatError(explain(what, want="layers that write to themselves and later ones; nothing else can be run"))
+    return {**tensors, "W_dec": tensors["W_dec"][:, i:]}
+
+
+def _cross_layer_hooks(config: Mapping[str, Any], address: str, n: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    kind = get_typed(config, "type", str, _CONFIG, "crosscoder" if "crosscoder" in address else "clt")
+    layers = re.search(r"layer_(\d+(?:_\d+)*)_width", address)
+    numbers = layers[1].replace("_", ",") if layers and kind != "clt" else "all"
+    points = ("output", "output") if kind == "crosscoder" else _MLP
+    read, written = (
+        get_typed(config, f"hf_hook_point_{side}", str, _CONFIG, f"model.layers.{{{numbers}}}.{point}")
+        for side, point in zip(("in", "out"), points, strict=True)
+    )
+    return _expand_hooks(read, n), _expand_hooks(written, n)
+
+
+def _expand_hooks(name: str, n: int) -> tuple[str, ...]:
+    """TransformerLens' names of "model.layers.{5,9}.output" or "model.layers.{all}...."."""
+    point = _POINT.fullmatch(name)
+    layers = point[1].split(",") if point else []
+    layers = [str(i) for i in range(n)] if layers == ["all"] else [layer.strip() for layer in layers]
+    is_known = point is not None and point[2] in _CROSS_LAYER_HOOKS
+    if not is_known or len(layers) != n or not all(layer.isdecimal() for layer in layers):
+        want = f"model.layers.{{...}} with {n} layers or 'all', then one of {', '.join(_CROSS_LAYER_HOOKS)}"
+        raise FormatError(explain(f"it is at {name!r}, and there are {n} files.", want=want))
+    return tuple(f"blocks.{int(layer)}.{_HOOKS[point[2]]}" for layer in layers)

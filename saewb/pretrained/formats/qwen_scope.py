@@ -9,109 +9,69 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
-from glob import escape
-from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch
+from pathlib import Path
+from typing import Any, ClassVar
 
 from saewb.errors import FormatError, explain
-from saewb.pretrained.formats._build import reading
-from saewb.pretrained.formats._facts import Facts
-from saewb.pretrained.formats._layout import published, said, turned
-from saewb.pretrained.formats._tensors import TensorFile
-from saewb.pretrained.formats._text import object_of, read_json
-from saewb.sae.sae import SAE
+from saewb.pretrained.formats._layout import OpenFiles, TableLayout, get_typed
 
-NAME = "Qwen Scope"
-CONFIG = "config.json"
-MARKS = ("layer<n>.sae.pt",)
-_FILE = re.compile(r"layer(\d+)\.sae\.pt")
 _REPO = re.compile(r"SAE-Res-(?P<model>[^/]+)-W(?P<width>\d+)K-L0_(?P<k>\d+)")
+_TYPES = {"k": int, "d_model": int, "d_sae": int, "base_model": str, "hook_point": str}
 
 
-def files(path: str) -> list[str]:
-    """Patterns of the repository's files that reading the file `path` may need."""
-    if not _FILE.fullmatch(PurePosixPath(path).name):
-        return []
-    return [escape(path), escape(str(PurePosixPath(path).with_name(CONFIG)))]
+class QwenScope(TableLayout):
+    """Qwen Scope: top-k SAEs of the residual stream of Qwen 3."""
 
+    name = "Qwen Scope"
+    aliases = ("qwen_scope",)
+    weights = "{path}"
+    config = "{parent}/config.json"
+    needs_config = False
+    file_name = re.compile(r"layer(\d+)\.sae\.pt")
+    marks = ("layer<n>.sae.pt",)
+    used_overrides = ("k",)
+    table: ClassVar[Mapping[str, str]] = {
+        "W_enc": "W_enc FD",
+        "b_enc": "b_enc F",
+        "W_dec": "W_dec DF",
+        "b_dec": "b_dec D",
+    }
 
-def matches(place: Path) -> bool:
-    """Whether it is a file of such a name."""
-    return bool(_FILE.fullmatch(Path(place).name)) and Path(place).is_file()
+    def read_config(self, path: Path) -> dict[str, Any]:
+        """The configuration beside the file, with the types of its values checked."""
+        config = super().read_config(path)
+        for name in set(_TYPES) & set(config):
+            get_typed(config, name, _TYPES[name], "config.json")
+        if config.get("hook_point", "resid_post") != "resid_post":
+            raise FormatError(explain(f"config.json has hook_point={config['hook_point']!r}.", want="'resid_post'"))
+        return config
 
-
-def read(
-    place: Path,
-    facts: Facts | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> SAE:
-    """The SAE of one layer. The encoder is memory-mapped, the decoder transposed.
-
-    Args:
-        place: the file layer<n>.sae.pt.
-        facts: `repo` says k and the model where there is no config.json beside the file; so does `overrides["k"]`.
-        dtype: of the parameters; None means as stored.
-        device: of the parameters; None means the CPU.
-
-    Raises:
-        FormatError: if a tensor is missing, left over or does not fit, or k is not known.
-    """
-    place, facts = Path(place), facts or Facts()
-    with reading(place):
-        file, config, named = TensorFile(place), _config(place), _REPO.search(facts.where(place))
-        d_sae, d_in = file.shape("W_enc") if len(file.shape("W_enc")) == 2 else (0, 0)
-        file.fit({"W_enc": (d_sae, d_in), "W_dec": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,)})
-        _check_widths(config, named, d_in, d_sae)
-        layer = int(_FILE.fullmatch(place.name)[1])
-        overrides = dict(facts.overrides)
-        k = config.get("k", overrides.pop("k", int(named["k"]) if named else None))
+    def fields(self, files: OpenFiles) -> dict[str, Any]:
+        """k and the model from config.json, or from the repository's name, or (k) from the catalogue's overrides."""
+        config, name = files.config, _REPO.search(files.address)
+        _check_widths(config, name, *files.weights.shape("W_enc"))
+        k = config.get("k", files.provenance.overrides.get("k", int(name["k"]) if name else None))
         if type(k) is not int:
             raise FormatError(
                 explain(
-                    f"k is {k!r}: there is no {CONFIG} beside the file that says it.",
+                    f"k is {k!r}: there is no config.json beside the file that says it.",
                     want="a repository's name such as Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50",
                     fix='saewb.load_sae("Qwen/SAE-Res-...", "layer0.sae.pt")',
                 )
             )
-        weights = {"W_enc": file.tensor("W_enc").T, "W_dec": turned(file.tensor("W_dec"))}
-        return published(
-            {**weights, "b_enc": file.tensor("b_enc"), "b_dec": file.tensor("b_dec")},
-            replace(facts, overrides=overrides),
-            NAME,
-            dtype=dtype,
-            device=device,
-            activation="topk",
-            k=k,
-            hook=f"blocks.{layer}.{_site(config)}",
-            model=config.get("base_model") or (f"Qwen/{named['model']}" if named else None),
-            metadata={"context_size": 1024, "prepend_bos": True, "hf_hook_name": f"model.layers.{layer}"},
-        )
+        layer = int(self.file_name.fullmatch(files.path.name)[1])
+        return {
+            "activation": "topk",
+            "k": k,
+            "model": config.get("base_model") or (f"Qwen/{name['model']}" if name else None),
+            "hook": f"blocks.{layer}.hook_resid_post",
+            "metadata": {"context_size": 1024, "prepend_bos": True, "hf_hook_name": f"model.layers.{layer}"},
+        }
 
 
-def _config(place: Path) -> Mapping[str, Any]:
-    path = place.with_name(CONFIG)
-    config = object_of(read_json(path), path) if path.is_file() else {}
-    for name, kind in (("k", int), ("d_model", int), ("d_sae", int), ("base_model", str), ("hook_point", str)):
-        if name in config:
-            said(config, name, kind, CONFIG)
-    return config
-
-
-def _site(config: Mapping[str, Any]) -> str:
-    site = config.get("hook_point", "resid_post")
-    if site != "resid_post":
-        raise FormatError(explain(f"{CONFIG} has hook_point={site!r}.", want="'resid_post'"))
-    return "hook_resid_post"
-
-
-def _check_widths(config: Mapping[str, Any], named: re.Match[str] | None, d_in: int, d_sae: int) -> None:
+def _check_widths(config: Mapping[str, Any], name: re.Match[str] | None, d_sae: int, d_in: int) -> None:
     if config.get("d_model", d_in) != d_in or config.get("d_sae", d_sae) != d_sae:
-        what = f"{CONFIG} says d_model={config.get('d_model')}, d_sae={config.get('d_sae')}."
+        what = f"config.json says d_model={config.get('d_model')}, d_sae={config.get('d_sae')}."
         raise FormatError(explain(what, want=f"{d_in} and {d_sae}, as W_enc has"))
-    if not config and named and int(named["width"]) * 1024 != d_sae:
-        raise FormatError(explain(f"{named[0]} should have {named['width']}K latents, and W_enc has {d_sae}."))
+    if not config and name and int(name["width"]) * 1024 != d_sae:
+        raise FormatError(explain(f"{name[0]} should have {name['width']}K latents, and W_enc has {d_sae}."))

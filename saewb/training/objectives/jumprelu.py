@@ -1,32 +1,42 @@
-"""The JumpReLU SAE: a learned threshold per latent, trained through a straight-through estimator."""
+"""The JumpReLU SAE: a learned threshold per latent, trained through a straight-through estimator.
+
+A step has no gradient almost everywhere; that of a ramp of width w is used instead (`jump`, `step`):
+
+    d/d theta  1[z > theta]    ->  -(1 / w) rect((z - theta) / w)
+    d/d theta  z 1[z > theta]  ->  -(theta / w) rect((z - theta) / w)          rect = 1 within (-1/2, 1/2), else 0
+
+By z the jump has its own gradient, 1[z > theta]; `to_input` adds the negative of the estimate by theta to it, as a
+function of z - theta would have.
+
+References:
+    Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 11 and 12; Conerly et al. 2025 (to the input).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.sae.sae import SAE
-from saewb.training.objectives.checks import check_coefficient, checked
-from saewb.training.objectives.dead import pre_activation
-from saewb.training.objectives.losses import Losses, State, fresh_state, measured, squared_error
-from saewb.training.objectives.params import Params, Rows, exported, from_sae, safe_norms, started
+from saewb._config import NonNegativeFloat, NonNegativeInt, PositiveFloat, config, require
+from saewb.training.objectives.base import Objective
+from saewb.training.objectives.losses import Losses, ObjectiveState, pre_activation_loss, squared_error, with_metrics
+from saewb.training.objectives.params import Params, safe_norms
 from saewb.training.objectives.sparsity_coefficient import Coefficient
-from saewb.training.objectives.straight_through import gate, step
 
-_ABOVE = 3  # times the target, at the start: it falls to about a third while the first directions are learnt
-_AT_ONCE = 2**25  # pre-activations that thresholds are taken from at a time
+_INITIAL_L0 = 3  # times the target: L0 falls to about a third while the first directions are learned
+_PRE_ACTS_AT_ONCE = 2**25  # when thresholds are set from data
 
 
-@dataclass(frozen=True)
-class JumpReLU:
+@final
+@config
+class JumpReLU(Objective):
     """A threshold per latent, which the sparsity loss raises and the reconstruction lowers.
 
-        z = (x - b_pre) @ W_enc + b_enc;   a = z 1[z > theta];   recon = a @ W_dec + b_dec (+ x @ W_skip)
+        z = (x - b_pre) @ W_enc + b_enc;   a = z 1[z > theta];   recons = a @ W_dec + b_dec (+ x @ W_skip)
         mse + l0 * sparsity + pre_act * mean sum_{i dead} max(theta_i - z_i, 0) |W_dec[i]|
 
         sparsity  "step"       mean L0,  L0 = sum_i 1[z_i > theta_i]
@@ -34,8 +44,8 @@ class JumpReLU:
                   "quadratic"  mean (2 / target_l0) (L0 - target_l0)^2      (per token: it also evens L0 out)
 
     The step's gradient by theta is that of a ramp of width `bandwidth`. Where no z lies within half of it around theta
-    there is none: the record's warning says so. `threshold="direct"` trains theta itself, kept >= 0; "log" trains
-    log theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all.
+    there is none: `StepMetrics.warnings` says so. `threshold="direct"` trains theta itself, kept >= 0; "log" trains log
+    theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all.
 
     Adam moves a theta by about lr per step: in a run of some hundred steps L0 ends near where it starts. With a target
     (or `init_l0`), and no `init_threshold`, thresholds start from the N first tokens, on which estimates are made: each
@@ -62,129 +72,117 @@ class JumpReLU:
 
     Example:
         >>> objective = JumpReLU(d_sae=32, l0=0.1, sparsity="quadratic", target_l0=4)
-        >>> params, x = objective.start(8), torch.ones(5, 8)
-        >>> sorted(objective.losses(params, x, x, objective.state()).terms)
+        >>> params, x = objective.init_params(8), torch.ones(5, 8)
+        >>> sorted(objective.losses(params, x, x, objective.initial_state()).terms)
         ['l0', 'mse']
     """
 
-    d_sae: int  # latents
-    l0: float = 0.01  # weight of the sparsity loss, in squared units of the activations per latent
-    sparsity: Literal["step", "tanh", "quadratic"] = "step"  # which loss counts the active latents, see above
-    target_l0: float | None = None  # latents per token: inside the loss (quadratic), else steered to by changing `l0`
-    warmup_tokens: int = 0  # tokens over which `l0` rises from 0
-    bandwidth: float = 0.05  # width of the straight-through window, in units of the pre-activations
-    init_threshold: float | None = None  # of all latents, in units of the pre-activations; None: see init_l0
-    init_l0: float | None = None  # latents per token at the start, by data; None: 3 target_l0, or thresholds of 0.01
-    threshold: Literal["direct", "log"] = "direct"  # what is trained
-    to_input: bool = False  # whether the estimator's gradient also reaches the pre-activations
-    tanh_scale: float = 4.0  # per unit of length written
-    pre_act: float = 0.0  # weight of the pre-activation loss; Anthropic: 3e-6
-    pre_act_on: Literal["dead", "all"] = "dead"  # latents it is taken over
-    rows: Rows = "unit"  # decoder rows: kept at length 1, or free
-    init_norm: float = 1.0  # length of the rows at the start; 1 for unit rows
-    skip: bool = False  # adds x @ W_skip to the output
+    l0: PositiveFloat = 0.01
+    """Weight of the sparsity loss, in squared units of the activations per latent."""
+    sparsity: Literal["step", "tanh", "quadratic"] = "step"
+    """Which loss counts the active latents, see above."""
+    target_l0: PositiveFloat | None = None
+    """Latents per token: inside the loss (quadratic), else steered to by changing `l0`."""
+    warmup_tokens: NonNegativeInt = 0
+    """Tokens over which `l0` rises from 0."""
+    bandwidth: PositiveFloat = 0.05
+    """Width of the straight-through window, in units of the pre-activations."""
+    init_threshold: NonNegativeFloat | None = None
+    """Of all latents, in units of the pre-activations; None: see init_l0."""
+    init_l0: float | None = None
+    """Latents per token at the start, by data; None: 3 target_l0, or thresholds of 0.01."""
+    threshold: Literal["direct", "log"] = "direct"
+    """What is trained."""
+    to_input: bool = False
+    """Whether the estimator's gradient also reaches the pre-activations."""
+    tanh_scale: PositiveFloat = 4.0
+    """Scale of the tanh loss, per unit of length written."""
+    pre_act: NonNegativeFloat = 0.0
+    """Weight of the pre-activation loss; Anthropic: 3e-6."""
+    pre_act_on: Literal["dead", "all"] = "dead"
+    """Latents the pre-activation loss is taken over."""
+
+    activation: ClassVar[str] = "jumprelu"
+    trainable: ClassVar[tuple[str, ...]] = ("jumprelu",)
 
     def __post_init__(self) -> None:
-        check = checked(self, self.d_sae, self.rows, self.init_norm)
-        modes = ("step", "tanh", "quadratic")
-        check(self.sparsity in modes, "sparsity", self.sparsity, "one of " + ", ".join(map(repr, modes)))
-        check(self.threshold in ("direct", "log"), "threshold", self.threshold, "'direct' or 'log'")
-        check(self.pre_act_on in ("dead", "all"), "pre_act_on", self.pre_act_on, "'dead' or 'all'")
-        for name in ("bandwidth", "tanh_scale"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        least, low = self.init_threshold, 0 if self.threshold == "direct" else 1e-30
-        check(least is None or least >= low, "init_threshold", least, "0 or more; more than 0 with threshold='log'")
-        alone = self.init_l0 is None or (least is None and 0 < self.init_l0 < self.d_sae)
-        check(alone, "init_l0", self.init_l0, f"0 to d_sae={self.d_sae} latents per token, and no init_threshold")
-        check(self.pre_act >= 0, "pre_act", self.pre_act, "a weight, 0 or more")
-        check_coefficient(check, "l0", self.l0, self.warmup_tokens, self.target_l0)
-        needs = self.sparsity != "quadratic" or self.target_l0 is not None
-        check(needs, "target_l0", self.target_l0, "latents per token, for sparsity='quadratic'")
-        within = self.target_l0 is None or self.target_l0 <= self.d_sae
-        check(within, "target_l0", self.target_l0, f"up to d_sae={self.d_sae}")
+        super().__post_init__()
+        least, d_sae, target = self.init_threshold, self.d_sae, self.target_l0
+        positive = self.threshold == "direct" or least is None or least > 0
+        require(self, positive, "init_threshold", "0 or more; more than 0 with threshold='log'")
+        alone = self.init_l0 is None or (least is None and 0 < self.init_l0 < d_sae)
+        require(self, alone, "init_l0", f"0 to d_sae={d_sae} latents per token, and no init_threshold")
+        aims = self.sparsity != "quadratic" or target is not None
+        require(self, aims, "target_l0", "latents per token, for sparsity='quadratic'")
+        require(self, target is None or target <= d_sae, "target_l0", f"up to d_sae={d_sae}")
+
+    @property
+    def revives_dead(self) -> bool:
+        """Whether there is a pre-activation loss of dead latents."""
+        return self.pre_act > 0 and self.pre_act_on == "dead"
 
     def coefficients(self) -> dict[str, Coefficient]:
         """The weight of the sparsity loss; steered only where the loss does not aim at the target by itself."""
-        steered = None if self.sparsity == "quadratic" else self.target_l0
-        return {"l0": Coefficient(self.l0, self.warmup_tokens, steered)}
+        target = None if self.sparsity == "quadratic" else self.target_l0
+        return {"l0": Coefficient(self.l0, self.warmup_tokens, target)}
 
     @property
     def start_l0(self) -> float | None:
-        """Latents per token that `fit` makes the first tokens have on; None if it has nothing to do."""
+        """Latents per token that `fit_thresholds` makes active on the first tokens; None if it has nothing to do."""
         if self.init_l0 is not None or self.init_threshold is not None or self.target_l0 is None:
             return self.init_l0
-        return min(_ABOVE * self.target_l0, self.d_sae / 2)
-
-    def state(self, device: torch.device | str = "cpu") -> State:
-        """For a first step at full weight: nothing is dead."""
-        return fresh_state(self.d_sae, self.coefficients(), device)
-
-    def start(
-        self,
-        d_in: int,
-        d_out: int | None = None,
-        *,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
-        theta = torch.tensor(0.01 if self.init_threshold is None else self.init_threshold)
-        own = {"log_threshold": theta.log().item()} if self.threshold == "log" else {"threshold": theta.item()}
-        norm, skip, extra = self.init_norm, self.skip, {"b_enc": 0.0, **own}
-        return started(
-            d_in, self.d_sae, d_out, seed=seed, norm=norm, skip=skip, dtype=dtype, device=device, extra=extra
-        )
-
-    def resume(self, sae: SAE, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-        """Weights to go on with, from a trained JumpReLU SAE; with "log", thresholds are at least 1e-8."""
-        params = from_sae(sae, ("jumprelu",), None, dtype=dtype, device=device)
-        if self.threshold == "direct":
-            return params
-        tensors = dict(params.named_parameters())
-        tensors["log_threshold"] = tensors.pop("threshold").detach().clamp_min(1e-8).log()
-        return Params(tensors, params.pre_bias)
+        return min(_INITIAL_L0 * self.target_l0, self.d_sae / 2)
 
     @torch.no_grad()
-    def fit(self, params: Params, batches: Sequence[Float[Tensor, "tokens d_in"]]) -> None:
-        """Thresholds by which `start_l0` of the latents are on per token of these batches, in place; see above."""
+    def fit_thresholds(self, params: Params, batches: Sequence[Float[Tensor, "_ d_in"]]) -> None:
+        """Set thresholds, in place, by which `start_l0` latents are active per token of these batches; see above."""
         n = sum(map(len, batches))
-        each, more = divmod(round(n * self.start_l0), self.d_sae)
-        directions, x = params.W_enc.T, [params.centered(batch).T for batch in batches]
-        for first in range(0, self.d_sae, width := max(1, _AT_ONCE // n)):
-            some = slice(first, first + width)
-            z = torch.cat([directions[some] @ batch for batch in x], 1) + params.b_enc[some, None]
+        each, rest = divmod(round(n * self.start_l0), self.d_sae)
+        directions, x = params.W_enc.T, [params.center(batch).T for batch in batches]
+        for first in range(0, self.d_sae, width := max(1, _PRE_ACTS_AT_ONCE // n)):
+            part = slice(first, first + width)
+            z = torch.cat([directions[part] @ batch for batch in x], 1) + params.b_enc[part, None]
             top = z.topk(min(n, each + 2), dim=1).values
-            once_more = torch.arange(first, first + len(z), device=z.device) < more
-            on = (each + once_more.long())[:, None]
-            ends = (top.gather(1, (on - 1).clamp_min(0)) + top.gather(1, on.clamp_max(n - 1))) / 2
-            theta = torch.where(on > 0, ends, 1.5 * top[:, :1] - 0.5 * top[:, 1:2])[:, 0]
+            one_more = torch.arange(first, first + len(z), device=z.device) < rest
+            n_active = (each + one_more.long())[:, None]
+            middle = (top.gather(1, (n_active - 1).clamp_min(0)) + top.gather(1, n_active.clamp_max(n - 1))) / 2
+            theta = torch.where(n_active > 0, middle, 1.5 * top[:, :1] - 0.5 * top[:, 1:2])[:, 0]
             if self.threshold == "log":
-                params.log_threshold[some] = theta.clamp_min(1e-8).log()
+                params.log_threshold[part] = theta.clamp_min(1e-8).log()
             else:
-                params.threshold[some] = theta.clamp_min(0)
+                params.threshold[part] = theta.clamp_min(0)
 
     def losses(
-        self, params: Params, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], state: State
+        self,
+        params: Params,
+        x: Float[Tensor, "tokens d_in"],
+        y: Float[Tensor, "tokens d_out"],
+        state: ObjectiveState,
     ) -> Losses:
         """The losses of one batch, differentiable in every parameter by the straight-through estimator.
 
         `extra["in_band"]` is the number of pre-activations per token in the straight-through window.
         """
-        pre, theta = params.pre(x), self.theta(params)
-        latents = gate(pre, theta, self.bandwidth, self.to_input)
-        recon = params.decoded(latents, x)
-        sparsity = self._sparsity(params, pre, theta, latents)
-        terms = {"mse": squared_error(recon, y), "l0": state.coefficients["l0"] * sparsity}
+        pre_acts, theta = params.pre_acts(x), self.theta(params)
+        acts = jump(pre_acts, theta, self.bandwidth, self.to_input)
+        recons = params.decode(acts, x)
+        sparsity = self._sparsity(params, pre_acts, theta, acts)
+        terms = {"mse": squared_error(recons, y), "l0": state.coefficients["l0"] * sparsity}
         if self.pre_act:
-            terms["pre_act"] = self.pre_act * pre_activation(pre, theta, params.norms(), state, self.pre_act_on)
-        in_band = ((pre.detach() - theta.detach()).abs() < self.bandwidth / 2).sum() / len(y)
-        return measured(terms, y, recon, latents, in_band=in_band)
+            terms["pre_act"] = self.auxiliary_loss(params, pre_acts, state)
+        in_band = ((pre_acts.detach() - theta.detach()).abs() < self.bandwidth / 2).sum() / len(y)
+        return with_metrics(terms, y, recons, acts, in_band=in_band)
 
-    def _sparsity(self, params: Params, pre: Tensor, theta: Tensor, latents: Tensor) -> Tensor:
+    def auxiliary_loss(
+        self, params: Params, pre_acts: Float[Tensor, "tokens d_sae"], state: ObjectiveState
+    ) -> Float[Tensor, ""]:
+        """The pre-activation loss with its weight."""
+        return self.pre_act * pre_activation_loss(pre_acts, self.theta(params), params.norms(), state, self.pre_act_on)
+
+    def _sparsity(self, params: Params, pre_acts: Tensor, theta: Tensor, acts: Tensor) -> Tensor:
         if self.sparsity == "tanh":
-            return torch.tanh(self.tanh_scale * latents * params.norms()).sum() / len(pre)
-        l0 = step(pre, theta, self.bandwidth, self.to_input).sum(1)
+            return torch.tanh(self.tanh_scale * acts * params.norms()).sum() / len(pre_acts)
+        l0 = step(pre_acts, theta, self.bandwidth, self.to_input).sum(1)
         if self.sparsity == "step":
             return l0.mean()
         return (2 / self.target_l0 * (l0 - self.target_l0).square()).mean()
@@ -193,12 +191,73 @@ class JumpReLU:
         """The thresholds, whichever way they are trained, in units of the pre-activations."""
         return params.log_threshold.exp() if self.threshold == "log" else params.threshold
 
-    def latents(self, params: Params, x: Float[Tensor, "tokens d_in"], state: State) -> Float[Tensor, "tokens d_sae"]:
-        """Activations as the exported SAE has them, but in units of the training's own decoder rows."""
-        pre = params.pre(x)
-        return torch.relu(pre) * (pre > self.theta(params))
+    def latents(
+        self, params: Params, x: Float[Tensor, "tokens d_in"], state: ObjectiveState
+    ) -> Float[Tensor, "tokens d_sae"]:
+        """The same activations as in training."""
+        pre_acts = params.pre_acts(x)
+        return torch.relu(pre_acts) * (pre_acts > self.theta(params))
 
-    @torch.no_grad()
-    def export(self, params: Params, state: State) -> SAE:
-        """The SAE so far, in training units, with unit rows and thresholds in units of the lengths written."""
-        return exported(params, "jumprelu", threshold=self.theta(params) * safe_norms(params))
+    def _initial_values(self) -> Mapping[str, float]:
+        theta = torch.tensor(0.01 if self.init_threshold is None else self.init_threshold)
+        if self.threshold == "log":
+            return {"b_enc": 0.0, "log_threshold": theta.log().item()}
+        return {"b_enc": 0.0, "threshold": theta.item()}
+
+    def _trained_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With "log", thresholds are at least 1e-8."""
+        if self.threshold == "log":
+            tensors["log_threshold"] = tensors.pop("threshold").clamp_min(1e-8).log()
+        return tensors
+
+    def _sae_tensors(self, params: Params, state: ObjectiveState) -> dict[str, Tensor]:
+        """Thresholds in units of the lengths written."""
+        return {"threshold": self.theta(params) * safe_norms(params)}
+
+
+def jump(
+    pre_acts: Float[Tensor, "tokens d_sae"], theta: Float[Tensor, " d_sae"], width: float, to_input: bool
+) -> Float[Tensor, "tokens d_sae"]:
+    """`pre_acts * (pre_acts > theta)`, with the estimated gradient by theta."""
+    return _Jump.apply(pre_acts, theta, width, to_input)
+
+
+def step(
+    pre_acts: Float[Tensor, "tokens d_sae"], theta: Float[Tensor, " d_sae"], width: float, to_input: bool
+) -> Float[Tensor, "tokens d_sae"]:
+    """`1[pre_acts > theta]`, with the estimated gradient by theta."""
+    return _Step.apply(pre_acts, theta, width, to_input)
+
+
+def _window(pre_acts: Tensor, theta: Tensor, width: float) -> Tensor:
+    return (pre_acts - theta).abs() < width / 2
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, theta: Tensor, width: float, to_input: bool) -> Tensor:
+        ctx.save_for_backward(pre, theta)
+        ctx.width, ctx.to_input = width, to_input
+        return pre * (pre > theta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        pre, theta = ctx.saved_tensors
+        jump = grad * _window(pre, theta, ctx.width) * (theta / ctx.width)
+        to_pre = grad * (pre > theta)
+        to_pre = to_pre + jump if ctx.to_input else to_pre
+        return to_pre.to(pre.dtype), -jump.sum(0).to(theta.dtype), None, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, theta: Tensor, width: float, to_input: bool) -> Tensor:
+        ctx.save_for_backward(pre, theta)
+        ctx.width, ctx.to_input = width, to_input
+        return (pre > theta).to(theta.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        pre, theta = ctx.saved_tensors
+        jump = grad * _window(pre, theta, ctx.width) / ctx.width
+        return jump.to(pre.dtype) if ctx.to_input else None, -jump.sum(0).to(theta.dtype), None, None

@@ -1,81 +1,174 @@
-"""What one step is told and what it answers: State in, Losses out. Both hold tensors on the device; nothing waits."""
+"""What goes into the losses of a step, what comes out, and the auxiliary losses that revive dead latents.
+
+`ObjectiveState` goes in, `Losses` comes out; both hold tensors on the device, and nothing here waits for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saewb.distributed import ALONE, Team
-from saewb.training.objectives.sparsity_coefficient import Coefficient
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
+from saewb.training.objectives.params import Params
 
 
 @dataclass(frozen=True)
-class State:
-    """What a step needs to know beyond weights and activations. Replaced after each step, never changed.
+class ObjectiveState:
+    """What a step needs beyond weights and activations. Replaced after each step, never changed.
 
-    Two figures on dead latents, since reading a number from a GPU stops it: `dead` is exact and stays on the device;
-    `dead_rows` are the latents that were dead when the host last looked, so that work can be limited to them. A latent
-    counts as dead if it is both: silent now, and silent at the last look.
+    Two fields on dead latents, since reading a number from a GPU stops it: `dead` is exact and stays on the device;
+    `dead_rows` are the latents that were dead at the host's last check, so that work can be limited to them. A latent
+    counts as dead if it is both: silent now, and silent at the last check.
     """
 
-    dead: Bool[Tensor, " d_sae"]  # latents in the auxiliary loss; only at `dead_rows` may it be true
-    dead_rows: Int[Tensor, " n_dead"]  # latents dead at the last look, ascending; none: skip the auxiliary loss
-    coefficients: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)  # by name of the loss term
-    threshold: Float[Tensor, ""] | None = None  # BatchTopK, Matryoshka: what a latent must exceed after training
-    n_thresholds: int = 0  # batches that `threshold` is the mean of so far
-    team: Team = ALONE  # processes among which the batch is shared; what is chosen over a batch is over all of it
+    dead: Bool[Tensor, " d_sae"]
+    """Latents in the auxiliary loss; may be true at `dead_rows` only."""
+    dead_rows: Int[Tensor, " n_dead"]
+    """Latents dead at the last check, ascending; none: no auxiliary loss."""
+    coefficients: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Weights of loss terms, by term."""
+    threshold: Float[Tensor, ""] | None = None
+    """BatchTopK, Matryoshka: what a latent must exceed after training."""
+    n_thresholds: int = 0
+    """Batches that `threshold` is the mean of so far."""
+    team: ParallelContext = SINGLE_PROCESS
+    """Processes that share the batch; what is selected over a batch is over all of it."""
+
+    def with_dead(self, dead: Bool[Tensor, " d_sae"]) -> ObjectiveState:
+        """The same state with exactly these latents dead."""
+        return replace(self, dead=dead, dead_rows=dead.nonzero()[:, 0])
+
+    @torch.no_grad()
+    def next_threshold(self, kept_min: Float[Tensor, ""], rate: float) -> ObjectiveState:
+        """The state with the threshold after one more batch; unchanged by a batch in which no latent was active.
+
+        A running mean over the first 1 / rate batches and an exponential one from then on.
+
+        Args:
+            kept_min: smallest length that an active latent wrote in the batch.
+            rate: share of the newest batch.
+        """
+        wide = torch.float32 if kept_min.device.type == "mps" else torch.float64
+        kept_min = kept_min.to(wide)
+        old = torch.zeros_like(kept_min) if self.threshold is None else self.threshold
+        share = max(rate, 1 / (self.n_thresholds + 1))
+        new = torch.where(torch.isfinite(kept_min), old + share * (kept_min - old), old)
+        return replace(self, threshold=new, n_thresholds=self.n_thresholds + 1)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """One batch's losses and figures, as 0-d tensors on the device unless said otherwise."""
+    """One batch's losses and metrics, as 0-d tensors on the device unless said otherwise."""
 
-    terms: Mapping[str, Float[Tensor, ""]]  # by name, each as it enters `total`; "mse" is always there
-    total: Float[Tensor, ""]  # their sum: what is differentiated
-    l0: Float[Tensor, ""]  # active latents per token
-    fvu: Float[Tensor, ""]  # fraction of the batch's variance that is not explained; no gradient
-    fired: Int[Tensor, " d_sae"]  # per latent, on how many tokens of the batch it was active
-    extra: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)  # "kept_min", "in_band": see the objectives
-
-
-def fresh_state(d_sae: int, coefficients: Mapping[str, Coefficient], device: torch.device | str = "cpu") -> State:
-    """A state in which nothing is dead and no coefficient is warmed up any more.
-
-    Example:
-        >>> fresh_state(4, {"l1": Coefficient(0.5, warmup_tokens=10)}).coefficients["l1"].item()
-        0.5
-    """
-    return State(
-        dead=torch.zeros(d_sae, dtype=torch.bool, device=device),
-        dead_rows=torch.zeros(0, dtype=torch.int64, device=device),
-        coefficients={name: torch.tensor(c.value, device=device) for name, c in coefficients.items()},
-    )
+    terms: Mapping[str, Float[Tensor, ""]]
+    """By name, each as it enters `total`; "mse" is always there."""
+    total: Float[Tensor, ""]
+    """Their sum: what is differentiated."""
+    l0: Float[Tensor, ""]
+    """Active latents per token."""
+    fvu: Float[Tensor, ""]
+    """Fraction of the batch's variance that is not explained; no gradient."""
+    fired: Int[Tensor, " d_sae"]
+    """Per latent, on how many tokens of the batch it was active."""
+    extra: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Further metrics of the objective: "kept_min" (top-k over a batch), "in_band" (JumpReLU)."""
 
 
-def with_dead(state: State, dead: Bool[Tensor, " d_sae"]) -> State:
-    """The same state with exactly these latents dead."""
-    return replace(state, dead=dead, dead_rows=dead.nonzero()[:, 0])
-
-
-def squared_error(recon: Float[Tensor, "tokens d_out"], y: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
+def squared_error(recons: Float[Tensor, "tokens d_out"], y: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
     """Squared length of the error per token: summed over coordinates, averaged over tokens."""
-    return (recon.to(y.dtype) - y).square().sum() / len(y)
+    return (recons.to(y.dtype) - y).square().sum() / len(y)
 
 
-def measured(
+def with_metrics(
     terms: Mapping[str, Float[Tensor, ""]],
     y: Float[Tensor, "tokens d_out"],
-    recon: Float[Tensor, "tokens d_out"],
-    latents: Float[Tensor, "tokens d_sae"],
+    recons: Float[Tensor, "tokens d_out"],
+    acts: Float[Tensor, "tokens d_sae"],
     **extra: Float[Tensor, ""],
 ) -> Losses:
-    """Losses from their terms, and the figures that every objective reports."""
+    """Losses from their terms, and the metrics that every objective reports."""
     with torch.no_grad():
-        fired = latents.detach().count_nonzero(0)
-        spread = (y - y.mean(0)).square().sum()
-        fvu = (recon.to(y.dtype) - y).square().sum() / spread
+        fired = acts.detach().count_nonzero(0)
+        variance = (y - y.mean(0)).square().sum()
+        fvu = (recons.to(y.dtype) - y).square().sum() / variance
     return Losses(dict(terms), torch.stack(list(terms.values())).sum(), fired.sum() / len(y), fvu, fired, extra)
+
+
+def auxk_loss(
+    params: Params,
+    pre_acts: Float[Tensor, "tokens d_sae"],
+    error: Float[Tensor, "tokens d_out"],
+    state: ObjectiveState,
+    *,
+    k_aux: int,
+    signed: bool = False,
+    relu: bool = False,
+    low: int = 0,
+    high: int | None = None,
+) -> Float[Tensor, ""]:
+    """Auxiliary loss of the top-k objectives: how badly dead latents model the error; 0 when none is dead.
+
+        s * mean over tokens of || error - sum_{i in T} z_i W_dec[i] ||^2,    s = min(n_dead / k_aux, 1)
+
+    T: the min(k_aux, n_dead) dead latents with the largest z_i |W_dec[i]| (signed: in magnitude). b_dec takes no part,
+    for the error is already free of it. Few dead latents weigh less (s), or three of them would get the gradient of a
+    whole error that they cannot model.
+
+    Args:
+        params: the weights.
+        pre_acts: pre-activations z of all latents.
+        error: y - recons, without gradient.
+        state: which latents are dead.
+        k_aux: dead latents per token at most.
+        signed: choose by magnitude (AbsTopK).
+        relu: use max(z, 0) instead of z. Gao et al. do; without it also a dead latent that is negative on every token
+            gets a gradient, which is what revives it.
+        low: only the dead among latents low..high take part (Matryoshka).
+        high: None means all.
+
+    References:
+        Gao et al. 2024, arXiv:2406.04093, appendix A.2.
+    """
+    rows = state.dead_rows
+    if not len(rows):
+        return error.new_zeros(())
+    dead, W, z = state.dead[rows], params.W_dec[rows], pre_acts[:, rows]
+    # A mask rather than a selection: the size of a selection would have to be read from the device.
+    dead = dead & (rows >= low) & (rows < (params.d_sae if high is None else high))
+    score = z.detach() * W.detach().norm(dim=1)
+    score = torch.where(dead, score.abs() if signed else score, -torch.inf)
+    best = score.topk(min(k_aux, len(rows)), dim=1, sorted=False).indices
+    values = z.gather(1, best) * dead[best]
+    values = torch.relu(values) if relu else values
+    recons = torch.zeros_like(z).scatter(1, best, values) @ W
+    scale = (dead.to(error.dtype).sum() / k_aux).clamp(max=1.0)
+    return scale * (recons.to(error.dtype) - error).square().sum() / len(error)
+
+
+def pre_activation_loss(
+    pre_acts: Float[Tensor, "tokens d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+    norms: Float[Tensor, " d_sae"],
+    state: ObjectiveState,
+    on: Literal["dead", "all"],
+) -> Float[Tensor, ""]:
+    """Auxiliary loss of JumpReLU: how far the pre-activations of dead latents lie below their thresholds.
+
+        mean over tokens of sum_i max(threshold_i - z_i, 0) |W_dec[i]|      (i: dead latents; or all)
+
+    References:
+        Conerly et al. 2025, "Dictionary Learning Optimization Techniques", Transformer Circuits, January 2025 (over
+        all latents; over the dead ones alone it leaves the live ones unbiased).
+    """
+    if on == "all":
+        return (torch.relu(threshold - pre_acts) * norms).sum() / len(pre_acts)
+    rows = state.dead_rows
+    if not len(rows):
+        return pre_acts.new_zeros(())
+    gaps = torch.relu(threshold[rows] - pre_acts[:, rows])
+    return (gaps * norms[rows] * state.dead[rows]).sum() / len(pre_acts)

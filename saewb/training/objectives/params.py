@@ -1,7 +1,7 @@
-"""The weights an objective trains: where they start, how rows keep unit length, how they become an SAE.
+"""Trainable SAE parameters: initialization, decoder-norm constraint, conversion from and to an SAE.
 
-    pre   = (x - b_pre) @ W_enc + b_enc                  (b_pre is b_dec when tied, else 0)
-    recon = latents @ W_dec + b_dec (+ x @ W_skip)
+    pre_acts = (x - b_pre) @ W_enc + b_enc                  (b_pre is b_dec when tied, else 0)
+    recons = acts @ W_dec + b_dec (+ x @ W_skip)
 
 `W_enc` is `[d_in, d_sae]` and its transpose is contiguous: one latent's reading direction is one run of memory, as its
 writing direction is. Sparse steps and Adam read and write whole latents.
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.sae.config import SAEConfig
+from saewb.sae.config import Activation, SAEConfig
 from saewb.sae.sae import SAE
 
 PreBias = Literal["none", "tied"]
@@ -54,7 +54,7 @@ class Params(nn.Module):
 
     @property
     def d_in(self) -> int:
-        """Width of what is read."""
+        """Width of the input."""
         return self.W_enc.shape[0] if "W_enc" in self._parameters else self.W_dec.shape[1]
 
     @property
@@ -64,7 +64,7 @@ class Params(nn.Module):
 
     @property
     def d_out(self) -> int:
-        """Width of what is written."""
+        """Width of the output."""
         return self.W_dec.shape[1]
 
     @property
@@ -72,22 +72,22 @@ class Params(nn.Module):
         """Whether there is a W_skip."""
         return "W_skip" in self._parameters
 
-    def centered(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+    def center(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         """`x - b_pre`, what the encoder multiplies."""
         return x - self.b_dec if self.pre_bias == "tied" else x
 
-    def pre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_sae"]:
+    def pre_acts(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_sae"]:
         """Pre-activations, `(x - b_pre) @ W_enc + b_enc`."""
-        return self.centered(x) @ self.W_enc + self.b_enc
+        return self.center(x) @ self.W_enc + self.b_enc
 
-    def decoded(
-        self, latents: Float[Tensor, "tokens d_sae"], x: Float[Tensor, "tokens d_in"]
+    def decode(
+        self, acts: Float[Tensor, "tokens d_sae"], x: Float[Tensor, "tokens d_in"]
     ) -> Float[Tensor, "tokens d_out"]:
-        """`latents @ W_dec + b_dec (+ x @ W_skip)`."""
-        return latents @ self.W_dec + self.offset(x)
+        """`acts @ W_dec + b_dec (+ x @ W_skip)`."""
+        return acts @ self.W_dec + self.offset(x)
 
     def offset(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
-        """What is written when no latent is on: `b_dec (+ x @ W_skip)`."""
+        """Output when no latent is active: `b_dec (+ x @ W_skip)`."""
         return self.b_dec + x @ self.W_skip if self.skip else self.b_dec
 
     def norms(self) -> Float[Tensor, " d_sae"]:
@@ -95,7 +95,7 @@ class Params(nn.Module):
         return self.W_dec.norm(dim=1)
 
 
-def started(
+def init_params(
     d_in: int,
     d_sae: int,
     d_out: int | None,
@@ -105,44 +105,44 @@ def started(
     skip: bool,
     dtype: torch.dtype,
     device: torch.device | str,
-    extra: Mapping[str, float] | None = None,
+    per_latent: Mapping[str, float],
 ) -> Params:
     """Random decoder rows of one length, the encoder their transpose, zero biases and skip matrix.
 
     Args:
-        d_in: width of what is read.
+        d_in: width of the input.
         d_sae: number of latents.
-        d_out: width of what a transcoder writes; None makes an autoencoder, whose b_dec is also subtracted on the way
-            in. A transcoder's is not, and where d_out differs from d_in its encoder has rows of its own.
+        d_out: width of a transcoder's output; None makes an autoencoder, whose b_dec is also subtracted on the way in.
+            A transcoder's is not, and where d_out differs from d_in its encoder has rows of its own.
         seed: of the directions; the global random state is neither read nor changed.
         norm: length of every decoder (and encoder) row.
         skip: adds `W_skip`.
         dtype: of all tensors.
         device: of all tensors. The directions are the same on every device.
-        extra: further tensors `[d_sae]`, by name, with the number that fills them; "b_enc" is 0 unless named.
+        per_latent: further tensors `[d_sae]`, by name, with the number that fills them.
     """
     rng = torch.Generator().manual_seed(seed)
     width = d_in if d_out is None else d_out
     W_dec = nn.functional.normalize(torch.randn(d_sae, width, generator=rng), dim=1) * norm
     reads = W_dec if width == d_in else nn.functional.normalize(torch.randn(d_sae, d_in, generator=rng), dim=1) * norm
-    made = {"W_enc": reads.clone().T, "W_dec": W_dec, "b_dec": torch.zeros(width)}
-    made |= {name: torch.full((d_sae,), value) for name, value in ({"b_enc": 0.0} if extra is None else extra).items()}
+    tensors = {"W_enc": reads.clone().T, "W_dec": W_dec, "b_dec": torch.zeros(width)}
+    tensors |= {name: torch.full((d_sae,), value) for name, value in per_latent.items()}
     if skip:
-        made["W_skip"] = torch.zeros(d_in, width)
-    return Params(
-        {name: t.to(device=device, dtype=dtype) for name, t in made.items()}, "tied" if d_out is None else "none"
-    )
+        tensors["W_skip"] = torch.zeros(d_in, width)
+    tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    return Params(tensors, "tied" if d_out is None else "none")
 
 
 @torch.no_grad()
 def project_gradient(params: Params) -> None:
-    """Takes from each decoder row's gradient the part along the row, in place, for rows that keep unit length.
+    """Remove from the gradient of each decoder row its part along the row, in place, for rows of unit length.
 
         g_i -= <g_i, w_i> w_i / |w_i|^2
 
     That part would be undone by the normalization after the step, and would spoil Adam's moments meanwhile.
 
-    References: Bricken et al. 2023 ("Towards Monosemanticity", appendix on training); Gao et al. 2024, arXiv:2406.04093,
+    References:
+        Bricken et al. 2023 ("Towards Monosemanticity", appendix on training); Gao et al. 2024, arXiv:2406.04093,
         appendix A.1.
     """
     # On a CPU some rows at a time: products the size of all weights cost more in page faults than in arithmetic.
@@ -154,7 +154,7 @@ def project_gradient(params: Params) -> None:
 
 @torch.no_grad()
 def constrain(params: Params, rows: Rows) -> None:
-    """What must hold of the weights, made to hold again after an optimizer step, in place.
+    """Restore the constraints on the weights after an optimizer step, in place.
 
     With "unit", each decoder row is scaled to length 1 (a row of zeros stays). A `threshold` is raised to at least 0:
     projected, not clamped in the loss, where a latent that reached 0 would lose its gradient and stay there.
@@ -167,32 +167,32 @@ def constrain(params: Params, rows: Rows) -> None:
 
 @torch.no_grad()
 def safe_norms(params: Params) -> Float[Tensor, " d_sae"]:
-    """Length of each decoder row, 1 where it is 0: what can be divided by."""
+    """Length of each decoder row, 1 where it is 0: safe to divide by."""
     norm = params.norms()
     return torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
 @torch.no_grad()
-def exported(params: Params, activation: str, k: int | None = None, **own: Tensor) -> SAE:
-    """The trained weights as an SAE with unit decoder rows, in training units; a copy, training goes on undisturbed.
+def to_sae(params: Params, activation: Activation, k: int | None = None, **replaced: Tensor) -> SAE:
+    """The trained weights as an SAE with unit decoder rows, in training units; a copy, training continues undisturbed.
 
     Args:
-        params: with `W_enc, b_enc, W_dec, b_dec` and perhaps `W_skip`, unless replaced by `own`.
+        params: with `W_enc, b_enc, W_dec, b_dec` and perhaps `W_skip`, unless replaced.
         activation: of the SAE.
-        k: for the two top-k activations, which choose by activation times row length: for them the lengths are folded before
-            anything is chosen, so that the SAE chooses what training chose.
-        own: tensors to use instead or in addition: `W_enc` and `b_enc` as before folding, `threshold` as after it, in
-            units of z_i |W_dec[i]|.
+        k: for the two top-k activations, which choose by activation times row length: for them the lengths are folded
+            before anything is chosen, so that the SAE chooses what training chose.
+        replaced: tensors to use instead or in addition: `W_enc` and `b_enc` as before folding, `threshold` as after it,
+            in units of z_i |W_dec[i]|.
     """
     norm = safe_norms(params)
     tensors = {
-        "W_enc": own.get("W_enc", params.W_enc) * norm,
-        "b_enc": own.get("b_enc", params._parameters.get("b_enc")) * norm,
+        "W_enc": replaced.get("W_enc", params.W_enc) * norm,
+        "b_enc": replaced.get("b_enc", params._parameters.get("b_enc")) * norm,
         "W_dec": params.W_dec / norm[:, None],
         "b_dec": params.b_dec.clone(),
     }
-    if "threshold" in own:
-        tensors["threshold"] = own["threshold"].to(norm.dtype)
+    if "threshold" in replaced:
+        tensors["threshold"] = replaced["threshold"].to(norm.dtype)
     if params.skip:
         tensors["W_skip"] = params.W_skip.clone()
     cfg = SAEConfig(
@@ -207,23 +207,20 @@ def exported(params: Params, activation: str, k: int | None = None, **own: Tenso
     return SAE.from_tensors(cfg, tensors)
 
 
-def from_sae(
+def params_from_sae(
     sae: SAE, activations: tuple[str, ...], k: int | None, *, dtype: torch.dtype, device: torch.device | str
 ) -> Params:
-    """The weights of an SAE as the start of a training: a copy, in the SAE's own units.
+    """The weights of an SAE, copied, as parameters, in the SAE's own units.
 
     Raises:
-        ValueError: if the SAE has another activation or k than the objective, a scale per token, or a b_pre of its own.
+        ValueError: if the SAE has another activation or k, a normalization per token, or a b_pre of its own.
     """
     if not isinstance(sae, SAE) or sae.cfg.activation not in activations or (k is not None and sae.cfg.k != k):
-        raise ValueError(
-            explain(
-                f"this objective cannot go on from {sae!r}.",
-                want=f"an SAE with activation {' or '.join(activations)}, k={k}",
-            )
-        )
+        want = f"an SAE with activation {' or '.join(activations)}, k={k}"
+        raise ValueError(explain(f"this objective cannot go on from {sae!r}.", want=want))
     if sae.cfg.normalization != "none" or sae.cfg.pre_bias == "own":
-        what = f"{sae!r} with normalization={sae.cfg.normalization!r}, pre_bias={sae.cfg.pre_bias!r} cannot be trained further."
-        raise ValueError(explain(what, want="normalization 'none', and pre_bias 'tied' or 'none'"))
+        fields = f"normalization={sae.cfg.normalization!r}, pre_bias={sae.cfg.pre_bias!r}"
+        want = "normalization 'none', and pre_bias 'tied' or 'none'"
+        raise ValueError(explain(f"{sae!r} with {fields} cannot be trained further.", want=want))
     tensors = {name: sae.get_parameter(name).detach().to(device, dtype, copy=True) for name in sae.cfg.tensor_shapes()}
     return Params(tensors, sae.cfg.pre_bias)

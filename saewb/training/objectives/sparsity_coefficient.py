@@ -1,4 +1,4 @@
-"""The weight of a sparsity loss: warmed up, steered to a target L0, and watched for settings that do nothing.
+"""Weight of a sparsity loss: warm-up, control to a target L0, and warnings about settings that do nothing.
 
 Warm-up: `value * min(1, tokens / warmup_tokens)`.
 
@@ -27,37 +27,40 @@ SMOOTHING = 0.1  # share of the newest batch in the L0 the controller looks at
 class Coefficient:
     """How the weight of one loss term runs."""
 
-    value: float  # the weight, or where the controller starts
-    warmup_tokens: int = 0  # tokens over which it rises linearly from 0
-    target_l0: float | None = None  # L0 that a controller steers to by changing the weight; None means it is constant
+    value: float
+    """The weight, or where the controller starts."""
+    warmup_tokens: int = 0
+    """Tokens over which it rises linearly from 0."""
+    target_l0: float | None = None
+    """Latents per token that a controller steers to by changing the weight; None keeps it constant."""
 
+    def warmup_factor(self, n_tokens: int) -> float:
+        """Factor in 0..1 of the weight in the batch that starts after `n_tokens` tokens.
 
-def warmed(coefficient: Coefficient, n_tokens: int) -> float:
-    """Factor in 0..1 by which the weight is multiplied before the batch that starts after `n_tokens` tokens.
+        Example:
+            >>> [Coefficient(3.0, warmup_tokens=100).warmup_factor(n) for n in (0, 50, 100, 1000)]
+            [0.0, 0.5, 1.0, 1.0]
+        """
+        return 1.0 if n_tokens >= self.warmup_tokens else n_tokens / self.warmup_tokens
 
-    Example:
-        >>> [warmed(Coefficient(3.0, warmup_tokens=100), n) for n in (0, 50, 100, 1000)]
-        [0.0, 0.5, 1.0, 1.0]
-    """
-    return 1.0 if n_tokens >= coefficient.warmup_tokens else n_tokens / coefficient.warmup_tokens
-
-
-def steered(
-    value: Float[Tensor, ""], l0: Float[Tensor, ""], coefficient: Coefficient, *, batch: int, tau: float
-) -> Float[Tensor, ""]:
-    """The controlled weight after one more batch of `batch` tokens with (smoothed) L0 `l0`. Stays on the device."""
-    pull = (l0.clamp_min(1e-3) / coefficient.target_l0).log().clamp(-1, 1)
-    return (value * torch.exp(pull * (batch / tau))).clamp(coefficient.value / RANGE, coefficient.value * RANGE)
+    def control(self, value: Float[Tensor, ""], l0: Float[Tensor, ""], *, batch: int, tau: float) -> Float[Tensor, ""]:
+        """The controlled weight after one more batch of `batch` tokens with (smoothed) L0 `l0`. Stays on the device."""
+        pull = (l0.clamp_min(1e-3) / self.target_l0).log().clamp(-1, 1)
+        return (value * torch.exp(pull * (batch / tau))).clamp(self.value / RANGE, self.value * RANGE)
 
 
 @dataclass(frozen=True)
 class CoefficientWarning:
     """A loss weight that does not do what it is there for."""
 
-    name: str  # of the loss term
-    value: float  # the weight now
-    reason: str  # what is seen, with figures
-    advice: str  # what to try
+    name: str
+    """Name of the loss term."""
+    value: float
+    """The weight now."""
+    reason: str
+    """What is observed, with numbers."""
+    advice: str
+    """What to try."""
 
     def __str__(self) -> str:
         return f"coefficient {self.name}={self.value:.3g}: {self.reason}; {self.advice}"
@@ -73,7 +76,7 @@ def coefficient_warnings(
     d_sae: int,
     in_band: float | None = None,
 ) -> tuple[CoefficientWarning, ...]:
-    """What is wrong with a weight, judged from figures of the last batches; nothing before its warm-up is over.
+    """Problems with a weight, judged from the last batches; none before its warm-up is over.
 
     1. The controller is at its bound: no weight gives the target.
     2. L0 is below 0.5: the weight has switched nearly everything off, a larger one changes nothing.
@@ -95,13 +98,15 @@ def coefficient_warnings(
     """
     if n_tokens < coefficient.warmup_tokens:
         return ()
-    found = []
+    problems = []
     if coefficient.target_l0 is not None and not 1.001 / RANGE < value / coefficient.value < RANGE / 1.001:
-        found.append((f"at the end of its range, L0 {l0:.1f}, target {coefficient.target_l0:g}", "try another target"))
+        problems.append(
+            (f"at the end of its range, L0 {l0:.1f}, target {coefficient.target_l0:g}", "try another target")
+        )
     elif l0 < 0.5:
-        found.append((f"saturated: L0 is {l0:.2f}, nearly nothing is on", f"try {value / 10:.3g}"))
+        problems.append((f"saturated: L0 is {l0:.2f}, nearly nothing is on", f"try {value / 10:.3g}"))
     elif l0 > d_sae / 3:
-        found.append((f"has no effect: L0 is {l0:.0f} of {d_sae} latents", f"try {value * 10:.3g}"))
+        problems.append((f"has no effect: L0 is {l0:.0f} of {d_sae} latents", f"try {value * 10:.3g}"))
     if in_band == 0:
-        found.append(("no pre-activation is near its threshold, which has no gradient", "widen the bandwidth"))
-    return tuple(CoefficientWarning(name, value, reason, advice) for reason, advice in found)
+        problems.append(("no pre-activation is near its threshold, which has no gradient", "widen the bandwidth"))
+    return tuple(CoefficientWarning(name, value, reason, advice) for reason, advice in problems)

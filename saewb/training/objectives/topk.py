@@ -1,28 +1,157 @@
-"""TopK and AbsTopK: a fixed number of latents per token, and no sparsity loss at all."""
+"""TopK, AbsTopK, BatchTopK and Matryoshka: a number of active latents that is set, and no sparsity loss.
+
+All four have one `losses`, over one or (Matryoshka) several nested levels of latents:
+
+    recons_w = acts[:, :w] @ W_dec[:w] + b_dec (+ x @ W_skip)
+    sum over levels w of mean over tokens of |y - recons_w|^2  +  aux * auxk
+
+and differ in `activate`, which selects the active latents. What revives dead latents is
+`saewb.training.objectives.losses.auxk_loss`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from itertools import pairwise
+from typing import Annotated, ClassVar, final
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
-from saewb.sae.sae import SAE
-from saewb.training.objectives.checks import check_aux, checked
-from saewb.training.objectives.dead import auxk
-from saewb.training.objectives.losses import Losses, State, fresh_state, measured, squared_error
-from saewb.training.objectives.params import Params, Rows, exported, from_sae, started
-from saewb.training.objectives.sparsity_coefficient import Coefficient
+from saewb._config import NonNegativeFloat, PositiveFloat, PositiveInt, config, require
+from saewb.distributed import SINGLE_PROCESS, ParallelContext
+from saewb.training.objectives.base import Objective
+from saewb.training.objectives.losses import Losses, ObjectiveState, auxk_loss, squared_error, with_metrics
+from saewb.training.objectives.params import Params
 
 
-@dataclass(frozen=True)
-class TopK:
+@config
+class TopKObjective(Objective):
+    """Abstract base of the objectives that set the number of active latents and revive dead ones by AuxK."""
+
+    k: PositiveFloat = 32.0
+    """Active latents per token."""
+    aux: NonNegativeFloat = 1 / 32
+    """Weight of the auxiliary loss; 0 leaves dead latents dead."""
+    k_aux: PositiveInt | None = None
+    """Dead latents per token in the auxiliary loss; None means half of d_out."""
+
+    signed: ClassVar[bool] = False
+    """Whether latents are chosen by magnitude and keep their sign."""
+    # Defaults of what is an option of some of them only:
+    aux_relu: ClassVar[bool] = False
+    widths: ClassVar[tuple[int, ...]] = ()
+    aux_by_level: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, self.k <= self.d_sae, "k", f"1 to d_sae={self.d_sae} latents per token")
+
+    @property
+    def revives_dead(self) -> bool:
+        """Whether there is an auxiliary loss."""
+        return self.aux > 0
+
+    @property
+    def levels(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of latents low..high; the latents up to each `high` must reconstruct by themselves."""
+        return tuple(pairwise((0, *self.widths, self.d_sae)))
+
+    @abstractmethod
+    def activate(
+        self, params: Params, pre_acts: Float[Tensor, "tokens d_sae"], state: ObjectiveState
+    ) -> tuple[Float[Tensor, "tokens d_sae"], dict[str, Tensor]]:
+        """Activations in training, and metrics of the selection."""
+
+    def losses(
+        self,
+        params: Params,
+        x: Float[Tensor, "tokens d_in"],
+        y: Float[Tensor, "tokens d_out"],
+        state: ObjectiveState,
+    ) -> Losses:
+        """The losses of one batch, differentiable in every parameter: see the module."""
+        pre_acts = params.pre_acts(x)
+        acts, extra = self.activate(params, pre_acts, state)
+        recons, terms, aux = params.offset(x), {}, []
+        for low, high in self.levels:
+            # The whole of a tensor, not a slice of it, whose gradient would be copied once more.
+            whole = high - low == self.d_sae
+            recons = recons + (acts @ params.W_dec if whole else acts[:, low:high] @ params.W_dec[low:high])
+            terms[self.mse_name(high)] = squared_error(recons, y)
+            if self.aux and (self.aux_by_level or high == self.d_sae):
+                first = low if self.aux_by_level else 0
+                aux.append(self.auxiliary_loss(params, pre_acts, (y - recons).detach(), state, low=first, high=high))
+        if aux:
+            terms["aux"] = aux[0] if len(aux) == 1 else torch.stack(aux).sum()
+        return with_metrics(terms, y, recons, acts, **extra)
+
+    def mse_name(self, high: int) -> str:
+        """Name of the reconstruction loss of the level that ends at a latent."""
+        return "mse" if high == self.d_sae else f"inner_mse_{high}"
+
+    def auxiliary_loss(
+        self,
+        params: Params,
+        pre_acts: Float[Tensor, "tokens d_sae"],
+        error: Float[Tensor, "tokens d_out"],
+        state: ObjectiveState,
+        *,
+        low: int = 0,
+        high: int | None = None,
+    ) -> Float[Tensor, ""]:
+        """AuxK with its weight, of the dead latents low..high."""
+        k_aux = self.k_aux or max(1, error.shape[1] // 2)
+        auxk = auxk_loss(
+            params,
+            pre_acts,
+            error,
+            state,
+            k_aux=k_aux,
+            signed=self.signed,
+            relu=self.aux_relu,
+            low=low,
+            high=high,
+        )
+        return self.aux * auxk
+
+
+@config
+class TokenTopKObjective(TopKObjective):
+    """Base of the objectives that select among the latents of one token: all tokens have as many active ones."""
+
+    k: PositiveInt = 32
+    """Active latents per token."""
+
+    @property
+    def fixed_k(self) -> int:
+        """Active latents per token."""
+        return self.k
+
+    def activate(
+        self, params: Params, pre_acts: Float[Tensor, "tokens d_sae"], state: ObjectiveState
+    ) -> tuple[Float[Tensor, "tokens d_sae"], dict[str, Tensor]]:
+        """The k best latents of each token."""
+        return topk_per_token(params, pre_acts, self.k, signed=self.signed), {}
+
+    def latents(
+        self, params: Params, x: Float[Tensor, "tokens d_in"], state: ObjectiveState
+    ) -> Float[Tensor, "tokens d_sae"]:
+        """The same activations as in training."""
+        return topk_per_token(params, params.pre_acts(x), self.k, signed=self.signed)
+
+
+@final
+@config
+class TopK(TokenTopKObjective):
     """Keeps the k largest pre-activations of a token.
 
         z = (x - b_pre) @ W_enc + b_enc;   S = the k latents with the largest z_i |W_dec[i]|
-        a_i = max(z_i, 0) for i in S, else 0;   recon = a @ W_dec + b_dec (+ x @ W_skip)
-        mse + aux * auxk      (mse: mean over tokens of |y - recon|^2; auxk: `saewb.training.objectives.dead.auxk`)
+        a_i = max(z_i, 0) for i in S, else 0;   recons = a @ W_dec + b_dec (+ x @ W_skip)
+        mse + aux * auxk      (mse: mean over tokens of |y - recons|^2)
 
     Latents are chosen by the length they write, not by z: with rows of unit length the two are the same, and with free
     rows a latent cannot buy its place with a short row. The SAE that comes out has unit rows.
@@ -33,66 +162,21 @@ class TopK:
 
     Example:
         >>> objective = TopK(d_sae=32, k=4)
-        >>> params, x = objective.start(8), torch.ones(5, 8)
-        >>> float(objective.losses(params, x, x, objective.state()).l0) <= 4
+        >>> params, x = objective.init_params(8), torch.ones(5, 8)
+        >>> float(objective.losses(params, x, x, objective.initial_state()).l0) <= 4
         True
     """
 
-    d_sae: int  # latents
-    k: int = 32  # latents kept per token
-    aux: float = 1 / 32  # weight of the auxiliary loss; 0 leaves dead latents dead
-    k_aux: int | None = None  # dead latents per token in the auxiliary loss; None means half of d_out
-    aux_relu: bool = False  # whether a dead latent's negative pre-activation counts as 0 there
-    rows: Rows = "unit"  # decoder rows: kept at length 1, or free
-    init_norm: float = 1.0  # length of the rows at the start; 1 for unit rows
-    skip: bool = False  # adds x @ W_skip to the output
+    aux_relu: bool = False
+    """Whether a dead latent's negative pre-activation counts as 0 in the auxiliary loss."""
 
-    def __post_init__(self) -> None:
-        _check(self)
-
-    def coefficients(self) -> dict[str, Coefficient]:
-        """Weights of loss terms that are warmed up or controlled: none."""
-        return {}
-
-    def state(self, device: torch.device | str = "cpu") -> State:
-        """For a first step: nothing is dead."""
-        return fresh_state(self.d_sae, {}, device)
-
-    def start(
-        self,
-        d_in: int,
-        d_out: int | None = None,
-        *,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
-        return started(
-            d_in, self.d_sae, d_out, seed=seed, norm=self.init_norm, skip=self.skip, dtype=dtype, device=device
-        )
-
-    def resume(self, sae: SAE, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-        """Weights to go on with, from a trained SAE of the same kind."""
-        return from_sae(sae, ("topk",), self.k, dtype=dtype, device=device)
-
-    def losses(
-        self, params: Params, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], state: State
-    ) -> Losses:
-        """The losses of one batch, differentiable in every parameter."""
-        return _losses(self, params, x, y, state, signed=False)
-
-    def latents(self, params: Params, x: Float[Tensor, "tokens d_in"], state: State) -> Float[Tensor, "tokens d_sae"]:
-        """Activations as the exported SAE has them, but in units of the training's own decoder rows."""
-        return kept(params, params.pre(x), self.k, signed=False)
-
-    def export(self, params: Params, state: State) -> SAE:
-        """The SAE so far, in training units, with unit rows."""
-        return exported(params, "topk", self.k)
+    activation: ClassVar[str] = "topk"
+    trainable: ClassVar[tuple[str, ...]] = ("topk",)
 
 
-@dataclass(frozen=True)
-class AbsTopK:
+@final
+@config
+class AbsTopK(TokenTopKObjective):
     """Keeps the k pre-activations of largest magnitude, with their sign: one latent models two opposite directions.
 
         S = the k latents with the largest |z_i| |W_dec[i]|;   a_i = z_i for i in S, else 0;   losses as TopK
@@ -103,81 +187,132 @@ class AbsTopK:
         Zhu, Khalili and Zhu 2025, arXiv:2510.00404 (activation); Gao et al. 2024, arXiv:2406.04093 (the rest).
     """
 
-    d_sae: int  # latents
-    k: int = 32  # latents kept per token
-    aux: float = 1 / 32  # weight of the auxiliary loss; 0 leaves dead latents dead
-    k_aux: int | None = None  # dead latents per token in the auxiliary loss; None means half of d_out
-    rows: Rows = "unit"  # decoder rows: kept at length 1, or free
-    init_norm: float = 1.0  # length of the rows at the start; 1 for unit rows
-    skip: bool = False  # adds x @ W_skip to the output
+    activation: ClassVar[str] = "abstopk"
+    trainable: ClassVar[tuple[str, ...]] = ("abstopk",)
+    signed: ClassVar[bool] = True
+
+
+@config
+class BatchTopKObjective(TopKObjective):
+    """Abstract base of the objectives that select over a whole batch, and need a threshold where there is no batch."""
+
+    k: PositiveFloat = 32.0
+    """Active latents per token, on average."""
+    aux_relu: bool = False
+    """Whether a dead latent's negative pre-activation counts as 0 in the auxiliary loss."""
+    threshold_rate: Annotated[float, Gt(0), Le(1)] = 0.01
+    """Share of the newest batch in the threshold."""
+
+    activation: ClassVar[str] = "jumprelu"
+    trainable: ClassVar[tuple[str, ...]] = ("jumprelu",)
+
+    def activate(
+        self, params: Params, pre_acts: Float[Tensor, "tokens d_sae"], state: ObjectiveState
+    ) -> tuple[Float[Tensor, "tokens d_sae"], dict[str, Tensor]]:
+        """The k N best latents of the batch; `extra["kept_min"]` is the smallest length among them."""
+        acts, kept_min = topk_over_batch(params, pre_acts, self.k, state.team)
+        return acts, {"kept_min": kept_min}
+
+    def next_state(self, state: ObjectiveState, losses: Losses) -> ObjectiveState:
+        """State with the threshold after a batch with these losses."""
+        return state.next_threshold(losses.extra["kept_min"], self.threshold_rate)
+
+    def latents(
+        self, params: Params, x: Float[Tensor, "tokens d_in"], state: ObjectiveState
+    ) -> Float[Tensor, "tokens d_sae"]:
+        """Activations whose length z_i |W_dec[i]| exceeds the threshold; all that are > 0 before there is one."""
+        pre_acts = params.pre_acts(x)
+        return torch.relu(pre_acts) * (pre_acts * params.norms() > _threshold(params, state))
+
+    def _trained_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without the threshold, which is measured anew."""
+        return {name: tensor for name, tensor in tensors.items() if name != "threshold"}
+
+    def _sae_tensors(self, params: Params, state: ObjectiveState) -> dict[str, Tensor]:
+        """One threshold for all latents."""
+        return {"threshold": _threshold(params, state)}
+
+
+@final
+@config
+class BatchTopK(BatchTopKObjective):
+    """Keeps the k N largest latents of a batch of N tokens: k per token on average, more where there is more to say.
+
+        z = (x - b_pre) @ W_enc + b_enc;   S = the int(k N) pairs (token, i) with the largest max(z_i, 0) |W_dec[i]|
+        a_i = z_i in S, else 0;   losses as TopK
+
+    After training there is no batch, but a threshold: t = mean over batches of the smallest length kept, and
+    `z_i |W_dec[i]| > t`. It is a running mean over the first 1 / threshold_rate batches and an exponential one from
+    then on, so that it does not creep up from 0 (SAELens' does: after n batches it is at 1 - 0.99^n of its value).
+
+    References:
+        Bussmann et al. 2024, arXiv:2412.06410 (activation, threshold); AuxK as TopK.
+    """
+
+
+@final
+@config
+class Matryoshka(BatchTopKObjective):
+    """BatchTopK whose first latents must also reconstruct alone, at several widths, so that they stay general.
+
+        a as BatchTopK;   recons_w = a[:, :w] @ W_dec[:w] + b_dec (+ x @ W_skip)
+        sum over w in (*widths, d_sae) of mean |y - recons_w|^2  +  aux * auxk
+
+    `aux_by_level`: in place of one AuxK over all dead latents and the whole error, one per level, between its dead
+    latents and the error of its own reconstruction.
+
+    References:
+        Bussmann et al. 2025, arXiv:2503.17547 (nested losses, BatchTopK activation).
+
+    Example:
+        >>> objective = Matryoshka(d_sae=32, k=4, widths=(4, 8))
+        >>> params, x = objective.init_params(8), torch.ones(5, 8)
+        >>> sorted(objective.losses(params, x, x, objective.initial_state()).terms)
+        ['aux', 'inner_mse_4', 'inner_mse_8', 'mse']
+    """
+
+    widths: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Inner widths, rising, each below d_sae."""
+    aux_by_level: bool = False
+    """One auxiliary loss per level."""
 
     def __post_init__(self) -> None:
-        _check(self)
-
-    def coefficients(self) -> dict[str, Coefficient]:
-        """Weights of loss terms that are warmed up or controlled: none."""
-        return {}
-
-    def state(self, device: torch.device | str = "cpu") -> State:
-        """For a first step: nothing is dead."""
-        return fresh_state(self.d_sae, {}, device)
-
-    def start(
-        self,
-        d_in: int,
-        d_out: int | None = None,
-        *,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Params:
-        """Weights to begin with; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
-        return started(
-            d_in, self.d_sae, d_out, seed=seed, norm=self.init_norm, skip=self.skip, dtype=dtype, device=device
-        )
-
-    def resume(self, sae: SAE, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-        """Weights to go on with, from a trained SAE of the same kind."""
-        return from_sae(sae, ("abstopk",), self.k, dtype=dtype, device=device)
-
-    def losses(
-        self, params: Params, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], state: State
-    ) -> Losses:
-        """The losses of one batch, differentiable in every parameter."""
-        return _losses(self, params, x, y, state, signed=True)
-
-    def latents(self, params: Params, x: Float[Tensor, "tokens d_in"], state: State) -> Float[Tensor, "tokens d_sae"]:
-        """Activations as the exported SAE has them, but in units of the training's own decoder rows."""
-        return kept(params, params.pre(x), self.k, signed=True)
-
-    def export(self, params: Params, state: State) -> SAE:
-        """The SAE so far, in training units, with unit rows."""
-        return exported(params, "abstopk", self.k)
+        super().__post_init__()
+        limits = (0, *self.widths, self.d_sae)
+        rising = len(limits) > 2 and all(low < high for low, high in pairwise(limits))
+        require(self, rising, "widths", f"one or more rising widths from 1 to {self.d_sae - 1}, below d_sae")
 
 
-def _check(objective: TopK | AbsTopK) -> None:
-    d_sae, k = objective.d_sae, objective.k
-    check = checked(objective, d_sae, objective.rows, objective.init_norm)
-    check(type(k) is int and 0 < k <= d_sae, "k", k, f"1 to d_sae={d_sae} latents per token")
-    check_aux(check, objective.aux, objective.k_aux)
-
-
-def kept(params: Params, pre: Float[Tensor, "tokens d_sae"], k: int, *, signed: bool) -> Float[Tensor, "tokens d_sae"]:
-    """The latents of a top-k activation that chooses by the length a latent writes."""
-    score = pre.detach() * params.norms().detach()
+def topk_per_token(
+    params: Params, pre_acts: Float[Tensor, "tokens d_sae"], k: int, *, signed: bool
+) -> Float[Tensor, "tokens d_sae"]:
+    """Activations of the k latents of each token that write the longest vectors."""
+    score = pre_acts.detach() * params.norms().detach()
     best = (score.abs() if signed else score).topk(k, dim=1, sorted=False).indices
-    value = pre.gather(1, best)
-    return torch.zeros_like(pre).scatter(1, best, value if signed else torch.relu(value))
+    values = pre_acts.gather(1, best)
+    return torch.zeros_like(pre_acts).scatter(1, best, values if signed else torch.relu(values))
 
 
-def _losses(objective: TopK | AbsTopK, params: Params, x: Tensor, y: Tensor, state: State, *, signed: bool) -> Losses:
-    pre = params.pre(x)
-    latents = kept(params, pre, objective.k, signed=signed)
-    recon = params.decoded(latents, x)
-    terms = {"mse": squared_error(recon, y)}
-    if objective.aux:
-        relu = isinstance(objective, TopK) and objective.aux_relu
-        error = (y - recon).detach()
-        k_aux = objective.k_aux or max(1, y.shape[1] // 2)
-        terms["aux"] = objective.aux * auxk(params, pre, error, state, k_aux=k_aux, signed=signed, relu=relu)
-    return measured(terms, y, recon, latents)
+def topk_over_batch(
+    params: Params, pre_acts: Float[Tensor, "tokens d_sae"], k: float, team: ParallelContext = SINGLE_PROCESS
+) -> tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, ""]]:
+    """Activations of the k N best latents of a batch, and the smallest length z_i |W_dec[i]| > 0 among them (or inf).
+
+    With several processes: this one's share of what is selected over the batch of all, and its own smallest length.
+    """
+    score = (torch.relu(pre_acts.detach()) * params.norms().detach()).flatten()
+    n = int(k * len(pre_acts) * team.size)
+    best = score.topk(min(n, len(score)), sorted=False)
+    lengths, index = best.values, best.indices
+    values = torch.relu(pre_acts.flatten()[index])
+    if team.size > 1:
+        mask = team.topk_mask(lengths, n)
+        lengths, values = torch.where(mask, lengths, 0), torch.where(mask, values, 0)
+    acts = torch.zeros_like(pre_acts).flatten().scatter(0, index, values).view_as(pre_acts)
+    return acts, torch.where(lengths > 0, lengths, torch.inf).min()
+
+
+def _threshold(params: Params, state: ObjectiveState) -> Tensor:
+    """The threshold of every latent; 0 before there is one."""
+    value = 0.0 if state.threshold is None else state.threshold.to(params.W_dec.dtype)
+    return torch.ones_like(params.b_enc.detach()) * value

@@ -1,13 +1,13 @@
-"""The fast training step: the numbers of `objective.losses(...)` and its backward pass, from the latents that are on.
+"""The fast training step: `objective.losses(...)` and its backward pass, computed from active latents alone.
 
 A dense step makes six products of batch x d_in x d_sae. Here:
 
 1. One of them is left, the encoder's, in row tiles whose results are not kept; where the hardware multiplies int8 or
    bf16 faster it only selects, and the winners are scored again in full precision (`selection`, `saewb.kernels`).
-2. The latents that are on are kept as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
+2. Active latents are listed as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
    gradient of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
-3. The gradient of b_dec follows from that of the encoder's bias (`backward`).
-4. Losses of dead latents are dense over the dead ones only (`auxiliary`).
+3. The gradient of b_dec follows from that of the encoder's bias (`gradients`).
+4. Losses of dead latents are dense over the dead ones only, by autograd (`gradients`).
 
 No autograd (but for 4), no `[batch, d_sae]` tensor. Memory beyond weights, gradients and Adam's moments: a tile
 of 20 MiB, the weights once in low precision, about six tensors of the batch's size, 60 bytes per pair. `sparse_step`
@@ -21,11 +21,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.kernels.precision import Precision, best_precision
-from saewb.training.objectives import Gated, JumpReLU, Losses, MatchingPursuit, Objective, Params, Standard, State
+from saewb.training.objectives import (
+    Gated,
+    JumpReLU,
+    Losses,
+    MatchingPursuit,
+    Objective,
+    ObjectiveState,
+    Params,
+    Standard,
+)
 from saewb.training.sparse_step.adam import clipped_step
-from saewb.training.sparse_step.gated import gated_step
-from saewb.training.sparse_step.gradients import Batch
-from saewb.training.sparse_step.threshold import jumprelu_step, standard_step
+from saewb.training.sparse_step.gradients import StepInputs
+from saewb.training.sparse_step.threshold import gated_step, jumprelu_step, standard_step
 from saewb.training.sparse_step.topk import topk_step
 
 __all__ = ["MAX_DENSITY", "Precision", "best_precision", "clipped_step", "has_sparse_step", "sparse_step"]
@@ -39,7 +47,7 @@ def sparse_step(
     params: Params,
     x: Float[Tensor, "batch d_in"],
     y: Float[Tensor, "batch d_out"],
-    state: State,
+    state: ObjectiveState,
     precision: Precision = "full",
     max_density: float = MAX_DENSITY,
 ) -> Losses | None:
@@ -64,9 +72,9 @@ def sparse_step(
     Example:
         >>> from saewb.training.objectives import TopK
         >>> objective, x = TopK(d_sae=512, k=4), torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-        >>> params = objective.start(16)
-        >>> by_hand = sparse_step(objective, params, x, x, objective.state())
-        >>> bool(torch.isclose(by_hand.total, objective.losses(params, x, x, objective.state()).total))
+        >>> params = objective.init_params(16)
+        >>> by_hand = sparse_step(objective, params, x, x, objective.initial_state())
+        >>> bool(torch.isclose(by_hand.total, objective.losses(params, x, x, objective.initial_state()).total))
         True
         >>> params.W_enc.grad.shape
         torch.Size([16, 512])
@@ -75,14 +83,14 @@ def sparse_step(
     if not (len(x) and exact and has_sparse_step(objective)):
         return None
     limit = int(max_density * len(x) * params.d_sae)
-    batch = Batch(params, x, params.centered(x), y, precision, limit)
+    inputs = StepInputs(params, x, params.center(x), y, precision, limit)
     if isinstance(objective, Standard):
-        return standard_step(objective, batch, state)
+        return standard_step(objective, inputs, state)
     if isinstance(objective, JumpReLU):
-        return jumprelu_step(objective, batch, state)
+        return jumprelu_step(objective, inputs, state)
     if isinstance(objective, Gated):
-        return gated_step(objective, batch, state)
-    return topk_step(objective, batch, state)
+        return gated_step(objective, inputs, state)
+    return topk_step(objective, inputs, state)
 
 
 def has_sparse_step(objective: Objective) -> bool:

@@ -1,4 +1,4 @@
-"""Clipping as a part of the fused Adam step: no pass over the gradients of its own."""
+"""Gradient clipping as a part of the fused Adam step, without a pass over the gradients of its own."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.optim.adam import adam
 def clipped_step(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip: float | None
 ) -> Float[Tensor, ""]:
-    """One optimizer step with the gradients shortened to `clip` over all parameters, as by `clip_grad_norm_`.
+    """One optimizer step with gradients clipped to a length over all parameters, as by `clip_grad_norm_`.
 
         g / max(1, (|g| + 1e-6) / clip)
 
     A fused Adam or AdamW divides while it reads (as for torch's gradient scaler: `grad_scale`, pinned by a test), and
-    sees parameters that are transposed in memory as they lie there: it would copy them. Any other optimizer gets its
-    gradients divided first.
+    gets parameters that are transposed in memory as their contiguous transposes, which it would copy otherwise. For any
+    other optimizer, gradients are divided first.
 
     Args:
-        optimizer: over these parameters.
+        optimizer: of these parameters.
         parameters: with gradients.
-        clip: longest gradient; None does not clip.
+        clip: maximum length of the gradient; None does not clip.
 
     Returns:
         Length of the whole gradient before clipping.
@@ -34,7 +34,7 @@ def clipped_step(
     gradients = [p.grad for p in parameters if p.grad is not None]
     length = torch.stack([_length(g) for g in gradients]).norm()
     scale = None if clip is None else ((length + 1e-6) / clip).clamp(min=1)
-    if folds(optimizer):
+    if clips_in_fused_step(optimizer):
         for group in optimizer.param_groups:
             _fused(optimizer, group, None if scale is None else scale.float())  # whatever the parameters' dtype
         return length
@@ -45,7 +45,7 @@ def clipped_step(
 
 
 def _fused(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], scale: Tensor | None) -> None:
-    """What the optimizer's own fused step does, on views in memory's order: four times quicker for a transposed one."""
+    """The optimizer's own fused step, on views in memory order: four times faster for a transposed parameter."""
     parameters = [p for p in group["params"] if p.grad is not None]
     states = [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states, strict=True):
@@ -54,10 +54,10 @@ def _fused(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], scale: Te
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     beta1, beta2 = group["betas"]
     adam(
-        [_as_it_lies(p, p) for p in parameters],
-        [_as_it_lies(p.grad, p) for p in parameters],
-        [_as_it_lies(state["exp_avg"], p) for p, state in zip(parameters, states, strict=True)],
-        [_as_it_lies(state["exp_avg_sq"], p) for p, state in zip(parameters, states, strict=True)],
+        [_match_memory_layout(p, p) for p in parameters],
+        [_match_memory_layout(p.grad, p) for p in parameters],
+        [_match_memory_layout(state["exp_avg"], p) for p, state in zip(parameters, states, strict=True)],
+        [_match_memory_layout(state["exp_avg_sq"], p) for p, state in zip(parameters, states, strict=True)],
         [],
         [state["step"] for state in states],
         fused=True,
@@ -73,19 +73,19 @@ def _fused(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], scale: Te
     )
 
 
-def _as_it_lies(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Transposed where the parameter is transposed in memory; all its tensors are, then."""
+def _match_memory_layout(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor, transposed if the parameter is transposed in memory, as its gradient and moments then are."""
     return tensor if parameter.is_contiguous() else tensor.mT
 
 
 def _length(gradient: Tensor) -> Float[Tensor, ""]:
-    """Of a gradient of one or two axes, row by row as it lies in memory: without a copy, and without loss of digits."""
+    """Length of a gradient of one or two axes, row by row in memory order: without a copy or loss of digits."""
     rows = gradient if gradient.is_contiguous() else gradient.mT
     return torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=-1))
 
 
-def folds(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is an Adam or AdamW whose fused step divides gradients itself."""
+def clips_in_fused_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is an Adam or AdamW whose fused step divides gradients itself."""
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return False
     return all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)

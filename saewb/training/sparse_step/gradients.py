@@ -1,9 +1,9 @@
-"""What the steps of all objectives share: the batch, gradients of the weights from pairs, the figures of a step."""
+"""What the steps of all objectives share: the inputs, gradients of the weights from pairs, losses of dead latents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -11,29 +11,40 @@ from torch import Tensor
 
 from saewb.kernels.pairs import ByLatent, Pairs, gather_rows, per_latent
 from saewb.kernels.precision import Precision
-from saewb.training.objectives import Losses, Params
+from saewb.training.objectives import Losses, ObjectiveState, Params
 from saewb.training.sparse_step.selection import Readout
+
+_PRE_ACTS_AT_ONCE = 2**23  # tokens times dead latents
+
+# (dead latents' weights, their pre-activations, error, state of them alone) -> loss, a mean over these tokens
+DeadLoss = Callable[[Params, Tensor, Tensor, ObjectiveState], Tensor]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One batch and the weights it meets."""
+class StepInputs:
+    """One batch, and the weights that are trained on it."""
 
     params: Params
-    raw: Float[Tensor, "batch d_in"]  # inputs as they came
-    x: Float[Tensor, "batch d_in"]  # centered: what the encoder multiplies
-    y: Float[Tensor, "batch d_out"]  # what the output should be
-    precision: Precision  # of the product that selects
-    limit: int  # pairs to list at most
-    _made: dict[str, Tensor] = field(default_factory=dict, repr=False)  # memory for gradients where there was none
+    raw_x: Float[Tensor, "batch d_in"]
+    """Inputs, not centered."""
+    x: Float[Tensor, "batch d_in"]
+    """Centered inputs: what the encoder multiplies."""
+    y: Float[Tensor, "batch d_out"]
+    """What the output should be."""
+    precision: Precision
+    """Of the product that selects."""
+    limit: int
+    """Pairs to list at most."""
+    _buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Memory for gradients where there was none."""
 
     @property
     def W(self) -> Float[Tensor, "d_sae d_in"]:
         """Reading directions, one latent a contiguous row."""
         return self.params.W_enc.T
 
-    def memory(self, name: str) -> Tensor | None:
-        """Where the gradient of W_enc (as `[d_sae, d_in]`) or W_dec goes: the one's of the step before, on a CPU.
+    def gradient_buffer(self, name: str) -> Tensor | None:
+        """Memory for the gradient of W_enc (as `[d_sae, d_in]`) or W_dec: on a CPU, that of the step before.
 
         Its contents are no longer needed. None on other devices, whose allocators keep memory anyway.
         """
@@ -41,53 +52,53 @@ class Batch:
         if parameter.device.type != "cpu" or name not in ("W_enc", "W_dec"):
             return None
         if parameter.grad is None or parameter.grad.stride() != parameter.stride():
-            return self._made.setdefault(name, torch.empty_like(self.W if name == "W_enc" else parameter))
+            return self._buffers.setdefault(name, torch.empty_like(self.W if name == "W_enc" else parameter))
         return parameter.grad.T if name == "W_enc" else parameter.grad
 
     def readout(self, b: Tensor | None = None, norms: Tensor | None = None) -> Readout:
         """How pre-activations come from `x`, with `b_enc` unless another bias is given."""
         bias = self.params.b_enc if b is None else b
-        return Readout(self.W, bias, norms, self.precision, self.memory("W_enc"))
+        return Readout(self.W, bias, norms, self.precision, self.gradient_buffer("W_enc"))
 
-    def error(self, written: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
-        """recon - y, in place of what the latents wrote."""
-        return written.add_(self.params.offset(self.raw)).sub_(self.y)
+    def error(self, decoded: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
+        """recons - y, in place of the decoded latents."""
+        return decoded.add_(self.params.offset(self.raw_x)).sub_(self.y)
 
     def d_error(self, error: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
-        """Gradient of the squared error (summed over coordinates, averaged over tokens) by recon."""
+        """Gradient of the squared error (summed over coordinates, averaged over tokens) by recons."""
         return error * (2 / len(error))
 
 
-def coded_gradients(
-    batch: Batch,
+def encoder_decoder_gradients(
+    inputs: StepInputs,
     pairs: Pairs,
     order: ByLatent,
     acts: Float[Tensor, " pairs"],
     d_pre: Float[Tensor, " pairs"],
-    d_recon: Float[Tensor, "batch d_out"],
+    d_recons: Float[Tensor, "batch d_out"],
     span: slice = slice(None),
 ) -> dict[str, Tensor]:
     """Gradients that go through the pairs: of W_enc (as `[d_sae, d_in]`), of its bias, and of W_dec.
 
     Args:
-        batch: inputs and parameters.
+        inputs: of the step.
         pairs: which latents are on, counted from the first of `span`.
         order: the same, sorted.
         acts: their activations.
         d_pre: gradient of their pre-activations.
-        d_recon: gradient of what they write to.
+        d_recons: gradient of what they write to.
         span: of the latents the pairs may have; the gradients are of these alone.
     """
-    into = {name: batch.memory(name) for name in ("W_enc", "W_dec")}
-    into = {name: None if memory is None else memory[span] for name, memory in into.items()}
+    buffers = {name: inputs.gradient_buffer(name) for name in ("W_enc", "W_dec")}
+    buffers = {name: None if buffer is None else buffer[span] for name, buffer in buffers.items()}
     return {
-        "W_enc": gather_rows(order, d_pre, batch.x, into["W_enc"]),
+        "W_enc": gather_rows(order, d_pre, inputs.x, buffers["W_enc"]),
         "b_enc": per_latent(pairs, d_pre, len(order.starts)),
-        "W_dec": gather_rows(order, acts, d_recon, into["W_dec"]),
+        "W_dec": gather_rows(order, acts, d_recons, buffers["W_dec"]),
     }
 
 
-def squared(values: Tensor) -> Float[Tensor, ""]:
+def sum_of_squares(values: Tensor) -> Float[Tensor, ""]:
     """Sum of squares, without a tensor of squares; by rows, since over all elements at once float32 loses digits."""
     return torch.linalg.vector_norm(values, dim=-1).square().sum()
 
@@ -100,43 +111,92 @@ def per_token(pairs: Pairs, values: Float[Tensor, " pairs"]) -> Float[Tensor, " 
 def add_norm_gradient(
     gradients: dict[str, Tensor], params: Params, norms: Float[Tensor, " d_sae"], d_norms: Float[Tensor, " d_sae"]
 ) -> None:
-    """Adds to W_dec's gradient what comes through its rows' lengths: `d_norms * W_dec / norms`, 0 for rows of 0."""
+    """Add to the gradient of W_dec that through its row lengths: `d_norms * W_dec / norms`, 0 for rows of 0."""
     safe = torch.where(norms == 0, torch.ones_like(norms), norms)
     gradients["W_dec"].addcmul_(params.W_dec, (d_norms / safe)[:, None])
 
 
-def leave(batch: Batch, gradients: Mapping[str, Tensor], d_recon: Tensor, d_bias: Tensor | None = None) -> None:
-    """Writes all gradients to the parameters' `.grad`, replacing what is there, with those of b_dec and W_skip.
+def set_gradients(
+    inputs: StepInputs, gradients: Mapping[str, Tensor], d_recons: Tensor, d_bias: Tensor | None = None
+) -> None:
+    """Set the `.grad` of all parameters, those of b_dec and W_skip included.
 
-        d b_dec = sum_t d_recon[t] - d_bias @ W_enc.T        (the second part only where b_dec also centers the input)
+        d b_dec = sum_t d_recons[t] - d_bias @ W_enc.T        (the second part only where b_dec also centers the input)
 
     since every pre-activation reads -b_dec through W_enc exactly as it reads its bias: no dense product.
 
     Args:
-        batch: inputs and parameters.
+        inputs: of the step.
         gradients: by parameter, W_enc's as `[d_sae, d_in]`.
-        d_recon: gradient of the (sum of the) reconstructions.
+        d_recons: gradient of the (sum of the) reconstructions.
         d_bias: summed gradient of the pre-activations, if it is not that of b_enc.
     """
-    params = batch.params
-    made = dict(gradients)
-    made["W_enc"] = made["W_enc"].T
-    made["b_dec"] = d_recon.sum(0)
+    params = inputs.params
+    grads = dict(gradients)
+    grads["W_enc"] = grads["W_enc"].T
+    grads["b_dec"] = d_recons.sum(0)
     if params.pre_bias == "tied":
-        made["b_dec"] -= (gradients["b_enc"] if d_bias is None else d_bias) @ batch.W
+        grads["b_dec"] -= (gradients["b_enc"] if d_bias is None else d_bias) @ inputs.W
     if params.skip:
-        made["W_skip"] = batch.raw.T @ d_recon
+        grads["W_skip"] = inputs.raw_x.T @ d_recons
     for name, parameter in params.named_parameters():
-        parameter.grad = made[name]
+        parameter.grad = grads[name]
 
 
-def figures(
-    terms: Mapping[str, Tensor], batch: Batch, pairs: Pairs, acts: Tensor, error: Tensor, **extra: Tensor
+def with_metrics(
+    terms: Mapping[str, Tensor], inputs: StepInputs, pairs: Pairs, acts: Tensor, error: Tensor, **extra: Tensor
 ) -> Losses:
-    """Losses and the figures that every objective reports, as `saewb.training.objectives.losses.measured` has them."""
-    on = (acts != 0).to(error.dtype)
-    fired = per_latent(pairs, on, batch.params.d_sae).long()
-    spread = squared(batch.y - batch.y.mean(0))
+    """Losses from their terms, and the metrics that every objective reports: as `objectives.losses.with_metrics`."""
+    active = (acts != 0).to(error.dtype)
+    fired = per_latent(pairs, active, inputs.params.d_sae).long()
+    variance = sum_of_squares(inputs.y - inputs.y.mean(0))
     total = torch.stack(list(terms.values())).sum()
-    fvu = squared(error) / spread
+    fvu = sum_of_squares(error) / variance
     return Losses(dict(terms), total, fired.sum() / len(error), fvu, fired, extra)
+
+
+def add_dead_gradients(
+    loss: DeadLoss,
+    params: Params,
+    x: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_out"],
+    state: ObjectiveState,
+    gradients: dict[str, Tensor],
+) -> Float[Tensor, ""]:
+    """Loss of the dead latents, dense over them alone, by autograd; its gradients are added to `gradients`.
+
+    `loss` sees copies of the dead rows, and the tokens in tiles of at most 8 million pre-activations.
+
+    Args:
+        loss: the objective's own loss of dead latents, differentiable.
+        params: all weights.
+        x: centered inputs.
+        error: y - recons.
+        state: which latents are dead.
+        gradients: "W_enc" `[d_sae, d_in]`, "W_dec", "b_enc", and others, changed in place.
+    """
+    rows = state.dead_rows
+    if not len(rows):
+        return error.new_zeros(())
+    names = [name for name in ("W_enc", "W_dec", "b_enc", "threshold", "log_threshold") if name in params._parameters]
+    copies = {n: _row_major(params, n).detach()[rows].requires_grad_() for n in names}
+    dead = Params({n: c.T if n == "W_enc" else c for n, c in copies.items()} | {"b_dec": params.b_dec}, "none")
+    leaves = [dead.get_parameter(n) for n in names]
+    dead_state = replace(state, dead=state.dead[rows], dead_rows=torch.arange(len(rows), device=rows.device))
+    total, step = error.new_zeros(()), max(1, _PRE_ACTS_AT_ONCE // len(rows))
+    with torch.enable_grad():
+        for start in range(0, len(x), step):
+            tile = x[start : start + step]
+            part = loss(dead, torch.addmm(dead.b_enc, tile, dead.W_enc), error[start : start + step], dead_state)
+            part = part * (len(tile) / len(x))
+            part.backward(inputs=leaves)
+            total += part.detach()
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf.grad is not None:
+            gradients[name].index_add_(0, rows, leaf.grad.T if name == "W_enc" else leaf.grad)
+    return total
+
+
+def _row_major(params: Params, name: str) -> Tensor:
+    tensor = params.get_parameter(name)
+    return tensor.T if name == "W_enc" else tensor

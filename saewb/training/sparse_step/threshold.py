@@ -1,4 +1,4 @@
-"""ReLU and JumpReLU by hand: what `objective.losses(...).total.backward()` gives, from the pairs above a threshold."""
+"""ReLU, JumpReLU and Gated by hand: `objective.losses(...)` and its backward pass, from the pairs above a threshold."""
 
 from __future__ import annotations
 
@@ -8,73 +8,108 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.kernels.pairs import Pairs, by_latent, combine, dots, per_latent
-from saewb.training.objectives import JumpReLU, Losses, Params, Standard, State
-from saewb.training.objectives.dead import pre_activation
-from saewb.training.sparse_step.auxiliary import add_dead_gradients
+from saewb.kernels.pairs import Pairs, by_latent, combine, dots, gather_rows, per_latent
+from saewb.training.objectives import Gated, JumpReLU, Losses, ObjectiveState, Params, Standard
 from saewb.training.sparse_step.gradients import (
-    Batch,
+    StepInputs,
+    add_dead_gradients,
     add_norm_gradient,
-    coded_gradients,
-    figures,
-    leave,
+    encoder_decoder_gradients,
     per_token,
-    squared,
+    set_gradients,
+    sum_of_squares,
+    with_metrics,
 )
 from saewb.training.sparse_step.selection import above_zero
 
 
-def standard_step(objective: Standard, batch: Batch, state: State) -> Losses | None:
-    """Losses of one batch; gradients are left in the parameters' `.grad`. None if too many latents are on."""
-    params = batch.params
-    pairs = above_zero(batch.x, batch.readout(), batch.limit)
+def standard_step(objective: Standard, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
+    """Losses of one batch; gradients are in the parameters' `.grad`. None if too many latents are on."""
+    params = inputs.params
+    pairs = above_zero(inputs.x, inputs.readout(), inputs.limit)
     if pairs is None:
         return None
     acts, norms = pairs.pre, params.norms()
-    error = batch.error(combine(pairs, acts, params.W_dec))
+    error = inputs.error(combine(pairs, acts, params.W_dec))
     penalty, d_length = _penalty(pairs, acts * norms[pairs.latents], objective.p)
     weight = state.coefficients["l1"]
-    terms = {"mse": squared(error) / len(error), "l1": weight * penalty}
-    d_recon, d_length = batch.d_error(error), d_length * weight
+    terms = {"mse": sum_of_squares(error) / len(error), "l1": weight * penalty}
+    d_recons, d_length = inputs.d_error(error), d_length * weight
     order = by_latent(pairs, params.d_sae)
-    d_pre = dots(pairs, d_recon, params.W_dec) + d_length * norms[pairs.latents]
-    made = coded_gradients(batch, pairs, order, acts, d_pre, d_recon)
-    add_norm_gradient(made, params, norms, per_latent(pairs, d_length * acts, params.d_sae))
-    leave(batch, made, d_recon)
-    return figures(terms, batch, pairs, acts, error)
+    d_pre = dots(pairs, d_recons, params.W_dec) + d_length * norms[pairs.latents]
+    grads = encoder_decoder_gradients(inputs, pairs, order, acts, d_pre, d_recons)
+    add_norm_gradient(grads, params, norms, per_latent(pairs, d_length * acts, params.d_sae))
+    set_gradients(inputs, grads, d_recons)
+    return with_metrics(terms, inputs, pairs, acts, error)
 
 
-def jumprelu_step(objective: JumpReLU, batch: Batch, state: State) -> Losses | None:
-    """Losses of one batch; gradients are left in the parameters' `.grad`. None if too many latents are on.
+def jumprelu_step(objective: JumpReLU, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
+    """Losses of one batch; gradients are in the parameters' `.grad`. None if too many latents are on.
 
     The pairs are those above the lower end of the straight-through window.
     """
-    params, width = batch.params, objective.bandwidth
+    params, width = inputs.params, objective.bandwidth
     thetas, norms = objective.theta(params), params.norms()
     shift = width / 2 - thetas
-    found = above_zero(batch.x, batch.readout(params.b_enc + shift), batch.limit)
-    if found is None:
+    listed = above_zero(inputs.x, inputs.readout(params.b_enc + shift), inputs.limit)
+    if listed is None:
         return None
-    theta, norm = thetas[found.latents], norms[found.latents]
-    pairs = replace(found, pre=found.pre - shift[found.latents])
-    on, window = pairs.pre > theta, (pairs.pre - theta).abs() < width / 2
-    acts = pairs.pre * on
-    error = batch.error(combine(pairs, acts, params.W_dec))
-    d_recon = batch.d_error(error)
-    sparsity, d_on, d_length = _sparsity(objective, pairs, on, acts * norm, state.coefficients["l0"])
+    theta, norm = thetas[listed.latents], norms[listed.latents]
+    pairs = replace(listed, pre=listed.pre - shift[listed.latents])
+    active, window = pairs.pre > theta, (pairs.pre - theta).abs() < width / 2
+    acts = pairs.pre * active
+    error = inputs.error(combine(pairs, acts, params.W_dec))
+    d_recons = inputs.d_error(error)
+    sparsity, d_active, d_length = _sparsity(objective, pairs, active, acts * norm, state.coefficients["l0"])
     order = by_latent(pairs, params.d_sae)
-    d_act = dots(pairs, d_recon, params.W_dec) + d_length * norm
-    jump = window * (d_act * theta + d_on) / width
-    d_pre = d_act * on + jump if objective.to_input else d_act * on
-    made = coded_gradients(batch, pairs, order, acts, d_pre, d_recon)
-    add_norm_gradient(made, params, norms, per_latent(pairs, d_length * acts, params.d_sae))
+    d_act = dots(pairs, d_recons, params.W_dec) + d_length * norm
+    jump = window * (d_act * theta + d_active) / width
+    d_pre = d_act * active + jump if objective.to_input else d_act * active
+    grads = encoder_decoder_gradients(inputs, pairs, order, acts, d_pre, d_recons)
+    add_norm_gradient(grads, params, norms, per_latent(pairs, d_length * acts, params.d_sae))
     d_theta = per_latent(pairs, -jump, params.d_sae)
-    made |= {"log_threshold": d_theta * thetas} if objective.threshold == "log" else {"threshold": d_theta}
-    terms = {"mse": squared(error) / len(error), "l0": sparsity}
+    grads |= {"log_threshold": d_theta * thetas} if objective.threshold == "log" else {"threshold": d_theta}
+    terms = {"mse": sum_of_squares(error) / len(error), "l0": sparsity}
     if objective.pre_act:
-        terms["pre_act"] = _dead(objective, batch, error, state, made)
-    leave(batch, made, d_recon)
-    return figures(terms, batch, pairs, acts, error, in_band=window.sum() / len(error))
+        terms["pre_act"] = _dead_loss(objective, inputs, error, state, grads)
+    set_gradients(inputs, grads, d_recons)
+    return with_metrics(terms, inputs, pairs, acts, error, in_band=window.sum() / len(error))
+
+
+def gated_step(objective: Gated, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
+    """Losses of one batch; gradients are in the parameters' `.grad`. None if too many gates are open."""
+    params, n, d_sae = inputs.params, len(inputs.x), inputs.params.d_sae
+    pairs = above_zero(inputs.x, inputs.readout(params.b_gate), inputs.limit)
+    if pairs is None:
+        return None
+    gate, norms, weight = pairs.pre, params.norms(), state.coefficients["l1"]
+    stretch, u = params.r_mag.exp()[pairs.latents], gate - params.b_gate[pairs.latents]
+    acts = (stretch * u + params.b_mag[pairs.latents]).clamp(min=0)
+    error = inputs.error(combine(pairs, acts, params.W_dec))
+    gate_error = inputs.error(combine(pairs, gate, params.W_dec))
+    terms = {
+        "mse": sum_of_squares(error) / n,
+        "l1": weight * (gate * norms[pairs.latents]).sum() / n,
+        "gate_mse": sum_of_squares(gate_error) / n,
+    }
+    d_recons, d_gate_recons = inputs.d_error(error), inputs.d_error(gate_error)
+    order = by_latent(pairs, d_sae)
+    d_act = dots(pairs, d_recons, params.W_dec) * (acts > 0)
+    d_gate = dots(pairs, d_gate_recons, params.W_dec) + norms[pairs.latents] * (weight / n)
+    d_u = d_act * stretch + d_gate
+    grads = {
+        "W_enc": gather_rows(order, d_u, inputs.x, inputs.gradient_buffer("W_enc")),
+        "W_dec": gather_rows(order, acts, d_recons, inputs.gradient_buffer("W_dec")),
+        "b_gate": per_latent(pairs, d_gate, d_sae),
+        "b_mag": per_latent(pairs, d_act, d_sae),
+        "r_mag": per_latent(pairs, d_act * stretch * u, d_sae),
+    }
+    add_norm_gradient(grads, params, norms, per_latent(pairs, gate, d_sae) * (weight / n))
+    if not objective.frozen:  # the decoder also learns from what the gate alone reconstructs
+        grads["W_dec"] += gather_rows(order, gate, d_gate_recons)
+        d_recons = d_recons + d_gate_recons
+    set_gradients(inputs, grads, d_recons, d_bias=per_latent(pairs, d_u, d_sae))
+    return with_metrics(terms, inputs, pairs, acts, error)
 
 
 def _penalty(pairs: Pairs, lengths: Float[Tensor, " pairs"], p: float) -> tuple[Tensor, Tensor]:
@@ -90,14 +125,14 @@ def _penalty(pairs: Pairs, lengths: Float[Tensor, " pairs"], p: float) -> tuple[
 
 
 def _sparsity(
-    objective: JumpReLU, pairs: Pairs, on: Tensor, lengths: Tensor, weight: Tensor
+    objective: JumpReLU, pairs: Pairs, active: Tensor, lengths: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """The sparsity loss with its weight, and its gradients by each pair's being on and by the length it writes."""
+    """The sparsity loss with its weight, and its gradients by each pair's activity and by the length it writes."""
     n = len(pairs.starts)
     if objective.sparsity == "tanh":
-        bent = torch.tanh(objective.tanh_scale * lengths)
-        return weight * bent.sum() / n, 0.0, (1 - bent.square()) * (objective.tanh_scale * weight / n)
-    l0 = per_token(pairs, on.to(lengths.dtype))
+        tanh = torch.tanh(objective.tanh_scale * lengths)
+        return weight * tanh.sum() / n, 0.0, (1 - tanh.square()) * (objective.tanh_scale * weight / n)
+    l0 = per_token(pairs, active.to(lengths.dtype))
     if objective.sparsity == "step":
         return weight * l0.mean(), weight / n, 0.0
     target = objective.target_l0
@@ -105,8 +140,10 @@ def _sparsity(
     return weight * (2 / target * (l0 - target).square()).mean(), slope[pairs.tokens], 0.0
 
 
-def _dead(objective: JumpReLU, batch: Batch, error: Tensor, state: State, made: dict[str, Tensor]) -> Tensor:
-    def loss(dead: Params, pre: Tensor, error: Tensor, own: State) -> Tensor:
-        return objective.pre_act * pre_activation(pre, objective.theta(dead), dead.norms(), own, "dead")
+def _dead_loss(
+    objective: JumpReLU, inputs: StepInputs, error: Tensor, state: ObjectiveState, grads: dict[str, Tensor]
+) -> Tensor:
+    def loss(dead: Params, pre_acts: Tensor, error: Tensor, dead_state: ObjectiveState) -> Tensor:
+        return objective.auxiliary_loss(dead, pre_acts, dead_state)
 
-    return add_dead_gradients(loss, batch.params, batch.x, error, state, made)
+    return add_dead_gradients(loss, inputs.params, inputs.x, error, state, grads)

@@ -1,92 +1,94 @@
-"""The top-k objectives by hand: what `objective.losses(...).total.backward()` gives, from the pairs that are kept.
+"""The top-k objectives by hand: `objective.losses(...)` and its backward pass, from the pairs that are active.
 
 All are one computation over levels (a single one but for Matryoshka), with latents low..high of each:
 
-    recon_l = recon_(l-1) + acts[low:high] @ W_dec[low:high];     error_l = recon_l - y
-    d_recon_l = sum over levels m >= l of d error_m:  what the activations and decoder rows of level l get as gradient
+    recons_l = recons_(l-1) + acts[low:high] @ W_dec[low:high];     error_l = recons_l - y
+    d_reconss_l = sum over levels m >= l of d error_m: the gradient for the activations and decoder rows of level l
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Union
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saewb.distributed import Team
+from saewb.distributed import ParallelContext
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.kernels.precision import MARGIN
-from saewb.training.objectives import AbsTopK, BatchTopK, Losses, Matryoshka, Params, State, TopK
-from saewb.training.objectives.dead import auxk
-from saewb.training.sparse_step.auxiliary import DeadLoss, add_dead_gradients
-from saewb.training.sparse_step.gradients import Batch, coded_gradients, figures, leave, squared
+from saewb.training.objectives import Losses, ObjectiveState
+from saewb.training.objectives.topk import BatchTopKObjective, TopKObjective
+from saewb.training.sparse_step.gradients import (
+    StepInputs,
+    add_dead_gradients,
+    encoder_decoder_gradients,
+    set_gradients,
+    sum_of_squares,
+    with_metrics,
+)
 from saewb.training.sparse_step.selection import Readout, top_of_batch, top_per_token
 
 _PER_PAIR = 25  # scores that a low-precision product must save for each pair it has scored again, to be worth it
 
-AnyTopK = Union[TopK, AbsTopK, BatchTopK, Matryoshka]
-
 
 @dataclass(frozen=True)
 class Level:
-    """The pairs of latents low..high, counted from low, and how far off the reconstruction up to here is."""
+    """The active pairs of latents low..high, counted from low, and the error of the reconstruction up to here."""
 
     low: int
     high: int
     pairs: Pairs
-    error: Float[Tensor, "batch d_out"]  # recon - y
+    error: Float[Tensor, "batch d_out"]
+    """recons - y."""
 
 
-def topk_step(objective: AnyTopK, batch: Batch, state: State) -> Losses | None:
-    """Losses of one batch; gradients are left in the parameters' `.grad`. None if too many latents are on."""
-    signed = isinstance(objective, AbsTopK)
-    kept = _kept(objective, batch, signed, state.team)
-    if kept is None:
+def topk_step(objective: TopKObjective, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
+    """Losses of one batch; gradients are in the parameters' `.grad`. None if too many latents are active."""
+    selected = _select(objective, inputs, state.team)
+    if selected is None:
         return None
-    pairs = kept if signed else replace(kept, pre=kept.pre.clamp(min=0))
-    levels = _levels(batch, pairs, (0, *getattr(objective, "widths", ()), objective.d_sae))
-    terms = {_name(level, objective): squared(level.error) / len(batch.y) for level in levels}
-    made, d_recon = _gradients(batch, levels, signed)
+    pairs = selected if objective.signed else replace(selected, pre=selected.pre.clamp(min=0))
+    levels = _decode_levels(inputs, pairs, objective.levels)
+    terms = {objective.mse_name(level.high): sum_of_squares(level.error) / len(inputs.y) for level in levels}
+    grads, d_recons = _gradients(inputs, levels, objective.signed)
     if objective.aux:
-        terms["aux"] = _dead(objective, batch, levels, state, made)
-    leave(batch, made, d_recon)
+        terms["aux"] = _dead_loss(objective, inputs, levels, state, grads)
+    set_gradients(inputs, grads, d_recons)
     extra = {}
-    if isinstance(objective, (BatchTopK, Matryoshka)):
-        lengths = pairs.pre * batch.params.norms()[pairs.latents]
+    if isinstance(objective, BatchTopKObjective):
+        lengths = pairs.pre * inputs.params.norms()[pairs.latents]
         extra["kept_min"] = lengths.min() if len(pairs) else lengths.new_tensor(torch.inf)
-    return figures(terms, batch, pairs, pairs.pre, levels[-1].error, **extra)
+    return with_metrics(terms, inputs, pairs, pairs.pre, levels[-1].error, **extra)
 
 
-def _kept(objective: AnyTopK, batch: Batch, signed: bool, team: Team) -> Pairs | None:
-    readout, n_pairs = batch.readout(norms=batch.params.norms()), int(objective.k * len(batch.x))
-    if not 0 < n_pairs <= batch.limit:
+def _select(objective: TopKObjective, inputs: StepInputs, team: ParallelContext) -> Pairs | None:
+    readout, n_pairs = inputs.readout(norms=inputs.params.norms()), int(objective.k * len(inputs.x))
+    if not 0 < n_pairs <= inputs.limit:
         return None
-    if objective.k + MARGIN.get(batch.precision, 0) > objective.d_sae / _PER_PAIR:
+    if objective.k + MARGIN.get(inputs.precision, 0) > objective.d_sae / _PER_PAIR:
         readout = replace(readout, precision="full")
-    if isinstance(objective, (BatchTopK, Matryoshka)):
-        every = int(objective.k * len(batch.x) * team.size)
-        pairs = top_of_batch(batch.x, readout, every, 4 * batch.limit)
-        return pairs if pairs is None or team.size == 1 else _among_all(pairs, readout, every, team)
-    return top_per_token(batch.x, readout, objective.k, signed=signed)
+    if isinstance(objective, BatchTopKObjective):
+        n = int(objective.k * len(inputs.x) * team.size)
+        pairs = top_of_batch(inputs.x, readout, n, 4 * inputs.limit)
+        return pairs if pairs is None or team.size == 1 else _select_among_all(pairs, readout, n, team)
+    return top_per_token(inputs.x, readout, objective.k, signed=objective.signed)
 
 
-def _among_all(pairs: Pairs, readout: Readout, n: int, team: Team) -> Pairs:
+def _select_among_all(pairs: Pairs, readout: Readout, n: int, team: ParallelContext) -> Pairs:
     """Of these pairs, those among the `n` best of all processes."""
     scores = readout.score(pairs.pre, pairs.latents).clamp(min=0)
-    return pairs.where(team.chosen(scores, n).nonzero()[:, 0])
+    return pairs.where(team.topk_mask(scores, n).nonzero()[:, 0])
 
 
-def _levels(batch: Batch, pairs: Pairs, limits: tuple[int, ...]) -> list[Level]:
+def _decode_levels(inputs: StepInputs, pairs: Pairs, limits: tuple[tuple[int, int], ...]) -> list[Level]:
     """Forward through the levels; `pairs.pre` are the activations."""
     levels: list[Level] = []
-    for low, high in pairwise(limits):
-        own = pairs if len(limits) == 2 else _between(pairs, low, high)
-        written = combine(own, own.pre, batch.params.W_dec[low:high])
-        error = written.add_(levels[-1].error) if levels else batch.error(written)
-        levels.append(Level(low, high, own, error))
+    for low, high in limits:
+        inside = pairs if len(limits) == 1 else _between(pairs, low, high)
+        decoded = combine(inside, inside.pre, inputs.params.W_dec[low:high])
+        error = decoded.add_(levels[-1].error) if levels else inputs.error(decoded)
+        levels.append(Level(low, high, inside, error))
     return levels
 
 
@@ -95,47 +97,33 @@ def _between(pairs: Pairs, low: int, high: int) -> Pairs:
     return pairs_of(pairs.tokens[inside], pairs.latents[inside] - low, pairs.pre[inside], len(pairs.starts))
 
 
-def _gradients(batch: Batch, levels: list[Level], signed: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Backward through the levels: gradients by parameter, and that of what every level's reconstruction contains."""
-    parts, d_recon = [], torch.zeros((), device=batch.y.device)
+def _gradients(inputs: StepInputs, levels: list[Level], signed: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Backward through the levels: gradients by parameter, and that of the offset, which every level contains."""
+    parts, d_recons = [], torch.zeros((), device=inputs.y.device)
     for level in reversed(levels):
         span = slice(level.low, level.high)
-        d_recon = batch.d_error(level.error).add_(d_recon)
+        d_recons = inputs.d_error(level.error).add_(d_recons)
         order = by_latent(level.pairs, level.high - level.low)
-        d_pre = dots(level.pairs, d_recon, batch.params.W_dec[span])
+        d_pre = dots(level.pairs, d_recons, inputs.params.W_dec[span])
         d_pre = d_pre if signed else d_pre * (level.pairs.pre > 0)
-        parts.insert(0, coded_gradients(batch, level.pairs, order, level.pairs.pre, d_pre, d_recon, span))
-    return {name: _joined(batch.memory(name), [part[name] for part in parts]) for name in parts[0]}, d_recon
+        parts.insert(0, encoder_decoder_gradients(inputs, level.pairs, order, level.pairs.pre, d_pre, d_recons, span))
+    return {name: _join(inputs.gradient_buffer(name), [part[name] for part in parts]) for name in parts[0]}, d_recons
 
 
-def _joined(memory: Tensor | None, parts: list[Tensor]) -> Tensor:
-    """Gradients of all latents from those of each level: already together where they were put into memory."""
-    return torch.cat(parts) if memory is None else memory
+def _join(buffer: Tensor | None, parts: list[Tensor]) -> Tensor:
+    """Gradients of all latents from those of each level: already together where they were written into a buffer."""
+    return torch.cat(parts) if buffer is None else buffer
 
 
-def _name(level: Level, objective: AnyTopK) -> str:
-    return "mse" if level.high == objective.d_sae else f"inner_mse_{level.high}"
-
-
-def _dead(
-    objective: AnyTopK, batch: Batch, levels: list[Level], state: State, made: dict[str, Tensor]
+def _dead_loss(
+    objective: TopKObjective, inputs: StepInputs, levels: list[Level], state: ObjectiveState, grads: dict[str, Tensor]
 ) -> Float[Tensor, ""]:
-    """Auxiliary loss of the dead latents; its gradients are added to `made`."""
-    loss, params, rows = _dead_loss(objective), batch.params, state.dead_rows
-    if not getattr(objective, "aux_by_level", False):
-        return add_dead_gradients(loss, params, batch.x, -levels[-1].error, state, made)
+    """Auxiliary loss of the dead latents; its gradients are added to `grads`."""
+    loss, params, rows = objective.auxiliary_loss, inputs.params, state.dead_rows
+    if not objective.aux_by_level:
+        return add_dead_gradients(loss, params, inputs.x, -levels[-1].error, state, grads)
     parts = []
     for level in levels:
-        own = replace(state, dead_rows=rows[(rows >= level.low) & (rows < level.high)])
-        parts.append(add_dead_gradients(loss, params, batch.x, -level.error, own, made))
+        of_level = replace(state, dead_rows=rows[(rows >= level.low) & (rows < level.high)])
+        parts.append(add_dead_gradients(loss, params, inputs.x, -level.error, of_level, grads))
     return torch.stack(parts).sum()
-
-
-def _dead_loss(objective: AnyTopK) -> DeadLoss:
-    signed, relu = isinstance(objective, AbsTopK), getattr(objective, "aux_relu", False)
-
-    def loss(dead: Params, pre: Tensor, error: Tensor, state: State) -> Tensor:
-        k_aux = objective.k_aux or max(1, error.shape[1] // 2)
-        return objective.aux * auxk(dead, pre, error, state, k_aux=k_aux, signed=signed, relu=relu)
-
-    return loss

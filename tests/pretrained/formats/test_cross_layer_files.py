@@ -13,9 +13,9 @@ from helpers.format_fixtures import D, F, O, assert_layers_formula, gemma, input
 
 from saewb.errors import FormatError
 from saewb.interventions.attachment import attach
-from saewb.pretrained.formats import Facts, read, recognize
-from saewb.pretrained.formats import circuit_tracer as mntss_layout
-from saewb.pretrained.formats import gemma_scope_2_cross_layer as gemma_layout
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.circuit_tracer import CircuitTracerCrossLayer
+from saewb.pretrained.formats.gemma_scope_2 import GemmaScope2CrossLayer
 from saewb.pretrained.load import load_sae
 from saewb.sae.cross_layer import CrossLayerTranscoder
 
@@ -89,7 +89,7 @@ def test_the_whole_is_attached(layout, tmp_path):
 
 def test_without_a_configuration(tmp_path):
     mntss(tmp_path, config=None)
-    clt = read(tmp_path, Facts(model="gpt2"))
+    clt = read(tmp_path, Provenance(model="gpt2"))
     assert (clt.cfg.hooks[0], clt.cfg.hooks_out[0], clt.cfg.model) == (
         *("blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"),
         "gpt2",
@@ -140,10 +140,10 @@ def test_a_configuration_that_does_not_fit(text, tmp_path):
 def test_recognized(tmp_path):
     mntss(tmp_path)
     for place in (tmp_path, tmp_path / "2", tmp_path / "W_enc_0.safetensors"):
-        assert recognize(place) is mntss_layout
-    assert not mntss_layout.matches(tmp_path / "3")
-    assert mntss_layout.files("") == ["W_enc_*.safetensors", "W_dec_*.safetensors", "config.yaml"]
-    assert mntss_layout.files("3") == ["W_enc_3.safetensors", "W_dec_3.safetensors", "config.yaml"]
+        assert type(detect(place)) is CircuitTracerCrossLayer
+    assert not CircuitTracerCrossLayer().detect(tmp_path / "3")
+    assert CircuitTracerCrossLayer().patterns("") == ["W_enc_*.safetensors", "W_dec_*.safetensors", "config.yaml"]
+    assert CircuitTracerCrossLayer().patterns("3") == ["W_enc_3.safetensors", "W_dec_3.safetensors", "config.yaml"]
 
 
 # --- Gemma Scope 2
@@ -161,7 +161,7 @@ def test_gemma_arithmetic(kind, affine, config, tmp_path):
     assert clt.cfg.hooks == tuple(f"blocks.{layer}.{site}" for layer in layers)
     assert clt.cfg.hooks_out == tuple(f"blocks.{layer}.{site_out}" for layer in layers)
     assert clt.cfg.model == ("google/gemma-3-270m" if config else None)
-    named = Facts(repo="google/gemma-scope-2-1b-it", path=written.place.relative_to(tmp_path).as_posix())
+    named = Provenance(repo="google/gemma-scope-2-1b-it", path=written.place.relative_to(tmp_path).as_posix())
     assert read(written.place, named).cfg.model == ("google/gemma-3-270m" if config else "google/gemma-3-1b-it")
 
 
@@ -215,10 +215,10 @@ def test_gemma_tensors_are_accounted_for(tmp_path):
 
 def test_gemma_recognized(tmp_path):
     written = gemma(tmp_path)
-    assert recognize(written.place) is gemma_layout
-    assert gemma_layout.files("clt/a") == ["clt/a/params_layer_*.safetensors", "clt/a/config.json"]
+    assert type(detect(written.place)) is GemmaScope2CrossLayer
+    assert GemmaScope2CrossLayer().patterns("clt/a") == ["clt/a/config.json", "clt/a/params_layer_*.safetensors"]
     save_config(tmp_path / "config.json", {})
-    assert not gemma_layout.matches(tmp_path)
+    assert not GemmaScope2CrossLayer().detect(tmp_path)
 
 
 # --- size

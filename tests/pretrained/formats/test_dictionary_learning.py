@@ -7,8 +7,8 @@ import torch
 from helpers.format_fixtures import DICT_CLASSES, D, F, K, assert_formula, dictionary_learning, save_config
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognize
-from saewb.pretrained.formats import dictionary_learning as layout
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.dictionary_learning import DictionaryLearning
 from saewb.pretrained.load import load_sae
 
 GATES = {"AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk"}
@@ -71,12 +71,12 @@ def test_other_dtypes(tmp_path):
 )
 def test_hooks_come_from_the_name_of_the_part(part, io, hook, tmp_path):
     dictionary_learning(tmp_path, "AutoEncoder", trainer={"submodule_name": part}, buffer={"io": io})
-    assert read(tmp_path, Facts(hook="by.the.caller")).cfg.hook == hook
+    assert read(tmp_path, Provenance(hook="by.the.caller")).cfg.hook == hook
 
 
 def test_what_a_catalogue_says_comes_first(tmp_path):
     dictionary_learning(tmp_path, "AutoEncoder")
-    facts = Facts(overrides={"hook_name": "blocks.1.hook_mlp_out", "dataset_path": "other"})
+    facts = Provenance(overrides={"hook_name": "blocks.1.hook_mlp_out", "dataset_path": "other"})
     cfg = read(tmp_path, facts).cfg
     assert cfg.hook == "blocks.1.hook_mlp_out"
     assert cfg.metadata["dataset_path"] == "other"
@@ -128,9 +128,9 @@ def test_another_config(config, tmp_path):
 
 def test_recognized_by_its_two_files(tmp_path):
     dictionary_learning(tmp_path, "AutoEncoder")
-    assert recognize(tmp_path) is layout
-    assert layout.files("a/b [1]") == ["a/b [[]1]/config.json", "a/b [[]1]/ae.pt"]
+    assert type(detect(tmp_path)) is DictionaryLearning
+    assert DictionaryLearning().patterns("a/b [1]") == ["a/b [[]1]/config.json", "a/b [[]1]/ae.pt"]
     (tmp_path / "ae.pt").unlink()
-    assert not layout.matches(tmp_path)
+    assert not DictionaryLearning().detect(tmp_path)
     with pytest.raises(FormatError, match="dictionary_learning"):
-        recognize(tmp_path)
+        detect(tmp_path)

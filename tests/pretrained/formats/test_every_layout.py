@@ -7,7 +7,11 @@ import shutil
 import pytest
 import torch
 import yaml
-from formats import (
+from helpers import format_fixtures
+from helpers.format_tensors import weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pretrained.formats import (
     test_gemma_scope,
     test_gemma_scope_2,
     test_llama_scope,
@@ -15,47 +19,44 @@ from formats import (
     test_single_files,
     test_temporal_conf,
 )
-from helpers import format_fixtures
-from helpers.format_tensors import weights
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import FORMATS, Facts, read, recognize
+from saewb.pretrained.formats import LAYOUTS as READERS
+from saewb.pretrained.formats import Provenance, detect, read
 
 # layout -> (writes it into a repository and says where in it, facts)
 LAYOUTS = {
-    "saelens": (lambda repo: test_saelens_runs.checkpoint(repo / "output/k4", weights()), Facts()),
-    "gemma_scope": (
+    "SAELens": (lambda repo: test_saelens_runs.checkpoint(repo / "output/k4", weights()), Provenance()),
+    "GemmaScope": (
         lambda repo: test_gemma_scope.written(repo / test_gemma_scope.PATH),
-        Facts(repo=test_gemma_scope.RES),
+        Provenance(repo=test_gemma_scope.RES),
     ),
-    "gemma_scope_2": (
+    "GemmaScope2": (
         lambda repo: test_gemma_scope_2.written(repo / test_gemma_scope_2.PATHS["resid_post"]),
-        Facts(),
+        Provenance(),
     ),
-    "llama_scope": (
+    "LlamaScope": (
         lambda repo: test_llama_scope.written(repo / test_llama_scope.PATH, test_llama_scope.made()),
-        Facts(),
+        Provenance(),
     ),
-    "llama_scope_r1": (
+    "LlamaScopeR1": (
         lambda repo: test_llama_scope.written_r1(repo / test_llama_scope.R1_PATH, test_llama_scope.made_r1(0.5)),
-        Facts(scaling_factor=0.5),
+        Provenance(scaling_factor=0.5),
     ),
-    "temporal_conf": (
+    "Temporal": (
         lambda repo: test_temporal_conf.written(repo / test_temporal_conf.FACTS.path, test_temporal_conf.weights()),
         test_temporal_conf.FACTS,
     ),
-    "attention_hook_z": (test_single_files.written_hook_z, Facts()),
-    "goodfire": (lambda repo: test_single_files.written_goodfire(repo, weights()), Facts()),
-    "deepseek_r1": (lambda repo: format_fixtures.deepseek_r1(repo).place, Facts()),
-    "openai": (lambda repo: format_fixtures.openai(repo).place, Facts()),
-    "qwen_scope": (lambda repo: format_fixtures.qwen_scope(repo).place, Facts()),
-    "sparsify": (lambda repo: format_fixtures.sparsify(repo, next(iter(format_fixtures.SPARSIFY))).place, Facts()),
-    "mwhanna": (lambda repo: format_fixtures.mwhanna(repo).place, Facts()),
-    "dictionary_learning": (
+    "AttentionHookZ": (test_single_files.written_hook_z, Provenance()),
+    "Goodfire": (lambda repo: test_single_files.written_goodfire(repo, weights()), Provenance()),
+    "DeepSeekR1": (lambda repo: format_fixtures.deepseek_r1(repo).place, Provenance()),
+    "OpenAI": (lambda repo: format_fixtures.openai(repo).place, Provenance()),
+    "QwenScope": (lambda repo: format_fixtures.qwen_scope(repo).place, Provenance()),
+    "Sparsify": (lambda repo: format_fixtures.sparsify(repo, next(iter(format_fixtures.SPARSIFY))).place, Provenance()),
+    "CircuitTracerTranscoder": (lambda repo: format_fixtures.mwhanna(repo).place, Provenance()),
+    "DictionaryLearning": (
         lambda repo: format_fixtures.dictionary_learning(repo / "a", "BatchTopKSAE").place,
-        Facts(),
+        Provenance(),
     ),
 }
 
@@ -71,8 +72,8 @@ def made(name, root):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_layout_claims_it(name, tmp_path):
     place, _, _ = made(name, tmp_path)
-    assert [layout.__name__.rpartition(".")[2] for layout in FORMATS if layout.matches(place)] == [name]
-    nothing = [layout for layout in FORMATS if layout.matches(tmp_path) or layout.matches(tmp_path / "missing")]
+    assert [type(layout).__name__ for layout in READERS if layout.detect(place)] == [name]
+    nothing = [layout for layout in READERS if layout.detect(tmp_path) or layout.detect(tmp_path / "missing")]
     assert nothing == []
 
 
@@ -80,7 +81,7 @@ def test_one_layout_claims_it(name, tmp_path):
 def test_the_files_it_names_are_those_it_needs(name, tmp_path):
     place, path, facts = made(name, tmp_path)
     want = read(place, facts)
-    patterns = recognize(place).files(path)
+    patterns = detect(place).patterns(path)
     root = tmp_path / "repo"
     for file in sorted(root.rglob("*")):
         inside = file.relative_to(root).as_posix()
@@ -107,10 +108,10 @@ def test_dtype_and_device_asked_for(name, tmp_path):
 def test_messages_name_the_layout(name, tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FormatError) as caught:
-        recognize(tmp_path)
-    layout = next(layout for layout in FORMATS if layout.__name__.endswith(f".{name}"))
-    assert layout.NAME in str(caught.value)
-    assert all(mark in str(caught.value) for mark in layout.MARKS)
+        detect(tmp_path)
+    layout = next(layout for layout in READERS if type(layout).__name__ == name)
+    assert layout.name in str(caught.value)
+    assert all(mark in str(caught.value) for mark in layout.marks)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -120,7 +121,7 @@ def test_damaged_files_are_read_or_refused(name, data, tmp_path_factory):
     """One file cut short, with bytes flipped, emptied or gone: an SAE of the right widths, or a FormatError."""
     place, path, facts = made(name, tmp_path_factory.mktemp(name))
     root = place.parents[path.count("/")]
-    patterns = recognize(place).files(path)
+    patterns = detect(place).patterns(path)
     files = [f for f in sorted(root.rglob("*")) if any(fnmatch.fnmatchcase(str(f), f"*{p}") for p in patterns)]
     victim = data.draw(st.sampled_from(files), label="file")
     raw = bytearray(victim.read_bytes())
@@ -130,7 +131,7 @@ def test_damaged_files_are_read_or_refused(name, data, tmp_path_factory):
     victim.unlink()
     if data.draw(st.integers(0, 9)):
         victim.write_bytes(raw)
-    layout = next(layout for layout in FORMATS if layout.__name__.endswith(f".{name}"))
+    layout = next(layout for layout in READERS if type(layout).__name__ == name)
     try:
         sae = layout.read(place, facts)
     except (FormatError, FileNotFoundError):
@@ -138,7 +139,7 @@ def test_damaged_files_are_read_or_refused(name, data, tmp_path_factory):
     assert sae.W_dec.shape == (sae.cfg.d_sae, sae.cfg.d_out)
 
 
-CONFIGURED = [name for name in LAYOUTS if name not in ("gemma_scope", "goodfire", "deepseek_r1", "openai")]
+CONFIGURED = [name for name in LAYOUTS if name not in ("GemmaScope", "Goodfire", "DeepSeekR1", "OpenAI")]
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -167,7 +168,7 @@ def test_any_configuration_is_read_or_refused(name, data, tmp_path_factory):
         if block:
             block[data.draw(st.sampled_from(sorted(block)))] = data.draw(VALUES)
     config.write_text(json.dumps(said) if config.suffix == ".json" else yaml.safe_dump(said))
-    layout = next(layout for layout in FORMATS if layout.__name__.endswith(f".{name}"))
+    layout = next(layout for layout in READERS if type(layout).__name__ == name)
     try:
         sae = layout.read(place, facts)
     except FormatError:

@@ -9,7 +9,8 @@ from helpers.format_tensors import D, F, O, assert_computes, gated, inputs, near
 from safetensors.torch import save_file
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, gemma_scope_2, read, recognize
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.gemma_scope_2 import GemmaScope2
 
 REPO = "google/gemma-scope-2-4b-pt"
 THEIRS = {"w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
@@ -58,7 +59,7 @@ def expected(w, x):
 def test_an_sae(tmp_path):
     w, x = made(), inputs()
     folder = written(tmp_path / "anywhere", w)
-    assert recognize(folder) is gemma_scope_2
+    assert type(detect(folder)) is GemmaScope2
     sae = read(folder)
     assert_computes(sae, x, *expected(w, x))
     assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.is_transcoder) == ("jumprelu", "none", False)
@@ -70,7 +71,7 @@ def test_an_sae(tmp_path):
 @pytest.mark.parametrize("config", [CONFIG | MLP, None])
 def test_a_transcoder_reads_behind_the_norm_and_its_gain(config, tmp_path):
     w, x = made(d_out=O), inputs()
-    sae = read(written(tmp_path, w, config), Facts(repo=REPO, path=PATHS["transcoder"]))
+    sae = read(written(tmp_path, w, config), Provenance(repo=REPO, path=PATHS["transcoder"]))
     assert (sae.cfg.hook, sae.cfg.hook_out) == ("blocks.17.mlp.hook_in", "blocks.17.hook_mlp_out")
     assert sae.cfg.skip is False
     assert_computes(sae, x, *expected(w, x))
@@ -81,7 +82,7 @@ def test_an_affine_transcoder_is_not_transposed(config, tmp_path):
     """sae-lens 6.33 had x @ A.T, which a square matrix hides."""
     for d_out in (O, D):
         w, x = made(d_out=d_out, affine=(D, d_out)), inputs()
-        sae = read(written(tmp_path, w, config), Facts(repo=REPO, path=PATHS["affine"]))
+        sae = read(written(tmp_path, w, config), Provenance(repo=REPO, path=PATHS["affine"]))
         assert sae.cfg.skip
         assert torch.equal(sae.W_skip, torch.from_numpy(w["affine"]))
         assert_computes(sae, x, *expected(w, x))
@@ -101,7 +102,7 @@ def test_an_affine_transcoder_is_not_transposed(config, tmp_path):
 def test_without_config_the_names_say_it(site, hook, hook_out, inner, how, tmp_path):
     path = f"{site}{inner}/layer_5_width_16k_l0_small"
     if how == "facts":
-        sae = read(written(tmp_path, config=None), Facts(repo="google/gemma-scope-2-1b-it", path=path))
+        sae = read(written(tmp_path, config=None), Provenance(repo="google/gemma-scope-2-1b-it", path=path))
     else:
         sae = read(written(tmp_path / "clt" / "google/gemma-scope-2-1b-it" / path, config=None))
     assert (sae.cfg.model, sae.cfg.hook, sae.cfg.hook_out) == ("google/gemma-3-1b-it", f"blocks.5.{hook}", hook_out)
@@ -130,7 +131,7 @@ def test_spellings_of_the_model(said, name, tmp_path):
     assert read(written(tmp_path, config=CONFIG | {"model_name": said})).cfg.model == name
     bare = {key: value for key, value in CONFIG.items() if key != "model_name"}
     repo = f"google/{said.split('/')[-1].replace('gemma-v3', 'gemma-scope-2').replace('gemma-3', 'gemma-scope-2')}"
-    assert read(written(tmp_path, config=bare), Facts(repo=repo, path=PATHS["resid_post"])).cfg.model == name
+    assert read(written(tmp_path, config=bare), Provenance(repo=repo, path=PATHS["resid_post"])).cfg.model == name
 
 
 @pytest.mark.parametrize("with_suffix", [True, False])
@@ -143,8 +144,8 @@ def test_one_layer_of_a_cross_layer_transcoder(with_suffix, affine, tmp_path):
     stored = {**w, "W_dec": per_layer}
     folder = written(tmp_path / "clt" / "width_262k_l0_big", stored, config, name="params_layer_2.safetensors")
     place = folder / ("params_layer_2.safetensors" if with_suffix else "params_layer_2")
-    assert recognize(place) is gemma_scope_2
-    sae = read(place, Facts(repo=REPO, path="clt/width_262k_l0_big/params_layer_2"))
+    assert type(detect(place)) is GemmaScope2
+    sae = read(place, Provenance(repo=REPO, path="clt/width_262k_l0_big/params_layer_2"))
     assert (sae.cfg.hook, sae.cfg.hook_out) == ("blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out")
     assert sae.cfg.metadata["summed_over_layers"] == n
     assert_computes(sae, x, *expected({**w, "W_dec": per_layer.sum(1)}, x))
@@ -156,7 +157,7 @@ def test_a_crosscoders_layer_alone_is_refused(tmp_path):
     with pytest.raises(FormatError, match="the whole folder"):
         read(folder / "params_layer_1.safetensors")
     with pytest.raises(FormatError, match="the whole folder"):
-        read(folder / "params_layer_1.safetensors", Facts(repo=REPO, path=f"{path}/params_layer_1"))
+        read(folder / "params_layer_1.safetensors", Provenance(repo=REPO, path=f"{path}/params_layer_1"))
 
 
 @pytest.mark.parametrize(
@@ -206,16 +207,16 @@ def test_other_tensors_are_refused(more, without, message, tmp_path):
 
 def test_no_factor_applies(tmp_path):
     with pytest.raises(FormatError, match="scaling_factor=2"):
-        read(written(tmp_path), Facts(scaling_factor=2.0))
+        read(written(tmp_path), Provenance(scaling_factor=2.0))
 
 
 def test_examples_are_never_asked_for():
-    assert gemma_scope_2.files(PATHS["resid_post"]) == [
-        f"{PATHS['resid_post']}/params.safetensors",
+    assert GemmaScope2().patterns(PATHS["resid_post"]) == [
         f"{PATHS['resid_post']}/config.json",
+        f"{PATHS['resid_post']}/params.safetensors",
     ]
-    assert gemma_scope_2.files("clt/width_262k_l0_big/params_layer_3") == [
-        "clt/width_262k_l0_big/params_layer_3.safetensors",
+    assert GemmaScope2().patterns("clt/width_262k_l0_big/params_layer_3") == [
         "clt/width_262k_l0_big/config.json",
+        "clt/width_262k_l0_big/params_layer_3.safetensors",
     ]
-    assert gemma_scope_2.files("") == ["params.safetensors", "config.json"]
+    assert GemmaScope2().patterns("") == ["config.json", "params.safetensors"]

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read
+from saewb.pretrained.formats import Provenance, read
 
 LAYOUTS = {
     "dictionary_learning": lambda place: dictionary_learning(place, "MatryoshkaBatchTopKSAE"),
@@ -68,7 +68,7 @@ def reads_or_refuses(place):
     """Read it; True if that was refused, and in either case little was allocated on the way."""
     tracemalloc.start()
     try:
-        read(place, Facts(repo="a/qwen3-4b"))
+        read(place, Provenance(repo="a/qwen3-4b"))
         refused = False
     except REFUSED:
         refused = True
@@ -202,5 +202,5 @@ def test_a_folder_of_many_layers_that_are_not_there(tmp_path):
 def test_a_factor_is_never_ignored(layout, tmp_path):
     place = LAYOUTS[layout](tmp_path).place
     with pytest.raises(FormatError, match=r"scaling_factor=2.0 was given"):
-        read(place, Facts(scaling_factor=2.0))
-    read(place, Facts(scaling_factor=None))
+        read(place, Provenance(scaling_factor=2.0))
+    read(place, Provenance(scaling_factor=None))

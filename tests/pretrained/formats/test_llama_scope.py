@@ -21,7 +21,8 @@ from helpers.format_tensors import (
 from safetensors.torch import save_file
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, llama_scope, llama_scope_r1, read, recognize
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.llama_scope import LlamaScope, LlamaScopeR1
 
 REPO, PATH = "fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L8R-8x"
 R1_REPO, R1_PATH = "fnlp/Llama-Scope-R1-Distill", "800M-Slimpajama-0-OpenR1-Math-220k/L8R"
@@ -94,8 +95,8 @@ def test_saes_and_transcoders(unit, with_norms, norms, tmp_path):
     if transcoder:
         hyper |= {"hook_point_in": "blocks.8.ln2.hook_normalized", "hook_point_out": "blocks.8.hook_mlp_out"}
     folder = written(tmp_path / "anywhere", w, hyper)
-    assert recognize(folder) is llama_scope
-    sae = read(folder, Facts(repo=REPO, path=PATH), dtype=torch.float32)
+    assert type(detect(folder)) is LlamaScope
+    sae = read(folder, Provenance(repo=REPO, path=PATH), dtype=torch.float32)
     assert_computes(sae, x, *native(w, x, hyper))
     assert sae.cfg.is_transcoder is transcoder
     assert sae.cfg.hook == hyper["hook_point_in"]
@@ -141,9 +142,9 @@ def test_a_file_folded_already(tmp_path):
 
 def test_a_factor_is_checked_against_the_files(tmp_path):
     folder = written(tmp_path, made())
-    read(folder, Facts(scaling_factor=4 / 6.3125))
+    read(folder, Provenance(scaling_factor=4 / 6.3125))
     with pytest.raises(FormatError, match="scaling_factor=1"):
-        read(folder, Facts(scaling_factor=1.0))
+        read(folder, Provenance(scaling_factor=1.0))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_hyperparameters_that_do_not_fit_are_refused(changes, message, tmp_path)
     [
         ({"encoder_glu.weight": torch.ones(F, D)}, None, "encoder_glu.weight left over"),
         ({}, "decoder.bias", "decoder.bias missing"),
-        ({}, "encoder.weight", "no tensor 'encoder.weight'"),
+        ({}, "encoder.weight", "encoder.weight missing"),
         ({"encoder.bias": torch.ones(D)}, None, r"encoder.bias \(16,\) instead of \(40,\)"),
         ({"decoder.weight": torch.ones(F, D)}, None, "decoder.weight"),
         ({"encoder.bias": torch.full((F,), float("nan"))}, None, "NaN or infinity in encoder.bias"),
@@ -225,8 +226,8 @@ def test_r1_factor_from_wherever_it_is(where, tmp_path):
     if where == "tensors":
         more = {f"dataset_average_activation_norm.{end}": torch.tensor(norm) for end, norm in norms.items()}
     folder = written_r1(tmp_path / "anywhere", w, config, **more)
-    assert recognize(folder) is llama_scope_r1
-    sae = read(folder, Facts(repo=R1_REPO, path=R1_PATH, scaling_factor=f if where == "catalogue" else None))
+    assert type(detect(folder)) is LlamaScopeR1
+    sae = read(folder, Provenance(repo=R1_REPO, path=R1_PATH, scaling_factor=f if where == "catalogue" else None))
     assert_computes(sae, x, *native_r1(w, x, f))
     assert (sae.cfg.model, sae.cfg.hook) == ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "blocks.8.hook_resid_post")
     torch.testing.assert_close(sae.threshold.detach(), torch.from_numpy(w["threshold"]))  # not rescaled
@@ -234,8 +235,8 @@ def test_r1_factor_from_wherever_it_is(where, tmp_path):
 
 def test_r1_model_is_the_catalogues(tmp_path):
     folder = written_r1(tmp_path, made_r1(1.0))
-    assert read(folder, Facts(model="mine", scaling_factor=1.0)).cfg.model == "mine"
-    assert read(folder, Facts(repo="a/b", scaling_factor=1.0)).cfg.model is None
+    assert read(folder, Provenance(model="mine", scaling_factor=1.0)).cfg.model == "mine"
+    assert read(folder, Provenance(repo="a/b", scaling_factor=1.0)).cfg.model is None
 
 
 @pytest.mark.parametrize(
@@ -250,15 +251,15 @@ def test_r1_model_is_the_catalogues(tmp_path):
 )
 def test_r1_without_what_it_needs_is_refused(config, factor, message, tmp_path):
     with pytest.raises(FormatError, match=message):
-        read(written_r1(tmp_path, made_r1(1.0), config), Facts(scaling_factor=factor))
+        read(written_r1(tmp_path, made_r1(1.0), config), Provenance(scaling_factor=factor))
 
 
 def test_r1_other_tensors_are_refused(tmp_path):
     with pytest.raises(FormatError, match="extra left over"):
-        read(written_r1(tmp_path, made_r1(1.0), extra=torch.ones(F)), Facts(scaling_factor=1.0))
+        read(written_r1(tmp_path, made_r1(1.0), extra=torch.ones(F)), Provenance(scaling_factor=1.0))
     folder = written_r1(tmp_path, made_r1(1.0), **{"encoder.bias": torch.ones(3)})
     with pytest.raises(FormatError, match="encoder.bias"):
-        read(folder, Facts(scaling_factor=1.0))
+        read(folder, Provenance(scaling_factor=1.0))
 
 
 def test_r1_is_told_from_saelens_by_its_tensors(tmp_path):
@@ -266,9 +267,9 @@ def test_r1_is_told_from_saelens_by_its_tensors(tmp_path):
     folder = written_r1(tmp_path / "r1", w)
     save_file(tensors({name: a for name, a in w.items() if name != "threshold"}), folder / "sae_weights.safetensors")
     with pytest.raises(FormatError, match="no layout that saewb knows"):
-        recognize(folder)
+        detect(folder)
 
 
 def test_files():
-    assert llama_scope.files(PATH) == [f"{PATH}/hyperparams.json", f"{PATH}/checkpoints/final.safetensors"]
-    assert llama_scope_r1.files(R1_PATH) == [f"{R1_PATH}/config.json", f"{R1_PATH}/sae_weights.safetensors"]
+    assert LlamaScope().patterns(PATH) == [f"{PATH}/hyperparams.json", f"{PATH}/checkpoints/final.safetensors"]
+    assert LlamaScopeR1().patterns(R1_PATH) == [f"{R1_PATH}/config.json", f"{R1_PATH}/sae_weights.safetensors"]

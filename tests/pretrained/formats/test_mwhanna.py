@@ -7,8 +7,8 @@ import torch
 from helpers.format_fixtures import MWHANNA_CONFIG, D, F, O, assert_formula, mwhanna, wandb_config
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognize
-from saewb.pretrained.formats import mwhanna as layout
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.circuit_tracer import CircuitTracerTranscoder
 
 VARIANTS = {
     "published": {},
@@ -46,8 +46,8 @@ def test_hooks_come_from_the_configuration(tmp_path):
 def test_without_the_configuration_the_repository_says_the_model(tmp_path):
     place = mwhanna(tmp_path, config=None).place
     assert read(place).cfg.model is None
-    assert read(place, Facts(repo="mwhanna/qwen3-14b-transcoders-lowl0")).cfg.model == "Qwen/Qwen3-14B"
-    assert read(place, Facts(model="mine")).cfg.model == "mine"
+    assert read(place, Provenance(repo="mwhanna/qwen3-14b-transcoders-lowl0")).cfg.model == "Qwen/Qwen3-14B"
+    assert read(place, Provenance(model="mine")).cfg.model == "mine"
 
 
 def test_a_k_counts_for_nothing_beside_a_threshold(tmp_path):
@@ -99,12 +99,12 @@ def test_a_configuration_that_does_not_fit(name, text, tmp_path):
 
 def test_recognized_by_name_and_tensors(tmp_path):
     written = mwhanna(tmp_path)
-    assert recognize(written.place) is layout
-    assert layout.files("layer_3.safetensors") == [
-        *("layer_3.safetensors", "config.yaml", "wandb-config.yaml", "wanb-config.yaml")
+    assert type(detect(written.place)) is CircuitTracerTranscoder
+    assert CircuitTracerTranscoder().patterns("layer_3.safetensors") == [
+        *("config.yaml", "layer_3.safetensors", "wandb-config.yaml", "wanb-config.yaml")
     ]
-    assert layout.files("") == layout.files("layer_3") == []
+    assert CircuitTracerTranscoder().patterns("") == CircuitTracerTranscoder().patterns("layer_3") == []
     written.save({"W": torch.ones(F)})
-    assert not layout.matches(written.place)
+    assert not CircuitTracerTranscoder().detect(written.place)
     written.place.write_bytes(b"no safetensors")
-    assert not layout.matches(written.place)
+    assert not CircuitTracerTranscoder().detect(written.place)

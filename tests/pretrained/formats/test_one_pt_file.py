@@ -7,10 +7,10 @@ import torch
 from helpers.format_fixtures import QWEN, D, F, K, assert_formula, deepseek_r1, inputs, openai, qwen_scope
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognize
-from saewb.pretrained.formats import deepseek_r1 as deepseek_layout
-from saewb.pretrained.formats import openai as openai_layout
-from saewb.pretrained.formats import qwen_scope as qwen_layout
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.linear_pt import DeepSeekR1
+from saewb.pretrained.formats.openai import OpenAI
+from saewb.pretrained.formats.qwen_scope import QwenScope
 
 WRITERS = {"deepseek": deepseek_r1, "openai": openai, "qwen": qwen_scope}
 OPTIONAL = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
@@ -56,7 +56,7 @@ def test_deepseek_says_its_layer_and_model_by_name(tmp_path):
     assert sae.cfg.metadata["dataset_path"] == "lmsys/lmsys-chat-1m"
     other = deepseek_r1(tmp_path, "model2.pt").place
     assert read(other).cfg.hook is None
-    known = read(other, Facts(repo="a/b", path="model2.pt", layer=4, model="gpt2")).cfg
+    known = read(other, Provenance(repo="a/b", path="model2.pt", layer=4, model="gpt2")).cfg
     assert (known.hook, known.model, dict(known.metadata)) == ("blocks.4.hook_resid_post", "gpt2", {})
 
 
@@ -108,7 +108,9 @@ def test_openai_activations_that_are_not_known(change, tmp_path):
 
 
 def test_qwen_prefers_config_json(tmp_path):
-    cfg = read(qwen_scope(tmp_path).place, Facts(repo="Qwen/SAE-Res-Qwen3-8B-Base-W32K-L0_3", path="layer9.sae.pt")).cfg
+    cfg = read(
+        qwen_scope(tmp_path).place, Provenance(repo="Qwen/SAE-Res-Qwen3-8B-Base-W32K-L0_3", path="layer9.sae.pt")
+    ).cfg
     assert (cfg.k, cfg.model, cfg.hook) == (K, "Qwen/Qwen3-1.7B-Base", "blocks.9.hook_resid_post")
     assert (cfg.activation, cfg.pre_bias) == ("topk", "none")
 
@@ -124,10 +126,10 @@ def test_qwen_without_config_json_goes_by_the_repository(tmp_path):
     }
     with pytest.raises(FormatError, match=r"k is None"):
         read(written.place)
-    named = Facts(repo="Qwen/SAE-Res-Qwen3.5-27B-W1K-L0_5", path="layer9.sae.pt")
+    named = Provenance(repo="Qwen/SAE-Res-Qwen3.5-27B-W1K-L0_5", path="layer9.sae.pt")
     with pytest.raises(FormatError, match="should have 1K latents"):
         read(written.place, named)
-    assert read(written.place, Facts(overrides={"k": 4})).cfg.k == 4
+    assert read(written.place, Provenance(overrides={"k": 4})).cfg.k == 4
     written.save(tensors)
     sae = read(written.place, named)
     assert (sae.cfg.k, sae.cfg.model) == (5, "Qwen/Qwen3.5-27B")
@@ -146,19 +148,19 @@ def test_qwen_config_that_does_not_fit(change, tmp_path):
 
 
 def test_each_file_is_recognized_as_what_it_is(tmp_path):
-    assert recognize(deepseek_r1(tmp_path / "a").place) is deepseek_layout
-    assert recognize(openai(tmp_path / "b").place) is openai_layout
-    assert recognize(qwen_scope(tmp_path / "c").place) is qwen_layout
+    assert type(detect(deepseek_r1(tmp_path / "a").place)) is DeepSeekR1
+    assert type(detect(openai(tmp_path / "b").place)) is OpenAI
+    assert type(detect(qwen_scope(tmp_path / "c").place)) is QwenScope
     other = tmp_path / "other.pt"
     torch.save({"weight": torch.ones(2, 3)}, other)
     with pytest.raises(FormatError, match="no layout that saewb knows"):
-        recognize(other)
+        detect(other)
     with pytest.raises(FormatError, match="no layout that saewb knows"):
-        recognize(tmp_path)
+        detect(tmp_path)
 
 
 def test_files_to_download():
-    assert deepseek_layout.files("a-l19.pt") == openai_layout.files("a-l19.pt") == ["a-l19.pt"]
-    assert qwen_layout.files("layer9.sae.pt") == ["layer9.sae.pt", "config.json"]
-    for layout in (deepseek_layout, openai_layout, qwen_layout):
-        assert layout.files("") == layout.files("folder") == []  # not every file of a repository
+    assert DeepSeekR1().patterns("a-l19.pt") == OpenAI().patterns("a-l19.pt") == ["a-l19.pt"]
+    assert QwenScope().patterns("layer9.sae.pt") == ["config.json", "layer9.sae.pt"]
+    for layout in (DeepSeekR1(), OpenAI(), QwenScope()):
+        assert layout.patterns("") == layout.patterns("folder") == []  # not every file of a repository

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import recognize, saelens
-from saewb.pretrained.formats.saelens.config import understand
+from saewb.pretrained.formats import detect, saelens
+from saewb.pretrained.formats.saelens import SAELens
+from saewb.pretrained.formats.saelens.config import describe
 from saewb.pretrained.load import load_sae, save_sae
 
 D, F, O = 8, 12, 6  # noqa: E741  (the letters of the layout's description)
@@ -212,9 +213,9 @@ def test_the_version_decides_how_the_file_is_read(version, where, modern):
         cfg["metadata"] = {"sae_lens_version": version}
     if modern:
         with pytest.raises(FormatError, match="some_training_setting"):
-            understand(cfg)
+            describe(cfg)
     else:
-        assert understand(cfg).metadata["some_training_setting"] == 3
+        assert describe(cfg).metadata["some_training_setting"] == 3
 
 
 def test_overrides_at_the_top_of_a_version_6_file_reach_the_metadata(tmp_path):
@@ -400,11 +401,11 @@ def test_the_spellings_of_average_scaling(older):
     cfg = {**LEGACY, "normalize_activations": older}
     if older == 1.0 and older is not True:
         with pytest.raises(FormatError, match=r"1\.0"):
-            understand(cfg)
+            describe(cfg)
     else:
-        assert understand(cfg).normalize == "expected_average_only_in"
-    assert understand({**LEGACY, "normalize_activations": False}).normalize == "none"
-    assert understand({**LEGACY, "normalize_activations": None}).normalize == "none"
+        assert describe(cfg).normalize == "expected_average_only_in"
+    assert describe({**LEGACY, "normalize_activations": False}).normalize == "none"
+    assert describe({**LEGACY, "normalize_activations": None}).normalize == "none"
 
 
 def test_a_factor_is_folded_by_hand(tmp_path):
@@ -532,12 +533,12 @@ def test_log_sparsity(tmp_path):
 
 
 def test_recognize(tmp_path):
-    assert recognize(save_sae(feed_forward(), tmp_path / "a" / "sae")) is saelens
+    assert type(detect(save_sae(feed_forward(), tmp_path / "a" / "sae"))) is SAELens
     with pytest.raises(FormatError, match=r"sae/[\s\S]*SAELens \(cfg.json \+ sae_weights.safetensors\)[\s\S]*'sae'\)"):
-        recognize(tmp_path / "a")
+        detect(tmp_path / "a")
     (tmp_path / "b").mkdir()
     with pytest.raises(FormatError, match="no files"):
-        recognize(tmp_path / "b")
+        detect(tmp_path / "b")
 
 
 # --- writing: all or nothing
@@ -662,7 +663,7 @@ def test_parameters_that_share_memory_are_written(tmp_path):
 )
 def test_any_cfg_is_understood_or_refused_with_a_format_error(changes, older):
     with contextlib.suppress(FormatError):  # any other error fails
-        described = understand({**(LEGACY if older else SAVED["topk"][0]), **changes})
+        described = describe({**(LEGACY if older else SAVED["topk"][0]), **changes})
         assert described.architecture in SAVED
         assert type(described.d_in) is int
         assert isinstance(described.metadata, dict)

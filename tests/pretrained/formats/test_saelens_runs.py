@@ -9,7 +9,8 @@ from helpers.format_tensors import D, F, assert_computes, gated, inputs, tensors
 from safetensors.torch import save_file
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognize, saelens
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.saelens import SAELens
 from saewb.pretrained.load import load_sae
 
 RUNNER = {
@@ -92,35 +93,35 @@ def test_a_run_of_several_saes_names_them(tmp_path):
         checkpoint(tmp_path / "output" / name, weights())
     (tmp_path / "output" / "runner_cfg.json").write_text(json.dumps(RUNNER))
     with pytest.raises(FormatError, match=r"k4/, k8/, runner_cfg\.json[\s\S]*fix: .*output', 'k4'\)"):
-        recognize(tmp_path / "output")
-    assert recognize(tmp_path / "output" / "k8") is saelens
+        detect(tmp_path / "output")
+    assert type(detect(tmp_path / "output" / "k8")) is SAELens
     assert load_sae(tmp_path / "output", "k8").cfg.d_sae == F
 
 
 def test_overrides_of_a_catalogue(tmp_path):
     folder = checkpoint(tmp_path / "c", weights())
     kwargs = {"center_writing_weights": True, "fold_ln": False}
-    cfg = read(folder, Facts(overrides={"dataset_path": "mine", "model_from_pretrained_kwargs": kwargs})).cfg
+    cfg = read(folder, Provenance(overrides={"dataset_path": "mine", "model_from_pretrained_kwargs": kwargs})).cfg
     assert cfg.metadata["dataset_path"] == "mine"
     assert cfg.metadata["model_from_pretrained_kwargs"] == {"fold_ln": False}
     assert cfg.normalization == "centered"  # what the other one means
-    normed = read(folder, Facts(overrides={"normalize_activations": "constant_norm_rescale"}))
+    normed = read(folder, Provenance(overrides={"normalize_activations": "constant_norm_rescale"}))
     assert normed.cfg.normalization == "constant_norm"
 
 
 def test_the_files_word_comes_before_the_callers(tmp_path):
     folder = checkpoint(tmp_path / "c", weights())
-    assert read(folder, Facts(model="other", hook="elsewhere")).cfg.hook == "blocks.4.hook_resid_post"
+    assert read(folder, Provenance(model="other", hook="elsewhere")).cfg.hook == "blocks.4.hook_resid_post"
     bare = {key: value for key, value in CFG.items() if key != "metadata"} | {"metadata": {"sae_lens_version": "6.1"}}
     (folder / "cfg.json").write_text(json.dumps(bare))
-    sae = read(folder, Facts(model="other", hook="elsewhere", hook_out="nowhere"))
+    sae = read(folder, Provenance(model="other", hook="elsewhere", hook_out="nowhere"))
     assert (sae.cfg.model, sae.cfg.hook, sae.cfg.hook_out) == ("other", "elsewhere", None)
 
 
 def test_files():
-    assert "a/b/cfg.json" in saelens.files("a/b")
-    assert all("trainer_state" not in name for name in saelens.files("a/b"))
-    assert saelens.files("a[1]")[0] == "a[[]1]/cfg.json"
+    assert "a/b/cfg.json" in SAELens().patterns("a/b")
+    assert all("trainer_state" not in name for name in SAELens().patterns("a/b"))
+    assert SAELens().patterns("a[1]")[0] == "a[[]1]/cfg.json"
 
 
 def test_a_temporal_file_that_says_a_billion_layers_is_refused(tmp_path):

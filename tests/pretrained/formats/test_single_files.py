@@ -8,8 +8,9 @@ import torch
 from helpers.format_tensors import D, F, assert_computes, gated, inputs, rounded, tensors, weights, wide
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, attention_hook_z, read, recognize
-from saewb.pretrained.formats import linear_pt as goodfire
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.attention_hook_z import AttentionHookZ
+from saewb.pretrained.formats.linear_pt import Goodfire
 
 HOOK_Z = "gpt2-small_L0_Hcat_z_lr1.20e-03_l11.80e+00_ds24576_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9.pt"
 GOODFIRE = "Llama-3.1-8B-Instruct-SAE-l19.pth"
@@ -35,14 +36,14 @@ def written_goodfire(folder, w, dtype=torch.bfloat16, name=GOODFIRE, **more):
 def test_hook_z_subtracts_its_bias_first(tmp_path):
     w, x = weights(), inputs()
     place = written_hook_z(tmp_path, w)
-    assert recognize(place) is attention_hook_z
+    assert type(detect(place)) is AttentionHookZ
     sae = read(place)
     n, x64 = wide(w), x.astype(np.float64)
     latents = gated((x64 - n["b_dec"]) @ n["W_enc"] + n["b_enc"])
     assert_computes(sae, x, latents, latents @ n["W_dec"] + n["b_dec"])
     assert (sae.cfg.hook, sae.cfg.model, sae.cfg.pre_bias) == ("blocks.0.attn.hook_z", "gpt2-small", "tied")
     assert (sae.cfg.metadata["context_size"], sae.cfg.metadata["dataset_path"]) == (128, "Skylion007/openwebtext")
-    assert read(place, Facts(overrides={"model_name": "mine"})).cfg.model == "mine"
+    assert read(place, Provenance(overrides={"model_name": "mine"})).cfg.model == "mine"
 
 
 def test_hook_z_reads_heads(tmp_path):
@@ -55,11 +56,11 @@ def test_hook_z_reads_heads(tmp_path):
 
 def test_hook_z_files_are_named_before_the_first_pt():
     config = HOOK_Z.replace(".pt", "_cfg.json")
-    assert attention_hook_z.files(HOOK_Z) == [HOOK_Z, config]
-    assert attention_hook_z.files("a.pt/b.pt") == ["a.pt/b.pt", "a.pt/b_cfg.json"]
-    assert attention_hook_z.files("folder") == []
-    assert goodfire.files(GOODFIRE) == [GOODFIRE]
-    assert goodfire.files("") == []
+    assert AttentionHookZ().patterns(HOOK_Z) == [config, HOOK_Z]
+    assert AttentionHookZ().patterns("a.pt/b.pt") == ["a.pt/b_cfg.json", "a.pt/b.pt"]
+    assert AttentionHookZ().patterns("folder") == []
+    assert Goodfire().patterns(GOODFIRE) == [GOODFIRE]
+    assert Goodfire().patterns("") == []
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_hook_z_without_a_tensor_is_refused(tmp_path):
 def test_goodfire_subtracts_nothing(dtype, tmp_path):
     w, x = rounded(weights(), dtype), inputs()
     place = written_goodfire(tmp_path, w, dtype)
-    assert recognize(place) is goodfire
-    sae = read(place, Facts(repo=GOODFIRE_REPO, path=GOODFIRE), dtype=torch.float32)
+    assert type(detect(place)) is Goodfire
+    sae = read(place, Provenance(repo=GOODFIRE_REPO, path=GOODFIRE), dtype=torch.float32)
     n, x64 = wide(w), x.astype(np.float64)
     latents = gated(x64 @ n["W_enc"] + n["b_enc"])
     assert_computes(sae, x, latents, latents @ n["W_dec"] + n["b_dec"])
@@ -103,7 +104,7 @@ def test_goodfire_subtracts_nothing(dtype, tmp_path):
 def test_goodfire_by_its_file_name_alone(tmp_path):
     sae = read(written_goodfire(tmp_path, weights(), name="Llama-3.3-70B-Instruct-SAE-l50.pt"))
     assert (sae.cfg.hook, sae.cfg.model) == ("blocks.50.hook_resid_post", "meta-llama/Llama-3.3-70B-Instruct")
-    renamed = read(written_goodfire(tmp_path, weights(), name="sae.pt"), Facts(model="m", layer=3))
+    renamed = read(written_goodfire(tmp_path, weights(), name="sae.pt"), Provenance(model="m", layer=3))
     assert (renamed.cfg.hook, renamed.cfg.model) == ("blocks.3.hook_resid_post", "m")
 
 
@@ -124,7 +125,7 @@ def test_another_goodfire_is_refused(more, message, tmp_path):
 def test_a_file_of_neither_is_refused(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
     with pytest.raises(FormatError, match=r"no layout that saewb knows: the file .*other\.pt"):
-        recognize(tmp_path / "other.pt")
+        detect(tmp_path / "other.pt")
 
 
 class Run:

@@ -7,8 +7,8 @@ import torch
 from helpers.format_fixtures import SPARSIFY, D, F, K, assert_formula, save_config, sparsify
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognize
-from saewb.pretrained.formats import sparsify as layout
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.sparsify import Sparsify
 
 PLACES = {
     "pythia": ("blocks.3.hook_resid_post", None),
@@ -46,10 +46,10 @@ def test_b_dec_is_subtracted_from_a_skip_transcoders_input_unless_it_says_transc
 
 def test_the_run_says_which_model(tmp_path):
     run = {"model": "EleutherAI/pythia-70m", "dataset": "EleutherAI/SmolLM2-135M-10B", "ctx_len": 2048}
-    cfg = read(sparsify(tmp_path, "pythia", run=run).place, Facts(model="another")).cfg
+    cfg = read(sparsify(tmp_path, "pythia", run=run).place, Provenance(model="another")).cfg
     assert (cfg.model, cfg.metadata["context_size"]) == ("EleutherAI/pythia-70m", 2048)
     assert cfg.metadata["sparsify"]["k"] == K
-    assert read(sparsify(tmp_path / "b", "pythia").place, Facts(model="another")).cfg.model == "another"
+    assert read(sparsify(tmp_path / "b", "pythia").place, Provenance(model="another")).cfg.model == "another"
 
 
 def test_a_run_of_transcoders(tmp_path):
@@ -69,8 +69,8 @@ def test_places_that_names_do_not_say(tmp_path):
     written = sparsify(tmp_path, "pythia")
     moved = written.place.rename(tmp_path / "mine")
     assert read(moved).cfg.hook is None
-    assert read(moved, Facts(hook="blocks.1.hook_mlp_out")).cfg.hook == "blocks.1.hook_mlp_out"
-    assert read(moved, Facts(path="layers.2.mlp")).cfg.hook == "blocks.2.hook_mlp_out"
+    assert read(moved, Provenance(hook="blocks.1.hook_mlp_out")).cfg.hook == "blocks.1.hook_mlp_out"
+    assert read(moved, Provenance(path="layers.2.mlp")).cfg.hook == "blocks.2.hook_mlp_out"
 
 
 @pytest.mark.parametrize("variant", ["pythia", "skip"])
@@ -128,8 +128,8 @@ def test_another_config(config, tmp_path):
 
 def test_recognized_by_its_two_files(tmp_path):
     written = sparsify(tmp_path, "pythia")
-    assert recognize(written.place) is layout
-    assert layout.files("layers.3") == ["layers.3/cfg.json", "layers.3/sae.safetensors", "config.json"]
-    assert layout.files("a/layers.3")[-1] == "a/config.json"
+    assert type(detect(written.place)) is Sparsify
+    assert Sparsify().patterns("layers.3") == ["layers.3/cfg.json", "layers.3/sae.safetensors", "config.json"]
+    assert Sparsify().patterns("a/layers.3")[-1] == "a/config.json"
     (written.place / "cfg.json").unlink()
-    assert not layout.matches(written.place)
+    assert not Sparsify().detect(written.place)

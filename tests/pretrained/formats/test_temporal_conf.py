@@ -10,8 +10,8 @@ from helpers.format_tensors import rounded, tensors
 from safetensors.torch import save_file
 
 from saewb.errors import FormatError
-from saewb.pretrained.formats import Facts, read, recognize
-from saewb.pretrained.formats import temporal as temporal_conf
+from saewb.pretrained.formats import Provenance, detect, read
+from saewb.pretrained.formats.temporal import Temporal
 
 D, F, HEADS, K = 8, 32, 2, 3
 CONF = {
@@ -28,7 +28,7 @@ CONF = {
         "scaling_factor": 0.00666666667,
     },
 }
-FACTS = Facts(
+FACTS = Provenance(
     repo="canrager/temporalSAEs",
     path="gemma-2-2B/layer_12/temporal",
     scaling_factor=0.00666666667,  # the catalogue has it too
@@ -110,7 +110,7 @@ def test_by_the_authors_arithmetic(sae, tmp_path):
     content = conf(**sae)
     w = weights(content["sae"]["tied_weights"], content["sae"]["n_attn_layers"], content["sae"]["bottleneck_factor"])
     folder = written(tmp_path / "anywhere", w, content)
-    assert recognize(folder) is temporal_conf
+    assert type(detect(folder)) is Temporal
     ours = read(folder, FACTS, dtype=torch.float64)
     x = np.random.default_rng(5).standard_normal((2, 7, D)) * 3 / content["sae"]["scaling_factor"]
     for row in x:
@@ -126,9 +126,9 @@ def test_where_it_belongs(tmp_path):
     assert (sae.cfg.hook, sae.cfg.model, sae.dtype) == ("blocks.12.hook_resid_post", "gemma-2-2b", torch.bfloat16)
     assert sae.cfg.metadata == {"dataset_path": "monology/pile-uncopyrighted"}
     assert sae.cfg.factor == 0.00666666667
-    elsewhere = Facts(overrides={"hook_name": "blocks.3.hook_resid_mid"})
+    elsewhere = Provenance(overrides={"hook_name": "blocks.3.hook_resid_mid"})
     assert read(tmp_path, elsewhere).cfg.hook == "blocks.3.hook_resid_mid"
-    assert read(tmp_path, Facts(layer=5)).cfg.hook == "blocks.5.hook_resid_post"
+    assert read(tmp_path, Provenance(layer=5)).cfg.hook == "blocks.5.hook_resid_post"
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_other_tensors_are_refused(tmp_path):
 
 
 def test_files():
-    assert temporal_conf.files("a/b") == ["a/b/conf.yaml", "a/b/latest_ckpt.safetensors"]
+    assert Temporal().patterns("a/b") == ["a/b/conf.yaml", "a/b/latest_ckpt.safetensors"]

@@ -96,6 +96,6 @@ def _side(matrix: Any, index: Any, i: int, axis: int, fires: int | None) -> dict
     near = [[p.col if axis == 0 else p.row, short(p.value)] for p in matrix.partners(i, 8, axis)]
     made: dict[str, Any] = {"feature": i, "fires": fires, "near": near}
     if latent is not None:
-        made["page"] = latent_page(latent, frozenset(index.facts.special), None)
+        made["page"] = latent_page(latent, frozenset(index.info.special), None)
         made["page"] = {k: made["page"][k] for k in ("density", "max", "scale", "words", "top", "histogram")}
     return made

@@ -14,7 +14,7 @@ _WANT = '{"pins": [748], "notes": {"748": "who did it"}}'
 
 
 def read(path: Path) -> tuple[list[int], dict[int, str]]:
-    """Pins and notes; none if there is no file yet.
+    """Read pins and notes; none if there is no file yet.
 
     Raises:
         FormatError: if it is another file.
@@ -22,8 +22,8 @@ def read(path: Path) -> tuple[list[int], dict[int, str]]:
     if not path.exists():
         return [], {}
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        pins, notes = [int(i) for i in said["pins"]], {int(i): str(text) for i, text in said["notes"].items()}
+        values = json.loads(path.read_text(encoding="utf-8"))
+        pins, notes = [int(i) for i in values["pins"]], {int(i): str(text) for i, text in values["notes"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{path.name} is no file of pins and notes: {error!r}."
         raise errors.FormatError(errors.explain(what, want=_WANT)) from error
@@ -31,12 +31,12 @@ def read(path: Path) -> tuple[list[int], dict[int, str]]:
 
 
 def write(path: Path, pins: Sequence[int], notes: Mapping[int, str]) -> None:
-    """Write them, whole or not at all."""
-    said = {"pins": list(pins), "notes": {str(i): notes[i] for i in sorted(notes)}}
+    """Write pins and notes, whole or not at all."""
+    values = {"pins": list(pins), "notes": {str(i): notes[i] for i in sorted(notes)}}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        fresh.write_text(json.dumps(said, ensure_ascii=False, indent=1), encoding="utf-8")
+        fresh.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)

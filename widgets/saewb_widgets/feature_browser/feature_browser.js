@@ -25,7 +25,7 @@ function table({ body, model, on, set, ask }) {
   side.append(find, line, range, total, columns, box);
   body.append(side);
 
-  let known = new Map(), n = 0;
+  let cached = new Map(), n = 0;
   const view = () => box.clientHeight || 300;
   const tall = () => Math.min(n * HIGH, TALLEST);
   // Place of the row at the upper edge, with its fraction; the same as scrollTop / HIGH unless rows are too many.
@@ -38,7 +38,7 @@ function table({ body, model, on, set, ask }) {
   };
   const request = throttled(() => {
     const at = Math.floor(first()), to = Math.min(n, Math.ceil(at + view() / HIGH));
-    for (let p = at; p < to; p++) if (!known.has(p)) {
+    for (let p = at; p < to; p++) if (!cached.has(p)) {
       const back = Math.max(0, Math.floor(at - (model.get("facts").window - view() / HIGH) / 2));
       set({ offset: back });
       return;
@@ -47,18 +47,18 @@ function table({ body, model, on, set, ask }) {
   const draw = () => {
     const top = first(), from = Math.max(0, Math.floor(top) - 2), to = Math.min(n, Math.ceil(top + view() / HIGH) + 2);
     inner.style.height = tall() + "px";
-    const made = [];
+    const rows = [];
     let missing = false;
     for (let p = from; p < to; p++) {
-      const r = known.get(p), e = make("div", "row");
+      const r = cached.get(p), e = make("div", "row");
       e.style.top = box.scrollTop + (p - top) * HIGH + "px";
       e.setAttribute("role", "option");
       e.setAttribute("aria-posinset", p + 1);
       e.setAttribute("aria-setsize", n);
       if (r) fill(e, r); else missing = true;
-      made.push(e);
+      rows.push(e);
     }
-    inner.replaceChildren(...made);
+    inner.replaceChildren(...rows);
     if (!n) inner.replaceChildren(make("div", "none", "No latent is like that."));
     if (missing) request();
   };
@@ -76,9 +76,9 @@ function table({ body, model, on, set, ask }) {
     e.addEventListener("click", () => { set({ selected: r.latent }); box.focus({ preventScroll: true }); });
   };
   const arrived = () => {
-    const got = model.get("rows"), changed = got.list !== known.list;
-    if (changed) { known = new Map(); known.list = got.list; n = got.total; inner.style.height = tall() + "px"; box.scrollTop = 0; }
-    (got.rows || []).forEach((r, j) => known.set(got.offset + j, r));
+    const sent = model.get("rows"), changed = sent.list !== cached.list;
+    if (changed) { cached = new Map(); cached.list = sent.list; n = sent.total; inner.style.height = tall() + "px"; box.scrollTop = 0; }
+    (sent.rows || []).forEach((r, j) => cached.set(sent.offset + j, r));
     const all = model.get("facts").latents;
     total.textContent = n === all ? `${count(n)} latents` : `${count(n)} of ${count(all)} latents`;
     if (changed) place();

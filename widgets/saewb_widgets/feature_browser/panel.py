@@ -13,7 +13,7 @@ import saewb
 from saewb import errors
 from saewb_widgets.feature_browser import bookmarks, table_filter
 from saewb_widgets.html import latent_html, latent_rows
-from saewb_widgets.panel import Panel, catch_errors, on_change, report_errors, source
+from saewb_widgets.panel import LATENT_JS, Panel, catch_errors, on_change, report_errors, source
 from saewb_widgets.serialize import densities, latent_page, latent_row, tried
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WINDOW = 48  # rows of the table sent at a time
 _AT_ONCE = 4096  # latents up to which tables and searches do not need a thread
-_KEPT = 4096  # rows of the table remembered, 300 bytes each
+_CACHED_ROWS = 4096  # rows of the table cached, 300 bytes each
 
 
 class FeatureBrowser(Panel):
@@ -43,7 +43,7 @@ class FeatureBrowser(Panel):
         (748, True)
     """
 
-    _esm = source("shared/frame.js", "shared/latent_page.js", "feature_browser/feature_browser.js")
+    _esm = source("shared/frame.js", LATENT_JS, "shared/latent_page.js", "feature_browser/feature_browser.js")
     _css = source("shared/frame.css", "feature_browser/feature_browser.css")
 
     selected = t.Int(0, help="the latent on the page").tag(sync=True)
@@ -105,17 +105,17 @@ class FeatureBrowser(Panel):
         self.model, self.sae = model, sae
         self._notes_file = None if notes_file is None else Path(notes_file).expanduser()
         self._table: pd.DataFrame | None = None
-        self._found: tuple[str, pd.DataFrame] | None = None  # of the last search, and its query
+        self._hits: tuple[str, pd.DataFrame] | None = None  # of the last search, and its query
         self._latents: Sequence[int] = range(len(self.index))
         self._list_number = 0  # tells the front end rows of one list from those of another
-        special = frozenset(self.index.facts.special)
-        self._rows = functools.lru_cache(_KEPT)(lambda i: latent_row(self.index.latent(i), special))
+        special = frozenset(self.index.info.special)
+        self._rows = functools.lru_cache(_CACHED_ROWS)(lambda i: latent_row(self.index.latent(i), special))
         self._chosen = "selected" in traits
         super().__init__(**traits)
         self._open()
 
     def _open(self) -> None:
-        index, f = self.index, self.index.facts
+        index, f = self.index, self.index.info
         self.title = f"Features of {f.model} at {f.hook}" + ("" if f.hook == f.hook_out else f" => {f.hook_out}")
         self.about = f"{len(index):,} latents on {f.n_tokens:,} tokens. {f.sae}"
         first = index.latent(0)
@@ -129,12 +129,12 @@ class FeatureBrowser(Panel):
         }
         if self._notes_file is not None:
             pins, notes = bookmarks.read(self._notes_file)
-            self.pins, self.notes = self._exist(pins), {i: notes[i] for i in self._exist(notes)}
+            self.pins, self.notes = self._check_latents(pins), {i: notes[i] for i in self._check_latents(notes)}
         self._ready = True
-        self._turn()
+        self._send_page()
         self._list()
         if self.prompt:
-            self._try()
+            self._run_prompt()
 
     # What a reader does
 
@@ -145,7 +145,7 @@ class FeatureBrowser(Panel):
 
     def pin(self, latent: int) -> None:
         """Keep a latent at hand; `show_only = "pinned"` lists them."""
-        (i,) = self._exist([latent])
+        (i,) = self._check_latents([latent])
         self.pins = [*(p for p in self.pins if p != i), i]
 
     def unpin(self, latent: int) -> None:
@@ -154,7 +154,7 @@ class FeatureBrowser(Panel):
 
     def note(self, latent: int, text: str) -> None:
         """Keep words about a latent; an empty text takes them away."""
-        (i,) = self._exist([latent])
+        (i,) = self._check_latents([latent])
         others = {k: v for k, v in self.notes.items() if k != i}
         self.notes = {**others, i: text} if text else others
 
@@ -170,7 +170,7 @@ class FeatureBrowser(Panel):
 
     def summary(self) -> str:
         """See Panel."""
-        f, n = self.index.facts, len(self.index)
+        f, n = self.index.info, len(self.index)
         listed = f"{n} latents" if len(self._latents) == n else f"{len(self._latents)} of {n} latents"
         return f"latent {self.selected}, {listed}, {f.hook} of {f.model}"
 
@@ -181,7 +181,7 @@ class FeatureBrowser(Panel):
             lines.append(f"index = saewb.load_index({str(self._folder)!r})")
         else:
             lines.append("# index: the FeatureIndex that the panel was made with")
-        lines += [*self._listing().code(), f"latent = index.latent({self.selected})"]
+        lines += [*self._filter().code(), f"latent = index.latent({self.selected})"]
         return "\n".join(lines) + "\n"
 
     def static_html(self) -> str:
@@ -207,121 +207,120 @@ class FeatureBrowser(Panel):
     def _move(self, to: int | None = None, by: int = 0) -> None:
         if not self._latents:
             return
-        place = self.position + by if to is None else to
+        position = self.position + by if to is None else to
         self._chosen = True
-        self.selected = int(self._latents[max(0, min(len(self._latents) - 1, place))])
+        self.selected = int(self._latents[max(0, min(len(self._latents) - 1, position))])
 
-    def _exist(self, latents: Iterable[int]) -> list[int]:
+    def _check_latents(self, latents: Iterable[int]) -> list[int]:
         return [self.index.latent(int(i)).index for i in latents]
 
-    # What is asked for is checked before anything changes
+    # Values are checked before anything changes
 
     @t.validate("selected", "sort", "show_only", "density", "query")
     @catch_errors
     def _check(self, proposal: dict) -> Any:
-        name, got = proposal["trait"].name, proposal["value"]
+        name, value = proposal["trait"].name, proposal["value"]
         with report_errors():
             if name == "selected":
                 n = len(self.index)
-                return got % n if -n <= got < n else self.index.latent(got).index  # which says what is wrong with it
-            return table_filter.check(name, got, dict(self.facts.get("sorts") or table_filter.SORTS))
+                return value % n if -n <= value < n else self.index.latent(value).index  # which raises
+            return table_filter.check_trait(name, value, dict(self.facts.get("sorts") or table_filter.SORTS))
 
     # What follows from it
 
     @on_change("query", "sort", "descending", "show_only", "density")
-    def _asked_anew(self) -> None:
+    def _on_filter(self) -> None:
         self._list()
 
     @on_change("selected")
-    def _selected_anew(self) -> None:
+    def _on_selected(self) -> None:
         self._chosen = True
-        self._turn()
+        self._send_page()
 
     @on_change("offset")
-    def _scrolled(self) -> None:
+    def _on_offset(self) -> None:
         self._send_rows()
 
     @on_change("prompt")
-    def _prompted(self) -> None:
-        self._try()
+    def _on_prompt(self) -> None:
+        self._run_prompt()
 
     @on_change("pins", "notes")
-    def _marked_anew(self) -> None:
+    def _on_marks(self) -> None:
         if self._notes_file is not None:
             bookmarks.write(self._notes_file, self.pins, self.notes)
         if self.show_only in ("pinned", "noted"):
             self._list()
 
-    def _listing(self) -> table_filter.Listing:
+    def _filter(self) -> table_filter.TableFilter:
         marked = {"pinned": self.pins, "noted": self.notes}.get(self.show_only, ())
-        figures = (self.query, self.sort, self.descending, self.show_only, self.density)
-        return table_filter.Listing(*figures, tuple(sorted(marked)))
+        fields = (self.query, self.sort, self.descending, self.show_only, self.density)
+        return table_filter.TableFilter(*fields, tuple(sorted(marked)))
 
     def _list(self) -> None:
-        """Arrange the table anew, now or, where that takes long, when what it needs is there."""
-        listing = self._listing()
+        """Filter and sort the table, now or, where that takes long, once ranking and search are done."""
+        filter_ = self._filter()
         if self._table is None:
             if len(self.index) > _AT_ONCE:
                 if not self.rows:
-                    self._arranged(range(len(self.index)))  # by number, until it is known which are best
+                    self._set_latents(range(len(self.index)))  # by number, until it is known which are best
                 if "table" not in self._jobs:
-                    what = f"ranking {len(self.index):,} latents"
-                    self.start_work("table", what, self.index.table, lambda got: (self._keep(got), self._list()))
+                    task = f"ranking {len(self.index):,} latents"
+                    self.start_work(
+                        "table", task, self.index.table, lambda table: (self._set_table(table), self._list())
+                    )
                 return
-            self._keep(self.index.table())
-        if listing.query and (self._found is None or self._found[0] != listing.query):
-            search, wanted = self.index.search, listing.wanted()
+            self._set_table(self.index.table())
+        if filter_.query and (self._hits is None or self._hits[0] != filter_.query):
+            search, what = self.index.search, filter_.search_argument()
             if len(self.index) > _AT_ONCE:
-                what = f"searching {len(self.index):,} latents for {listing.query}"
-                self.start_work(
-                    "search", what, lambda: search(wanted), lambda found: self._searched(listing.query, found)
-                )
+                task = f"searching {len(self.index):,} latents for {filter_.query}"
+                self.start_work("search", task, lambda: search(what), lambda hits: self._set_hits(filter_.query, hits))
                 return
-            self._found = (listing.query, search(wanted))
-        if not listing.query:
+            self._hits = (filter_.query, search(what))
+        if not filter_.query:
             self.discard_work("search")
-        self._arranged(listing.arranged(self._table, self._found[1] if listing.query else None))
+        self._set_latents(filter_.apply(self._table, self._hits[1] if filter_.query else None))
 
-    def _keep(self, table: pd.DataFrame) -> None:
-        """Have the table from now on."""
+    def _set_table(self, table: pd.DataFrame) -> None:
         self._table = table
         self.densities = densities(table.density)
 
-    def _searched(self, query: str, found: pd.DataFrame) -> None:
-        self._found = (query, found)
+    def _set_hits(self, query: str, hits: pd.DataFrame) -> None:
+        self._hits = (query, hits)
         self._list()
 
-    def _arranged(self, latents: Sequence[int]) -> None:
+    def _set_latents(self, latents: Sequence[int]) -> None:
         self._latents, self._list_number = latents, self._list_number + 1
         if not self._chosen and len(latents) and self.selected != latents[0]:
             self.selected = int(latents[0])
             self._chosen = False
-        self.position = self._place()
+        self.position = self._position()
         if self.offset:
             self.offset = 0  # sends the rows
         else:
             self._send_rows()
 
-    def _place(self) -> int:
+    def _position(self) -> int:
         if isinstance(self._latents, range):
             return self.selected
-        return next((place for place, i in enumerate(self._latents) if i == self.selected), -1)
+        return next((position for position, i in enumerate(self._latents) if i == self.selected), -1)
 
     def _send_rows(self) -> None:
         begin = max(0, min(self.offset, len(self._latents) - 1))
         part = [self._rows(int(i)) for i in self._latents[begin : begin + WINDOW]]
         self.rows = {"list": self._list_number, "total": len(self._latents), "offset": begin, "rows": part}
 
-    def _turn(self) -> None:
-        """Turn to the page of the selected latent."""
+    def _send_page(self) -> None:
+        """Send the page of the selected latent."""
         url = None
-        if self.index.facts.neuronpedia:
+        if self.index.info.neuronpedia:
             url = saewb.features.neuronpedia.page(self.index, self.selected).url
-        special = frozenset(self.index.facts.special)
+        special = frozenset(self.index.info.special)
         self.page = latent_page(self.index.latent(self.selected), special, url)
-        self.position = self._place()
+        self.position = self._position()
 
-    def _try(self) -> None:
+    def _run_prompt(self) -> None:
         """Run the model on the prompt."""
         if not self.prompt:
             self.tried = {}
@@ -331,6 +330,6 @@ class FeatureBrowser(Panel):
             raise ValueError(errors.explain("a prompt needs the model and the SAE.", fix=fix))
         with self.working("running the model"):
             ids = self.model.to_tokens(self.prompt)[0].tolist()
-            found = self.index.find(self.model, self.sae, ids)
-            marks = [place for place, i in enumerate(ids) if i in self.index.facts.special]
-            self.tried = tried(saewb.token_strings(self.model, ids), marks, found)
+            active = self.index.find(self.model, self.sae, ids)
+            marks = [position for position, i in enumerate(ids) if i in self.index.info.special]
+            self.tried = tried(saewb.token_strings(self.model, ids), marks, active)

@@ -1,4 +1,4 @@
-"""Which latents the table lists, and in what order: pandas on the index's own table, and the same as code to paste."""
+"""Filter and sort the table of latents, with pandas; and the same as code to paste."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ SORTS = {  # name: what the panel calls it
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What is asked of the table."""
+class TableFilter:
+    """Which latents the table lists, and in what order."""
 
-    query: str = ""  # a text; /pattern/; id:TOKEN; or the number of a latent
-    sort: str = BEST  # of SORTS
-    descending: bool = True  # ignored by BEST
-    show: str = "all"  # of SHOWN
-    density: tuple[float, float] = (0.0, 1.0)  # fractions of tokens, both ends included
-    marked: tuple[int, ...] = ()  # the latents that are pinned or noted, where `show` asks for them
+    query: str = ""
+    """A text, /pattern/, id:TOKEN, or the number of a latent."""
+    sort: str = BEST
+    """One of SORTS."""
+    descending: bool = True
+    """Largest first; ignored by BEST."""
+    show: str = "all"
+    """One of SHOWN."""
+    density: tuple[float, float] = (0.0, 1.0)
+    """Fractions of tokens, both ends included."""
+    marked: tuple[int, ...] = ()
+    """Latents that are pinned or noted, where `show` is one of these."""
 
     @property
     def number(self) -> int | None:
         """The latent that the query names, if it is a number."""
         return int(self.query) if re.fullmatch(r"\s*\d{1,9}\s*", self.query) else None
 
-    @property
-    def needs_table(self) -> bool:
-        """False if every latent is listed by number, which can be shown before the table is there."""
-        plain = not self.query and self.show == "all" and self.density == (0.0, 1.0)
-        return not (plain and self.sort == "latent")
-
-    def arranged(self, table: pd.DataFrame, found: pd.DataFrame | None) -> list[int]:
-        """The latents, in order.
+    def apply(self, table: pd.DataFrame, hits: pd.DataFrame | None) -> list[int]:
+        """Latents of the table, in order.
 
         Args:
             table: `index.table()`.
-            found: `index.search(...)` of the query; None where there is none.
+            hits: `index.search(...)` of the query; None where there is none.
         """
-        of = len(table)
-        if found is not None:
-            table = table.loc[found.index]
+        n_latents = len(table)
+        if hits is not None:
+            table = table.loc[hits.index]
         if self.show == "firing":
             table = table[table.n_active > 0]
         if self.show == "silent":
@@ -66,23 +66,23 @@ class Listing:
             table = table[table.index.isin(self.marked)]
         if self.density != (0.0, 1.0):
             table = table[table.density.between(*self.density)]
-        if self.sort == BEST and found is None:
+        if self.sort == BEST and hits is None:
             table = table.sort_values("contextual", ascending=False, kind="stable")
         if self.sort == "latent":
             table = table.sort_index(ascending=not self.descending)
         elif self.sort != BEST:
             table = table.sort_values(self.sort, ascending=not self.descending, kind="stable")
         latents = table.index.tolist()
-        if (n := self.number) is not None and n < of:
+        if (n := self.number) is not None and n < n_latents:
             latents = [n, *(i for i in latents if i != n)]
         return latents
 
     def code(self) -> list[str]:
-        """Lines that make `latents` of `index`: what `arranged` does."""
+        """Lines of Python that make `latents` of `index`, as `apply` does."""
         lines = ["table = index.table()"]
         if self.query:
-            lines += ["import re", ""] if isinstance(self.wanted(), re.Pattern) else []
-            lines += [f"found = index.search({_spelled(self.wanted())})", "table = table.loc[found.index]"]
+            lines += ["import re", ""] if isinstance(self.search_argument(), re.Pattern) else []
+            lines += [f"found = index.search({_literal(self.search_argument())})", "table = table.loc[found.index]"]
         if self.show in ("firing", "silent"):
             lines.append(f"table = table[table.n_active {'>' if self.show == 'firing' else '=='} 0]")
         if self.show in ("pinned", "noted"):
@@ -99,7 +99,7 @@ class Listing:
             lines.append(f"latents = [i for i in [{n}] if i < len(index)] + [i for i in latents if i != {n}]")
         return lines
 
-    def wanted(self) -> Any:
+    def search_argument(self) -> Any:
         """The query as `index.search` takes it.
 
         Raises:
@@ -117,28 +117,28 @@ class Listing:
         return self.query
 
 
-def _spelled(wanted: Any) -> str:
-    return f"re.compile({wanted.pattern!r}, re.IGNORECASE)" if isinstance(wanted, re.Pattern) else repr(wanted)
+def _literal(what: Any) -> str:
+    return f"re.compile({what.pattern!r}, re.IGNORECASE)" if isinstance(what, re.Pattern) else repr(what)
 
 
-def check(name: str, got: Any, sorts: Iterable[str]) -> Any:
-    """`got`, if it is a value of this name (query, sort, show_only, density).
+def check_trait(name: str, value: Any, sorts: Iterable[str]) -> Any:
+    """Check a value of query, sort, show_only or density, and return it.
 
     Args:
-        name: of what.
-        got: the value.
+        name: of the trait.
+        value: its new value.
         sorts: the orders that the index has.
 
     Raises:
-        ValueError: if not, with near names.
+        ValueError: if the trait does not take it, with near names.
     """
     if name == "query":
-        Listing(query=got).wanted()
+        TableFilter(query=value).search_argument()
     elif name == "density":
-        if not 0 <= got[0] <= got[1] <= 1:
+        if not 0 <= value[0] <= value[1] <= 1:
             want = "(from, to), fractions of tokens in 0..1"
-            raise ValueError(errors.explain(f"density is {got}.", want=want, fix="density=(1e-4, 0.01)"))
-    elif got not in (known := list(sorts) if name == "sort" else SHOWN):
-        near = errors.near(got, known)
-        raise ValueError(errors.explain(f"{name} is {got!r}.", near=near, want=", ".join(known)))
-    return got
+            raise ValueError(errors.explain(f"density is {value}.", want=want, fix="density=(1e-4, 0.01)"))
+    elif value not in (choices := list(sorts) if name == "sort" else SHOWN):
+        near = errors.near(value, choices)
+        raise ValueError(errors.explain(f"{name} is {value!r}.", near=near, want=", ".join(choices)))
+    return value

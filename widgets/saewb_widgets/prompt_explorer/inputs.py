@@ -72,15 +72,15 @@ class Given:
     def _hint(self, part: int, latent: int) -> dict[str, Any] | None:
         if (index := self.of(part)) is None:
             return None
-        return latent_row(index.latent(latent), frozenset(index.facts.special))
+        return latent_row(index.latent(latent), frozenset(index.info.special))
 
     def page(self, part: int, latent: int) -> dict[str, Any]:
         """Everything the index knows of a latent; nothing where there is none."""
         index = self.of(part)
         if index is None or latent < 0:
             return {}
-        url = saewb.features.neuronpedia.page(index, latent).url if index.facts.neuronpedia else None
-        return latent_page(index.latent(latent), frozenset(index.facts.special), url)
+        url = saewb.features.neuronpedia.page(index, latent).url if index.info.neuronpedia else None
+        return latent_page(index.latent(latent), frozenset(index.info.special), url)
 
 
 def given(model: Any, saes: Any, index: Any) -> Given:

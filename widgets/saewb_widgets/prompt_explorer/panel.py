@@ -8,7 +8,7 @@ import traitlets as t
 
 from saewb import errors
 from saewb_widgets.feature_browser.panel import FeatureBrowser
-from saewb_widgets.panel import catch_errors, model_code, report_errors, source
+from saewb_widgets.panel import LATENT_JS, catch_errors, model_code, report_errors, source
 from saewb_widgets.prompt_explorer import serialize, worker
 from saewb_widgets.prompt_explorer.inputs import given
 from saewb_widgets.prompt_explorer.reader import PromptReader
@@ -44,7 +44,7 @@ class PromptExplorer(PromptReader):
         (True, True)
     """
 
-    _esm = source("shared/frame.js", "shared/latent_page.js", "prompt_explorer/prompt_explorer.js")
+    _esm = source("shared/frame.js", LATENT_JS, "shared/latent_page.js", "prompt_explorer/prompt_explorer.js")
     _css = source("shared/frame.css", "feature_browser/feature_browser.css", "prompt_explorer/prompt_explorer.css")
 
     everywhere = t.Bool(False, help="list latents of the whole prompt, each where it is largest").tag(sync=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from saewb_widgets.training.monitor import CHARTS, LOGS
+from saewb_widgets.training.monitor import CHARTS, LOG_SCALE
 
 _COLORS = (
     "#c8701a",
@@ -66,7 +66,7 @@ def _chart(figure: str, title: str, series: Sequence[dict[str, Any]], scale: str
     ]
     if not curves:
         return ""
-    log = figure in LOGS and is_log([v for *_, y in curves for v in y], scale)
+    log = figure in LOG_SCALE and is_log([v for *_, y in curves for v in y], scale)
     if log:
         curves = [(i, *zip(*pairs, strict=True)) for i, x, y in curves if (pairs := _positive(x, y))]
         if not curves:

@@ -1,10 +1,9 @@
-"""The form that starts a training: its fields from the dataclasses, what was typed as values, what is wrong with it."""
+"""The form that starts a training: fields from `saewb.training_options`, and typed text parsed into arguments."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING
 from typing import Any
 
 import saewb
@@ -12,9 +11,9 @@ from saewb import errors
 
 KINDS = ("TopK", "BatchTopK", "Matryoshka", "JumpReLU", "Standard", "Gated", "AbsTopK", "MatchingPursuit")
 TEXTS = {  # taken as they are typed
-    "hook": "the point of the model that is read, e.g. blocks.2.hook_resid_post",
-    "hook_out": "the point predicted, for a transcoder; empty: the same",
-    "folder": "for history, checkpoints and SAEs; a new one; empty: kept in memory only",
+    "hook": "The point of the model that is read, e.g. blocks.2.hook_resid_post.",
+    "hook_out": "The point predicted, for a transcoder; empty: the same.",
+    "folder": "A new folder for history, checkpoints and SAEs; empty: kept in memory only.",
 }
 _FIRST = ("n_tokens", "batch_tokens", "lr", "schedule", "warmup_tokens", "decay_tokens", "normalization", "seed")
 _PREFIX = "objective."
@@ -55,14 +54,11 @@ def groups(kind: str) -> list[dict[str, Any]]:
 
 
 def _field(key: str, option: Any) -> dict[str, Any]:
-    made = {"key": key, "name": option.name, "note": option.note.replace("`", "")}
-    made["default"] = "" if option.required else text_of(option.default)
-    choices = ["False", "True"] if isinstance(option.default, bool) and not _takes_more(option) else option.choices
-    return made | ({"choices": list(choices)} if choices else {})
-
-
-def _takes_more(option: Any) -> bool:
-    return option.name == "skip_special_tokens"
+    default = "" if option.required else text_of(option.default)
+    is_flag = isinstance(option.default, bool) and option.name != "skip_special_tokens"  # which also takes a list
+    choices = ["False", "True"] if is_flag else list(option.choices)
+    field = {"key": key, "name": option.name, "note": option.note.replace("`", ""), "default": default}
+    return field | ({"choices": choices} if choices else {})
 
 
 def text_of(value: Any) -> str:
@@ -72,8 +68,8 @@ def text_of(value: Any) -> str:
     return f"{value:_}" if type(value) is int and value >= 10_000 else str(value)
 
 
-def typed_of(objective: Any, given: Mapping[str, Any]) -> dict[str, str]:
-    """What would have been typed for this objective and these arguments: all that differs from the defaults.
+def typed_text(objective: Any, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The form's text for this objective and these arguments: all that differs from the defaults.
 
     Raises:
         TypeError: for an argument that `saewb.train` does not know.
@@ -85,7 +81,7 @@ def typed_of(objective: Any, given: Mapping[str, Any]) -> dict[str, str]:
             value = getattr(objective, option.name)
             if option.required or value != option.default:
                 typed[key] = text_of(value)
-    for name, value in given.items():
+    for name, value in arguments.items():
         if name not in options and name not in TEXTS:
             known = [key for key in options if not key.startswith(_PREFIX)] + [*TEXTS]
             raise TypeError(errors.explain(f"TrainingPanel got {name}=.", near=errors.near(name, known)))
@@ -94,7 +90,7 @@ def typed_of(objective: Any, given: Mapping[str, Any]) -> dict[str, str]:
     return typed
 
 
-def read(kind: str, typed: Mapping[str, str]) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def parse(kind: str, typed: Mapping[str, str]) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The objective and the arguments that were typed, and what is wrong, by key.
 
     Returns:
@@ -107,56 +103,36 @@ def read(kind: str, typed: Mapping[str, str]) -> tuple[Any, dict[str, Any], dict
             try:
                 values[key] = option.value(text)
             except ValueError as error:
-                problems[key] = beside(error)
+                problems[key] = message(error)
         elif option.required:
             problems[key] = "needed"
-    made = {}
-    for owner in dict.fromkeys(option.owner for option in options.values()):
-        keys = {key: option.name for key, option in options.items() if option.owner is owner}
-        made[owner] = _built(owner, keys, values, problems)
+    configs = {owner: _build(owner, options, values, problems) for owner in {o.owner: None for o in options.values()}}
     if not typed.get("hook", "").strip():
         problems["hook"] = "needed"
     arguments = {name: text for name in TEXTS if (text := str(typed.get(name, "")).strip())}
     arguments |= {key: value for key, value in values.items() if not key.startswith(_PREFIX)}
-    return made[getattr(saewb, kind)], arguments, problems
+    return configs[getattr(saewb, kind)], arguments, problems
 
 
-def beside(error: Exception) -> str:
+def message(error: Exception) -> str:
     """An error's message for a form, where the line to paste is no help."""
     return "\n".join(line.strip() for line in str(error).splitlines() if not line.startswith("  fix:"))
 
 
-def _built(owner: type, keys: Mapping[str, str], values: Mapping[str, Any], problems: dict[str, str]) -> Any:
-    """One of `owner` of the values that are its own; what it does not take is noted, and left out."""
-    given = {key: values[key] for key in keys if key in values}
-    if any(key in problems and _needed(owner, keys[key]) for key in keys if key not in given):
-        return None  # what is needed is missing, which has been said
-    while True:
+def _build(owner: type, options: Mapping[str, Any], values: Mapping[str, Any], problems: dict[str, str]) -> Any:
+    """A config of the values that are its own; None if they do not go together, which is noted at one field each."""
+    keys = {option.name: key for key, option in options.items() if option.owner is owner}
+    arguments = {name: values[key] for name, key in keys.items() if key in values}
+    required = {name for name, key in keys.items() if options[key].required}
+    while required <= arguments.keys():
         try:
-            return owner(**{keys[key]: value for key, value in given.items()})
-        except (ValueError, TypeError) as error:
-            wrong = _blamed(owner, keys, given, error)
-            problems.setdefault(wrong, beside(error))
-            if wrong not in given or _needed(owner, keys[wrong]):
+            config = owner(**arguments)
+        except ValueError as error:
+            match = _GOT.search(str(error))
+            name = match[1] if match and match[1] in keys else next(iter(keys))
+            problems.setdefault(keys[name], message(error))
+            if arguments.pop(name, None) is None:
                 return None
-            del given[wrong]
-
-
-def _blamed(owner: type, keys: Mapping[str, str], given: Mapping[str, Any], error: Exception) -> str:
-    """The field that an error is about: the one it names, else the first that is wrong by itself."""
-    found = _GOT.search(str(error))
-    named = [key for key, name in keys.items() if found and name == found[1]]
-    if named:
-        return named[0]
-    base = {key: value for key, value in given.items() if _needed(owner, keys[key])}
-    for key in given:
-        if key not in base:
-            try:
-                owner(**{keys[k]: v for k, v in {**base, key: given[key]}.items()})
-            except (ValueError, TypeError):
-                return key
-    return next(iter(base), next(iter(keys)))
-
-
-def _needed(owner: type, name: str) -> bool:
-    return owner.__dataclass_fields__[name].default is MISSING
+        else:
+            return None if problems.keys() & keys.values() else config
+    return None

@@ -13,7 +13,7 @@ from saewb_widgets.html import grid
 from saewb_widgets.panel import Panel, catch_errors, report_errors, source
 from saewb_widgets.training import form
 from saewb_widgets.training.charts import charts
-from saewb_widgets.training.monitor import CHARTS, LOGS, Watched, free_name, named
+from saewb_widgets.training.monitor import CHARTS, LOG_SCALE, WatchedRun, free_name, watch
 
 _CONTROLS = {"pause": "pausing", "resume": "going on with", "stop": "stopping"}
 
@@ -68,7 +68,7 @@ class TrainingPanel(Panel):
         tokens: Any = None,
         objective: Any = None,
         held_out: Any = None,
-        sinks: Sequence[Any] = (),
+        loggers: Sequence[Any] = (),
         device: Any = None,
         **options: Any,
     ) -> None:
@@ -80,7 +80,7 @@ class TrainingPanel(Panel):
             tokens: as for `saewb.train`.
             objective: what the form begins with; None means `saewb.TopK(d_sae=4096, k=32)`.
             held_out: as for `saewb.train`.
-            sinks: as for `saewb.train`.
+            loggers: as for `saewb.train`.
             device: as for `saewb.train`.
             options: what the form begins with: `hook`, `n_tokens`, `folder`, and any option of `saewb.train`.
 
@@ -89,9 +89,9 @@ class TrainingPanel(Panel):
             ValueError: for neither runs nor a model with tokens.
             FileNotFoundError: for a folder without a run.
         """
-        self._watched = named(runs)
+        self._watched = watch(runs)
         self._model, self._tokens = model, tokens
-        self._passed = {"held_out": held_out, "sinks": tuple(sinks), "device": device}
+        self._passed = {"held_out": held_out, "loggers": tuple(loggers), "device": device}
         has_form = model is not None and tokens is not None
         if not has_form and (runs is None or options or objective is not None or model is not None):
             want = "runs to watch; or model, tokens and hook, to start one"
@@ -101,10 +101,10 @@ class TrainingPanel(Panel):
         if has_form:
             objective = saewb.TopK(d_sae=4096, k=32) if objective is None else objective
             kind = form.kind_of(objective)
-            typed = form.typed_of(objective, {"n_tokens": 1_000_000, **options})
+            typed = form.typed_text(objective, {"n_tokens": 1_000_000, **options})
         super().__init__(kind=kind, typed=typed, form_open=has_form and not self._watched)
         self._has_form = has_form
-        charts = [[figure, *words, figure in LOGS] for figure, words in CHARTS.items()]
+        charts = [[figure, *words, figure in LOG_SCALE] for figure, words in CHARTS.items()]
         self.facts = {"charts": charts, "kinds": list(form.KINDS)}
         if has_form:
             self._kind_changed()
@@ -132,7 +132,7 @@ class TrainingPanel(Panel):
         Raises:
             ValueError: if another run has that name.
         """
-        watched = Watched(run)
+        watched = WatchedRun(run)
         name = free_name(watched, self._watched) if name is None else name
         if name in self._watched:
             raise ValueError(errors.explain(f"there is a run {name!r}.", want="another name"))
@@ -150,7 +150,7 @@ class TrainingPanel(Panel):
             return f"form for {self.kind}"
         if len(self._watched) > 3:
             return f"{len(self._watched)} runs"
-        return ", ".join(f"{told['name']} {told['state']}" for told in self.status)
+        return ", ".join(f"{status['name']} {status['state']}" for status in self.status)
 
     def code(self, run: str | None = None) -> str:
         """Python that starts a training equal to the form's, or to a run's.
@@ -167,9 +167,9 @@ class TrainingPanel(Panel):
             ValueError: if something is wrong in the form.
         """
         if run is not None:
-            return self._of(run).run.code
+            return self._get(run).run.code
         if self._has_form and (self.form_open or not self._watched):
-            objective, arguments = self._sound()
+            objective, arguments = self._parse_form()
             return saewb.training_code(objective, held_out=self._passed["held_out"] is not None, **arguments)
         if len(self._watched) == 1:
             return self.run.code
@@ -198,7 +198,7 @@ class TrainingPanel(Panel):
         """
         if "start" in self._jobs:
             raise ValueError(errors.explain("a run is being started.", want="a moment's patience"))
-        objective, arguments = self._sound()
+        objective, arguments = self._parse_form()
         model, tokens, passed = self._model, self._tokens, self._passed
 
         def then(run: Any) -> None:
@@ -219,11 +219,11 @@ class TrainingPanel(Panel):
             KeyError: for a run that is not shown.
             ValueError: for one that is not of this kernel, or something else to do.
         """
-        watched = self._of(run)
+        watched = self._get(run)
         if what not in _CONTROLS:
             near = errors.near(what, _CONTROLS)
             raise ValueError(errors.explain(f"got {what!r}.", near=near, want=", ".join(_CONTROLS)))
-        if not watched.here:
+        if not watched.is_local:
             raise ValueError(errors.explain(f"{run!r} is not of this kernel.", want="a run started here"))
         self.start_work(
             f"control {run}", f"{_CONTROLS[what]} {run}", getattr(watched.run, what), lambda _: self._look()
@@ -260,7 +260,7 @@ class TrainingPanel(Panel):
 
     def _look(self) -> None:
         for watched in self._watched.values():
-            watched.look()
+            watched.refresh()
         alive = any(watched.alive for watched in self._watched.values())  # before the figures, so that none is missed
         status = [watched.status(name) for name, watched in self._watched.items()]
         series = [line for name, watched in self._watched.items() for line in watched.series(name)]
@@ -277,7 +277,7 @@ class TrainingPanel(Panel):
             f"{len(w.run.names)} SAE{'s' * (len(w.run.names) > 1)} in {name}" for name, w in self._watched.items()
         )
 
-    def _of(self, run: str) -> Watched:
+    def _get(self, run: str) -> WatchedRun:
         if run not in self._watched:
             known = list(self._watched)
             raise KeyError(errors.explain(f"no run {run!r} here.", near=errors.near(str(run), known), want=str(known)))
@@ -285,16 +285,16 @@ class TrainingPanel(Panel):
 
     # -- the form ----------------------------------------------------------------------------------------------------
 
-    def _sound(self) -> tuple[Any, dict[str, Any]]:
-        """The objective and the arguments of `saewb.train`, if all is well."""
+    def _parse_form(self) -> tuple[Any, dict[str, Any]]:
+        """The objective and the arguments of `saewb.train`; raises if something is wrong in the form."""
         if not self._has_form:
             raise ValueError(
                 errors.explain("there is no form.", want="model and tokens", fix="TrainingPanel(model=model, ...)")
             )
-        objective, arguments, problems = form.read(self.kind, self.typed)
+        objective, arguments, problems = form.parse(self.kind, self.typed)
         if problems:
-            told = "; ".join(f"{key}: {said.splitlines()[0]}" for key, said in problems.items())
-            raise ValueError(errors.explain(f"the form is not right: {told}", want="what stands beside the fields"))
+            lines = "; ".join(f"{key}: {text.splitlines()[0]}" for key, text in problems.items())
+            raise ValueError(errors.explain(f"the form is not right: {lines}", want="what stands beside the fields"))
         return objective, arguments
 
     @t.validate("kind")
@@ -319,7 +319,7 @@ class TrainingPanel(Panel):
     def _typed_changed(self, _: Any = None) -> None:
         if not self._has_form:
             return
-        objective, arguments, problems = form.read(self.kind, self.typed)
+        objective, arguments, problems = form.parse(self.kind, self.typed)
         self.problems = problems
         if problems:
             self.discard_work("estimate")
@@ -327,25 +327,25 @@ class TrainingPanel(Panel):
             return
         model, device = self._model, self._passed["device"]
         tokens = self._tokens if hasattr(self._tokens, "points") else None
-        told = {key: value for key, value in arguments.items() if key != "folder"}
+        options = {key: value for key, value in arguments.items() if key != "folder"}
 
         def work() -> Any:
             try:
-                return saewb.training_memory(model, objective, tokens=tokens, device=device, **told)
+                return saewb.training_memory(model, objective, tokens=tokens, device=device, **options)
             except Exception as error:  # shown beside the form: what is typed need not be right yet
                 return error
 
         self.start_work("estimate", "estimating memory", work, self._estimated)
 
-    def _estimated(self, found: Any) -> None:
-        if isinstance(found, Exception):
-            said = form.beside(found)
-            blamed = [key for key in ("hook", "hook_out") if repr(str(self.typed.get(key))) in said]
-            self.problems = {**self.problems, **dict.fromkeys(blamed[:1], said)}
-            self.estimate = {"error": said}
+    def _estimated(self, estimate: Any) -> None:
+        if isinstance(estimate, Exception):
+            text = form.message(estimate)
+            hooks = [key for key in ("hook", "hook_out") if repr(str(self.typed.get(key))) in text]
+            self.problems = {**self.problems, **dict.fromkeys(hooks[:1], text)}
+            self.estimate = {"error": text}
             return
         self.estimate = {
-            "rows": [line.rsplit(None, 2)[:2] for line in str(found).splitlines()],
-            "fits": found.fits,
-            "weights_fit": found.weights_fit,
+            "rows": [line.rsplit(None, 2)[:2] for line in str(estimate).splitlines()],
+            "fits": estimate.fits,
+            "weights_fit": estimate.weights_fit,
         }

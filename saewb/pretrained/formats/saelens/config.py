@@ -13,17 +13,17 @@ from typing import Any
 
 from saewb.errors import FormatError, explain, near
 
-TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 # sae-lens has no top-k transcoder, no groupmax, and refuses these names; saewb writes them since others publish such
 # weights.
-OWN = (
+_EXTENSIONS = (
     *("topk_transcoder", "topk_skip_transcoder", "abstopk_transcoder", "abstopk_skip_transcoder"),
     *("groupmax", "groupmax_transcoder", "groupmax_skip_transcoder"),
 )
 UNFINISHED = ("batchtopk", "matryoshka_batchtopk")  # of training checkpoints only; published as jumprelu
 ARCHITECTURES = (
     *("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal"),
-    *(TRANSCODERS + OWN + UNFINISHED),
+    *(_TRANSCODERS + _EXTENSIONS + UNFINISHED),
 )
 _NORMALIZATIONS = (
     "none",
@@ -35,7 +35,7 @@ _NORMALIZATIONS = (
 )
 # Keys that decide what is computed, with what they mean when missing (formats.md A.4); `k` and the rest apply to some
 # architectures only.
-_ARITHMETIC = {
+_DEFAULTS = {
     "architecture": "standard",
     "apply_b_dec_to_input": True,
     "normalize_activations": "none",
@@ -56,16 +56,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "activation_normalization_factor": 1.0,
     },
 }
-PLACES = {"hook_name": "hook", "hook_name_out": "hook_out", "hook_head_index": "head", "model_name": "model"}
+SITE_KEYS = {"hook_name": "hook", "hook_name_out": "hook_out", "hook_head_index": "head", "model_name": "model"}
 _NAMES, _INDICES = (
     ("hook_name", "hook_name_out", "hook_point", "model_name"),
     ("hook_head_index", "hook_point_head_index"),
 )
-_RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+_ALIASES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 # About the file, not about the SAE: written anew each time.
-_OF_THE_FILE = ("sae_lens_version", "saewb_version", "dtype", "device")
+_FILE_KEYS = ("sae_lens_version", "saewb_version", "dtype", "device")
 # What the losses and optimizers of training checkpoints put at the top level of a 6.x file; none changes inference.
-_TRAINING = frozenset(
+_TRAINING_KEYS = frozenset(
     (
         "decoder_init_norm",
         "l1_coefficient",
@@ -88,7 +88,7 @@ _TRAINING = frozenset(
     )
 )
 # What belongs in `metadata` but is found at the top level of some 6.x files, where overrides have put it.
-_MISPLACED = frozenset(
+_METADATA_KEYS = frozenset(
     (
         "model_name",
         "hook_name",
@@ -117,19 +117,29 @@ _MISPLACED = frozenset(
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a cfg.json says, in one spelling."""
+class Description:
+    """A cfg.json of any generation, in one spelling."""
 
-    architecture: str  # as in the file, but for `activation_fn: topk`
+    architecture: str
+    """As in the file, but for `activation_fn: topk`."""
     d_in: int
+    """Width of the input."""
     d_sae: int
+    """Number of latents."""
     d_out: int
-    tied: bool  # apply_b_dec_to_input
-    normalize: str  # normalize_activations
-    finetuned: bool  # a tensor `scaling_factor` is to be used
-    options: Mapping[str, Any]  # those of the architecture, defaults filled in
-    places: Mapping[str, Any]  # hook, hook_out, head, model: for the configuration classes
-    metadata: Mapping[str, Any]  # everything else
+    """Width of the output."""
+    tied: bool
+    """`apply_b_dec_to_input`."""
+    normalize: str
+    """`normalize_activations`."""
+    finetuned: bool
+    """Whether a tensor `scaling_factor` is to be used."""
+    options: Mapping[str, Any]
+    """Keys that only this architecture has, defaults filled in."""
+    site: Mapping[str, Any]
+    """hook, hook_out, head and model, for the configuration classes."""
+    metadata: Mapping[str, Any]
+    """Everything else."""
 
     @property
     def is_transcoder(self) -> bool:
@@ -137,7 +147,7 @@ class Described:
         return self.architecture.endswith("transcoder")
 
 
-def understand(raw: Mapping[str, Any]) -> Described:
+def describe(raw: Mapping[str, Any]) -> Description:
     """The description in a cfg.json of any generation.
 
     Raises:
@@ -146,39 +156,34 @@ def understand(raw: Mapping[str, Any]) -> Described:
     if not isinstance(raw, Mapping):
         raise FormatError(explain(f"cfg.json holds a {type(raw).__name__}.", want="an object"))
     _check_types(raw)
-    known, metadata = _modern(raw) if _is_modern(raw) else _older(raw)
-    architecture = known.pop("architecture")
+    values, metadata = _split_version_6(raw) if _is_version_6(raw) else _flatten_older(raw)
+    architecture = values.pop("architecture")
     if architecture not in ARCHITECTURES:
-        raise FormatError(
-            explain(
-                f"unknown architecture {architecture!r}.",
-                near=near(str(architecture), ARCHITECTURES),
-                want=", ".join(ARCHITECTURES),
-            )
-        )
-    widths = {name: known.pop(name, None) for name in ("d_in", "d_sae")}
+        close = near(str(architecture), ARCHITECTURES)
+        what = f"unknown architecture {architecture!r}."
+        raise FormatError(explain(what, near=close, want=", ".join(ARCHITECTURES)))
+    widths = {name: values.pop(name, None) for name in ("d_in", "d_sae")}
     for name, width in widths.items():
         if type(width) is not int:
             raise FormatError(explain(f"cfg.json has {name}={width!r}.", want="an integer"))
-    options = {name: known.pop(name, default) for name, default in options_of(architecture).items()}
-    normalize = _normalization(known.pop("normalize_activations"))
-    metadata |= {key: value for key, value in known.items() if key not in (*_ARITHMETIC, "reshape_activations")}
-    places = {ours: metadata.pop(theirs, None) for theirs, ours in PLACES.items()}
-    reshape = known.get("reshape_activations")
-    metadata = _metadata(metadata, reshape, reshape_of(places["hook"], places["head"], architecture))
-    described = Described(
+    options = {name: values.pop(name, default) for name, default in options_of(architecture).items()}
+    normalize = _normalization(values.pop("normalize_activations"))
+    metadata |= {key: value for key, value in values.items() if key not in (*_DEFAULTS, "reshape_activations")}
+    site = {ours: metadata.pop(theirs, None) for theirs, ours in SITE_KEYS.items()}
+    reshape = default_reshape(site["hook"], site["head"], architecture)
+    description = Description(
         architecture=architecture,
         d_out=options.pop("d_out", widths["d_in"]),
-        tied=bool(known.pop("apply_b_dec_to_input")),
+        tied=bool(values["apply_b_dec_to_input"]),
         normalize=normalize,
-        finetuned=bool(known.pop("finetuning_scaling_factor")),
+        finetuned=bool(values["finetuning_scaling_factor"]),
         options=options,
-        places=places,
-        metadata=metadata,
+        site=site,
+        metadata=_clean_metadata(metadata, values.get("reshape_activations"), reshape),
         **widths,
     )
-    _refuse_transcoder_extras(described)
-    return described
+    _check_transcoder(description)
+    return description
 
 
 def options_of(architecture: str) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def options_of(architecture: str) -> dict[str, Any]:
     return options | _OPTIONS.get(architecture, {})
 
 
-def reshape_of(hook: str | None, head: int | None, architecture: str) -> str:
+def default_reshape(hook: str | None, head: int | None, architecture: str) -> str:
     """Whether sae-lens should flatten [n_heads, d_head] when nothing else says so: at a hook_z with all its heads."""
     whole = bool(hook) and str(hook).endswith("hook_z") and head is None
     return "hook_z" if whole and not architecture.endswith("transcoder") else "none"
@@ -217,7 +222,7 @@ def _check_types(raw: Mapping[str, Any]) -> None:
                 raise FormatError(explain(f"cfg.json has {name}={value!r}.", want=f"{kind.__name__} or null"))
 
 
-def _is_modern(raw: Mapping[str, Any]) -> bool:
+def _is_version_6(raw: Mapping[str, Any]) -> bool:
     version = raw.get("sae_lens_version") or (raw.get("metadata") or {}).get("sae_lens_version")
     if not version:
         return False
@@ -227,11 +232,11 @@ def _is_modern(raw: Mapping[str, Any]) -> bool:
     return int(major) >= 6
 
 
-def _modern(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    # What decides the result and the rest stay apart: `metadata` may well hold a `k` or a `d_out` of its own.
-    architectural = {"d_in", "d_sae", "reshape_activations", "metadata", *_ARITHMETIC, *_OF_THE_FILE}
-    optional = {name for options in _OPTIONS.values() for name in options}
-    unknown = sorted(set(raw) - architectural - optional - _TRAINING - _MISPLACED)
+def _split_version_6(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What decides the result, and the rest: `metadata` may well hold a `k` or a `d_out` of its own."""
+    deciding = {"d_in", "d_sae", "reshape_activations", *_DEFAULTS, *_FILE_KEYS}
+    deciding |= {name for options in _OPTIONS.values() for name in options}
+    unknown = sorted(set(raw) - deciding - {"metadata"} - _TRAINING_KEYS - _METADATA_KEYS)
     if unknown:
         raise FormatError(
             explain(
@@ -241,45 +246,34 @@ def _modern(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     if "architecture" not in raw:
         raise FormatError(explain("cfg.json of version 6 has no architecture.", want=", ".join(ARCHITECTURES)))
-    metadata = {**(raw.get("metadata") or {}), **{key: value for key, value in raw.items() if key in _MISPLACED}}
-    training = {key: value for key, value in raw.items() if key in _TRAINING}
-    if training:
+    metadata = {**(raw.get("metadata") or {}), **{key: raw[key] for key in raw if key in _METADATA_KEYS}}
+    if training := {key: raw[key] for key in raw if key in _TRAINING_KEYS}:
         metadata.setdefault("training_architecture", raw["architecture"])
         metadata.setdefault("training_architecture_details", training)
-    return _ARITHMETIC | {
-        key: raw[key] for key in raw if key in architectural | optional and key != "metadata"
-    }, metadata
+    return {**_DEFAULTS, **{key: raw[key] for key in raw if key in deciding}}, metadata
 
 
-def _older(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _flatten_older(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Before version 6: one flat dictionary with aliases, and a top-k that `activation_fn` says."""
     flat = {**(raw.get("metadata") or {}), **{key: value for key, value in raw.items() if key != "metadata"}}
-    known = {_RENAMED.get(key, key): value for key, value in flat.items()}
-    known = {**_ARITHMETIC, "prepend_bos": True, **known}
-    activation, arguments = known.pop("activation_fn", "relu"), dict(known.pop("activation_fn_kwargs", None) or {})
+    values = {**_DEFAULTS, "prepend_bos": True, **{_ALIASES.get(key, key): value for key, value in flat.items()}}
+    activation, kwargs = values.pop("activation_fn", "relu"), dict(values.pop("activation_fn_kwargs", None) or {})
+    if activation not in ("relu", "topk"):
+        what = f"cfg.json has activation_fn {activation!r}, which saewb cannot compute."
+        raise FormatError(explain(what, want="'relu' or 'topk'"))
     if activation == "topk":
-        if "k" not in arguments:
-            raise FormatError(
-                explain(
-                    "cfg.json has activation_fn 'topk' and no k, which would compute a plain ReLU.",
-                    want='"activation_fn_kwargs": {"k": ...}',
-                )
-            )
-        known |= {"architecture": "topk", "k": arguments.pop("k")}
-    elif activation != "relu":
-        raise FormatError(
-            explain(f"cfg.json has activation_fn {activation!r}, which saewb cannot compute.", want="'relu' or 'topk'")
-        )
-    elif known["architecture"] in ("topk", "abstopk") and "k" in arguments:
-        known["k"] = arguments.pop("k")
-    if arguments:
-        raise FormatError(
-            explain(
-                f"cfg.json has activation_fn_kwargs that saewb does not know: {arguments}.", want='at most {"k": ...}'
-            )
-        )
-    if known["architecture"] in ("topk", "abstopk") and known.get("k") is None:
-        raise FormatError(explain(f"cfg.json has architecture {known['architecture']!r} and no k.", want='"k": ...'))
-    return known, {}
+        if "k" not in kwargs:
+            what = "cfg.json has activation_fn 'topk' and no k, which would compute a plain ReLU."
+            raise FormatError(explain(what, want='"activation_fn_kwargs": {"k": ...}'))
+        values["architecture"] = "topk"
+    if values["architecture"] in ("topk", "abstopk") and "k" in kwargs:
+        values["k"] = kwargs.pop("k")
+    if kwargs:
+        what = f"cfg.json has activation_fn_kwargs that saewb does not know: {kwargs}."
+        raise FormatError(explain(what, want='at most {"k": ...}'))
+    if values["architecture"] in ("topk", "abstopk") and values.get("k") is None:
+        raise FormatError(explain(f"cfg.json has architecture {values['architecture']!r} and no k.", want='"k": ...'))
+    return values, {}
 
 
 def _normalization(value: object) -> str:
@@ -296,30 +290,32 @@ def _normalization(value: object) -> str:
     return str(value)
 
 
-def _metadata(metadata: Mapping[str, Any], reshape: object, default_reshape: str) -> dict[str, Any]:
-    kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
-    if kept.get("sae_lens_training_version", "") is None:
-        del kept["sae_lens_training_version"]
+def _clean_metadata(metadata: Mapping[str, Any], reshape: object, implied: str) -> dict[str, Any]:
+    clean = {key: value for key, value in metadata.items() if key not in _FILE_KEYS}
+    if "normalisation" in clean:  # how saewb 0.1.0 spelled what a training run did to its inputs
+        clean["normalization"] = str(clean.pop("normalisation")).replace("centred", "centered")
+    if clean.get("sae_lens_training_version", "") is None:
+        del clean["sae_lens_training_version"]
     if reshape not in (None, "none", "hook_z"):
         raise FormatError(explain(f"cfg.json has reshape_activations {reshape!r}.", want="'none' or 'hook_z'"))
     # Said in `metadata` only where the hook's name does not say it already.
-    return kept if reshape in (None, default_reshape) else kept | {"reshape_activations": reshape}
+    return clean if reshape in (None, implied) else clean | {"reshape_activations": reshape}
 
 
-def _refuse_transcoder_extras(described: Described) -> None:
-    if not described.is_transcoder:
+def _check_transcoder(description: Description) -> None:
+    if not description.is_transcoder:
         return
-    if described.tied:
+    if description.tied:
         raise FormatError(
             explain(
-                f"a {described.architecture} with apply_b_dec_to_input (or without that key, which means true).",
+                f"a {description.architecture} with apply_b_dec_to_input (or without that key, which means true).",
                 want='"apply_b_dec_to_input": false, since b_dec belongs to the output',
             )
         )
-    if described.normalize not in ("none", "expected_average_only_in"):
+    if description.normalize not in ("none", "expected_average_only_in"):
         raise FormatError(
             explain(
-                f"a {described.architecture} with normalize_activations {described.normalize!r}.",
+                f"a {description.architecture} with normalize_activations {description.normalize!r}.",
                 want="'none': the scale of its input says nothing about its output",
             )
         )

@@ -9,21 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.pretrained.formats.saelens.config import PLACES, reshape_of
-from saewb.pretrained.formats.saelens.folding import said
+from saewb.pretrained.formats.saelens.config import SITE_KEYS, default_reshape
+from saewb.pretrained.formats.saelens.folding import metadata_written
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
 from saewb.sae.temporal import TemporalSAE
 
 # What is written is the form of this version. sae-lens reads files of version 6 by other rules than older ones.
 LAYOUT_VERSION = "6.54.12"
-_WRITTEN = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale", "centered": "none"}
+_NORMALIZE = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale", "centered": "none"}
 
 
 def compose(
     sae: SAE | PursuitSAE | TemporalSAE, architecture: str, tied: bool, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The cfg.json of version 6 for one of the SAE classes; `understand` reads it back.
+    """The cfg.json of version 6 for one of the SAE classes; `describe` reads it back.
 
     Args:
         sae: its widths, scaling, hooks, model and metadata are written.
@@ -32,19 +32,20 @@ def compose(
         options: the keys that only this architecture has.
     """
     cfg = sae.cfg
-    kept = {key: value for key, value in cfg.metadata.items() if key != "reshape_activations"}
-    metadata = kept if cfg.is_transcoder else said(kept, cfg.normalization, cfg.hook, cfg.model)
-    default = reshape_of(cfg.hook, cfg.head, architecture)
-    places = {theirs: getattr(cfg, ours) for theirs, ours in PLACES.items() if getattr(cfg, ours) is not None}
+    metadata = {key: value for key, value in cfg.metadata.items() if key != "reshape_activations"}
+    if not cfg.is_transcoder:
+        metadata = metadata_written(metadata, cfg.normalization, cfg.hook, cfg.model)
+    reshape = cfg.metadata.get("reshape_activations", default_reshape(cfg.hook, cfg.head, architecture))
+    site = {theirs: getattr(cfg, ours) for theirs, ours in SITE_KEYS.items() if getattr(cfg, ours) is not None}
     return {
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
         "dtype": str(sae.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": tied,
-        "normalize_activations": _WRITTEN[cfg.normalization],
-        "reshape_activations": cfg.metadata.get("reshape_activations", default),
-        "metadata": {**metadata, **places, "sae_lens_version": LAYOUT_VERSION, "saewb_version": _saewb_version()},
+        "normalize_activations": _NORMALIZE[cfg.normalization],
+        "reshape_activations": reshape,
+        "metadata": {**metadata, **site, "sae_lens_version": LAYOUT_VERSION, "saewb_version": _saewb_version()},
         **options,
         "architecture": architecture,
     }
@@ -57,8 +58,8 @@ def _saewb_version() -> str:
         return "unknown"  # run from a checkout that was never installed
 
 
-def as_written(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
-    """Architecture, apply_b_dec_to_input, the architecture's own keys, and tensors as they stand in a file."""
+def to_file(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
+    """Architecture, apply_b_dec_to_input, the architecture's own keys, and tensors as the file has them."""
     if not isinstance(sae, (SAE, PursuitSAE, TemporalSAE)):
         what = f"the SAELens layout has no {type(sae).__name__}: {sae!r}."
         raise TypeError(explain(what, want="SAE, PursuitSAE or TemporalSAE"))
@@ -84,10 +85,10 @@ def as_written(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str
         if cfg.factor != 1:
             options["normalize_activations"] = "constant_scalar_rescale"
         return "temporal", cfg.pre_bias == "tied", options, tensors
-    return _feed_forward_as_written(sae, tensors)
+    return _feed_forward_to_file(sae, tensors)
 
 
-def _feed_forward_as_written(sae: SAE, w: dict[str, Tensor]) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
+def _feed_forward_to_file(sae: SAE, w: dict[str, Tensor]) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
     cfg = sae.cfg
     transcoder = cfg.is_transcoder or cfg.skip
     if transcoder and cfg.normalization != "none":
@@ -114,12 +115,12 @@ def _feed_forward_as_written(sae: SAE, w: dict[str, Tensor]) -> tuple[str, bool,
     return architecture, tied, options, w
 
 
-def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same on the CPU, contiguous, no two in the same memory (safetensors refuses those)."""
-    taken: set[int] = set()
-    apart: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         whole = tensor.cpu().contiguous()
-        apart[name] = whole.clone() if whole.data_ptr() in taken else whole
-        taken.add(whole.data_ptr())
-    return apart
+        separate[name] = whole.clone() if whole.data_ptr() in addresses else whole
+        addresses.add(whole.data_ptr())
+    return separate

@@ -1,0 +1,105 @@
+"""The notebook cell that starts a training: Python source of a `RunSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from saewb.training.config import RunSpec, Trainee
+
+
+def training_code(
+    saes: Any,
+    *,
+    n_tokens: int,
+    hook: str | None = None,
+    hook_out: str | None = None,
+    folder: str | None = None,
+    held_out: bool = False,
+    **options: Any,
+) -> str:
+    """The cell that starts a training: `saewb.train` with what differs from the defaults.
+
+    Args:
+        saes: as for `saewb.train`.
+        n_tokens: as for `saewb.train`.
+        hook: as for `saewb.train`.
+        hook_out: as for `saewb.train`.
+        folder: as for `saewb.train`.
+        held_out: whether `held_out` is passed on.
+        options: as for `saewb.train`.
+
+    Returns:
+        Python that needs `model` and `tokens` (and `held_out`), and makes `run`.
+
+    Raises:
+        TypeError: for an option that does not exist.
+        ValueError: for what does not fit.
+
+    Example:
+        >>> import saewb
+        >>> print(training_code(saewb.TopK(512, k=16), hook="blocks.2.hook_resid_post", n_tokens=50_000))
+        import saewb
+        <BLANKLINE>
+        run = saewb.train(
+            model,
+            tokens,
+            saewb.TopK(d_sae=512, k=16),
+            hook='blocks.2.hook_resid_post',
+            n_tokens=50_000,
+        )
+        <BLANKLINE>
+    """
+    spec = RunSpec.from_options(saes, n_tokens=n_tokens, hook=hook, hook_out=hook_out, **options)
+    return train_code(spec, folder=folder, held_out=held_out)
+
+
+def train_code(spec: RunSpec, *, folder: str | None = None, held_out: bool = False) -> str:
+    """The `saewb.train` cell of a spec; `model` and `tokens` (and `held_out`) are the reader's. Defaults are left out.
+
+    Args:
+        spec: what is trained.
+        folder: of the new run.
+        held_out: whether `held_out` is passed on.
+    """
+    arguments = {} if folder is None else {"folder": folder}
+    for part in (spec.train, spec.run, spec.data):
+        arguments |= _changed(part)
+    if "positions" in arguments:
+        arguments["positions"] = slice(*arguments["positions"])
+    locations = {(sae.read, sae.write) for sae in spec.saes.values()}
+    shared = len(locations) == 1 and locations != {(None, None)}
+    read, write = locations.pop() if shared else (None, None)
+    hooks = {name: point for name, point in (("hook", read), ("hook_out", write)) if point is not None}
+    saes = {name: replace(sae, read=None, write=None) if shared else sae for name, sae in spec.saes.items()}
+    arguments = {**hooks, "n_tokens": arguments.pop("n_tokens"), **arguments}
+    model = f"  # {spec.model}" if spec.model else ""
+    lines = [f"model,{model}", "tokens,", f"{_saes_code(saes)},"]
+    lines += [f"{name}={_literal(value)}," for name, value in arguments.items()]
+    lines += ["held_out=held_out,"] if held_out else []
+    return "import saewb\n\nrun = saewb.train(\n" + "".join(f"    {line}\n" for line in lines) + ")\n"
+
+
+def _saes_code(saes: Mapping[str, Trainee]) -> str:
+    if list(saes) == ["sae"]:
+        return _trainee_code(saes["sae"])
+    return "{" + ", ".join(f"{name!r}: {_trainee_code(sae)}" for name, sae in saes.items()) + "}"
+
+
+def _trainee_code(sae: Trainee) -> str:
+    objective = sae.objective
+    options = ", ".join(f"{name}={value!r}" for name, value in _changed(objective).items())
+    code = f"saewb.{type(objective).__name__}({options})"
+    own = {name: value for name in ("read", "write", "lr", "seed") if (value := getattr(sae, name)) is not None}
+    return f"saewb.Trainee({', '.join([code, *(f'{name}={value!r}' for name, value in own.items())])})" if own else code
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults, in the order of the signature."""
+    ordered = sorted(fields(config), key=lambda f: f.kw_only)
+    return {f.name: value for f in ordered if (value := getattr(config, f.name)) != f.default}
+
+
+def _literal(value: Any) -> str:
+    return f"{value:_}" if type(value) is int and value >= 10_000 else repr(value)
