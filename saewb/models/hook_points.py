@@ -35,17 +35,20 @@ _locks_lock = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class HookPoint:
-    """One place in a model where an activation can be read and replaced."""
+    """A point of a model where an activation can be read and replaced."""
 
-    name: str  # the name the model itself uses
-    names: tuple[str, ...]  # every name that means this place, `name` first
-    module: nn.Module  # its HookPoint; or the MLP whose input it is, where the model has no HookPoint there
+    name: str
+    """Canonical name, which the model itself uses."""
+    names: tuple[str, ...]
+    """Canonical name and aliases, `name` first."""
+    module: nn.Module
+    """Its transformer-lens HookPoint; or the MLP whose input it is, where the model has no HookPoint there."""
 
     @property
     def layer(self) -> int | None:
         """The block it is in; None outside of blocks."""
-        found = re.match(r"blocks\.(\d+)\.", self.name)
-        return int(found[1]) if found else None
+        match = re.match(r"blocks\.(\d+)\.", self.name)
+        return int(match[1]) if match else None
 
     def is_before(self, layer: int) -> bool:
         """Whether it is in an earlier block than this one: a pass that starts there computes no activation of it."""
@@ -53,7 +56,7 @@ class HookPoint:
 
     @cached_property
     def is_module_input(self) -> bool:
-        """Whether the place is the input of a module rather than a HookPoint."""
+        """Whether it is the input of a module rather than a transformer-lens HookPoint."""
         return not hasattr(self.module, "fwd_hooks")
 
     def add(self, edit: Edit) -> Hook:
@@ -65,10 +68,13 @@ class HookPoint:
 class InnerPoints:
     """HookPoints that an attachment adds to one point, `<point>.hook_sae_<key>`."""
 
-    names: tuple[str, ...]  # of the point
+    names: tuple[str, ...]
+    """Names of the point."""
     by_key: dict[str, nn.Module]
-    by_attribute: dict[str, nn.Module]  # as attributes of the point's own module
-    by_name: dict[str, nn.Module]  # under every name of the point
+    by_attribute: dict[str, nn.Module]
+    """By attribute of the point's own module."""
+    by_name: dict[str, nn.Module]
+    """Under every name of the point."""
 
 
 class Hook:
@@ -79,7 +85,7 @@ class Hook:
         self.restore()
 
     def restore(self) -> None:
-        """Put it (back) at the end of the point's hooks."""
+        """Add it (again) at the end of the point's hooks."""
         if self._point.is_module_input:
             on_input = mark_as_saewb_hook(lambda module, args: self._on_input(args))
             self._handle = self._point.module.register_forward_pre_hook(on_input)
@@ -99,20 +105,20 @@ class Hook:
         return any(handle is self._handle for handle in self._point.module.fwd_hooks)
 
     def remove(self) -> None:
-        """Take exactly this hook away; it may be gone already."""
-        mine, self._handle = self._handle, None  # which leads back here: a hook that is off is in no cycle
-        if mine is None:
+        """Remove exactly this hook; it may be gone already."""
+        removed, self._handle = self._handle, None  # the handle refers back here: no cycle stays
+        if removed is None:
             return
         if self._point.is_module_input:
-            mine.remove()
+            removed.remove()
             return
-        mine.hook.remove()
+        removed.hook.remove()
         handles = self._point.module.fwd_hooks
-        handles[:] = [handle for handle in handles if handle is not mine]
+        handles[:] = [handle for handle in handles if handle is not removed]
 
 
 def lock(model: nn.Module) -> threading.RLock:
-    """The one re-entrant lock of this model, for whoever adds hooks, runs it and takes them away."""
+    """The one re-entrant lock of this model: hold it to add hooks, run the model and remove them."""
     with _locks_lock:
         return _locks.setdefault(model, threading.RLock())
 

@@ -244,7 +244,7 @@ def test_a_cached_model_loads_by_name_without_network(no_cache):
     (no_cache / "models--someone--small" / "refs" / "main").write_text("0" * 40)
     assert "someone/small" in loadable_offline()
     code = (
-        "import saewb.models as m; b = m.load_model('someone/small', device='cpu'); "
+        "import saewb.models.load as m; b = m.load_model('someone/small', device='cpu'); "
         "from huggingface_hub import constants; print(b.cfg.model_name, b.cfg.dtype, constants.HF_HUB_OFFLINE)"
     )  # in a process of its own: transformers keeps its own copies of the cache folder's name
     env = {**os.environ, "HF_HUB_CACHE": str(no_cache), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
