@@ -85,29 +85,29 @@ from .stats.correlation_map import MatrixView as MatrixView
 from .stats.correlation_map import matrix_view as matrix_view
 from .stats.sampling import CorrelatedNormals as CorrelatedNormals
 from .stats.superposition import superposition as superposition
+from .training.code_export import training_code as training_code
 from .training.config import TrainConfig as TrainConfig
+from .training.config import Trainee as Trainee
 from .training.loop import Training as Training
-from .training.objectives.topk import BatchTopK as BatchTopK
-from .training.objectives.topk import Matryoshka as Matryoshka
+from .training.memory import TrainOption as TrainOption
+from .training.memory import training_memory as training_memory
+from .training.memory import training_options as training_options
 from .training.objectives.gated import Gated as Gated
 from .training.objectives.jumprelu import JumpReLU as JumpReLU
 from .training.objectives.matching_pursuit import MatchingPursuit as MatchingPursuit
 from .training.objectives.standard import Standard as Standard
 from .training.objectives.topk import AbsTopK as AbsTopK
+from .training.objectives.topk import BatchTopK as BatchTopK
+from .training.objectives.topk import Matryoshka as Matryoshka
 from .training.objectives.topk import TopK as TopK
-from .training.memory import TrainOption as TrainOption
-from .training.code_export import training_code as training_code
-from .training.memory import training_memory as training_memory
-from .training.memory import training_options as training_options
 from .training.past_run import PastRun as PastRun
 from .training.past_run import read_run as read_run
+from .training.run import Run as Run
 from .training.run_display import run_curves as run_curves
 from .training.run_display import run_densities as run_densities
-from .training.run import Run as Run
 from .training.step_metrics import TrainStep as TrainStep
 from .training.train import resume_run as resume_run
 from .training.train import train as train
-from .training.config import Trainee as Trainee
 
 __version__: str
 __all__: list[str]

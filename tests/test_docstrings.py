@@ -94,9 +94,10 @@ def test_functions_say_all(name, value):
 
 
 def field_docstrings(owner):
-    """The docstring under each field of a dataclass and its bases, or the meaning in its metadata."""
-    texts = {f.name: f.metadata["meaning"] for f in fields(owner) if "meaning" in f.metadata}
-    for cls in filter(is_dataclass, reversed(owner.__mro__)):
+    """The docstring under each field of a class and its bases, or the meaning in its metadata."""
+    noted = fields(owner) if is_dataclass(owner) else ()
+    texts = {f.name: f.metadata["meaning"] for f in noted if "meaning" in f.metadata}
+    for cls in (cls for cls in reversed(owner.__mro__) if cls.__module__.startswith("saewb")):
         for node, below in pairwise(tree_of(cls).body):
             if isinstance(node, ast.AnnAssign) and isinstance(getattr(below, "value", None), ast.Constant):
                 texts[node.target.id] = below.value.value
@@ -123,7 +124,7 @@ def test_help_of_a_config_says_what_every_field_is(name):
 @pytest.mark.parametrize(("name", "value"), [p for p in public() if inspect.isclass(p.values[1])])
 def test_classes_say_all(name, value):
     text, node = sections(inspect.getdoc(value)), tree_of(value)
-    texts = field_docstrings(value) if is_dataclass(value) else {}
+    texts = field_docstrings(value)
     for field in node.body:  # its unit stands under it, or in the docstring
         if isinstance(field, ast.AnnAssign) and not field.target.id.startswith("_"):
             described = field.target.id in texts or re.search(rf"\b{field.target.id}\b", inspect.getdoc(value))

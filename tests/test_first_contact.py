@@ -9,7 +9,6 @@ import torch
 
 import saewb
 from saewb.errors import check_device
-from saewb.sae.sae import replace_config
 
 TEXTS = ["The river flows through the city."] * 40
 HOOK = "blocks.2.hook_resid_post"
@@ -41,7 +40,7 @@ def test_an_sae_of_another_width(model):
     ("made_for", "noted"), [("gpt2-small", True), ("tiny", False), (None, False), ("someone/Tiny", False)]
 )
 def test_an_sae_of_another_model_of_the_same_width(model, sae, made_for, noted):
-    with saewb.attach(model, replace_config(sae, model=made_for)) as attached:
+    with saewb.attach(model, sae.with_config(model=made_for)) as attached:
         assert ("made for gpt2-small, which this is not" in repr(attached)) == noted
 
 

@@ -132,12 +132,12 @@ class ModelSource:
 
     def _compute_round(self, batches: list[Tensor]) -> list[Activations | None]:
         """The chunks of a round: one computed here, the others received. An incomplete round is computed here."""
-        kept = [self._kept_tokens(ids) for ids in batches]
-        if len(batches) != self._team.size or not all(map(len, kept)):
+        positions = [self._kept_tokens(ids) for ids in batches]
+        if len(batches) != self._team.size or not all(map(len, positions)):
             return [self._compute(ids) for ids in batches]
         local = self._compute(batches[self._team.rank])
         chunks: list[Activations | None] = []
-        for rank, (ids, tokens) in enumerate(zip(batches, kept, strict=True)):
+        for rank, (ids, tokens) in enumerate(zip(batches, positions, strict=True)):
             is_local = rank == self._team.rank
             values = {
                 name: self._team.broadcast(x.contiguous() if is_local else x.new_empty(len(tokens), x.shape[1]), rank)

@@ -73,8 +73,8 @@ def build_index(
     contexts, about 750 per latent and at most 528 per coactive token beside them, and about 130 MiB to merge them (380
     where 128 latents or more may be active on a token). A batch adds its active latents, about 150 bytes each, and at
     most 32 MiB of latents (or one row's); where a product in bf16 chooses which latents are computed
-    (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `rough_bytes(d_in, d_sae)` too, one and a
-    half times W_enc and 72 MiB. Then logit effects and neighbors take
+    (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `ApproximateTopK.max_bytes(d_in, d_sae)`
+    too, one and a half times W_enc and 72 MiB. Then logit effects and neighbors take
     `saewb.features.logit_effects.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once
     more, and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any
     `batch_size` and any number of interruptions, up to rounding of the model's activations.

@@ -14,7 +14,8 @@ from saewb.interventions.site import flatten_heads
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.sae.base import SparseEncoder
-from saewb.stats._fired import Fired
+from saewb.sae.sparse import SparseLatents
+from saewb.stats._entries import Sparse
 from saewb.stats.correlation_map import MatrixView
 
 _PASS = 4096  # tokens run through the model at a time
@@ -78,7 +79,7 @@ def latent_matrix(
     with eval_mode(model):
         for part in torch.arange(len(ids)).split(max(1, _PASS // ids.shape[1])):
             x = _read(model, sae, ids[part], mask[part], hook_name)[: n_tokens - n_read]
-            parts += [(z.token + n_read + rows.start, z.latent, z.act.float()) for rows, z in encoder.tiles(x)]
+            parts += [latents for _, latents in encoder.tiles(x)]
             n_read += len(x)
             if progress is not None:
                 progress(n_read)
@@ -87,9 +88,8 @@ def latent_matrix(
     if not n_read:
         what = f"all {ids.numel()} tokens are special."
         raise ValueError(explain(what, want="text", fix="latent_matrix(..., skip_special_tokens=False)"))
-    token, latent, act = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    entries = Fired.of(token, latent, act, n_read, sae.cfg.d_sae, by, min_fires)
-    return MatrixView(entries, entries.fires() / n_read)
+    entries = Sparse.of(SparseLatents.cat(parts), by, min_fires)
+    return MatrixView(entries, entries.firing_counts() / n_read)
 
 
 @torch.no_grad()

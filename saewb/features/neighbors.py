@@ -10,9 +10,10 @@ from torch import Tensor
 
 from saewb.errors import explain
 from saewb.features.config import PAIRS, IndexInfo
-from saewb.kernels.select import Rough, rough_bytes
+from saewb.kernels.select import ApproximateTopK
 from saewb.kernels.topk import BLOCK, top_of_product
-from saewb.stats._fired import Fired
+from saewb.sae.sparse import SparseLatents
+from saewb.stats._entries import Sparse
 from saewb.stats.correlation_map import MatrixView
 
 _ROWS = 2**13  # latents whose cosines are computed at a time
@@ -28,7 +29,7 @@ def nearest(rows: Float[Tensor, "d_sae d"], n: int, name: str) -> dict[str, Tens
     n = min(n, len(rows) - 1)
     unit, neighbors = _normalize(rows.detach()), torch.empty(len(rows), n, dtype=torch.int32, device=rows.device)
     cosines, none = torch.empty(len(rows), n, device=rows.device), unit.new_zeros(len(unit))
-    rough = Rough.of(unit.T, none, like=unit[:: -(-len(unit) // _CALIBRATION)])
+    rough = ApproximateTopK.of(unit.T, none, like=unit[:: -(-len(unit) // _CALIBRATION)])
     for begin in range(0, len(unit), _ROWS):
         part = slice(begin, begin + _ROWS)
         if rough is None:
@@ -42,8 +43,8 @@ def nearest(rows: Float[Tensor, "d_sae d"], n: int, name: str) -> dict[str, Tens
 
 
 def nearest_bytes(d_sae: int, d: int) -> int:
-    """Peak memory of `nearest` in bytes, besides its result; the unit rows are those of `rough_bytes`."""
-    return rough_bytes(d, d_sae) + 4 * 2 * max(BLOCK, 1024 * _ROWS)
+    """Peak memory of `nearest` in bytes, besides its result; the unit rows are those of `ApproximateTopK.max_bytes`."""
+    return ApproximateTopK.max_bytes(d, d_sae) + 4 * 2 * max(BLOCK, 1024 * _ROWS)
 
 
 def _normalize(rows: Tensor) -> Float[Tensor, "d_sae d"]:
@@ -124,5 +125,6 @@ def firing_matrix(info: IndexInfo, tensors: Mapping[str, Tensor], min_fires: int
         raise ValueError(explain(what, fix="saewb.build_index(..., coactive_tokens=65_536)"))
     token, rank = (active >= 0).nonzero(as_tuple=True)
     latent = active[token, rank].long()
-    entries = Fired.of(token, latent, torch.ones(len(token)), len(active), info.d_sae, "phi", min_fires)
+    latents = SparseLatents(token, latent.long(), torch.ones(len(token)), (len(active), info.d_sae))
+    entries = Sparse.of(latents, "phi", min_fires)
     return MatrixView(entries, tensors["counts.by_position"].sum(1) / max(1, info.n_tokens))

@@ -282,7 +282,7 @@ def export_json(
     def fill(path: Path) -> None:
         with path.open("w", encoding="utf-8") as out:  # a feature at a time: the file may be larger than memory
             for n, i in enumerate(chosen):
-                feature = {"modelId": model, "layer": layer, **feature_json(index.latent(i))}
+                feature = {"modelId": model, "layer": layer, **_feature_json(index.latent(i))}
                 out.write(("[\n" if n == 0 else ",\n") + json.dumps(feature, ensure_ascii=False))
             out.write("[]" if not len(chosen) else "\n]\n")
 
@@ -291,7 +291,7 @@ def export_json(
     return target
 
 
-def feature_json(latent: Latent) -> dict[str, Any]:
+def _feature_json(latent: Latent) -> dict[str, Any]:
     """A latent in the keys that `export_json` names, but for the model and the layer."""
     page = latent.to_dict()
     activations = [_activation(c, 0.0, latent.max, -1.0) for c in page["top"]]

@@ -26,34 +26,35 @@ _CHUNK = 2**16  # pairs at a time where sampled dot products are done without th
 class Pairs:
     """Which latents are on for which tokens, without the zeros, tokens ascending."""
 
-    tokens: Int[Tensor, " pairs"]  # row of the batch
-    latents: Int[Tensor, " pairs"]  # which latent is on there
-    pre: Float[Tensor, " pairs"]  # its pre-activation, x_centered @ W_enc + b_enc, in the dtype of the parameters
-    starts: Int[Tensor, " batch"]  # where each token's pairs begin
+    tokens: Int[Tensor, " pairs"]
+    """Row of the batch, ascending."""
+    latents: Int[Tensor, " pairs"]
+    """The latent that is on there."""
+    pre: Float[Tensor, " pairs"]
+    """Its pre-activation, x_centered @ W_enc + b_enc, in the dtype of the parameters."""
+    starts: Int[Tensor, " batch"]
+    """Where each token's pairs begin."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def where(self, kept: Tensor) -> Pairs:
-        """Only the pairs at these places, ascending, or where this mask is true."""
-        if kept.dtype == torch.bool:
-            kept = kept.nonzero()[:, 0]
-        tokens = self.tokens.index_select(0, kept)
-        return Pairs(
-            tokens,
-            self.latents.index_select(0, kept),
-            self.pre.index_select(0, kept),
-            starts_of(tokens, len(self.starts)),
-        )
+    def where(self, which: Tensor) -> Pairs:
+        """Only the pairs of these indices, ascending, or where this mask is true."""
+        which = which.nonzero()[:, 0] if which.dtype == torch.bool else which
+        tokens, latents, pre = (t.index_select(0, which) for t in (self.tokens, self.latents, self.pre))
+        return pairs_of(tokens, latents, pre, len(self.starts))
 
 
 @dataclass(frozen=True)
 class ByLatent:
     """The same pairs sorted by latent (and by token within one): what gradients of weights are summed in."""
 
-    order: Int[Tensor, " pairs"]  # of the pairs as they were
+    order: Int[Tensor, " pairs"]
+    """Indices into the pairs as they were."""
     tokens: Int[Tensor, " pairs"]
-    starts: Int[Tensor, " d_sae"]  # where each latent's pairs begin
+    """Row of the batch, ascending within a latent."""
+    starts: Int[Tensor, " d_sae"]
+    """Where each latent's pairs begin."""
 
     def sorted(self, values: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
         """Values of the pairs as they were, brought into this order."""
@@ -157,8 +158,8 @@ def dots(
     tokens, latents = pairs.tokens.index_select(0, order), pairs.latents.index_select(0, order)
     if has_sampled_dots() if private is None else private:
         unused = tokens.new_zeros(1)  # where each latent's pairs begin: known from `latents`
-        found = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, tokens, unused, latents, _SUM)
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, tokens, unused, latents, _SUM)
     else:
         chunks = zip(tokens.split(_CHUNK), latents.split(_CHUNK), strict=True)
-        found = torch.cat([torch.linalg.vecdot(left[tokens], right[latents]) for tokens, latents in chunks])
-    return torch.empty_like(found).scatter_(0, order, found)
+        products = torch.cat([torch.linalg.vecdot(left[tokens], right[latents]) for tokens, latents in chunks])
+    return torch.empty_like(products).scatter_(0, order, products)

@@ -4,7 +4,7 @@
     bf16    both factors and the result rounded to bf16
     int8    weights in 127 steps per latent, inputs in 127 steps of the batch's largest value; the result in bf16
 
-The last two only select (`saewb.kernels.select`, `saewb.training.sparse_step.selection`). Each is a private or new corner of
+The last two only select (`saewb.kernels.select`). Each is a private or new corner of
 torch and oneDNN: what is relied on is looked for, pinned by a test, and done otherwise where it is missing.
 """
 
@@ -25,8 +25,8 @@ SPARE = {"full": 1.3, "bf16": 1.4, "int8": 1.5}  # candidates per pair that a wh
 SLACK = {"full": 0.0, "bf16": 1 / 32, "int8": 5 / 64}  # first guess at the largest error, in typical scores
 
 # Of scores on a CPU: less than malloc hands out afresh, page by page, each time.
-_TILE_BYTES = 20 * 2**20
-_CUDA_TILE_BYTES = 2**29
+TILE_BYTES_CPU = 20 * 2**20
+TILE_BYTES_CUDA = 2**29
 _BLOCK = 1024  # latents whose weights are converted at a time
 _COPIED = 2**20  # products at a time that are copied to where they are wanted
 _ROWS = 256  # the same for int8, where they are gone over several times
@@ -44,10 +44,10 @@ def best_precision(device: torch.device) -> Precision:
     """
     if device.type == "cpu" and _reports("_is_vnni_supported") and has_int8():
         return "int8"
-    return finer("int8", device)
+    return next_higher_precision("int8", device)
 
 
-def finer(precision: Precision, device: torch.device) -> Precision:
+def next_higher_precision(precision: Precision, device: torch.device) -> Precision:
     """The next better precision that is worth its time on this device."""
     if precision == "bf16" or device.type not in ("cpu", "cuda"):
         return "full"
@@ -64,11 +64,11 @@ def has_int8() -> bool:
 
 def tile_rows(d_sae: int, device: torch.device) -> int:
     """Tokens per tile, whole 64s, so that its scores take 20 MiB on a CPU, 512 MiB on a GPU, as float32."""
-    size = _TILE_BYTES if device.type == "cpu" else _CUDA_TILE_BYTES
+    size = TILE_BYTES_CPU if device.type == "cpu" else TILE_BYTES_CUDA
     return max(64, min(2048, size // (256 * d_sae) * 64))
 
 
-def multiplier(
+def low_precision_matmul(
     W: Float[Tensor, "d_sae d_in"],
     b: Float[Tensor, " d_sae"],
     norms: Float[Tensor, " d_sae"] | None,

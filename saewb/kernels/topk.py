@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# A top-k activation must see every latent of a token to know which ones to keep. It does so in row tiles of at most this
-# many pre-activations (64 MiB in float32), so that asking for a few latents stays small.
+# A top-k activation must see every latent of a token to know which ones to keep. It does so in row tiles of at most
+# this many pre-activations (64 MiB in float32), so that asking for a few latents stays small.
 TILE = 2**24
 BLOCK = 2**23  # pre-activations of a block of latents (32 MiB in float32)
 _SLABS = 16  # elements of a group where there is no k
@@ -141,14 +141,14 @@ def top_of_product(
     """
     width = max(1024, k, BLOCK // max(1, len(h)))
     buffer = h.new_empty(len(h), min(width, W.shape[1]))
-    found: list[tuple[Tensor, Tensor]] = []
+    tops: list[tuple[Tensor, Tensor]] = []
     for start in range(0, W.shape[1], width):
         columns = slice(start, start + width)
         pre = torch.mm(h, W[:, columns], out=buffer[:, : W[:, columns].shape[1]]).add_(b[columns])
         values, indices = top(pre, min(k, pre.shape[1]), activation)
-        found.append((values, indices + start))
-    values, indices = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    if len(found) > 1:
+        tops.append((values, indices + start))
+    values, indices = (torch.cat(parts, 1) for parts in zip(*tops, strict=True))
+    if len(tops) > 1:
         values, which = top(values, k, activation)
         indices = indices.gather(1, which)
     return values, indices

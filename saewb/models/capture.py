@@ -33,8 +33,10 @@ class Activations:
         (5, [0, 1], Activations(5 tokens: blocks.0.hook_resid_post 8))
     """
 
-    values: Mapping[str, Tensor]  # by point: [tokens, d], in the dtype and on the device they were made
-    ids: Tensor | None = None  # [tokens], which token of the vocabulary; integers, on the CPU; None: not known
+    values: Mapping[str, Tensor]
+    """By point: [tokens, d], in the dtype and on the device they were made."""
+    ids: Tensor | None = None
+    """[tokens], which token of the vocabulary; integers, on the CPU; None: not known."""
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(value.shape) for name, value in self.values.items()}

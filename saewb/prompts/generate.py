@@ -34,9 +34,12 @@ Intervene = Callable[[], AbstractContextManager[Any]]
 class NewToken:
     """One token of a generation, as `generate_tokens` gives it."""
 
-    token_id: int  # of the vocabulary
-    text: str  # all that was generated so far, this token included
-    probability: float  # of this token, at temperature 1, under the intervention
+    token_id: int
+    """Of the vocabulary."""
+    text: str
+    """All that was generated so far, this token included."""
+    probability: float
+    """Of this token, at temperature 1, under the intervention."""
 
 
 def generate_tokens(

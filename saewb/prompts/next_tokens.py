@@ -27,12 +27,18 @@ _TILE = 2**23  # log probabilities computed at a time (32 MiB in float32)
 class NextTokens:
     """The likeliest next tokens at each position of a prompt. Made by `saewb.next_tokens`, which explains it."""
 
-    tokens: tuple[str, ...]  # the prompt, token by token
-    ids: Int[Tensor, "pos words"]  # the model's likeliest, likeliest first; then those with the SAEs in place
-    log_prob: Float[Tensor, "pos words"]  # of the model, in nats
-    log_prob_with_saes: Float[Tensor, "pos words"] | None  # None if there are none
-    kl: Float[Tensor, " pos"] | None  # divergence of the latter from the former, in nats
-    words: Mapping[int, str]  # the text of each id
+    tokens: tuple[str, ...]
+    """The prompt, token by token."""
+    ids: Int[Tensor, "pos words"]
+    """The model's likeliest, likeliest first; then those with the SAEs in place."""
+    log_prob: Float[Tensor, "pos words"]
+    """Of the model, in nats."""
+    log_prob_with_saes: Float[Tensor, "pos words"] | None
+    """None if there are none."""
+    kl: Float[Tensor, " pos"] | None
+    """Divergence of the latter from the former, in nats."""
+    words: Mapping[int, str]
+    """The text of each id."""
 
     def to_frame(self, position: int = -1) -> pd.DataFrame:
         """At one position: token, id, probability, and with_saes, the likeliest (by either) first.

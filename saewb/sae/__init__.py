@@ -9,7 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "base",
         "config",
         "cross_layer",
-        "encoding",
         "matching_pursuit",
         "sae",
         "sparse",

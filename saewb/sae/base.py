@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Union
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saewb.errors import FormatError, explain
-from saewb.kernels.select import Rough
+from saewb.kernels.select import ApproximateTopK
 from saewb.sae.activation_functions import Latents, Tap, denormalized, normalized
 from saewb.sae.config import CoderConfig
 from saewb.sae.sparse import SparseLatents
@@ -38,8 +39,11 @@ class SparseCoder(nn.Module, ABC):
     """Whether the latents of a token depend on the tokens before it."""
 
     cfg: CoderConfig
+    """What the weights are of."""
     W_dec: nn.Parameter
+    """Decoder directions, a row for each latent."""
     b_dec: nn.Parameter
+    """Decoder bias."""
 
     @classmethod
     def from_tensors(
@@ -49,7 +53,8 @@ class SparseCoder(nn.Module, ABC):
 
         Args:
             cfg: what they are the weights of.
-            tensors: by the names of this class, exactly those that `cfg` calls for; one per layer where there are layers.
+            tensors: by the names of this class, exactly those that `cfg` calls for; a list of one per layer for
+                several layers.
 
         Raises:
             FormatError: if one is missing, left over, or of another shape than `cfg` says.
@@ -86,6 +91,31 @@ class SparseCoder(nn.Module, ABC):
             self._parameters[name] = nn.Parameter(
                 tensors[name].detach(), requires_grad=tensors[name].is_floating_point()
             )
+
+    def tensors(self) -> dict[str, Any]:
+        """The weights by name, shared, as `from_tensors` takes them."""
+        return dict(self.named_parameters())
+
+    def with_config(self, **changes: Any) -> Any:  # of the same class
+        """The same weights, shared, under a configuration with other hooks, model or metadata.
+
+        Args:
+            changes: fields of its configuration and their new values.
+
+        Raises:
+            TypeError: for a field that the configuration does not have.
+
+        Example:
+            >>> import saewb
+            >>> saewb.SAE(saewb.SAEConfig(2, 4)).with_config(model="tiny")
+            SAE(relu, 2 -> 4 latents, tiny, float32 on cpu)
+        """
+        names = [f.name for f in fields(self.cfg)]
+        if unknown := sorted(set(changes) - set(names)):
+            raise TypeError(
+                explain(f"{type(self.cfg).__name__} has no field {unknown}.", want=", ".join(sorted(names)))
+            )
+        return self.from_tensors(replace(self.cfg, **changes), self.tensors())
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -211,11 +241,13 @@ class SparseCoder(nn.Module, ABC):
 
     # -- sparse encoding: what an architecture may do better than to encode densely ------------------------------------
 
-    def _approximation(self, x: Float[Tensor, "tokens d_in"]) -> Rough | None:
+    def _approximation(self, x: Float[Tensor, "tokens d_in"]) -> ApproximateTopK | None:
         """A low-precision copy of the encoder for inputs like these; None where there is no use for one."""
         return None
 
-    def _encode_tokens(self, x: Float[Tensor, "tokens d_in"], rough: Rough | None) -> SparseLatents | None:
+    def _encode_tokens(
+        self, x: Float[Tensor, "tokens d_in"], approximate: ApproximateTopK | None
+    ) -> SparseLatents | None:
         """Active latents of single tokens, without their pre-activations in memory; None if that does not pay."""
         return None
 
@@ -268,9 +300,9 @@ class SparseCoder(nn.Module, ABC):
 class SparseEncoder:
     """Encodes many batches with one SAE, without the zeros.
 
-    On a CPU with bf16 instructions a product in bf16 says which latents may be active, and those are computed in float32
-    (`saewb.kernels.select`): for that it holds one and a half times W_enc from the first tokens on. The SAE's weights
-    must not change while it is used.
+    On a CPU with bf16 instructions a product in bf16 says which latents may be active, and those are computed in
+    float32 (`saewb.kernels.select`): for that it holds one and a half times W_enc from the first tokens on. The SAE's
+    weights must not change while it is used.
 
     Example:
         >>> import saewb
@@ -284,21 +316,21 @@ class SparseEncoder:
     def __init__(self, sae: SparseCoder) -> None:
         self.sae = sae
         self._prepared = False
-        self._rough: Rough | None = None
+        self._approximate: ApproximateTopK | None = None
 
     @property
     def nbytes(self) -> int:
         """What it holds now besides the SAE, in bytes."""
-        return 0 if self._rough is None else self._rough.nbytes
+        return 0 if self._approximate is None else self._approximate.nbytes
 
     @torch.no_grad()
     def tiles(
-        self, x: Float[Tensor, "rows *ctx d_in"], mask: Bool[Tensor, "rows *ctx"] | None = None
+        self, x: Float[Tensor, "*rows d_in"], mask: Bool[Tensor, "*rows"] | None = None
     ) -> Iterator[tuple[slice, SparseLatents]]:
         """Active latents of some rows, and of the next ones, until all are done: where `sae.encode(x)` is not 0.
 
-        All rows at once, in tiles of 32 MiB of latents, for a top-k activation, and for a threshold that few latents are
-        above; else as many rows at a time as have 32 MiB of latents, or one.
+        All rows at once, in tiles of 32 MiB of latents, for a top-k activation, and for a threshold that few latents
+        are above; else as many rows at a time as have 32 MiB of latents, or one.
 
         Args:
             x: activations of the model; of a temporal SAE the middle axis is time.
@@ -312,8 +344,8 @@ class SparseEncoder:
         token = None if mask is None else mask.flatten().nonzero()[:, 0]
         rows = rows if token is None or len(token) == len(rows) else rows[token]
         if not self._prepared and len(rows):
-            self._rough, self._prepared = self.sae._approximation(rows), True
-        latents = self.sae._encode_tokens(rows, self._rough)
+            self._approximate, self._prepared = self.sae._approximation(rows), True
+        latents = self.sae._encode_tokens(rows, self._approximate)
         if latents is not None:
             if token is not None and len(token) < mask.numel():
                 latents = SparseLatents(token[latents.token], latents.latent, latents.act, (mask.numel(), d_sae))

@@ -1,14 +1,14 @@
 """Configurations: what an SAE is, without its weights.
 
-Frozen dataclasses whose checks are two lines each, not pydantic ones: most checks concern several fields at once (k fits
-d_sae and the activation, pre_bias fits d_out), so pydantic would save little here and cost its import (0.3 s) wherever
-a first SAE is loaded.
+Frozen dataclasses whose checks are two lines each, not pydantic ones: most checks concern several fields at once (k
+fits d_sae and the activation, pre_bias fits d_out), so pydantic would save little here and cost its import (0.3 s)
+wherever a first SAE is loaded.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args
 
@@ -18,16 +18,6 @@ Activation = Literal["relu", "jumprelu", "topk", "abstopk", "groupmax"]
 TokenNormalization = Literal["none", "layer_norm", "constant_norm", "centered"]
 PreBias = Literal["none", "tied", "own"]
 Shape = tuple[int, ...]
-
-
-def checker(owner: str) -> Callable[[bool, str, object, str], None]:
-    """What raises a ValueError for a wrong field of `owner`: called with (ok, name, value, want)."""
-
-    def check(ok: bool, name: str, value: object, want: str) -> None:
-        if not ok:
-            raise ValueError(explain(f"{owner} got {name}={value!r}.", want=want, fix=f"{owner}(..., {name}=...)"))
-
-    return check
 
 
 class CoderConfig(ABC):
@@ -49,7 +39,9 @@ class CoderConfig(ABC):
         """The tensors of an SAE of this configuration: shapes by name; one per layer where it has several layers."""
 
     def _check(self, ok: bool, name: str, want: str) -> None:
-        checker(type(self).__name__)(ok, name, getattr(self, name), want)
+        if not ok:
+            owner, value = type(self).__name__, getattr(self, name)
+            raise ValueError(explain(f"{owner} got {name}={value!r}.", want=want, fix=f"{owner}(..., {name}=...)"))
 
     def _check_counts(self, *names: str) -> None:
         for name in names:
@@ -88,8 +80,8 @@ class SAEConfig(CoderConfig):
     pre_bias: PreBias = "none"
     """Subtracted before encoding: nothing, b_dec itself, or a b_pre of its own."""
     normalization: TokenNormalization = "none"
-    """Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centered", for SAEs of models
-    with centered writing weights). A constant factor is folded into the weights instead."""
+    """Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centered", for SAEs of
+    models with centered writing weights). A constant factor is folded into the weights instead."""
     hook: str | None = None
     """The hook point it reads."""
     hook_out: str | None = None

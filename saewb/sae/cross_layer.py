@@ -137,6 +137,10 @@ class CrossLayerTranscoder(SparseCoder):
             of_layers = [nn.Parameter(tensor.detach(), requires_grad=False) for tensor in tensors[name]]
             self.add_module(name, nn.ParameterList(of_layers))
 
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """The weights by name, one per layer, shared, as `from_tensors` takes them."""
+        return {name: list(getattr(self, name)) for name in self.cfg.tensor_shapes()}
+
     @property
     def dtype(self) -> torch.dtype:
         """In which it computes, and of what comes out. Matrices may be stored in another."""

@@ -154,7 +154,8 @@ class PursuitSAE(SparseCoder):
         Args:
             latents: `[..., d_sae]`.
             x: the input they came from; needed, and only used, with a normalization.
-            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is used on.
+            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is
+                used on.
 
         Raises:
             TypeError: if `latents` is no tensor.
@@ -199,23 +200,23 @@ class PursuitSAE(SparseCoder):
         # Tokens that are done leave `residual` and `token`, so later rounds cost only what is still moving. The choices
         # are collected and written once: writing each into [tokens, d_sae] would keep that tensor for every round.
         token = torch.arange(len(residual), device=residual.device)
-        seen = torch.zeros(len(residual), self.cfg.d_sae, dtype=torch.bool, device=residual.device)
-        acts = residual.new_zeros(seen.shape)
-        chosen: list[tuple[Tensor, Tensor, Tensor]] = []
+        is_on = torch.zeros(len(residual), self.cfg.d_sae, dtype=torch.bool, device=residual.device)
+        acts = residual.new_zeros(is_on.shape)
+        choices: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(self.cfg.max_iterations or self.cfg.d_in):
             if not len(token):
                 break
             latent = self._best(residual)
             rows = self.W_dec[latent]
             value = torch.relu((residual * rows).sum(-1))
-            chosen.append((token, latent, value))
+            choices.append((token, latent, value))
             residual = residual - value[:, None] * rows
-            moving = self._moving(residual.detach(), value.detach(), seen[token, latent])
-            seen[token, latent] = True
+            moving = self._moving(residual.detach(), value.detach(), is_on[token, latent])
+            is_on[token, latent] = True
             token, residual = token[moving], residual[moving]
-        if not chosen:
+        if not choices:
             return acts
-        tokens, latents, values = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        tokens, latents, values = (torch.cat(parts) for parts in zip(*choices, strict=True))
         return acts.index_put((tokens, latents), values, accumulate=True)
 
     @torch.no_grad()

@@ -3,16 +3,15 @@
     latents = activation((normalize(x) - b_pre) @ W_enc + b_enc)
     recons  = denormalize(latents @ W_dec + b_dec) (+ x @ W_skip)
 
-The activation is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What else
-differs between papers is a matter of reading a file (`saewb.pretrained.formats`) or of training (`saewb.training.objectives`), not of
-another class here.
+The activation is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What
+else differs between papers is a matter of reading a file (`saewb.pretrained.formats`) or of training
+(`saewb.training.objectives`), not of another class here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -20,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from saewb.errors import explain
-from saewb.kernels.select import Rough, chosen
+from saewb.kernels.select import ApproximateTopK, quickest_topk
 from saewb.kernels.topk import TILE, top
 from saewb.sae.activation_functions import Latents, Tap, tapped, thresholded
 from saewb.sae.base import SparseCoder
 from saewb.sae.config import SAEConfig
 from saewb.sae.sparse import SparseLatents
 
-__all__ = ["SAE", "SAEConfig", "replace_config"]
+__all__ = ["SAE", "SAEConfig"]
 
 _SPARSE = 1 / 32  # share of latents that may be active, above which a product in bf16 is not asked which are
 
@@ -115,7 +114,7 @@ class SAE(SparseCoder):
         threshold = self.threshold[latents] if self.cfg.activation == "jumprelu" else None
         return thresholded(torch.tensordot(h, self.W_enc[:, latents], 1) + self.b_enc[latents], threshold)
 
-    def encode_topk(self, x: Float[Tensor, "*batch d_in"], rough: Rough | None = None) -> SparseLatents:
+    def encode_topk(self, x: Float[Tensor, "*batch d_in"], approximate: ApproximateTopK | None = None) -> SparseLatents:
         """What a top-k activation keeps: `encode(x)` without its zeros, with gradients.
 
         The result holds k values and indices per token (`.topk`).
@@ -127,7 +126,7 @@ class SAE(SparseCoder):
 
         Args:
             x: activations of the model, as for `encode`.
-            rough: of these weights, where there are many calls (`saewb.sae.base.SparseEncoder`).
+            approximate: of these weights, where there are many calls (`saewb.sae.base.SparseEncoder`).
 
         Raises:
             ValueError: if the activation is a threshold, which keeps no fixed number.
@@ -137,7 +136,7 @@ class SAE(SparseCoder):
             raise ValueError(explain(what, want="a top-k activation", fix="sae.encode(x)"))
         h = self.encoder_input(x)
         rows, shape = h.reshape(-1, h.shape[-1]), (*h.shape[:-1], self.cfg.d_sae)
-        topk = chosen(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.activation, rough)
+        topk = quickest_topk(rows, self.W_enc, self.b_enc, self.cfg.k, self.cfg.activation, approximate)
         return SparseLatents.from_topk(*topk, shape)
 
     def decode(
@@ -154,7 +153,8 @@ class SAE(SparseCoder):
             latents: `[..., d_sae]`, or what `encode_topk` or `encode_sparse` gave.
             x: the input they came from. Needed, and only used, where the output depends on it beyond the latents: with
                 a normalization (to undo it) and with a skip matrix.
-            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is used on.
+            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is
+                used on.
 
         Returns:
             `[..., d_out]`.
@@ -248,17 +248,19 @@ class SAE(SparseCoder):
     def _threshold(self, latents: Tensor | slice) -> Tensor:
         return self.threshold[latents] if self.cfg.activation == "jumprelu" else torch.zeros_like(self.b_enc[latents])
 
-    def _approximation(self, x: Float[Tensor, "tokens d_in"]) -> Rough | None:
+    def _approximation(self, x: Float[Tensor, "tokens d_in"]) -> ApproximateTopK | None:
         if self.cfg.activation == "groupmax":
             return None
         floor = None if self.cfg.k is not None else torch.relu(self._threshold(slice(None)))
-        return Rough.of(self.W_enc.detach(), self.b_enc.detach(), self.encoder_input(x), floor)
+        return ApproximateTopK.of(self.W_enc.detach(), self.b_enc.detach(), self.encoder_input(x), floor)
 
-    def _encode_tokens(self, x: Float[Tensor, "tokens d_in"], rough: Rough | None) -> SparseLatents | None:
+    def _encode_tokens(
+        self, x: Float[Tensor, "tokens d_in"], approximate: ApproximateTopK | None
+    ) -> SparseLatents | None:
         if self.cfg.k is not None:
-            return self.encode_topk(x, rough)
+            return self.encode_topk(x, approximate)
         limit = int(_SPARSE * len(x) * self.cfg.d_sae)
-        listed = None if rough is None else rough.over(self.encoder_input(x), limit)
+        listed = None if approximate is None else approximate.over(self.encoder_input(x), limit)
         if listed is None:
             return None
         token, latent, pre_acts = listed
@@ -269,20 +271,6 @@ class SAE(SparseCoder):
     @property
     def _kind(self) -> str:
         return self.cfg.activation if self.cfg.k is None else f"{self.cfg.activation} k={self.cfg.k}"
-
-
-def replace_config(sae: SAE, **changes: Any) -> SAE:
-    """The same weights, shared, under a configuration with other hooks, model or metadata.
-
-    Raises:
-        TypeError: for a field that SAEConfig does not have.
-    """
-    known = {f.name for f in fields(SAEConfig)}
-    if not set(changes) <= known:
-        raise TypeError(
-            explain(f"SAEConfig has no field {sorted(set(changes) - known)}.", want=", ".join(sorted(known)))
-        )
-    return SAE.from_tensors(replace(sae.cfg, **changes), dict(sae._parameters))
 
 
 def _initial(cfg: SAEConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:

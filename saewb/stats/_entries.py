@@ -1,80 +1,97 @@
-"""Where the entries of a large matrix come from: any rows and columns of it, of which none but the dense one holds all.
+"""Sources of matrix entries: any block of a dense, low-rank, counted or sparse correlation matrix.
 
-Entries that are not defined (a feature that never fires, a direction of length 0) are nan.
+Every source answers `block(rows, cols)`; only `Dense` holds all entries. Entries that are undefined (a feature that
+never fires, a direction of length 0) are nan.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saewb.sae.sparse import SparseLatents
 from saewb.stats.cooccurrence import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation, correlation_stats
 
-_COUNTED = 32  # operations that an entry of counts costs, about
+_TOKEN_SUMS = 2**23  # numbers of [tokens, cells] held at a time
 
 
 class Entries(ABC):
-    """The entries of a matrix, abstract: those of some rows and columns, and its product with a few columns."""
+    """Base class of the sources of a matrix: blocks of it, products with it, and what is known about its features."""
 
     shape: tuple[int, int]
-    same: bool  # rows and columns are the same things: it is symmetric, and its diagonal says nothing
-    what: str  # what an entry is, a word
+    same: bool
+    """Rows and columns are the same features: the matrix is symmetric, and its diagonal carries no information."""
+    what: str
+    """What an entry is, in a word: correlation, phi, jaccard, cosine."""
     device: torch.device
+    entry_cost: float
+    """Multiplications per entry, roughly."""
+    has_factors: bool = False
+    """Entries are products of stored vectors: `Factors`."""
+    n_terms: int | None = None
+    """Length of the dot product behind an entry; None if there is no shortcut to means of cells."""
 
     @abstractmethod
-    def tile(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+    def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
         """Exact entries, float32."""
 
     @abstractmethod
-    def times(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-        """The matrix times `x`, where what is not defined counts as 0."""
+    def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """The matrix times `x`, with undefined entries as 0."""
 
-    @abstractmethod
-    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        """Multiplications that making these entries takes, about."""
-
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """`a [n, d], b [m, d]` with entries `a_i . b_j` off the diagonal, if it has such; nan rows are undefined."""
-        return None
+    def block_cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
+        """Multiplications that `block` takes, roughly."""
+        return self.entry_cost * len(rows) * len(cols)
 
     def means(
-        self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int
-    ) -> Float[Tensor, "blocks_r blocks_c"] | None:
-        """Means of blocks of `step * step`, if there is a quick way to them; the diagonal of `same` is left out."""
-        return None
+        self,
+        rows: Int[Tensor, " rows"],
+        cols: Int[Tensor, " cols"],
+        step: int,
+        sums: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Float[Tensor, "cells_r cells_c"] | None:
+        """Means of cells of `step * step` entries off the diagonal, without computing entries; None if impossible.
 
-    def means_cost(self, n_rows: int, n_cols: int, step: int) -> float:
-        """Multiplications that `means` takes, about."""
-        return float("inf")
+        Args:
+            rows: features of the rows.
+            cols: features of the columns.
+            step: entries per side of a cell.
+            sums: `Factors.block_sums` of the rows and of the columns, if at hand.
+        """
+        return None
 
     def stats(self) -> CorrelationStats | None:
-        """Of all entries off the diagonal, if there is a closed form."""
+        """Statistics of all entries off the diagonal, if there is a closed form."""
         return None
 
-    def fires(self) -> Int[Tensor, " n"] | None:
-        """Tokens on which each feature of the rows fires, if that is known."""
+    def firing_counts(self) -> Int[Tensor, " n"] | None:
+        """Tokens on which each feature of the rows fires, if known."""
         return None
 
-    def together(self, i: int, j: int) -> tuple[int, int] | None:
-        """Tokens on which both fire, and all tokens looked at, if that is known."""
+    def joint_count(self, i: int, j: int) -> tuple[int, int] | None:
+        """Tokens on which both features fire, and all tokens, if known."""
         return None
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Factors(Entries):
-    """`a_i . b_j`: directions of length 1, or the factor of a low-rank correlation, whose diagonal is 1."""
+    """Entries `a_i . b_j`: cosines of unit directions, or a low-rank correlation, whose diagonal is 1."""
 
     a: Float[Tensor, "n d"]
     b: Float[Tensor, "m d"]
     same: bool
     what: str
+    has_factors: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,63 +100,73 @@ class Factors(Entries):
 
     @property
     def device(self) -> torch.device:
-        """Of the factors."""
+        """Device of the factors."""
         return self.a.device
 
-    def tile(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+    @property
+    def n_terms(self) -> int:
         """See Entries."""
-        found = self.a[rows] @ self.b[cols].T
-        if self.same:
-            at, to = diagonal(rows, cols, self.shape[1])
-            found[at, to] = torch.where(found[at, to].isnan(), torch.nan, 1.0)
-        return found
+        return self.a.shape[1]
 
-    def times(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+    @property
+    def entry_cost(self) -> float:
+        """See Entries."""
+        return self.n_terms + 32.0
+
+    @cached_property
+    def _square(self) -> Float[Tensor, " n"]:
+        return self.a.square().sum(1).double()
+
+    def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+        """See Entries."""
+        entries = self.a[rows] @ self.b[cols].T
+        if self.same:
+            i, j = diagonal(rows, cols, self.shape[1])
+            entries[i, j] = torch.where(entries[i, j].isnan(), torch.nan, 1.0)
+        return entries
+
+    def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
         """See Entries."""
         return self.a.nan_to_num(0) @ (self.b.nan_to_num(0).T @ x)
 
-    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        """See Entries."""
-        return float(len(rows)) * len(cols) * (self.a.shape[1] + 32)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """See Entries."""
-        return self.a, self.b
+    def block_sums(self, index: Int[Tensor, " some"], axis: int, step: int) -> tuple[Tensor, Tensor]:
+        """Factors of the rows (axis 0) or columns, summed over `step` features each, and how many are defined."""
+        factor, sums, counts = self.b if axis else self.a, [], []
+        for part in index.split(step * max(1, 2**22 // (step * factor.shape[1]))):
+            x = factor[part]
+            defined = ~x[:, 0].isnan()
+            sums.append(add_rows(x.masked_fill_(~defined[:, None], 0), step))
+            counts.append(add_rows(defined.long(), step))
+        return torch.cat(sums), torch.cat(counts)
 
     def means(
-        self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int
-    ) -> Float[Tensor, "blocks_r blocks_c"]:
-        """sum_ij a_i . b_j = (sum_i a_i) . (sum_j b_j), less the diagonal."""
-        (a, n_a), (b, n_b) = block_sums(self.a, rows, step), block_sums(self.b, cols, step)
+        self,
+        rows: Int[Tensor, " rows"],
+        cols: Int[Tensor, " cols"],
+        step: int,
+        sums: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Float[Tensor, "cells_r cells_c"]:
+        """See Entries: sum_ij a_i . b_j = (sum_i a_i) . (sum_j b_j)."""
+        (a, n_a), (b, n_b) = sums or (self.block_sums(rows, 0, step), self.block_sums(cols, 1, step))
         total, count = (a @ b.T).double(), n_a[:, None] * n_b
-        if self.same:
-            at, to = diagonal(rows, cols, self.shape[1])
-            own = self.a[rows[at]].square().sum(1).double()
-            _take_off(total, count, own, at // step, to // step)
-        return torch.where(count > 0, total / count, torch.nan).float()
-
-    def means_cost(self, n_rows: int, n_cols: int, step: int) -> float:
-        """See Entries. Adding is slow, as it reads from memory."""
-        blocks = (-(-n_rows // step)) * (-(-n_cols // step))
-        return float(self.a.shape[1]) * (blocks + 8 * (n_rows + n_cols))
+        return _off_diagonal_means(total, count, self._square if self.same else None, rows, cols, step)
 
     def stats(self) -> CorrelationStats | None:
         """See Entries."""
         if not self.same or bool(self.a[:, 0].isnan().any()) or len(self.a) < 2:
             return None
-        own = torch.zeros(len(self.a), dtype=self.a.dtype, device=self.a.device)
-        long = (1 - self.a.square().sum(1)).clamp(min=0)
-        return correlation_stats(LowRankCorrelation(self.a, torch.where(long > 0, long, own)))
+        return correlation_stats(LowRankCorrelation(self.a, (1 - self.a.square().sum(1)).clamp(min=0)))
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Dense(Entries):
-    """A matrix that is there."""
+    """Entries of a matrix in memory."""
 
     matrix: Float[Tensor, "n n"]
     same: bool = True
     what: str = "correlation"
+    entry_cost: float = 16.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -148,35 +175,31 @@ class Dense(Entries):
 
     @property
     def device(self) -> torch.device:
-        """Of the matrix."""
+        """Device of the matrix."""
         return self.matrix.device
 
-    def tile(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+    def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
         """See Entries."""
         return self.matrix[rows[:, None], cols].float()
 
-    def times(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+    def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
         """See Entries."""
         parts = self.matrix.split(max(1, 2**22 // len(self.matrix)))
         return torch.cat([part.float().nan_to_num(0) @ x for part in parts])
 
-    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        """See Entries."""
-        return float(len(rows)) * len(cols) * 16
-
 
 @final
 @dataclass(frozen=True, eq=False)
-class Counted(Entries):
-    """A figure of counts of latents that fire together."""
+class Counts(Entries):
+    """phi, Jaccard or correlation from counts of latents that fire together."""
 
     counts: Coactivation
-    what: str  # phi, jaccard or correlation
-    _figures: tuple[str, ...] = field(default=("phi", "jaccard", "correlation"), repr=False)
+    what: str
+    entry_cost: float = 512.0
 
     @property
     def same(self) -> bool:
-        """Within one SAE."""
+        """Whether the counts are within one SAE."""
         return self.counts.b is None
 
     @property
@@ -186,123 +209,234 @@ class Counted(Entries):
 
     @property
     def device(self) -> torch.device:
-        """Of the counts."""
+        """Device of the counts."""
         return self.counts.together.device
 
-    def tile(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+    def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
         """See Entries."""
         return getattr(self.counts, self.what)(rows, cols).float()
 
-    def times(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+    def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
         """See Entries."""
         n, m = self.shape
         rows, cols = (torch.arange(size, device=self.device) for size in (n, m))
-        return torch.cat([self.tile(part, cols).nan_to_num(0) @ x for part in rows.split(max(1, 2**20 // m))])
+        return torch.cat([self.block(part, cols).nan_to_num(0) @ x for part in rows.split(max(1, 2**20 // m))])
 
-    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        """See Entries."""
-        return float(len(rows)) * len(cols) * 16 * _COUNTED
-
-    def fires(self) -> Int[Tensor, " n"]:
+    def firing_counts(self) -> Int[Tensor, " n"]:
         """See Entries."""
         return self.counts.a.fired
 
-    def together(self, i: int, j: int) -> tuple[int, int]:
+    def joint_count(self, i: int, j: int) -> tuple[int, int]:
         """See Entries."""
         return int(self.counts.counts([i], [j])), self.counts.n_tokens
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Picked(Entries):
-    """Entries between features of another matrix, any number of times each; -1 is none, and not defined."""
+class Sparse(Entries):
+    """Correlation of latents over tokens from their sparse activations; phi where all activations count as 1.
 
-    of: Entries
-    at: Int[Tensor, " n"]
+    r_ij = sum_t z_ti z_tj / N - mean_i mean_j,    z = activation / its standard deviation,    mean of z
+    """
+
+    by_latent: Any
+    """z as scipy.sparse.csc_array `[tokens, d_sae]`, float64."""
+    by_token: Any
+    """The same as scipy.sparse.csr_array."""
+    mean: Float[Tensor, " n"]
+    """Mean of z per latent, float64; nan where a latent is undefined, whose z is 0."""
+    what: str
+    same: bool = True
+
+    @classmethod
+    def of(cls, latents: SparseLatents, what: str, min_fires: int) -> Sparse:
+        """From active latents; those active on fewer than `min_fires` tokens are undefined."""
+        z = latents.to_scipy().astype(np.float64)
+        if what != "correlation":
+            z.data[:] = 1
+        act, n_tokens, d_sae = torch.from_numpy(z.data), *z.shape
+        latent = torch.from_numpy(z.indices).long()
+        mean, square = (act.new_zeros(d_sae).index_add_(0, latent, x) / n_tokens for x in (act, act.square()))
+        variance = (square - mean.square()).clamp(min=0)
+        fires = torch.bincount(latent, minlength=d_sae)
+        defined = (fires >= max(1, min_fires)) & (variance > 1e-12 * square)
+        scale = torch.where(defined, variance.rsqrt(), 0)
+        act *= scale[latent]
+        return cls(z.tocsc(), z, torch.where(defined, mean * scale, torch.nan), what)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Latents, twice."""
+        return len(self.mean), len(self.mean)
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU, where scipy computes."""
+        return self.mean.device
+
+    @property
+    def n_terms(self) -> int:
+        """Tokens."""
+        return self.by_token.shape[0]
+
+    def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+        """See Entries."""
+        z_rows = self.by_latent[:, rows.numpy()].T
+        if 2 * len(cols) < len(self.mean):
+            products = (z_rows @ self.by_latent[:, cols.numpy()]).toarray()
+        else:  # selecting most columns of the result is quicker than selecting and converting them
+            products = (z_rows @ self.by_token).toarray()[:, cols.numpy()]
+        products = torch.from_numpy(products).div_(self.n_terms)
+        return products.addr_(self.mean[rows], self.mean[cols], alpha=-1).float()
+
+    def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+        """See Entries."""
+        mean, y = self.mean.nan_to_num(0), x.double()
+        product = torch.from_numpy(self.by_latent.T @ (self.by_token @ y.numpy())) / self.n_terms
+        return (product - mean[:, None] * (mean @ y)).to(x.dtype)
+
+    def block_cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
+        """See Entries. As if latents fired independently of one another."""
+        fires = self.firing_counts().double()
+        a, b = float(fires[rows].sum()), float(fires[cols].sum())
+        return 16 * len(rows) * len(cols) + 50 * a * b / max(1, self.n_terms) + 20 * b
+
+    def means(
+        self,
+        rows: Int[Tensor, " rows"],
+        cols: Int[Tensor, " cols"],
+        step: int,
+        sums: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Float[Tensor, "cells_r cells_c"]:
+        """See Entries.
+
+            sum_ij r_ij = sum_t (sum_i z_ti - s_i) (sum_j z_tj - s_j) / N - sum_ij (mean_i - s_i) (mean_j - s_j)
+
+        for any s. Products are summed in float32, so s is `mean` for latents that mostly fire, of whose z that is the
+        largest part, and 0 for others, whose zeros stay zeros.
+        """
+        own = torch.where(self.mean.isnan(), torch.nan, 1.0).double()
+        defined, mean = own.nan_to_num(0).numpy(), self.mean.nan_to_num(0).numpy()
+        shift = np.where(2 * self.firing_counts().numpy() > self.n_terms, mean, 0)
+        in_r, in_c = (_membership(index, step, len(mean)) for index in (rows, cols))
+        (s_r, m_r, n_r), (s_c, m_c, n_c) = ([x @ cells for x in (shift, mean, defined)] for cells in (in_r, in_c))
+        total = torch.zeros(len(s_r), len(s_c), dtype=torch.float64)
+        n_tokens = max(1, _TOKEN_SUMS // max(total.shape))
+        for first in range(0, self.n_terms, n_tokens):
+            z = self.by_token[first : first + n_tokens]
+            a, b = (((z @ cells).toarray() - s).astype(np.float32) for cells, s in ((in_r, s_r), (in_c, s_c)))
+            total += (torch.from_numpy(a).T @ torch.from_numpy(b)).double()
+        total = total / self.n_terms - torch.from_numpy(np.outer(m_r - s_r, m_c - s_c))
+        count = torch.from_numpy(np.outer(n_r, n_c))
+        return _off_diagonal_means(total, count, own, rows, cols, step)
+
+    def firing_counts(self) -> Int[Tensor, " n"]:
+        """See Entries."""
+        return torch.from_numpy(np.diff(self.by_latent.indptr)).long()
+
+    def joint_count(self, i: int, j: int) -> tuple[int, int]:
+        """See Entries."""
+        a, b = (self.by_latent.indices[slice(*self.by_latent.indptr[[k, k + 1]])] for k in (i, j))
+        return len(np.intersect1d(a, b, assume_unique=True)), self.n_terms
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Selected(Entries):
+    """Entries between features of another matrix, any number of times each; -1 is none, and undefined."""
+
+    base: Entries
+    index: Int[Tensor, " n"]
     same: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows, columns."""
-        return len(self.at), len(self.at)
+        return len(self.index), len(self.index)
 
     @property
     def what(self) -> str:
-        """Of the other."""
-        return self.of.what
+        """See Entries."""
+        return self.base.what
 
     @property
     def device(self) -> torch.device:
-        """Of the other."""
-        return self.of.device
+        """See Entries."""
+        return self.base.device
 
-    def tile(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        """See Entries. Of each feature once, since a feature and itself are on the diagonal wherever they stand."""
-        row, col = self.at[rows], self.at[cols]
+    def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+        """See Entries. Each feature once, since a feature and itself are on the diagonal wherever they stand."""
+        row, col = self.index[rows], self.index[cols]
         (a, in_a), (b, in_b) = (x.clamp(min=0).unique(return_inverse=True) for x in (row, col))
-        found = self.of.tile(a, b)[in_a[:, None], in_b]
-        return found.masked_fill_((row < 0)[:, None] | (col < 0), torch.nan)
+        entries = self.base.block(a, b)[in_a[:, None], in_b]
+        return entries.masked_fill_((row < 0)[:, None] | (col < 0), torch.nan)
 
-    def times(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
+    def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
         """See Entries."""
-        some = self.at >= 0
-        given = x.new_zeros(self.of.shape[1], x.shape[1]).index_add_(0, self.at[some], x[some])
-        return torch.where(some[:, None], self.of.times(given)[self.at.clamp(min=0)], 0)
+        some = self.index >= 0
+        y = x.new_zeros(self.base.shape[1], x.shape[1]).index_add_(0, self.index[some], x[some])
+        return torch.where(some[:, None], self.base.matmul(y)[self.index.clamp(min=0)], 0)
 
-    def cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
+    def block_cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
         """See Entries."""
-        return self.of.cost(*(self.at[x].clamp(min=0) for x in (rows, cols))) + 16.0 * len(rows) * len(cols)
+        return self.base.block_cost(*(self.index[x].clamp(min=0) for x in (rows, cols))) + 16.0 * len(rows) * len(cols)
 
-    def fires(self) -> Int[Tensor, " n"] | None:
+    def firing_counts(self) -> Int[Tensor, " n"] | None:
         """See Entries."""
-        found = self.of.fires()
-        return None if found is None else torch.where(self.at >= 0, found[self.at.clamp(min=0)], 0)
+        counts = self.base.firing_counts()
+        return None if counts is None else torch.where(self.index >= 0, counts[self.index.clamp(min=0)], 0)
 
-    def together(self, i: int, j: int) -> tuple[int, int] | None:
+    def joint_count(self, i: int, j: int) -> tuple[int, int] | None:
         """See Entries."""
-        a, b = int(self.at[i]), int(self.at[j])
-        return self.of.together(a, b) if min(a, b) >= 0 else None
+        a, b = int(self.index[i]), int(self.index[j])
+        return self.base.joint_count(a, b) if min(a, b) >= 0 else None
 
 
 def diagonal(rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], n: int) -> tuple[Tensor, Tensor]:
-    """Places, in rows and in columns, of the features that are in both.
+    """Positions, in rows and in columns, of the features that are in both.
 
     Example:
         >>> diagonal(torch.tensor([3, 1]), torch.tensor([0, 1, 2]), 4)
         (tensor([1]), tensor([1]))
     """
-    place = torch.full((n,), -1, device=rows.device)
-    place[cols] = torch.arange(len(cols), device=rows.device)
-    found = place[rows]
-    at = (found >= 0).nonzero()[:, 0]
-    return at, found[at]
+    position = torch.full((n,), -1, device=rows.device)
+    position[cols] = torch.arange(len(cols), device=rows.device)
+    col = position[rows]
+    row = (col >= 0).nonzero()[:, 0]
+    return row, col[row]
 
 
 def unit(directions: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Directions brought to length 1, in float32; nan where there is no direction."""
+    """Directions scaled to length 1, in float32; nan for a direction of length 0."""
     x = directions.detach().float()
     largest = x.abs().amax(1, keepdim=True)
     x = x / torch.where(largest > 0, largest, torch.nan)
     return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
 
 
-def block_sums(factor: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Sums of the factor's rows by blocks of `step`, and how many are defined; some rows at a time."""
-    sums, counts = [], []
-    for part in rows.split(step * max(1, 2**22 // (step * factor.shape[1]))):
-        x = factor[part]
-        known = ~x[:, 0].isnan()
-        x = torch.where(known[:, None], x, 0)
-        short = -len(x) % step
-        x, known = torch.nn.functional.pad(x, (0, 0, 0, short)), torch.nn.functional.pad(known, (0, short))
-        sums.append(x.view(-1, step, x.shape[1]).sum(1))
-        counts.append(known.view(-1, step).sum(1))
-    return torch.cat(sums), torch.cat(counts)
+def add_rows(x: Tensor, n: int) -> Tensor:
+    """Sums of `n` consecutive rows each; the last sum may have fewer."""
+    if missing := -len(x) % n:
+        x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    return x.unflatten(0, (-1, n)).sum(1)
 
 
-def _take_off(total: Tensor, count: Tensor, own: Tensor, row: Tensor, col: Tensor) -> None:
-    """Take entries of the diagonal out of sums of blocks."""
-    known = ~own.isnan()
-    place = (row * total.shape[1] + col)[known]
-    total.view(-1).index_add_(0, place, -own[known])
-    count.view(-1).index_add_(0, place, torch.full_like(place, -1))
+def _membership(index: Int[Tensor, " some"], step: int, n: int) -> Any:
+    """`[n, cells]`, sparse: 1 where a feature is in a cell of `step` consecutive ones."""
+    from scipy.sparse import csr_array
+
+    place = index.numpy(), np.arange(len(index)) // step
+    return csr_array((np.ones(len(index)), place), shape=(n, -(-len(index) // step)))
+
+
+def _off_diagonal_means(
+    total: Tensor, count: Tensor, own: Tensor | None, rows: Tensor, cols: Tensor, step: int
+) -> Float[Tensor, "cells_r cells_c"]:
+    """Means of cells from sums and counts of their entries, less those of a feature i with itself, `own[i]` or nan."""
+    if own is not None:
+        i, j = diagonal(rows, cols, len(own))
+        own, cell = own[rows[i]], (i // step) * total.shape[1] + j // step
+        own, cell = own[~own.isnan()], cell[~own.isnan()]
+        total.view(-1).index_add_(0, cell, -own)
+        count.view(-1).index_add_(0, cell, torch.full_like(cell, -1, dtype=count.dtype))
+    return torch.where(count > 0, total / count, torch.nan).float()

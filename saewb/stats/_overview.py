@@ -1,16 +1,16 @@
-"""A large matrix to look at: any window of it at once, as cells, and the whole of it looked through once.
+"""Zoomed-out view of a large matrix: any window as pooled cells at once, and a scan of all entries.
 
-1. A window that is small is exact: its entries are made.
-2. A larger one is of cells of 2, 4, 8, ... entries a side: their strongest entry, if they are few enough to be made or
-   have been looked through; else their mean, which products of sums give without making any entry.
-3. `scan` looks through all entries once, a band at a time, and keeps the strongest of each block, the strongest pairs
-   and the sums that make the statistics. It may stop between bands.
+1. A small window is exact: its entries are computed.
+2. A larger one is pooled into cells of 2, 4, 8, ... entries per side: by their strongest entry, if they are few enough
+   to compute or have been scanned; else by their mean, which dot products of sums give without computing an entry.
+3. `scan` computes every entry once, a band at a time, and keeps the strongest entry of each cell, the strongest pairs
+   and the sums behind the statistics. It may stop between bands.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, final
@@ -19,81 +19,91 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.stats._best import Best
-from saewb.stats._entries import Entries, block_sums
-from saewb.stats._pooling import bands, strongest, sums
+from saewb.stats._entries import Entries, add_rows, diagonal
 from saewb.stats.correlation import CorrelationStats
 
-Window = tuple[int, int, int, int]  # row0, row1, col0, col1: places in the order
+Window = tuple[int, int, int, int]
+"""row0, row1, col0, col1: positions in the order."""
 Cells = Literal["strongest", "mean"]
 
-QUICK = 2.0**29  # multiplications made while one waits: under 100 ms on one free core
-_SIDE = 4096  # blocks a side that a scan keeps at most: 67 MB, and a third more for coarser ones
+BAND_ENTRIES = 2**22  # computed at a time, unless one row of cells has more
+INTERACTIVE_COST = 2.0**29  # multiplications that `view` spends: under 100 ms on one free core
+MAX_CELLS = 4096  # per side, that a scan keeps: 67 MB, and a third more for coarser ones
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A window of a matrix, as cells."""
+    """A window of a matrix, pooled into cells."""
 
-    values: Float[Tensor, "cells_r cells_c"]  # nan: nothing in the cell is defined; on the CPU
-    window: Window  # what the cells are of: places in the order
-    step: int  # entries a side of a cell, a power of 2; 1: the values are entries
-    cells: str  # "exact", "strongest" or "mean"
-    is_final: bool  # False: as good as can be had at once; a finer or truer one takes `Overview.refined`, or the scan
+    values: Float[Tensor, "cells_r cells_c"]
+    """Values of the cells, on the CPU; nan where nothing in the cell is defined."""
+    window: Window
+    """Positions in the order that the cells cover."""
+    step: int
+    """Entries per side of a cell, a power of 2; 1 if the values are entries."""
+    cells: str
+    """"exact", "strongest" or "mean"."""
+    is_final: bool
+    """False if `Overview.refined` or the scan gives finer cells, or the kind of cells that was requested."""
 
     @cached_property
     def scale(self) -> float:
-        """A magnitude that few cells pass (the largest 0.5 %), two digits: for colors."""
+        """A magnitude that 0.5 % of the cells exceed, in two digits: for colors."""
         size = self.values.abs().flatten().nan_to_num(-1)
         n = len(size) - int((size < 0).sum())
-        # The k-th largest: sorting all, as a quantile does, takes longer than making the cells.
+        # The k-th largest: sorting all, as a quantile does, takes longer than pooling the cells.
         return max(1e-6, float(f"{size.topk(max(1, n // 200)).values[-1].item():.2g}")) if n else 1.0
 
     def levels(self, scale: float) -> bytes:
-        """A byte per cell, row by row: 0 not defined, else 1..255 for -scale..scale, 128 for 0."""
+        """A byte per cell, row by row: 0 undefined, else 1..255 for -scale..scale, 128 for 0."""
         level = (self.values / scale).clamp(-1, 1).mul(127).round().add(128)
         return level.nan_to_num(0).to(torch.uint8).numpy().tobytes()
 
     def differs(self, other: View) -> float:
-        """Root mean square of the difference from a view of the same cells, of what is defined in both; else nan."""
-        between = (self.values - other.values).double()
-        return between[~between.isnan()].square().mean().sqrt().item()
+        """Root mean square difference from a view of the same cells, where both are defined; nan if nowhere."""
+        difference = (self.values - other.values).double()
+        return difference[~difference.isnan()].square().mean().sqrt().item()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two features and the entry that is theirs."""
+    """Two features and their entry."""
 
-    row: int  # a feature
-    col: int  # another, or one of the other set
+    row: int
+    """Feature of the row."""
+    col: int
+    """Feature of the column."""
     value: float
+    """Entry, -1..1."""
 
 
 @final
 class Overview:
-    """A matrix in an order of its rows and columns. Made by `MatrixView.overview`.
+    """A matrix with its rows and columns in an order, as pooled cells. Created by `MatrixView.overview`.
 
-    Memory, whatever the size: 90 MB for blocks, 50 MB for a band (or that of one row of blocks), and for sums of the
-    factors a 16th of them at 65,536 features; the means of a dense matrix or of counts take 180 MB more.
+    Memory, whatever the size: 90 MB for cells, 50 MB for a band (or that of one row of cells), and for sums of the
+    factors a 16th of them at 65,536 features; the means of a dense, counted or sparse matrix take 180 MB more.
     """
 
     def __init__(self, entries: Entries, rows: Int[Tensor, " n"], cols: Int[Tensor, " m"], n_pairs: int = 100) -> None:
         self._entries = entries
         self.rows, self.cols = rows, cols
-        self._at = rows.to(entries.device), cols.to(entries.device)
-        self.step = _power(max(len(rows), len(cols)), _SIDE)  # of the blocks that the scan keeps
-        self.done_frac = 0.0  # of the scan
-        self.pairs: list[Pair] = []  # the strongest off the diagonal, each once; of what has been looked through
+        self._rows, self._cols = rows.to(entries.device), cols.to(entries.device)
+        self.step = _power_of_2(max(len(rows), len(cols)), MAX_CELLS)
+        """Entries per side of the cells that the scan keeps."""
+        self.done_frac = 0.0
+        """Fraction of the entries that has been scanned."""
+        self.pairs: list[Pair] = []
+        """Strongest pairs off the diagonal, each once, of the entries scanned so far."""
         self._n_pairs = n_pairs
-        self._partial: Tensor | None = None  # blocks of what has been looked through
-        self._strongest: dict[int, Tensor] = {}  # by step
-        self._means: dict[int, tuple[Tensor, Tensor]] = {}
+        self._cells: Tensor | None = None  # strongest entries of the cells scanned so far
+        self._levels: dict[tuple[str, int], Tensor] = {}  # after the scan, by kind of cells and step
         self._sums = torch.zeros(3, dtype=torch.float64)  # of squares, of entries, of ones
-        self._factor_sums: tuple[Tensor, ...] | None = None
+        self._factor_sums: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def stats(self) -> CorrelationStats | None:
-        """Of all entries that are defined, off the diagonal; None before the scan has ended."""
+        """Statistics of all defined entries off the diagonal; None before the scan has ended."""
         square, total, n = self._sums.tolist()
         if self.done_frac < 1 or n == 0:
             return None
@@ -101,146 +111,123 @@ class Overview:
 
     @torch.no_grad()
     def view(self, window: Window, pixels: int, cells: Cells = "strongest") -> View:
-        """A window as at most `pixels` cells a side (and one at the edge), at once: if need be of coarser cells.
+        """A window as at most `pixels` cells per side (and one at the edge), at once: if need be as coarser cells.
 
         Args:
-            window: places in the order, from and to.
-            pixels: cells a side, at most.
-            cells: what a cell that is not one entry shows.
+            window: positions in the order, from and to.
+            pixels: cells per side, at most.
+            cells: what a cell of several entries shows.
         """
-        window, step = self._aligned(window, pixels)
-        if step == 1:
-            return self._made(window, 1, "exact")
-        if (kept := self._kept(window, step, cells)) is not None:
-            return kept
-        if self._entries.cost(self._at[0][window[0] : window[1]], self._at[1][window[2] : window[3]]) <= QUICK:
-            return self._made(window, step, cells)
-        if cells == "strongest" and (coarse := self._kept(window, self.step, cells)) is not None:
-            return replace(coarse, is_final=False)
-        return self._quick_means(window, step, cells)
+        window, step = self._align(window, pixels)
+        if step > 1 and (level := self._level(window, step, cells)) is not None:
+            return level
+        if step == 1 or self._entries.block_cost(*self._features(window)) <= INTERACTIVE_COST:
+            return self._pool(window, step, cells)
+        if cells == "strongest" and (level := self._level(window, self.step, cells)) is not None:
+            return replace(level, is_final=False)
+        return self._pool_means(window, step, cells)
 
     @torch.no_grad()
     def refined(self, window: Window, pixels: int, cells: Cells = "strongest") -> View:
-        """The same, made of all its entries however long that takes."""
-        window, step = self._aligned(window, pixels)
-        kept = None if step == 1 else self._kept(window, step, cells)
-        return kept or self._made(window, step, "exact" if step == 1 else cells)
+        """The same window from all of its entries, however long that takes."""
+        window, step = self._align(window, pixels)
+        return (self._level(window, step, cells) if step > 1 else None) or self._pool(window, step, cells)
 
     @torch.no_grad()
     def scan(self) -> Iterator[float]:
-        """Look through all entries, of which each is made once; gives the fraction done, after each band.
+        """Compute all entries, each once; yields the fraction done, after each band.
 
-        Half of a symmetric matrix is enough. A scan that was given up is begun anew.
+        Half of a symmetric matrix is enough. A scan that was abandoned starts anew.
         """
         entries, half = self._entries, self._entries.same
         if self.done_frac == 1:
             return
-        shape = tuple(-(-len(x) // self.step) for x in self._at)
-        self._partial = torch.full(shape, torch.nan)
-        means = None if entries.factors() is not None else (torch.zeros(shape), torch.zeros(shape))
+        shape = -(-len(self.rows) // self.step), -(-len(self.cols) // self.step)
+        self._cells = torch.full(shape, torch.nan)
+        means = () if entries.has_factors else (torch.zeros(shape), torch.zeros(shape))  # sums and counts
         self._sums.zero_()
-        best = Best(self._n_pairs, half)
-        seen, total = 0.0, len(self.rows) * len(self.cols) / (2 if half else 1)
-        for first, left, tile in bands(entries, *self._at, self.step, half=half):
-            best.add(tile, self._keep(means, first, left, tile), first, left)
-            self._count(tile, len(tile) if half else 0)
-            seen += tile.numel() - (len(tile) ** 2 / 2 if half else 0)
-            pairs = zip(self.rows[best.row].tolist(), self.cols[best.col].tolist(), best.value.tolist(), strict=True)
-            self.pairs, self.done_frac = [Pair(*pair) for pair in pairs], min(0.999, seen / total)
+        best, n_done, total = _TopPairs(self._n_pairs, half), 0.0, len(self.rows) * len(self.cols) / (2 if half else 1)
+        for row0, col0, band in _bands(entries, self._rows, self._cols, self.step, half=half):
+            pooled = pool_strongest(band, self.step)
+            best.update(band, pooled, row0, col0)
+            self._store(self._cells, pooled, row0, col0)
+            for table, sums in zip(means, _pool_sums(band, self.step) if means else (), strict=True):
+                self._store(table, sums, row0, col0)
+            self._add_sums(band, len(band) if half else 0)
+            n_done += band.numel() - (len(band) ** 2 / 2 if half else 0)
+            found = self.rows[best.row].tolist(), self.cols[best.col].tolist(), best.value.tolist()
+            self.pairs, self.done_frac = [Pair(*pair) for pair in zip(*found, strict=True)], min(0.999, n_done / total)
             yield self.done_frac
-        self._strongest = _coarser(self.step, self._partial, lambda x: strongest(x, 2))
-        if means is not None:
-            levels = [_coarser(self.step, x, lambda x: sums(x, 2)[0]) for x in means]
-            self._means = {step: (levels[0][step], levels[1][step]) for step in levels[0]}
+        self._set_levels(*means)
         self.done_frac = 1.0
         yield 1.0
 
     # -- windows -----------------------------------------------------------------------------------------------------
 
-    def _aligned(self, window: Window, pixels: int) -> tuple[Window, int]:
-        """Widened to whole cells, so that a cell has the same entries wherever one looks from."""
+    def _align(self, window: Window, pixels: int) -> tuple[Window, int]:
+        """Widen to whole cells, so that a cell has the same entries in every window; and the step."""
         r0, r1, c0, c1 = window
-        step = _power(max(r1 - r0, c1 - c0), pixels)
-        return self._whole((r0, r1, c0, c1), step), step
+        step = _power_of_2(max(r1 - r0, c1 - c0), pixels)
+        return self._widen(window, step), step
 
-    def _whole(self, window: Window, step: int) -> Window:
+    def _widen(self, window: Window, step: int) -> Window:
         r0, r1, c0, c1 = window
         ends = (min(-(-r1 // step) * step, len(self.rows)), min(-(-c1 // step) * step, len(self.cols)))
         return r0 // step * step, ends[0], c0 // step * step, ends[1]
 
-    def _made(self, window: Window, step: int, cells: str) -> View:
-        rows, cols = self._at[0][window[0] : window[1]], self._at[1][window[2] : window[3]]
-        return View(pooled(self._entries, rows, cols, step, cells), window, step, cells, True)
+    def _features(self, window: Window) -> tuple[Tensor, Tensor]:
+        return self._rows[window[0] : window[1]], self._cols[window[2] : window[3]]
 
-    def _kept(self, window: Window, step: int, cells: str) -> View | None:
-        """From what the scan has kept, if it has."""
-        window, part = self._whole(window, step), _blocks(window, step)
-        if cells == "strongest" and step in self._strongest:
-            return View(self._strongest[step][part].clone(), window, step, cells, True)
-        if cells == "mean" and step in self._means:
-            total, count = (x[part] for x in self._means[step])
-            return View(_ratio(total, count), window, step, cells, True)
-        return None
+    def _pool(self, window: Window, step: int, cells: str) -> View:
+        values = pool(self._entries, *self._features(window), step, cells)
+        return View(values, window, step, "exact" if step == 1 else cells, True)
 
-    def _quick_means(self, window: Window, step: int, wanted: Cells) -> View:
-        """Means at once, of coarser cells where finer ones would take long."""
-        if self._entries.factors() is not None and step >= self.step:
-            return View(self._by_sums(window, step), window, step, "mean", wanted == "mean")
-        fine, (n_r, n_c) = step, (window[1] - window[0], window[3] - window[2])
-        while step < max(n_r, n_c) and self._entries.means_cost(n_r, n_c, step) > QUICK:
-            step *= 2
-        window = self._whole(window, step if step < max(n_r, n_c) else fine)
-        rows, cols = self._at[0][window[0] : window[1]], self._at[1][window[2] : window[3]]
-        if step >= max(n_r, n_c) or (values := self._entries.means(rows, cols, step)) is None:
-            return self._so_far(window, fine)
-        return View(values.cpu(), window, step, "mean", wanted == "mean" and step == fine)
+    def _level(self, window: Window, step: int, cells: str) -> View | None:
+        """Cells that the scan has kept, if it has."""
+        if (level := self._levels.get((cells, step))) is None:
+            return None
+        window = self._widen(window, step)
+        return View(level[_cell_slices(window, step)].clone(), window, step, cells, True)
 
-    def _so_far(self, window: Window, step: int) -> View:
-        """What has been looked through of it, nan elsewhere: for what has no quick means."""
-        step = max(step, self.step)
-        window = self._whole(window, step)
-        part = _blocks(window, self.step)
-        found = self._partial[part] if self._partial is not None else torch.full(_size(part), torch.nan)
-        return View(strongest(found, step // self.step), window, step, "strongest", False)
+    def _pool_means(self, window: Window, step: int, cells: Cells) -> View:
+        """Means at once, of coarser cells where finer ones would take long; without means, what has been scanned."""
+        entries, fine, (n_r, n_c) = self._entries, step, (window[1] - window[0], window[3] - window[2])
+        span = max(n_r, n_c)
+        if entries.n_terms is not None:
+            while step < span and entries.n_terms * (-(-n_r // step)) * (-(-n_c // step)) > INTERACTIVE_COST:
+                step *= 2
+            if step < span:
+                window = self._widen(window, step)
+                values = entries.means(*self._features(window), step, self._window_sums(window, step))
+                return View(values.cpu(), window, step, "mean", cells == "mean" and step == fine)
+        step = max(fine, self.step)
+        window = self._widen(window, step)
+        part = _cell_slices(window, self.step)
+        scanned = self._cells if self._cells is not None else torch.full((part[0].stop, part[1].stop), torch.nan)
+        return View(pool_strongest(scanned[part], step // self.step), window, step, "strongest", False)
 
-    def _by_sums(self, window: Window, step: int) -> Tensor:
-        """Means of blocks that are whole blocks of `self.step`, by sums of the factors over these, made once."""
+    def _window_sums(self, window: Window, step: int) -> list[tuple[Tensor, Tensor]] | None:
+        """Sums of factors over the cells of a window, from those over the scan's cells, which are computed once."""
+        if step < self.step or not self._entries.has_factors:
+            return None
         if self._factor_sums is None:
-            a, b = self._entries.factors()
-            own = a.square().sum(1, keepdim=True)
-            parts = (block_sums(x, at, self.step) for x, at in zip((a, b, own), (*self._at, self._at[0]), strict=True))
-            self._factor_sums = tuple(x.double() if k == 2 else x for k, pair in enumerate(parts) for x in pair)
-        times = step // self.step
-        a, n_a, b, n_b, own, _ = self._factor_sums
-        rows, cols = _blocks(window, self.step)
-        a, n_a, own, b, n_b = (_added(x, times) for x in (a[rows], n_a[rows], own[rows], b[cols], n_b[cols]))
-        total, count = (a @ b.T).double(), n_a[:, None] * n_b
-        if self._entries.same:
-            at = torch.arange(len(a), device=a.device)
-            to = at + window[0] // step - window[2] // step
-            at, to = (x[(to >= 0) & (to < len(b))] for x in (at, to))
-            total[at, to] -= own[at, 0]
-            count[at, to] -= n_a[at]
-        return _ratio(total, count).float().cpu()
+            axes = (self._rows, self._cols)
+            self._factor_sums = [self._entries.block_sums(index, i, self.step) for i, index in enumerate(axes)]
+        parts = zip(self._factor_sums, _cell_slices(window, self.step), strict=True)
+        return [tuple(add_rows(x[part], step // self.step) for x in sums) for sums, part in parts]
 
     # -- the scan ----------------------------------------------------------------------------------------------------
 
-    def _keep(self, means: tuple[Tensor, Tensor] | None, first: int, left: int, tile: Tensor) -> Tensor:
-        """The blocks of a band, put at their place, and at the place across the diagonal."""
-        made = strongest(tile, self.step).cpu()
-        tables = [(self._partial, made)]
-        if means is not None:
-            tables += [(table, x.cpu()) for table, x in zip(means, sums(tile, self.step), strict=True)]
-        rows, cols = slice(first // self.step, first // self.step + len(made)), slice(left // self.step, None)
-        for table, x in tables:
-            table[rows, cols] = x
-            if self._entries.same:
-                table[cols, rows] = x.T
-        return made
+    def _store(self, table: Tensor, cells: Tensor, row0: int, col0: int) -> None:
+        """Put the cells of a band in their place, and in the mirrored place of a symmetric matrix."""
+        rows, cols = slice(row0 // self.step, row0 // self.step + len(cells)), slice(col0 // self.step, None)
+        table[rows, cols] = cells.cpu()
+        if self._entries.same:
+            table[cols, rows] = cells.cpu().T
 
-    def _count(self, tile: Tensor, own: int) -> None:
-        """Add to the sums; `own` columns of a symmetric matrix' band have each pair twice already."""
-        for part, times in ((tile[:, :own], 1), (tile[:, own:], 2 if self._entries.same else 1)):
+    def _add_sums(self, band: Tensor, own: int) -> None:
+        """Add a band to the sums; its first `own` columns hold each pair of a symmetric matrix twice already."""
+        for part, times in ((band[:, :own], 1), (band[:, own:], 2 if self._entries.same else 1)):
             n, norm, total = float(part.numel()), torch.linalg.vector_norm(part, dim=1), part.sum(1)
             if bool(total.isnan().any()):
                 n, part = n - float(part.isnan().sum()), part.nan_to_num(0)
@@ -248,49 +235,142 @@ class Overview:
             added = norm.double().square().sum().item(), total.double().sum().item(), n
             self._sums += times * torch.tensor(added, dtype=torch.float64)
 
+    def _set_levels(self, total: Tensor | None = None, n: Tensor | None = None) -> None:
+        """Keep the scanned cells, and coarser ones down to 64 per side."""
+        step, strongest = self.step, self._cells
+        while True:
+            self._levels["strongest", step] = strongest
+            if total is not None:
+                self._levels["mean", step] = _ratio(total, n)
+            if max(strongest.shape) <= 64:
+                return
+            step, strongest = 2 * step, pool_strongest(strongest, 2)
+            if total is not None:
+                total, n = (_pool_sums(x, 2)[0] for x in (total, n))
 
-def pooled(
+
+class _TopPairs:
+    """The k entries of largest magnitude of a matrix that comes in bands; of a symmetric matrix each pair once."""
+
+    def __init__(self, k: int, half: bool) -> None:
+        self._k, self._half = k, half
+        self.value = torch.zeros(0)
+        self.row, self.col = (torch.zeros(0, dtype=torch.long) for _ in range(2))  # positions in the order
+
+    def update(self, band: Tensor, strongest: Tensor, row0: int, col0: int) -> None:
+        """Add a band that begins at row `row0` and column `col0`; `strongest` has the strongest entry of its cells."""
+        step, size = -(-len(band) // len(strongest)), strongest.abs().nan_to_num(-1)
+        # The k strongest cells (of a pair on both sides of the diagonal, 2k) have k entries as strong as the weakest.
+        k, least = self._k * (2 if self._half else 1), size.new_tensor(1e-12)
+        if k < size.numel():
+            least = torch.maximum(least, size.flatten().topk(k).values[-1])
+        if len(self.value) == self._k:
+            least = torch.maximum(least, self.value[-1].abs().to(least.device))
+        i, j = (size >= least).nonzero(as_tuple=True)
+        cells = _cells_at(band, step, i, j)
+        cell, row, col = (cells.abs() >= least).nonzero(as_tuple=True)
+        value, row, col = cells[cell, row, col], row + i[cell] * step + row0, col + j[cell] * step + col0
+        mask = row < col if self._half else slice(None)
+        value, row, col = (
+            torch.cat([x, y[mask].cpu()]) for x, y in ((self.value, value), (self.row, row), (self.col, col))
+        )
+        order = value.abs().argsort(descending=True, stable=True)[: self._k]
+        self.value, self.row, self.col = value[order], row[order], col[order]
+
+
+# -- pooling -----------------------------------------------------------------------------------------------------------
+
+
+def pool(
     entries: Entries, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int, cells: str
 ) -> Float[Tensor, "cells_r cells_c"]:
     """See `MatrixView.pooled`."""
     if step == 1:
-        return entries.tile(rows, cols).cpu()
+        return entries.block(rows, cols).cpu()
     if cells == "mean" and (means := entries.means(rows, cols, step)) is not None:
         return means.cpu()
-    tiles = (tile for _, _, tile in bands(entries, rows, cols, step))
-    made = [strongest(x, step) if cells == "strongest" else _ratio(*sums(x, step)) for x in tiles]
-    return torch.cat(made).cpu()
+    bands = (band for _, _, band in _bands(entries, rows, cols, step))
+    return torch.cat(
+        [pool_strongest(x, step) if cells == "strongest" else _ratio(*_pool_sums(x, step)) for x in bands]
+    ).cpu()
 
 
-def _power(span: int, cells: int) -> int:
-    """The smallest power of 2 that makes at most `cells` of `span`."""
+def pool_strongest(x: Float[Tensor, "rows cols"], step: int) -> Float[Tensor, "cells_r cells_c"]:
+    """The entry of largest magnitude in each cell of `step * step`; nan only where nothing is defined.
+
+    Example:
+        >>> pool_strongest(torch.tensor([[0.1, -0.5, 0.2], [0.3, 0.0, torch.nan]]), 2)
+        tensor([[-0.5000,  0.2000]])
+    """
+    if step == 1:
+        return x.clone()
+    pooled = _strongest(_reduce(x, step, torch.amax), _reduce(x, step, torch.amin))
+    row, col = pooled.isnan().nonzero(as_tuple=True)
+    if len(row):  # once more for the cells with undefined entries: few, mostly on the diagonal
+        cells = _cells_at(x, step, row, col).flatten(1)
+        filled = cells.nan_to_num(0)
+        value = _strongest(filled.amax(1), filled.amin(1))
+        pooled[row, col] = torch.where(cells.isnan().all(1), torch.nan, value)
+    return pooled
+
+
+def _strongest(high: Tensor, low: Tensor) -> Tensor:
+    return torch.where(high >= -low, high, low)
+
+
+def _pool_sums(x: Float[Tensor, "rows cols"], step: int) -> tuple[Tensor, Tensor]:
+    """Per cell the sum of the defined entries, and their number."""
+    return _reduce(x.nan_to_num(0), step, torch.sum), _reduce((~x.isnan()).float(), step, torch.sum)
+
+
+def _reduce(x: Tensor, step: int, reduce: Callable[[Tensor, int], Tensor]) -> Tensor:
+    by_row = reduce(_pad(x, step, 0.0).unflatten(0, (-1, step)), 1)
+    return reduce(by_row.unflatten(1, (-1, step)), 2)
+
+
+def _cells_at(x: Tensor, step: int, i: Int[Tensor, " n"], j: Int[Tensor, " n"]) -> Float[Tensor, "n step step"]:
+    """Entries of some cells; nan over the edge."""
+    return _pad(x, step, torch.nan).unflatten(1, (-1, step)).unflatten(0, (-1, step))[i, :, j]
+
+
+def _pad(x: Tensor, step: int, value: float) -> Tensor:
+    """Widen to whole cells."""
+    rows, cols = x.shape
+    if not (rows % step or cols % step):
+        return x
+    return torch.nn.functional.pad(x, (0, -cols % step, 0, -rows % step), value=value)
+
+
+def _bands(
+    entries: Entries, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int, *, half: bool = False
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Bands of whole cells: first row, first column, and entries with nan on the diagonal.
+
+    Args:
+        entries: source of the matrix.
+        rows: features, in order.
+        cols: features, in order.
+        step: entries per side of a cell.
+        half: leave out columns before the band's rows, which a symmetric matrix has had already.
+    """
+    height = step * max(1, BAND_ENTRIES // (step * max(1, len(cols))))
+    for row0 in range(0, len(rows), height):
+        part, col0 = rows[row0 : row0 + height], row0 if half else 0
+        band = entries.block(part, cols[col0:])
+        if entries.same:
+            band[diagonal(part, cols[col0:], entries.shape[1])] = torch.nan
+        yield row0, col0, band
+
+
+def _power_of_2(span: int, cells: int) -> int:
+    """The smallest power of 2 that divides `span` into at most `cells`."""
     return 1 << max(0, math.ceil(math.log2(max(1, span) / cells)))
 
 
-def _blocks(window: Window, step: int) -> tuple[slice, slice]:
+def _cell_slices(window: Window, step: int) -> tuple[slice, slice]:
     r0, r1, c0, c1 = window
     return slice(r0 // step, -(-r1 // step)), slice(c0 // step, -(-c1 // step))
 
 
-def _size(part: tuple[slice, slice]) -> tuple[int, int]:
-    return part[0].stop - part[0].start, part[1].stop - part[1].start
-
-
-def _ratio(total: Tensor, count: Tensor) -> Tensor:
-    return torch.where(count > 0, total / count, torch.nan)
-
-
-def _added(x: Tensor, times: int) -> Tensor:
-    """Sums of so many rows each."""
-    short = -len(x) % times
-    x = torch.cat([x, x.new_zeros(short, *x.shape[1:])]) if short else x
-    return x.unflatten(0, (-1, times)).sum(1)
-
-
-def _coarser(step: int, values: Tensor, halve) -> dict[int, Tensor]:
-    """By step: these, and of twice the step, and so on, down to 64 cells a side."""
-    levels = {step: values}
-    while max(values.shape) > 64:
-        step, values = 2 * step, halve(values)
-        levels[step] = values
-    return levels
+def _ratio(total: Tensor, n: Tensor) -> Tensor:
+    return torch.where(n > 0, total / n, torch.nan)

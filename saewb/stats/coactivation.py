@@ -1,6 +1,6 @@
-"""Which latents fire together, counted over a stream of activations, exactly and in memory that is known beforehand.
+"""Co-activation counts of latents over a stream of activations: exact, in memory that is known beforehand.
 
-1. Of each batch only what fires is kept: (token, latent, value).
+1. Each batch is reduced to its active latents: (token, latent, activation).
 2. Tokens of about equally many active latents are taken together, so that their pairs make full rectangles.
 3. Each pair has its place in a table of half of n * n counts (and sums of products); pairs are added there.
 
@@ -12,7 +12,6 @@ the pair.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -47,8 +46,8 @@ def coactivation(
         ValueError: if there are no tokens, or the tables do not fit into `max_bytes`.
 
     Example:
-        >>> found = coactivation([torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])])
-        >>> found.counts([0, 1, 2], [0, 1, 2]).tolist()
+        >>> counts = coactivation([torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])])
+        >>> counts.counts([0, 1, 2], [0, 1, 2]).tolist()
         [[2, 2, 0], [2, 3, 0], [0, 0, 0]]
     """
     stream = None
@@ -57,8 +56,8 @@ def coactivation(
             what = f"coactivation got a {type(batch).__name__} for a batch."
             raise TypeError(explain(what, want="activations [tokens, d_sae]", fix="coactivation([sae.encode(x)])"))
         if stream is None:
-            place = batch.device
-            stream = CoactivationStream(batch.shape[-1], products=products, max_bytes=max_bytes, device=place)
+            how = {"products": products, "max_bytes": max_bytes, "device": batch.device}
+            stream = CoactivationStream(batch.shape[-1], **how)
         stream.update(batch)
     if stream is None:
         raise ValueError(explain("coactivation got no batches.", want="at least one token"))
@@ -125,13 +124,13 @@ class CoactivationStream:
         """
         self._check(latents, latents_b)
         sides = [(self._a, latents)] + ([] if latents_b is None else [(self._b, latents_b)])
-        step = max(1, _DENSE // max(_width(of_side) for _, of_side in sides))
+        step = max(1, _DENSE // max(_width(acts) for _, acts in sides))
         for start in range(0, latents.shape[0], step):
-            fired = [_Fired.of(of_side, slice(start, start + step), self._together.device) for _, of_side in sides]
-            for (side, _), of_side in zip(sides, fired, strict=True):
-                side.add(of_side.latent, of_side.value)
-            self._add_pairs(fired[0], fired[-1])
-            self.n_tokens += len(fired[0].each)
+            active = [_active(acts, slice(start, start + step), self._together.device) for _, acts in sides]
+            for (side, _), acts in zip(sides, active, strict=True):
+                side.add(acts.latent, acts.act)
+            self._add_pairs(active[0], active[-1])
+            self.n_tokens += active[0].n_tokens
 
     def merge(self, other: CoactivationStream) -> None:
         """Add the tokens that `other` has seen; it stays as it is.
@@ -167,18 +166,20 @@ class CoactivationStream:
         second = None if self._b is self._a else self._b
         return Coactivation(self.n_tokens, self._a, second, together[:-1], None if products is None else products[:-1])
 
-    def _add_pairs(self, a: _Fired, b: _Fired) -> None:
-        for tokens, width_a, width_b in _rectangles(a.each, b.each):
-            latent_a, value_a, real_a = a.padded(tokens, width_a)
-            latent_b, value_b, real_b = (latent_a, value_a, real_a) if b is a else b.padded(tokens, width_b)
-            for i, j in _slots(width_a, width_b, a is b, _PAIRS // len(tokens), a.latent.device):
-                place = self._places(latent_a[:, i], latent_b[:, j])
-                place = torch.where(real_a[:, i] & real_b[:, j], place, len(self._together) - 1).flatten()
-                self._together.scatter_add_(0, place, place.new_ones((), dtype=torch.int32).expand(len(place)))
+    def _add_pairs(self, a: SparseLatents, b: SparseLatents) -> None:
+        n_a = _n_active(a)
+        n_b = n_a if b is a else _n_active(b)
+        for tokens, width_a, width_b in _rectangles(n_a, n_b):
+            latent_a, act_a, mask_a = _pad(a, n_a, tokens, width_a)
+            latent_b, act_b, mask_b = (latent_a, act_a, mask_a) if b is a else _pad(b, n_b, tokens, width_b)
+            for i, j in _slots(width_a, width_b, a is b, _PAIRS // len(tokens), a.device):
+                pair = self._pair_index(latent_a[:, i], latent_b[:, j])
+                pair = torch.where(mask_a[:, i] & mask_b[:, j], pair, len(self._together) - 1).flatten()
+                self._together.scatter_add_(0, pair, pair.new_ones((), dtype=torch.int32).expand(len(pair)))
                 if self._products is not None:
-                    self._products.scatter_add_(0, place, (value_a[:, i] * value_b[:, j]).flatten())
+                    self._products.scatter_add_(0, pair, (act_a[:, i] * act_b[:, j]).flatten())
 
-    def _places(self, i: Tensor, j: Tensor) -> Tensor:
+    def _pair_index(self, i: Tensor, j: Tensor) -> Tensor:
         return i * len(self._b.fired) + j if self._b is not self._a else triangle(i, j, len(self._a.fired))
 
     def _shape(self) -> str:
@@ -224,34 +225,30 @@ def needed_bytes(d_sae: int, d_sae_b: int | None = None, products: bool = True) 
     return n_pairs(d_sae, d_sae_b) * (12 if products else 4) + 24 * (d_sae + (d_sae_b or 0)) + _WORK
 
 
-# -- what fires ------------------------------------------------------------------------------------------------------
+# -- active latents --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Fired:
-    """What fires on some tokens, one token after another."""
+def _active(latents: Tensor | SparseLatents, tokens: slice, device: torch.device) -> SparseLatents:
+    """Active latents of some tokens, in float64 on a device."""
+    if isinstance(latents, Tensor):
+        latents = SparseLatents.from_dense(latents[tokens])
+    else:
+        latents = latents.select(torch.arange(latents.n_tokens, device=latents.device)[tokens])
+    return SparseLatents(latents.token, latents.latent.long(), latents.act, latents.shape).to(device).to(torch.float64)
 
-    latent: Int[Tensor, " fired"]
-    value: Float[Tensor, " fired"]  # float64
-    each: Int[Tensor, " tokens"]  # how many of them are of each token
-    starts: Int[Tensor, " tokens"]  # where those of each token start
 
-    @classmethod
-    def of(cls, latents: Tensor | SparseLatents, tokens: slice, device: torch.device) -> _Fired:
-        if isinstance(latents, Tensor):
-            latents = SparseLatents.from_dense(latents[tokens])
-        else:
-            latents = latents.select(torch.arange(latents.n_tokens, device=latents.device)[tokens])
-        each = torch.bincount(latents.token, minlength=latents.n_tokens)
-        parts = latents.latent.long(), latents.act.double(), each, latents.starts
-        return cls(*(part.to(device) for part in parts))
+def _n_active(latents: SparseLatents) -> Int[Tensor, " tokens"]:
+    return torch.bincount(latents.token, minlength=latents.n_tokens)
 
-    def padded(self, tokens: Int[Tensor, " some"], width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`[some, width]`: latents, values, and which of them are real."""
-        slot = torch.arange(width, device=tokens.device)
-        real = slot < self.each[tokens][:, None]
-        at = torch.where(real, self.starts[tokens][:, None] + slot, 0)
-        return self.latent[at], self.value[at], real
+
+def _pad(
+    latents: SparseLatents, n_active: Tensor, tokens: Int[Tensor, " some"], width: int
+) -> tuple[Int[Tensor, "some width"], Float[Tensor, "some width"], Tensor]:
+    """Latents and activations of some tokens side by side, and a mask of those that are active."""
+    slot = torch.arange(width, device=tokens.device)
+    mask = slot < n_active[tokens][:, None]
+    index = torch.where(mask, latents.starts[tokens][:, None] + slot, 0)
+    return latents.latent[index], latents.act[index], mask
 
 
 def _width(latents: Tensor | SparseLatents) -> int:
@@ -260,7 +257,7 @@ def _width(latents: Tensor | SparseLatents) -> int:
 
 
 def _rectangles(a: Int[Tensor, " tokens"], b: Int[Tensor, " tokens"]) -> Iterator[tuple[Tensor, int, int]]:
-    """Tokens taken together, and the most that fires on one of them: few pairs too many, and at most `_PAIRS`."""
+    """Tokens of similar L0, and the most active latents of one of them: few padded pairs, and at most `_PAIRS`."""
     order = a.argsort(descending=True)
     counts_a, most_b = a[order].tolist(), max(b.tolist(), default=0)
     at = 0

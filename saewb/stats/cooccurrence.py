@@ -1,11 +1,9 @@
-"""Counts of latents that fire together, and what follows from them: phi, Jaccard, correlation, partners."""
+"""Co-occurrence of latents: phi, Jaccard, correlation and partners, from counts of tokens on which both fire."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saewb._files import atomic_write
 from saewb.errors import FormatError, explain, near
 from saewb.stats.correlation import CorrelationStats
 
@@ -28,11 +27,14 @@ _TILE = 2**19  # pairs looked at together
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """What each latent of one SAE does on its own. Grows in place while counting."""
+    """Counts and sums of each latent of one SAE; updated in place while counting."""
 
-    fired: Int[Tensor, " d_sae"]  # tokens on which it is not 0
-    total: Float[Tensor, " d_sae"]  # sum of its activations, float64
-    square: Float[Tensor, " d_sae"]  # sum of their squares, float64
+    fired: Int[Tensor, " d_sae"]
+    """Tokens on which each latent is active."""
+    total: Float[Tensor, " d_sae"]
+    """Sum of its activations, float64."""
+    square: Float[Tensor, " d_sae"]
+    """Sum of their squares, float64."""
 
     @classmethod
     def empty(cls, d_sae: int, device: torch.device | str) -> Side:
@@ -62,11 +64,16 @@ class Coactivation:
     latent that never fires or never changes, Jaccard of two that never fire.
     """
 
-    n_tokens: int  # tokens
-    a: Side  # how often, and how strongly, each latent of the first SAE fires
-    b: Side | None  # of the second SAE; None if pairs are within one
-    together: Int[Tensor, " pairs"]  # tokens on which both fire; each pair of one SAE's latents once
-    products: Float[Tensor, " pairs"] | None  # sums of products of activations, float64
+    n_tokens: int
+    """Tokens counted."""
+    a: Side
+    """Counts and sums of each latent of the first SAE."""
+    b: Side | None
+    """The same of the second SAE; None if pairs are within one."""
+    together: Int[Tensor, " pairs"]
+    """Tokens on which both fire; each pair of one SAE's latents once."""
+    products: Float[Tensor, " pairs"] | None
+    """Sums of products of activations, float64."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,14 +90,14 @@ class Coactivation:
         Raises:
             ValueError: for a latent that is not there. So for the methods below.
         """
-        return self._block(self.together, self.a.fired, *self._chosen(rows, cols)).long()
+        return self._block(self.together, self.a.fired, *self._indices(rows, cols)).long()
 
     def phi(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
         """Correlation of firing: 1 always together, 0 as often as by chance, -1 each exactly where the other does not.
 
         (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
         """
-        n, (i, j) = self.n_tokens, self._chosen(rows, cols)
+        n, (i, j) = self.n_tokens, self._indices(rows, cols)
         fired_i, fired_j = self.a.fired[i].double(), self._second.fired[j].double()
         both = self._block(self.together, self.a.fired, i, j).double()
         spread_i, spread_j = (fired * (n - fired) for fired in (fired_i, fired_j))
@@ -101,7 +108,7 @@ class Coactivation:
 
         n_ij / (n_i + n_j - n_ij)
         """
-        i, j = self._chosen(rows, cols)
+        i, j = self._indices(rows, cols)
         both = self._block(self.together, self.a.fired, i, j).double()
         return _ratio(both, self.a.fired[i].double()[:, None] + self._second.fired[j].double() - both)
 
@@ -116,7 +123,7 @@ class Coactivation:
         if self.products is None:
             what = "correlation needs sums of products, which were not kept."
             raise ValueError(explain(what, fix="coactivation(batches, products=True)"))
-        n, (i, j) = self.n_tokens, self._chosen(rows, cols)
+        n, (i, j) = self.n_tokens, self._indices(rows, cols)
         a, b = self.a, self._second
         both = self._block(self.products, a.square, i, j)
         spread_a, spread_b = ((n * s.square[x] - s.total[x].square()).clamp(min=0) for s, x in ((a, i), (b, j)))
@@ -137,10 +144,10 @@ class Coactivation:
             Their indices, the most first, and their figures; -1 and nan where fewer are left.
         """
         figure, cols = self._figure(by), torch.arange(self.shape[1], device=self.together.device)
-        found = [self._most(figure, rows, cols, k, min_together) for rows in self._tiles(self._index(latents, 0))]
-        if not found:
+        tiles = [self._top(figure, rows, cols, k, min_together) for rows in self._tiles(self._index(latents, 0))]
+        if not tiles:
             return cols.new_empty(0, 0), self.a.total.new_empty(0, 0)
-        return torch.cat([index for index, _ in found]), torch.cat([value for _, value in found])
+        return torch.cat([index for index, _ in tiles]), torch.cat([value for _, value in tiles])
 
     def top_pairs(self, k: int = 20, *, by: str = "phi", min_together: int = 10) -> pd.DataFrame:
         """The pairs of latents with the largest figure, each once: latent, partner, counts, phi, Jaccard, correlation.
@@ -150,17 +157,17 @@ class Coactivation:
             by: "phi", "jaccard" or "correlation".
             min_together: leave out pairs that fire together on fewer tokens.
         """
-        latent, partner, value = self._largest(k, by, min_together)
-        return self._described(latent[value.isfinite()], partner[value.isfinite()])
+        latent, partner, value = self._top_pairs(k, by, min_together)
+        return self._frame(latent[value.isfinite()], partner[value.isfinite()])
 
     def stats(self, by: str = "phi") -> CorrelationStats:
         """Root mean square and mean of a figure over all pairs of different latents for which it is defined."""
         figure, cols = self._figure(by), torch.arange(self.shape[1], device=self.together.device)
         sums = torch.zeros(3, dtype=torch.float64, device=cols.device)
         for rows in self._tiles(torch.arange(self.shape[0], device=cols.device)):
-            block = self._without_itself(figure(rows, cols), rows, cols)
-            known = block[block.isfinite()]
-            sums += torch.stack([known.square().sum(), known.sum(), sums.new_tensor(len(known))])
+            block = self._mask_diagonal(figure(rows, cols), rows, cols)
+            values = block[block.isfinite()]
+            sums += torch.stack([values.square().sum(), values.sum(), sums.new_tensor(len(values))])
         square, total, n = sums.tolist()
         if n == 0:
             raise ValueError(explain(f"{by} is defined for no pair of latents.", want="two latents that fire"))
@@ -171,15 +178,9 @@ class Coactivation:
         from safetensors.torch import save_file
 
         path = Path(path).expanduser()
-        about = {"n_tokens": self.n_tokens, "latents": list(self.shape), "two": self.b is not None}
-        fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-        try:
-            save_file(self._tensors(), fresh, metadata={"format": _FORMAT, "json": json.dumps(about)})
-            with fresh.open("rb+") as file:
-                os.fsync(file.fileno())
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        facts = {"n_tokens": self.n_tokens, "latents": list(self.shape), "two": self.b is not None}
+        metadata = {"format": _FORMAT, "json": json.dumps(facts)}
+        atomic_write(path, lambda fresh: save_file(self._tensors(), fresh, metadata=metadata))
         return path
 
     @classmethod
@@ -197,11 +198,11 @@ class Coactivation:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise FormatError(explain(f"{path} is not a coactivation file.", want=_FORMAT))
-                about = json.loads(metadata["json"])
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                facts = json.loads(metadata["json"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         except SafetensorError as error:
             raise FormatError(explain(f"{path} is not a safetensors file: {error}.", want=_FORMAT)) from error
-        return _rebuilt(cls, path, about, found)
+        return _from_tensors(cls, path, facts, tensors)
 
     def __repr__(self) -> str:
         n, m = self.shape
@@ -215,7 +216,7 @@ class Coactivation:
     def _second(self) -> Side:
         return self.a if self.b is None else self.b
 
-    def _chosen(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def _indices(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         return self._index(rows, 0), self._index(cols, 1)
 
     def _index(self, latents: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " n"]:
@@ -237,41 +238,41 @@ class Coactivation:
         return torch.where(same, own, table[torch.where(same, 0, triangle(i[:, None], j, self.shape[0]))])
 
     def _figure(self, by: str) -> Callable[[Tensor, Tensor], Tensor]:
-        known = {"phi": self.phi, "jaccard": self.jaccard, "correlation": self.correlation}
-        if by not in known:
-            raise ValueError(explain(f"no figure {by!r}.", near=near(by, known), want=", ".join(known)))
-        return known[by]
+        figures = {"phi": self.phi, "jaccard": self.jaccard, "correlation": self.correlation}
+        if by not in figures:
+            raise ValueError(explain(f"no figure {by!r}.", near=near(by, figures), want=", ".join(figures)))
+        return figures[by]
 
     def _tiles(self, rows: Int[Tensor, " rows"]) -> Iterator[Tensor]:
         return iter(rows.split(max(1, _TILE // self.shape[1]))) if len(rows) else iter(())
 
-    def _without_itself(self, block: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    def _mask_diagonal(self, block: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         return block if self.b is not None else block.masked_fill(rows[:, None] == cols, math.nan)
 
-    def _usable(self, figure: Callable, rows: Tensor, cols: Tensor, min_together: int) -> Tensor:
+    def _figures(self, figure: Callable, rows: Tensor, cols: Tensor, min_together: int) -> Tensor:
         """Figures, -inf where there is none or too little to go by."""
-        block = self._without_itself(figure(rows, cols), rows, cols)
+        block = self._mask_diagonal(figure(rows, cols), rows, cols)
         return block.masked_fill(block.isnan() | (self.counts(rows, cols) < min_together), -math.inf)
 
-    def _most(self, figure: Callable, rows: Tensor, cols: Tensor, k: int, least: int) -> tuple[Tensor, Tensor]:
-        value, index = self._usable(figure, rows, cols, least).sort(dim=1, descending=True, stable=True)
+    def _top(self, figure: Callable, rows: Tensor, cols: Tensor, k: int, least: int) -> tuple[Tensor, Tensor]:
+        value, index = self._figures(figure, rows, cols, least).sort(dim=1, descending=True, stable=True)
         value, index = value[:, :k], index[:, :k]
         return index.masked_fill(value.isinf(), -1), value.masked_fill(value.isinf(), math.nan)
 
-    def _largest(self, k: int, by: str, least: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _top_pairs(self, k: int, by: str, least: int) -> tuple[Tensor, Tensor, Tensor]:
         figure, cols = self._figure(by), torch.arange(self.shape[1], device=self.together.device)
         value, place = self.a.total.new_empty(0), cols.new_empty(0)
         for rows in self._tiles(torch.arange(self.shape[0], device=cols.device)):
-            block = self._usable(figure, rows, cols, least)
+            block = self._figures(figure, rows, cols, least)
             if self.b is None:
                 block = block.masked_fill(cols <= rows[:, None], -math.inf)
-            found, at = block.flatten().topk(min(k, block.numel()))
-            value, place = torch.cat([value, found]), torch.cat([place, at + rows[0] * self.shape[1]])
+            largest, index = block.flatten().topk(min(k, block.numel()))
+            value, place = torch.cat([value, largest]), torch.cat([place, index + rows[0] * self.shape[1]])
             value, best = value.topk(min(k, len(value)))
             place = place[best]
         return place // self.shape[1], place % self.shape[1], value
 
-    def _described(self, latent: Tensor, partner: Tensor) -> pd.DataFrame:
+    def _frame(self, latent: Tensor, partner: Tensor) -> pd.DataFrame:
         import pandas as pd
 
         def each(figure: Callable) -> list:
@@ -301,18 +302,14 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > 0, above / below, math.nan)
 
 
-def _rebuilt(cls: type[Coactivation], path: str | Path, about: dict, found: dict[str, Tensor]) -> Coactivation:
-    n, m = about["latents"]
-    widths = {"a": n} | ({"b": m} if about["two"] else {})
-    pairs = n * m if about["two"] else n * (n - 1) // 2
-    want = {f"{side}.{what}": d for side, d in widths.items() for what in ("fired", "total", "square")}
-    want["together"] = pairs
-    if "products" in found:
-        want["products"] = pairs
-    got = {name: tuple(t.shape) for name, t in found.items()}
-    if got != {name: (d,) for name, d in want.items()}:
-        what = f"{path} holds {', '.join(sorted(got)) or 'nothing'} of sizes that do not fit {n} latents."
+def _from_tensors(cls: type[Coactivation], path: str | Path, facts: dict, tensors: dict[str, Tensor]) -> Coactivation:
+    n, m = facts["latents"]
+    widths = {"a": n} | ({"b": m} if facts["two"] else {})
+    pairs = n * m if facts["two"] else n * (n - 1) // 2
+    want = {f"{side}.{name}": d for side, d in widths.items() for name in ("fired", "total", "square")}
+    want |= {name: pairs for name in ("together", "products") if name == "together" or name in tensors}
+    if {name: tuple(t.shape) for name, t in tensors.items()} != {name: (d,) for name, d in want.items()}:
+        what = f"{path} holds {', '.join(sorted(tensors)) or 'nothing'} of sizes that do not fit {n} latents."
         raise FormatError(explain(what, want=", ".join(want)))
-    sides = [Side(*(found[f"{side}.{what}"] for what in ("fired", "total", "square"))) for side in widths]
-    second = sides[1] if len(sides) > 1 else None
-    return cls(about["n_tokens"], sides[0], second, found["together"], found.get("products"))
+    sides = {side: Side(*(tensors[f"{side}.{name}"] for name in ("fired", "total", "square"))) for side in widths}
+    return cls(facts["n_tokens"], sides["a"], sides.get("b"), tensors["together"], tensors.get("products"))

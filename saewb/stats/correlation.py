@@ -1,4 +1,4 @@
-"""Correlation matrices, dense or as factors: what they amount to, random ones, and samples that have them.
+"""Correlation matrices, dense or low-rank: statistics, and random ones.
 
 A low-rank one is `factor @ factor.T` off the diagonal, and 1 on it: n * rank numbers stand for n * n, and no n * n
 object is ever made of them.
@@ -20,11 +20,14 @@ _BLOCK = 2**21  # entries read at a time: they are read twice, the second time f
 
 @dataclass(frozen=True)
 class CorrelationStats:
-    """What the entries off the diagonal of a correlation matrix amount to."""
+    """Statistics of the entries off the diagonal of a correlation matrix."""
 
-    rms: float  # root of the mean square, 0..1: 0 is no correlation at all
-    mean: float  # with sign, -1/(n - 1)..1
-    n_features: int  # rows
+    rms: float
+    """Root mean square of the correlations, 0..1."""
+    mean: float
+    """Mean of the correlations, -1/(n - 1)..1."""
+    n_features: int
+    """Number of features, rows of the matrix."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,8 +43,10 @@ class LowRankCorrelation:
                 [0.4800, 1.0000]])
     """
 
-    factor: Float[Tensor, "n rank"]  # what features share; the correlation of two is the product of their rows
-    diag: Float[Tensor, " n"]  # the part of the variance that is each feature's own, 0..1
+    factor: Float[Tensor, "n rank"]
+    """Shared part: the correlation of two features is the product of their rows."""
+    diag: Float[Tensor, " n"]
+    """Part of each feature's variance that it does not share, 0..1."""
 
     def __post_init__(self) -> None:
         shapes = tuple(self.factor.shape), tuple(self.diag.shape)
@@ -88,8 +93,8 @@ def correlation_stats(correlation: Float[Tensor, "n n"] | LowRankCorrelation) ->
 
     Example:
         >>> factor = torch.tensor([[0.6], [0.8], [-0.5]])
-        >>> found = correlation_stats(LowRankCorrelation.of(factor))
-        >>> round(found.rms, 6), round(found.mean, 6)
+        >>> stats = correlation_stats(LowRankCorrelation.of(factor))
+        >>> round(stats.rms, 6), round(stats.mean, 6)
         (0.400167, -0.073333)
     """
     if isinstance(correlation, LowRankCorrelation):

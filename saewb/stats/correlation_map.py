@@ -1,4 +1,4 @@
-"""A correlation matrix of any size to look at: blocks of it exactly, all of it coarsely, in an order that shows it."""
+"""Map of a correlation matrix of any size: exact blocks, pooled overviews, orders and pairs of features."""
 
 from __future__ import annotations
 
@@ -11,39 +11,47 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain, near
-from saewb.stats._entries import Counted, Dense, Entries, Factors, Picked, unit
+from saewb.stats._entries import Counts, Dense, Entries, Factors, Selected, unit
 from saewb.stats._ordering import by_clusters
-from saewb.stats._overview import Overview, Pair, pooled
+from saewb.stats._overview import BAND_ENTRIES, Overview, Pair, pool
 from saewb.stats.cooccurrence import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation
 
-_TILE = 2**22  # entries made at a time where all columns of some rows are looked through
 _FIGURES = ("phi", "jaccard", "correlation")
 
 
 @dataclass(frozen=True)
 class PairFigures:
-    """Two features of a matrix."""
+    """Two features of a matrix: their entry, and how often they fire, None where that is unknown."""
 
-    row: int  # a feature
-    col: int  # another, or one of the other set
-    value: float  # their entry; nan where it is not defined
-    fires_row: int | None  # tokens on which the first fires; None where that is not known, as below
+    row: int
+    """Feature of the row."""
+    col: int
+    """Feature of the column."""
+    value: float
+    """Entry; nan where it is undefined."""
+    fires_row: int | None
+    """Tokens on which the row's feature fires."""
     fires_col: int | None
-    together: int | None  # tokens on which both do
-    n_tokens: int | None  # all tokens looked at
+    """Tokens on which the column's feature fires."""
+    together: int | None
+    """Tokens on which both fire."""
+    n_tokens: int | None
+    """Tokens in the sample."""
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class MatrixView:
-    """A matrix of any size, of which no more is made than is asked for. Made by `saewb.matrix_view`.
+    """A matrix of any size whose entries are computed on demand. Created by `saewb.matrix_view`.
 
-    Entries that are not defined (a feature that never fires, a direction of length 0) are nan.
+    Undefined entries (a feature that never fires, a direction of length 0) are nan.
     """
 
-    entries: Entries  # where its numbers come from: a matrix, factors, directions, firings
-    density: Float[Tensor, " n"] | None = None  # of the rows' features, fractions of tokens; None: not known
+    entries: Entries
+    """Source of the entries: a matrix, factors, counts or sparse activations."""
+    density: Float[Tensor, " n"] | None = None
+    """Fraction of tokens on which each feature of the rows fires; None: unknown."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,7 +60,7 @@ class MatrixView:
 
     @property
     def same(self) -> bool:
-        """Whether rows and columns are the same features: it is symmetric, and its diagonal says nothing."""
+        """Whether rows and columns are the same features: the matrix is symmetric."""
         return self.entries.same
 
     @property
@@ -63,8 +71,8 @@ class MatrixView:
     @property
     def orders(self) -> tuple[str, ...]:
         """What `order` takes."""
-        found = ("clusters",) if self.same else ("matched",)
-        return (*found, *(("density",) if self.density is not None else ()), "index")
+        by_density = () if self.density is None else ("density",)
+        return ("clusters" if self.same else "matched", *by_density, "index")
 
     @torch.no_grad()
     def block(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
@@ -73,12 +81,12 @@ class MatrixView:
         Raises:
             ValueError: for a feature that is not there.
         """
-        return self.entries.tile(self._index(rows, 0), self._index(cols, 1)).cpu()
+        return self.entries.block(self._index(rows, 0), self._index(cols, 1)).cpu()
 
     def picked(self, features: Sequence[int] | Tensor) -> MatrixView:
-        """The same matrix between these features, each any number of times; -1 stands for none, and is not defined.
+        """The matrix between some features, each any number of times; -1 stands for none, whose entries are nan.
 
-        So the matrix of true features can be laid beside that of learnt latents, each latent's feature in its place.
+        So the matrix of true features can be laid beside that of learned latents, each latent's feature in its place.
 
         Raises:
             ValueError: for a feature that is not there, or if rows and columns are of two sets.
@@ -96,7 +104,7 @@ class MatrixView:
             raise ValueError(explain(f"picked got {at[:5].tolist()}.", want="features, or -1 for none"))
         density = self.density
         return MatrixView(
-            Picked(self.entries, at),
+            Selected(self.entries, at),
             None if density is None else torch.where(at >= 0, density.to(at.device)[at.clamp(min=0)], 0),
         )
 
@@ -104,11 +112,11 @@ class MatrixView:
     def pooled(
         self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor, step: int, cells: str = "strongest"
     ) -> Float[Tensor, "cells_r cells_c"]:
-        """The same as cells of `step * step` entries: of each the strongest, with its sign, or the mean.
+        """A block pooled into cells of `step * step` entries: of each the strongest, with its sign, or the mean.
 
-        The diagonal of a symmetric matrix is left out (unless `step` is 1), and so is what is not defined. Strongest
-        entries take the time of making them all, 16 MB of them at a time; means of cosines, low-rank correlations and
-        firings that of a few products of sums.
+        The diagonal of a symmetric matrix is left out (unless `step` is 1), and so are undefined entries. Strongest
+        entries take the time of computing all, 16 MB at a time; means of cosines, low-rank correlations and sparse
+        activations that of dot products of sums.
 
         Args:
             rows: features, in the order wanted.
@@ -118,11 +126,11 @@ class MatrixView:
         """
         if step < 1 or cells not in ("strongest", "mean"):
             raise ValueError(explain(f"pooled got step={step}, cells={cells!r}.", want="1 or more; strongest or mean"))
-        return pooled(self.entries, self._index(rows, 0), self._index(cols, 1), step, cells)
+        return pool(self.entries, self._index(rows, 0), self._index(cols, 1), step, cells)
 
     @torch.no_grad()
     def order(self, by: str = "index", seed: int = 0) -> Int[Tensor, " n"]:
-        """Rows in an order that shows what there is to see; the columns' is the same if they are the same features.
+        """Order of the rows (and columns, if they are the same features) that shows structure.
 
         "clusters" puts features that go together side by side: up to 1,024 by average linkage of 1 - r; more of them
         are first split by k-means in the space of the 32 leading eigenvectors (a few seconds for 65,536). "density":
@@ -151,7 +159,7 @@ class MatrixView:
         return self._matched() if by == "matched" else torch.arange(self.shape[0])
 
     def overview(self, rows: Int[Tensor, " n"] | None = None, n_pairs: int = 100) -> Overview:
-        """All of it to look at, with rows (and columns, if they are the same features) in this order.
+        """Zoomed-out view of the matrix with its rows (and columns, if they are the same features) in an order.
 
         Args:
             rows: a permutation, e.g. `order("clusters")`; None leaves them as they are.
@@ -166,38 +174,35 @@ class MatrixView:
         return Overview(self.entries, rows, rows if self.same else every[1], n_pairs)
 
     def stats(self) -> CorrelationStats | None:
-        """Root mean square and mean off the diagonal, of what is defined: at once where there is a closed form.
+        """Root mean square and mean of the defined entries off the diagonal: at once where there is a closed form.
 
-        Else all entries are made, some at a time. None if no entry is defined.
+        Else all entries are computed, a band at a time. None if no entry is defined.
         """
-        if (found := self.entries.stats()) is not None:
-            return found
-        seen = self.overview()
-        for _ in seen.scan():
+        if (stats := self.entries.stats()) is not None:
+            return stats
+        overview = self.overview()
+        for _ in overview.scan():
             pass
-        return seen.stats
+        return overview.stats
 
     @torch.no_grad()
     def partners(self, feature: int, k: int = 8, axis: int = 0) -> list[Pair]:
-        """The strongest entries of a row (of a column: axis=1), itself left out."""
-        chosen = self._index([feature], axis)
-        every = torch.arange(self.shape[1 - axis], device=self.entries.device)
-        row = (self.entries.tile(chosen, every)[0] if axis == 0 else self.entries.tile(every, chosen)[:, 0]).cpu()
-        size = row.abs().nan_to_num(-1)
+        """The k strongest entries of a feature's row, or with axis=1 of its column, without itself."""
+        this = self._index([feature], axis)
+        others = torch.arange(self.shape[1 - axis], device=self.entries.device)
+        values = self.entries.block(*((this, others) if axis == 0 else (others, this))).flatten().cpu()
+        size = values.abs().nan_to_num(-1)
         if self.same:
             size[feature] = -1
-        best = size.argsort(descending=True, stable=True)[:k]
-        return [
-            Pair(*((feature, j) if axis == 0 else (j, feature)), row[j].item()) for j in best.tolist() if size[j] >= 0
-        ]
+        best = [j for j in size.argsort(descending=True, stable=True)[:k].tolist() if size[j] >= 0]
+        return [Pair(*((feature, j) if axis == 0 else (j, feature)), values[j].item()) for j in best]
 
     def pair(self, row: int, col: int) -> PairFigures:
-        """What is known of two features."""
-        value, fires = self.block([row], [col]).item(), self.entries.fires()
-        both = self.entries.together(row, col)
-        known = fires is not None
-        of_col = int(fires[col]) if known and self.same else None
-        return PairFigures(row, col, value, int(fires[row]) if known else None, of_col, *(both or (None, None)))
+        """Entry, firing counts and joint count of two features."""
+        value, fires = self.block([row], [col]).item(), self.entries.firing_counts()
+        fires_row = None if fires is None else int(fires[row])
+        fires_col = None if fires is None or not self.same else int(fires[col])
+        return PairFigures(row, col, value, fires_row, fires_col, *(self.entries.joint_count(row, col) or (None, None)))
 
     def __repr__(self) -> str:
         n, m = self.shape
@@ -206,18 +211,18 @@ class MatrixView:
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _index(self, features: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " some"]:
-        chosen = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
+        index = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
         n = self.shape[axis]
-        if bool((bad := (chosen < 0) | (chosen >= n)).any()):
-            raise ValueError(explain(f"no features {chosen[bad][:5].tolist()} in {self!r}.", want=f"0..{n - 1}"))
-        return chosen
+        if bool((bad := (index < 0) | (index >= n)).any()):
+            raise ValueError(explain(f"no features {index[bad][:5].tolist()} in {self!r}.", want=f"0..{n - 1}"))
+        return index
 
     def _matched(self) -> Tensor:
         n, m = self.shape
-        every, place = torch.arange(m, device=self.entries.device), torch.arange(n, device=self.entries.device)
-        tiles = (self.entries.tile(part, every).abs().nan_to_num(-1) for part in place.split(max(1, _TILE // m)))
-        found = [tile.max(1) for tile in tiles]
-        column, size = torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+        rows, cols = (torch.arange(size, device=self.entries.device) for size in (n, m))
+        parts = rows.split(max(1, BAND_ENTRIES // m))
+        best = [self.entries.block(part, cols).abs().nan_to_num(-1).max(1) for part in parts]
+        column, size = torch.cat([x.indices for x in best]), torch.cat([x.values for x in best])
         by_size = size.argsort(descending=True, stable=True)
         column = torch.where(size < 0, m, column)
         return by_size[column[by_size].argsort(stable=True)].cpu()
@@ -230,7 +235,7 @@ def matrix_view(
     by: str | None = None,
     density: Float[Tensor, " n"] | None = None,
 ) -> MatrixView:
-    """A matrix of any size to look at: 65,536 x 65,536 entries from their factors, none of which is made unasked.
+    """Map of a matrix of any size, e.g. 65,536 x 65,536 entries from their factors, computed on demand.
 
     Args:
         of: a correlation matrix `[n, n]`; its factors; counts of a `Coactivation`; an SAE, whose directions' cosines
@@ -256,9 +261,9 @@ def matrix_view(
     entries = _crossed(of, other, by) if other is not None else _entries(of, by)
     if min(entries.shape) < 1:
         raise ValueError(explain(f"a matrix of {entries.shape} features.", want="at least 1"))
-    fires = entries.fires()
+    fires = entries.firing_counts()
     if density is None and fires is not None:
-        density = fires / max(1, entries.together(0, 0)[1])
+        density = fires / max(1, entries.joint_count(0, 0)[1])
     if density is not None and len(density) != entries.shape[0]:
         what = f"density has {len(density)} values for {entries.shape[0]} features."
         raise ValueError(explain(what, want="one for each"))
@@ -273,7 +278,7 @@ def _entries(of: Any, by: str | None) -> Entries:
     if isinstance(of, Coactivation):
         default = "phi"
         _check(by, _FIGURES, "counts")
-        return Counted(of, by or default)
+        return Counts(of, by or default)
     if isinstance(of, nn.Module) or by == "cosine":
         rows = unit(_directions(of, by))
         return Factors(rows, rows, True, "cosine")
@@ -294,24 +299,24 @@ def _crossed(of: Any, other: Any, by: str | None) -> Entries:
 
 
 def _directions(of: Any, by: str | None) -> Tensor:
-    found = getattr(of, "directions", of)  # of a dictionary
+    rows = getattr(of, "directions", of)  # of a dictionary
     if isinstance(of, nn.Module):
         _check(by, ("decoder", "encoder", "cosine"), "an SAE")
-        found = getattr(of, "W_enc", None) if by == "encoder" else getattr(of, "W_dec", None)
-        found = found.T if by == "encoder" and found is not None else found
-    if not isinstance(found, Tensor):
+        rows = getattr(of, "W_enc", None) if by == "encoder" else getattr(of, "W_dec", None)
+        rows = rows.T if by == "encoder" and rows is not None else rows
+    if not isinstance(rows, Tensor):
         what = f"matrix_view got a {type(of).__name__}, which has no such directions."
         raise TypeError(explain(what, want="a tensor [n, d], an SAE or a dictionary"))
-    if found.ndim != 2 or found.shape[1] == 0:
-        raise ValueError(explain(f"directions have shape {tuple(found.shape)}.", want="[n, d]"))
-    return found
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(explain(f"directions have shape {tuple(rows.shape)}.", want="[n, d]"))
+    return rows
 
 
 def _dense(matrix: Tensor) -> Entries:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         what, fix = f"the matrix has shape {tuple(matrix.shape)}.", "matrix_view(directions, by='cosine')"
         raise ValueError(explain(what, want="[n, n]; for the cosines of directions [n, d] say so", fix=fix))
-    rows = max(1, _TILE // max(1, len(matrix)))
+    rows = max(1, BAND_ENTRIES // max(1, len(matrix)))
     for i in range(0, len(matrix), rows):
         part, turned = matrix[i : i + rows], matrix[:, i : i + rows].T
         if not torch.allclose(part, turned, rtol=1e-4, atol=1e-5, equal_nan=True):
@@ -320,6 +325,6 @@ def _dense(matrix: Tensor) -> Entries:
     return Dense(matrix.detach() if matrix.is_floating_point() else matrix.float())
 
 
-def _check(by: str | None, known: tuple[str, ...], what: str) -> None:
-    if by is not None and by not in known:
-        raise ValueError(explain(f"{what} has no {by!r}.", near=near(by, known), want=", ".join(known)))
+def _check(by: str | None, allowed: tuple[str, ...], what: str) -> None:
+    if by is not None and by not in allowed:
+        raise ValueError(explain(f"{what} has no {by!r}.", near=near(by, allowed), want=", ".join(allowed)))

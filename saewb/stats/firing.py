@@ -1,4 +1,4 @@
-"""When latents fire: how often, how strongly, and in how many texts; from a stream of batches, dense or sparse.
+"""Firing statistics of latents: how often, how strongly, and in how many texts; from a stream of batches.
 
 A latent is active where it is not 0, whatever its sign. Sums are kept in float64, counts as integers.
 """
@@ -25,17 +25,26 @@ ULTRA_LOW_BELOW = 1e-5  # of tokens
 class Firing:
     """How often and how strongly latents were active."""
 
-    n_tokens: int  # tokens
-    l0: float  # active latents per token
-    l1: float  # sum of |activations| per token, in the unit of latents
-    density: Float[Tensor, " d_sae"] = field(repr=False)  # per latent, fraction of tokens on which it is active
-    mean_activation: Float[Tensor, " d_sae"] = field(repr=False)  # |activation| where active; nan if never
-    max_activation: Float[Tensor, " d_sae"] = field(repr=False)  # largest |activation|; 0 if never
-    # Active tokens per row of text in which the latent is active at all; nan if never. 1: single tokens.
+    n_tokens: int
+    """Number of tokens."""
+    l0: float
+    """Active latents per token."""
+    l1: float
+    """Sum of |activations| per token, in the unit of latents."""
+    density: Float[Tensor, " d_sae"] = field(repr=False)
+    """Fraction of tokens on which each latent is active."""
+    mean_activation: Float[Tensor, " d_sae"] = field(repr=False)
+    """Mean |activation| of each latent where it is active; nan if never."""
+    max_activation: Float[Tensor, " d_sae"] = field(repr=False)
+    """Largest |activation| of each latent; 0 if never active."""
     consistent_activation: Float[Tensor, " d_sae"] = field(repr=False)
-    dead_frac: float  # fraction of latents whose density is below `dead_below`
-    ultra_low_frac: float  # fraction of latents that are not dead and whose density is below `ultra_low_below`
-    dense_frac: float  # fraction of latents whose density is above `dense_above`
+    """Active tokens per row of text in which the latent is active at all; nan if never. 1: single tokens."""
+    dead_frac: float
+    """Fraction of latents whose density is below `dead_below`."""
+    ultra_low_frac: float
+    """Fraction of latents that are not dead and whose density is below `ultra_low_below`."""
+    dense_frac: float
+    """Fraction of latents whose density is above `dense_above`."""
 
     @property
     def alive_frac(self) -> float:

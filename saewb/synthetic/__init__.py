@@ -1,7 +1,7 @@
 """Data whose truth is known: features with directions, probabilities, magnitudes, correlation and hierarchy.
 
 data = SyntheticData(random_dictionary(1024, 256), zipfian(1024))
-sample = data.sample(4096, torch.Generator().manual_seed(0))      # .activations [samples, d], .firings (sparse)
+sample = data.sample(4096, torch.Generator().manual_seed(0))      # .activations [samples, d], .firings (SparseLatents)
 recovery(sae, data, n_samples=100_000)                            # how much of the truth an SAE has found
 """
 
@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from saewb.synthetic.data import Sample, SyntheticData, load_synthetic
 from saewb.synthetic.dictionary import FeatureDictionary, matched_sae, orthogonalized, random_dictionary
-from saewb.synthetic.firing_patterns import Firings, Magnitudes, constant, linear, random, zipfian
+from saewb.synthetic.firing_patterns import Magnitudes, constant, linear, random, zipfian
 from saewb.synthetic.hierarchy import Hierarchy, Node, random_hierarchy
-from saewb.synthetic.matching import (
+from saewb.synthetic.recovery import (
+    Recovery,
+    RecoveryStream,
     best_matches,
     best_ordering,
     mean_correlation_coefficient,
     ordered_cosines,
+    recovery,
     uniqueness,
 )
-from saewb.synthetic.recovery import Recovery, RecoveryStream, recovery
 
 __all__ = [
     "FeatureDictionary",
-    "Firings",
     "Hierarchy",
     "Magnitudes",
     "Node",

@@ -1,11 +1,8 @@
-"""Synthetic data: draw which features fire, how strongly, and make activations of them."""
+"""Synthetic activations: draw which features fire and how strongly, and sum their directions."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saewb._files import atomic_folder
 from saewb.errors import FormatError, explain
+from saewb.sae.sparse import SparseLatents
 from saewb.stats.correlation import LowRankCorrelation
 from saewb.stats.sampling import CorrelatedNormals
 from saewb.synthetic.dictionary import FeatureDictionary
-from saewb.synthetic.firing_patterns import Firings, Magnitudes, independent, normal_threshold
+from saewb.synthetic.firing_patterns import Magnitudes, independent, normal_threshold
 from saewb.synthetic.hierarchy import Hierarchy, Node
 
 _BLOCK = 2**24  # normal numbers drawn at a time (64 MiB), for correlated features
@@ -27,10 +26,12 @@ VERSION = 1  # of the folder that `save` writes
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Some samples, with their truth."""
+    """Samples with the features that generated them."""
 
-    activations: Float[Tensor, "samples d"]  # what a model would have, bias and noise in it
-    firings: Firings  # which features fired, and how strongly
+    activations: Float[Tensor, "samples d"]
+    """Activations, with bias and noise."""
+    firings: SparseLatents
+    """Features that fired, and their magnitudes, `[samples, features]`."""
 
     def __len__(self) -> int:
         return len(self.activations)
@@ -63,13 +64,17 @@ class SyntheticData:
         (torch.Size([1000, 32]), SyntheticData(64 features in 32 dimensions, 0.982 firing per sample))
     """
 
-    dictionary: FeatureDictionary  # the directions, with their bias
-    probability: Float[Tensor, " features"]  # of firing, over all samples
+    dictionary: FeatureDictionary
+    """Directions of the features, and the bias."""
+    probability: Float[Tensor, " features"]
+    """Fraction of samples on which each feature fires."""
     magnitudes: Magnitudes = field(default_factory=Magnitudes)
     correlation: Float[Tensor, "features features"] | LowRankCorrelation | None = None
     hierarchy: Hierarchy | None = None
-    compensate: bool = True  # draw more often what the hierarchy will silence
-    noise: float = 0.0  # standard deviation of normal noise on each coordinate
+    compensate: bool = True
+    """Draw features more often where the hierarchy will silence them."""
+    noise: float = 0.0
+    """Standard deviation of normal noise on each coordinate."""
 
     def __post_init__(self) -> None:
         n, device = self.dictionary.n_features, self.dictionary.directions.device
@@ -114,26 +119,27 @@ class SyntheticData:
         return self.sample(n_tokens, generator).activations
 
     @torch.no_grad()
-    def fire(self, n_samples: int, generator: torch.Generator) -> Firings:
+    def fire(self, n_samples: int, generator: torch.Generator) -> SparseLatents:
         """Which features fire, and how strongly, without making activations of them."""
-        samples, features = self._places(n_samples, generator)
+        sample, feature = self._draw(n_samples, generator)
         shape = (n_samples, self.dictionary.n_features)
-        firings = Firings(samples, features, self.magnitudes.sample(features, generator), shape)
+        firings = SparseLatents(sample, feature, self.magnitudes.sample(feature, generator), shape)
         if self.hierarchy is not None:
             firings = self.hierarchy.apply(firings, generator)
-        return firings.where(firings.values > 0)
+        mask = firings.act > 0
+        return SparseLatents(firings.token[mask], firings.latent[mask], firings.act[mask], shape)
 
-    def _places(self, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _draw(self, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if self._normals is None:
             return independent(self._drawn, n_samples, generator)
-        limit, found = normal_threshold(self._drawn), []
+        limit, parts = normal_threshold(self._drawn), []
         step = max(1, _BLOCK // self.dictionary.n_features)
         for start in range(0, n_samples, step):
             above = self._normals.sample(min(step, n_samples - start), generator) > limit
             samples, features = above.nonzero(as_tuple=True)
-            found.append((samples + start, features))
+            parts.append((samples + start, features))
         none = torch.zeros(0, dtype=torch.long, device=limit.device)
-        samples, features = zip(*found, strict=True) if found else ((none,), (none,))
+        samples, features = zip(*parts, strict=True) if parts else ((none,), (none,))
         return torch.cat(samples), torch.cat(features)
 
     def save(self, folder: str | Path) -> Path:
@@ -148,28 +154,24 @@ class SyntheticData:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(explain(f"{folder} is there already.", want="a new or empty folder"))
         folder.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            save_file({name: t.contiguous().cpu() for name, t in self._tensors().items()}, place / _TENSORS)
-            (place / _FACTS).write_text(json.dumps(self._facts(), indent=1), encoding="utf-8")
-            if folder.exists():
-                folder.rmdir()
-            os.replace(place, folder)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-        return folder
+
+        def fill(fresh: Path) -> None:
+            save_file({name: t.contiguous().cpu() for name, t in self._tensors().items()}, fresh / _TENSORS)
+            (fresh / _FACTS).write_text(json.dumps(self._facts(), indent=1), encoding="utf-8")
+
+        return atomic_folder(folder, fill, ours=(_FACTS, _TENSORS), overwrite=False)
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {"directions": self.dictionary.directions, "bias": self.dictionary.bias}
-        found["probability"] = self.probability
+        tensors = {"directions": self.dictionary.directions, "bias": self.dictionary.bias}
+        tensors["probability"] = self.probability
         if isinstance(self.correlation, LowRankCorrelation):
-            found |= {"correlation_factor": self.correlation.factor, "correlation_diag": self.correlation.diag}
+            tensors |= {"correlation_factor": self.correlation.factor, "correlation_diag": self.correlation.diag}
         elif self.correlation is not None:
-            found["correlation"] = self.correlation
+            tensors["correlation"] = self.correlation
         for name in ("mean", "std"):
             if isinstance(value := getattr(self.magnitudes, name), Tensor):
-                found[f"magnitude_{name}"] = value
-        return found
+                tensors[f"magnitude_{name}"] = value
+        return tensors
 
     def _facts(self) -> dict[str, Any]:
         values = {name: getattr(self.magnitudes, name) for name in ("mean", "std")}
@@ -239,11 +241,11 @@ def load_synthetic(folder: str | Path) -> SyntheticData:
         hierarchy = trees and Hierarchy([Node.of(root) for root in trees["roots"]], trees["scale_by_parent"])
         dictionary = FeatureDictionary(tensors.pop("directions"), tensors.pop("bias"))
         probability = tensors.pop("probability")
-        kept = facts["compensate"], facts["noise"]
+        compensate, noise = facts["compensate"], facts["noise"]
     except KeyError as missing:
         raise FormatError(
             explain(f"{folder} lacks {missing}.", want=f"what save wrote, version {VERSION}")
         ) from missing
     if tensors:
         raise FormatError(explain(f"{folder / _TENSORS} has {sorted(tensors)} left over.", want="what save wrote"))
-    return SyntheticData(dictionary, probability, Magnitudes(**shape), correlation, hierarchy, *kept)
+    return SyntheticData(dictionary, probability, Magnitudes(**shape), correlation, hierarchy, compensate, noise)

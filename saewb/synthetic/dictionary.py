@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saewb.errors import explain
 from saewb.metrics import float64
 from saewb.sae.sae import SAE
-from saewb.synthetic.firing_patterns import Firings
+from saewb.sae.sparse import SparseLatents
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,7 +29,8 @@ class FeatureDictionary:
         (tensor([[2., 3.]]), FeatureDictionary(3 features in 2 dimensions))
     """
 
-    directions: Float[Tensor, "features d"]  # unit rows, unless you give others
+    directions: Float[Tensor, "features d"]
+    """Unit rows, unless you give others."""
     bias: Float[Tensor, " d"]
 
     def __post_init__(self) -> None:
@@ -48,11 +49,11 @@ class FeatureDictionary:
         """Width of an activation."""
         return self.directions.shape[1]
 
-    def embed(self, firings: Firings | Float[Tensor, "samples features"]) -> Float[Tensor, "samples d"]:
-        """The activations that these firings make. Sparse ones take time and memory of what fires only."""
+    def embed(self, firings: SparseLatents | Float[Tensor, "samples features"]) -> Float[Tensor, "samples d"]:
+        """Activations of firing features; sparse ones in time and memory of what fires."""
         if isinstance(firings, Tensor):
             return firings @ self.directions + self.bias
-        return firings.times(self.directions) + self.bias
+        return firings.to(self.directions.dtype) @ self.directions + self.bias
 
     def __repr__(self) -> str:
         return f"FeatureDictionary({self.n_features:,} features in {self.d} dimensions)"

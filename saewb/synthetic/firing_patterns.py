@@ -1,4 +1,4 @@
-"""Which features fire, how often, and how strongly; kept sparse."""
+"""Firing patterns: probabilities and magnitudes of features, and independent draws of where they fire."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from saewb.errors import explain
 
@@ -169,51 +169,7 @@ def _each(value: float | Tensor, features: Tensor) -> Tensor:
     return torch.full((len(features),), float(value), device=features.device)
 
 
-# -- firings ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Firings:
-    """Which features fired in which samples, and how strongly: a sparse matrix [samples, features], row by row."""
-
-    samples: Int[Tensor, " fired"]  # ascending
-    features: Int[Tensor, " fired"]  # each once in a sample
-    values: Float[Tensor, " fired"]  # > 0
-    shape: tuple[int, int]  # samples, features
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
-    def l0(self) -> float:
-        """Features firing per sample."""
-        return len(self.values) / max(self.shape[0], 1)
-
-    def dense(self) -> Float[Tensor, "samples features"]:
-        """The same as one tensor."""
-        full = self.values.new_zeros(self.shape)
-        full[self.samples, self.features] = self.values
-        return full
-
-    def times(self, matrix: Float[Tensor, "features d"]) -> Float[Tensor, "samples d"]:
-        """`dense() @ matrix`, in time and memory of what fires."""
-        starts = torch.searchsorted(self.samples, torch.arange(self.shape[0], device=self.samples.device))
-        values = self.values.to(matrix.dtype)
-        return nn.functional.embedding_bag(self.features, matrix, starts, per_sample_weights=values, mode="sum")
-
-    def where(self, kept: Tensor, values: Tensor | None = None) -> Firings:
-        """Those firings only, with other values if given."""
-        values = self.values if values is None else values
-        return Firings(self.samples[kept], self.features[kept], values[kept], self.shape)
-
-    @classmethod
-    def of(cls, dense: Float[Tensor, "samples features"]) -> Firings:
-        """The entries above 0."""
-        samples, features = (dense > 0).nonzero(as_tuple=True)
-        return cls(samples, features, dense[samples, features], tuple(dense.shape))
-
-    def __repr__(self) -> str:
-        return f"Firings({self.shape[0]:,} samples, {self.shape[1]:,} features, {self.l0:.3g} firing per sample)"
+# -- where features fire -------------------------------------------------------------------------------------------
 
 
 def independent(

@@ -6,7 +6,7 @@ exclude each other, one of those that fire is kept, each with the same chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.synthetic.firing_patterns import Firings
+from saewb.sae.sparse import SparseLatents
 
 
 @dataclass(frozen=True)
 class Node:
     """A feature and what depends on it; or, without a feature, a group of features."""
 
-    feature: int | None  # None: only groups its children, and counts as firing where its own parent does
+    feature: int | None
+    """The feature; None only groups the children, and counts as firing where its own parent does."""
     children: tuple[Node, ...] = ()
-    exclusive: bool = False  # whether at most one of the children fires
+    """Nodes that fire only where this one does."""
+    exclusive: bool = False
+    """Whether at most one of the children fires."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Node:
@@ -41,10 +44,10 @@ class Node:
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionaries that `Node.of` reads."""
-        found: dict[str, Any] = {"feature": self.feature}
+        tree: dict[str, Any] = {"feature": self.feature}
         if self.children:
-            found |= {"exclusive": self.exclusive, "children": [child.to_dict() for child in self.children]}
-        return found
+            tree |= {"exclusive": self.exclusive, "children": [child.to_dict() for child in self.children]}
+        return tree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,47 +64,31 @@ class Hierarchy:
 
     Example:
         >>> trees = Hierarchy([Node(0, (Node(1), Node(2)), exclusive=True)])
-        >>> both = Firings.of(torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]]))
+        >>> both = SparseLatents.from_dense(torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]]))
         >>> trees.apply(both, torch.Generator().manual_seed(0)).dense().sum(1).tolist()
         [2.0, 0.0]
     """
 
     roots: Sequence[Node]
     scale_by_parent: bool = False
-    features: tuple[int, ...] = field(init=False)  # all that stand in it, roots first
+    features: tuple[int, ...] = field(init=False)
+    """All features of the trees, roots first."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roots", tuple(self.roots))
-        places = list(self._places())
-        object.__setattr__(self, "features", tuple(place.feature for place in places))
-        seen: set[int] = set()
+        levels = _levels(self.roots)
+        object.__setattr__(self, "features", tuple(feature for level in levels for feature in level.feature))
+        earlier: set[int] = set()
         for feature in self.features:
-            if feature in seen or feature < 0:
-                what = f"feature {feature} stands in two places." if feature in seen else f"a feature is {feature}."
+            if feature in earlier or feature < 0:
+                what = f"feature {feature} stands in two places." if feature in earlier else f"a feature is {feature}."
                 raise ValueError(explain(what, want="each feature once, 0 or more: a feature has one parent"))
-            seen.add(feature)
-        object.__setattr__(self, "_levels", _levels(places))
-
-    def _places(self) -> Iterator[_Place]:
-        """Every feature, level by level, with its nearest ancestor that is one."""
-        group, row = 0, [(root, -1, 0, -1) for root in self.roots]
-        while row:
-            below = []
-            for node, parent, depth, own_group in row:
-                if node.feature is not None:
-                    yield _Place(node.feature, parent, depth, own_group)
-                _check_exclusive(node)
-                group += node.exclusive
-                known = node.feature is not None
-                for child in node.children:
-                    below.append(
-                        (child, node.feature if known else parent, depth + known, group if node.exclusive else -1)
-                    )
-            row = below
+            earlier.add(feature)
+        object.__setattr__(self, "_levels", levels)
 
     @torch.no_grad()
-    def apply(self, firings: Firings, generator: torch.Generator) -> Firings:
-        """These firings, without those that the trees do not allow.
+    def apply(self, firings: SparseLatents, generator: torch.Generator) -> SparseLatents:
+        """Remove the firings that the trees do not allow.
 
         Args:
             firings: drawn as if there were no trees.
@@ -114,21 +101,20 @@ class Hierarchy:
         if self.features and max(self.features) >= n_features:
             what = f"the hierarchy has feature {max(self.features)}, the data {n_features} features."
             raise ValueError(explain(what, want=f"features 0..{n_features - 1}"))
-        kept = torch.ones_like(firings.samples, dtype=torch.bool)
-        values, key = firings.values.clone(), firings.samples * n_features + firings.features
+        token, feature, act = firings.token, firings.latent, firings.act.clone()
+        mask, key = torch.ones_like(token, dtype=torch.bool), token * n_features + feature
         for level in self._levels:
-            parent, group = (table.to(key.device) for table in level.tables(n_features))
-            mine = (parent[firings.features] != _ELSEWHERE).nonzero()[:, 0]
-            above = parent[firings.features[mine]]
-            gated = mine[above >= 0]
-            at = torch.searchsorted(key, firings.samples[gated] * n_features + parent[firings.features[gated]])
-            at = at.clamp_max(max(len(key) - 1, 0))
-            there = (key[at] == firings.samples[gated] * n_features + parent[firings.features[gated]]) & kept[at]
-            kept[gated] = there
+            parent_of, group_of = (table.to(key.device) for table in level.tables(n_features))
+            in_level = (parent_of[feature] != _ELSEWHERE).nonzero()[:, 0]
+            child = in_level[parent_of[feature[in_level]] >= 0]
+            parent_key = token[child] * n_features + parent_of[feature[child]]
+            parent = torch.searchsorted(key, parent_key).clamp_max(max(len(key) - 1, 0))
+            fires = (key[parent] == parent_key) & mask[parent]
+            mask[child] = fires
             if self.scale_by_parent:
-                values[gated] = torch.where(there, values[gated] * values[at], values[gated])
-            _one_of_each(kept, mine, firings, group, generator)
-        return firings.where(kept, values)
+                act[child] = torch.where(fires, act[child] * act[parent], act[child])
+            _exclude_siblings(mask, in_level, token, group_of[feature], generator)
+        return SparseLatents(token[mask], feature[mask], act[mask], firings.shape)
 
     @torch.no_grad()
     def compensated(self, probability: Float[Tensor, " features"]) -> Float[Tensor, " features"]:
@@ -147,22 +133,22 @@ class Hierarchy:
         drawn = p.copy()
         for level in self._levels:
             siblings: dict[int, list[int]] = {}
-            for place in level.places:
-                above = 1.0 if place.parent < 0 else p[place.parent]
-                share = p[place.feature] / above if above > 0 else float(p[place.feature] > 0) * 2
+            for feature, parent, group in zip(level.feature, level.parent, level.group, strict=True):
+                p_parent = 1.0 if parent < 0 else p[parent]
+                share = p[feature] / p_parent if p_parent > 0 else float(p[feature] > 0) * 2
                 if share > 1 + 1e-6:
-                    what = f"feature {place.feature} shall fire on {p[place.feature]:.4g} of samples, "
-                    what += f"its parent {place.parent} on {above:.4g}."
+                    what = f"feature {feature} shall fire on {p[feature]:.4g} of samples, "
+                    what += f"its parent {parent} on {p_parent:.4g}."
                     raise ValueError(explain(what, want="a child that fires less often than its parent"))
-                drawn[place.feature] = min(share, 1.0)
-                if place.group >= 0:
-                    siblings.setdefault(place.group, []).append(place.feature)
+                drawn[feature] = min(share, 1.0)
+                if group >= 0:
+                    siblings.setdefault(group, []).append(feature)
             for features in siblings.values():
                 drawn[features] = _before_exclusion(drawn[features], features)
         return torch.from_numpy(drawn).to(probability)
 
     def __repr__(self) -> str:
-        exclusive = sum(place.group >= 0 for level in self._levels for place in level.places)
+        exclusive = sum(group >= 0 for level in self._levels for group in level.group)
         return f"Hierarchy({len(self.features)} features in {len(self.roots)} trees, {exclusive} of them exclusive)"
 
 
@@ -229,32 +215,39 @@ _ELSEWHERE = -2  # as parent: the feature is not on this level
 
 
 @dataclass(frozen=True)
-class _Place:
-    feature: int
-    parent: int  # nearest ancestor that is a feature; -1: none
-    depth: int  # features above it
-    group: int  # of siblings that exclude one another; -1: none
-
-
-@dataclass(frozen=True)
 class _Level:
-    places: tuple[_Place, ...]
+    """Features with equally many features above them."""
+
+    feature: list[int] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+    """Nearest ancestor that is a feature; -1: none."""
+    group: list[int] = field(default_factory=list)
+    """Number of the group of siblings that exclude one another; -1: none."""
 
     def tables(self, n_features: int) -> tuple[Int[Tensor, " features"], Int[Tensor, " features"]]:
         """Parent and group by feature."""
-        parent = torch.full((n_features,), _ELSEWHERE)
-        group = torch.full((n_features,), -1)
-        features = torch.tensor([place.feature for place in self.places])
-        parent[features] = torch.tensor([place.parent for place in self.places])
-        group[features] = torch.tensor([place.group for place in self.places])
+        parent, group = torch.full((n_features,), _ELSEWHERE), torch.full((n_features,), -1)
+        parent[self.feature], group[self.feature] = torch.tensor(self.parent), torch.tensor(self.group)
         return parent, group
 
 
-def _levels(places: Sequence[_Place]) -> tuple[_Level, ...]:
-    by_depth: dict[int, list[_Place]] = {}
-    for place in places:
-        by_depth.setdefault(place.depth, []).append(place)
-    return tuple(_Level(tuple(by_depth[depth])) for depth in sorted(by_depth))
+def _levels(roots: Sequence[Node]) -> tuple[_Level, ...]:
+    """Levels of the trees, roots first; within a level breadth first."""
+    levels: dict[int, _Level] = {}
+    n_groups, row = 0, [(root, -1, 0, -1) for root in roots]
+    while row:
+        below = []
+        for node, parent, depth, group in row:
+            _check_exclusive(node)
+            if node.feature is not None:
+                level = levels.setdefault(depth, _Level())
+                for values, value in zip(vars(level).values(), (node.feature, parent, group), strict=True):
+                    values.append(value)
+                parent, depth = node.feature, depth + 1
+            n_groups += node.exclusive
+            below += [(child, parent, depth, n_groups if node.exclusive else -1) for child in node.children]
+        row = below
+    return tuple(levels[depth] for depth in sorted(levels))
 
 
 def _check_exclusive(node: Node) -> None:
@@ -263,43 +256,43 @@ def _check_exclusive(node: Node) -> None:
         raise ValueError(explain(what + f"{len(node.children)}.", want="two children or more, each with a feature"))
 
 
-def _one_of_each(kept: Tensor, mine: Tensor, firings: Firings, group: Tensor, generator: torch.Generator) -> None:
-    """Of the firings at `mine` that are kept, one at random for each sample and group."""
-    some = mine[kept[mine] & (group[firings.features[mine]] >= 0)]
+def _exclude_siblings(mask: Tensor, in_level: Tensor, token: Tensor, group: Tensor, generator: torch.Generator) -> None:
+    """Keep one random firing of each token and group of exclusive siblings."""
+    some = in_level[mask[in_level] & (group[in_level] >= 0)]
     if len(some) == 0:
         return
-    place = firings.samples[some] * (int(group.max()) + 1) + group[firings.features[some]]
-    # In random order, then by place: the first of each place is one of its firings at random.
+    family = token[some] * (int(group.max()) + 1) + group[some]
+    # In random order, then by family: the first of each family is one of its firings at random.
     shuffled = torch.randperm(len(some), generator=generator, device=some.device)
-    order = shuffled[place[shuffled].argsort(stable=True)]
+    order = shuffled[family[shuffled].argsort(stable=True)]
     first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = place[order][1:] != place[order][:-1]
-    kept[some[order[~first]]] = False
+    first[1:] = family[order][1:] != family[order][:-1]
+    mask[some[order[~first]]] = False
 
 
-def _before_exclusion(wanted: np.ndarray, features: Sequence[int]) -> np.ndarray:
-    """Probabilities b with b_i E[1 / (1 + K_i)] = wanted_i, K_i of the others firing, each with its b.
+def _before_exclusion(target: np.ndarray, features: Sequence[int]) -> np.ndarray:
+    """Probabilities b with b_i E[1 / (1 + K_i)] = target_i, K_i of the others firing, each with its b.
 
     E[1 / (1 + K)] = integral over t from 0 to 1 of prod_{j != i} (1 - b_j + b_j t): a polynomial, so that quadrature
     with half as many points as siblings is exact. Solved by fixed-point iteration, which rises to the answer.
     """
-    if wanted.sum() > 1 + 1e-9:
+    if target.sum() > 1 + 1e-9:
         what = (
-            f"exclusive siblings {list(features)} shall fire on {wanted.sum():.4g} of their parent's samples together."
+            f"exclusive siblings {list(features)} shall fire on {target.sum():.4g} of their parent's samples together."
         )
         raise ValueError(explain(what, want="1 at most"))
-    points, weights = np.polynomial.legendre.leggauss(len(wanted) // 2 + 1)
-    t, b = (points + 1) / 2, wanted.copy()
+    points, weights = np.polynomial.legendre.leggauss(len(target) // 2 + 1)
+    t, b = (points + 1) / 2, target.copy()
     for _ in range(10_000):
         factors = 1 - b[:, None] * (1 - t)
         others = np.stack([np.delete(factors, i, axis=0).prod(0) for i in range(len(b))])
-        new = np.minimum(wanted / (others @ (weights / 2)), 1.0)
+        new = np.minimum(target / (others @ (weights / 2)), 1.0)
         if np.abs(new - b).max() < 1e-12:
             break
         b = new
-    missing = np.abs(b * (others @ (weights / 2)) - wanted).max()
+    missing = np.abs(b * (others @ (weights / 2)) - target).max()
     if missing > 1e-6:
         what = f"no independent probabilities make exclusive siblings {list(features)} fire as often as asked "
-        what += f"({wanted.sum():.4g} of their parent's samples together; off by {missing:.2g})."
+        what += f"({target.sum():.4g} of their parent's samples together; off by {missing:.2g})."
         raise ValueError(explain(what, want="less together"))
     return b

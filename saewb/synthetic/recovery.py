@@ -1,4 +1,4 @@
-"""How much of the truth an SAE has found."""
+"""Recovery of the true features by an SAE: from directions alone, and from when its latents fire."""
 
 from __future__ import annotations
 
@@ -12,33 +12,51 @@ from torch import Tensor, nn
 from saewb.errors import explain
 from saewb.metrics import ReconstructionStream
 from saewb.synthetic.data import Sample, SyntheticData
-from saewb.synthetic.matching import best_matches, mean_correlation_coefficient, uniqueness
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_BLOCK = 2**24  # cosines held at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """What `recovery` found. A latent stands for the feature its decoder row is nearest to (largest |cosine|)."""
+    """Recovery of true features by an SAE. A latent stands for the feature nearest to its decoder row (by |cosine|)."""
 
-    mcc: float  # mean |cosine| of latents and features matched one to one; 1: the dictionary was found
-    uniqueness: float  # fraction of latents that are not doubles of a feature; 1: none are
-    true_l0: float  # features firing per sample
-    l0: float  # latents active per sample
-    dead_frac: float  # fraction of latents that were never active
-    l2_ratio: float  # length of the reconstruction; 1: right, less: shrinkage
-    explained_variance: float  # fraction; 1 is perfect, 0 no better than the mean
-    precision: float  # mean over latents: of the samples on which it is active, those on which its feature fires
-    recall: float  # mean over latents: of the samples on which its feature fires, those on which it is active
-    f1: float  # mean over latents of their harmonic mean
-    accuracy: float  # mean over latents: samples on which both or neither are on
-    n_samples: int  # samples
-    feature: Int[Tensor, " d_sae"] = field(repr=False)  # per latent, the feature it stands for
-    cosine: Float[Tensor, " d_sae"] = field(repr=False)  # |cosine| with it
-    latent_precision: Float[Tensor, " d_sae"] = field(repr=False)  # 0 where the latent was never active
-    latent_recall: Float[Tensor, " d_sae"] = field(repr=False)  # 0 where its feature never fired
+    mcc: float
+    """Mean |cosine| of latents and features matched one to one; 1: the dictionary was found."""
+    uniqueness: float
+    """Fraction of latents that are not doubles of a feature; 1: none are."""
+    true_l0: float
+    """Features firing per sample."""
+    l0: float
+    """Latents active per sample."""
+    dead_frac: float
+    """Fraction of latents that were never active."""
+    l2_ratio: float
+    """Length of reconstructions relative to activations; below 1: shrinkage."""
+    explained_variance: float
+    """Fraction; 1 is perfect, 0 no better than the mean."""
+    precision: float
+    """Mean over latents: of the samples on which it is active, those on which its feature fires."""
+    recall: float
+    """Mean over latents: of the samples on which its feature fires, those on which it is active."""
+    f1: float
+    """Mean over latents of their harmonic mean."""
+    accuracy: float
+    """Mean over latents: samples on which both or neither are on."""
+    n_samples: int
+    """Number of samples."""
+    feature: Int[Tensor, " d_sae"] = field(repr=False)
+    """Feature that each latent stands for."""
+    cosine: Float[Tensor, " d_sae"] = field(repr=False)
+    """|cosine| of each latent with its feature."""
+    latent_precision: Float[Tensor, " d_sae"] = field(repr=False)
+    """Precision of each latent; 0 where it was never active."""
+    latent_recall: Float[Tensor, " d_sae"] = field(repr=False)
+    """Recall of each latent; 0 where its feature never fired."""
     latent_f1: Float[Tensor, " d_sae"] = field(repr=False)
+    """Harmonic mean of both."""
 
     def to_frame(self) -> pd.DataFrame:
         """One row of the figures, for comparing SAEs."""
@@ -85,7 +103,7 @@ class RecoveryStream:
         self._on += on.sum(0)
         self._true += fires.sum(0)[self.feature]
         self._both += (on & fires[:, self.feature]).sum(0)
-        self._fired += len(sample.firings.values)
+        self._fired += len(sample.firings)
 
     def result(self) -> Recovery:
         """The figures of all samples so far. ValueError if there were none."""
@@ -151,3 +169,137 @@ def recovery(
     for start in range(0, n_samples, batch_size):
         stream.update(data.sample(min(batch_size, n_samples - start), rng))
     return stream.result()
+
+
+# -- directions -----------------------------------------------------------------------------------------------------
+
+
+def mean_correlation_coefficient(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
+    """How well two sets of directions agree: 1 is the same directions in any order and sign, 0 all orthogonal.
+
+        mean over matched pairs of |cos(a_i, b_j)|,    each row used once, matched so that the sum is largest
+
+    Random directions score about sqrt(2 log n / d) for large n, not 0. Time grows with the cube of the smaller number.
+
+    Args:
+        a: one set, of any lengths; rows of 0 agree with nothing.
+        b: the other. The smaller set is matched whole.
+
+    Returns:
+        A mean of |cosines|, 0..1; unchanged when rows are scaled.
+
+    Raises:
+        ValueError: if a set is empty, or the widths differ.
+
+    References:
+        Hungarian matching (scipy's linear_sum_assignment); "MCC" of arXiv:2505.20254.
+
+    Example:
+        >>> round(mean_correlation_coefficient(torch.eye(3), -2 * torch.eye(3)[[2, 0, 1]]), 6)
+        1.0
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if min(len(a), len(b)) == 0 or a.shape[1] != b.shape[1]:
+        raise ValueError(explain(f"got directions {tuple(a.shape)} and {tuple(b.shape)}.", want="[n, d] and [m, d]"))
+    cosines = _abs_cosines(a, b).cpu().double().numpy()
+    rows, columns = linear_sum_assignment(cosines, maximize=True)
+    return float(cosines[rows, columns].mean())
+
+
+def best_matches(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """For each direction of `a` the nearest one of `b`: its row, and their |cosine|, 0..1; block by block.
+
+    Many may have the same nearest one. Random directions have one too, at about sqrt(2 log m / d): compare with that.
+
+    Args:
+        a: one set of directions, of any lengths.
+        b: the other set.
+
+    Returns:
+        For each row of `a`, the row number in `b`, and |cosine| with it.
+
+    Example:
+        >>> row, cosine = best_matches(torch.tensor([[1.0, 0.0], [0.0, -2.0]]), torch.eye(2))
+        >>> row.tolist(), cosine.tolist()
+        ([0, 1], [1.0, 1.0])
+    """
+    maxima = [_abs_cosines(block, b).max(1) for block in a.split(max(1, _BLOCK // max(len(b), 1)))]
+    return torch.cat([f.indices for f in maxima]), torch.cat([f.values for f in maxima])
+
+
+def uniqueness(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) -> float:
+    """Fraction of latents that are not doubles: 1 if each is nearest to another feature, 1/n if all to the same.
+
+        #{argmax_j |cos(latent_i, feature_j)| : i} / n
+
+    Args:
+        latents: directions to judge, of any lengths.
+        features: the true directions, of any lengths.
+
+    Returns:
+        A fraction, 1/n..1; unchanged when rows are scaled by positive factors.
+
+    Raises:
+        ValueError: if a set is empty, or the widths differ.
+
+    References:
+        The uniqueness of sae-lens' synthetic evaluation.
+
+    Example:
+        >>> uniqueness(torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.eye(2))
+        0.5
+    """
+    if len(latents) == 0:
+        raise ValueError(explain("uniqueness of no latents.", want="one or more"))
+    return len(best_matches(latents, features)[0].unique()) / len(latents)
+
+
+def best_ordering(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) -> Int[Tensor, " n"]:
+    """The order of latents in which those of feature 0 come first, then of feature 1, ...; the clearest within each.
+
+    `latents[order]` against `features` shows a recovered dictionary as a diagonal.
+
+    Args:
+        latents: directions, of any lengths.
+        features: the true directions, of any lengths.
+
+    Returns:
+        Row numbers of `latents`, each once.
+
+    Example:
+        >>> best_ordering(torch.eye(3)[[2, 0, 1]], torch.eye(3)).tolist()
+        [1, 2, 0]
+    """
+    feature, cosine = best_matches(latents, features)
+    by_cosine = cosine.argsort(descending=True, stable=True)
+    return by_cosine[feature[by_cosine].argsort(stable=True)]
+
+
+def ordered_cosines(
+    latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n m"]]:
+    """Latents in their best ordering, and the cosine of each with each feature, with its sign: row by row of the order.
+
+    Args:
+        latents: directions, of any lengths.
+        features: the true directions, of any lengths.
+
+    Returns:
+        The order, row numbers of `latents`; and cosines in -1..1, row k those of `latents[order[k]]`.
+
+    Example:
+        >>> order, cosines = ordered_cosines(-torch.eye(2)[[1, 0]], torch.eye(2))
+        >>> order.tolist(), cosines.tolist()
+        ([1, 0], [[-1.0, 0.0], [0.0, -1.0]])
+    """
+    order = best_ordering(latents, features)
+    return order, _cosines(latents[order], features)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    return nn.functional.normalize(a, dim=1) @ nn.functional.normalize(b.to(a), dim=1).T
+
+
+def _abs_cosines(a: Tensor, b: Tensor) -> Tensor:
+    return _cosines(a, b).abs()

@@ -26,7 +26,7 @@ from saewb.data.stream import stream_tensors
 from saewb.data.tokens import pack
 from saewb.models.tokenizer import special_mask, special_token_ids
 from saewb.pretrained.load import save_sae
-from saewb.sae.sae import SAE, replace_config
+from saewb.sae.sae import SAE
 from saewb.training import TrainConfig, Training
 from saewb.training.objectives import TopK
 
@@ -87,7 +87,7 @@ def make_sae(
         "trained_with": "saewb.tiny.make",
         "held_out": metrics,
     }
-    save_sae(replace_config(sae, model="tiny", metadata=metadata), folder, overwrite=True)
+    save_sae(sae.with_config(model="tiny", metadata=metadata), folder, overwrite=True)
 
 
 @torch.no_grad()

@@ -178,7 +178,7 @@ def to_model(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormalize
     one is added to b_dec.
     """
     if read.normalization != "none":
-        return _with_normalization(sae, read.normalization)
+        return sae.with_config(normalization=read.normalization)
     if isinstance(sae, PursuitSAE):
         folded = sae.fold_scaling(read.factor)
         folded.b_dec.add_(0 if read.mean is None else read.mean.to(folded.device))
@@ -211,7 +211,7 @@ def to_training(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormal
         what = f"{sae!r} has normalization={normalization!r}, training has {read.normalization!r}."
         raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., normalization={normalization!r})"))
     if normalization != "none":
-        return _with_normalization(sae, "none")
+        return sae.with_config(normalization="none")
     if isinstance(sae, SAE) and sae.cfg.pre_bias == "own":
         sae = _fold_pre_bias(sae)
     if read.mean is not None:
@@ -240,10 +240,6 @@ def _fold_pre_bias(sae: SAE) -> SAE:
     tensors = {name: p.detach().clone() for name, p in sae.named_parameters()}
     tensors["b_enc"] -= tensors.pop("b_pre") @ tensors["W_enc"]
     return SAE.from_tensors(replace(sae.cfg, pre_bias="none"), tensors)
-
-
-def _with_normalization(sae: AnySAE, normalization: TokenNormalization) -> AnySAE:
-    return type(sae).from_tensors(replace(sae.cfg, normalization=normalization), dict(sae.named_parameters()))
 
 
 def _unwhiten(sae: SAE, read: Whitening, write: Whitening) -> SAE:

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -487,7 +487,7 @@ def _with_model(sae: Any, model: str | None) -> Any:
     """An exported SAE with the model's name, and its head as a field of its own."""
     hook, head = split_head(sae.cfg.hook or "")
     location = {"hook": hook, "head": head} if head is not None and isinstance(sae, SAE) else {}
-    return type(sae).from_tensors(replace(sae.cfg, model=model, **location), dict(sae.named_parameters()))
+    return sae.with_config(model=model, **location)
 
 
 def _stop_all() -> None:

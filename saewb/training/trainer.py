@@ -202,7 +202,7 @@ class SAETrainer:
         hooks = {"hook": self.trainee.read, "metadata": metadata}
         if self.trainee.is_transcoder:
             hooks["hook_out"] = self.trainee.write
-        sae = type(sae).from_tensors(replace(sae.cfg, **hooks), dict(sae.named_parameters()))
+        sae = sae.with_config(**hooks)
         self._check_export(sae, self._to_device(probe))
         return sae
 

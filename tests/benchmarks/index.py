@@ -4,7 +4,8 @@ The pass of an index (model, encoding, gathering) against the model's own forwar
 a time, forward and index in turn, so that a busy machine troubles both alike; with `--forward-every 4` the forward runs
 on every fourth chunk only, and ratios are of those. Then what the weights say and the words, how long a page of one
 latent takes to open, and the memory: what the pass held at its peak beyond what the forward does, what is kept, and
-what is stated (`index.info.config.nbytes`, 32 MiB of latents, and what choosing them in bf16 holds: `rough_bytes`).
+what is stated (`index.info.config.nbytes`, 32 MiB of latents, and what choosing them in bf16 holds:
+`ApproximateTopK.max_bytes`).
 
 The first rows fill the index and cost most, so more text gives a lower ratio. Text beyond the embedded sample is the
 corpus that it comes from, fetched once; and repeated where that is too short.
@@ -24,7 +25,7 @@ import saewb
 from saewb.features.accumulate import TokenRows
 from saewb.features.build import _Build, _finish, _index_info, _run
 from saewb.interventions.site import Site
-from saewb.kernels.select import pays, rough_bytes
+from saewb.kernels.select import ApproximateTopK, is_worthwhile
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_mask
 from saewb.tiny.make import fetch_corpus, read_corpus
@@ -144,7 +145,7 @@ def table(options, sae, ids, took, memory, finishing, index) -> Table:
     later = [b / a for a, b in paired[len(paired) // 2 :]]
     forward = indexed / ratio
     n, (forward_mb, both_mb) = ids.numel(), memory
-    choosing = rough_bytes(sae.cfg.d_in, sae.cfg.d_sae) if pays(sae.W_enc) else 0
+    choosing = ApproximateTopK.max_bytes(sae.cfg.d_in, sae.cfg.d_sae) if is_worthwhile(sae.W_enc) else 0
     kept = sum(tensor.nbytes for tensor in index.tensors.values())
     held = (
         f"pass +{both_mb - forward_mb:.0f} MB beyond the forward's +{forward_mb:.0f} MB; stated "

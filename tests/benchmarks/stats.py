@@ -13,8 +13,11 @@ from types import SimpleNamespace
 import torch
 
 from saewb.kernels.precision import multiply_into
+from saewb.sae.sparse import SparseLatents
+from saewb.stats._entries import Sparse
 from saewb.stats.coactivation import CoactivationStream
 from saewb.stats.correlation import correlation_stats, random_correlation, random_low_rank_correlation
+from saewb.stats.correlation_map import MatrixView, matrix_view
 from saewb.stats.sampling import CorrelatedNormals
 from saewb.stats.superposition import superposition
 
@@ -112,6 +115,27 @@ def coactivations(d_sae, l0, tokens):
     return Table(title, (Row("saewb", took, f"{took / tokens * 1e6:.1f} microseconds per token"),), "saewb")
 
 
+def matrix_views(n, d, tokens, l0, rounds):
+    """A window of a correlation map: exact entries, pooled cells, and the whole matrix as means."""
+    rng = torch.Generator().manual_seed(0)
+    acts = torch.rand(tokens, l0, generator=rng) + 0.1
+    latents = torch.rand(tokens, n, generator=rng).topk(l0).indices
+    views = {
+        "low rank": matrix_view(random_low_rank_correlation(n, d, scale=0.05)),
+        "sparse": MatrixView(Sparse.of(SparseLatents.from_topk(acts, latents, (tokens, n)), "correlation", 10)),
+    }
+    for name, view in views.items():
+        order = torch.randperm(n, generator=rng)
+        overview, side = view.overview(order), min(n, 384)
+        calls = {
+            f"{side} x {side} entries": lambda v=view, o=order, k=side: v.block(o[:k], o[-k:]),
+            "a window of cells": lambda o=overview: o.view((0, n // 8, 0, n // 8), 384),
+            "the whole as means": lambda o=overview: o.view((0, n, 0, n), 384, "mean"),
+        }
+        took = medians(calls, rounds)
+        yield Table.made(f"correlation map, {name}, {n:,} features", took, "a window of cells")
+
+
 def main() -> None:
     """Measure."""
     options = arguments(__doc__).parse_args()
@@ -126,6 +150,8 @@ def main() -> None:
     for n in [256] if quick else [1024, 4096]:
         for made in random_matrices(n, 1 if n > 2000 else 3):
             report.add(made)
+    for made in matrix_views(*((1024, 16, 512, 8) if quick else (16_384, 64, 4096, 32)), 3):
+        report.add(made)
     report.add(coactivations(1024 if quick else 16_384, 16 if quick else 50, 256 if quick else 1024))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import saewb
-from saewb.kernels.precision import finer
+from saewb.kernels.precision import next_higher_precision
 from saewb.training.sparse_step import best_precision, clipped_step, sparse_step
 
 from .measure import Report, Row, Table, arguments, has, peak_mb, reset_peak
@@ -182,7 +182,7 @@ def candidates(name, options, x):
     """The steps to compare, by name."""
     made = {"saewb": lambda: ours(name, options, "full", x)}
     best = best_precision(x.device)
-    for how in dict.fromkeys((finer(best, x.device), best)) if best != "full" else ():
+    for how in dict.fromkeys((next_higher_precision(best, x.device), best)) if best != "full" else ():
         if how != "full":
             made[f"saewb, {how} selects"] = lambda how=how: ours(name, options, how, x)
     if not options.no_plain:

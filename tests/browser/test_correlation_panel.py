@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import chromium, panel_driver
 from saewb_widgets import CorrelationPanel
-from saewb_widgets.correlation import view
+from saewb_widgets.correlation import panel as panel_module
 
 import saewb
 from saewb.stats import _overview
@@ -199,10 +199,10 @@ def test_the_model_is_stopped_and_run_again(page, monkeypatch):
 
 
 def test_a_part_in_view_becomes_finer(page, monkeypatch):
-    monkeypatch.setattr(view, "AT_ONCE", 10)
-    monkeypatch.setattr(view, "PIXELS", 100)
-    monkeypatch.setattr(_overview, "QUICK", 1000.0)
-    monkeypatch.setattr(_overview, "_SIDE", 500)
+    monkeypatch.setattr(panel_module, "AT_ONCE", 10)
+    monkeypatch.setattr(panel_module, "PIXELS", 100)
+    monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
+    monkeypatch.setattr(_overview, "MAX_CELLS", 500)
     low = saewb.random_low_rank_correlation(2000, 5, scale=0.1, seed=1)
     monkeypatch.setattr(_overview.Overview, "scan", lambda self: iter(()))
     panel = CorrelationPanel(low, order="index", view=(100, 420, 0, 320))

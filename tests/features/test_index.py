@@ -236,15 +236,15 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
     rows[400:420] = -rows[400] * torch.arange(1, 21)[:, None]
     rows[700:800] = rows[700] + torch.randn(100, d, generator=torch.Generator().manual_seed(1)) / 500  # all but copies
     rows[7] = 0
-    real, sure = select.Rough._decided, {}
+    real, sure = select.ApproximateTopK._decided, {}
 
     def watched(self, h, *how):
         found = real(self, h, *how)
         sure.update({tuple(row.tolist()): bool(yes) for row, yes in zip(h, found[2], strict=True)})
         return found
 
-    monkeypatch.setattr(select.Rough, "_decided", watched)
-    monkeypatch.setattr(select, "finer", lambda *_: "bf16")
+    monkeypatch.setattr(select.ApproximateTopK, "_decided", watched)
+    monkeypatch.setattr(select, "next_higher_precision", lambda *_: "bf16")
     monkeypatch.setattr(select, "_TILE", 1100 * 50)
     monkeypatch.setattr("saewb.features.neighbors._ROWS", 50)
     found, unit = nearest(rows, 8, "decoder"), torch.nn.functional.normalize(rows.double(), dim=1)
@@ -257,7 +257,7 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
     np.testing.assert_allclose(cosine.gather(1, got).abs(), want, atol=2e-6)
     np.testing.assert_allclose(found["nearest.decoder_cosine"], cosine.gather(1, got), atol=2e-6)
     assert (got != torch.arange(1100)[:, None]).all()
-    monkeypatch.setattr(select, "finer", lambda *_: "full")
+    monkeypatch.setattr(select, "next_higher_precision", lambda *_: "full")
     plain = nearest(rows, 8, "decoder")["nearest.decoder_cosine"]
     np.testing.assert_allclose(found["nearest.decoder_cosine"].abs(), plain.abs(), atol=2e-6)
 

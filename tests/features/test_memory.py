@@ -6,7 +6,7 @@ from helpers.peak_memory import peak_bytes
 from saewb.features.config import PAIRS
 from saewb.features.logit_effects import weights_bytes
 from saewb.features.neighbors import nearest_bytes
-from saewb.kernels.select import rough_bytes
+from saewb.kernels.select import ApproximateTopK
 
 MB = 2**20
 
@@ -31,7 +31,7 @@ print(index.info.config.nbytes, sum(t.nbytes for t in index.tensors.values()), m
     stated, kept, d_model, d_vocab = map(int, lines[0].split())
     a_batch = 32 * MB + 150 * 8 * 128 * 32  # latents, and what fires on 8 rows
     the_sae = 3 * 4 * 8192 * d_model
-    choosing = rough_bytes(d_model, 8192)
+    choosing = ApproximateTopK.max_bytes(d_model, 8192)
     assert kept < took < stated + weights_bytes(8192, d_model, d_vocab) + a_batch + the_sae + choosing
 
 

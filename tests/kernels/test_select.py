@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import saewb
 from saewb.kernels import select
-from saewb.kernels.select import Rough, rough_bytes
+from saewb.kernels.select import ApproximateTopK
 from saewb.kernels.topk import top, top_of_product
 from saewb.sae.base import SparseEncoder
 
@@ -20,7 +20,7 @@ D_SAE = 2048
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     """Also on a processor without bf16 instructions: its products are slow there, and as exact."""
-    monkeypatch.setattr(select, "finer", lambda precision, device: "bf16")
+    monkeypatch.setattr(select, "next_higher_precision", lambda precision, device: "bf16")
 
 
 def numbers(seed, tokens=12, d_in=24, scale=1.0, bias=0.1, common=0.0, long=1.0):
@@ -34,7 +34,7 @@ def numbers(seed, tokens=12, d_in=24, scale=1.0, bias=0.1, common=0.0, long=1.0)
 
 def assert_same(h, W, b, k, activation):
     """The very latents of float64, where it can tell them from the next ones; values as float32 gives them."""
-    made = Rough.of(W, b, like=h)
+    made = ApproximateTopK.of(W, b, like=h)
     values, latents = made.top(h, k, activation)
     exact = h.double() @ W.double() + b.double()
     size = (h.double().abs() @ W.double().abs() + b.double().abs()).amax(1, keepdim=True)
@@ -91,7 +91,7 @@ def test_of_rows_where_fewer_than_k_are_above_zero(seed, above):
     h = torch.ones_like(h) + h / 1000
     W = -W.abs()
     W[:, 100 : 100 + above].neg_()
-    values, _ = Rough.of(W, b, like=h).top(h, 6, "topk")
+    values, _ = ApproximateTopK.of(W, b, like=h).top(h, 6, "topk")
     want, _ = top(h @ W + b, 6, "topk")
     assert torch.allclose(values.sort(1).values, want.sort(1).values, atol=1e-4)
     assert ((values > 0).sum(1) == (want > 0).sum(1)).all()
@@ -102,7 +102,7 @@ def test_of_rows_where_fewer_than_k_are_above_zero(seed, above):
 def test_rows_with_odd_numbers_are_what_float32_makes_of_them_and_do_no_harm_to_others(odd, activation):
     h, W, b = numbers(0)
     h[3, 5] = odd
-    made = Rough.of(W, b, like=h)
+    made = ApproximateTopK.of(W, b, like=h)
     values, latents = made.top(h, 4, activation)
     want, which = top_of_product(h, W, b, 4, activation)
     assert torch.allclose(values.sort(1).values, want.sort(1).values, atol=1e-5, equal_nan=True)
@@ -116,7 +116,7 @@ def test_rows_with_odd_numbers_are_what_float32_makes_of_them_and_do_no_harm_to_
 def test_odd_weights_are_left_to_float32(where, odd):
     h, W, b = numbers(0)
     {"W": W[0], "b": b}[where][7] = odd
-    assert Rough.of(W, b, like=h) is None
+    assert ApproximateTopK.of(W, b, like=h) is None
 
 
 @given(
@@ -128,7 +128,7 @@ def test_odd_weights_are_left_to_float32(where, odd):
 @settings(max_examples=25, deadline=None)
 def test_the_bound_holds_for_every_rough_value(seed, scale, common, long):
     h, W, b = numbers(seed, scale=scale, common=common, long=long)
-    made = Rough.of(W, b, like=h)
+    made = ApproximateTopK.of(W, b, like=h)
     scores, off = made._scores(h, torch.empty(len(h), D_SAE, dtype=torch.bfloat16))
     exact = h.double() @ W.double() + b.double()
     assert ((exact - scores.double()).abs() <= off[:, None] + 2.0**-8 * scores.double().abs()).all()
@@ -145,9 +145,9 @@ def test_most_rows_are_decided_without_float32(monkeypatch):
     made = assert_same(h, W, b, 8, "topk")
     assert sum(left) <= 3
     floor = torch.full((D_SAE,), 60.0)
-    token, _, pre = Rough.of(W, b, like=h, floor=floor).over(h, 10**6)
+    token, _, pre = ApproximateTopK.of(W, b, like=h, floor=floor).over(h, 10**6)
     assert 0 < int((pre > 60).sum()) <= len(token) < 3 * int((pre > 60).sum())
-    assert made.nbytes == rough_bytes(256, D_SAE) - 2 * select._TILE - 40 * select._PICKED
+    assert made.nbytes == ApproximateTopK.max_bytes(256, D_SAE) - 2 * select._TILE - 40 * select._PICKED
 
 
 # -- an SAE's latents --------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ SAES = {
 @pytest.mark.parametrize("name", SAES)
 @pytest.mark.parametrize("quick", [True, False])
 def test_an_encoder_says_what_fires(name, quick, monkeypatch):
-    monkeypatch.setattr(select, "finer", lambda *_: "bf16" if quick else "full")
+    monkeypatch.setattr(select, "next_higher_precision", lambda *_: "bf16" if quick else "full")
     sae = SAES[name]()
     rng = torch.Generator().manual_seed(5)
     x, plain = torch.randn(6, 7, 48, generator=rng), torch.rand(6, 7, generator=rng) < 0.8
@@ -199,21 +199,21 @@ def test_an_encoder_says_what_fires(name, quick, monkeypatch):
         rtol = 1e-5
     assert torch.equal(dense != 0, want != 0)
     assert torch.allclose(dense, want, rtol=rtol, atol=1e-5)
-    assert (encoder._rough is not None) == (quick and name not in ("groupmax", "topk bf16", "jumprelu float64"))
+    assert (encoder._approximate is not None) == (quick and name not in ("groupmax", "topk bf16", "jumprelu float64"))
 
 
 def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
     monkeypatch.setattr(select, "_MANY", 100)
     sae = saewb.SAE(saewb.SAEConfig(8, 2**15, activation="topk", k=4), seed=1)
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
-    made, of = [], Rough.of
-    monkeypatch.setattr(Rough, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1])
+    made, of = [], ApproximateTopK.of
+    monkeypatch.setattr(ApproximateTopK, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1])
     with torch.no_grad():
         quick = sae.encode_topk(x)
         few = sae.encode_topk(x[:99])
     assert len(made) == 1
     assert made[0] is not None
-    monkeypatch.setattr(select, "finer", lambda *_: "full")
+    monkeypatch.setattr(select, "next_higher_precision", lambda *_: "full")
     with torch.no_grad():
         plain = sae.encode_topk(x)
     assert torch.allclose(quick.dense(), plain.dense(), atol=1e-5)
@@ -224,8 +224,8 @@ def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
 def test_what_it_holds_is_what_is_stated():
     before = """
 import saewb.kernels.select as select
-select.finer = lambda *_: "bf16"
+select.next_higher_precision = lambda *_: "bf16"
 W, b, h = torch.randn(64, 2**16), torch.zeros(2**16), torch.randn(4096, 64)
-select.Rough.of(W[:, :2048].contiguous(), b[:2048], h).top(h[:64], 32, "topk")"""
-    took = peak_bytes(before, "select.Rough.of(W, b, h).top(h, 32, 'topk')")  # all of it would be 1 GiB
-    assert took < rough_bytes(64, 2**16) + 4096 * 32 * 12
+select.ApproximateTopK.of(W[:, :2048].contiguous(), b[:2048], h).top(h[:64], 32, "topk")"""
+    took = peak_bytes(before, "select.ApproximateTopK.of(W, b, h).top(h, 32, 'topk')")  # all of it would be 1 GiB
+    assert took < ApproximateTopK.max_bytes(64, 2**16) + 4096 * 32 * 12

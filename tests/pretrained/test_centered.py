@@ -19,7 +19,7 @@ from saewb.interventions.attachment import attach
 from saewb.pretrained.formats import Provenance, read
 from saewb.pretrained.load import load_sae, save_sae
 from saewb.sae.config import SAEConfig
-from saewb.sae.sae import SAE, replace_config
+from saewb.sae.sae import SAE
 
 POINTS = ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_post", "blocks.0.hook_mlp_out"]
 POINTS += ["blocks.1.hook_attn_out"]
@@ -133,7 +133,7 @@ def test_centering_the_weights_by_hand_does_not_change_the_function():
 @pytest.mark.parametrize("pre_bias", ["tied", "none"])
 def test_on_the_model_as_published_it_is_what_it_was_on_the_centered_one(hook, there, pre_bias):
     plain = small_sae(hook, pre_bias=pre_bias)  # as trained: it reads what the centered model has
-    sae = replace_config(plain, normalization="centered")
+    sae = plain.with_config(normalization="centered")
     want, want_logits = _latents(_model(there), plain)
     wrong, wrong_logits = _latents(_model("raw"), plain)
     assert (wrong - want).abs().max() > 0.05  # without the centering it is another SAE
@@ -221,7 +221,7 @@ def test_taking_the_centering_off_survives_saving(tmp_path):
     _file(tmp_path / "a", kwargs)
     sae = load_sae(tmp_path / "a")
     assert sae.cfg.metadata["model_from_pretrained_kwargs"] == {"fold_ln": True}
-    off = replace_config(sae, normalization="none", metadata=kwargs)
+    off = sae.with_config(normalization="none", metadata=kwargs)
     assert load_sae(save_sae(off, tmp_path / "b")).cfg.normalization == "none"
     assert load_sae(save_sae(sae, tmp_path / "c")).cfg == sae.cfg
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saewb
-from saewb.stats import _best, _entries, _fired, _ordering, _overview, _pooling
+from saewb.sae.sparse import SparseLatents
+from saewb.stats import _entries, _ordering, _overview
 from saewb.stats import correlation_map as matrix_view
-from saewb.stats._fired import Fired
+from saewb.stats._entries import Sparse
 from saewb.stats.coactivation import coactivation
 from saewb.stats.correlation import LowRankCorrelation, correlation_stats, random_low_rank_correlation
 from saewb.synthetic import best_ordering, random_dictionary
@@ -30,8 +31,7 @@ def firings(n_tokens=400, d_sae=23, seed=0):
 
 
 def fired(acts, what, least=1):
-    token, latent = acts.nonzero(as_tuple=True)
-    return saewb.MatrixView(Fired.of(token, latent, acts[token, latent], *acts.shape, what, least))
+    return saewb.MatrixView(Sparse.of(SparseLatents.from_dense(acts), what, least))
 
 
 def views(n=37):
@@ -126,8 +126,8 @@ def test_means_of_latents_that_always_fire_far_from_0():
 def test_a_scan_finds_what_brute_force_does(name, monkeypatch):
     view, full = VIEWS[name]
     n = len(full)
-    monkeypatch.setattr(_overview, "_SIDE", 10)  # blocks of 4, though it is small
-    monkeypatch.setattr(_pooling, "TILE", 100)  # in many bands
+    monkeypatch.setattr(_overview, "MAX_CELLS", 10)  # blocks of 4, though it is small
+    monkeypatch.setattr(_overview, "BAND_ENTRIES", 100)  # in many bands
     order = torch.randperm(n, generator=torch.Generator().manual_seed(3))
     seen = view.overview(order, n_pairs=12)
     assert seen.step == 4
@@ -160,8 +160,8 @@ def test_a_scan_finds_what_brute_force_does(name, monkeypatch):
 def test_views_say_what_they_show(name, scanned, monkeypatch):
     """Whatever is shown at once is exactly what it says to be, and the refined view is what was asked for."""
     view, full = VIEWS[name]
-    monkeypatch.setattr(_overview, "_SIDE", 10)
-    monkeypatch.setattr(_overview, "QUICK", 3000.0)  # nearly everything takes long
+    monkeypatch.setattr(_overview, "MAX_CELLS", 10)
+    monkeypatch.setattr(_overview, "INTERACTIVE_COST", 3000.0)  # nearly everything takes long
     order = torch.randperm(len(full), generator=torch.Generator().manual_seed(4))
     seen = view.overview(order)
     if scanned:
@@ -199,9 +199,9 @@ def test_views_say_what_they_show(name, scanned, monkeypatch):
 
 def test_symmetric_halves_are_not_made_twice(monkeypatch):
     made = []
-    real = _entries.Factors.tile
-    monkeypatch.setattr(_pooling, "TILE", 64 * 8)
-    monkeypatch.setattr(_entries.Factors, "tile", lambda s, r, c: (made.append(len(r) * len(c)), real(s, r, c))[1])
+    real = _entries.Factors.block
+    monkeypatch.setattr(_overview, "BAND_ENTRIES", 64 * 8)
+    monkeypatch.setattr(_entries.Factors, "block", lambda s, r, c: (made.append(len(r) * len(c)), real(s, r, c))[1])
     low = saewb.matrix_view(random_low_rank_correlation(64, 3))
     list(low.overview().scan())
     assert sum(made) == 64 * 65 / 2 + 8 * 28  # and the other triangle of each band's own square
@@ -210,9 +210,9 @@ def test_symmetric_halves_are_not_made_twice(monkeypatch):
 def test_memory_is_bounded_whatever_the_size():
     """65,536 x 65,536 entries would be 17 GB. What is made for a view and for a band of the scan is what it says."""
     low = saewb.matrix_view(random_low_rank_correlation(65_536, 8))
-    seen, most, real = low.overview(), [], _entries.Factors.tile
+    seen, most, real = low.overview(), [], _entries.Factors.block
     assert seen.step == 16
-    _entries.Factors.tile = lambda s, r, c: (most.append(len(r) * len(c)), real(s, r, c))[1]
+    _entries.Factors.block = lambda s, r, c: (most.append(len(r) * len(c)), real(s, r, c))[1]
     try:
         whole = seen.view((0, 65_536, 0, 65_536), 384)
         assert (whole.cells, whole.step, whole.is_final, most) == ("mean", 256, False, [])
@@ -220,9 +220,9 @@ def test_memory_is_bounded_whatever_the_size():
         assert (near.step, near.cells) == (2, "strongest")
         assert most == [400 * 300]
         next(seen.scan())
-        assert max(most) == _pooling.TILE
+        assert max(most) == _overview.BAND_ENTRIES
     finally:
-        _entries.Factors.tile = real
+        _entries.Factors.block = real
 
 
 # -- orders ----------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_eigenvectors_are_those_of_the_matrix():
     for name in ("low rank", "counts", "correlation", "phi", "dense"):
         view, full = VIEWS[name]
         x = torch.randn(37, 3, generator=torch.Generator().manual_seed(0))
-        got = view.entries.times(x)
+        got = view.entries.matmul(x)
         want = full.nan_to_num(0)
         if name == "low rank":  # its diagonal is not of the factors
             want = (view.entries.a @ view.entries.a.T).double()
@@ -349,7 +349,7 @@ def test_partners_and_pairs():
 def test_low_rank_statistics_need_no_entries(monkeypatch):
     low = random_low_rank_correlation(500, 7)
     view = saewb.matrix_view(low)
-    monkeypatch.setattr(_entries.Factors, "tile", None)
+    monkeypatch.setattr(_entries.Factors, "block", None)
     assert view.stats().rms == pytest.approx(correlation_stats(low).rms, rel=1e-5)
     assert view.stats().mean == pytest.approx(correlation_stats(low).mean, abs=1e-8)
 
@@ -412,7 +412,7 @@ def test_wrong_cells_and_orders():
         view.overview(torch.tensor([0, 0, 1, 2]))
 
 
-@pytest.mark.parametrize("module", [matrix_view, _entries, _fired, _pooling, _ordering, _overview, _best])
+@pytest.mark.parametrize("module", [matrix_view, _entries, _ordering, _overview])
 def test_examples_run(module):
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 
@@ -435,10 +435,10 @@ def test_picked_features_are_where_they_are_put(name):
     x = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
     off = want.nan_to_num(0)
     if name in ("counts", "phi"):  # entries of a feature with itself are 1 there
-        close(picked.entries.times(x), off.float() @ x, atol=1e-4)
-    fires = view.entries.fires()
+        close(picked.entries.matmul(x), off.float() @ x, atol=1e-4)
+    fires = view.entries.firing_counts()
     if fires is not None:
-        assert picked.entries.fires().tolist() == [int(fires[a]) if a >= 0 else 0 for a in at]
+        assert picked.entries.firing_counts().tolist() == [int(fires[a]) if a >= 0 else 0 for a in at]
         assert picked.pair(0, 1).together == view.pair(5, 2).together
         assert picked.pair(0, 2).together is None
         assert view.density is None or picked.density[2] == 0

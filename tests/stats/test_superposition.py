@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saewb.sae.sae import SAE, SAEConfig
-from saewb.stats import _tiles
+from saewb.stats import superposition as superposition_module
 from saewb.stats.superposition import superposition
 
 RNG = torch.Generator().manual_seed(0)
@@ -154,10 +154,11 @@ def test_plain_definition(directions, percentiles):
 def test_sorting_finds_what_selecting_finds(directions, rows):
     """What runs on other devices, run here."""
     truth = superposition(directions)
-    asked = _tiles.Asked(len(directions), (95, 99), truth.nearest.shape[1], 200)
+    options = superposition_module._Options(len(directions), (95, 99), truth.nearest.shape[1], 200)
     unit = torch.nn.functional.normalize(directions.double(), dim=1, eps=1e-300).float()
-    spans = [(start, min(start + rows, asked.n)) for start in range(0, asked.n, rows)]
-    found = _tiles.Found.join([_tiles._by_sorting(unit, *span, asked) for span in spans], asked)
+    spans = [(start, min(start + rows, options.n)) for start in range(0, options.n, rows)]
+    parts = [superposition_module._by_sorting(unit, *span, options) for span in spans]
+    found = superposition_module._RowStats.cat(parts, options.n)
     assert found.largest[:, 0].numpy() == pytest.approx(truth.max_abs_cos.numpy(), abs=1e-5)
     for i, p in enumerate((95, 99)):
         assert found.percentiles[:, i].numpy() == pytest.approx(truth.percentile_abs_cos[p].numpy(), abs=1e-5)
@@ -217,7 +218,7 @@ def test_float64_is_computed_in_float64():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("max_bytes", [200_000, 2**28])
 def test_any_memory_and_any_number_of_threads_give_the_same(threads, max_bytes, monkeypatch):
-    monkeypatch.setattr(_tiles, "_CHUNK", 300)
+    monkeypatch.setattr(superposition_module, "_CHUNK", 300)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

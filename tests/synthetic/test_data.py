@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
+from saewb.sae.sparse import SparseLatents
 from saewb.stats.correlation import LowRankCorrelation, random_low_rank_correlation
 from saewb.synthetic import (
     FeatureDictionary,
-    Firings,
     Hierarchy,
     Magnitudes,
     Node,
@@ -45,7 +45,7 @@ def eye(n):
 
 def rates(data, n=MILLION, seed=0):
     firings = data.fire(n, rng(seed))
-    return torch.bincount(firings.features, minlength=firings.shape[1]).double() / n
+    return torch.bincount(firings.latent, minlength=firings.shape[1]).double() / n
 
 
 def within(found, wanted, n=MILLION, sigmas=3.0):
@@ -123,7 +123,7 @@ def test_any_size(n_samples, n_features, seed):
     ids=lambda m: m.shape if isinstance(m, Magnitudes) else "",
 )
 def test_magnitudes_have_their_mean_and_deviation(magnitudes, mean, std):
-    values = SyntheticData(eye(2), torch.tensor([0.5, 0.5]), magnitudes).fire(MILLION, rng()).values.double()
+    values = SyntheticData(eye(2), torch.tensor([0.5, 0.5]), magnitudes).fire(MILLION, rng()).act.double()
     assert abs(values.mean() - mean) <= 3 * std / math.sqrt(len(values)) + 1e-6
     assert values.std() == pytest.approx(std, rel=0.01, abs=1e-6)
 
@@ -131,8 +131,8 @@ def test_magnitudes_have_their_mean_and_deviation(magnitudes, mean, std):
 def test_magnitudes_by_feature_and_those_of_zero_do_not_fire():
     by_feature = SyntheticData(eye(3), constant(3, 0.5), Magnitudes(mean=torch.tensor([1.0, 2.0, 0.0])))
     firings = by_feature.fire(1000, rng())
-    assert set(firings.features.tolist()) == {0, 1}
-    assert torch.equal(firings.values, firings.features.float() + 1)
+    assert set(firings.latent.tolist()) == {0, 1}
+    assert torch.equal(firings.act, firings.latent.float() + 1)
     cut = SyntheticData(eye(1), constant(1, 1.0), Magnitudes("rectified_normal", 0.0, 1.0))
     assert within(rates(cut), torch.tensor([0.5]))
 
@@ -164,8 +164,8 @@ def test_correlated_draws_do_not_depend_on_the_blocks(monkeypatch):
     data = SyntheticData(eye(8), constant(8, 0.3), correlation=random_low_rank_correlation(8, 2, scale=0.5))
     monkeypatch.setattr("saewb.synthetic.data._BLOCK", 8 * 100)
     firings = data.fire(1000, rng())
-    assert firings.samples.max() > 900
-    assert within(torch.bincount(firings.features).double() / 1000, torch.full((8,), 0.3), 1000)
+    assert firings.token.max() > 900
+    assert within(torch.bincount(firings.latent).double() / 1000, torch.full((8,), 0.3), 1000)
 
 
 # -- hierarchy -------------------------------------------------------------------------------------------------------
@@ -217,15 +217,15 @@ def test_exclusive_siblings_that_fill_their_parent_nearly():
 def test_children_scaled_by_their_parents():
     trees = Hierarchy([Node(0, (Node(1, (Node(2),)),))], scale_by_parent=True)
     values = torch.tensor([[2.0, 3.0, 5.0], [0.0, 3.0, 5.0], [2.0, 0.0, 5.0]])
-    out = trees.apply(Firings.of(values), rng()).dense()
+    out = trees.apply(SparseLatents.from_dense(values), rng()).dense()
     assert out.tolist() == [[2, 6, 30], [0, 0, 0], [2, 0, 0]]
 
 
 def test_each_sibling_has_the_same_chance():
     trees = Hierarchy([Node(None, (Node(0), Node(1), Node(2)), exclusive=True)])
-    out = trees.apply(Firings.of(torch.ones(90_000, 3)), rng())
-    assert len(out.values) == 90_000
-    assert within(torch.bincount(out.features).double() / 90_000, torch.full((3,), 1 / 3), 90_000)
+    out = trees.apply(SparseLatents.from_dense(torch.ones(90_000, 3)), rng())
+    assert len(out.act) == 90_000
+    assert within(torch.bincount(out.latent).double() / 90_000, torch.full((3,), 1 / 3), 90_000)
 
 
 @pytest.mark.parametrize(

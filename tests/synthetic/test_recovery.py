@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saewb.sae.sae import SAE, SAEConfig
+from saewb.sae.sparse import SparseLatents
 from saewb.synthetic import (
     FeatureDictionary,
-    Firings,
     RecoveryStream,
     Sample,
     SyntheticData,
@@ -91,7 +91,7 @@ def by_hand():
         sae.W_dec.copy_(torch.eye(2))
     x = torch.tensor([[1.0, 1], [1, 1], [1, 1], [-1, 1], [-1, 1]])
     truth = torch.tensor([[1.0, 1], [1, 0], [0, 0], [1, 0], [0, 0]])
-    return sae, Sample(x, Firings.of(truth))
+    return sae, Sample(x, SparseLatents.from_dense(truth))
 
 
 def test_by_hand():
@@ -119,7 +119,9 @@ def test_batches_make_no_difference(sizes, seed):
     whole.update(sample)
     dense, start = sample.firings.dense(), 0
     for size in [*sizes, 2]:
-        parts.update(Sample(sample.activations[start : start + size], Firings.of(dense[start : start + size])))
+        parts.update(
+            Sample(sample.activations[start : start + size], SparseLatents.from_dense(dense[start : start + size]))
+        )
         start += size
     a, b = whole.result(), parts.result()
     for name in ("true_l0", "l0", "precision", "recall", "f1", "accuracy", "explained_variance", "l2_ratio"):

@@ -13,9 +13,9 @@ import saewb
 from saewb.kernels import precision
 from saewb.kernels import topk as tiles
 from saewb.kernels.pairs import by_latent, combine, dots, gather_rows, pairs_of, per_latent, rectangular
+from saewb.kernels.select import Readout, above_zero, top_of_batch, top_per_token
 from saewb.training.sparse_step import best_precision, clipped_step, has_sparse_step, sparse_step
 from saewb.training.sparse_step.adam import clips_in_fused_step
-from saewb.training.sparse_step.selection import Readout, above_zero, top_of_batch, top_per_token
 
 D_SAE = 48
 OBJECTIVES = {
@@ -464,7 +464,7 @@ def test_products_are_as_exact_as_they_say(how, scaled):
     norms = torch.rand(2100, generator=rng) + 0.5 if scaled else None
     want = (x @ W.T + b) * (1 if norms is None else norms)
     scratch = torch.empty_like(W)
-    multiply = precision.multiplier(W, b, norms, x, how, scratch)
+    multiply = precision.low_precision_matmul(W, b, norms, x, how, scratch)
     size = precision.tile_rows(2100, x.device)
     got = torch.cat([multiply(rows).float() for rows in (x[:size], x[size:])] if size < 300 else [multiply(x).float()])
     off = (got - want).abs().max() / want.std()
@@ -492,10 +492,10 @@ def test_best_precision_is_what_the_processor_says(monkeypatch):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name in said, raising=False)
     assert best_precision(cpu) == "full"
     said.add("_is_amx_tile_supported")
-    assert best_precision(cpu) == precision.finer("int8", cpu) == "bf16"
+    assert best_precision(cpu) == precision.next_higher_precision("int8", cpu) == "bf16"
     said.add("_is_vnni_supported")
     assert best_precision(cpu) == ("int8" if precision.has_int8() else "bf16")
-    assert precision.finer("bf16", cpu) == best_precision(torch.device("meta")) == "full"
+    assert precision.next_higher_precision("bf16", cpu) == best_precision(torch.device("meta")) == "full"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: there the sparse step is not the default")

@@ -13,7 +13,6 @@ import torch
 from helpers import panel_driver
 from saewb_widgets import CorrelationPanel
 from saewb_widgets.correlation import panel as correlation
-from saewb_widgets.correlation import view as view_module
 
 import saewb
 from saewb.stats import _overview
@@ -277,8 +276,8 @@ def test_a_second_matrix_has_to_fit():
 
 
 def test_two_large_matrices(monkeypatch):
-    monkeypatch.setattr(view_module, "AT_ONCE", 10)
-    monkeypatch.setattr(_overview, "QUICK", 1000.0)
+    monkeypatch.setattr(correlation, "AT_ONCE", 10)
+    monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
     panel = CorrelationPanel(low(2000), against=low(2000), matched=[*range(1999), -1], order="index")
     assert panel.beside is None  # means of it take a pass, which has not been made
     assert "beside" not in executed(panel, of=low(2000), against=low(2000), matched=[*range(1999), -1])
@@ -287,10 +286,10 @@ def test_two_large_matrices(monkeypatch):
 
 
 def test_a_part_in_view_is_made_finer(monkeypatch):
-    monkeypatch.setattr(view_module, "AT_ONCE", 10)
-    monkeypatch.setattr(view_module, "PIXELS", 100)
-    monkeypatch.setattr(_overview, "QUICK", 1000.0)
-    monkeypatch.setattr(_overview, "_SIDE", 500)
+    monkeypatch.setattr(correlation, "AT_ONCE", 10)
+    monkeypatch.setattr(correlation, "PIXELS", 100)
+    monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
+    monkeypatch.setattr(_overview, "MAX_CELLS", 500)
     panel = CorrelationPanel(low(2000), order="index")
     press(panel, "stop")
     panel.wait(60)
@@ -345,8 +344,8 @@ def test_an_index_deleted_under_the_panel():
 
 
 def test_large_ones_are_looked_through_beside_the_notebook(monkeypatch):
-    monkeypatch.setattr(view_module, "AT_ONCE", 10)
-    monkeypatch.setattr(_overview, "QUICK", 1000.0)
+    monkeypatch.setattr(correlation, "AT_ONCE", 10)
+    monkeypatch.setattr(_overview, "INTERACTIVE_COST", 1000.0)
     go, real = threading.Event(), _overview.Overview.scan
     monkeypatch.setattr(_overview.Overview, "scan", lambda self: (go.wait(30), (yield from real(self)))[1])
     panel = CorrelationPanel(low(2000))

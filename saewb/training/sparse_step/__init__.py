@@ -3,7 +3,7 @@
 A dense step makes six products of batch x d_in x d_sae. Here:
 
 1. One of them is left, the encoder's, in row tiles whose results are not kept; where the hardware multiplies int8 or
-   bf16 faster it only selects, and the winners are scored again in full precision (`selection`, `saewb.kernels`).
+   bf16 faster it only selects, and the winners are scored again in full precision (`saewb.kernels.select`).
 2. Active latents are listed as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
    gradient of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
 3. The gradient of b_dec follows from that of the encoder's bias (`gradients`).

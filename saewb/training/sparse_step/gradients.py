@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saewb.kernels.pairs import ByLatent, Pairs, gather_rows, per_latent
 from saewb.kernels.precision import Precision
+from saewb.kernels.select import Readout
 from saewb.training.objectives import Losses, ObjectiveState, Params
-from saewb.training.sparse_step.selection import Readout
 
 _PRE_ACTS_AT_ONCE = 2**23  # tokens times dead latents
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, gather_rows, per_latent
+from saewb.kernels.select import above_zero
 from saewb.training.objectives import Gated, JumpReLU, Losses, ObjectiveState, Params, Standard
 from saewb.training.sparse_step.gradients import (
     StepInputs,
@@ -20,7 +21,6 @@ from saewb.training.sparse_step.gradients import (
     sum_of_squares,
     with_metrics,
 )
-from saewb.training.sparse_step.selection import above_zero
 
 
 def standard_step(objective: Standard, inputs: StepInputs, state: ObjectiveState) -> Losses | None:

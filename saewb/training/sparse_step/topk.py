@@ -17,6 +17,7 @@ from torch import Tensor
 from saewb.distributed import ParallelContext
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.kernels.precision import MARGIN
+from saewb.kernels.select import Readout, top_of_batch, top_per_token
 from saewb.training.objectives import Losses, ObjectiveState
 from saewb.training.objectives.topk import BatchTopKObjective, TopKObjective
 from saewb.training.sparse_step.gradients import (
@@ -27,7 +28,6 @@ from saewb.training.sparse_step.gradients import (
     sum_of_squares,
     with_metrics,
 )
-from saewb.training.sparse_step.selection import Readout, top_of_batch, top_per_token
 
 _PER_PAIR = 25  # scores that a low-precision product must save for each pair it has scored again, to be worth it
 

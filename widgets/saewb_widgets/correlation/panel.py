@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb_widgets.correlation import serialize, view
+from saewb_widgets.correlation import serialize
 from saewb_widgets.correlation.inputs import LATENTS, Given
 from saewb_widgets.panel import Panel, catch_errors, report_errors, source
 
 CELLS = ("strongest", "mean")
+PIXELS = 384  # cells per side that are sent, at most
+AT_ONCE = 2048  # features up to which no thread is needed
+_CALM = 0.4  # seconds without a request before a scan goes on, so that zooming stays quick
 
 
 class _Stopped(Exception):
@@ -283,7 +286,7 @@ class CorrelationPanel(Panel):
 
     def _soon(self, key: str, what: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """At once, or of a large matrix beside the notebook."""
-        if max(self._shape) > view.AT_ONCE:
+        if max(self._shape) > AT_ONCE:
             self.start_work(key, what, work, then)
         else:
             self.discard_work(key)
@@ -298,7 +301,7 @@ class CorrelationPanel(Panel):
         seen = self._overviews()
 
         def work() -> Any:
-            view.look_through(seen[::-1], stop, lambda: self._asked_at)
+            _scan(seen[::-1], stop, lambda: self._asked_at)
             return overview
 
         self._soon("scan", "looking for the strongest entries", work, self._scanned)
@@ -316,18 +319,18 @@ class CorrelationPanel(Panel):
         seen = self._overviews()
         if self._fine is not None and self._fine[0] == (seen[0], tuple(window), self.cells):
             return self._fine[1]
-        return view.views(seen, window, self.cells)
+        return _view(seen, window, self.cells)
 
     def _refine(self) -> None:
         """Make the part in view of all its entries, beside the notebook, unless the scan will have it soon."""
         window, cells, seen = self.view, self.cells, self._overviews()
-        if "refine" in self._jobs or not view.worth_it(seen, window):
+        if "refine" in self._jobs or not _is_refinable(seen, window):
             return
         if all(view.is_final for view in self._views(window)):
             return
 
         def work() -> Any:
-            return (seen[0], window, cells), view.finer(seen, window, cells)
+            return (seen[0], window, cells), _refine(seen, window, cells)
 
         self.start_work("refine", "making the picture finer", work, self._refined)
 
@@ -349,3 +352,38 @@ class CorrelationPanel(Panel):
         """Turn to the pair."""
         made = self.pair[0] >= 0 and self.matrix is not None
         self.page = serialize.pair(self.matrix, self.second, self.index, *self.pair) if made else {}
+
+
+# -- overviews ---------------------------------------------------------------------------------------------------------
+
+
+def _view(overviews: Sequence[Any], window: tuple, cells: str) -> list[Any]:
+    """A view of each overview, in the same cells; only of the first while the second has no such cells."""
+    views = [overview.view(window, PIXELS, cells) for overview in overviews]
+    if len({(view.step, view.cells) for view in views}) == 1:
+        return views
+    return _refine(overviews, window, cells) if _span(window) <= AT_ONCE else views[:1]
+
+
+def _refine(overviews: Sequence[Any], window: tuple, cells: str) -> list[Any]:
+    """The same from all entries of the window."""
+    return [overview.refined(window, PIXELS, cells) for overview in overviews]
+
+
+def _is_refinable(overviews: Sequence[Any], window: tuple) -> bool:
+    """Whether a window can be refined in seconds; larger ones wait for the scan."""
+    return _span(window) <= PIXELS * max(overview.step for overview in overviews)
+
+
+def _scan(overviews: Sequence[Any], stop: threading.Event, requested_at: Callable[[], float]) -> None:
+    """Scan all, band by band, until `stop` is set; pauses while requests come, by `time.monotonic`."""
+    for overview in overviews:
+        for _ in overview.scan():
+            while time.monotonic() - requested_at() < _CALM and not stop.is_set():
+                time.sleep(0.05)
+            if stop.is_set():
+                return
+
+
+def _span(window: tuple) -> int:
+    return max(window[1] - window[0], window[3] - window[2])
