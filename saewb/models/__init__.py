@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "capture",
         "forward",
         "gguf",
-        "gguf_llama",
         "hook_points",
         "load",
         "shared_copy",

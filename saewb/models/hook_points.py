@@ -26,7 +26,7 @@ from saewb.errors import explain, near
 Edit = Callable[[Tensor], "Tensor | None"]  # gets the activation; what it returns, unless None, is used on
 
 INNER = ".hook_sae_"  # in the name of every point that an attachment adds
-_OURS = "_of_saewb"  # an attribute of functions that were put on modules that are no points
+_SAEWB_HOOK = "_saewb_hook"  # attribute of functions that saewb hooks onto modules that are no points
 
 _tables: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -35,17 +35,20 @@ _locks_lock = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class HookPoint:
-    """One place in a model where an activation can be read and replaced."""
+    """A point of a model where an activation can be read and replaced."""
 
-    name: str  # the name the model itself uses
-    names: tuple[str, ...]  # every name that means this place, `name` first
-    module: nn.Module  # its HookPoint; or the MLP whose input it is, where the model has no HookPoint there
+    name: str
+    """Canonical name, which the model itself uses."""
+    names: tuple[str, ...]
+    """Canonical name and aliases, `name` first."""
+    module: nn.Module
+    """Its transformer-lens HookPoint; or the MLP whose input it is, where the model has no HookPoint there."""
 
     @property
     def layer(self) -> int | None:
         """The block it is in; None outside of blocks."""
-        found = re.match(r"blocks\.(\d+)\.", self.name)
-        return int(found[1]) if found else None
+        match = re.match(r"blocks\.(\d+)\.", self.name)
+        return int(match[1]) if match else None
 
     def is_before(self, layer: int) -> bool:
         """Whether it is in an earlier block than this one: a pass that starts there computes no activation of it."""
@@ -53,7 +56,7 @@ class HookPoint:
 
     @cached_property
     def is_module_input(self) -> bool:
-        """Whether the place is the input of a module rather than a HookPoint."""
+        """Whether it is the input of a module rather than a transformer-lens HookPoint."""
         return not hasattr(self.module, "fwd_hooks")
 
     def add(self, edit: Edit) -> Hook:
@@ -65,10 +68,13 @@ class HookPoint:
 class InnerPoints:
     """HookPoints that an attachment adds to one point, `<point>.hook_sae_<key>`."""
 
-    names: tuple[str, ...]  # of the point
+    names: tuple[str, ...]
+    """Names of the point."""
     by_key: dict[str, nn.Module]
-    by_attribute: dict[str, nn.Module]  # as attributes of the point's own module
-    by_name: dict[str, nn.Module]  # under every name of the point
+    by_attribute: dict[str, nn.Module]
+    """By attribute of the point's own module."""
+    by_name: dict[str, nn.Module]
+    """Under every name of the point."""
 
 
 class Hook:
@@ -79,9 +85,9 @@ class Hook:
         self.restore()
 
     def restore(self) -> None:
-        """Put it (back) at the end of the point's hooks."""
+        """Add it (again) at the end of the point's hooks."""
         if self._point.is_module_input:
-            on_input = ours(lambda module, args: self._on_input(args))
+            on_input = mark_as_saewb_hook(lambda module, args: self._on_input(args))
             self._handle = self._point.module.register_forward_pre_hook(on_input)
             return
         self._point.module.add_hook(lambda activation, hook: self._edit(activation), is_permanent=True)
@@ -99,20 +105,20 @@ class Hook:
         return any(handle is self._handle for handle in self._point.module.fwd_hooks)
 
     def remove(self) -> None:
-        """Take exactly this hook away; it may be gone already."""
-        mine, self._handle = self._handle, None  # which leads back here: a hook that is off is in no cycle
-        if mine is None:
+        """Remove exactly this hook; it may be gone already."""
+        removed, self._handle = self._handle, None  # the handle refers back here: no cycle stays
+        if removed is None:
             return
         if self._point.is_module_input:
-            mine.remove()
+            removed.remove()
             return
-        mine.hook.remove()
+        removed.hook.remove()
         handles = self._point.module.fwd_hooks
-        handles[:] = [handle for handle in handles if handle is not mine]
+        handles[:] = [handle for handle in handles if handle is not removed]
 
 
 def lock(model: nn.Module) -> threading.RLock:
-    """The one re-entrant lock of this model, for whoever adds hooks, runs it and takes them away."""
+    """The one re-entrant lock of this model: hold it to add hooks, run the model and remove them."""
     with _locks_lock:
         return _locks.setdefault(model, threading.RLock())
 
@@ -222,14 +228,14 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
                 hook.remove()
 
 
-def is_bare(model: nn.Module) -> bool:
-    """Whether nothing is on its points: no SAE, no steering, no hook of anybody's."""
+def has_no_hooks(model: nn.Module) -> bool:
+    """Whether no hook is on any of its points: no SAE, no steering, no hook of the user's."""
     return not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-def ours(function: Callable) -> Callable:
-    """The same, known as what saewb has put on a module: a twin does without it."""
-    setattr(function, _OURS, True)
+def mark_as_saewb_hook(function: Callable) -> Callable:
+    """Mark a torch hook of saewb on a module, so that `shared_copy` leaves it out."""
+    setattr(function, _SAEWB_HOOK, True)
     return function
 
 

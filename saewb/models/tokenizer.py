@@ -149,6 +149,34 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
     return tuple(int(i) for i in skip_special_tokens)
 
 
+def prepend_bos(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Make a tokenizer put its BOS token in front, and say so to transformer-lens; in place.
+
+    transformer-lens wants a tokenizer that adds BOS, and loads one that does not anew by `init_kwargs["name_or_path"]`:
+    a KeyError for a tokenizer made in memory, a download for one from the hub.
+
+    Args:
+        tokenizer: fast or slow; one that has no BOS token, or adds it already, keeps its post-processing. A slow one
+            keeps it too: `to_tokens` then writes BOS into the text.
+        name: what transformer-lens shall call it, if it has no name yet.
+    """
+    tokenizer.init_kwargs.setdefault("name_or_path", name)
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos is None or bos_id is None:
+        return
+    tokenizer.init_kwargs["add_bos_token"] = True
+    if not tokenizer.is_fast or tokenizer.encode("a")[:1] == [bos_id]:
+        return
+    from tokenizers import processors
+
+    backend = tokenizer.backend_tokenizer
+    ahead = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
+    )
+    before = backend.post_processor
+    backend.post_processor = ahead if before is None else processors.Sequence([before, ahead])
+
+
 def tokenizer_of(model: nn.Module) -> Any:
     """The model's tokenizer, checked to be there.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.models import hook_points
-from saewb.models.forward import GrowingText
+from saewb.models.forward import KVCachedText
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,7 @@ def generate_tokens(
         raise ValueError(explain(f"generate_tokens got temperature={temperature!r}.", want="a number >= 0", fix="0.0"))
     if max_new_tokens < 1:
         raise ValueError(explain(f"generate_tokens got max_new_tokens={max_new_tokens!r}.", want="at least 1"))
-    text, rng = GrowingText(model, _ids(model, prompt), use_past_kv_cache), torch.Generator().manual_seed(seed)
+    text, rng = KVCachedText(model, _ids(model, prompt), use_past_kv_cache), torch.Generator().manual_seed(seed)
     return _steps(model, text, intervene, max_new_tokens, temperature, rng)
 
 
@@ -117,7 +117,7 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
 
     ids = _ids(model, prompt)
     clean, changed = (
-        _next_logits(model, GrowingText(model, ids, use_past_kv_cache=False), one).softmax(-1)
+        _next_logits(model, KVCachedText(model, ids, use_past_kv_cache=False), one).softmax(-1)
         for one in (None, intervene)
     )
     change = changed - clean
@@ -131,7 +131,7 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
 
 def _steps(
     model: nn.Module,
-    text: GrowingText,
+    text: KVCachedText,
     intervene: Intervene | None,
     n: int,
     temperature: float,
@@ -148,7 +148,7 @@ def _steps(
         text.append(chosen)
 
 
-def _next_logits(model: nn.Module, text: GrowingText, intervene: Intervene | None) -> Tensor:
+def _next_logits(model: nn.Module, text: KVCachedText, intervene: Intervene | None) -> Tensor:
     """`[d_vocab]`, float32 on the CPU."""
     with hook_points.lock(model), torch.no_grad(), intervene() if intervene is not None else contextlib.nullcontext():
         return text.logits().float().cpu()

@@ -30,14 +30,13 @@ TIED = 2e-4, 3e-6  # activations as near as this are a tie: theirs are rounded t
 
 def language_model(name: str):
     """The Hugging Face model behind a name that `saewb.load_model` takes offline."""
-    from saewb.models.gguf_llama import llama_from_gguf
-    from saewb.models.load import smollm2_path, tiny_path
+    from transformers import AutoModelForCausalLM
 
-    if name == "tiny":
-        from transformers import AutoModelForCausalLM
+    from saewb.models.gguf import gguf_folder
+    from saewb.models.load import cache_folder, smollm2_path, tiny_path
 
-        return AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32)
-    return llama_from_gguf(smollm2_path())[0]
+    folder = tiny_path() if name == "tiny" else gguf_folder(smollm2_path(), cache_folder() / "gguf")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def sae_for(model, d_sae: int):

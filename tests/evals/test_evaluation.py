@@ -18,6 +18,7 @@ from saewb.evals.evaluation import evaluate, evaluate_many
 from saewb.evals.result import Evaluation
 from saewb.interventions.attachment import attach, attachments
 from saewb.models import hook_points
+from saewb.sae.base import SparseCoder
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.sae import SAE, SAEConfig
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
@@ -275,12 +276,14 @@ def test_figures_do_not_depend_on_the_batches(model):
 def test_special_tokens_have_no_part_in_any_figure(model):
     """At them the model is as it is: an SAE that is perfect elsewhere and absurd there is perfect."""
 
-    class AbsurdAtBOS(nn.Module):
+    class AbsurdAtBOS(SparseCoder):
+        taps = ()
+        _kind = "absurd"
+
         def __init__(self):
             super().__init__()
             self.inner = identity(RESID)
-            self.cfg, self.dtype, self.device = self.inner.cfg, self.inner.dtype, self.inner.device
-            self.W_dec = self.inner.W_dec
+            self.cfg, self.W_dec, self.b_dec = self.inner.cfg, self.inner.W_dec, self.inner.b_dec
 
         def encode(self, x, latents=None, tap=None):
             return self.inner.encode(x) * torch.where(torch.isin(rows(), torch.tensor([1, 2, 3])), 1e6, 1.0)[..., None]

@@ -1,49 +1,44 @@
-"""Writes GGUF files for tests, number by number: any tensors and metadata, and a small Llama of random weights."""
+"""Writes GGUF files for tests with the `gguf` package, and a small Llama of random weights."""
 
 from __future__ import annotations
 
 import itertools
-import struct
 
 import numpy as np
 import torch
 
-F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
 
+def write_gguf(path, metadata, tensors):
+    """tensors: {name: array}."""
+    from gguf import GGUFWriter
 
-def _string(text):
-    raw = text if isinstance(text, bytes) else text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _value(value):
-    if isinstance(value, bool):
-        return struct.pack("<I?", 7, value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    if isinstance(value, float):
-        return struct.pack("<If", 6, value)
-    if isinstance(value, (str, bytes)):
-        return struct.pack("<I", 8) + _string(value)
-    items = [_value(v) for v in value]  # an array states the type of its items once
-    return struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items)) + b"".join(i[4:] for i in items)
-
-
-def write_gguf(path, metadata, tensors, version=3, alignment=32):
-    """tensors: {name: (shape, slowest axis first; ggml type; bytes)}."""
-    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
-    head += b"".join(_string(k) + _value(v) for k, v in metadata.items())
-    data = b""
-    for name, (shape, kind, raw) in tensors.items():
-        head += _string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *reversed(shape))
-        head += struct.pack("<IQ", kind, len(data))
-        data += raw + b"\0" * (-len(raw) % alignment)
-    path.write_bytes(head + b"\0" * (-len(head) % alignment) + data)
+    writer = GGUFWriter(path, metadata["general.architecture"])
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in metadata.items():
+        if key != "general.architecture":
+            add.get(type(value), writer.add_array)(key, value)
+    for name, array in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 
-def f32(array):
-    return array.shape, F32, array.astype("<f4").tobytes()
+def converted(path, cache=None):
+    """The Hugging Face model and tokenizer that `load_model` boots for a GGUF file; not booted."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from saewb.models.gguf import gguf_folder
+    from saewb.models.load import cache_folder
+    from saewb.models.tokenizer import prepend_bos
+
+    folder = gguf_folder(path, cache_folder() / "gguf" if cache is None else cache)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prepend_bos(tokenizer, path.stem)
+    return model.eval(), tokenizer
 
 
 WORDS = ["<bos>", "<eos>", *(chr(c) for c in range(97, 123)), "Ġ", "ab", "Ġc", "Ã", "©"]
@@ -121,4 +116,4 @@ def llama_tensors(model):
         out[f"blk.{i}.attn_output.weight"] = state[at + "self_attn.o_proj.weight"]
         for name in ("gate", "up", "down"):
             out[f"blk.{i}.ffn_{name}.weight"] = state[at + f"mlp.{name}_proj.weight"]
-    return {name: f32(array) for name, array in out.items()}
+    return out

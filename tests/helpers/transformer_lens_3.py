@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from saewb.models.gguf_llama import prepend_bos
 from saewb.models.load import load_model, tiny_path
+from saewb.models.tokenizer import prepend_bos
 
 GONE = "HookedTransformer is gone in transformer-lens 4"
 

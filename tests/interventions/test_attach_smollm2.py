@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from helpers import tiny_models
+from helpers.gguf_files import converted
 from helpers.transformer_lens_3 import hooked_transformer
 
 from saewb.interventions.attachment import attach
@@ -26,9 +27,7 @@ TEXT = "The capital of France is Paris, and the capital of Germany is"
 @functools.cache
 def hf_model():
     """A model of its own: booting a Bridge changes the one it is given."""
-    from saewb.models.gguf_llama import llama_from_gguf
-
-    return llama_from_gguf(smollm2_path(), torch.float32)
+    return converted(smollm2_path())
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers.gguf_files import hf_llama, llama_metadata, llama_tensors, write_gguf
+from helpers.gguf_files import converted, hf_llama, llama_metadata, llama_tensors, write_gguf
 from helpers.transformer_lens_3 import tiny_bridge, tiny_hooked
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
@@ -134,7 +134,8 @@ def test_a_folder_without_config_names_what_it_has(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_gguf_file(tmp_path):
+def test_a_gguf_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEWB_CACHE", str(tmp_path / "cache"))
     original = hf_llama(tied=True)
     model = load_model(write_gguf(tmp_path / "small.gguf", llama_metadata(), llama_tensors(original)), device="cpu")
     ids = model.to_tokens("ab cab")
@@ -243,7 +244,7 @@ def test_a_cached_model_loads_by_name_without_network(no_cache):
     (no_cache / "models--someone--small" / "refs" / "main").write_text("0" * 40)
     assert "someone/small" in loadable_offline()
     code = (
-        "import saewb.models as m; b = m.load_model('someone/small', device='cpu'); "
+        "import saewb.models.load as m; b = m.load_model('someone/small', device='cpu'); "
         "from huggingface_hub import constants; print(b.cfg.model_name, b.cfg.dtype, constants.HF_HUB_OFFLINE)"
     )  # in a process of its own: transformers keeps its own copies of the cache folder's name
     env = {**os.environ, "HF_HUB_CACHE": str(no_cache), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
@@ -392,9 +393,7 @@ def test_smollm2_is_what_it_should_be(smol):
 @pytest.mark.smollm2
 @pytest.mark.long
 def test_smollm2_logits_are_the_hugging_face_models_own(smol):
-    from saewb.models.gguf_llama import llama_from_gguf
-
-    hf, _ = llama_from_gguf(smollm2_path())
+    hf, _ = converted(smollm2_path())
     ids = smol.to_tokens(texts()[0].text[:300])
     with torch.no_grad():
         torch.testing.assert_close(smol(ids), hf(ids).logits, rtol=0, atol=0)

@@ -280,13 +280,15 @@ def model_line(saes: Any, model: Any) -> str:
     """The line under the title: the SAEs, and whether something is on the model that has no effect in the panel."""
     names = "; ".join(map(repr, saes))
     return (
-        names if saewb.models.hook_points.is_bare(model) else f"{names} — the model without what cells have put on it"
+        names
+        if saewb.models.hook_points.has_no_hooks(model)
+        else f"{names} — the model without what cells have put on it"
     )
 
 
 def model_code(model: Any) -> tuple[str, list[str]]:
     """The variable that exported code runs, and the lines that make it: a copy without hooks, if `model` has some."""
-    if saewb.models.hook_points.is_bare(model):
+    if saewb.models.hook_points.has_no_hooks(model):
         return "model", []
     return "bare", [
         "bare = saewb.models.shared_copy.shared_copy(model)  # the same weights, without what is on the model now"
