@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.models.capture import Activations, joined
+from saewb.models.capture import Activations, concatenate
 
 
 class Source(Protocol):
@@ -86,12 +86,12 @@ class FifoBuffer:
                 first = first.rows(slice(0, n))
             parts.append(first)
             n -= len(first)
-        return joined(parts)
+        return concatenate(parts)
 
     def state(self, returned: Activations | None = None) -> dict[str, Any]:
         """Position of the source and the pending tokens, after those `returned` that count as not taken."""
         pending = [part for part in (returned, *self._pending) if part is not None]
-        return {"source": self._source.state(), "left": batch_state(joined(pending) if pending else None)}
+        return {"source": self._source.state(), "left": batch_state(concatenate(pending) if pending else None)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state()`."""

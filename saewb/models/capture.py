@@ -1,7 +1,7 @@
-"""A model's activations at its hook points.
+"""Capture a model's activations at its hook points.
 
-`capture` is one forward pass that stops after the last layer anybody asked for: no logits, no copies. `Activations` is
-what streams of them (`saewb.data.stream`) are made of: tokens by rows, at one or several points.
+`capture` runs one forward pass that stops after the last layer it needs: no logits, no copies. `Activations` holds the
+activations of some tokens at one or several points, as the streams of `saewb.data.stream` yield them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from saewb.models import hook_points
 @final
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Tokens at one or several points of a model: row t of every tensor is the same token.
+    """Activations of some tokens at one or several hook points: row t of every tensor is the same token.
 
     Raises:
         ValueError: if a tensor is no matrix, or they have different numbers of rows.
@@ -34,9 +34,9 @@ class Activations:
     """
 
     values: Mapping[str, Tensor]
-    """By point: [tokens, d], in the dtype and on the device they were made."""
+    """Activations by point, [tokens, d], in the dtype and on the device they were computed in."""
     ids: Tensor | None = None
-    """[tokens], which token of the vocabulary; integers, on the CPU; None: not known."""
+    """Token ids, [tokens], integers on the CPU; None if unknown."""
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(value.shape) for name, value in self.values.items()}
@@ -56,12 +56,12 @@ class Activations:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that the rows take."""
+        """Size of activations and ids, in bytes."""
         tensors = [*self.values.values(), *([] if self.ids is None else [self.ids])]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def rows(self, which: slice | Tensor) -> Activations:
-        """Some of the tokens: views for a slice, copies for indices (int64, on the CPU)."""
+        """Select tokens: views for a slice, copies for indices (int64, on the CPU)."""
         if isinstance(which, slice):
             return Activations(
                 {n: v[which] for n, v in self.values.items()}, None if self.ids is None else self.ids[which]
@@ -70,29 +70,29 @@ class Activations:
         return Activations(values, None if self.ids is None else self.ids.index_select(0, which))
 
 
-def joined(parts: Sequence[Activations]) -> Activations:
-    """The tokens of several, in order; of one part, itself. Ids are kept if all parts have them."""
+def concatenate(parts: Sequence[Activations]) -> Activations:
+    """Concatenate along the token axis; a single part is returned itself. Ids are kept if all parts have them."""
     if len(parts) == 1:
         return parts[0]
     values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
-    known = all(part.ids is not None for part in parts)
-    return Activations(values, torch.cat([part.ids for part in parts]) if known else None)
+    ids = [part.ids for part in parts]
+    return Activations(values, None if any(part is None for part in ids) else torch.cat(ids))
 
 
 def capture(model: nn.Module, tokens: Int[Tensor, "batch pos"], points: Iterable[str]) -> dict[str, Tensor]:
-    """Activations at several points from one forward pass, which stops after the last layer that is needed.
+    """Capture activations at several points in one forward pass, which stops after the last layer that is needed.
 
-    The model's lock is held for the pass, and its hooks are afterwards as before. Hooks and SAEs that are on it have
-    their effect, as in any pass. Gradients are recorded unless the caller says `torch.no_grad()`.
+    The model's lock is held for the pass, and its hooks are afterwards as before. Hooks and SAEs on the model take
+    effect as in any pass. Gradients are recorded unless under `torch.no_grad()`.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         tokens: ids, on the model's device.
-        points: names of hook points, by any of their names; each once or more.
+        points: names of hook points, canonical or aliases; repeats are allowed.
 
     Returns:
-        By the names given: `[batch, pos, d]`, or `[batch, pos, heads, d_head]` where the point has heads; the model's
-        own tensors, in its dtype and on its device. Clone what must outlive a hook that changes it in place.
+        Activations by the names passed: `[batch, pos, d]`, or `[batch, pos, heads, d_head]` where the point has heads.
+        They are the model's tensors, in its dtype and on its device: clone what must outlive an in-place hook.
 
     Raises:
         ValueError: for a point that does not exist, is switched off, or did not fire.
@@ -100,52 +100,49 @@ def capture(model: nn.Module, tokens: Int[Tensor, "batch pos"], points: Iterable
     Example:
         >>> import saewb
         >>> model = saewb.load_model("tiny")
-        >>> seen = capture(model, model.to_tokens("A cat sat."), ["blocks.2.hook_resid_post"])
-        >>> seen["blocks.2.hook_resid_post"].shape
+        >>> activations = capture(model, model.to_tokens("A cat sat."), ["blocks.2.hook_resid_post"])
+        >>> activations["blocks.2.hook_resid_post"].shape
         torch.Size([1, 5, 128])
     """
     names = dict.fromkeys(points)
-    with capturing(model, names) as seen:
+    with capturing(model, names) as activations:
         model(tokens, return_type=None, stop_at_layer=stop_layer(model, names))
-    return {name: seen[name] for name in names}
+    return {name: activations[name] for name in names}
 
 
 @contextmanager
 def capturing(model: nn.Module, points: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """What the last pass inside gives at several points; for who runs the model, and wants more of it than `capture`.
+    """Capture activations of the last pass inside the block, which the caller runs, e.g. for its logits too.
 
     Args:
         model: as for `capture`; its lock is held.
         points: as for `capture`.
 
     Raises:
-        ValueError: as `capture`, at the end.
+        ValueError: as `capture`, at the end of the block.
     """
-    seen: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     names = dict.fromkeys(points)
-    with hook_points.editing(model, {name: _noting(seen, name) for name in names}):
-        yield seen
+
+    def record(name: str) -> hook_points.Edit:
+        return lambda activation: activations.update({name: activation})  # None: the activation stays as it is
+
+    with hook_points.editing(model, {name: record(name) for name in names}):
+        yield activations
     for name in names:
-        if name not in seen:
+        if name not in activations:
             raise ValueError(explain(f"{name!r} did not fire.", want="a point that this model computes"))
 
 
 def stop_layer(model: nn.Module, points: Iterable[str]) -> int | None:
-    """The first layer that need not run for these points, for `stop_at_layer`; None if one is outside of blocks."""
+    """First layer that these points do not need, for `stop_at_layer`; None if a point is outside of the blocks."""
     layers = [hook_points.resolve(model, name).layer for name in points]
     return None if None in layers or not layers else max(layers) + 1
 
 
-def _noting(seen: dict[str, Tensor], name: str) -> hook_points.Edit:
-    def edit(activation: Tensor) -> None:
-        seen[name] = activation
-
-    return edit
-
-
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """These modules in eval mode (no dropout), each part back in its own mode afterwards."""
+    """Put modules into eval mode (no dropout); every submodule returns to its previous mode afterwards."""
     training = [part for module in modules for part in module.modules() if part.training]
     for part in training:
         part.training = False

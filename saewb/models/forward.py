@@ -13,13 +13,13 @@ from saewb.models.load import key_value_cache
 
 
 class KVCachedText:
-    """A growing text and the logits of its next token; reads each token once by keeping a KV cache.
+    """A growing text and the logits of its next token; a KV cache lets each token be read once.
 
     Hooks on the model during a pass affect the tokens of that pass, and later ones through its keys and values.
     """
 
     def __init__(self, model: nn.Module, ids: Tensor, use_past_kv_cache: bool = True) -> None:
-        """Nothing is run yet.
+        """Prepare; the first `logits()` runs the model.
 
         Args:
             model: a TransformerBridge or HookedTransformer.
@@ -45,14 +45,14 @@ class KVCachedText:
     def _run_bridge(self, tokens: Tensor) -> Tensor:
         past = {} if self._kv_cache is None else {"past_key_values": self._kv_cache}
         logits, self._kv_cache = self._model(tokens, return_type="logits_and_cache", use_cache=True, **past)
-        if self._kv_cache is None:  # this model has none: read the whole text from now on
+        if self._kv_cache is None:  # the model has no KV cache: read the whole text from now on
             self._uses_cache = False
         return logits
 
     def _run_hooked_transformer(self, tokens: Tensor) -> Tensor:
         if self._kv_cache is None:
             self._kv_cache = key_value_cache(self._model)
-        # Without a mask of its own it would take padding tokens at the end for padding.
+        # Without an explicit mask, EOS tokens at the end would count as padding.
         return self._model(tokens, past_kv_cache=self._kv_cache, attention_mask=torch.ones_like(tokens))
 
 

@@ -18,19 +18,19 @@ import torch
 from saewb._files import atomic_folder
 from saewb.errors import FormatError, explain
 
-# Metadata that transformers ignores, although with other values than these the model computes something else.
+# Metadata that transformers ignores, although other values than these change what the model computes.
 _IGNORED_BY_TRANSFORMERS = {"rope.scaling.type": (None, "none"), "attention.clamp_kqv": (None, 0.0)}
 
 
 def gguf_folder(path: Path, cache: Path) -> Path:
-    """The model and tokenizer of a GGUF file as a folder in Hugging Face layout.
+    """Convert a GGUF file to a folder with model and tokenizer in Hugging Face layout, unless the cache has it.
 
     Args:
-        path: the file.
-        cache: folder of converted files; this one's is named by its content.
+        path: the .gguf file.
+        cache: folder of converted files; each is named by a hash of its content.
 
     Returns:
-        A folder inside `cache`. Weights are dense float32, without marks of quantization.
+        A folder inside `cache`. Weights are dense float32, without quantization settings.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -75,7 +75,7 @@ def _convert(path: Path, folder: Path) -> None:
             explain(f"{path.name} cannot be read: {reason}", want="a whole GGUF file", fix=fix)
         ) from error
     _check_keys(path, keys)
-    # All weights are dense now; save_pretrained refuses a model with marks of quantization.
+    # All weights are dense now; save_pretrained refuses a model with quantization settings.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -84,7 +84,7 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _check_metadata(path: Path) -> None:
-    """Refuse what transformers would leave out of the computation, without a word."""
+    """Refuse files with settings that transformers would silently ignore."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -101,7 +101,7 @@ def _check_metadata(path: Path) -> None:
 
 
 def _check_keys(path: Path, keys: Mapping[str, Any]) -> None:
-    """Refuse a file without some of the model's tensors, which transformers would draw at random."""
+    """Refuse a file that lacks tensors of the model, which transformers would initialize at random."""
     for role in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys[role]:
             what = f"{path.name}: {role.removesuffix('_keys')} {sorted(map(str, keys[role]))[:5]}."

@@ -1,8 +1,8 @@
 """Hook points of a model: resolve them by any of their names, add and remove hooks.
 
-Every difference between kinds and versions of models is here and, for forward passes, in `saewb.models.forward`.
+Differences between kinds and versions of models are handled here and, for forward passes, in `saewb.models.forward`.
 
-Kinds of model are told apart by their attributes, not by their class, so that transformer_lens is not imported:
+Kinds of model are distinguished by their attributes, not by their class, so that transformer_lens is not imported:
 TransformerBridge (transformer-lens 3.x and 4.x; points in `_hook_registry`, aliases computed), HookedTransformer and
 other HookedRootModules (points in `hook_dict` and `mod_dict`).
 
@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from saewb.errors import explain, near
 
-Edit = Callable[[Tensor], "Tensor | None"]  # gets the activation; what it returns, unless None, is used on
+Edit = Callable[[Tensor], "Tensor | None"]
+"""Function of an activation; a tensor that it returns replaces the activation."""
 
-INNER = ".hook_sae_"  # in the name of every point that an attachment adds
-_SAEWB_HOOK = "_saewb_hook"  # attribute of functions that saewb hooks onto modules that are no points
+INNER = ".hook_sae_"
+"""Part of the name of every point that an attachment adds."""
+_SAEWB_HOOK = "_saewb_hook"
+"""Attribute of the functions that saewb registers as torch hooks."""
 
 _tables: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = weakref.WeakKeyDictionary()
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -38,20 +41,20 @@ class HookPoint:
     """A point of a model where an activation can be read and replaced."""
 
     name: str
-    """Canonical name, which the model itself uses."""
+    """Canonical name, as in the model itself."""
     names: tuple[str, ...]
     """Canonical name and aliases, `name` first."""
     module: nn.Module
-    """Its transformer-lens HookPoint; or the MLP whose input it is, where the model has no HookPoint there."""
+    """transformer-lens HookPoint; or the MLP whose input it is, where the model has no HookPoint there."""
 
     @property
     def layer(self) -> int | None:
-        """The block it is in; None outside of blocks."""
+        """Index of its block; None outside of blocks."""
         match = re.match(r"blocks\.(\d+)\.", self.name)
         return int(match[1]) if match else None
 
     def is_before(self, layer: int) -> bool:
-        """Whether it is in an earlier block than this one: a pass that starts there computes no activation of it."""
+        """Whether it is in a block before `layer`: a pass that starts at `layer` computes no activation of it."""
         return layer > 0 and self.layer is not None and self.layer < layer
 
     @cached_property
@@ -60,13 +63,13 @@ class HookPoint:
         return not hasattr(self.module, "fwd_hooks")
 
     def add(self, edit: Edit) -> Hook:
-        """Call `edit` with the activation whenever it is computed, after the hooks that are there already."""
+        """Apply `edit` to the activation whenever it is computed, after the hooks already on the point."""
         return Hook(self, edit)
 
 
 @dataclass(frozen=True, eq=False)
 class InnerPoints:
-    """HookPoints that an attachment adds to one point, `<point>.hook_sae_<key>`."""
+    """HookPoints that an attachment adds at a point of the model, `<point>.hook_sae_<key>`."""
 
     names: tuple[str, ...]
     """Names of the point."""
@@ -85,7 +88,7 @@ class Hook:
         self.restore()
 
     def restore(self) -> None:
-        """Add it (again) at the end of the point's hooks."""
+        """Add the hook (again) after all others on the point."""
         if self._point.is_module_input:
             on_input = mark_as_saewb_hook(lambda module, args: self._on_input(args))
             self._handle = self._point.module.register_forward_pre_hook(on_input)
@@ -99,14 +102,14 @@ class Hook:
 
     @property
     def is_on(self) -> bool:
-        """False after `remove`, and after `model.reset_hooks(including_permanent=True)`."""
+        """Whether the hook is on the point: not after `remove` or `model.reset_hooks(including_permanent=True)`."""
         if self._point.is_module_input:
             return self._handle is not None and self._handle.id in self._point.module._forward_pre_hooks
         return any(handle is self._handle for handle in self._point.module.fwd_hooks)
 
     def remove(self) -> None:
-        """Remove exactly this hook; it may be gone already."""
-        removed, self._handle = self._handle, None  # the handle refers back here: no cycle stays
+        """Remove this hook and no other; harmless if it was removed already."""
+        removed, self._handle = self._handle, None  # the handle refers to this object: break the cycle
         if removed is None:
             return
         if self._point.is_module_input:
@@ -118,13 +121,13 @@ class Hook:
 
 
 def lock(model: nn.Module) -> threading.RLock:
-    """The one re-entrant lock of this model: hold it to add hooks, run the model and remove them."""
+    """Re-entrant lock of the model: hold it to add hooks, run the model and remove them."""
     with _locks_lock:
         return _locks.setdefault(model, threading.RLock())
 
 
 def resolve(model: nn.Module, name: str) -> HookPoint:
-    """The point of that name, alias or canonical.
+    """Resolve a hook name, canonical or alias, to a point of the model.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
@@ -132,7 +135,7 @@ def resolve(model: nn.Module, name: str) -> HookPoint:
 
     Raises:
         TypeError: if `model` has no hook points.
-        ValueError: if it has none of that name, with the nearest; or if the point is switched off and cannot fire.
+        ValueError: for an unknown name (the error lists near ones); for a point that is switched off and cannot fire.
     """
     points = _registered(model)
     point = _tables.get(model, {}).get(name)
@@ -140,13 +143,13 @@ def resolve(model: nn.Module, name: str) -> HookPoint:
         _tables[model] = _table(model)
         point = _tables[model].get(name)
     if point is None:
-        raise ValueError(_unknown(model, name))
-    _check_not_gated(model, point, name)
+        raise ValueError(_unknown_name_message(model, name))
+    _check_switched_on(model, point, name)
     return point
 
 
 def split_head(name: str) -> tuple[str, int | None]:
-    """The name of a point and the index of a head, from "name[3]"; None without an index.
+    """Split "name[3]" into hook name and head index; the index is None for a plain name.
 
     Example:
         >>> split_head("blocks.0.attn.hook_z[3]"), split_head("hook_embed")
@@ -157,62 +160,58 @@ def split_head(name: str) -> tuple[str, int | None]:
 
 
 def resolve_writable(model: nn.Module, name: str) -> HookPoint:
-    """The point of that name, where an activation that is replaced goes on through the model.
+    """Resolve a hook name to a point where a replaced activation goes on through the model.
 
     Raises:
-        ValueError: as `resolve`; and for `hook_resid_mid` of a TransformerBridge, which stands where the second norm is
-            read: what is written there reaches the MLP, and not the residual stream behind it.
+        ValueError: as `resolve`; and for `hook_resid_mid` of a TransformerBridge, which is the input of the second
+            norm: a replacement there reaches the MLP, but not the residual stream.
     """
     point = resolve(model, name)
-    aside = [alias for alias in point.names[1:] if alias.endswith("hook_resid_mid")]
-    if aside and is_bridge(model):
+    resid_mid = [alias for alias in point.names[1:] if alias.endswith("hook_resid_mid")]
+    if resid_mid and is_bridge(model):
         what = f"{name!r} of a TransformerBridge is what the MLP reads: written there, nothing reaches the stream."
-        want = f"a HookedTransformer (transformer-lens 3.x), whose {aside[0]!r} is in the stream; or another point"
-        fix = f"saewb.attach(model, sae, hook={aside[0].replace('resid_mid', 'resid_post')!r})"
+        want = f"a HookedTransformer (transformer-lens 3.x), whose {resid_mid[0]!r} is in the stream; or another point"
+        fix = f"saewb.attach(model, sae, hook={resid_mid[0].replace('resid_mid', 'resid_post')!r})"
         raise ValueError(explain(what, want=want, fix=fix))
     return point
 
 
 def point_names(model: nn.Module) -> list[str]:
-    """All names of all points of the model itself, aliases included, sorted; without those of attached SAEs."""
+    """Names of the model's hook points, aliases included, sorted; inner points of attached SAEs are left out."""
     return sorted(_table(model))
 
 
 def inner_points(model: nn.Module, point: HookPoint, keys: Iterable[str]) -> InnerPoints:
-    """HookPoints of the class this model uses; not yet part of the model."""
+    """Create HookPoints of the class this model uses; `publish` makes them part of the model."""
     kind = type(next(iter(_registered(model).values())))
-    made = {key: kind() for key in keys}
-    for key, hook_point in made.items():
+    by_key = {key: kind() for key in keys}
+    for key, hook_point in by_key.items():
         hook_point.name = f"{point.name}{INNER}{key}"
-    attributes = {INNER[1:] + key: hook_point for key, hook_point in made.items()}
-    by_name = {f"{name}{INNER}{key}": hook_point for key, hook_point in made.items() for name in point.names}
-    return InnerPoints(point.names, made, attributes, by_name)
+    by_attribute = {INNER[1:] + key: hook_point for key, hook_point in by_key.items()}
+    by_name = {f"{name}{INNER}{key}": hook_point for key, hook_point in by_key.items() for name in point.names}
+    return InnerPoints(point.names, by_key, by_attribute, by_name)
 
 
 def publish(model: nn.Module, point: HookPoint, inner: InnerPoints) -> None:
     """Make `inner` visible to the model's run_with_cache, run_with_hooks, add_hook and hook_dict, under every name."""
-    # An attribute too: `add_hook` of a 3.x Bridge walks attributes. Past nn.Module, so that it is no submodule.
+    # `add_hook` of a 3.x Bridge walks attributes. In __dict__, since setattr would register a submodule.
     point.module.__dict__.update(inner.by_attribute)
     for mapping in _mappings(model):
         mapping.update(inner.by_name)
 
 
 def unpublish(model: nn.Module, point: HookPoint, inner: InnerPoints) -> None:
-    """Undo `publish`; names that by now mean another point are left alone."""
-    _forget(point.module.__dict__, inner.by_attribute)
-    for mapping in _mappings(model):
-        _forget(mapping, inner.by_name)
-
-
-def _forget(mapping: dict[str, object], published: Mapping[str, object]) -> None:
-    for name, value in published.items():
-        if mapping.get(name) is value:
-            del mapping[name]
+    """Undo `publish`; names that refer to another point by now are left alone."""
+    published = [(point.module.__dict__, inner.by_attribute), *((m, inner.by_name) for m in _mappings(model))]
+    for mapping, entries in published:
+        for name, value in entries.items():
+            if mapping.get(name) is value:
+                del mapping[name]
 
 
 @contextmanager
 def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Hold the model's lock with these edits on it, by hook name; none of them is left on it afterwards.
+    """Hold the model's lock and apply edits, by hook name, inside the block; afterwards all of them are removed.
 
     Raises:
         ValueError: for a name that does not exist or cannot fire.
@@ -229,12 +228,12 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 
 def has_no_hooks(model: nn.Module) -> bool:
-    """Whether no hook is on any of its points: no SAE, no steering, no hook of the user's."""
+    """Whether no hook is on any point: no SAE, no steering, no user hook."""
     return not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 def mark_as_saewb_hook(function: Callable) -> Callable:
-    """Mark a torch hook of saewb on a module, so that `shared_copy` leaves it out."""
+    """Mark a function as a torch hook of saewb, so that `shared_copy` leaves it out."""
     setattr(function, _SAEWB_HOOK, True)
     return function
 
@@ -245,24 +244,24 @@ def is_bridge(model: nn.Module) -> bool:
 
 
 def _registered(model: nn.Module) -> dict[str, nn.Module]:
-    """The dictionary in which the model keeps its points: its own, to be changed by `publish` only."""
+    """The model's own dictionary of points; only `publish` and `unpublish` change it."""
     return _mappings(model)[0]
 
 
 def _mappings(model: nn.Module) -> Iterable[dict[str, nn.Module]]:
     if is_bridge(model):
         return [model._hook_registry]
-    found = [getattr(model, "hook_dict", None), getattr(model, "mod_dict", None)]
-    if not (isinstance(found[0], dict) and isinstance(found[1], dict)):
+    mappings = [getattr(model, "hook_dict", None), getattr(model, "mod_dict", None)]
+    if not all(isinstance(mapping, dict) for mapping in mappings):
         what = f"{type(model).__name__} has no hook points: it is no model of TransformerLens."
         want = "a TransformerBridge (transformer-lens 3.x, 4.x) or a HookedTransformer (3.x)"
         raise TypeError(explain(what, want=want, fix="model = saewb.load_model(model, tokenizer=tokenizer)"))
-    return found
+    return mappings
 
 
 def _table(model: nn.Module) -> dict[str, HookPoint]:
-    """Every name of the model, each with its point. Milliseconds on a Bridge, which computes its aliases anew."""
-    _registered(model)  # says what is wrong with an object that is no such model
+    """Point of every name. Takes milliseconds on a Bridge, which computes its aliases anew."""
+    _registered(model)  # raises for an object that is no such model
     names_of: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.hook_dict.items():
@@ -271,29 +270,27 @@ def _table(model: nn.Module) -> dict[str, HookPoint]:
             modules[id(module)] = module
     table: dict[str, HookPoint] = {}
     for key, names in names_of.items():
-        own = modules[key].name if modules[key].name in names else names[0]
-        point = HookPoint(own, (own, *(name for name in names if name != own)), modules[key])
+        canonical = modules[key].name if modules[key].name in names else names[0]
+        point = HookPoint(canonical, (canonical, *(name for name in names if name != canonical)), modules[key])
         table.update(dict.fromkeys(names, point))
     return table if is_bridge(model) else {**_mlp_inputs(model), **table}
 
 
 def _mlp_inputs(model: nn.Module) -> dict[str, HookPoint]:
-    """`blocks.L.mlp.hook_in` of a HookedTransformer, which has no HookPoint there; published transcoders read it."""
-    mlps = {name: module for name, module in model.mod_dict.items() if name.endswith(".mlp")}
-    return {
-        f"{name}.hook_in": HookPoint(f"{name}.hook_in", (f"{name}.hook_in",), module) for name, module in mlps.items()
-    }
+    """`blocks.L.mlp.hook_in` of a HookedTransformer, which published transcoders read; it has no HookPoint there."""
+    mlps = {f"{name}.hook_in": module for name, module in model.mod_dict.items() if name.endswith(".mlp")}
+    return {name: HookPoint(name, (name,), module) for name, module in mlps.items()}
 
 
-def _unknown(model: nn.Module, name: str) -> str:
+def _unknown_name_message(model: nn.Module, name: str) -> str:
     names = point_names(model)
     close = near(name, names) or near(f"blocks.{(re.findall('[0-9]+', name) or [0])[0]}.hook_resid_post", names)
     what = f"no hook named {name!r} on this model ({len({id(p) for p in _tables[model].values()})} points)."
     return explain(what, near=close, fix=f"saewb.attach(model, sae, hook={(close or names)[0]!r})")
 
 
-def _check_not_gated(model: nn.Module, point: HookPoint, name: str) -> None:
-    switch = None if point.is_module_input else _switched_off_by(model, point)
+def _check_switched_on(model: nn.Module, point: HookPoint, name: str) -> None:
+    switch = None if point.is_module_input else _off_switch(model, point)
     if switch is None:
         return
     want = "a point that fires"
@@ -303,8 +300,8 @@ def _check_not_gated(model: nn.Module, point: HookPoint, name: str) -> None:
     raise ValueError(explain(what, want=want, fix=f"model.set_{switch}(True)"))
 
 
-def _switched_off_by(model: nn.Module, point: HookPoint) -> str | None:
-    """The configuration flag that keeps the point from firing, or None."""
+def _off_switch(model: nn.Module, point: HookPoint) -> str | None:
+    """Configuration flag that keeps the point from firing; None if it fires."""
     if is_bridge(model):
         return model._gated_hook_reason(point.name)
     try:

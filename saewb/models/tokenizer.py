@@ -1,9 +1,9 @@
-"""Token ids as the text of each token, whole characters only."""
+"""Tokenizers: the text of each token, special tokens, BOS."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[int]) -> list[str]:
-    """The text of each token, such that joined they are the text of all.
+    """Decode each token, so that the strings joined are the decoded text.
 
-    A character whose UTF-8 bytes are spread over several tokens (emoji, rare CJK) stands at the last of them, and the
+    A character whose UTF-8 bytes are spread over several tokens (emoji, rare CJK) belongs to the last of them, and the
     earlier ones are empty: decoded one by one, each would be U+FFFD. Bytes that never become a character are U+FFFD, at
     the token after which that is certain. Special tokens are spelled out.
 
         "".join(token_strings(t, ids)) == t.decode(ids, clean_up_tokenization_spaces=False)
 
     Args:
-        model_or_tokenizer: what `load_model` returned, or a tokenizer.
+        model_or_tokenizer: a model from `load_model`, or a tokenizer.
         ids: token ids of one text.
 
     Returns:
@@ -49,36 +49,37 @@ def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[i
             raise ValueError(explain(f"token_strings got ids of shape {tuple(ids.shape)}.", want="[pos]", fix="ids[0]"))
         ids = ids.tolist()
     ids = [int(i) for i in ids]
-    strings, whole = _pieces(tokenizer, ids), _decode(tokenizer, ids)
-    # A decoder that rewrites earlier text when more comes (none known among byte-level ones) gets the slow, sure way.
-    return strings if "".join(strings) == whole else _prefix_pieces(tokenizer, ids, whole)
+    strings, text = _decode_windows(tokenizer, ids), _decode(tokenizer, ids)
+    # A decoder that rewrites earlier text when more follows (no byte-level one does) needs the slow, exact way.
+    return strings if "".join(strings) == text else _decode_prefixes(tokenizer, ids, text)
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    # What a token adds is the text of a short window with it, less the text of the window without. The window begins
-    # one piece early, since some decoders treat the first token of a text differently (a leading space is dropped).
-    strings, before, shown = [], 0, 0
+def _decode_windows(tokenizer: Any, ids: list[int]) -> list[str]:
+    # A token adds the text of a short window with it, less the text of the window without it. The window begins one
+    # string early, since some decoders treat the first token of a text differently (a leading space is dropped).
+    strings, window_start, decoded_end = [], 0, 0
     for i in range(len(ids)):
-        old, new = _decode(tokenizer, ids[before:shown]), _decode(tokenizer, ids[before : i + 1])
-        open_character = new.endswith("\ufffd") and i + 1 < len(ids)
-        strings.append("" if open_character else new[len(old) :])
-        if not open_character:
-            before, shown = shown, i + 1
+        before = _decode(tokenizer, ids[window_start:decoded_end])
+        after = _decode(tokenizer, ids[window_start : i + 1])
+        is_partial_character = after.endswith("\ufffd") and i + 1 < len(ids)
+        strings.append("" if is_partial_character else after[len(before) :])
+        if not is_partial_character:
+            window_start, decoded_end = decoded_end, i + 1
     return strings
 
 
-def _prefix_pieces(tokenizer: Any, ids: list[int], whole: str) -> list[str]:
-    ends = [_shared(_decode(tokenizer, ids[: i + 1]), whole) for i in range(len(ids))]
-    cuts = [0, *(max(ends[: i + 1]) for i in range(len(ids)))]
-    return [whole[a:b] for a, b in pairwise(cuts)]
+def _decode_prefixes(tokenizer: Any, ids: list[int], text: str) -> list[str]:
+    prefixes = (_decode(tokenizer, ids[: i + 1]) for i in range(len(ids)))
+    ends = accumulate((_n_equal_characters(prefix, text) for prefix in prefixes), max, initial=0)
+    return [text[a:b] for a, b in pairwise(ends)]
 
 
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts have in common from their beginning."""
+def _n_equal_characters(a: str, b: str) -> int:
+    """Length of the common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -86,16 +87,16 @@ _SPECIAL = ("bos", "eos", "pad", "sep", "cls", "decoder_start")
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that frame text rather than say something: BOS, EOS, PAD, SEP, CLS, and the decoder's start token.
+    """Ids of the tokenizer's special tokens: BOS, EOS, PAD, SEP, CLS, and the decoder's start token.
 
-    Only those that the tokenizer names as such. A chat marker counts where it is one of them (as `<|im_start|>` is
-    SmolLM2's BOS) and not otherwise; UNK stands for text and never counts.
+    Only those that the tokenizer names as such. A chat marker counts only if it is one of them (as `<|im_start|>` is
+    SmolLM2's BOS); UNK replaces text and never counts.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
 
     Returns:
-        Ids, each once, ascending; empty if the tokenizer names none.
+        Unique ids, ascending; empty if the tokenizer names none.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -109,14 +110,14 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def special_mask(tokens: Int[Tensor, "*batch"], ids: Iterable[int]) -> Bool[Tensor, "*batch"]:
-    """True where a token is one of `ids`: the positions to leave out of statistics about text.
+    """Mask of special tokens: True where a token is one of `ids`, to be left out of statistics about text.
 
     Args:
         tokens: token ids, of any shape.
-        ids: as `special_token_ids` gives them; none means that no token is special.
+        ids: special token ids, as from `special_token_ids`; may be empty.
 
     Returns:
-        The shape and device of `tokens`.
+        A mask of the shape and on the device of `tokens`.
 
     Example:
         >>> special_mask(torch.tensor([[0, 7, 0], [0, 5, 9]]), (0, 9)).int().tolist()
@@ -126,11 +127,11 @@ def special_mask(tokens: Int[Tensor, "*batch"], ids: Iterable[int]) -> Bool[Tens
 
 
 def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> tuple[int, ...]:
-    """The ids that `skip_special_tokens` means for this model: those of its tokenizer, none, or the ones listed.
+    """Resolve `skip_special_tokens` to token ids: the tokenizer's special tokens, none, or those listed.
 
     Args:
-        model: asked for its tokenizer.
-        skip_special_tokens: as everywhere: True, False, or a list of token ids.
+        model: its tokenizer is used.
+        skip_special_tokens: True, False, or a list of token ids.
 
     Returns:
         Token ids, ascending where they are the tokenizer's.
@@ -150,15 +151,15 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
 
 
 def prepend_bos(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Make a tokenizer put its BOS token in front, and say so to transformer-lens; in place.
+    """Make a tokenizer prepend its BOS token, and declare that to transformer-lens; in place.
 
-    transformer-lens wants a tokenizer that adds BOS, and loads one that does not anew by `init_kwargs["name_or_path"]`:
-    a KeyError for a tokenizer made in memory, a download for one from the hub.
+    transformer-lens reloads a tokenizer that adds no BOS by `init_kwargs["name_or_path"]`: a KeyError for one that was
+    created in memory, a download for one from the Hub.
 
     Args:
-        tokenizer: fast or slow; one that has no BOS token, or adds it already, keeps its post-processing. A slow one
-            keeps it too: `to_tokens` then writes BOS into the text.
-        name: what transformer-lens shall call it, if it has no name yet.
+        tokenizer: fast or slow. The post-processing of a slow one, of one without a BOS token, and of one that adds BOS
+            already is not changed; for a slow one `to_tokens` writes BOS into the text.
+        name: name for transformer-lens, if the tokenizer has none yet.
     """
     tokenizer.init_kwargs.setdefault("name_or_path", name)
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
@@ -178,13 +179,13 @@ def prepend_bos(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def tokenizer_of(model: nn.Module) -> Any:
-    """The model's tokenizer, checked to be there.
+    """Return the model's tokenizer, or raise if it has none.
 
     Args:
         model: a TransformerBridge or HookedTransformer.
 
     Returns:
-        The tokenizer, of transformers.
+        A tokenizer of transformers.
 
     Raises:
         TypeError: if `model` is an SAE, or a model of another library.
@@ -202,6 +203,6 @@ def tokenizer_of(model: nn.Module) -> Any:
         what = f"got {type(model).__name__} where the model goes: it is no model of TransformerLens."
         raise TypeError(explain(what, fix="model = saewb.load_model(model, tokenizer=tokenizer)"))
     if getattr(model, "tokenizer", None) is None:
-        what = "this model has no tokenizer, so neither text nor special tokens can be told."
+        what = "this model has no tokenizer, so neither text nor special tokens can be resolved."
         raise ValueError(explain(what, want="token ids, and the ids of special tokens", fix="skip_special_tokens=[0]"))
     return model.tokenizer

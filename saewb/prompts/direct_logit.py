@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saewb.features.logit_effects import project_to_residual
 from saewb.interventions.site import Site
-from saewb.models.unembed import final_length, word_direction
+from saewb.models.unembed import final_norm_scale, unembedding_column
 from saewb.prompts.attribution_nodes import slopes, tiles
 from saewb.sae.cross_layer import CrossLayerTranscoder
 from saewb.sae.sparse import SparseLatents
@@ -49,8 +49,8 @@ def direct_effects(
         token: its id.
         final: the final residual stream, `[pos, d_model]`.
     """
-    unembedding = word_direction(model, token)
-    length = final_length(model, final).cpu()
+    unembedding = unembedding_column(model, token)
+    length = final_norm_scale(model, final).cpu()
     if site.clt_layer is None:
         effects = _effects_of_sae(model, site, x, latents, unembedding)
     else:

@@ -19,7 +19,7 @@ from saewb.data.stream import ActivationStream, model_tokens
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import check_device, explain, near
 from saewb.interventions.attachment import attachments
-from saewb.models.capture import Activations, joined
+from saewb.models.capture import Activations, concatenate
 from saewb.models.load import load_model
 from saewb.models.shared_copy import shared_copy
 from saewb.models.tokenizer import special_ids
@@ -395,4 +395,4 @@ def _held_out_activations(spec: RunSpec, model: nn.Module | None, held_out: Any)
             break
     if not chunks:
         raise ValueError(explain("held_out gives no token.", want=f"a row of {spec.data.ctx_len} tokens or more"))
-    return dict(joined(chunks).rows(slice(0, spec.data.held_out_tokens)).values)
+    return dict(concatenate(chunks).rows(slice(0, spec.data.held_out_tokens)).values)

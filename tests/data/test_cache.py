@@ -15,7 +15,7 @@ import saewb
 from saewb.data.cache import ActivationCache, cache_activations
 from saewb.data.stream import stream_activations
 from saewb.errors import FormatError
-from saewb.models.capture import joined
+from saewb.models.capture import concatenate
 
 RESID, Z = "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"
 
@@ -130,7 +130,7 @@ def test_shuffled_reading_gives_each_token_once_and_resumes(tmp_path, ids):
 
     batches = list(new())
     assert [len(b) for b in batches] == [50] * 20
-    got = joined(batches)
+    got = concatenate(batches)
     assert list(got.values) == [RESID]
     key = lambda x: sorted(map(tuple, x.tolist()))  # noqa: E731
     assert key(got.values[RESID]) == key(cache[0:].values[RESID])
@@ -140,7 +140,7 @@ def test_shuffled_reading_gives_each_token_once_and_resumes(tmp_path, ids):
         next(one)
     two.restore(one.state())
     assert all(torch.equal(a.values[RESID], b.values[RESID]) for a, b in zip(one, two, strict=True))
-    assert torch.equal(joined(list(cache.stream(batch_tokens=100, seed=None, repeat=False))).ids, cache[0:].ids)
+    assert torch.equal(concatenate(list(cache.stream(batch_tokens=100, seed=None, repeat=False))).ids, cache[0:].ids)
 
 
 def test_reading_reads_only_what_is_asked(tmp_path, ids, monkeypatch):

@@ -44,7 +44,7 @@ def order(batches):
 def test_rows_are_the_models_own_at_every_point(model):
     ids = tiny_models.tokens(rows=5, length=7)
     batches = list(stream_activations(model, ids, [RESID, Z, f"{Z}[2]"], batch_tokens=8, pass_tokens=14))
-    got = saewb.models.capture.joined(batches)
+    got = saewb.models.capture.concatenate(batches)
     with torch.no_grad():
         seen = capture(model, ids, [RESID, Z])
     plain = (ids != tiny_models.BOS).flatten()

@@ -20,7 +20,7 @@ from saewb.features.top_contexts import EMPTY
 from saewb.interventions.site import flatten_heads
 from saewb.kernels import select
 from saewb.models.capture import capture
-from saewb.models.unembed import final_length, norm_gain, unembedding, word_direction
+from saewb.models.unembed import final_norm_scale, norm_gain, unembedding, unembedding_column
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
@@ -193,10 +193,10 @@ def test_one_column_of_the_unembedding_and_the_length_it_is_for(kind):
     w_u, final = torch.randn(6, 9, generator=rng), torch.randn(5, 6, generator=rng) * 3 + 1
     model = torch.nn.Module()
     model.W_U, model.ln_final, model.other = w_u, norm, torch.nn.Linear(1, 1)
-    columns = torch.stack([word_direction(model, token) for token in range(9)], 1)
+    columns = torch.stack([unembedding_column(model, token) for token in range(9)], 1)
     torch.testing.assert_close(columns, unembedding(model), rtol=1e-3, atol=1e-3)
     logits = (final if norm is None else norm(final)).detach() @ w_u
-    got = final @ columns / final_length(model, final)[:, None]
+    got = final @ columns / final_norm_scale(model, final)[:, None]
     torch.testing.assert_close(got, logits - logits.mean(1, keepdim=True), rtol=1e-3, atol=2e-3)
 
 
