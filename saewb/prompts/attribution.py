@@ -1,4 +1,4 @@
-"""Attribute a metric of the model's output to latents at positions, and edges between latents of two SAEs.
+"""Attribution: effects of latents at positions on a metric of the logits, and edges between latents of two SAEs.
 
 The error of an SAE is a node like its latents. Nothing is attached: effects are about the clean model. The formulas are
 in `attribute`, the steps in `saewb.prompts.attribution_nodes`.
@@ -40,7 +40,7 @@ Method = Literal["gradient", "integrated", "ablation"]
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """Effects on a metric: one per latent that is active at a position, and per position's error. See `attribute`."""
+    """Effects on a metric, of each active latent at each position and of each position's error. See `attribute`."""
 
     method: Method
     """How effects were computed."""
@@ -87,7 +87,7 @@ class Attribution:
         return pd.DataFrame(columns)
 
     def totals(self) -> pd.DataFrame:
-        """Per SAE: the sums over latents and over errors, and what integrated gradients have to sum to."""
+        """Sums per SAE over latents and over errors, and the metric difference that integrated gradients sum to."""
         import pandas as pd
 
         is_error, masks = self.latent == ERROR, [self.sae == i for i in range(len(self.saes))]
@@ -149,7 +149,7 @@ def attribute(
 
     Raises:
         ValueError: for a hook or SAE that does not fit, a prompt of several texts, a metric that is not one number or
-            not differentiable, a word of several tokens.
+            not differentiable, a text of several tokens.
         TypeError: for a metric or prompt of another kind.
 
     References:
@@ -159,8 +159,8 @@ def attribute(
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
-        >>> found = saewb.attribute(model, "Paris is the capital of", sae, " France")
-        >>> found.to_frame(5).columns.tolist()
+        >>> attribution = saewb.attribute(model, "Paris is the capital of", sae, " France")
+        >>> attribution.to_frame(5).columns.tolist()
         ['sae', 'position', 'token', 'latent', 'activation', 'effect']
     """
     if method not in get_args(Method):
@@ -220,8 +220,8 @@ def attribute_edges(
     Args:
         model: as for `attribute`.
         prompt: a text, or token ids, `[pos]` or `[1, pos]`.
-        sae_from: writes earlier in the model.
-        sae_to: reads later.
+        sae_from: the earlier SAE, whose write point comes first in the model.
+        sae_to: the later SAE, whose read point depends on it.
         metric: as for `attribute`; adds the column metric_effect = effect * d metric / d b_j, and chooses targets.
         targets: (position, latent) pairs of `sae_to`, active there; None means the `n_targets` with the largest
             gradient effect on the metric; or, without a metric, with the largest activations.

@@ -1,9 +1,9 @@
-"""Attribution step by step: one prompt, gradients at the SAEs' write points, the effect of each latent there.
+"""Steps of an attribution: gradients at the SAEs' write points and the effect of each latent there, for one prompt.
 
 1. `prepare_attribution` resolves tokens, sites, a metric that gives one number, and the positions that have nodes.
 2. `differentiate` runs the model once, with a tensor of zeros added at each write point, and differentiates by it.
 3. `split_into_nodes` splits an activation into its active latents and the error, and weights each by a gradient.
-4. `integrate_gradients` averages the gradient on the path from decode(0); `ablate_nodes` takes away a node at a time.
+4. `integrate_gradients` averages the gradient on the path from decode(0); `ablate_nodes` removes a node at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from saewb.sae.sae import SAE
 Metric = Union[Callable[[Tensor], Tensor], str, int, tuple[Union[str, int], Union[str, int]]]
 
 ERROR = -1
-"""Stands in place of a latent's index for the error, which the SAE does not reconstruct."""
+"""Index that stands for the error, the part that the SAE does not reconstruct, among those of latents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +107,10 @@ def _metric(model: nn.Module, metric: Metric) -> Callable[[Tensor], Tensor]:
 
 
 def token_id(model: nn.Module, word: str | int) -> int:
-    """Id of a word that is one token.
+    """Resolve a token, as text or id, to its id.
 
     Raises:
-        ValueError: if it is several, or none; or an id outside of the vocabulary.
+        ValueError: for a text of several tokens, or none; for an id outside of the vocabulary.
     """
     if isinstance(word, int):
         if not 0 <= word < model.cfg.d_vocab:
@@ -127,7 +127,7 @@ def token_id(model: nn.Module, word: str | int) -> int:
 
 
 def one_number(value: object) -> Tensor:
-    """The metric's value as a scalar tensor.
+    """Check that a metric's value is one number, and return it as a scalar tensor.
 
     Raises:
         ValueError: if it is not one number.
@@ -143,7 +143,7 @@ def one_number(value: object) -> Tensor:
 
 
 def differentiate(run: AttributionRun) -> tuple[float, list[SiteActivations]]:
-    """The metric, and per site the activations with the metric's gradient: one forward, one backward pass."""
+    """Compute the metric, and the activations and its gradient at each site: one forward, one backward pass."""
     activations: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     written = {site.write.name for site in run.sites}
@@ -189,7 +189,7 @@ def _at_site(site: Site, activations: dict[str, Tensor], gradients: dict[str, Te
 
 @torch.no_grad()
 def split_into_nodes(run: AttributionRun, site: Site, at_site: SiteActivations) -> Nodes:
-    """Every active latent and the errors at positions that count, each weighted by `at_site.gradient`.
+    """Split activations into active latents and errors, each with its effect by `at_site.gradient`.
 
     Dense latents are held for a tile of positions only (64 MiB), for SAEs that do not look back.
     """
@@ -225,7 +225,7 @@ def slopes(
 
 
 def tiles(n: int, d_sae: int, *, whole: bool) -> Iterator[slice]:
-    """Positions of a prompt of n tokens, as many at a time as have 64 MiB of latents; or all of them, if `whole`."""
+    """Slices of n positions that have 64 MiB of latents each; one slice if `whole`."""
     step = n if whole else max(1, TILE // d_sae)
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
@@ -241,10 +241,10 @@ def _tiles(sae: SparseCoder, n: int) -> Iterator[slice]:
 def integrate_gradients(
     run: AttributionRun, site: Site, at_site: SiteActivations, n_steps: int, batch_size: int
 ) -> tuple[float, SiteActivations]:
-    """The metric at decode(0), and the gradient averaged from there to the activation, by Gauss-Legendre quadrature."""
+    """Metric at decode(0), and gradient averaged on the path to the activation (Gauss-Legendre quadrature)."""
     points, weights = np.polynomial.legendre.leggauss(n_steps)
-    # alpha = t^2 puts more points near decode(0), where the model's norms make gradients steep; the start itself comes
-    # along with weight 0, for the metric there.
+    # alpha = t^2 puts more points near decode(0), where the model's norms make gradients steep. The start has weight 0:
+    # it is there for its metric.
     t = (points + 1) / 2
     alphas, weights = (torch.tensor([0.0, *v]).to(at_site.target) for v in (t**2, weights * t))
     base = torch.where(run.plain[..., None], _decode_zero(site, at_site.x), at_site.target)
@@ -263,7 +263,7 @@ def _decode_zero(site: Site, x: Tensor) -> Float[Tensor, "1 pos d_out"]:
 
 
 def _gradients_at(run: AttributionRun, site: Site, y: Float[Tensor, "rows pos d_out"]) -> tuple[list[Tensor], Tensor]:
-    """With each of `y` at the write point: the metric, and its gradient there."""
+    """Metric and its gradient at the write point, with each row of `y` as the activation there."""
     leaf = torch.zeros_like(y, requires_grad=True)
 
     def edit(activation: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def _gradients_at(run: AttributionRun, site: Site, y: Float[Tensor, "rows pos d_
 
 
 def _run_rows(run: AttributionRun, site: Site, edit: hook_points.Edit, n: int) -> list[Tensor]:
-    """The metric of n copies of the prompt, with an edit at the write point."""
+    """Metric of n copies of the prompt, with an edit at the write point."""
     with hook_points.editing(run.model, {site.write.name: edit}):
         logits = run.model(run.tokens.expand(n, -1))
     return [one_number(run.metric(logits[i : i + 1])) for i in range(n)]
@@ -286,7 +286,7 @@ def _run_rows(run: AttributionRun, site: Site, edit: hook_points.Edit, n: int) -
 def ablate_nodes(
     run: AttributionRun, site: Site, at_site: SiteActivations, nodes: Nodes, value: float, batch_size: int
 ) -> Float[Tensor, " nodes"]:
-    """For each node, the metric less the metric without it: one row of a forward pass each."""
+    """Effect of each node by ablation: metric - metric without it, a row of a forward pass per node."""
     effects = []
     for index in torch.arange(len(nodes.latent), device=nodes.latent.device).split(batch_size):
         batch = nodes.select(index)
@@ -302,7 +302,7 @@ def ablate_nodes(
 
 
 def _contributions(site: Site, at_site: SiteActivations, nodes: Nodes) -> Float[Tensor, "nodes d_out"]:
-    """What each node adds to the activation at its position."""
+    """Contribution of each node to the activation at its position."""
     sae, x = site.sae, at_site.x[0, nodes.position][:, None]
     is_error, latent = nodes.latent == ERROR, nodes.latent.clamp_min(0)
     if isinstance(sae, SAE) and sae.cfg.normalization == "none":

@@ -1,9 +1,9 @@
-"""Direct logit attribution: what active latents add to one token's logit through final norm and unembedding only.
+"""Direct logit attribution: effect of active latents on one token's logit through final norm and unembedding only.
 
     effect = d(decode(latents)) / d(latent i) * a_i  .  u / length          per position
 
-with u the token's column of the folded, centered unembedding (`saewb.features.logit_effects`) and length what the final
-norm divides the residual stream by at that position. Where the SAE does not normalize, the first factor is W_dec[i].
+with u the token's column of the folded, centered unembedding (`saewb.features.logit_effects`) and length the scale of
+the final norm at that position. Where the SAE does not normalize, the first factor is W_dec[i].
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from saewb.prompts.attribution_nodes import slopes, tiles
 from saewb.sae.cross_layer import CrossLayerTranscoder
 from saewb.sae.sparse import SparseLatents
 
-_ROWS = 4096  # latents of a cross-layer transcoder whose decoder directions are held at a time
+_ROWS = 4096
+"""Latents of a cross-layer transcoder whose decoder directions are held at a time."""
 
 
 @torch.no_grad()
 def active_latents(site: Site, x: Float[Tensor, "1 pos d_in"], plain: Bool[Tensor, " pos"]) -> SparseLatents:
-    """Latents that are not 0 at positions that count, float32 on the CPU; 64 MiB of dense ones at a time."""
+    """Encode the active latents at plain positions, float32 on the CPU; 64 MiB of dense ones at a time."""
     tiles = (torch.where(plain[tile, None], site.encode(x[:, tile])[0], 0) for tile in _tiles(site, x.shape[1]))
     latents = SparseLatents.cat([SparseLatents.from_dense(tile) for tile in tiles])
     return SparseLatents(latents.token.cpu(), latents.latent.cpu(), latents.act.float().cpu(), latents.shape)
@@ -36,18 +37,18 @@ def active_latents(site: Site, x: Float[Tensor, "1 pos d_in"], plain: Bool[Tenso
 def direct_effects(
     model: nn.Module, site: Site, x: Float[Tensor, "1 pos d_in"], latents: SparseLatents, token: int, final: Tensor
 ) -> Float[Tensor, " active"]:
-    """What each active latent adds to the logit of `token` at its own position; nan where there is no direct path.
+    """Direct effect of each active latent on the logit of `token` at its own position; nan without a direct path.
 
-    That is: where the SAE writes to a point that does not add to the residual stream (queries, keys, values), and for
-    crosscoders, which write the same stream anew at every layer.
+    There is none where the SAE writes to a point that does not add to the residual stream (queries, keys, values), and
+    for crosscoders, which rewrite the same stream at every layer.
 
     Args:
-        model: the clean one.
-        site: the SAE and where it writes.
-        x: what it read.
-        latents: from `active_latents`, with this `x`.
-        token: its id.
-        final: the final residual stream, `[pos, d_model]`.
+        model: the clean model.
+        site: the SAE and its write point.
+        x: input of the SAE.
+        latents: `active_latents` of `x`.
+        token: token id.
+        final: final residual stream, `[pos, d_model]`.
     """
     unembedding = unembedding_column(model, token)
     length = final_norm_scale(model, final).cpu()
@@ -93,7 +94,7 @@ def _tiles(site: Site, n: int) -> Iterator[slice]:
 
 
 def _direction_at(model: nn.Module, sae: nn.Module, hook: str, head: int | None, unembedding: Tensor) -> Tensor | None:
-    """The direction at a hook point that raises the token's logit."""
+    """Direction at a hook point that raises the token's logit; None if the point does not add to the stream."""
     eye = torch.eye(sae.cfg.d_out, device=sae.device)
     out = project_to_residual(model, eye, hook, head)
     return None if out is None else (out @ unembedding.to(out)).to(sae.dtype)

@@ -1,11 +1,11 @@
-"""Text token by token, clean or under an intervention that is on the model for one forward pass at a time.
+"""Generate text token by token, with or without an intervention.
 
-1. Take the model's lock, make the intervention, run what is new of the text, take both off again.
-2. Choose the next token: the largest logit, or a draw from softmax(logits / temperature) by a generator of one's own.
-3. Hand it out. Who stops asking (or closes the generator) has stopped the generation; the model is as before.
+1. Take the model's lock, apply the intervention, run the new tokens of the text, remove the intervention.
+2. Choose the next token: the largest logit, or a draw from softmax(logits / temperature) by a separate generator.
+3. Yield it. Closing the iterator, or not advancing it, ends the generation; the model is as before.
 
-So between two tokens any other thread may use the model, and finds it clean. Keys and values of what was read are kept
-here, not in the model: the first token costs a pass over the prompt, each further one a pass over a single token.
+Between two tokens other threads can use the model, without the intervention. The KV cache is held here, not in the
+model: the first token costs a pass over the prompt, each further one a pass over a single token.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.forward import KVCachedText
@@ -28,18 +29,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Intervene = Callable[[], AbstractContextManager[Any]]
+"""Applies an intervention, e.g. `lambda: saewb.steer(model, sae, {12: 8.0})`."""
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """One token of a generation, as `generate_tokens` gives it."""
+    """A generated token, as `generate_tokens` yields it."""
 
     token_id: int
-    """Of the vocabulary."""
+    """Id in the vocabulary."""
     text: str
-    """All that was generated so far, this token included."""
+    """Text generated so far, this token included."""
     probability: float
-    """Of this token, at temperature 1, under the intervention."""
+    """Probability of this token at temperature 1, under the intervention."""
 
 
 def generate_tokens(
@@ -52,27 +54,28 @@ def generate_tokens(
     seed: int = 0,
     use_past_kv_cache: bool = True,
 ) -> Iterator[NewToken]:
-    """The continuation of a prompt, one token at a time, as it is made; greedy, it is what `model.generate` writes.
+    """Generate the continuation of a prompt one token at a time; at temperature 0 it equals that of `model.generate`.
 
-    Ends after `max_new_tokens`, with the tokenizer's EOS token, or where the model's context is full.
+    Ends after `max_new_tokens`, after the tokenizer's EOS token, or when the model's context is full.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         prompt: a text, or token ids `[pos]` or `[1, pos]`.
-        intervene: makes the intervention, `lambda: saewb.steer(model, sae, {12: 8.0})`; None: clean.
-        max_new_tokens: how many at most.
+        intervene: applies the intervention, `lambda: saewb.steer(model, sae, {12: 8.0})`; None for none.
+        max_new_tokens: number of tokens to generate at most.
         temperature: 0 takes the likeliest token; else logits are divided by it.
-        seed: of the draws; the same seed gives the same text.
-        use_past_kv_cache: read each token once and keep its keys and values, made under the intervention; False: read
-            the whole text for every token, which gives the same text slowly, also with an SAE that looks at earlier
+        seed: seed of the draws; the same seed gives the same text.
+        use_past_kv_cache: run each token once and cache its keys and values, computed under the intervention; False:
+            run the whole text for every token, which gives the same text slowly, also with an SAE that looks at earlier
             tokens' activations (temporal).
 
     Returns:
-        An iterator of NewToken; `close()` it, or ask for no more, to stop.
+        An iterator of NewToken; to stop, `close()` it or do not advance it.
 
     Raises:
         ValueError: at once, for a prompt of no tokens or of more than the model's context, a temperature that is
-            negative or not finite, or fewer than 1 token; later, what `intervene` raises.
+            negative or not finite, or `max_new_tokens` below 1; during iteration, what `intervene` raises.
+        TypeError: for a prompt of another kind.
 
     Example:
         >>> import saewb
@@ -85,12 +88,12 @@ def generate_tokens(
         raise ValueError(explain(f"generate_tokens got temperature={temperature!r}.", want="a number >= 0", fix="0.0"))
     if max_new_tokens < 1:
         raise ValueError(explain(f"generate_tokens got max_new_tokens={max_new_tokens!r}.", want="at least 1"))
-    text, rng = KVCachedText(model, _ids(model, prompt), use_past_kv_cache), torch.Generator().manual_seed(seed)
-    return _steps(model, text, intervene, max_new_tokens, temperature, rng)
+    text = KVCachedText(model, prompt_ids(model, prompt), use_past_kv_cache)
+    return _generate(model, text, intervene, max_new_tokens, temperature, torch.Generator().manual_seed(seed))
 
 
 def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Intervene, n: int = 20) -> pd.DataFrame:
-    """The `n` next tokens whose probability an intervention changes most.
+    """List the `n` next tokens whose probability an intervention changes most.
 
         change = p(token | prompt, intervention) - p(token | prompt)      (softmax at temperature 1)
 
@@ -98,13 +101,14 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
         model: as for `generate_tokens`.
         prompt: as for `generate_tokens`.
         intervene: as for `generate_tokens`.
-        n: rows, at most the vocabulary.
+        n: number of rows, at most that of the vocabulary.
 
     Returns:
         A DataFrame, largest |change| first: token_id, token, clean, changed, change.
 
     Raises:
         ValueError: for a prompt of no tokens or of more than the model's context; what `intervene` raises.
+        TypeError: for a prompt of another kind.
 
     Example:
         >>> import saewb
@@ -115,10 +119,9 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
     """
     import pandas as pd
 
-    ids = _ids(model, prompt)
+    ids = prompt_ids(model, prompt)
     clean, changed = (
-        _next_logits(model, KVCachedText(model, ids, use_past_kv_cache=False), one).softmax(-1)
-        for one in (None, intervene)
+        _next_logits(model, KVCachedText(model, ids, use_past_kv_cache=False), f).softmax(-1) for f in (None, intervene)
     )
     change = changed - clean
     top = change.abs().topk(min(n, change.numel())).indices
@@ -129,7 +132,7 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
     return table
 
 
-def _steps(
+def _generate(
     model: nn.Module,
     text: KVCachedText,
     intervene: Intervene | None,
@@ -137,19 +140,19 @@ def _steps(
     temperature: float,
     rng: torch.Generator,
 ) -> Iterator[NewToken]:
-    made = []
+    new_ids: list[int] = []
     for _ in range(n):
         logits = _next_logits(model, text, intervene)
-        chosen = _choose(logits, temperature, rng)
-        made.append(chosen)
-        yield NewToken(chosen, model.tokenizer.decode(made), logits.softmax(-1)[chosen].item())
-        if chosen == model.tokenizer.eos_token_id or text.ids.shape[1] == model.cfg.n_ctx:
+        token = _choose(logits, temperature, rng)
+        new_ids.append(token)
+        yield NewToken(token, model.tokenizer.decode(new_ids), logits.softmax(-1)[token].item())
+        if token == model.tokenizer.eos_token_id or text.ids.shape[1] == model.cfg.n_ctx:
             return
-        text.append(chosen)
+        text.append(token)
 
 
 def _next_logits(model: nn.Module, text: KVCachedText, intervene: Intervene | None) -> Tensor:
-    """`[d_vocab]`, float32 on the CPU."""
+    """Logits of the next token, `[d_vocab]`, float32 on the CPU."""
     with hook_points.lock(model), torch.no_grad(), intervene() if intervene is not None else contextlib.nullcontext():
         return text.logits().float().cpu()
 
@@ -158,14 +161,3 @@ def _choose(logits: Tensor, temperature: float, rng: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng))
-
-
-def _ids(model: nn.Module, prompt: str | Tensor) -> Tensor:
-    ids = model.to_tokens(prompt, truncate=False) if isinstance(prompt, str) else torch.atleast_2d(prompt)
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-        what = f"the prompt has token ids of shape {tuple(ids.shape)}."
-        raise ValueError(explain(what, want="one text of at least one token: [pos] or [1, pos]"))
-    if (n := ids.shape[1]) > model.cfg.n_ctx:
-        what = f"the prompt has {n:,} tokens, the model's context {model.cfg.n_ctx:,}."
-        raise ValueError(explain(what, want=f"at most {model.cfg.n_ctx:,} tokens, the BOS token included"))
-    return ids.to(next(model.parameters()).device)

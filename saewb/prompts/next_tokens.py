@@ -1,4 +1,4 @@
-"""What comes next, according to the model, and according to it with SAEs in place."""
+"""Likeliest next tokens at each position of a prompt, of the model alone and with SAEs attached."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from saewb.models.tokenizer import token_strings
 if TYPE_CHECKING:
     import pandas as pd
 
-_TILE = 2**23  # log probabilities computed at a time (32 MiB in float32)
+_TILE = 2**23
+"""Log probabilities computed at a time (32 MiB in float32)."""
 
 
 @dataclass(frozen=True, eq=False)
 class NextTokens:
-    """The likeliest next tokens at each position of a prompt. Made by `saewb.next_tokens`, which explains it."""
+    """Likeliest next tokens at each position of a prompt: the result of `saewb.next_tokens`."""
 
     tokens: tuple[str, ...]
     """The prompt, token by token."""
     ids: Int[Tensor, "pos words"]
-    """The model's likeliest, likeliest first; then those with the SAEs in place."""
+    """Token ids: the model's n likeliest, likeliest first; then the n likeliest with SAEs."""
     log_prob: Float[Tensor, "pos words"]
-    """Of the model, in nats."""
+    """Log probability of each under the model, in nats."""
     log_prob_with_saes: Float[Tensor, "pos words"] | None
-    """None if there are none."""
+    """Log probability of each with SAEs attached, in nats; None without SAEs."""
     kl: Float[Tensor, " pos"] | None
-    """Divergence of the latter from the former, in nats."""
+    """KL(model || with SAEs), in nats; None without SAEs."""
     words: Mapping[int, str]
-    """The text of each id."""
+    """Text of each id."""
 
     def to_frame(self, position: int = -1) -> pd.DataFrame:
-        """At one position: token, id, probability, and with_saes, the likeliest (by either) first.
+        """Table of one position: token, id, probability, with_saes; sorted by the larger probability.
 
         Raises:
-            ValueError: for a position that is not there.
+            ValueError: for a position outside of the prompt.
         """
         import pandas as pd
 
@@ -57,16 +58,16 @@ class NextTokens:
             "id": ids,
             "probability": self.log_prob[position].exp().numpy(),
         }
-        by = self.log_prob[position]
+        log_prob = self.log_prob[position]
         if self.log_prob_with_saes is not None:
             columns["with_saes"] = self.log_prob_with_saes[position].exp().numpy()
-            by = torch.maximum(by, self.log_prob_with_saes[position])
-        found = pd.DataFrame(columns).iloc[by.argsort(descending=True, stable=True).numpy()]
-        return found.drop_duplicates("id").reset_index(drop=True)
+            log_prob = torch.maximum(log_prob, self.log_prob_with_saes[position])
+        table = pd.DataFrame(columns).iloc[log_prob.argsort(descending=True, stable=True).numpy()]
+        return table.drop_duplicates("id").reset_index(drop=True)
 
     def __repr__(self) -> str:
-        best, share = self.words[int(self.ids[-1, 0])], float(self.log_prob[-1, 0].exp())
-        return f"NextTokens({len(self.tokens)} positions; after the last {best!r} ({share:.1%}))"
+        likeliest, probability = self.words[int(self.ids[-1, 0])], float(self.log_prob[-1, 0].exp())
+        return f"NextTokens({len(self.tokens)} positions; after the last {likeliest!r} ({probability:.1%}))"
 
     def _repr_html_(self) -> str:
         return self.to_frame()._repr_html_()
@@ -81,19 +82,19 @@ def next_tokens(
     error_term: bool = False,
     skip_special_tokens: bool | Sequence[int] = True,
 ) -> NextTokens:
-    """The n likeliest next tokens at every position: of the model, and of the model run on what SAEs make of it.
+    """List the n likeliest next tokens at every position, of the model alone and with SAEs attached.
 
-        kl = sum over words of p log(p / q)        p the model's, q with the SAEs in place
+        kl = sum over tokens of p log(p / q)        p of the model, q with SAEs attached
 
-    One pass, and another one with the SAEs attached; the logits of both are held, as the model gives them.
+    Runs one pass, and a second one with the SAEs attached; the logits of both are held, in the model's dtype.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode.
         prompt: a text, or ids, `[pos]` or `[1, pos]`.
-        saes: one or several that write to different points, attached together; None: the model alone.
-        n: words of each, likeliest first.
-        error_term: as for `saewb.attach`; the reconstruction error then stays in, and nothing changes.
-        skip_special_tokens: as for `saewb.attach`, but True unless said otherwise.
+        saes: one SAE or several that write to different points, attached together; None for the model alone.
+        n: next tokens listed of each.
+        error_term: as for `saewb.attach`: add the reconstruction error, which restores the model's own predictions.
+        skip_special_tokens: as for `saewb.attach`, but True by default.
 
     Returns:
         A NextTokens: `.to_frame(position)`.
@@ -104,68 +105,71 @@ def next_tokens(
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
-        >>> found = saewb.next_tokens(model, "The United", sae, n=3)
-        >>> found.to_frame().columns.tolist(), found.to_frame().token[0]
+        >>> table = saewb.next_tokens(model, "The United", sae, n=3).to_frame()
+        >>> table.columns.tolist(), table.token[0]
         (['token', 'id', 'probability', 'with_saes'], ' States')
     """
     if type(n) is not int or n < 1:
         raise ValueError(explain(f"next_tokens got n={n!r}.", want="a number of words, 1 or more"))
     with hook_points.lock(model):
-        how = {"error_term": error_term, "skip_special_tokens": skip_special_tokens}
-        *_, found = in_turn(model, prompt_ids(model, prompt), saes, n, alone=saes is None, **how)
-    return found
+        options = {"error_term": error_term, "skip_special_tokens": skip_special_tokens}
+        *_, result = next_tokens_in_turn(model, prompt_ids(model, prompt), saes, n, alone=saes is None, **options)
+    return result
 
 
-def in_turn(
+def next_tokens_in_turn(
     model: nn.Module,
     ids: Int[Tensor, "1 pos"],
     saes: nn.Module | Sequence[nn.Module] | None,
     n: int,
     *,
     alone: bool = True,
-    **how: Any,
+    **options: Any,
 ) -> Iterator[NextTokens]:
-    """What `next_tokens` gives of the model alone, after one pass; then with SAEs in place, after another one.
+    """Yield the next tokens of the model alone after one pass, then those with SAEs after a second one.
 
     Args:
         model: as for `next_tokens`; its lock is held for each pass, and not in between.
-        ids: of the prompt.
+        ids: token ids of the prompt.
         saes: as for `next_tokens`.
-        n: words of each.
-        alone: whether to give the first one.
-        how: keywords of `saewb.attach`.
+        n: as for `next_tokens`.
+        alone: whether to yield the first result.
+        options: keywords of `saewb.attach`.
     """
     with hook_points.lock(model), eval_mode(model), torch.no_grad():
         clean = model(ids)[0]
     if alone:
-        yield _found(model, ids, clean, None, n)
+        yield _likeliest(model, ids, clean, None, n)
     if saes is not None:
-        with hook_points.lock(model), eval_mode(model), torch.no_grad(), attach(model, saes, **how):
-            changed = model(ids)[0]
-        yield _found(model, ids, clean, changed, n)
+        with hook_points.lock(model), eval_mode(model), torch.no_grad(), attach(model, saes, **options):
+            spliced = model(ids)[0]
+        yield _likeliest(model, ids, clean, spliced, n)
 
 
-def _found(model: nn.Module, ids: Tensor, clean: Tensor, changed: Tensor | None, n: int) -> NextTokens:
-    step, found = max(1, _TILE // clean.shape[-1]), []
-    for begin in range(0, len(clean), step):
-        at = slice(begin, begin + step)
-        found.append(_compared(clean[at], None if changed is None else changed[at], min(n, clean.shape[-1])))
-    which, p, q, kl = (None if parts[0] is None else torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-    listed = ids[0].tolist()
-    has_tokenizer = getattr(model, "tokenizer", None) is not None
-    words = {i: token_strings(model, [i])[0] if has_tokenizer else f"<{i}>" for i in which.unique().tolist()}
-    texts = token_strings(model, listed) if has_tokenizer else [f"<{i}>" for i in listed]
-    return NextTokens(tuple(texts), which, p, q, kl, words)
+def prompt_strings(model: nn.Module, ids: Sequence[int]) -> list[str]:
+    """Decode each token of a prompt; "<id>" where the model has no tokenizer."""
+    return token_strings(model, ids) if getattr(model, "tokenizer", None) is not None else [f"<{i}>" for i in ids]
+
+
+def _likeliest(model: nn.Module, ids: Tensor, clean: Tensor, spliced: Tensor | None, n: int) -> NextTokens:
+    """Collect the likeliest next tokens from logits `[pos, d_vocab]`, some positions at a time."""
+    n_positions, n = max(1, _TILE // clean.shape[-1]), min(n, clean.shape[-1])
+    clean_tiles = clean.split(n_positions)
+    tiles = zip(clean_tiles, [None] * len(clean_tiles) if spliced is None else spliced.split(n_positions), strict=True)
+    columns = zip(*(_compare(*tile, n) for tile in tiles), strict=True)
+    next_ids, p, q, kl = (None if parts[0] is None else torch.cat(parts).cpu() for parts in columns)
+    words = {i: prompt_strings(model, [i])[0] for i in next_ids.unique().tolist()}
+    return NextTokens(tuple(prompt_strings(model, ids[0].tolist())), next_ids, p, q, kl, words)
 
 
 @torch.no_grad()
-def _compared(clean: Tensor, changed: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Ids of the likeliest, their log probabilities by both, and the divergence, of some positions."""
+def _compare(clean: Tensor, spliced: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Ids of the likeliest next tokens, their log probabilities under both, and the KL divergence per position."""
     p = clean.float().log_softmax(-1)
     ids = p.topk(n, dim=-1).indices
-    if changed is None:
+    if spliced is None:
         return ids, p.gather(1, ids), None, None
-    q = changed.float().log_softmax(-1)
+    q = spliced.float().log_softmax(-1)
     ids = torch.cat([ids, q.topk(n, dim=-1).indices], 1)
     kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
     return ids, p.gather(1, ids), q.gather(1, ids), kl

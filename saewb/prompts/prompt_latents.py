@@ -1,11 +1,11 @@
-"""Active latents of a prompt: which fire on each of its tokens, and what they do for a token that may come next.
+"""Active latents on each token of a prompt, and their effects on a candidate next token.
 
-1. `read_prompt` runs the clean model once and keeps what each SAE reads and the final residual stream.
-2. Each SAE encodes that, 64 MiB of latents at a time; what is not 0 becomes a row.
+1. `read_prompt` runs the clean model once and stores the input of each SAE and the final residual stream.
+2. Each SAE encodes its input, 64 MiB of latents at a time; every active latent becomes a row.
 3. `PromptReading.toward` adds to the rows their direct effect on a token's logit (`saewb.prompts.direct_logit`).
 4. `PromptReading.attributed` adds their effect by `saewb.attribute`, through the whole model.
 
-`read_in_turn` gives the same and the next tokens, in fewer passes.
+`read_in_turn` also yields the next tokens, in fewer passes than `read_prompt` and `next_tokens` take.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from saewb.errors import explain, near
 from saewb.interventions.site import Site, check_is_sae
 from saewb.models import hook_points
 from saewb.models.capture import capture, capturing, eval_mode
-from saewb.models.tokenizer import special_ids, special_mask, token_strings
+from saewb.models.tokenizer import special_ids, special_mask
 from saewb.prompts.attribution import attribute
 from saewb.prompts.attribution_nodes import ERROR, token_id
 from saewb.prompts.direct_logit import active_latents, direct_effects
-from saewb.prompts.next_tokens import NextTokens, in_turn
+from saewb.prompts.next_tokens import NextTokens, next_tokens_in_turn, prompt_strings
 from saewb.sae.cross_layer import CrossLayerTranscoder
 from saewb.sae.sparse import SparseLatents
 
@@ -50,7 +50,7 @@ def read_prompt(
     attribution: Literal["gradient", "integrated"] | None = None,
     skip_special_tokens: bool | Sequence[int] = True,
 ) -> PromptReading:
-    """List the active latents on each token of a prompt, and their effects on a token that may come next.
+    """List the active latents on each token of a prompt, and their effects on a candidate next token.
 
         activation     a_i
         logit_effect   a_i W_dec[i] . u / length     direct, on the target's logit at the latent's own position
@@ -70,8 +70,8 @@ def read_prompt(
         prompt: a text, to which the tokenizer adds its special tokens; or ids, `[pos]` or `[1, pos]`.
         saes: SAEs, transcoders, cross-layer transcoders (a part for each layer); one or several, at the points their
             configurations name.
-        target: a token that may come next, as text or id; gives `logit_effect`.
-        at: the position after which it would come, for `attribution`.
+        target: candidate next token, as text or id; adds `logit_effect`.
+        at: position whose next token it would be, for `attribution`.
         attribution: "gradient" or "integrated"; needs a target.
         skip_special_tokens: leave these positions out: True for the tokenizer's BOS, EOS, PAD and the like, False for
             none, or ids.
@@ -80,7 +80,7 @@ def read_prompt(
         A PromptReading: `.to_frame(position, by=...)`, `.activations(sae, latent)`, `.toward(word)`.
 
     Raises:
-        ValueError: for a hook or SAE that does not fit; a prompt of no token or more than the model's context; a word
+        ValueError: for a hook or SAE that does not fit; a prompt of no token or more than the model's context; a text
             that is several tokens; `attribution` without a target.
         TypeError: for something that is no SAE; for `attribution` through a cross-layer transcoder.
 
@@ -95,7 +95,7 @@ def read_prompt(
     """
     if attribution is not None and target is None:
         fix = 'saewb.read_prompt(model, prompt, sae, target=" Paris", attribution="gradient")'
-        raise ValueError(explain("attribution needs a word to attribute.", want="a target", fix=fix))
+        raise ValueError(explain("attribution needs a token to attribute.", want="a target", fix=fix))
     request = _check_request(model, prompt, saes, skip_special_tokens)
     with hook_points.lock(model), eval_mode(model, *request.saes), torch.no_grad():
         reading = request.read(capture(model, request.ids, request.hook_names))
@@ -112,19 +112,19 @@ def read_in_turn(
     n: int = 10,
     skip_special_tokens: bool | Sequence[int] = True,
 ) -> Iterator[tuple[PromptReading | None, NextTokens]]:
-    """Yield what `read_prompt` and `next_tokens` return, from two passes instead of three, each as soon as it is there.
+    """Yield the results of `read_prompt` and `next_tokens` from two passes instead of three, as soon as each is ready.
 
     Args:
         model: as for `read_prompt`; its lock is held for each pass, and not in between.
         prompt: as for `read_prompt`.
-        saes: to read with.
-        compared: those to put in place for the next words; None: none.
-        n: words of each, as for `next_tokens`.
+        saes: SAEs to encode with.
+        compared: SAEs to attach for the second result of `next_tokens`; None for no second result.
+        n: as for `next_tokens`.
         skip_special_tokens: as for `read_prompt`.
 
     Returns:
-        An iterator: the reading and the model's own next words after one pass; then None and the next words with
-        `compared` in place. The logits of the first pass are held in between.
+        An iterator: the reading and the model's own next tokens after one pass; then None and the next tokens with
+        `compared` attached. The logits of the first pass are held in between.
 
     Raises:
         ValueError, TypeError: as `read_prompt` and `next_tokens`.
@@ -139,7 +139,7 @@ def read_in_turn(
         (112, True, False)
     """
     request = _check_request(model, prompt, saes, skip_special_tokens)
-    steps = in_turn(model, request.ids, compared, n, skip_special_tokens=skip_special_tokens)
+    steps = next_tokens_in_turn(model, request.ids, compared, n, skip_special_tokens=skip_special_tokens)
     with hook_points.lock(model), eval_mode(model, *request.saes), torch.no_grad():
         with capturing(model, request.hook_names) as activations:
             clean = next(steps)
@@ -151,7 +151,7 @@ def read_in_turn(
 
 @dataclass(frozen=True, eq=False)
 class CleanRun:
-    """Activations of the clean run, for the rows' effects on another token."""
+    """Activations of the clean run, from which effects on any token are computed."""
 
     model: nn.Module
     saes: tuple[nn.Module, ...]
@@ -159,7 +159,7 @@ class CleanRun:
     sites: tuple[Site, ...]
     """One per SAE, and per layer of a cross-layer transcoder."""
     inputs: tuple[Float[Tensor, "1 pos d_in"], ...]
-    """What was read at each site, on the model's device."""
+    """Input of the SAE at each site, on the model's device."""
     final: Float[Tensor, "pos d_model"]
     """The residual stream before the final norm."""
     ids: Int[Tensor, "1 pos"]
@@ -168,7 +168,7 @@ class CleanRun:
 
 @dataclass(frozen=True, eq=False)
 class PromptReading:
-    """The active latents of a prompt, a row per position and latent. Made by `saewb.read_prompt`, which explains it."""
+    """Active latents of a prompt, a row per position and latent: the result of `saewb.read_prompt`."""
 
     tokens: tuple[str, ...]
     """The prompt, token by token."""
@@ -179,7 +179,7 @@ class PromptReading:
     saes: tuple[str, ...]
     """Name of each SAE, or layer of a cross-layer transcoder: where it reads and writes."""
     owner: tuple[int, ...]
-    """Per name, index of the SAE passed by the caller that it is, or is a layer of."""
+    """Per name, index of the caller's SAE that it belongs to."""
     d_sae: tuple[int, ...]
     """Number of latents of each."""
     sae: Int[Tensor, " rows"]
@@ -199,7 +199,7 @@ class PromptReading:
     attribution: Float[Tensor, " rows"] | None = None
     """Effect on its log probability at `at`, through the whole model."""
     clean_run: CleanRun = field(repr=False, default=None)
-    """What `toward` and `attributed` need."""
+    """Activations that `toward` and `attributed` use."""
 
     def __len__(self) -> int:
         return len(self.latent)
@@ -207,10 +207,10 @@ class PromptReading:
     @property
     def target_token(self) -> str | None:
         """Text of the token that effects are on."""
-        return None if self.target is None else token_texts(self.clean_run.model, [self.target])[0]
+        return None if self.target is None else prompt_strings(self.clean_run.model, [self.target])[0]
 
     def toward(self, target: str | int) -> PromptReading:
-        """The same rows with `logit_effect`: what each adds directly to this token's logit at its own position.
+        """Add `logit_effect` to the rows: the direct effect of each on this token's logit at its own position.
 
         nan for SAEs that do not write into the residual stream, and for crosscoders.
 
@@ -218,7 +218,7 @@ class PromptReading:
             target: one token, as text or id.
 
         Raises:
-            ValueError: for a word that is several tokens.
+            ValueError: for a text that is several tokens.
         """
         run = self.clean_run
         token = token_id(run.model, target)
@@ -233,7 +233,7 @@ class PromptReading:
     def attributed(
         self, target: str | int, at: int = -1, method: Literal["gradient", "integrated"] = "gradient"
     ) -> PromptReading:
-        """The same rows with `attribution`: the effect of each on this token's log probability after position `at`.
+        """Add `attribution` to the rows: the effect of each on this token's log probability after position `at`.
 
         Args:
             target: one token, as text or id.
@@ -241,7 +241,7 @@ class PromptReading:
             method: as for `saewb.attribute`, whose effects these are.
 
         Raises:
-            ValueError: for a word that is several tokens, a position that is not there.
+            ValueError: for a text that is several tokens, a position outside of the prompt.
             TypeError: for a cross-layer transcoder.
         """
         run, token, position = self.clean_run, token_id(self.clean_run.model, target), self._position(at)
@@ -262,7 +262,7 @@ class PromptReading:
         return replace(self, target=token, at=position, attribution=effect, logit_effect=logit_effect)
 
     def activations(self, sae: int | str, latent: int) -> Float[Tensor, " pos"]:
-        """Activations of one latent at every position of the prompt; 0 at those left out."""
+        """Activations of one latent at every position of the prompt; 0 at positions left out."""
         k = self._sae_index(sae)
         if not 0 <= latent < self.d_sae[k]:
             raise ValueError(explain(f"latent {latent} of {self.saes[k]}.", want=f"0 to {self.d_sae[k] - 1}"))
@@ -280,22 +280,22 @@ class PromptReading:
         index: FeatureIndex | Sequence[FeatureIndex | None] | None = None,
         max_density: float = 1.0,
     ) -> pd.DataFrame:
-        """Rows as a table, the largest |`by`| first: sae, position, token, latent, activation, and effects if computed.
+        """Table of the rows, the largest |`by`| first: sae, position, token, latent, activation, and computed effects.
 
-        Given an index also density, the fraction of its text's tokens on which the latent fires, and of_max, the
-        activation as a share of the largest one there.
+        With an index also density, the fraction of its text's tokens on which the latent fires, and of_max, the
+        activation divided by the largest one in that text.
 
         Args:
-            position: of this token only; negative counts from the end; None: all.
-            sae: of this one only, by number or name; None: all.
+            position: rows of this token only; negative counts from the end; None for all.
+            sae: rows of this SAE only, by number or name; None for all.
             by: "activation"; "logit_effect" or "attribution" after `toward` or `attributed`; "of_max" with an index.
-            n: rows at most.
-            once: each latent once, where it is largest.
-            index: of the SAE; or one for each of those given to `read_prompt`, None where there is none.
+            n: maximum number of rows.
+            once: list each latent once, where it is largest.
+            index: index of the SAE; or one for each SAE passed to `read_prompt`, None where there is none.
             max_density: leave out latents that fire more often than this; those without an index stay.
 
         Raises:
-            ValueError: for a position, SAE or weight that is not there; an index of another number of latents.
+            ValueError: for an unknown position, SAE or weight; an index of another number of latents.
         """
         import numpy as np
         import pandas as pd
@@ -354,7 +354,7 @@ class PromptReading:
         raise ValueError(explain(f"no SAE {sae!r} here.", near=close, want=f"0 to {len(self.saes) - 1}, or a name"))
 
     def _look_up(self, index: FeatureIndex | Sequence[FeatureIndex | None]) -> tuple[Tensor, Tensor]:
-        """Per row the density of its latent, and its activation as a share of the largest; nan without an index."""
+        """Density of each row's latent, and activation divided by the largest one; nan without an index."""
         n = len(self.clean_run.saes)
         indexes = list(index) if isinstance(index, (list, tuple)) else [index]
         if len(indexes) != n:
@@ -386,14 +386,9 @@ class PromptReading:
         return weights[by]
 
 
-def token_texts(model: nn.Module, ids: Sequence[int]) -> list[str]:
-    """The text of each token of a prompt; its id where the model has no tokenizer."""
-    return token_strings(model, ids) if getattr(model, "tokenizer", None) is not None else [f"<{i}>" for i in ids]
-
-
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """A prompt and the sites to read, checked."""
+    """A validated prompt and the sites to read."""
 
     model: nn.Module
     ids: Int[Tensor, "1 pos"]
@@ -414,13 +409,13 @@ class _Request:
         return [*(site.hook_name for site in self.sites), self.final_hook]
 
     def read(self, activations: Mapping[str, Tensor]) -> PromptReading:
-        """Encode what a pass gave at `hook_names`."""
+        """Encode the activations of a pass at `hook_names`."""
         sites, ids = self.sites, tuple(self.ids[0].tolist())
         inputs = tuple(site.read_input(activations[site.hook_name]) for site in sites)
         latents = [active_latents(site, x, ~self.special) for site, x in zip(sites, inputs, strict=True)]
         final = activations[self.final_hook][0]
         return PromptReading(
-            tokens=tuple(token_texts(self.model, ids)),
+            tokens=tuple(prompt_strings(self.model, ids)),
             ids=ids,
             special=self.special.cpu(),
             saes=_unique_names(sites),

@@ -121,7 +121,7 @@ def test_errors_are_shown_and_hostile_text_is_text(page):
     prompt = page.get_by_label("Prompt")
     prompt.fill("word " * 2000)
     page.get_by_role("button", name="Write both texts").click()
-    page.locator(".error_message pre", has_text="the model's context 512").wait_for(timeout=60_000)
+    page.locator(".error_message pre", has_text="takes 512 at most").wait_for(timeout=60_000)
     prompt.fill(panel_driver.HOSTILE)
     page.get_by_role("button", name="Write both texts").click()
     page.locator(".error_message").wait_for(state="hidden", timeout=60_000)

@@ -94,13 +94,13 @@ def test_what_it_does_not_take(model, bad, why):
 
 
 def test_a_prompt_of_no_tokens(model):
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match="one text at a time"):
         generate_tokens(model, torch.zeros(1, 0, dtype=torch.long))
 
 
 def test_a_prompt_longer_than_the_context_is_refused_and_a_full_context_ends_it(model):
     n = model.cfg.n_ctx
-    with pytest.raises(ValueError, match=f"the prompt has {n + 1:,} tokens, the model's context {n:,}"):
+    with pytest.raises(ValueError, match=f"a prompt of {n + 1:,} tokens; .* takes {n:,} at most"):
         generate_tokens(model, tiny_models.tokens(1, n + 1))
     assert len(chosen(model, tiny_models.tokens(1, n), max_new_tokens=5)) == 1
     ids = tiny_models.tokens(1, n - 2)
@@ -109,7 +109,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_a_full_context_ends_it(
 
 def test_a_long_text_is_not_cut_in_silence():
     model = saewb.load_model("tiny", device="cpu")
-    with pytest.raises(ValueError, match="the model's context 512"):
+    with pytest.raises(ValueError, match="takes 512 at most"):
         next_token_changes(model, "word " * 2000, lambda: steer(model, saewb.load_sae("tiny"), {1: 1.0}))
 
 

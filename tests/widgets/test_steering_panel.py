@@ -291,13 +291,13 @@ def test_prompts_of_no_and_of_too_many_tokens(made):
     made.wait()
     same(made, executed(made, model=made.model, sae=made.saes[0]))
     made.prompt = "word " * 2000
-    with pytest.raises(ValueError, match="context 512"):
+    with pytest.raises(ValueError, match="takes 512 at most"):
         made.wait()
-    assert "the prompt has" in made.error_message
+    assert "a prompt of" in made.error_message
     assert (made.movers, made.changes, made.busy) == ([], None, "")
-    with pytest.raises(ValueError, match="context 512"):
+    with pytest.raises(ValueError, match="takes 512 at most"):
         say(made, "generate")
-    assert "the prompt has" in made.error_message
+    assert "a prompt of" in made.error_message
     assert not made.running
     made.prompt = "The"
     say(made, "generate")
