@@ -1,4 +1,4 @@
-"""How good an SAE is: losses with it in the model, reconstruction, firing."""
+"""Evaluate SAEs: losses of the model with them, reconstruction, firing."""
 
 import lazy_loader
 

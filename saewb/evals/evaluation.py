@@ -1,6 +1,6 @@
-"""How good SAEs are in the model they belong to: one, or many over the same tokens.
+"""Evaluate one SAE, or many on the same tokens, in the model they belong to.
 
-The passes over the model are in `saewb.evals.model_losses`, what comes out in `saewb.evals.result`.
+The passes over the model are in `saewb.evals.model_losses`, the result types in `saewb.evals.result`.
 """
 
 from __future__ import annotations
@@ -53,38 +53,38 @@ def evaluate(
     losses: bool = True,
     progress: bool = False,
 ) -> Evaluation:
-    """How good an SAE is, by its reconstruction and by what the model does with it: CE recovered 1 is perfect.
+    """Evaluate an SAE by its reconstruction and by the losses of the model with it; CE recovered 1 is perfect.
 
         ce_recovered = (ce_ablated - ce_with_sae) / (ce_ablated - ce_clean)
         kl           = mean over tokens of KL(p_clean || p_with_sae)
         kl_recovered = (kl_ablated - kl) / kl_ablated
 
-    Special tokens are no part of it: there the model's own activation goes on, under the SAE and under either ablation
-    (where activations are often a hundred times as long as elsewhere, which no SAE is meant to write), and every figure
-    leaves them out. l0, fvu and the like, and kl, are about the other tokens (`n_tokens`). A loss is about a prediction
-    from one of them of another (`n_predictions`): neither the token predicted from nor the token predicted is special;
-    the same ones in all four losses.
+    Special tokens are excluded: there the model's own activation passes through, with the SAE and with either ablation
+    (activations there are often a hundred times as long as elsewhere, and no SAE is meant to write them), and no figure
+    counts them. l0, fvu and the like, and kl, average over the other tokens (`n_tokens`). A loss averages over
+    predictions of one such token from another (`n_predictions`): neither the token predicted nor the one predicted from
+    is special. All four losses use the same predictions.
 
-    "Ablated" means that zeros, or the mean activation over the tokens that count, stand at the point the SAE writes to
-    (the one head it writes to). For a transcoder the figures compare what it writes with what the model has there. All
-    else is the model as it is, with hooks and SAEs that are on it elsewhere.
+    "Ablated" means that zeros, or the mean activation over counted tokens, replace the activation at the write point
+    (of its head only, if the SAE has one). For a transcoder the figures compare its output with the activation at its
+    write point. Other hooks and SAEs on the model stay in force.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode.
         sae: an SAE or transcoder.
         tokens: ids, `[rows, ctx]`, without padding; or texts, to be packed into rows of `ctx_len`.
-        hook: where it reads, instead of `sae.cfg.hook`.
-        hook_out: where it writes, instead of `sae.cfg.hook_out`; for transcoders.
-        batch_size: rows run at a time.
-        ctx_len: tokens in a row, if `tokens` are texts.
+        hook: read point, instead of `sae.cfg.hook`.
+        hook_out: write point, instead of `sae.cfg.hook_out`; for transcoders.
+        batch_size: rows per forward pass.
+        ctx_len: tokens per row, if `tokens` are texts.
         skip_special_tokens: True for the tokenizer's BOS, EOS, PAD and the like, False to treat all tokens alike, or a
             list of ids.
         dead_below: a latent is dead that fires on fewer than this fraction of tokens. The default means "never" on
             fewer than a million tokens.
         dense_above: a latent is dense that fires on more than this fraction of tokens.
-        losses: run the whole model too; without, the model runs to the hook only, once, and the figures of its
-            predictions (ce_..., kl_...) are nan.
-        progress: show a bar.
+        losses: also run the whole model; if False it runs once, up to the hook, and the figures of its predictions
+            (ce_..., kl_...) are nan.
+        progress: show a progress bar.
 
     Returns:
         An Evaluation; figures per latent are in its `.latents`. ce_recovered is nan where ablating does not change the
@@ -101,8 +101,8 @@ def evaluate(
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
-        >>> found = saewb.evaluate(model, sae, ["The river flows through the city."] * 8, ctx_len=16)
-        >>> found.n_tokens > 30, 0 < found.fvu < 1, found.ce_zero_ablated > found.ce_clean
+        >>> result = saewb.evaluate(model, sae, ["The river flows through the city."] * 8, ctx_len=16)
+        >>> result.n_tokens > 30, 0 < result.fvu < 1, result.ce_zero_ablated > result.ce_clean
         (True, True, True)
     """
     ids, special = token_rows(model, tokens, ctx_len), special_ids(model, skip_special_tokens)
@@ -126,32 +126,32 @@ def evaluate_many(
     losses: bool = True,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Many SAEs on the same tokens, as a table: the figures of `evaluate`, a row each.
+    """Evaluate many SAEs on the same tokens, and tabulate the figures of `evaluate`, a row per SAE.
 
-    `at_once` SAEs share the passes over the model: to the hooks, as the model is, and with zeros or the mean at each
-    point; each SAE adds one pass, with its own output.
+    `at_once` SAEs share the passes over the model: up to the hooks, clean, and with zeros or the mean at each point;
+    each SAE adds one pass, with its own output.
 
     Args:
         model: as for `evaluate`.
-        saes: SAEs; or what `load_sae` takes: a name or folder, or (release, id); in a list, or by name. What is named
-            rather than given is loaded when its turn comes and let go afterwards.
+        saes: SAEs; or what `load_sae` takes: a name or folder, or (release, id); in a list, or by name. Sources are
+            loaded when their turn comes and released afterwards.
         tokens: as for `evaluate`.
-        folder: keep each result in a file there as soon as it is known, and all of them in `evaluations.csv`; what is
-            there already, of the same SAE, tokens and options, is not computed again. None keeps nothing.
-        at_once: how many SAEs are held at a time.
+        folder: store each result in a file there as soon as it is computed, and all of them in `evaluations.csv`;
+            stored results of the same SAE, tokens and options are not computed again. None stores nothing.
+        at_once: SAEs held in memory at a time.
         batch_size: as for `evaluate`.
         ctx_len: as for `evaluate`.
         skip_special_tokens: as for `evaluate`.
         dead_below: as for `evaluate`.
         dense_above: as for `evaluate`.
         losses: as for `evaluate`.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        A row per SAE in the order given, by name (the index), a column for each field of Evaluation.
+        A row per SAE in the order of `saes`, indexed by name, a column for each field of Evaluation.
 
     Raises:
-        ValueError: if two SAEs have one name, or none is given; as `evaluate`. What was finished is in `folder`.
+        ValueError: if two SAEs have one name, or there is none; as `evaluate`. Finished results are in `folder`.
 
     Example:
         >>> import saewb
@@ -200,7 +200,7 @@ def _evaluate(
     dense_above: float,
     losses: bool,
 ) -> list[Evaluation]:
-    """Evaluate SAEs that share the passes over the model."""
+    """Evaluate SAEs at these sites, with shared passes over the model."""
     batches = Batches(ids, special, batch_size, next(model.parameters()).device)
     bar = tqdm(total=(1 + losses) * len(batches), desc="evaluate", unit="batch", leave=False, disable=not progress)
     with torch.no_grad(), eval_mode(model, *(site.sae for site in sites)), bar:
@@ -248,7 +248,7 @@ def _evaluation(
 
 
 def _weight_figures(sae: nn.Module) -> dict[str, Tensor]:
-    """Figures per latent that need no activations; nan where the architecture has no such thing."""
+    """Figures per latent that need no activations; nan where the architecture does not define them."""
     W_dec = sae.W_dec.detach().double().cpu()
     none = torch.full((sae.cfg.d_sae,), math.nan, dtype=torch.float64)
     figures = dict.fromkeys(("encoder_norm", "encoder_bias", "encoder_decoder_cosine"), none)

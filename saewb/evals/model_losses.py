@@ -1,4 +1,4 @@
-"""Passes over the model that an evaluation is made of.
+"""Passes over the model for an evaluation.
 
 1. `evaluate_at_hooks`: the model runs once to the last point any SAE needs; reconstruction, firing and the mean
    activation of all SAEs come from that pass.
@@ -30,15 +30,15 @@ from saewb.sae.sae import SAE
 from saewb.sae.sparse import SparseLatents
 from saewb.stats.firing import FiringStream
 
-# Probabilities of at most this many (token, word) pairs are held at a time (64 MiB in float32).
 _TILE = 2**24
+"""Probabilities held at a time at most (64 MiB in float32)."""
 
 
 # -- sites and tokens ------------------------------------------------------------------------------------------------
 
 
 def clean_site(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None) -> Site:
-    """Where the SAE reads and writes, if nothing attached writes there.
+    """Resolve the SAE's site, and check that nothing attached writes there.
 
     Raises:
         ValueError: if the SAE does not fit the model, or something attached writes to the same point.
@@ -55,17 +55,17 @@ def clean_site(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some rows of tokens, and which of them count."""
+    """Rows of tokens, with masks of those that count."""
 
     ids: Int[Tensor, "batch pos"]
     plain: Bool[Tensor, "batch pos"]
     """True at tokens that are not special: those that count."""
     plain_index: Int[Tensor, " plain"] | None
-    """Their indices in the flattened batch; None if all count."""
+    """Indices of plain tokens in the flattened batch; None if all are plain."""
     lengths: list[int]
-    """How many of them are in each row."""
+    """Number of plain tokens in each row."""
     targets: Int[Tensor, "batch pos"]
-    """The next token; 0 at the end of a row."""
+    """Next token; 0 at the end of a row."""
     predicts: Bool[Tensor, "batch pos"]
     """True where neither the token nor its target is special."""
 
@@ -82,7 +82,7 @@ class Batch:
 
 
 class Batches:
-    """Rows of tokens, a batch at a time. Masks are made and counted on the CPU, so that nothing waits for a device."""
+    """Batches of token rows. Masks are computed and counted on the CPU, so that nothing waits for a device."""
 
     def __init__(self, ids: Tensor, special: Sequence[int], batch_size: int, device: torch.device) -> None:
         if batch_size < 1:
@@ -114,7 +114,7 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class HookMetrics:
-    """What one SAE did with the activations at its points."""
+    """Reconstruction and firing of one SAE at its points."""
 
     reconstruction: ReconstructionStream
     firing: FiringStream
@@ -203,7 +203,7 @@ def _run_ablated(
     model: nn.Module, site: Site, batch: Batch, value: Float[Tensor, " d_out"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
     def ablate(activation: Tensor) -> Tensor:
-        new = activation.clone(memory_format=torch.contiguous_format)  # so that all heads side by side are a view of it
+        new = activation.clone(memory_format=torch.contiguous_format)  # flattened heads are then a view of it
         site.read_target(new)[:] = value
         return torch.where(batch.plain.view(*batch.plain.shape, *[1] * (new.ndim - 2)), new, activation)
 
@@ -212,7 +212,7 @@ def _run_ablated(
 
 
 def _loss_and_kl(clean: Tensor, logits: Tensor, batch: Batch) -> Float[Tensor, "2"]:
-    """Sums of the loss where it counts, and of KL(p_clean || p) over tokens that are not special."""
+    """Sums of the loss over counted predictions and of KL(p_clean || p) over plain tokens."""
     parts = []
     for p, q, targets, predicts, plain in _tiles(clean, logits, batch.targets, batch.predicts, batch.plain):
         q = q.float().log_softmax(-1)
@@ -226,6 +226,6 @@ def _loss_and_kl(clean: Tensor, logits: Tensor, batch: Batch) -> Float[Tensor, "
 
 
 def _tiles(logits: Tensor, *per_token: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same few tokens of each of these `[batch, pos, ...]`, one tile after another."""
+    """Split tensors `[batch, pos, ...]` into tiles of the same few tokens."""
     n = max(1, _TILE // logits.shape[-1])
     return zip(*(t.flatten(0, 1).split(n) for t in (logits, *per_token)), strict=True)

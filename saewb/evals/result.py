@@ -1,9 +1,8 @@
-"""Result of an evaluation: as a text table, in a notebook, in pandas, and in a folder of many."""
+"""Results of evaluations: as text and HTML tables, in pandas, and stored in a folder."""
 
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import math
 import re
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saewb._display import Row, html_table, text_table
 from saewb._files import write_text
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def _figure(unit: str, meaning: str) -> Any:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LatentFigures:
-    """Figures of each latent, `[d_sae]` each; nan where the architecture has no such figure."""
+    """Figures per latent, `[d_sae]` each; nan where the architecture does not define one."""
 
     density: Float[Tensor, " d_sae"]
     """Fraction of tokens on which it is active."""
@@ -71,7 +71,7 @@ class LatentFigures:
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Evaluation:
-    """Result of `evaluate`. `print` it for a table; in a notebook it shows itself; `to_frame()` for pandas."""
+    """Result of `evaluate`: prints and displays as a table; `to_frame()` converts it to pandas."""
 
     ce_clean: float = _figure("nats/token", "loss of the clean model")
     ce_with_sae: float = _figure("nats/token", "loss with the SAE's output in place of the activation")
@@ -128,25 +128,16 @@ class Evaluation:
         return f"Evaluation({', '.join(f'{name}={_format(getattr(self, name))}' for name in shown)}, ...)"
 
     def __str__(self) -> str:
-        rows = self._rows()
-        name, value, unit = (max(len(row[i]) for row in rows) for i in range(3))
-        lines = [f"{a:<{name}}  {b:>{value}}  {c:<{unit}}  {d}".rstrip() for a, b, c, d in rows]
-        return "\n".join([self._title(), *lines])
+        return text_table(self._title(), self._rows())
 
     def _repr_html_(self) -> str:
-        sides = ("left", "right", "left", "left")
-        rows = [
-            "".join(f'<td style="text-align:{side}">{html.escape(c)}</td>' for c, side in zip(row, sides, strict=True))
-            for row in self._rows()
-        ]
-        table = "".join(f"<tr>{cells}</tr>" for cells in rows)
-        return f"<div><div>{html.escape(self._title())}</div><table>{table}</table></div>"
+        return html_table(self._title(), self._rows())
 
     def _title(self) -> str:
-        written = f" => {self.hook_out}" if self.hook_out != self.hook else ""
-        return f"{self.sae} on {self.model} at {self.hook}{written}"
+        hook_out = f" => {self.hook_out}" if self.hook_out != self.hook else ""
+        return f"{self.sae} on {self.model} at {self.hook}{hook_out}"
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
+    def _rows(self) -> list[Row]:
         figures = [f for f in fields(self) if f.metadata["unit"]]
         if self.n_predictions == 0:  # evaluated without losses
             figures = [f for f in figures if not f.name.startswith(("ce_", "kl", "n_predictions"))]
@@ -163,8 +154,8 @@ class EvaluationStore:
     """Figures of many SAEs in a folder, a file each; without a folder it stores nothing.
 
     Args:
-        folder: created if it does not exist.
-        options: what else the figures depend on; a file of other options counts as missing.
+        folder: folder to write to, created if it does not exist; None to store nothing.
+        options: everything else the figures depend on; a file with other options counts as missing.
     """
 
     def __init__(self, folder: str | Path | None, options: dict[str, Any]) -> None:
@@ -173,7 +164,7 @@ class EvaluationStore:
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, sae: Any) -> dict[str, Any] | None:
-        """Figures of this SAE under this name; None if missing, or of other weights, tokens or options."""
+        """Read the figures of an SAE; None if missing, or of other weights, tokens or options."""
         if self._folder is None or not (path := self._path(name)).exists():
             return None
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -182,14 +173,14 @@ class EvaluationStore:
         return {name: math.nan if value is None else value for name, value in stored["figures"].items()}
 
     def write(self, name: str, sae: Any, figures: dict[str, Any]) -> None:
-        """Store the figures of an SAE under a name."""
+        """Write the figures of an SAE under a name."""
         if self._folder is not None:
             strict = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in figures.items()}
             stored = {"name": name, "of": self._key(sae), "figures": strict}
             write_text(self._path(name), json.dumps(stored, indent=1, allow_nan=False))
 
     def write_table(self, table: pd.DataFrame) -> None:
-        """Store all of them as `evaluations.csv`."""
+        """Write the table of all SAEs as `evaluations.csv`."""
         if self._folder is not None:
             write_text(self._folder / "evaluations.csv", table.to_csv())
 
@@ -203,11 +194,11 @@ class EvaluationStore:
 
 
 def source_name(source: Any) -> str:
-    """What `load_sae` takes, as one name."""
+    """Name of a source that `load_sae` takes."""
     return "/".join(map(str, source)) if isinstance(source, tuple) else str(source)
 
 
 def _fingerprint(sae: nn.Module) -> str:
-    """Configuration and two sums of each tensor: tells SAEs apart without hashing gigabytes."""
+    """Configuration and two sums of each tensor, which identify an SAE without hashing gigabytes."""
     parts = [f"{name} {t.double().sum():.17g} {t.double().norm():.17g}" for name, t in sae.state_dict().items()]
     return "\n".join([repr(sae.cfg), *parts])

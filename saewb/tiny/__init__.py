@@ -1,7 +1,7 @@
-"""The bundled tiny language model, an SAE on it, and texts: everything can be tried without a network.
+"""Bundled tiny language model, an SAE on it, and texts, to try everything without a network.
 
-The model writes English sentences and knows few facts; the SAE's metrics stand under "held_out" in `sae/cfg.json`.
-`python -m saewb.tiny.make` makes all of it from scratch. The texts are Wikipedia's (CC BY-SA 4.0): see ATTRIBUTION.md.
+The model writes English sentences and knows few facts; the SAE's metrics are under "held_out" in `sae/cfg.json`.
+`python -m saewb.tiny.make` builds all of it from scratch. The texts are Wikipedia's (CC BY-SA 4.0): see ATTRIBUTION.md.
 """
 
 from __future__ import annotations

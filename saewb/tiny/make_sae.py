@@ -3,40 +3,46 @@
 1. Run the model over the packed training text; keep the activations after block 2, without those of BOS positions: the
    first position of a row has five times the norm of the others and would take up much of the error.
 2. Train on centered and scaled activations with `saewb.training`: `saewb.TopK`, unit decoder rows, and an auxiliary
-   loss in which latents that have not fired for a while model what the others left over.
-3. The exported SAE takes the model's own activations, its decoder rows have norm 1, and the activation of a latent is
-   therefore a length in the model's units, along its decoder row.
-4. Evaluate on the held-out documents and keep the metrics in cfg.json, under metadata["held_out"].
+   loss in which latents that have not fired for a while reconstruct the residual.
+3. Export an SAE that takes the model's own activations. Its decoder rows have norm 1, so the activation of a latent is
+   a length in the model's units, along its decoder row.
+4. Evaluate on the held-out documents (`saewb.evaluate`) and store the metrics in cfg.json, metadata["held_out"].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from saewb.data.stream import stream_tensors
 from saewb.data.tokens import pack
+from saewb.evals.evaluation import evaluate
+from saewb.models.load import load_model
 from saewb.models.tokenizer import special_mask, special_token_ids
 from saewb.pretrained.load import save_sae
 from saewb.sae.sae import SAE
 from saewb.training import TrainConfig, Training
 from saewb.training.objectives import TopK
 
+_HELD_OUT_FIGURES = (
+    *("n_tokens", "n_predictions", "fvu", "l0", "dead_frac"),
+    *("ce_clean", "ce_with_sae", "ce_zero_ablated", "ce_mean_ablated", "ce_recovered_zero", "ce_recovered_mean"),
+)
+
 
 @dataclass(frozen=True)
 class SAERecipe:
-    """Size of the SAE and length of its training. The defaults made the bundled one."""
+    """Size of the SAE and length of its training; the defaults are those of the bundled one."""
 
     layer: int = 2
-    """Reads and writes blocks.{layer}.hook_resid_post."""
+    """Layer whose output, blocks.{layer}.hook_resid_post, is reconstructed."""
     d_sae: int = 1024
     """Latents."""
     k: int = 16
@@ -60,7 +66,7 @@ class SAERecipe:
     aux_weight: float = 1 / 32
     """Weight of the auxiliary loss."""
     seed: int = 0
-    """Of weights and order."""
+    """Seed of initial weights and data order."""
 
 
 def make_sae(
@@ -75,7 +81,7 @@ def make_sae(
     print(f"sae: {len(x)} training activations", flush=True)
     sae = train_sae(x, recipe)
     held_out_rows = pack(held_out, tokenizer, recipe.ctx_len)
-    metrics = {"n_documents": len(held_out), **held_out_metrics(model, sae, held_out_rows, recipe.layer, special)}
+    metrics = {"n_documents": len(held_out), **held_out_metrics(model_folder, sae, held_out_rows)}
     print(f"sae: {metrics}", flush=True)
     metadata = {
         "context_size": recipe.ctx_len,
@@ -129,67 +135,9 @@ def train_sae(x: Float[Tensor, "tokens d_in"], recipe: SAERecipe) -> SAE:
 
 
 def held_out_metrics(
-    model: PreTrainedModel, sae: SAE, rows: Int[Tensor, "rows ctx_len"], layer: int, special: Sequence[int]
+    model_folder: Path, sae: SAE, rows: Int[Tensor, "rows ctx_len"], hook: str | None = None
 ) -> dict[str, Any]:
-    """Some of the metrics of `saewb.evaluate` on `rows`, by the same definitions, in plain torch.
-
-    Special tokens keep their activations under the SAE and both ablations, and no metric counts them: a loss is a mean
-    over predictions of a token that is not special from one that is not. The mean in `ce_mean_ablated` is that of the
-    counted activations.
-    """
-    counted = ~special_mask(rows, special)
-    with torch.no_grad():
-        x = activations(model, rows, layer)[counted]
-        latents = sae.encode(x)
-        residual = x - sae.decode(latents)
-    mean = x.mean(0)
-    clean = mean_loss(model, rows, counted)
-    spliced = mean_loss(model, rows, counted, layer, sae)
-    zero = mean_loss(model, rows, counted, layer, torch.zeros_like)
-    average = mean_loss(model, rows, counted, layer, lambda out: mean.expand_as(out))
-    return {
-        "n_tokens": int(counted.sum()),
-        "n_predictions": int(_predictions(counted).sum()),
-        "special_tokens": "left as they are, not counted",
-        "fvu": (residual.double().square().sum() / (x - mean).double().square().sum()).item(),
-        "l0": (latents != 0).sum(1).double().mean().item(),
-        "dead_frac": (latents == 0).all(0).double().mean().item(),
-        "ce_clean": clean,
-        "ce_with_sae": spliced,
-        "ce_zero_ablated": zero,
-        "ce_mean_ablated": average,
-        "ce_recovered_zero": (zero - spliced) / (zero - clean),
-        "ce_recovered_mean": (average - spliced) / (average - clean),
-    }
-
-
-@torch.no_grad()
-def mean_loss(
-    model: PreTrainedModel,
-    rows: Int[Tensor, "rows ctx_len"],
-    counted: Bool[Tensor, "rows ctx_len"],
-    layer: int = 0,
-    edit: Callable[[Tensor], Tensor] | None = None,
-) -> float:
-    """Cross-entropy in nats over predictions of a counted token from a counted one.
-
-    With `edit`, the counted activations after block `layer` are replaced by `edit(activations)`.
-    """
-    total = 0.0
-    for batch, mask in zip(rows.split(32), counted.split(32), strict=True):
-
-        def hook(_: nn.Module, __: object, out: Tensor, mask: Tensor = mask) -> Tensor:
-            return out if edit is None else torch.where(mask[..., None], edit(out), out)
-
-        handle = model.model.layers[layer].register_forward_hook(hook)
-        try:
-            logits = model(batch).logits[:, :-1]
-        finally:
-            handle.remove()
-        predictions = _predictions(mask)
-        total += F.cross_entropy(logits[predictions], batch[:, 1:][predictions], reduction="sum").item()
-    return total / int(_predictions(counted).sum())
-
-
-def _predictions(counted: Bool[Tensor, "rows ctx_len"]) -> Bool[Tensor, "rows predictions"]:
-    return counted[:, :-1] & counted[:, 1:]
+    """Some of the figures of `saewb.evaluate` on `rows`, for the metadata of the SAE."""
+    evaluation = evaluate(load_model(model_folder, torch.float32, "cpu"), sae, rows, hook=hook, batch_size=32)
+    figures = {name: value for name, value in evaluation.figures().items() if name in _HELD_OUT_FIGURES}
+    return {**figures, "special_tokens": "left as they are, not counted"}

@@ -83,7 +83,8 @@ def test_training_is_repeatable_lowers_the_loss_and_leaves_the_global_random_sta
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     longer = make_model.train_model(texts, tokenizer, replace(MODEL, n_steps=30))
-    losses = [make_sae.mean_loss(model, rows, rows != 0) for model in (first, longer)]
+    with torch.no_grad():
+        losses = [model(rows, labels=rows).loss.item() for model in (first, longer)]
     assert losses[1] < losses[0] - 0.1, losses
 
 
@@ -128,7 +129,7 @@ def test_held_out_metrics_of_an_sae_that_knows_only_the_mean(made, documents):
     with torch.no_grad():
         sae.W_enc.zero_()
         sae.b_dec.copy_(x.mean(0))
-    figures = make_sae.held_out_metrics(model, sae, rows, 0, (0,))
+    figures = make_sae.held_out_metrics(made / "model", sae, rows, "blocks.0.hook_resid_post")
     assert figures["fvu"] == pytest.approx(1, abs=1e-5)
     assert (figures["l0"], figures["dead_frac"]) == (0, 1)
     assert figures["ce_with_sae"] == pytest.approx(figures["ce_mean_ablated"], abs=1e-6)
