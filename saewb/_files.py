@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and states (plain values and tensors) in one file."""
+"""Atomic writes of files and folders, and state files (plain values and tensors)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from saewb.errors import FormatError, explain
 
 _FORMAT = 2
-"""Of a state file; 1 is saewb 0.1.0's, a safetensors file."""
+"""Version of the state file; version 1, of saewb 0.1.0, is a safetensors file."""
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write a state with `torch.save`, atomically: on a full disk, or a kill, what was there before stays whole.
+    """Write a state with `torch.save`, atomically: on a full disk, or a kill, the previous file stays intact.
 
     Args:
-        path: replaced if it is there.
+        path: file to write or replace.
         state: None, booleans, numbers, strings, tensors; lists, tuples, dictionaries by strings of them. Tensors may be
             strided and on any device; they are read back contiguous and on the CPU.
 
@@ -47,7 +47,7 @@ def load_state(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        FormatError: if it is not such a file, or is cut short.
+        FormatError: if it is not a state file, or is truncated.
     """
     if not path.is_file():
         raise FileNotFoundError(explain(f"no file {str(path)!r}.", want="a state that saewb wrote"))

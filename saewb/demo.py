@@ -1,4 +1,4 @@
-"""`saewb demo`: the main job end to end, each step printed as the line one would type."""
+"""`saewb demo`: the main workflow end to end; prints each step as a line of code."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _load_sae(model: nn.Module, model_name: str) -> nn.Module:
     if model_name == "tiny":
         _show('sae = saewb.load_sae("tiny")')
         sae = saewb.load_sae("tiny")
-    else:  # none is published for it: random directions show the machinery at work on a real model
+    else:  # none is published for it: random directions demonstrate the workflow on a real model
         d_in, hook = model.cfg.d_model, f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
         config = f'saewb.SAEConfig({d_in}, {8 * d_in}, activation="topk", k=32, hook="{hook}")'
         _show(f"sae = saewb.SAE({config})    # untrained")

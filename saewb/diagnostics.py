@@ -1,8 +1,8 @@
-"""`saewb doctor`: report what saewb finds on this machine, and how to mend what does not fit. Changes nothing.
+"""`saewb doctor`: check this machine, and suggest a fix for each problem. Changes nothing.
 
 1. Python, and the packages that saewb requires, with the versions it allows.
 2. Devices, and whether the installed torch can use them.
-3. Folders that are written to: the hub's cache, saewb's own; whether they are writable, and their free space.
+3. Cache folders of the hub and of saewb: whether they are writable, and their free space.
 4. The notebook: the kernel that Jupyter starts, and the front-end half of the widgets.
 5. The bundled model and SAE; and the hub, on request.
 """
@@ -35,16 +35,16 @@ _MIN_FREE_BYTES = 5 * 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked, its state, and the line that mends it."""
+    """Result of one check: its state, and a line that fixes a problem."""
 
     name: str
-    """What was checked."""
+    """Name of what was checked."""
     detail: str
     """Version, place or problem, in a line."""
     state: State = "ok"
     """"absent": not there, and only needed for what `fix` names; "wrong": to mend."""
     fix: str = ""
-    """Line to type that mends it; empty if there is nothing to mend."""
+    """Line to type that fixes it; empty if there is nothing to fix."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +78,7 @@ class Checkup:
 
 
 def doctor(network: bool = False, timeout: float = 5.0) -> Checkup:
-    """Check versions, devices, folders and the notebook, and suggest a line that mends what is wrong.
+    """Check versions, devices, folders and the notebook, and suggest a line that fixes what is wrong.
 
     Nothing is changed, and no network is used unless requested. On the command line `saewb doctor` exits with 1 if
     something is wrong.
@@ -173,9 +173,10 @@ def _memory() -> str:
 def _folders() -> Iterator[Finding]:
     from huggingface_hub import constants
 
+    from saewb.models.load import cache_folder
+
     yield _folder("hub cache", Path(constants.HF_HUB_CACHE), "HF_HOME")
-    cache = os.environ.get("SAEWB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "saewb"
-    yield _folder("saewb cache", Path(cache).expanduser(), "SAEWB_CACHE")
+    yield _folder("saewb cache", cache_folder(), "SAEWB_CACHE")
     if constants.HF_HUB_OFFLINE:
         yield Finding("HF_HUB_OFFLINE", "set: nothing is fetched from the hub", "absent", "unset HF_HUB_OFFLINE")
 

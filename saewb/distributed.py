@@ -34,7 +34,7 @@ from torch import distributed as dist
 
 from saewb.errors import explain
 
-_TIMEOUT = timedelta(hours=12)  # long, since a pause in one process holds all others in their next collective
+_TIMEOUT = timedelta(hours=12)  # long: a pause in one process blocks all others in their next collective
 
 
 @final
@@ -183,7 +183,7 @@ class ParallelContext:
 
 @contextmanager
 def _explain_disconnect() -> Iterator[None]:
-    """Say what it means when a collective fails."""
+    """Explain the error of a collective that fails."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Error texts of three lines, near names of a mistyped one, and a check of devices."""
+"""Error texts in a common template, near matches of a mistyped name, and the check of devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FormatError(ValueError):
 def near(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     """Find the `n` candidates most like a name (difflib's ratio, at least 0.5), those with its numbers first.
 
-    A layer or a width is seldom what was mistyped.
+    Numbers come first since a layer or width is seldom mistyped.
 
     Example:
         >>> near("blocks.8.resid_pst", ["blocks.11.resid_post", "blocks.8.resid_pre", "hook_embed"], n=2)
@@ -29,7 +29,7 @@ def near(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 def explain(what: str, *, near: Iterable[str] = (), want: str = "", fix: str = "") -> str:
-    """Compose an error text: what was got, then near names or what is wanted, then a line to paste.
+    """Compose an error text: the problem, then near names, what is expected, and a line of code to paste.
 
     Example:
         >>> print(explain("d_in is 5.", want="a positive even number", fix="d_in=4"))

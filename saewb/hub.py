@@ -1,13 +1,12 @@
-"""The Hugging Face Hub: whether a name exists there, what its cache has, and downloads that are checked.
+"""Hugging Face Hub: look up model names, inspect the local cache, download repository files with checked hashes.
 
-`ask_hub` says of a model's name whether it exists, in one request. (transformers tries an unreachable hub six times for
-each of several files, 23 s per name.) `snapshot` has files of a repository:
+`ask_hub` looks up a model's name in one request. (transformers tries an unreachable hub six times for each of several
+files, 23 s per name.) `snapshot` gets files of a repository:
 
-1. One request lists the repository: commit, names, sizes, hashes. Where the hub does not answer, its cache is all.
-2. huggingface_hub fetches what is not in its cache, several files at a time, takes up a broken connection a few times,
-   and shows its progress bar. A file that came in part only is in its cache under no name that is read, and from
-   version 2 on it is thrown away. Nothing here downloads.
-3. It does not compare hashes, so what was fetched just now is hashed here (about 1 s for each GB).
+1. One request lists the repository: commit, names, sizes, hashes. Without an answer only the local cache is used.
+2. huggingface_hub downloads files that are not in its cache, several at a time, retries a broken connection a few
+   times, and shows its progress bar. A partial file is never read from the cache, and from version 2 on it is deleted.
+3. huggingface_hub does not compare hashes, so new files are hashed here (about 1 s per GB).
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from typing import Any, Literal
 from saewb.errors import explain
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes fetched, bytes in all); raises to cancel."""
+"""Called with (bytes downloaded, bytes in all); raises to cancel."""
 LARGE = 50_000_000
-"""Bytes; from here on a download says how large it is before it begins."""
+"""Bytes from which on a download prints its size before it begins."""
 
 
 @dataclass(frozen=True)
 class HubAnswer:
-    """The outcome of one request for a repository's file."""
+    """Outcome of one request for a file of a repository."""
 
     state: Literal["there", "missing", "closed", "unreachable"]
-    """What is there; "closed": gated, and our token does not open it."""
+    """State of the file; "closed": gated, and this machine's token has no access."""
     detail: str = ""
-    """The error's first line."""
+    """First line of the error."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,18 @@ class Snapshot:
     hashes: Mapping[str, str | None]
     """sha256 of each file that matches, by its name; None for small ones, which the hub keeps in git."""
     names: tuple[str, ...]
-    """All files of the repository; those in the cache where the hub does not answer."""
+    """All files of the repository; those in the cache if the hub does not answer."""
 
 
 def ask_hub(repo: str, file: str = "config.json", timeout: float = 10.0) -> HubAnswer:
-    """Whether a model repository has a file that this machine may read.
+    """Look up whether a model repository has a file that this machine may read.
 
     A private repository is "missing" to those who may not see it. HF_HUB_OFFLINE=1 makes every answer "unreachable".
 
     Args:
         repo: "name" or "owner/name".
-        file: what must be in it.
-        timeout: seconds.
+        file: name of a file that it must have.
+        timeout: seconds to wait.
 
     References:
         The hub's error header X-Error-Code, as huggingface_hub reads it.
@@ -104,7 +103,7 @@ def cached_models() -> list[str]:
 
 @contextlib.contextmanager
 def hub_offline() -> Iterator[None]:
-    """Inside, huggingface_hub and transformers use the cache only, as under HF_HUB_OFFLINE=1. Put back as it was."""
+    """Restrict huggingface_hub and transformers to the cache inside the block, as under HF_HUB_OFFLINE=1."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -116,7 +115,7 @@ def hub_offline() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line that says something, or its type."""
+    """First non-empty line of an error's text, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -133,28 +132,28 @@ def snapshot(
     n_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Snapshot:
-    """Files of a repository: those that are not in the hub's cache are fetched and checked.
+    """Get files of a repository; those that are not in the local cache are downloaded and checked.
 
     Args:
         repo: "owner/name".
-        path: folder or file inside it that is wanted; "" for its root.
-        patterns: of the files to have.
+        path: folder or file inside the repository; "" for its root.
+        patterns: glob patterns of the files to get.
         revision: branch, tag or commit; None means "main".
-        force_download: fetch again what is there.
-        token: of the hub; None means the one logged in with.
-        call: the line to paste, for errors.
-        is_complete: whether the cache has enough of what is at `path`, where the hub does not answer.
-        n_bytes: about how large a download is, for the error where there is no network.
-        progress: called with (bytes fetched, bytes in all) by the threads that fetch; files come over plain HTTP then.
+        force_download: download cached files again.
+        token: access token of the hub; None means that of the login.
+        call: line of code to paste, for error texts.
+        is_complete: whether the cache has enough at `path`, if the hub does not answer.
+        n_bytes: approximate size of the download, for the error text without a network.
+        progress: called with (bytes downloaded, bytes in all) by the download threads, which then use plain HTTP.
 
     Returns:
-        The files; without any, if the repository has none that match.
+        The files; empty if none of the repository's files match.
 
     Raises:
-        FileNotFoundError: if the hub refuses, or cannot be reached and the cache has not enough.
-        Exception: what `progress` raises, if that is no OSError: it cancels, and no file is taken for whole.
-        ConnectionError: if the connection broke; files that came whole are kept, and the next call fetches the others.
-        OSError: if a file is not what the hub says (it is then taken out of the cache), or if the disk is full.
+        FileNotFoundError: if the hub refuses, or cannot be reached and the cache does not have enough.
+        Exception: what `progress` raises, unless an OSError: it cancels, and no file counts as complete.
+        ConnectionError: if the connection broke; complete files stay, and the next call downloads the others.
+        OSError: if a file does not have the hash on the hub (it is deleted from the cache), or if the disk is full.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
@@ -198,7 +197,7 @@ def snapshot(
 
 
 def format_bytes(n_bytes: float) -> str:
-    """A number of bytes for people.
+    """Format a number of bytes with a unit.
 
     Example:
         >>> format_bytes(302_130_176), format_bytes(4_831_838_208), format_bytes(950)
@@ -223,7 +222,7 @@ def _snapshot(
 
 
 def _cached_root(repo: str, revision: str | None, patterns: list[str]) -> Path | None:
-    """The folder in the hub's cache with what there is of this revision; None if there is nothing. No network."""
+    """Folder of this revision in the local cache; None if there is none. Uses no network."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -275,7 +274,7 @@ def _check_hash(path: Path, name: str, expected: str, call: str) -> None:
 
 @contextlib.contextmanager
 def _explain_refusals(repo: str, revision: str | None, call: str) -> Iterator[None]:
-    """Inside, what the hub refuses for good is a FileNotFoundError that says what to do; anything else passes."""
+    """Turn refusals of the hub inside the block into FileNotFoundErrors with a fix; other errors pass."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -300,9 +299,9 @@ def _explain_refusals(repo: str, revision: str | None, call: str) -> Iterator[No
 
 @contextlib.contextmanager
 def _explain_failures(repo: str, n_bytes: int, call: str) -> Iterator[None]:
-    """Inside, a broken connection is a ConnectionError, and a disk that fails an OSError; both say what to do."""
+    """Turn a broken connection inside the block into a ConnectionError, and disk errors into an OSError, with a fix."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import LocalEntryNotFoundError  # how it says that the hub stopped answering
+    from huggingface_hub.errors import LocalEntryNotFoundError  # raised when the hub stops answering
 
     try:
         yield
@@ -321,9 +320,9 @@ _http_lock, _http_settings = threading.Lock(), []
 
 @contextlib.contextmanager
 def _plain_http() -> Iterator[None]:
-    """Inside, downloads do without Xet, whose thread swallows what a callback raises: nothing could be canceled.
+    """Download without Xet inside the block: its thread swallows what a callback raises, so nothing could be canceled.
 
-    The setting is the process's: of several downloads at once the last one puts it back.
+    The setting belongs to the process: of several downloads at once the last one restores it.
     """
     from huggingface_hub import constants
 
@@ -336,11 +335,11 @@ def _plain_http() -> Iterator[None]:
         with _http_lock:
             if len(_http_settings) == 1:
                 constants.HF_HUB_DISABLE_XET = _http_settings[0]
-            _http_settings.pop()  # the first one stays: whoever came later has seen True
+            _http_settings.pop()  # the first one stays: later ones read True
 
 
 def _byte_counter(progress: Progress, total: int) -> type:
-    """A bar for huggingface_hub that shows nothing and calls `progress` (its other bars count files)."""
+    """Create a hidden progress bar for huggingface_hub that calls `progress` (its other bars count files)."""
     from tqdm.auto import tqdm
 
     class ByteCounter(tqdm):
@@ -358,7 +357,7 @@ def _byte_counter(progress: Progress, total: int) -> type:
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:
-    """Errors of a connection, of the HTTP library that huggingface_hub stands on (requests, httpx) too."""
+    """Connection errors, including those of huggingface_hub's HTTP library (requests or httpx)."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (ConnectionError, TimeoutError, *(base for base in HfHubHTTPError.__mro__ if base.__module__ != "builtins"))

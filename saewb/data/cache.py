@@ -1,4 +1,4 @@
-"""Activations cached on disk: computed once, read in any order by any number of trainings.
+"""Cache activations on disk: computed once, read in any order by any number of trainings.
 
 A cache is a folder:
 
@@ -30,7 +30,8 @@ from saewb.models.tokenizer import special_ids
 
 _IDS = "token_ids"
 _INDEX, _PROGRESS = "index.json", "progress.safetensors"
-_VERSION = 1  # of the format
+_VERSION = 1
+"""Version of the format."""
 
 
 def cache_activations(
@@ -72,7 +73,7 @@ def cache_activations(
 
     Raises:
         ValueError: if a row is longer than `n_tokens`; if the tokens end before; if the folder holds another cache.
-        FileExistsError: if the folder holds other things.
+        FileExistsError: if the folder holds other files.
         OSError: if the disk is full; complete shards stay, and a later call continues from them.
 
     Example:
@@ -137,7 +138,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     """The index of a cache.
 
     Raises:
-        FormatError: if it is none, or of a version that is not known.
+        FormatError: if it is not an index, or of an unknown version.
     """
     try:
         index = json.loads((folder / _INDEX).read_text())
@@ -201,7 +202,7 @@ class ActivationCache:
         folder: written by `saewb.cache_activations`.
 
     Raises:
-        FileNotFoundError: if there is no complete cache; tells how to finish one that was interrupted.
+        FileNotFoundError: if there is no complete cache; the error shows how to finish an interrupted one.
         FormatError: if its index cannot be read, or a shard is missing.
     """
 
@@ -235,7 +236,7 @@ class ActivationCache:
         return f"ActivationCache({self.n_tokens:,} tokens: {points})"
 
     def __getitem__(self, tokens: slice) -> Activations:
-        """A range of tokens; only they are read."""
+        """Read a range of tokens, and no others."""
         start, stop, step = tokens.indices(self.n_tokens)
         if step != 1 or start >= stop:
             raise ValueError(explain(f"got tokens {tokens}.", want="a range of tokens, e.g. cache[0:1000]"))
@@ -289,7 +290,7 @@ class ActivationCache:
 
 @final
 class CacheSource:
-    """Blocks of a cache, in order or in a random one."""
+    """Blocks of a cache, in order or in random order."""
 
     def __init__(
         self, cache: ActivationCache, points: Sequence[str], block_tokens: int, *, repeat: bool, seed: int | None

@@ -14,7 +14,8 @@ from torch import Tensor
 from saewb.data.documents import Documents, EpochCursor, encode
 from saewb.errors import explain
 
-_GROUP = 64  # documents tokenized at once
+_GROUP = 64
+"""Documents tokenized at once."""
 
 Marker = Literal["bos", "eos"] | int | None
 
@@ -152,7 +153,7 @@ def stream_tokens(
 
 @final
 class TokenStream:
-    """Resumable batches of token rows; made by `stream_tokens`.
+    """Resumable batches of token rows: the result of `stream_tokens`.
 
     `state()` is small and exact: the position in the documents, and the row being filled. `restore()` seeks without
     tokenizing what came before, and without reading it where documents are indexable or a dataset can skip.
@@ -183,7 +184,7 @@ class TokenStream:
 
 @dataclass
 class StreamPosition:
-    """Where a group of documents begins, and how many of its rows were taken."""
+    """Position of a group of documents, and the number of its rows that were taken."""
 
     epoch: int = 0
     """Complete passes over the documents."""

@@ -45,7 +45,7 @@ class ModelSource:
     Args:
         model: any kind.
         tokens: of rows `[rows, ctx]`, without padding that is not among `skipped`.
-        points: names of hook points, by any of their names. Heads are laid side by side, `[tokens, heads * d_head]`;
+        points: names of hook points, canonical or aliases. Heads are concatenated, `[tokens, heads * d_head]`;
             "blocks.0.attn.hook_z[3]" is head 3 alone.
         positions: of each row, those kept.
         skipped: ids of tokens that are left out.
@@ -156,7 +156,7 @@ class ModelSource:
         return Activations(values, ids.flatten()[tokens].to(torch.int32))
 
     def _kept_tokens(self, ids: Tensor) -> Tensor:
-        """Indices of the kept tokens in the flattened rows, found on the CPU so that no GPU is waited for."""
+        """Indices of the kept tokens in the flattened rows, computed on the CPU so that nothing waits for a GPU."""
         keep = torch.zeros_like(ids, dtype=torch.bool)
         keep[:, self._positions] = True
         return (keep & ~special_mask(ids, self._skipped)).flatten().nonzero()[:, 0]

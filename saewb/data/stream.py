@@ -28,7 +28,8 @@ from saewb.errors import explain
 from saewb.models.capture import Activations
 from saewb.models.tokenizer import special_ids
 
-PASS_TOKENS = 4096  # of one forward pass
+PASS_TOKENS = 4096
+"""Tokens per forward pass, about."""
 
 
 @final
@@ -63,7 +64,7 @@ class ActivationStream:
             else FifoBuffer(source, batch_tokens)
         )
         self._prefetcher = _Prefetcher(self._buffer, prefetch) if prefetch else None
-        self._ahead: deque[Activations] = deque()  # put back, or prefetched in a state that was restored
+        self._ahead: deque[Activations] = deque()  # put back, or prefetched batches of a restored state
         self._last: Activations | None = None
 
     def __iter__(self) -> Iterator[Activations]:
@@ -103,7 +104,7 @@ class ActivationStream:
         return (buffer.n_filled, buffer.size) if isinstance(buffer, ShuffleBuffer) and not buffer.full else None
 
     def peek(self) -> Activations | None:
-        """Some of the next tokens, without taking them. None if there are none, or a thread is reading them."""
+        """Peek at some of the next tokens without taking them; None if there are none, or a thread reads ahead."""
         if self._ahead:
             return self._ahead[0]
         return None if self._in_a_thread else self._buffer.peek()
@@ -232,7 +233,7 @@ class _Prefetcher:
         return self._channel.thread is not None
 
     def state(self) -> tuple[dict[str, Any], list[Any]]:
-        """Of the buffer, at rest, and of the batches that are ready."""
+        """State of the buffer, between two batches, and of the batches that are ready."""
         channel = self._channel
         with channel.change:
             channel.held = True

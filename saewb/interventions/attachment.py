@@ -38,23 +38,23 @@ def attach(
         SAE:         activation at hook  <-  sae(activation at hook)
         transcoder:  activation at hook_out  <-  sae(activation at hook)
         cross-layer transcoder, at each layer j:
-                     activation at hooks_out[j]  <-  what its layers 0 to j make of the activations at their hooks
+                     activation at hooks_out[j]  <-  output of its layers 0 to j for the activations at their hooks
 
     While attached, the inner points `<point>.hook_sae_input`, `.hook_sae_acts_pre`, `.hook_sae_acts_post`,
     `.hook_sae_recons`, `.hook_sae_error`, `.hook_sae_output` can be cached, hooked and edited like any other, under
     every name of the point that is written to. Hooks run in the order they were added: one added before sees the
-    model's own activation there, one added later (and `run_with_cache`) what the SAE made of it. A second attachment
+    model's own activation there, one added later (and `run_with_cache`) the SAE's output. A second attachment
     writing to the same point overrides the first until it is detached. `model.reset_hooks()` does not detach. A `with`
-    block holds the model's lock: whoever attaches to the model from another thread waits for its end.
+    block holds the model's lock: another thread that attaches to the model waits for its end.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         saes: one, or several that write to different points.
-        hook: where they read, instead of their own `cfg.hook`: one name, or one for each.
-        hook_out: where they write, instead of `cfg.hook_out`; for transcoders.
-        error_term: add what each SAE gets wrong, so that the model computes what it would without it. It is taken
-            from an undisturbed pass and detached: edits of latents, and their gradients, have their full effect (those
-            of a cross-layer transcoder at every layer that the latent writes to).
+        hook: read points, instead of `cfg.hook`: one name, or one per SAE.
+        hook_out: write points, instead of `cfg.hook_out`; for transcoders.
+        error_term: add the reconstruction error of each SAE, so that the model computes what it would without it. It
+            is computed without edits of hooks and detached: edits of latents, and their gradients, have their full
+            effect (those of a cross-layer transcoder at every layer that the latent writes to).
         skip_special_tokens: pass the model's own activation on at these tokens: True for the tokenizer's BOS, EOS, PAD
             and the like, or a list of token ids.
 
@@ -82,7 +82,7 @@ def attach(
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
-    """What is attached to this model now, oldest first.
+    """List the attachments of this model, oldest first.
 
     Args:
         model: any, with or without something attached.
@@ -99,7 +99,7 @@ def attachments(model: nn.Module) -> list[Attachment]:
 
 
 def detach_all(model: nn.Module) -> None:
-    """Take everything of saewb off this model, newest first: for attachments and steering whose variable is lost.
+    """Detach all attachments and steering from this model, newest first, also those whose variable is lost.
 
     Args:
         model: any; one with nothing attached stays as it is.
@@ -117,7 +117,7 @@ def detach_all(model: nn.Module) -> None:
 
 
 class Attachment(ActiveIntervention):
-    """SAEs on a model, until `detach` or the end of the `with` block. Made by `saewb.attach`."""
+    """SAEs on a model, until `detach` or the end of the `with` block: the result of `saewb.attach`."""
 
     _how_to_repeat = "with saewb.attach(model, sae) as attached:"
 
@@ -135,7 +135,7 @@ class Attachment(ActiveIntervention):
 
     @property
     def saes(self) -> list[nn.Module]:
-        """The attached SAEs, in the order given."""
+        """The attached SAEs, in the order they were passed."""
         return list(dict.fromkeys(_sae_of(splice) for splice in self._splices))
 
     @property
@@ -192,7 +192,7 @@ class Attachment(ActiveIntervention):
                 check_kv_cache(splice.sae, kv_cache_offset)
 
     def _on_fire(self) -> None:
-        """At the first sign of a new pass, forget the latents of the last one.
+        """At the first event of a new pass, clear the latents of the last one.
 
         A pass without `_before_forward` starts at a later layer: it continues the last one, if that stopped early.
         """
@@ -243,7 +243,7 @@ class LatentsView:
 
 
 def _sae_of(splice: Splice) -> nn.Module:
-    """What was given to `attach`, of which the splice may have one layer."""
+    """SAE that was passed to `attach`; the splice may have one layer of it."""
     return splice.sae.clt if isinstance(splice.sae, TranscoderLayer) else splice.sae
 
 

@@ -1,7 +1,7 @@
 """Base class of attachments and interventions: a context manager that adds hooks to a model and removes them.
 
-It holds the model's lock while hooks come and go, is told of each forward pass, and is listed per model, so that one
-whose variable is lost can still be detached.
+It holds the model's lock while hooks are added and removed, is called around each forward pass, and is listed per
+model, so that one whose variable is lost can still be detached.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from saewb.sae.cross_layer import Active, CrossLayerTranscoder, active
 
 
 def transcoder_layers(clt: CrossLayerTranscoder) -> list[TranscoderLayer]:
-    """Its layers as SAEs to be run first to last, which share their latents in a pass."""
+    """Layers of a transcoder as SAEs, to be run first to last, that share their latents in a pass."""
     latents = _PassLatents()
     return [TranscoderLayer(clt, layer, latents) for layer in range(clt.cfg.n_layers)]
 
@@ -46,7 +46,7 @@ class TranscoderLayerConfig:
 
 
 class TranscoderLayer:
-    """One layer of a CrossLayerTranscoder with the interface of an SAE. Made by `transcoder_layers`; not for users."""
+    """One layer of a CrossLayerTranscoder with the interface of an SAE, from `transcoder_layers`."""
 
     looks_back = False
 
@@ -70,7 +70,7 @@ class TranscoderLayer:
         return bool(self._latents.clean)
 
     def clear(self) -> None:
-        """Forget the latents of the last pass."""
+        """Clear the latents of the last pass."""
         self._latents.edited.clear()
         self._latents.clean.clear()
 
@@ -81,13 +81,13 @@ class TranscoderLayer:
         return acts
 
     def decode(self, acts: Tensor, x: Tensor, tap: Tap | None = None) -> Tensor:
-        """What this and all earlier layers write here."""
+        """Output of this and all earlier layers at this write point."""
         if acts is not self._latents.edited[self.layer].latents:
             self._latents.edited[self.layer] = active(acts)
         return self._decode(self._latents.edited, x, tap)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What this and all earlier layers would write here without edits of hooks."""
+        """Output of this and all earlier layers at this write point without edits of hooks."""
         self._latents.clean[self.layer] = active(self.clt.encode_layer(x, self.layer))
         return self._decode({**self._latents.edited, **self._latents.clean}, x)
 

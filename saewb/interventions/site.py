@@ -1,11 +1,11 @@
-"""Where an SAE reads and writes in a model: the only resolver of its hook names.
+"""Site: the read point and write point of an SAE in a model, resolved from its hook names.
 
-1. Names: what the caller passes as `hook` and `hook_out` wins over what the SAE's configuration says.
+1. Names: `hook` and `hook_out` of the caller take precedence over the SAE's configuration.
 2. Points: each name, canonical or alias, is resolved to a `HookPoint` of the model.
-3. Checks: both points exist and can fire, and what is written at the second one goes on through the model.
+3. Checks: both points exist and can fire, and an activation replaced at the write point goes on through the model.
 4. Shapes: an activation at the points, with or without a head axis, becomes `[batch, pos, d]` and back.
 
-Nothing is attached or run to learn this.
+Nothing is attached or run.
 """
 
 from __future__ import annotations

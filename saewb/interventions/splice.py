@@ -36,7 +36,7 @@ class _SpliceStack:
     splices: list[weakref.ref[Splice]] = field(default_factory=list)
     """Oldest first; only the last one replaces the activation."""
     spare_points: list[InnerPoints] = field(default_factory=list)
-    """Of removed splices, for reuse: making HookPoints costs more than attaching."""
+    """Points of removed splices, for reuse: creating HookPoints costs more than attaching."""
 
     @property
     def active(self) -> Splice | None:
@@ -54,7 +54,7 @@ def active_splice(point: HookPoint) -> Splice | None:
 
 
 class Splice:
-    """An SAE at its read and write point. Made by `saewb.attach`; not for users."""
+    """An SAE at its read and write point; `saewb.attach` creates it."""
 
     def __init__(self, model: nn.Module, site: Site, error_term: bool) -> None:
         """Prepare; `install` adds the hooks.
@@ -100,7 +100,7 @@ class Splice:
         model, splices = self._model(), self._stack.splices
         while self._hooks:
             self._hooks.pop().remove()
-        self.on_fire, self.special_mask = _no_op, None  # they lead back to the attachment: no cycle stays
+        self.on_fire, self.special_mask = _no_op, None  # they refer to the attachment: break the cycle
         was_active = self.is_active
         splices[:] = [ref for ref in splices if ref() not in (None, self)]
         if model is not None and was_active:
@@ -133,7 +133,7 @@ class Splice:
                 hook.restore()
 
     def clear(self) -> None:
-        """Forget the last forward pass."""
+        """Clear the state of the last forward pass."""
         self.fired = False
         self._acts = self._x = None
         if self._is_layer:

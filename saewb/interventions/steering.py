@@ -1,6 +1,6 @@
-"""Change a model by an SAE's latents, without splicing the SAE in: steer, clamp, scale, ablate.
+"""Steer a model by changing latents of an SAE, which need not be attached: add, clamp, scale, ablate.
 
-At the SAE's write point the activation moves by what the change of latents decodes to, and by nothing else:
+At the SAE's write point the activation moves by the decoded change of latents, and by nothing else:
 
     activation  <-  activation + decode(latents + change) - decode(latents)  =  activation + sum_i change_i W_dec[i]
 
@@ -46,29 +46,29 @@ def steer(
     hook: str | None = None,
     hook_out: str | None = None,
 ) -> Steering:
-    """Run the model with some latents changed, until `detach`: by their decoder rows, in the units of activations.
+    """Run the model with some latents changed, along their decoder directions, until `detach`.
 
         add:    latent i  <-  a_i + value          (v W_dec[i] is added, wherever the latent is on or off)
         clamp:  latent i  <-  value                (0 ablates it)
         scale:  latent i  <-  value * a_i          (acts where the latent is active)
 
     Works like `open`, as `saewb.attach` does: at once, and until the `with` block ends or `detach()` is called; in
-    `run_with_cache`, `run_with_hooks`, and in `generate`, with a cache of keys and values or without. `a_i` is what the
-    SAE makes of the activation it reads; where the same SAE is attached at that point (attached before), it is the
-    latent of the attachment, after hooks on it. Hooks run in the order they were added: two steerings at one point
-    follow one another, the second seeing what the first has made.
+    `run_with_cache`, `run_with_hooks`, and in `generate`, with a cache of keys and values or without. `a_i` is the
+    activation of the latent on the SAE's input; where the same SAE was attached at that point before, it is the latent
+    of the attachment, after hooks on it. Hooks run in the order they were added: of two steerings at one point the
+    second acts on the result of the first.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
-        sae: whose latents; or several SAEs with what to do with each, `{sae: {latent: value}}`.
-        latents: `{latent: value}`. The unit is that of the latent: with unit decoder rows, a length in the model's
-            units (the embedded SAE's strongest latents reach about 5 to 30).
-        how: what a value means, see above; one for all of them.
+        sae: SAE whose latents change; or several with the change of each, `{sae: {latent: value}}`.
+        latents: `{latent: value}`, in units of the activation: with unit decoder rows, a length in the model's units
+            (the bundled SAE's strongest latents reach about 5 to 30).
+        how: meaning of the values, see above; the same for all of them.
         positions: where: None everywhere; a position, a slice or a list of positions, counted from the start of the
             text, generated tokens included; or a mask, `[pos]` or `[batch, pos]`, of the one pass it is meant for.
         skip_special_tokens: leave these tokens alone: True for the tokenizer's BOS, EOS, PAD and the like, or ids.
-        hook: where the SAE reads, instead of `sae.cfg.hook`; for one SAE.
-        hook_out: where it writes, instead of `sae.cfg.hook_out`; for one SAE.
+        hook: read point, instead of `sae.cfg.hook`; for one SAE.
+        hook_out: write point, instead of `sae.cfg.hook_out`; for one SAE.
 
     Returns:
         A Steering: `.detach()`, and a context manager.
@@ -120,8 +120,8 @@ def ablate(
 
     Args:
         model: as for `steer`.
-        sae: whose latents; or several SAEs with the latents of each, `{sae: [latents]}`.
-        latents: their indices, one or several.
+        sae: SAE whose latents are ablated; or several with the latents of each, `{sae: [latents]}`.
+        latents: indices of latents, one or several.
         positions: as for `steer`.
         skip_special_tokens: as for `steer`.
         hook: as for `steer`.
@@ -155,7 +155,7 @@ def ablate(
 
 
 class Steering(ActiveIntervention):
-    """Changed latents on a model, until `detach` or the end of the `with` block. Made by `saewb.steer`."""
+    """Changed latents on a model, until `detach` or the end of the `with` block: the result of `saewb.steer`."""
 
     _how_to_repeat = "with saewb.steer(model, sae, {12: 8.0}):"
 
@@ -180,7 +180,7 @@ class Steering(ActiveIntervention):
         while self._hooks:
             self._hooks.pop().remove()
         for change in self._changes:
-            change.mask = None  # it leads back here: no cycle stays
+            change.mask = None  # it refers to this object: break the cycle
 
     def _before_forward(self, tokens: Tensor | None) -> None:
         self._tokens, self._kv_cache_offset = tokens, None
@@ -222,16 +222,16 @@ class LatentChange:
     """One per latent; `how` says what they mean."""
     how: How
     mask: Callable[[Tensor], Tensor | None] | None = None
-    """Of an activation: `[batch or 1, pos, 1]`, True where latents change; None everywhere."""
+    """Mask of an activation, `[batch or 1, pos, 1]`: True where latents change; None for everywhere."""
     first_layer: int = 0
     """Block at which the current pass starts."""
     fired: bool = False
     x: Tensor | None = None
-    """What a transcoder read in the current pass."""
+    """Activation that a transcoder read in the current pass."""
 
     @property
     def sae(self) -> nn.Module:
-        """Whose latents change."""
+        """SAE whose latents change."""
         return self.site.sae
 
     @property
@@ -299,7 +299,7 @@ class LatentChange:
 def decode_change(
     sae: nn.Module, change: Float[Tensor, "*batch n"], latents: list[int], x: Float[Tensor, "*batch d_in"] | None
 ) -> Float[Tensor, "*batch d_out"]:
-    """How far the output moves when these latents change: `decode(latents + change) - decode(latents)`.
+    """Shift of the output when these latents change: `decode(latents + change) - decode(latents)`.
 
     Args:
         sae: any of the SAE classes; all decode linearly.
@@ -330,7 +330,7 @@ class TokenPositions:
 
     @classmethod
     def of(cls, positions: object) -> TokenPositions:
-        """What a caller's `positions=` means.
+        """Resolve the `positions` argument of a caller.
 
         Raises:
             ValueError: for positions counted from the end.
@@ -362,7 +362,7 @@ class TokenPositions:
             `[batch or 1, pos]`, True at the positions, on the CPU; None for all of them.
 
         Raises:
-            ValueError: if a mask does not fit the pass; if positions are needed before they are known.
+            ValueError: if a mask does not fit the pass; if the KV-cache offset is needed and not known yet.
         """
         if self.positions is None:
             return None
@@ -386,7 +386,7 @@ class TokenPositions:
 
 
 def _check_values(sae: nn.Module, latents: object) -> tuple[list[int], list[float]]:
-    """Latents and their values, checked."""
+    """Check latents and their values, and return them as lists."""
     if not isinstance(latents, Mapping) or not latents:
         what = f"steer got latents={latents!r}."
         want = "{latent: value}, with at least one"
