@@ -16,6 +16,8 @@ from saewb.sae.base import SparseCoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["special_ids", "special_mask", "special_token_ids", "token_strings", "tokenizer_of"]
+
 
 def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[int]) -> list[str]:
     """Decode each token, so that the strings joined are the decoded text.
