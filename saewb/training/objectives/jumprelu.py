@@ -45,7 +45,7 @@ class JumpReLU(Objective):
 
     The step's gradient by theta is that of a ramp of width `bandwidth`. Where no z lies within half of it around theta
     there is none, and `StepMetrics.warnings` has a warning. `threshold="direct"` trains theta itself, projected to
-    theta >= 0; "log" trains log theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all.
+    theta >= 0; "log" trains log theta, of which Adam moves a small one by a fraction lr per step and L0 hardly at all.
 
     Adam moves a theta by about lr per step, so in a run of a few hundred steps L0 ends near where it starts. With a
     target (or `init_l0`), and no `init_threshold`, thresholds are fitted to the first N tokens, those of the estimates:
