@@ -51,8 +51,8 @@ class ModelSource:
         skipped: ids of tokens that are left out.
         device: of the activations; None leaves them where the model computed them.
         dtype: of the activations; None keeps the model's.
-        team: processes that share the passes: of as many batches of rows as there are processes, each computes one and
-            sends it to the others. All yield the chunks of a single process, and `state()` is that of a single process.
+        parallel: processes that share the passes: of as many batches of rows as there are processes, each computes one
+            and sends it to the others. All yield the chunks of a single process, and have its `state()`.
 
     Raises:
         ValueError: for a point that does not exist, is switched off, did not fire, or has no token axis.
@@ -68,9 +68,9 @@ class ModelSource:
         skipped: Sequence[int] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        team: ParallelContext = SINGLE_PROCESS,
+        parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
-        self.model, self._tokens, self._team = model, tokens, team
+        self.model, self._tokens, self._parallel = model, tokens, parallel
         self._round: deque[tuple[dict[str, Any], Activations | None]] = deque()  # (position before a chunk, the chunk)
         self._before_round: dict[str, Any] | None = None  # position, while a round is being computed
         self.points = {name: hook_points.split_head(name) for name in points}
@@ -92,7 +92,7 @@ class ModelSource:
 
     def __next__(self) -> Activations:
         for _ in range(1000):
-            chunk = self._next_chunk() if self._team.size == 1 else self._next_shared_chunk()
+            chunk = self._next_chunk() if self._parallel.size == 1 else self._next_shared_chunk()
             if chunk is not None:
                 return chunk
         what = (
@@ -123,7 +123,7 @@ class ModelSource:
         if self._rows is not None:  # from a state
             yield {"tokens": self._tokens.state(), "ids": self._rows}, self._rows
             self._rows = None
-        for _ in range(self._team.size):
+        for _ in range(self._parallel.size):
             position = {"tokens": self._tokens.state(), "ids": None}
             ids = next(self._tokens, None)
             if ids is None:
@@ -133,14 +133,16 @@ class ModelSource:
     def _compute_round(self, batches: list[Tensor]) -> list[Activations | None]:
         """The chunks of a round: one computed here, the others received. An incomplete round is computed here."""
         positions = [self._kept_tokens(ids) for ids in batches]
-        if len(batches) != self._team.size or not all(map(len, positions)):
+        if len(batches) != self._parallel.size or not all(map(len, positions)):
             return [self._compute(ids) for ids in batches]
-        local = self._compute(batches[self._team.rank])
+        local = self._compute(batches[self._parallel.rank])
         chunks: list[Activations | None] = []
         for rank, (ids, tokens) in enumerate(zip(batches, positions, strict=True)):
-            is_local = rank == self._team.rank
+            is_local = rank == self._parallel.rank
             values = {
-                name: self._team.broadcast(x.contiguous() if is_local else x.new_empty(len(tokens), x.shape[1]), rank)
+                name: self._parallel.broadcast(
+                    x.contiguous() if is_local else x.new_empty(len(tokens), x.shape[1]), rank
+                )
                 for name, x in local.values.items()
             }
             chunks.append(Activations(values, ids.flatten()[tokens].to(torch.int32)))

@@ -1,13 +1,13 @@
-"""The feature index: what every latent of an SAE does, on text and by its weights, kept on disk.
+"""The feature index: contexts, statistics, logit effects and neighbors of every latent of an SAE, on disk.
 
     index = saewb.build_index(model, sae, texts, folder="my.index")
     index.latent(748); index.table(); index.search("physicist"); index.save_html("features.html")
 
 - Building: `build` runs the model, `accumulate` collects contexts (`top_contexts`), counts and coactivation;
-  `logit_effects` and `neighbors` need the weights only.
+  `logit_effects` and `neighbors` need only the weights.
 - Reading: `index` is the public face of `latent` (one latent), `ranking` (the table), `search`, `html` (the page).
-- On disk: `storage` with `config` (sizes, what it is of) and `token_texts`.
-- Beside an index: `neuronpedia`, `enrichment` of `token_sets`, `correlation`.
+- On disk: `storage`, with `config` (sizes and source) and `token_texts`.
+- Further analyses: `neuronpedia`, `enrichment` of `token_sets`, `correlation`.
 """
 
 import lazy_loader

@@ -1,12 +1,12 @@
-"""Accumulate what an index knows from text, in one streamed pass over rows of tokens.
+"""Accumulate the contexts and statistics of an index, in one streamed pass over rows of tokens.
 
-1. Top contexts: the strongest token of each row of text is a candidate; texts with equal windows are kept once.
+1. Top contexts: the strongest token of each row of text is a candidate; equal windows count once.
 2. Sampled contexts: a uniform sample of activations, the smallest hashes of (seed, token's number, latent).
 3. Counts: histogram, sum, active tokens by position.
 4. Coactivation: the active latents of a uniform sample of tokens, again the smallest hashes.
 
-Whether a token is sampled depends on its number among all tokens and the seed, so the result is the same for any
-batches, in any order, in any number of parts that are merged.
+Whether a token is sampled depends only on its number among all tokens and the seed, so the result is the same for any
+batches in any order, and for any parts that are merged.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from saewb.features.top_contexts import EMPTY, Candidates, TopContexts
 from saewb.sae.sparse import SparseLatents
 
 N_BINS = 64
-_SMALLEST = -40  # exponent of a bin's width before a latent was active
-_INFINITE = 0x7F800000  # bits of float32 infinity: above those of every number
+_SMALLEST = -40  # exponent of a bin's width before the latent is active
+_INFINITE = 0x7F800000  # bits of float32 infinity, larger than those of any finite number
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class TokenRows:
     ids: Int[Tensor, "rows ctx"]
     """Token ids."""
     mask: Bool[Tensor, "rows ctx"]
-    """Tokens that count: not special."""
+    """True at tokens that are not special."""
     first_row: int = 0
     """Number of the first of these rows in the text."""
 
@@ -46,19 +46,19 @@ class TokenRows:
 
     @property
     def end(self) -> int:
-        """One more than the number of the last row."""
+        """Number of the last row, plus 1."""
         return self.first_row + len(self)
 
     def to(self, device: torch.device) -> TokenRows:
-        """The same on another device."""
+        """Move the rows to a device."""
         return TokenRows(self.ids.to(device), self.mask.to(device), self.first_row)
 
     def row(self, number: int) -> Int[Tensor, " ctx"]:
-        """The ids of a row by its number in the text."""
+        """Ids of a row, by its number in the text."""
         return self.ids[number - self.first_row]
 
     def window(self, token: Int[Tensor, " n"], before: int, after: int) -> tuple[Tensor, Tensor]:
-        """Indices of the tokens around each of these, counted through the rows, and which are in the same row."""
+        """Flat indices of the tokens around each of these, and a mask of those in the same row."""
         ctx = self.ids.shape[1]
         offsets = torch.arange(-before, after + 1, device=token.device)
         position = (token % ctx)[:, None] + offsets
@@ -93,9 +93,10 @@ class LatentAccumulator:
         self._latent_hash = _mix(torch.arange(config.d_sae, device=device) + 1)
 
     def update(self, rows: TokenRows, latents: SparseLatents) -> None:
-        """Add the active latents of some rows of text; none at tokens that do not count."""
+        """Add the active latents of some rows of text, which has none at special tokens."""
         self.counts.update(latents.latent, latents.act, latents.token % self.config.ctx_len, rows.mask)
-        hashes = self._hash_tokens(rows)
+        position = rows.first_row * self.config.ctx_len + torch.arange(rows.ids.numel(), device=rows.ids.device)
+        hashes = _mix(_mix(position) + self.config.seed)
         self._sample_tokens(rows, latents, hashes)
         if len(latents.token):
             self._offer(self.top, rows, latents, *_strongest(latents, *rows.ids.shape, self.top.limit))
@@ -106,13 +107,8 @@ class LatentAccumulator:
     def _offer(
         self, contexts: TopContexts, rows: TokenRows, latents: SparseLatents, which: Tensor, order: Tensor
     ) -> None:
-        for some, their_order in zip(which.split(CANDIDATES), order.split(CANDIDATES), strict=True):
-            contexts.add(self._candidates(rows, latents, some, their_order, distinct=contexts is self.top))
-
-    def _hash_tokens(self, rows: TokenRows) -> Int[Tensor, " tokens"]:
-        n = rows.ids.numel()
-        position = rows.first_row * self.config.ctx_len + torch.arange(n, device=rows.ids.device)
-        return _mix(_mix(position) + self.config.seed)
+        for part, part_order in zip(which.split(CANDIDATES), order.split(CANDIDATES), strict=True):
+            contexts.add(self._candidates(rows, latents, part, part_order, distinct=contexts is self.top))
 
     def _candidates(
         self, rows: TokenRows, latents: SparseLatents, which: Tensor, order: Tensor, *, distinct: bool
@@ -132,7 +128,7 @@ class LatentAccumulator:
         )
 
     def _sample_tokens(self, rows: TokenRows, latents: SparseLatents, hashes: Tensor) -> None:
-        """Note the latents active on tokens that may be among those with the smallest hashes."""
+        """Record the active latents of tokens that may be among those with the smallest hashes."""
         order, mask = _order(hashes), rows.mask.flatten()
         if len(self.token_hash) >= self.config.coactive_tokens > 0:
             mask = mask & (order <= self.token_hash[-1])
@@ -177,7 +173,7 @@ class LatentAccumulator:
             setattr(self, name, tensor.to(self.token_hash.device, copy=True))
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add the state of another one, over other rows of text."""
+        """Add the state of another accumulator, over other rows of text."""
         self.top.merge(_part(tensors, "top"))
         self.sample.merge(_part(tensors, "sample"))
         self.counts.merge(_part(tensors, "counts"))
@@ -191,12 +187,12 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _strongest(latents: SparseLatents, rows: int, ctx: int, limit: Int[Tensor, " d_sae"]) -> tuple[Tensor, Tensor]:
-    """The strongest activation of each latent in each row, the first of equals, if it may be kept; and its order."""
+    """Select each latent's strongest activation in each row, if within `limit`; and its order."""
     order = _INFINITE - latents.act.abs().view(torch.int32).long()
-    may = (order <= limit[latents.latent]).nonzero()[:, 0]
-    cell = (latents.token[may] // ctx) * len(limit) + latents.latent[may]
+    allowed = (order <= limit[latents.latent]).nonzero()[:, 0]
+    cell = (latents.token[allowed] // ctx) * len(limit) + latents.latent[allowed]
     best = torch.full((rows * len(limit),), EMPTY << 31, dtype=torch.int64, device=order.device)
-    best.scatter_reduce_(0, cell, order[may] << 31 | may, "amin")
+    best.scatter_reduce_(0, cell, order[allowed] << 31 | allowed, "amin")
     best = best[best != EMPTY << 31]
     return best & (2**31 - 1), best >> 31
 
@@ -208,7 +204,7 @@ def _hash_content(ids: Int[Tensor, "n window"]) -> Int[Tensor, " n"]:
 
 
 def _order(hashes: Tensor) -> Tensor:
-    """31 well mixed bits, below EMPTY."""
+    """Reduce hashes to 31 well mixed bits, below EMPTY."""
     return ((_mix(hashes) >> 32) & 0x7FFFFFFF).clamp_(max=EMPTY - 1)
 
 
@@ -220,11 +216,11 @@ def _mix(x: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
 
 
 class Histograms:
-    """A histogram of |activation| for each latent, in up to 64 bins whose width is a power of two.
+    """Histogram of |activation| for each latent, in up to 64 bins whose width is a power of two.
 
     Bin b of latent i counts `b * 2**e_i <= |value| < (b + 1) * 2**e_i`, e_i the least exponent for which the largest
-    value so far fits. When a larger one comes, pairs of bins are added up. As floor(floor(x) / 2) = floor(x / 2), the
-    result is that of all values at once. The narrowest bins are 2**-40 wide.
+    value so far fits. For a larger value, pairs of bins are summed. As floor(floor(x) / 2) = floor(x / 2), the result
+    equals that of all values at once. The narrowest bins are 2**-40 wide.
 
     Example:
         >>> one = Histograms(1); one.update(torch.tensor([0, 0, 0]), torch.tensor([1.0, 3.0, 63.0]))
@@ -240,7 +236,7 @@ class Histograms:
         self.counts = torch.zeros(d_sae, N_BINS, dtype=torch.int64, device=device)
 
     def update(self, latent: Int[Tensor, " n"], value: Float[Tensor, " n"]) -> None:
-        """Count activations."""
+        """Add activations."""
         size = value.abs().float()
         exponent = torch.frexp(size).exponent - 6  # size < 2**frexp, and 64 bins are 2**6
         largest = self.exponent.clone().scatter_reduce_(0, latent, exponent.to(torch.int32), "amax")
@@ -249,7 +245,7 @@ class Histograms:
         self.counts.view(-1).index_add_(0, latent * N_BINS + bins, torch.ones_like(bins))
 
     def merge(self, exponent: Tensor, counts: Tensor) -> None:
-        """Add the counts of another one."""
+        """Add the counts of other histograms."""
         other = Histograms(0)
         other.exponent, other.counts = exponent.clone(), counts.clone()
         largest = torch.maximum(self.exponent, exponent)
@@ -269,8 +265,8 @@ class Histograms:
 class CountAccumulator:
     """Histogram, sum, and number of active tokens by position of each latent.
 
-    Positions are counted in groups: 0, 1, 2-3, 4-7, 8-15, ... Exact for any batches but for the sums, in
-    float64, which depend on the batches by its rounding.
+    Positions are counted in groups: 0, 1, 2-3, 4-7, 8-15, ... The same for any batches, except that the float64 sums
+    depend on them by rounding.
     """
 
     def __init__(self, d_sae: int, ctx_len: int, device: torch.device | str = "cpu") -> None:
@@ -282,7 +278,7 @@ class CountAccumulator:
         self.n_by_position = torch.zeros(self.n_groups, dtype=torch.int64, device=device)
 
     def update(self, latent: Tensor, value: Tensor, position: Tensor, mask: Tensor) -> None:
-        """Count activations at their positions in the row; `mask [rows, ctx]`: the tokens that count."""
+        """Add activations at their positions in the row; `mask [rows, ctx]` is False at special tokens."""
         self.n_by_position.index_add_(0, self.group, mask.sum(0))
         if len(latent):
             self.histograms.update(latent, value)
@@ -307,7 +303,7 @@ class CountAccumulator:
         self.total, self.by_position, self.n_by_position = state["total"], state["by_position"], state["n_by_position"]
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add the counts of another one."""
+        """Add the counts of another state."""
         self.histograms.merge(tensors["exponent"], tensors["counts"])
         self.total = self.total + tensors["total"]
         self.by_position = self.by_position + tensors["by_position"]
@@ -315,5 +311,5 @@ class CountAccumulator:
 
 
 def position_group(position: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """0 for 0, 1 for 1, 2 for 2-3, 3 for 4-7, ..."""
+    """Group of each position: 0 for 0, 1 for 1, 2 for 2-3, 3 for 4-7, ..."""
     return torch.frexp(position.double()).exponent.long()

@@ -1,8 +1,8 @@
-"""Build an index: one streamed pass of the model over text, for one SAE or several.
+"""Build a feature index: one streamed pass of the model over text, for one SAE or several.
 
-1. Tokenize and resolve where each SAE reads and writes.
-2. Run the model batch by batch to the hook points, encode, accumulate; save from time to time.
-3. Add what the weights alone tell: logit effects, nearest latents; and the texts of the tokens.
+1. Tokenize, and resolve the site of each SAE.
+2. Run the model batch by batch to the hook points, encode, accumulate; save at intervals.
+3. Add logit effects and nearest latents, from the weights alone, and the texts of the tokens.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def build_index(
     neuronpedia: str | None = None,
     extend: FeatureIndex | None = None,
 ) -> FeatureIndex | list[FeatureIndex]:
-    """Index what every latent of an SAE does, in one pass over text: contexts, histograms, density, logit effects.
+    """Build an index of every latent of an SAE in one pass over text: contexts, histograms, density, logit effects.
 
     The model runs to the hook only, once for all SAEs. Memory does not grow with the text. The pass takes
     `index.info.config.nbytes` of each SAE: `d_sae * (n_top + n_quantiles * per_quantile) * (8 * window + 32)` bytes of
-    contexts, about 750 per latent and at most 528 per coactive token beside them, and about 130 MiB to merge them (380
+    contexts, also about 750 per latent and at most 528 per coactive token, and about 130 MiB to merge them (380
     where 128 latents or more may be active on a token). A batch adds its active latents, about 150 bytes each, and at
     most 32 MiB of latents (or one row's); where a product in bf16 chooses which latents are computed
     (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `ApproximateTopK.max_bytes(d_in, d_sae)`
@@ -79,47 +79,47 @@ def build_index(
     more, and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any
     `batch_size` and any number of interruptions, up to rounding of the model's activations.
 
-    A latent's top contexts are about its strongest token in each row of text; texts with equal windows are kept once.
-    Its sampled contexts are chosen uniformly among its active tokens, sorted by activation and cut into groups of equal
-    size: the first group stands for its weakest fifth, and so on.
+    Each top context of a latent is around its strongest token in a row of text; equal windows count once. Its sampled
+    contexts are drawn uniformly from its active tokens, sorted by activation and split into groups of equal size: the
+    first group represents the weakest fifth of its activations, and so on.
 
-    Ctrl-C stops the pass and returns what there is (`index.is_complete` is False then).
+    Ctrl-C stops the pass and returns the index so far, with `index.is_complete` False.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         sae: an SAE or transcoder, or a list of them.
         tokens: ids, `[rows, ctx]`, without padding; or texts, to be packed into rows of `ctx_len`.
-        hook: hook point it reads, instead of `sae.cfg.hook`.
-        n_top: strongest contexts kept of each latent.
-        window: tokens of a context before and after the one it is about; one number for both.
+        hook: hook point the SAE reads, instead of `sae.cfg.hook`.
+        n_top: top contexts per latent.
+        window: tokens of a context before and after its peak token; one number for both.
         n_quantiles: groups of sampled contexts.
-        per_quantile: contexts in each.
-        n_logits: tokens at each end of the logit effects; 0 to leave them out.
-        n_nearest: latents nearest by decoder and by encoder; 0 to leave them out.
-        coactive_tokens: tokens whose active latents (the 128 strongest) tell which are active together: all, if there
-            are no more, else a uniform sample.
-        loss_effect_tokens: tokens to run with one latent ablated, for the loss its top contexts gain. They go to the
-            strongest context of each latent, first latent first, then to the second strongest ones.
+        per_quantile: contexts in each group.
+        n_logits: tokens at each end of the logit effects; 0 leaves them out.
+        n_nearest: latents nearest by decoder and by encoder; 0 leaves them out.
+        coactive_tokens: size of the uniform sample of tokens, of whose active latents (the 128 strongest) coactivation
+            is counted; all tokens, if there are no more.
+        loss_effect_tokens: tokens to run with one latent ablated, for the effect on the loss in top contexts: the
+            strongest context of each latent, first latent first, then the second strongest ones.
         batch_size: rows run at a time.
         ctx_len: tokens in a row, if `tokens` are texts.
         skip_special_tokens: True for the tokenizer's BOS, EOS, PAD and the like, False to treat all tokens alike, or a
-            list of ids. Activations there are neither counted nor shown.
-        folder: save there, at the end, when stopped, and every `save_every_s`; an unfinished index of the same model,
-            SAE and settings in it is continued. With several SAEs, each in a subfolder named by its number.
-        save_every_s: seconds.
-        first_row: the number of the first row of `tokens`, for a part of a text that will be merged with others.
+            list of ids. Activations at special tokens are neither counted nor shown.
+        folder: where to save the index: at the end, when stopped, and every `save_every_s`; an unfinished index of the
+            same model, SAE and settings in it is continued. With several SAEs, in subfolders named by number.
+        save_every_s: seconds between saves.
+        first_row: number of the first row of `tokens`, for a part of a text that will be merged with others.
         seed: of the samples.
-        progress: show a bar.
-        neuronpedia: "model/source" of the SAE's pages there; None looks in `sae.cfg.metadata`.
-        extend: an index of the same model and SAE. The result is of its text and `tokens`, as if built of both at once,
-            with its settings: of the others only `batch_size` and `progress` may be given. It stays as it is.
+        progress: whether to show a progress bar.
+        neuronpedia: "model/source" of the SAE's pages on Neuronpedia; None uses `sae.cfg.metadata`.
+        extend: an index of the same model and SAE, which is not modified. The result covers its text and `tokens`, as
+            if built from both at once, with its settings; only `batch_size` and `progress` may be passed as well.
 
     Returns:
         A FeatureIndex; a list of them for a list of SAEs.
 
     Raises:
-        ValueError: if all tokens are special, if a number is out of range, or for an SAE that does not fit, as
-            `saewb.attach`; if `folder` has an index of something else, or `extend` is of another SAE or row length.
+        ValueError: if all tokens are special, if a number is out of range, or for an SAE that does not fit the model,
+            as `saewb.attach`; if `folder` has another index, or `extend` is of another SAE or row length.
         TypeError: if `tokens` are not integers.
 
     Example:
@@ -151,16 +151,20 @@ def build_index(
 
 @dataclass
 class _Build:
-    """One SAE's part of a pass."""
+    """State of one SAE in a pass."""
 
     site: Site
+    """Where it reads and writes."""
     info: IndexInfo
+    """Settings, and rows read so far."""
     accumulator: LatentAccumulator
+    """Contexts and statistics so far."""
     folder: Path | None = None
+    """Where to save."""
 
     @classmethod
     def start(cls, site: Site, info: IndexInfo, folder: Path | None = None) -> _Build:
-        """From nothing, or from the unfinished index in the folder."""
+        """Start empty, or from the unfinished index in the folder."""
         build = cls(site, info, LatentAccumulator(info.config, site.sae.device), folder)
         if folder is not None and (folder / storage.FILE).exists():
             unfinished = load_index(folder)
@@ -171,12 +175,12 @@ class _Build:
         return build
 
     def next_row(self, text: TokenRows) -> int:
-        """The first row of the text that it has not read."""
+        """Number of the first row of the text not yet read."""
         return max(text.first_row, self.info.next_row)
 
 
 def _check_only_extends(arguments: dict[str, Any]) -> None:
-    """Raise for an argument that `extend` does not take."""
+    """Raise for an argument that is not allowed with `extend`."""
     parameters = inspect.signature(build_index).parameters.values()
     takes = {"extend", "batch_size", "progress"}
     settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in takes]
@@ -223,7 +227,7 @@ def _tokenize(
 def _index_info(
     model: nn.Module,
     site: Site,
-    sizes: tuple[int, ...],  # as IndexInfo has them, from ctx_len to coactive_tokens
+    sizes: tuple[int, ...],  # IndexInfo.ctx_len to IndexInfo.coactive_tokens
     seed: int,
     special: Sequence[int],
     neuronpedia: str | None,
@@ -246,7 +250,7 @@ def _folders(folder: str | Path | None, n: int, several: bool) -> list[Path | No
 def _run(
     model: nn.Module, builds: list[_Build], text: TokenRows, batch_size: int, progress: bool, save_every_s: float
 ) -> None:
-    """Run the model over the rows still to be read; Ctrl-C stops it between two batches."""
+    """Run the model over the rows not yet read; Ctrl-C stops it between two batches."""
     from tqdm.auto import tqdm  # comes with transformers
 
     for build in builds:
@@ -254,7 +258,7 @@ def _run(
     first, encoders = min(build.next_row(text) for build in builds), [SparseEncoder(b.site.sae) for b in builds]
     hooks, device, saved = [build.info.hook for build in builds], next(model.parameters()).device, time.monotonic()
     bar = tqdm(total=text.end - first, desc="index", unit="row", leave=False, disable=not progress)
-    # Accumulating runs on a thread of its own: an interrupt reaches the main thread only, so no batch is half counted.
+    # Accumulate on another thread: an interrupt reaches the main thread only, so no batch is half counted.
     with bar, ThreadPoolExecutor(1) as thread:
         pending: Future | None = None
         try:
@@ -263,7 +267,7 @@ def _run(
                 with torch.no_grad(), eval_mode(model):
                     activations = capture(model, rows.ids, hooks)
                 pending = thread.submit(_accumulate, builds, encoders, text, activations, rows)
-                pending.result()  # at once: two threads that compute would only get in each other's way
+                pending.result()  # no overlap with the model: the threads would compete for the CPU
                 bar.update(len(rows))
                 if time.monotonic() - saved > save_every_s:
                     pending = thread.submit(_checkpoint, builds, text)
@@ -271,18 +275,18 @@ def _run(
                     saved = time.monotonic()
         except KeyboardInterrupt:
             if pending is not None:
-                pending.result()  # what there is is kept; `is_complete` tells
+                pending.result()  # finish the batch; the index is incomplete
 
 
 def _check_beginning(build: _Build, text: TokenRows) -> None:
-    """Raise unless what the folder's index has read is the beginning of this text."""
+    """Raise unless the rows of the folder's index are the beginning of this text."""
     rows, fix = build.info.rows, "saewb.build_index(model, sae, tokens, extend=saewb.load_index(folder))"
     if not rows or build.folder is None:
         return
     if len(rows) > 1 or rows[0][0] != text.first_row:
         what = f"{build.folder} has rows {rows}, which is no beginning of this text ({text.first_row} on)."
         raise ValueError(explain(what, fix=fix))
-    # Every token that a context so far is about is the one in this text.
+    # Compare the peak tokens of all contexts with this text.
     top = build.accumulator.top
     used = top.position >= 0
     position = (top.position[used] - text.first_row * build.info.ctx_len).cpu()
@@ -340,7 +344,7 @@ def _to_index(model: nn.Module, build: _Build, weights: FeatureIndex, text: Toke
 
 @torch.no_grad()
 def _weight_tensors(model: nn.Module, build: _Build, n_logits: int, n_nearest: int) -> dict[str, Tensor]:
-    """What an index knows from the weights alone."""
+    """Tensors of an index that follow from the weights alone."""
     sae = build.site.sae
     tensors = {"decoder_norm": sae.W_dec.float().norm(dim=1)}
     directions = project_to_residual(model, sae.W_dec, build.site.hook_name_out, build.site.head) if n_logits else None

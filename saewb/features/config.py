@@ -1,4 +1,4 @@
-"""What an index is of, and the sizes of what it keeps; neither has tensors."""
+"""Settings of an index: its source, and the sizes of its contexts and samples."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from saewb.errors import FormatError, explain
 from saewb.features.top_contexts import BLOCK, PENDING
 
 VERSION = 1
-MAX_ACTIVE = 128  # active latents noted of a sampled token
-N_COACTIVE = 10  # coactive latents kept of each
+MAX_ACTIVE = 128  # active latents recorded per sampled token
+N_COACTIVE = 10  # coactive latents per latent
 PAIRS = 2**18  # pairs of coactive latents sorted at a time (2 MiB in int64, up to 32 times over)
-PENDING_TOKENS = 2**13  # sampled tokens held before they are merged
+PENDING_TOKENS = 2**13  # sampled tokens collected before they are merged
 CANDIDATES = 2**13  # candidates whose windows are read at a time
 
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """Sizes of what one pass over text accumulates."""
+    """Sizes of the accumulators of a pass over text."""
 
     d_sae: int
     """Latents."""
     ctx_len: int
     """Tokens in a row of text."""
     n_top: int
-    """Strongest contexts kept of each latent."""
+    """Top contexts per latent."""
     n_sample: int
-    """Contexts sampled of each latent."""
+    """Sampled contexts per latent."""
     before: int
-    """Tokens of a context before the one it is about."""
+    """Tokens of a context before its peak token."""
     after: int
-    """Tokens of a context after it."""
+    """Tokens of a context after its peak token."""
     coactive_tokens: int
-    """Tokens sampled, whose active latents are noted."""
+    """Sampled tokens, whose active latents are recorded."""
     active: int
-    """Active latents noted of a sampled token, the strongest ones."""
+    """Active latents recorded per sampled token, the strongest ones."""
     l0_most: int
     """Latents that can be active on one token."""
     seed: int
@@ -49,14 +49,14 @@ class IndexConfig:
 
     @property
     def drops_active(self) -> bool:
-        """Whether more latents may be active on a token than are noted."""
+        """Whether more latents may be active on a token than are recorded."""
         return self.active < min(self.d_sae, self.l0_most)
 
     @property
     def nbytes(self) -> int:
-        """Peak memory of a pass in bytes, besides the model's forward and one batch's latents.
+        """Peak memory of a pass in bytes, without the model's forward pass and the latents of a batch.
 
-        What is kept, plus the larger of two: candidates that wait and are merged, or the count of coactive latents.
+        The state, plus the larger of two: pending candidates and their merge, or the count of coactive latents.
         """
         longest = 8 * self.window
         contexts = self.d_sae * (self.n_top + self.n_sample) * (longest + 32)
@@ -71,44 +71,44 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class IndexInfo:
-    """What an index is of and how it was built."""
+    """Source of an index, and the settings it was built with."""
 
     d_sae: int
     """Latents."""
     ctx_len: int
     """Tokens in a row of text."""
     n_top: int
-    """Strongest contexts kept of each latent."""
+    """Top contexts per latent."""
     n_quantiles: int
     """Groups of sampled contexts."""
     per_quantile: int
     """Contexts in each group."""
     before: int
-    """Tokens of a context before the one it is about."""
+    """Tokens of a context before its peak token."""
     after: int
-    """Tokens of a context after it."""
+    """Tokens of a context after its peak token."""
     coactive_tokens: int
-    """Tokens sampled to learn which latents are active together, at most."""
+    """Maximum of sampled tokens, on which coactivation is counted."""
     l0_most: int
     """Latents that can be active on one token: k of a top-k SAE, else all."""
     seed: int
     """Seed of the samples."""
     special: tuple[int, ...]
-    """Token ids that were left out."""
+    """Ids of special tokens, which are left out."""
     rows: tuple[tuple[int, int], ...]
     """Rows of text read so far, as [first, last + 1)."""
     n_tokens: int
-    """Tokens read, special ones left out."""
+    """Tokens read, without special ones."""
     sae: str
-    """The SAE in one line."""
+    """One-line description of the SAE."""
     model: str
     """Name of the language model."""
     hook: str
     """Hook point the SAE reads."""
     hook_out: str
-    """Hook point it writes."""
+    """Hook point the SAE writes."""
     n_planned: int | None = None
-    """Rows to read in all; None once they are read."""
+    """Rows to read in all; None once all are read."""
     neuronpedia: str | None = None
     """"model/source" of its pages on Neuronpedia, e.g. "gpt2-small/6-res-jb"."""
 
@@ -126,15 +126,15 @@ class IndexInfo:
 
     @property
     def next_row(self) -> int:
-        """The number for the first row of further text."""
+        """Number of the first row of further text."""
         return max((b for _, b in self.rows), default=0)
 
     def check_mergeable(self, other: IndexInfo, what: str) -> None:
-        """Raise unless both are of the same SAE and settings and no row of text is in both."""
-        mine, theirs = asdict(self), asdict(other)
-        free = {"rows", "n_tokens", "n_planned", "neuronpedia"}
-        if differ := [name for name in mine if name not in free and mine[name] != theirs[name]]:
-            got = ", ".join(f"{name} {mine[name]!r} and {theirs[name]!r}" for name in differ)
+        """Raise unless both have the same SAE and settings, and no row of text in common."""
+        values, others = asdict(self), asdict(other)
+        for name in ("rows", "n_tokens", "n_planned", "neuronpedia"):
+            del values[name]
+        if got := ", ".join(f"{name} {v!r} and {others[name]!r}" for name, v in values.items() if v != others[name]):
             raise ValueError(explain(f"{what}: two indexes differ in {got}.", want="the same model, SAE and settings"))
         for a, b in self.rows:
             if any(a < d and c < b for c, d in other.rows):
@@ -142,19 +142,19 @@ class IndexInfo:
                 raise ValueError(explain(f"{what}: both have row {max(a, other.rows[0][0])} of the text.", fix=fix))
 
     def with_rows(self, rows: Sequence[tuple[int, int]], n_tokens: int, **changes: Any) -> IndexInfo:
-        """The same with further rows and tokens; adjoining ranges of rows are joined."""
+        """Add rows and tokens; adjacent ranges of rows are joined."""
         ranges: list[tuple[int, int]] = []
         for a, b in sorted((*self.rows, *rows)):
             ranges[-1:] = [(ranges[-1][0], b)] if ranges and ranges[-1][1] == a else [*ranges[-1:], (a, b)]
         return replace(self, rows=tuple(ranges), n_tokens=self.n_tokens + n_tokens, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with the version of the format."""
+        """Plain JSON values, with the version of the format."""
         return {"version": VERSION, **asdict(self)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> IndexInfo:
-        """What `to_json` gave.
+        """The inverse of `to_json`.
 
         Raises:
             FormatError: for another version, or unknown or missing names.

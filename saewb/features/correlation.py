@@ -1,4 +1,4 @@
-"""Correlation of every two latents of an SAE on text, computed block by block when looked at."""
+"""Correlation matrix of all latents of an SAE on text, computed block by block on access."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def latent_matrix(
     skip_special_tokens: bool | Sequence[int] = True,
     progress: Callable[[int], Any] | None = None,
 ) -> MatrixView:
-    """Correlation of every two latents over tokens, without a table of pairs: active latents are kept, 40 bytes each.
+    """Correlation matrix of all latents over tokens, from their activations, which take 40 bytes each.
 
-        correlation: Pearson, of activations, zeros included;    phi: the same of whether they are active
+        correlation: Pearson, of activations, zeros included;    phi: the same of active or not, as 1 and 0
 
-    65,536 latents of which 64 are active on each of 65,536 tokens take 170 MB; a block of the matrix is computed from
-    that when it is looked at. Counts of all pairs over many more tokens, up to 28,000 latents: `saewb.coactivation`.
+    65,536 latents of which 64 are active on each of 65,536 tokens take 170 MB; blocks of the matrix are computed on
+    access. Counts of all pairs over many more tokens, up to 28,000 latents: `saewb.coactivation`.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         sae: of any architecture.
         tokens: ids, `[rows, ctx]`, or texts, to be packed into rows of `ctx_len`.
         by: "correlation" or "phi".
-        hook: hook point it reads, instead of `sae.cfg.hook`.
-        n_tokens: tokens read at most, the first ones.
-        min_fires: latents active on fewer tokens have no entries: two that are active once, together, would
-            correlate perfectly.
+        hook: hook point the SAE reads, instead of `sae.cfg.hook`.
+        n_tokens: maximum of tokens to read, from the first one on.
+        min_fires: latents active on fewer tokens have no entries: two that are active on a single token would correlate
+            perfectly.
         ctx_len: tokens in a row, if `tokens` are texts.
         skip_special_tokens: True leaves out the tokenizer's BOS, EOS, PAD and the like; or a list of ids.
-        progress: called with the number of tokens read, now and then; what it raises ends the pass.
+        progress: called with the number of tokens read; an exception in it ends the pass.
 
     Returns:
         A MatrixView over all latents of the SAE.
@@ -94,7 +94,7 @@ def latent_matrix(
 
 @torch.no_grad()
 def _read(model: nn.Module, sae: nn.Module, ids: Tensor, mask: Tensor, hook_name: str) -> Tensor:
-    """Input of the SAE at the tokens that count, `[tokens, d_in]`."""
+    """Input of the SAE at tokens that are not special, `[tokens, d_in]`."""
     device = next(model.parameters()).device
     activation = capture(model, ids.to(device), [hook_name])[hook_name]
     return flatten_heads(sae, activation, sae.cfg.d_in, hook_name)[mask.to(device)]

@@ -1,11 +1,11 @@
-"""Token-set enrichment analysis (TSEA): which kinds of tokens a latent promotes.
+"""Token-set enrichment analysis (TSEA): which sets of tokens a latent promotes.
 
 1. Sort the vocabulary by the latent's logit effects, the most promoted token first.
-2. Walk down it with a running sum: up by 1 / hits at a token of the set, down by 1 / misses at any other.
+2. Compute a running sum along it: plus 1 / hits at a token of the set, minus 1 / misses at any other.
 3. The score is the sum farthest from 0: near 1 if the set is at the top, near -1 if at the bottom.
 4. Random sets of the same size give the null distribution.
 
-The sum turns at tokens of the set only, so its extremes follow from the ranks of those; no sum is run.
+The sum has its extremes at tokens of the set, so they follow from the ranks of those, without the sum itself.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ def enrich(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score how far up or down the vocabulary each token set is, sorted by each latent's logit effects.
+    """Score how high or low each token set ranks in the vocabulary, sorted by each latent's logit effects.
 
         score = the extreme of  #{hits so far} / hits - #{misses so far} / misses      (with its sign, -1..1)
         p     = (1 + #{random sets of that size with |score| at least as large}) / (1 + n_permutations)
-        q     = least fraction of false discoveries among all tests if this one is called one (Benjamini-Hochberg)
+        q     = smallest false discovery rate, among all tests, at which this one is significant (Benjamini-Hochberg)
 
-    1 is the whole set before all else, 0 is where chance leads for large sets. Tokens of equal effect are taken in the
-    order of their ids. A random set's score depends on its size only, so sets of one size share their permutations,
+    1 is the whole set at the top, 0 the expectation of a random large set. Tokens of equal effect are in the order of
+    their ids. A random set's score depends on its size only, so sets of one size share their permutations,
     and so do latents; p is never 0, and never below 1 / (1 + n_permutations).
 
     Args:
-        effects: what each latent adds to the logits: `sae.W_dec @ model.W_U`; any scale, only the order matters.
-        sets: token ids by name, as `token_sets` gives them; each must have some tokens of the vocabulary, and not all.
+        effects: logit effects of each latent, `sae.W_dec @ model.W_U`, at any scale: only their order matters.
+        sets: token ids by name, as from `token_sets`; each with some tokens of the vocabulary, but not all.
         latents: indices of the rows of `effects`; None is 0, 1, ...
         n_permutations: random sets for each size.
         seed: of the random sets.
 
     Returns:
-        A row per latent and set, by p and then by |score|: latent, set, size, score, p, q.
+        A row per latent and set, sorted by p and then by |score|: latent, set, size, score, p, q.
 
     Raises:
-        TypeError: for effects that are no matrix.
-        ValueError: for an empty or whole set, ids that are not there, effects that are not numbers, no permutations.
+        TypeError: for effects that are not a matrix.
+        ValueError: for a set of no or all tokens, ids outside the vocabulary, nan in effects, or no permutations.
 
     References:
         Subramanian et al. 2005, "Gene set enrichment analysis", with weight 0 (a Kolmogorov-Smirnov statistic).
@@ -102,11 +102,11 @@ def enrich(
 def enrichment_scores(
     effects: Float[Tensor, "latents d_vocab"], sets: Sequence[Int[Tensor, " _"]]
 ) -> Float[Tensor, "latents sets"]:
-    """Only the scores of `enrich`: the extreme of the running sum, with its sign, -1..1; in float64.
+    """Scores of `enrich` alone: the extreme of the running sum, with its sign, -1..1; in float64.
 
     Args:
-        effects: of each latent on each token.
-        sets: ids, each once, at least one and not all.
+        effects: logit effect of each latent on each token.
+        sets: distinct ids, at least one and not all.
 
     Example:
         >>> enrichment_scores(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), [torch.tensor([0, 2])]).tolist()
@@ -125,28 +125,28 @@ def _scores(order: Int[Tensor, "n d_vocab"], members: Sequence[Bool[Tensor, " d_
 
 
 def _extreme(ranks: Int[Tensor, "n hits"], d_vocab: int) -> Float[Tensor, " n"]:
-    """The running sum farthest from 0; it is highest at one of the hits, and lowest just before one."""
+    """The running sum farthest from 0; its maximum is at a hit, its minimum just before one."""
     hits = ranks.shape[1]
     so_far = torch.arange(hits, dtype=torch.float64, device=ranks.device)
-    below = (ranks - so_far) / (d_vocab - hits)  # misses passed when a hit comes
+    below = (ranks - so_far) / (d_vocab - hits)  # fraction of misses before each hit
     top, bottom = ((so_far + 1) / hits - below).amax(1), (so_far / hits - below).amin(1)
     return torch.where(top >= -bottom, top, bottom)
 
 
 def _null_scores(sizes: Sequence[int], d_vocab: int, n: int, seed: int) -> Float[Tensor, "sizes n"]:
-    """Sorted |score| of `n` random sets of each size: the first so many of a random order of the vocabulary."""
+    """Sorted |score| of `n` random sets of each size: the first tokens of a random order of the vocabulary."""
     rng = torch.Generator().manual_seed(seed)
     members = [torch.arange(d_vocab) < size for size in sizes]
     scores, step = [], max(1, _TILE // d_vocab)
     for start in range(0, n, step):
-        # float64, in which no two numbers are ever equal
+        # float64, so that there are no ties
         numbers = torch.rand(min(step, n - start), d_vocab, generator=rng, dtype=torch.float64)
         scores.append(_scores(numbers.argsort(dim=1), members))
     return torch.cat(scores).abs().T.contiguous().sort(dim=1).values
 
 
 def _p_values(scores: Float[Tensor, " latents"], null: Float[Tensor, " n"]) -> Float[Tensor, " latents"]:
-    # A hair below, so that rounding does not tell equal scores apart.
+    # Slightly below, so that rounding does not separate equal scores.
     at_least = len(null) - torch.searchsorted(null, scores.abs() - 1e-12)
     return (1 + at_least).double() / (1 + len(null))
 

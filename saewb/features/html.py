@@ -1,9 +1,9 @@
-"""The HTML page of features, for anyone with a browser: one file, no network, no kernel.
+"""The HTML page of features: one file that needs neither network nor kernel.
 
 1. Each latent is its `to_dict()`; tokens and activations of all contexts go into two binary tables, base64: 500 latents
    of 40 contexts take under 5 MB.
-2. `page/page.html` is the template; `page.js` and `page.css` go into it, and `latent.js`, which panels use too.
-3. A content policy in it forbids the page to load anything. Text reaches it as JSON and `textContent` only.
+2. `page/page.html` is the template; it includes `page.js`, `page.css` and `latent.js`, which panels use too.
+3. Its content policy forbids the page to load anything. Text reaches it as JSON and `textContent` only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from saewb._files import write_text
 from saewb.errors import explain
 from saewb.features.latent import Latent, round_floats
 
-MAX_LATENTS = 500  # on a page if none are named
-_DIGITS = 4  # significant ones: what the eye can use
-_FULL = 32767  # int16 of an activation as large as a latent's largest one
+MAX_LATENTS = 500  # latents on a page by default
+_DIGITS = 4  # significant digits, enough for display
+_FULL = 32767  # int16 level of a latent's largest activation
 _PAGE = Path(__file__).parent / "page"
 
 
@@ -30,14 +30,14 @@ def write_page(latents: Iterable[Latent], path: Path, *, title: str, about: str,
     """Write the HTML page of these latents.
 
     Args:
-        latents: in the order to show them.
+        latents: in the order of the page.
         path: of the file.
         title: of the page.
         about: one line under the title.
         special: ids of tokens to show as a mark.
 
     Returns:
-        The full path.
+        The absolute path.
 
     Raises:
         ValueError: for no latents.
@@ -52,7 +52,7 @@ def write_page(latents: Iterable[Latent], path: Path, *, title: str, about: str,
 
 
 def render_page(latents: Iterable[Latent], *, title: str, about: str, special: Sequence[int] = ()) -> str:
-    """The page as a string; see `write_page`."""
+    """Render the page as a string; see `write_page`."""
     from jinja2 import Environment, FileSystemLoader
 
     contexts = _ContextTable()
@@ -60,14 +60,14 @@ def render_page(latents: Iterable[Latent], *, title: str, about: str, special: S
     if not pages:
         raise ValueError(explain("save_html got no latents.", want="at least one", fix="latents=[0]"))
     data = contexts.to_dict() | {"special": list(special), "latents": pages}
-    # No "<" in it, so that nothing in it can end the script element it is in.
+    # Without "<", so that no text can end the script element.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Environment(loader=FileSystemLoader(_PAGE), autoescape=True).get_template("page.html")
     return template.render(title=title, about=about, data=text)
 
 
 class _ContextTable:
-    """Tokens, each once, and those of all contexts with their activations one after another."""
+    """Table of distinct tokens, and the concatenated token indices and activations of all contexts."""
 
     def __init__(self) -> None:
         self.tokens: dict[tuple[str, int], int] = {}
@@ -103,4 +103,4 @@ def _base64(values: array) -> str:
 
 def _level(share: float) -> int:
     level = max(-_FULL, min(_FULL, round(share * _FULL)))
-    return level or (0 if share == 0 else 1 if share > 0 else -1)  # however weak, it is active
+    return level or (0 if share == 0 else 1 if share > 0 else -1)  # a weak activation is not rounded to 0

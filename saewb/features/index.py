@@ -1,4 +1,4 @@
-"""The feature index: what every latent does on text, as latents, tables, searches and pages."""
+"""The feature index: latents, tables, search, pages and merging."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureIndex:
-    """What every latent of an SAE does on text: built by `saewb.build_index`, opened by `saewb.load_index`.
+    """Index of every latent of an SAE on text, built by `saewb.build_index` and opened by `saewb.load_index`.
 
-    Needs neither model nor SAE to be read. After `load_index` the `tensors` are mapped from the disk: `latent` reads
-    its own rows only (under 5 ms at 65,536 latents).
+    Reading it needs neither model nor SAE. After `load_index` the `tensors` are memory-mapped: `latent` reads the rows
+    of that latent only (under 5 ms at 65,536 latents).
 
     Example:
         >>> import saewb
@@ -45,11 +45,11 @@ class FeatureIndex:
     """
 
     info: IndexInfo
-    """What it is of and how it was built."""
+    """Source of the index, and the settings it was built with."""
     tensors: Mapping[str, Tensor]
     """Contexts, counts, logit effects and neighbors by name; see the modules of saewb.features."""
     token_texts: TokenTexts
-    """Texts of the tokens it shows."""
+    """Texts of the tokens in contexts and logit effects."""
 
     def __len__(self) -> int:
         return self.info.d_sae
@@ -65,21 +65,21 @@ class FeatureIndex:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens read, special ones left out."""
+        """Tokens read, without special ones."""
         return self.info.n_tokens
 
     @property
     def is_complete(self) -> bool:
-        """False if the pass was stopped before its end; `build_index(..., folder=)` goes on from there."""
+        """Whether the pass is complete; if it was stopped, `build_index(..., folder=)` continues it."""
         return self.info.n_planned is None
 
     def latent(self, i: int) -> Latent:
-        """Everything about one latent.
+        """Read one latent with all its contexts, statistics, logit effects and neighbors.
 
-        Logit effects are the decoder direction through TransformerLens' folded, centered unembedding: each coordinate
+        Logit effects are the decoder direction times TransformerLens' folded, centered unembedding: each coordinate
         times the final norm's weight, minus the mean over d_model where the norm centers (LayerNorm), times W_U, minus
-        the mean over the vocabulary. Multiply with the activation and divide by the length of the final residual stream
-        (its RMS) for what it adds to the logits directly, past later layers.
+        the mean over the vocabulary. Times the activation, divided by the RMS of the final residual stream, they are
+        the direct contribution to the logits, without later layers.
 
         Raises:
             ValueError: if there is no such latent.
@@ -99,30 +99,30 @@ class FeatureIndex:
         return self.tensors["top.value"][:, 0].clone()
 
     def table(self) -> pd.DataFrame:
-        """All latents, one a row: density, n_active, max, mean, top_token, single_token_share, top_logit, ...
+        """Table of all latents: density, n_active, max, mean, top_token, single_token_share, top_logit, ...
 
-        `top_token` is the token most of its contexts are about, `single_token_share` the share of them (of the
-        strongest and the sampled); `contextual` is the score that `ranking` sorts by.
+        `top_token` is the most frequent peak token of its contexts (top and sampled), `single_token_share` the fraction
+        of them with that token; `contextual` is the score that `ranking` sorts by.
         """
         return latent_table(self.info, self.tensors, self.token_texts)
 
     def ranking(self, n: int | None = None) -> list[int]:
-        """Latents ordered by how likely a person can name them; those of a single token come last."""
+        """Latents sorted by how likely a person can name them; those of a single token come last."""
         scores = interpretability_score(self.info, self.tensors, self.token_texts)
         order = scores.argsort(descending=True, stable=True)
         return order[:n].tolist()
 
     def search(self, what: str | int | re.Pattern[str], n: int | None = None) -> pd.DataFrame:
-        """Latents with this text, token id or pattern in their contexts or among their logit effects.
+        """Find latents with this text, token id or pattern in their contexts or among their logit effects.
 
         Args:
-            what: a text, found regardless of case where a context has it; a token id; or a compiled pattern.
-            n: rows at most.
+            what: a text, matched regardless of case; a token id; or a compiled pattern.
+            n: maximum of rows.
 
         Returns:
-            One row per latent, best first: latent, contexts (how many of its contexts have it), firing (the share of
-            them in which the latent fires on it), activation (its largest on it), logit (its largest effect among the
-            tokens listed that match, else nan), example.
+            One row per latent, best first: latent, contexts (number of its contexts that match), firing (fraction of
+            those in which the latent fires on the match), activation (largest on a match), logit (largest effect among
+            its listed tokens that match, else nan), example.
 
         Raises:
             TypeError: for anything else.
@@ -131,15 +131,15 @@ class FeatureIndex:
         return search.search(self.info, self.tensors, self.token_texts, what, n)
 
     def find(self, model: nn.Module, sae: nn.Module, prompt: str | Sequence[int] | Tensor) -> pd.DataFrame:
-        """Active latents of a prompt: token, position, latent, activation, of_max (share of its largest)."""
+        """Table of active latents of a prompt: token, position, latent, activation, of_max (activation / maximum)."""
         return search.find(self.info, self.tensors, model, sae, prompt)
 
     def matrix(self, min_fires: int = 10) -> MatrixView:
-        """Correlation phi of which latents are active together, on the sampled tokens (`coactive_tokens`), as a view.
+        """Matrix view of the correlation phi of active latents, on the sampled tokens (`coactive_tokens`).
 
             phi = (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
 
-        Of a token on which more than 128 latents are active, the strongest count.
+        On a token with more than 128 active latents, only the strongest count.
 
         Args:
             min_fires: latents active on fewer of these tokens have no entries.
@@ -150,23 +150,23 @@ class FeatureIndex:
         return firing_matrix(self.info, self.tensors, min_fires)
 
     def save(self, path: str | Path) -> Path:
-        """Write the index to a folder, new or of an index: whole or not at all.
+        """Save the index atomically to a folder that is new or holds an index.
 
         Raises:
-            FileExistsError: if the folder holds other things.
+            FileExistsError: if the folder holds other files.
         """
         return storage.write_index(Path(path).expanduser(), self.info, dict(self.tensors), self.token_texts)
 
     def save_html(self, path: str | Path, latents: Sequence[int] | None = None, title: str | None = None) -> Path:
-        """Write one HTML file that shows latents to anyone with a browser: no network, no kernel.
+        """Write one HTML file of latents, which needs neither network nor kernel.
 
         Args:
             path: of the file.
-            latents: in the order to show them; None: the 500 first of `ranking()`.
-            title: of the page; None says what the index is of.
+            latents: in the order of the page; None means the first 500 of `ranking()`.
+            title: of the page; None means model and hook.
 
         Raises:
-            ValueError: for no latents, or one that is not there.
+            ValueError: for no latents, or one that does not exist.
             IsADirectoryError: if `path` is a folder.
         """
         info = self.info
@@ -180,9 +180,9 @@ class FeatureIndex:
         )
 
     def merge(self, other: FeatureIndex) -> FeatureIndex:
-        """Merge with an index of other rows of text: the very same as of all of it at once.
+        """Merge with an index of other rows of text; the result equals an index of all rows.
 
-        Needs `first_row` given when the second part was built, so that no two rows of text have the same number.
+        The second part must be built with `first_row`, so that no two rows of text have the same number.
 
         Raises:
             ValueError: if they are of different SAEs or settings, or rows of text are in both.
@@ -195,7 +195,7 @@ class FeatureIndex:
         return self.with_accumulated(info, accumulator, self.token_texts.merge(other.token_texts))
 
     def with_accumulated(self, info: IndexInfo, accumulator: LatentAccumulator, texts: TokenTexts) -> FeatureIndex:
-        """The same weights with newly accumulated statistics; what only one part knows (loss effects) is dropped."""
+        """Replace the accumulated statistics; loss effects, which only one part has, are dropped."""
         weights = {k: t for k, t in self.tensors.items() if k.split(".")[0] in ("logits", "nearest", "decoder_norm")}
         accumulated = {k: t.cpu() for k, t in accumulator.tensors().items()}
         together = coactive(accumulated["active.token_active"], info.d_sae, N_COACTIVE)
@@ -203,7 +203,7 @@ class FeatureIndex:
 
 
 def load_index(path: str | Path) -> FeatureIndex:
-    """Open an index that `index.save` wrote: in milliseconds, whatever its size, as latents are read when asked for.
+    """Open an index that `index.save` wrote, in milliseconds at any size: latents are read on access.
 
     Args:
         path: the folder.
@@ -212,8 +212,8 @@ def load_index(path: str | Path) -> FeatureIndex:
         A FeatureIndex.
 
     Raises:
-        FileNotFoundError: if there is no index in it.
-        FormatError: if it is damaged or of a newer saewb.
+        FileNotFoundError: if the folder has no index.
+        FormatError: if it is damaged or from a newer saewb.
 
     Example:
         >>> load_index("nowhere")

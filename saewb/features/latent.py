@@ -1,4 +1,4 @@
-"""A latent as an index knows it: contexts, histograms, logit effects, neighbors; and the same as plain JSON values."""
+"""One latent of an index: contexts, histograms, logit effects, neighbors; also as plain JSON values."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from saewb.features.top_contexts import EMPTY
 
 @dataclass(frozen=True)
 class Context:
-    """A piece of text and how active the latent is on each of its tokens."""
+    """A window of text around a peak token, with the activation of the latent at each token."""
 
     tokens: tuple[str, ...]
-    """Texts of the tokens; joined they are the piece."""
+    """Texts of the tokens."""
     ids: tuple[int, ...]
     """Token ids."""
     acts: tuple[float, ...]
     """Activation of the latent at each token, 0 at special ones."""
     at: int
-    """Which of the tokens the context is about."""
+    """Index of the peak token in `tokens`."""
     row: int
-    """Number of its row in the text."""
+    """Number of the row in the text."""
     position: int
-    """Position in the row of the token it is about."""
+    """Position of the peak token in the row."""
     loss_effects: tuple[float, ...] | None = None
-    """Loss at each token without the latent, minus loss with it, in nats; None where it was not computed."""
+    """Loss at each token with the latent ablated, minus loss with it, in nats; None if not computed."""
 
     @property
     def value(self) -> float:
-        """The activation at the token it is about."""
+        """Activation at the peak token."""
         return self.acts[self.at]
 
     @property
     def token(self) -> str:
-        """The text of the token it is about."""
+        """Text of the peak token."""
         return self.tokens[self.at]
 
     @property
     def text(self) -> str:
-        """The piece, as one string."""
+        """Text of the context, as one string."""
         return "".join(self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values; `loss` only where it was computed."""
+        """Plain JSON values; `loss` only if it was computed."""
         values = {
             "at": self.at,
             "row": self.row,
@@ -68,35 +68,35 @@ class Logit:
     """A token that a latent makes more or less likely."""
 
     token: str
-    """Its text."""
+    """Text of the token."""
     id: int
-    """Its token id."""
+    """Token id."""
     effect: float
-    """Logits per unit of activation, where the final norm divides by 1; see `FeatureIndex.latent`."""
+    """Logit effect per unit of activation at a final RMS of 1; see `FeatureIndex.latent`."""
 
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A latent with a direction near to this one's."""
+    """A latent with a similar direction."""
 
     latent: int
-    """Its index."""
+    """Index of the latent."""
     cosine: float
     """Cosine of the two directions, -1..1."""
 
 
 @dataclass(frozen=True)
 class Coactive:
-    """A latent that is active on the same tokens as this one."""
+    """A latent that is active on the same tokens."""
 
     latent: int
-    """Its index."""
+    """Index of the latent."""
     together: int
     """Sampled tokens on which both are active."""
     share: float
-    """Share of this one's sampled tokens on which that one is active too."""
+    """Fraction of this latent's sampled tokens on which the other is active too."""
     phi: float
-    """Correlation of whether they are active, -1..1."""
+    """Correlation phi of their activity, -1..1."""
 
 
 @dataclass(frozen=True)
@@ -104,73 +104,73 @@ class Histogram:
     """Counts of values in bins of equal width."""
 
     edges: tuple[float, ...]
-    """Edges of the bins, ascending; one more than counts."""
+    """Edges of the bins, ascending; one more than `counts`."""
     counts: tuple[int, ...]
-    """Values in [edges[i], edges[i + 1])."""
+    """Number of values in [edges[i], edges[i + 1])."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
+        """Plain JSON values."""
         return {"low": self.edges[0], "high": self.edges[-1], "counts": list(self.counts)}
 
 
 @dataclass(frozen=True)
 class PositionDensity:
-    """How often a latent is active by position in the row, in groups 0, 1, 2-3, 4-7, ..."""
+    """Density of a latent by position in the row, in groups 0, 1, 2-3, 4-7, ..."""
 
     starts: tuple[int, ...]
     """First position of each group."""
     density: tuple[float, ...]
-    """Fraction of the group's tokens on which it is active; 0 where the group has none."""
+    """Fraction of the tokens in each group on which it is active; 0 for a group without tokens."""
     n_tokens: tuple[int, ...]
-    """Tokens of each group."""
+    """Number of tokens in each group."""
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Everything an index knows about one latent."""
+    """One latent of an index, with all its contexts, statistics and neighbors."""
 
     index: int
-    """Which latent."""
+    """Index of the latent."""
     n_active: int
-    """Tokens on which it is active."""
+    """Number of tokens on which it is active."""
     density: float
-    """The same as a fraction of all tokens."""
+    """Fraction of tokens on which it is active."""
     max: float
-    """Its strongest activation, with its sign; 0 if it is never active."""
+    """Strongest activation, with its sign; 0 if it is never active."""
     mean: float
     """Mean of the activations that are not 0; 0 if it is never active."""
     histogram: Histogram = field(repr=False)
     """Histogram of |activation| where it is not 0."""
     positions: PositionDensity = field(repr=False)
-    """How often it is active by position in the row."""
+    """Density by position in the row."""
     top: tuple[Context, ...] = field(repr=False)
-    """Contexts in which it is strongest, strongest first."""
+    """Top contexts, strongest first."""
     quantiles: tuple[tuple[Context, ...], ...] = field(repr=False)
     """Sampled contexts in groups by activation, weakest group first."""
     logits_top: tuple[Logit, ...] = field(repr=False)
-    """Tokens raised most; empty where it has no effect on logits."""
+    """Tokens with the largest logit effects; empty if there are none."""
     logits_bottom: tuple[Logit, ...] = field(repr=False)
-    """Tokens lowered most."""
+    """Tokens with the smallest logit effects."""
     logit_histogram: Histogram | None = field(repr=False)
-    """Histogram of its effects on all tokens of the vocabulary."""
+    """Histogram of the logit effects on all tokens of the vocabulary."""
     nearest_by_decoder: tuple[Neighbor, ...] = field(repr=False)
-    """Latents of largest |cosine| of decoder directions."""
+    """Latents of largest |cosine| of the decoder directions."""
     nearest_by_encoder: tuple[Neighbor, ...] = field(repr=False)
-    """Latents of largest |cosine| of encoder directions."""
+    """Latents of largest |cosine| of the encoder directions."""
     coactive: tuple[Coactive, ...] = field(repr=False)
     """Latents active on the same tokens, largest phi first."""
     decoder_norm: float
-    """Norm of its decoder direction; nan if unknown."""
+    """Norm of the decoder direction; nan if unknown."""
 
     def to_dict(self, digits: int | None = None) -> dict[str, Any]:
-        """The same as plain JSON values: what the HTML page, the panels and Neuronpedia's JSON are made of.
+        """Plain JSON values, the source of the HTML page, the panels and Neuronpedia's JSON.
 
         Groups and their contexts come strongest first; `scale` is the largest |activation| in any context; `raised` and
         `lowered` are `[token, id, effect]`, `by_decoder` and `by_encoder` `[latent, cosine]`, `coactive` `[latent,
         share, phi, together]`.
 
         Args:
-            digits: significant digits of all floats; None leaves them as they are.
+            digits: significant digits of all floats; None does not round.
         """
         contexts = [*self.top, *(c for group in self.quantiles for c in group)]
         values = {
@@ -196,7 +196,7 @@ class Latent:
 
 
 def round_floats(value: Any, digits: int) -> Any:
-    """Round every float in plain JSON values to so many significant digits."""
+    """Round every float in plain JSON values to this number of significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
@@ -205,7 +205,7 @@ def round_floats(value: Any, digits: int) -> Any:
 
 
 def read_latent(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, i: int) -> Latent:
-    """Latent `i` of an index; reads its rows of the tensors only."""
+    """Read latent `i` of an index, from its rows of the tensors only."""
     n_active = int(tensors["counts.by_position"][i].sum())
     top = _contexts(info, tensors, texts, "top", i)
     return Latent(
@@ -229,7 +229,7 @@ def read_latent(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenText
 
 
 def quantile_groups(sample: tuple[Context, ...], n: int) -> tuple[tuple[Context, ...], ...]:
-    """Split sampled contexts into `n` groups of equal size (to one) by |activation|, weakest first."""
+    """Split sampled contexts by |activation| into `n` groups of equal size (up to one), weakest first."""
     ordered = sorted(sample, key=lambda c: (abs(c.value), c.row, c.position))
     cuts = [round(j * len(ordered) / n) for j in range(n + 1)]
     return tuple(tuple(ordered[a:b]) for a, b in pairwise(cuts))

@@ -1,4 +1,4 @@
-"""Effects of latents on predictions: logit effects of their directions, loss effects of ablating them."""
+"""Effects of latents on predictions: logit effects of decoder directions, loss effects of ablations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saewb.interventions.attachment import attach
 from saewb.models import hook_points
 
 N_LOGIT_BINS = 40
-TILE = 2**24  # effects [latents, d_vocab] held at a time, at most (64 MiB in float32)
+TILE = 2**24  # maximum of effects [latents, d_vocab] computed at a time (64 MiB in float32)
 _IN_CACHE = 2**19  # effects binned at a time
 _ENDS = ("top", "bottom")
 _ABLATED_ROWS = 8  # rows run at a time, one latent ablated in each
@@ -24,10 +24,10 @@ _ABLATED_ROWS = 8  # rows run at a time, one latent ablated in each
 def project_to_residual(
     model: nn.Module, directions: Float[Tensor, "n d_out"], hook_name: str, head: int | None = None
 ) -> Float[Tensor, "n d_model"] | None:
-    """Project directions at a hook point to what they add to the residual stream; None where it adds nothing.
+    """Project directions at a hook point to the residual stream; None if the point does not write to it.
 
-    As they are where the point is as wide as the model; through `W_O` at `hook_z` (of one head, if `head` is given),
-    through `W_out` at `mlp.hook_post`. A norm between there and the residual stream (Gemma) is left out.
+    Unchanged at points as wide as the model; times `W_O` at `hook_z` (of one head, if `head` is set), times `W_out` at
+    `mlp.hook_post`. A norm between the point and the residual stream (Gemma) is ignored.
     """
     point, directions = hook_points.resolve(model, hook_name), directions.detach()
     endings = {name.rpartition(".")[2] for name in point.names}
@@ -43,13 +43,13 @@ def project_to_residual(
 def logit_effects(
     directions: Float[Tensor, "d_sae d_model"], w: Float[Tensor, "d_model d_vocab"], n: int
 ) -> dict[str, Tensor]:
-    """Find the `n` tokens that each direction raises and lowers most, and the histogram of its effect on all tokens.
+    """Compute the `n` largest and smallest logit effects of each direction, and their histogram.
 
     effects = directions @ w        [d_sae, d_vocab], a tile at a time
     """
     n, step, device = min(n, w.shape[1]), max(1, TILE // w.shape[1]), w.device
-    # Allocated before the loop: a new buffer for each product, with results kept in between, goes back to the system
-    # only at the end, and all products of a wide SAE are tens of gigabytes.
+    # One buffer for all products: separate ones, with results allocated in between, would be freed only at the end, and
+    # all products of a wide SAE are tens of gigabytes.
     buffer = w.new_empty(min(step, len(directions)), w.shape[1])
     result = {f"{end}_ids": torch.empty(len(directions), n, dtype=torch.int32, device=device) for end in _ENDS}
     result |= {end: w.new_empty(len(directions), n) for end in _ENDS}
@@ -68,7 +68,7 @@ def logit_effects(
 
 
 class _Histogram:
-    """Counts in bins of equal width from the smallest to the largest of each row; few rows at a time, in the cache."""
+    """Histogram of each row, in equal bins from its minimum to its maximum; few rows at a time, for the cache."""
 
     def __init__(self, like: Float[Tensor, "any d_vocab"]) -> None:
         self.rows = max(1, _IN_CACHE // like.shape[1])
@@ -86,10 +86,10 @@ class _Histogram:
 
 
 def weights_bytes(d_sae: int, d_model: int, d_vocab: int, n_logits: int = 10, n_nearest: int = 8) -> int:
-    """Peak memory, in bytes, of logit effects and nearest latents, with their results.
+    """Peak memory in bytes of logit effects and nearest latents, with their results.
 
-    The larger of logit effects (the folded unembedding, and a tile of effects) and of neighbors (one matrix of the
-    SAE in float32 and bf16, and a tile of cosines).
+    The larger of logit effects (folded unembedding, tile of effects) and neighbors (one matrix of the SAE in float32
+    and bf16, tile of cosines).
     """
     results = d_sae * (2 * 8 * n_logits + 4 * N_LOGIT_BINS + 8 + 2 * 8 * n_nearest + 4)
     logits = 4 * (d_model * d_vocab + max(TILE, d_vocab)) + 20 * max(_IN_CACHE, d_vocab)
@@ -105,18 +105,18 @@ def loss_effects(
     row_of: Callable[[int], Tensor],
     n_tokens: int,
 ) -> Float[Tensor, "d_sae slots window"]:
-    """Loss at each token of top contexts with the latent ablated, minus the loss with it, in nats; nan if not run.
+    """Compute the loss at each token of top contexts with the latent ablated, minus that with it, in nats.
 
-    The SAE is attached with its error term, so that with all latents on the model is unchanged. The loss at a token is
-    that of predicting it from those before it.
+    The SAE is attached with its error term, so that without an ablation the model is unchanged. The loss at a token is
+    that of predicting it from the tokens before it. Contexts that are not run have nan.
 
     Args:
-        model: runs whole rows of text, one latent ablated in each.
-        sae: whose latents.
+        model: runs whole rows of text, with one latent ablated in each.
+        sae: SAE of the latents.
         info: of the index.
         tensors: of the index.
-        row_of: ids of a row of text by its number.
-        n_tokens: tokens to run at most with a latent ablated; as many again are run without.
+        row_of: function from the number of a row of text to its ids.
+        n_tokens: maximum of tokens to run with an ablation; as many are run without one.
     """
     order, position = tensors["top.order"], tensors["top.position"]
     slot, latent = (order != EMPTY).T.nonzero(as_tuple=True)  # strongest of each latent first
@@ -138,7 +138,7 @@ def loss_effects(
 def _ablate(
     model: nn.Module, sae: nn.Module, info: IndexInfo, ids: Tensor, latent: Tensor
 ) -> Float[Tensor, "rows ctx"]:
-    """What the loss at each token gains when one latent of each row is set to 0."""
+    """Increase of the loss at each token when one latent of each row is set to 0."""
     rows = torch.arange(len(ids))
 
     def ablate(acts: Tensor, hook: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""Other latents like a latent: nearest by cosine, active on the same tokens."""
+"""Neighbors of latents: nearest by cosine of directions, and coactive on the same tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from saewb.stats._entries import Sparse
 from saewb.stats.correlation_map import MatrixView
 
 _ROWS = 2**13  # latents whose cosines are computed at a time
-_CALIBRATION = 2**12  # rows that say what rows are like
+_CALIBRATION = 2**12  # sampled rows that calibrate the approximate product
 
 
 def nearest(rows: Float[Tensor, "d_sae d"], n: int, name: str) -> dict[str, Tensor]:
     """Find for each latent the `n` others of largest |cosine|; rows of norm 0 have cosine 0 with all.
 
-    Holds the rows in float32, and in bf16 where the processor multiplies that quickly, and 32 MiB of cosines. Products
-    in bf16 only choose candidates (`saewb.kernels.select`): the neighbors are those of float32.
+    Takes the rows in float32, and in bf16 where the processor multiplies that fast, and 32 MiB of cosines. Products in
+    bf16 only select candidates (`saewb.kernels.select`): the neighbors are those of float32.
     """
     n = min(n, len(rows) - 1)
     unit, neighbors = _normalize(rows.detach()), torch.empty(len(rows), n, dtype=torch.int32, device=rows.device)
@@ -43,7 +43,7 @@ def nearest(rows: Float[Tensor, "d_sae d"], n: int, name: str) -> dict[str, Tens
 
 
 def nearest_bytes(d_sae: int, d: int) -> int:
-    """Peak memory of `nearest` in bytes, besides its result; the unit rows are those of `ApproximateTopK.max_bytes`."""
+    """Peak memory of `nearest` in bytes, without its result; `ApproximateTopK.max_bytes` includes the unit rows."""
     return ApproximateTopK.max_bytes(d, d_sae) + 4 * 2 * max(BLOCK, 1024 * _ROWS)
 
 
@@ -53,14 +53,14 @@ def _normalize(rows: Tensor) -> Float[Tensor, "d_sae d"]:
 
 
 def coactive(active: Int[Tensor, "tokens most"], d_sae: int, n: int) -> dict[str, Tensor]:
-    """Find for each latent the `n` active on the same tokens, by the correlation phi of whether they are active.
+    """Find for each latent the `n` others of largest correlation phi of activity.
 
         phi = (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
 
     Args:
         active: active latents of each of N tokens, -1 for none.
-        d_sae: latents.
-        n: latents per latent; where fewer are ever active together, -1.
+        d_sae: number of latents.
+        n: coactive latents per latent; -1 where fewer are active on the same tokens.
     """
     latent, index = active.flatten().sort(stable=True)
     unused = int((latent < 0).sum())
@@ -86,10 +86,10 @@ def coactive(active: Int[Tensor, "tokens most"], d_sae: int, n: int) -> dict[str
 def _count_pairs(
     latent: Tensor, token: Tensor, active: Tensor, d_sae: int
 ) -> Iterator[tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]]:
-    """Yield (latent, another, tokens on which both are active), some latents at a time; `latent` is sorted."""
+    """Yield (latent, other latent, tokens on which both are active) by groups of latents; `latent` is sorted."""
     step = max(1, PAIRS // max(1, active.shape[1]))
     for part in _runs(latent, step):
-        if part.stop - part.start > step:  # one latent, too frequent for its pairs to be listed
+        if part.stop - part.start > step:  # one latent, too frequent to list its pairs
             i, both = int(latent[part.start]), torch.zeros(d_sae, dtype=torch.int64, device=active.device)
             for tokens in token[part].split(step):
                 others = active[tokens.long()]
@@ -105,7 +105,7 @@ def _count_pairs(
 
 
 def _runs(sorted_key: Tensor, step: int) -> Iterator[slice]:
-    """Slices of at most `step`, never between equal keys; longer ones where there are more of one key than that."""
+    """Split sorted keys into slices of at most `step`, not between equal keys, or of one key alone."""
     begin, n = 0, len(sorted_key)
     while begin < n:
         end = n
@@ -118,13 +118,12 @@ def _runs(sorted_key: Tensor, step: int) -> Iterator[slice]:
 
 
 def firing_matrix(info: IndexInfo, tensors: Mapping[str, Tensor], min_fires: int) -> MatrixView:
-    """phi of every two latents over the sampled tokens; see `FeatureIndex.matrix`."""
+    """Correlation phi of all pairs of latents over the sampled tokens; see `FeatureIndex.matrix`."""
     active = tensors["active.token_active"]
     if len(active) == 0:
         what = "this index has no sampled tokens to learn from which latents are active together."
         raise ValueError(explain(what, fix="saewb.build_index(..., coactive_tokens=65_536)"))
     token, rank = (active >= 0).nonzero(as_tuple=True)
-    latent = active[token, rank].long()
-    latents = SparseLatents(token, latent.long(), torch.ones(len(token)), (len(active), info.d_sae))
+    latents = SparseLatents(token, active[token, rank].long(), torch.ones(len(token)), (len(active), info.d_sae))
     entries = Sparse.of(latents, "phi", min_fires)
     return MatrixView(entries, tensors["counts.by_position"].sum(1) / max(1, info.n_tokens))

@@ -1,6 +1,6 @@
-"""Features on Neuronpedia: links, embedded pages, explanations, lists; and an index in the layout its users know.
+"""Features on Neuronpedia: links, embedded pages, explanations, lists, and export in its JSON format.
 
-Nothing here runs unless called, nothing is sent but the request for a page, and what was fetched is kept on disk.
+Nothing is sent except the request for a page or list, and answers are cached on disk.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from saewb.features.latent import Latent
 
 SITE = "https://www.neuronpedia.org"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LARGEST = 32 * 2**20  # bytes of an answer
-_SHOWN = "embed=true&embedexplanation=true&embedplots=true&embedtest=false"
+_MAX_BYTES = 32 * 2**20  # of an answer
+_EMBED_OPTIONS = "embed=true&embedexplanation=true&embedplots=true&embedtest=false"
 
 
 @dataclass(frozen=True)
 class NeuronpediaPage:
-    """One feature's page; shown by a notebook in a frame, from the network."""
+    """Page of one feature, which a notebook shows in a frame, from the network."""
 
     source: str
     """"model/source", e.g. "gpt2-small/6-res-jb"."""
@@ -49,7 +49,7 @@ class NeuronpediaPage:
         return f"{self.site}/{self.source}/{self.latent}"
 
     def _repr_html_(self) -> str:
-        frame = html.escape(f"{self.url}?{_SHOWN}", quote=True)
+        frame = html.escape(f"{self.url}?{_EMBED_OPTIONS}", quote=True)
         link = html.escape(self.url, quote=True)
         return (
             f'<iframe src="{frame}" height="{self.height}" style="width:100%;border:1px solid #8884;border-radius:8px"'
@@ -59,19 +59,19 @@ class NeuronpediaPage:
 
 
 def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -> NeuronpediaPage:
-    """The page of a latent on Neuronpedia, as a link and, in a notebook, embedded. Sends no request by itself.
+    """Page of a latent on Neuronpedia, as a link and, in a notebook, embedded; sends no request itself.
 
     Args:
         of: an SAE of the catalogue, an index of one, or None where `source` is given.
-        latent: its index.
-        source: "model/source" on the site, instead of the one the SAE names.
-        site: another one that is laid out alike.
+        latent: index of the latent.
+        source: "model/source" on the site, instead of the one in the SAE's metadata.
+        site: address of a site of the same structure.
 
     Returns:
         A NeuronpediaPage: `.url`, and the page itself where a notebook shows it.
 
     Raises:
-        ValueError: if the SAE names no page and `source` is not given, or is not of that form.
+        ValueError: if neither the SAE nor `source` names a page, or `source` is not of that form.
 
     Example:
         >>> page(None, 7, source="gpt2-small/6-res-jb").url
@@ -81,17 +81,17 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
 
 
 def source_of(of: Any, source: str | None = None) -> str:
-    """The "model/source" of an SAE or index on Neuronpedia.
+    """Find the "model/source" of an SAE or index on Neuronpedia.
 
     Args:
         of: an SAE of the catalogue, or an index of one.
-        source: "model/source", which wins.
+        source: "model/source", which takes precedence.
 
     Returns:
         "model/source", such as "gpt2-small/6-res-jb".
 
     Raises:
-        ValueError: if it has none, or one of another form.
+        ValueError: if there is none, or it is of another form.
 
     Example:
         >>> source_of(None, "gpt2-small/6-res-jb")
@@ -116,9 +116,9 @@ class Explanation:
     latent: int
     """Index of the latent."""
     text: str
-    """What it says."""
+    """Text of the explanation."""
     by: str
-    """The model that wrote it, "" if unknown."""
+    """Model that wrote it, "" if unknown."""
 
 
 def explanations(
@@ -131,27 +131,27 @@ def explanations(
     cache: str | Path | None = None,
     max_age_days: float = 30.0,
 ) -> dict[int, tuple[Explanation, ...]]:
-    """Explanations of latents, from the cache on disk or else from Neuronpedia, one request a latent.
+    """Get explanations of latents from the cache on disk, or else from Neuronpedia, by one request per latent.
 
     Args:
         of: an SAE of the catalogue, an index of one, or None where `source` is given.
-        latents: their indices.
-        source: "model/source", instead of the one the SAE names.
-        site: where to ask.
+        latents: indices of the latents.
+        source: "model/source", instead of the one in the SAE's metadata.
+        site: address of the site.
         timeout: seconds for each request.
         cache: folder; None is `neuronpedia` in saewb's cache folder (SAEWB_CACHE, else XDG_CACHE_HOME/saewb).
-        max_age_days: older answers are asked for again, and used still if nobody answers.
+        max_age_days: older answers in the cache are requested again, and used only if the site cannot be reached.
 
     Returns:
-        By latent; empty where it has none.
+        Explanations by latent; empty for a latent without any.
 
     Raises:
         ConnectionError: in one line, if the site cannot be reached and the cache has no answer.
-        FormatError: if the answer is not what the site's API gives.
+        FormatError: if the answer is not in the format of the site's API.
         ValueError: as `page`.
 
     Example:
-        >>> explanations(None, [], source="gpt2-small/6-res-jb")  # asks for none
+        >>> explanations(None, [], source="gpt2-small/6-res-jb")  # no request
         {}
     """
     source = source_of(of, source)
@@ -162,17 +162,17 @@ def explanations(
 
 
 def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None = None, site: str = SITE) -> str:
-    """The address of a page on Neuronpedia with these latents side by side; opened in a browser, it makes the list.
+    """Address of a page on Neuronpedia with these latents side by side; a browser that opens it creates the list.
 
     Args:
         of: an SAE of the catalogue, an index of one, or None where `source` is given.
-        latents: their indices, in the order to show.
+        latents: indices of the latents, in the order of the page.
         name: of the list.
-        source: "model/source", instead of the one the SAE names.
-        site: another one that is laid out alike.
+        source: "model/source", instead of the one in the SAE's metadata.
+        site: address of a site of the same structure.
 
     Returns:
-        The address; nobody is asked anything.
+        The address; no request is sent.
 
     Raises:
         ValueError: as `page`; if there are no latents.
@@ -200,20 +200,20 @@ def make_list(
     site: str = SITE,
     timeout: float = 30.0,
 ) -> str:
-    """Make a list of latents on Neuronpedia under the account of the key, and return its address.
+    """Create a list of latents on Neuronpedia, in the account of the key, and return its address.
 
     Args:
         of: an SAE of the catalogue, an index of one, or None where `source` is given.
-        latents: their indices, or a description of each by index.
+        latents: indices of the latents, or a description of each by index.
         name: of the list.
-        api_key: of your account there; used for this request and not kept.
+        api_key: of your account; used for this request and not stored.
         description: of the list.
-        source: "model/source", instead of the one the SAE names.
-        site: where to ask.
-        timeout: seconds.
+        source: "model/source", instead of the one in the SAE's metadata.
+        site: address of the site.
+        timeout: seconds for the request.
 
     Returns:
-        The list's address.
+        The address of the list.
 
     Raises:
         ConnectionError: if the site cannot be reached or refuses.
@@ -246,21 +246,21 @@ def make_list(
 def export_json(
     index: FeatureIndex, path: str | Path, latents: Sequence[int] | None = None, *, source: str | None = None
 ) -> Path:
-    """Write features in the JSON that Neuronpedia's API gives and SAEDashboard's exporter writes: one file, a list.
+    """Write features as one JSON list, in the format of Neuronpedia's API and SAEDashboard's exporter.
 
-    Of each feature: `modelId, layer, index, maxActApprox, frac_nonzero, freq_hist_data_bar_heights/_values,
+    Each feature has `modelId, layer, index, maxActApprox, frac_nonzero, freq_hist_data_bar_heights/_values,
     logits_hist_data_bar_heights/_values, pos_str, pos_values, neg_str, neg_values, topkCosSimIndices/Values` and
     `activations`, a list of `tokens, values, maxValue, maxValueTokenIndex, binMin, binMax, binContains`. Bins are those
-    of the index: the strongest contexts have binContains -1; sampled ones the span and share of their group.
+    of the index: top contexts have binContains -1, sampled ones the range and fraction of their group.
 
     Args:
-        index: whose features.
+        index: index of the features.
         path: of the file.
-        latents: which; None means all.
-        source: "model/source" to say in it; None: what the index names, else its model and hook.
+        latents: indices of the latents; None means all.
+        source: "model/source" in the file; None means that of the index, else its model and hook.
 
     Returns:
-        The full path.
+        The path of the file.
 
     Raises:
         ValueError: if there is no such latent.
@@ -277,14 +277,14 @@ def export_json(
     target = Path(path).expanduser()
     source = source or index.info.neuronpedia
     model, layer = source_of(None, source).split("/") if source else (index.info.model, index.info.hook)
-    chosen = range(len(index)) if latents is None else latents
+    exported = range(len(index)) if latents is None else latents
 
     def fill(path: Path) -> None:
-        with path.open("w", encoding="utf-8") as out:  # a feature at a time: the file may be larger than memory
-            for n, i in enumerate(chosen):
+        with path.open("w", encoding="utf-8") as out:  # one feature at a time: the file may be larger than memory
+            for n, i in enumerate(exported):
                 feature = {"modelId": model, "layer": layer, **_feature_json(index.latent(i))}
                 out.write(("[\n" if n == 0 else ",\n") + json.dumps(feature, ensure_ascii=False))
-            out.write("[]" if not len(chosen) else "\n]\n")
+            out.write("[]" if not len(exported) else "\n]\n")
 
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(target, fill)
@@ -292,7 +292,7 @@ def export_json(
 
 
 def _feature_json(latent: Latent) -> dict[str, Any]:
-    """A latent in the keys that `export_json` names, but for the model and the layer."""
+    """Convert a latent to the keys of `export_json`, except model and layer."""
     page = latent.to_dict()
     activations = [_activation(c, 0.0, latent.max, -1.0) for c in page["top"]]
     for group in reversed(page["groups"]):
@@ -334,17 +334,17 @@ def _check_latent(latent: int) -> int:
 
 
 def _parse_explanations(latent: int, answer: Any) -> tuple[Explanation, ...]:
-    listed = answer.get("explanations") or [] if isinstance(answer, dict) else None
-    if not isinstance(listed, list) or not all(isinstance(x, dict) for x in listed):
+    entries = answer.get("explanations") or [] if isinstance(answer, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
         raise FormatError(explain(f"the answer about latent {latent} is not a feature with explanations."))
-    pairs = [(x.get("description"), x.get("explanationModelName")) for x in listed]
+    pairs = [(x.get("description"), x.get("explanationModelName")) for x in entries]
     return tuple(Explanation(latent, str(text), str(by or "")) for text, by in pairs if text)
 
 
 def _fetch(
     site: str, source: str, latent: int, timeout: float, cache: str | Path | None, max_age_days: float
 ) -> dict[str, Any]:
-    # A file for each site, so that a stand-in's answers are not taken for the real one's.
+    # A folder per site, so that answers of different sites are not confused.
     host = re.sub(r"\W+", "-", urllib.parse.urlsplit(site).netloc)
     cached = _cache_folder(cache) / host / source / f"{latent}.json"
     if cached.is_file() and time.time() - cached.stat().st_mtime < max_age_days * 86400:
@@ -368,12 +368,12 @@ def _request(
     request = urllib.request.Request(url, data=data, headers=all_headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
-            content = response.read(_LARGEST + 1)
+            content = response.read(_MAX_BYTES + 1)
     except (urllib.error.HTTPError, urllib.error.URLError, TimeoutError, OSError) as error:
         why = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
         raise ConnectionError(f"Neuronpedia did not answer ({why}): {url}") from error
     try:
-        answer = json.loads(content) if len(content) <= _LARGEST else None
+        answer = json.loads(content) if len(content) <= _MAX_BYTES else None
     except ValueError:
         answer = None
     if not isinstance(answer, dict):

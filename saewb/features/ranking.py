@@ -1,4 +1,4 @@
-"""Rank latents by how likely a person can name them; the table of all latents."""
+"""Interpretability score of latents, by which they are ranked, and the table of all latents."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from saewb.features.top_contexts import EMPTY
 if TYPE_CHECKING:
     import pandas as pd
 
-_N_COMPARED = 10  # strongest contexts whose tokens are compared
+_N_COMPARED = 10  # top contexts whose tokens are compared
 _BLOCK = 2048  # latents at a time
 _PAIRS = 4096  # (latent, token) pairs at a time: what fits the processor's cache
 _N_SIGNS = 256  # dimensions of the random projection of a token's latents
 
 
 def latent_table(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts) -> pd.DataFrame:
-    """One row per latent; see `FeatureIndex.table`."""
+    """Table with one row per latent; see `FeatureIndex.table`."""
     import pandas as pd
 
     n_active = tensors["counts.by_position"].sum(1)
@@ -47,7 +47,7 @@ def latent_table(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTex
 
 
 def peak_tokens(info: IndexInfo, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The token each context of each latent is about, -1 for none, `[d_sae, contexts]`."""
+    """Peak token of each context of each latent, -1 for none, `[d_sae, contexts]`."""
     return torch.cat([_peaks(info, tensors, name) for name in ("top", "sample")], 1)
 
 
@@ -56,12 +56,12 @@ def _peaks(info: IndexInfo, tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def modal_token(tokens: Tensor) -> tuple[Tensor, Float[Tensor, " rows"]]:
-    """The most frequent token of each row (the smallest of equals) and its share; -1 counts as nothing."""
+    """Most frequent token of each row (the smallest of equals) and its share; -1 is ignored."""
     ordered = tokens.long().sort(1).values
     is_token = ordered >= 0
     starts = torch.ones_like(is_token)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    # Length of the run so far: the column minus that of the run's start.
+    # Length of the run of equal tokens so far: the column minus that of its start.
     column = torch.arange(ordered.shape[1]).expand_as(ordered)
     length = (column - torch.where(starts, column, 0).cummax(1).values + 1).where(is_token, 0)
     longest, end = length.max(1)
@@ -72,15 +72,14 @@ def modal_token(tokens: Tensor) -> tuple[Tensor, Float[Tensor, " rows"]]:
 def interpretability_score(
     info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts
 ) -> Float[Tensor, " d_sae"]:
-    """How likely a person can name each latent from its contexts, where more than one token matters; 0 and up.
+    """Interpretability score: how likely a person can name a latent that depends on several tokens; 0 and up.
 
         shared_token * token_coherence * (1 - single_token_share) * (1 - single_token_share of top contexts)^2 * words
 
-    shared_token: how much more often than by chance two of its ten strongest contexts share a token up to the peak,
-    each token weighted with its -log frequency among the contexts of all latents. token_coherence: whether its peak
-    tokens are of a kind, as "west" and "southeast" are, judged by the other latents; see `token_coherence`. words: the
-    share of peak tokens that have three letters or more, since features of digits and initials are many and say
-    little.
+    shared_token: how much more often than by chance two of its ten top contexts share a token up to the peak, each
+    token weighted with its -log frequency among the contexts of all latents. token_coherence: whether its peak tokens
+    are related, as "west" and "southeast" are, by the other latents; see `token_coherence`. words: the share of peak
+    tokens of three letters or more, since the many features of digits and initials are of little interest.
 
     Example:
         >>> import saewb
@@ -95,24 +94,24 @@ def interpretability_score(
     peaks = _peaks(info, tensors, "top")
     is_word = torch.zeros(len(frequency) + 1)
     is_word[[t for t, text in texts.strings.items() if t < len(frequency) and sum(map(str.isalpha, text)) >= 3]] = 1
-    words = is_word[peaks.long()].sum(1) / (peaks >= 0).sum(1).clamp_min(1)  # the last one, at -1, is 0
+    words = is_word[peaks.long()].sum(1) / (peaks >= 0).sum(1).clamp_min(1)  # entry -1, the last one, is 0
     tokens = peak_tokens(info, tensors)
     single, single_of_top = modal_token(tokens)[1], modal_token(peaks)[1]
     return shared * token_coherence(tokens) * (1 - single) * (1 - single_of_top).square() * words
 
 
 def token_coherence(tokens: Tensor) -> Float[Tensor, " d_sae"]:
-    """How much of a kind the peak tokens of each latent are, judged by the other latents; 0 to 1.
+    """How related the peak tokens of each latent are, by the other latents that share them; 0 to 1.
 
         sum_{t != u} p_t p_u cos(c_t, c_u) / sum_{t != u} p_t p_u
 
-    p_t: share of the latent's contexts that are about token t. c_t: of each other latent, how many of its contexts are
-    about t. Tokens of a kind ("west", "southeast") have other latents in common; random ones have none. The cosine is
-    of 256 random sums of c_t with fixed signs: off by .06 for one pair of tokens, by .01 for a latent of the tiny SAE.
-    Memory: 1 kB for each latent and each token that a context is about.
+    p_t: share of the latent's contexts with peak token t. c_t: for each other latent, the number of its contexts with
+    peak token t. Related tokens ("west", "southeast") have other latents in common; random ones have none. The cosine
+    is of 256 random projections of c_t with fixed signs: its error is .06 for one pair of tokens, .01 for a latent of
+    the tiny SAE. Memory: 1 kB for each latent and each peak token.
 
     Args:
-        tokens: that the contexts of each latent are about, -1 for none, `[d_sae, contexts]`.
+        tokens: peak tokens of the contexts of each latent, -1 for none, `[d_sae, contexts]`.
     """
     latent, token, n = _count_pairs(tokens)
     share = n / torch.zeros(len(tokens)).index_add_(0, latent, n)[latent]
@@ -132,14 +131,14 @@ def token_coherence(tokens: Tensor) -> Float[Tensor, " d_sae"]:
 
 
 def _count_pairs(tokens: Tensor) -> tuple[Tensor, Tensor, Float[Tensor, " pairs"]]:
-    """Each latent with each of its tokens, numbered from 0, and in how many of its contexts."""
+    """Pairs of latent and peak token, both numbered from 0, and their number of contexts."""
     vocabulary, number = tokens.unique(return_inverse=True)
     key, n = (torch.arange(len(tokens))[:, None] * len(vocabulary) + number)[tokens >= 0].unique(return_counts=True)
     return key // len(vocabulary), key % len(vocabulary), n.float()
 
 
 def _occurrences(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(latent, token) for each context of a latent that has the token, once per context; `ids [latents, slots, w]`."""
+    """(latent, token) for each context and each of its distinct tokens; `ids [latents, slots, window]`."""
     latents, slots, _ = ids.shape
     slot = torch.arange(latents * slots).view(latents, slots, 1)
     key = (slot * size + ids)[ids >= 0].unique()
@@ -147,7 +146,7 @@ def _occurrences(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _token_frequency(ids: Tensor) -> Float[Tensor, " d_vocab"]:
-    """The share of all contexts that have each token."""
+    """Fraction of all contexts that have each token."""
     size = int(ids.max().clamp_min(0)) + 1
     counts = torch.zeros(size, dtype=torch.long)
     for part in ids.split(_BLOCK):
@@ -156,7 +155,7 @@ def _token_frequency(ids: Tensor) -> Float[Tensor, " d_vocab"]:
 
 
 def shared_token(ids: Tensor, frequency: Float[Tensor, " d_vocab"]) -> Float[Tensor, " latents"]:
-    """How much more often than by chance two contexts of a latent share a token, rare tokens counting more."""
+    """How much more often than by chance two contexts of a latent share a token, weighted by -log frequency."""
     latents, slots, size = *ids.shape[:2], len(frequency)
     if slots < 2:
         return torch.zeros(latents)

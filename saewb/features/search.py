@@ -1,8 +1,8 @@
 """Find latents by text, token or pattern, and those active in a prompt.
 
-A search for a text first asks for pairs of tokens that may spell it: the first token that a match touches has all of
-the text, or ends with its first k letters, and then the next token goes on where that one stops. So a context without
-such a token or pair cannot have the text and is not decoded.
+A search for a text first looks for tokens that may contain it: the first token of a match either contains all of the
+text, or ends with its first k letters, and the next token continues from there. A context without such a token or pair
+cannot have the text and is not decoded.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ROWS = 2048  # latents searched at a time
-_LETTERS = 60  # of the text that the prefilter uses: the bits of an int64
+_LETTERS = 60  # letters of the text that the prefilter uses: the bits of an int64
 _EMPTY_ROW = {"contexts": 0, "firing": 0.0, "activation": 0.0, "logit": float("nan"), "example": ""}
 
 
 def search(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, what: Any, n: int | None) -> pd.DataFrame:
-    """See `FeatureIndex.search`."""
+    """Find latents by text, token id or pattern; see `FeatureIndex.search`."""
     import pandas as pd
 
     rows: dict[int, dict[str, Any]] = {}
@@ -61,9 +61,9 @@ def search(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, wh
 class TokenPairFilter:
     """Prefilter for text search on token pairs; it may pass too many contexts, never too few.
 
-    Bit k of two numbers per token says whether it ends with the first k letters and whether it goes on after them, so
-    all pairs of all contexts cost two look-ups and an "and". Tokens that are not ASCII (other case folding, parts of
-    characters) may be anything, and so may unknown ones.
+    Bit k of two numbers per token says whether it ends with the first k letters, and whether it continues after them,
+    so all pairs of all contexts cost two look-ups and an "and". Tokens that are not ASCII (other case folding, parts of
+    characters), and unknown ones, always pass.
 
     Example:
         >>> texts = TokenTexts({1: " Par", 2: "is", 3: " in"})
@@ -72,7 +72,7 @@ class TokenPairFilter:
     """
 
     def __init__(self, text: str, texts: TokenTexts) -> None:
-        size = max(texts.strings, default=0) + 2  # the last one stands for all unknown tokens
+        size = max(texts.strings, default=0) + 2  # the last entry is for all unknown tokens
         cuts = range(1, min(len(text), _LETTERS))
         any_cut = sum(1 << k for k in cuts)
         self.contains = torch.ones(size, dtype=torch.bool)
@@ -89,7 +89,7 @@ class TokenPairFilter:
             self.continues[token] = sum(1 << k for k in matching)
 
     def contexts(self, ids: Int[Tensor, "latents slots window"]) -> Bool[Tensor, "latents slots"]:
-        """Contexts that may have the text; -1 is no token."""
+        """Mask of contexts that may have the text; id -1 is no token."""
         is_token = ids >= 0
         token = ids.clamp(-1, len(self.contains) - 1).long().where(is_token, 0)
         whole = (self.contains[token] & is_token).any(2)
@@ -160,7 +160,7 @@ def find(
     sae: nn.Module,
     prompt: str | Sequence[int] | Tensor,
 ) -> pd.DataFrame:
-    """See `FeatureIndex.find`."""
+    """Active latents of a prompt; see `FeatureIndex.find`."""
     import pandas as pd
 
     if sae.cfg.d_sae != info.d_sae:

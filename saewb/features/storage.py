@@ -1,7 +1,7 @@
-"""An index on disk: `index.json`, and tensors in one safetensors file that it names.
+"""Read and write an index on disk: `index.json`, and tensors in one safetensors file that it names.
 
-`index.json` is renamed into place last. So a folder holds the old index or the new one, whatever happens in between,
-and tensors that an open index has mapped are never written over.
+`index.json` is renamed into place last, so a folder always holds the old index or the new one, and tensors that an open
+index has mapped are never overwritten.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PREFIX = "tensors-"
 
 
 def write_index(folder: Path, info: IndexInfo, tensors: dict[str, Tensor], texts: TokenTexts) -> Path:
-    """Make `folder` hold this index; whole or not at all."""
+    """Write an index to `folder`, atomically."""
     from safetensors.torch import save_file
 
     _check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{_PREFIX}{secrets.token_hex(6)}.safetensors"
     try:
-        # Distinct storage for each: safetensors refuses tensors that share it.
+        # Contiguous copies: safetensors refuses tensors that share storage.
         distinct = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
         atomic_write(folder / name, lambda fresh: save_file(distinct, fresh))
         values = info.to_json() | {"tensors": name, "words": _texts_to_json(texts)}
@@ -44,11 +44,11 @@ def write_index(folder: Path, info: IndexInfo, tensors: dict[str, Tensor], texts
 
 
 def read_index(folder: Path) -> tuple[IndexInfo, dict[str, Tensor], TokenTexts]:
-    """What `write_index` wrote. Tensors are mapped, not read.
+    """Read what `write_index` wrote; tensors are memory-mapped.
 
     Raises:
         FileNotFoundError: if there is no index in the folder.
-        FormatError: if it is not one of ours, of another version, or tensors are missing.
+        FormatError: if it is damaged, of another version, or tensors are missing.
     """
     from safetensors import SafetensorError, safe_open
 

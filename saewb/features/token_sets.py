@@ -1,16 +1,13 @@
-"""Token sets of a vocabulary, by form, script and meaning: built in, and the caller's own."""
+"""Token sets of a vocabulary, by form, script and meaning, and custom ones."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saewb.errors import explain
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _SCRIPTS = (
     "LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "ARABIC", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI",
@@ -30,7 +27,7 @@ _WORDS = {
     "months": "january february march april may june july august september october november december",
     "number words": "one two three four five six seven eight nine ten eleven twelve hundred thousand million billion",
     "ordinals": "first second third fourth fifth sixth seventh eighth ninth tenth",
-    "colors": "red green blue yellow black white brown orange purple pink gray gray",
+    "colors": "red green blue yellow black white brown orange purple pink grey gray",
 }
 
 
@@ -39,22 +36,22 @@ def token_sets(
 ) -> dict[str, list[int]]:
     """Built-in token sets of a vocabulary, for `enrich`: no download, any tokenizer.
 
-    By form: starts with a space, goes on a word (letters, no space in front), capitalized, all capitals, lower case,
+    By form: starts with a space, goes on a word (letters, no space before), capitalized, all capitals, lower case,
     single letter, digits, years (1000 to 2099), punctuation, white space, part of a character. By script, as Unicode
     names it (Latin letters beyond a to z are "accented latin"). By meaning: some closed classes of English words.
 
-    Words are compared without the space in front of a token. Special tokens are in no set.
+    Words are compared without the space before a token. Special tokens are in no set.
 
     Args:
         tokenizer: of the model, or the model itself.
-        custom: further sets, by name: words, each of which is any token of that text, whatever its case.
-        min_tokens: built-in sets with fewer tokens are left out, too small for a test.
+        custom: words of further sets by name; a word stands for all tokens of that text, in any case.
+        min_tokens: built-in sets with fewer tokens, too small for a test, are left out.
 
     Returns:
-        Ascending ids, by name.
+        Ascending ids by name.
 
     Raises:
-        ValueError: if no token is any of the words of a set of `custom`.
+        ValueError: if no token is a word of a set of `custom`.
 
     Example:
         >>> from saewb.models.load import load_model
@@ -65,11 +62,11 @@ def token_sets(
     texts = token_texts(tokenizer)
     sets = {name: [i for i, text in texts.items() if fits(text)] for name, fits in _FORMS.items()}
     words = {i: text.strip().lower() for i, text in texts.items()}
-    sets |= {name: _ids_of_words(words, listed.split()) for name, listed in _WORDS.items()}
+    sets |= {name: _ids_of_words(words, members.split()) for name, members in _WORDS.items()}
     sets |= _by_script(texts)
     sets = {name: ids for name, ids in sets.items() if min_tokens <= len(ids) < len(texts)}
-    for name, listed in (custom or {}).items():
-        sets[name] = _ids_of_words(words, [word.strip().lower() for word in listed])
+    for name, members in (custom or {}).items():
+        sets[name] = _ids_of_words(words, [word.strip().lower() for word in members])
         if not sets[name]:
             raise ValueError(explain(f"no token reads as a word of the set {name!r}.", want="words that are one token"))
     return sets
@@ -78,11 +75,11 @@ def token_sets(
 def tokens_where(tokenizer: Any, fits: str | Callable[[str], bool]) -> list[int]:
     """Ids of the tokens whose text matches a regular expression or a predicate.
 
-    The text has its space in front where the token has one. Special tokens do not fit.
+    The text includes the space before a word, if the token has one. Special tokens never match.
 
     Args:
         tokenizer: of the vocabulary; or a model that has one.
-        fits: a pattern for `re.search`, or a function of a token's text.
+        fits: a pattern for `re.search`, or a predicate of a token's text.
 
     Returns:
         Token ids, ascending.
@@ -98,7 +95,7 @@ def tokens_where(tokenizer: Any, fits: str | Callable[[str], bool]) -> list[int]
 
 
 def token_texts(tokenizer: Any) -> dict[int, str]:
-    """Text of each token of a vocabulary by id, its space in front included; special tokens left out.
+    """Text of each token of a vocabulary by id, including the space before a word; without special tokens.
 
     A token that is only part of a character's bytes is U+FFFD.
 
@@ -129,13 +126,13 @@ def _text(token: str, decoded: str) -> str:
     return decoded
 
 
-def _ids_of_words(words: Mapping[int, str], listed: Sequence[str]) -> list[int]:
-    members = set(listed)
+def _ids_of_words(words: Mapping[int, str], members: Iterable[str]) -> list[int]:
+    members = set(members)
     return [i for i, word in words.items() if word in members]
 
 
 def _word(fits: Callable[[str], bool]) -> Callable[[str], bool]:
-    """Test the stripped text, which may not be empty."""
+    """Apply a predicate to the stripped text; False for an empty one."""
     return lambda text: bool(word := text.strip()) and fits(word)
 
 
@@ -159,7 +156,7 @@ _FORMS: dict[str, Callable[[str], bool]] = {
 
 
 def _by_script(texts: Mapping[int, str]) -> dict[str, list[int]]:
-    """A token is of a script if all its letters are; and "accented latin" if one of them is not of a to z."""
+    """Sets by script of all letters of a token; "accented latin" if one of them is not a to z."""
     sets: dict[str, list[int]] = {}
     for i, text in texts.items():
         letters = [c for c in text if c.isalpha()]

@@ -1,4 +1,4 @@
-"""Texts of the tokens that an index shows, kept with it so that it opens without a model."""
+"""Texts of the tokens of an index, stored with it so that it opens without a model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from saewb.models.tokenizer import token_strings
 
 _ROWS = 2**14  # contexts decoded at a time
-_PARTIAL = "\ufffd"  # what a part of a character decodes to
+_PARTIAL = "\ufffd"  # text of a token that is part of a character
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTexts:
     """Texts of token ids.
 
-    Most tokens have one text wherever they stand. Those that are parts of a character do not: a run of such tokens is
-    decoded as a whole (`saewb.token_strings`).
+    Most tokens have the same text in every context. Parts of characters do not: a run of such tokens is decoded as a
+    whole (`saewb.token_strings`).
 
     Example:
         >>> TokenTexts({7: " sun", 1: "\\ufffd", 2: "\\ufffd"}, {(1, 2): ("", "🙂")}).decode([7, 1, 2, 9])
@@ -29,12 +29,12 @@ class TokenTexts:
     """
 
     strings: dict[int, str] = field(default_factory=dict)
-    """Text by token id; parts of characters have U+FFFD in them."""
+    """Text by token id; that of a part of a character contains U+FFFD."""
     runs: dict[tuple[int, ...], tuple[str, ...]] = field(default_factory=dict)
-    """Texts of runs of parts of characters, by their ids."""
+    """Texts by ids, for runs of parts of characters."""
 
     def decode(self, ids: Sequence[int]) -> list[str]:
-        """Text of each of these tokens, which follow one another."""
+        """Decode consecutive tokens, each to its text."""
         texts: list[str] = []
         for is_partial, group in groupby(ids, key=lambda i: _PARTIAL in self.strings.get(i, "")):
             run = tuple(group)
@@ -42,11 +42,11 @@ class TokenTexts:
         return texts
 
     def decode_token(self, token: int) -> str:
-        """Text of one token by itself."""
+        """Decode a single token."""
         return self.strings.get(token, f"<{token}>")
 
     def merge(self, other: TokenTexts) -> TokenTexts:
-        """The texts of both."""
+        """Merge with the texts of another index."""
         return TokenTexts(self.strings | other.strings, self.runs | other.runs)
 
 
@@ -69,7 +69,7 @@ def collect_token_texts(tokenizer: Any, contexts: Iterable[Tensor], single: Iter
 
 
 def _unique_ids(ids: Tensor) -> Tensor:
-    # A tile at a time: `unique` of 40 million ids at once would take a copy of them in int64.
+    # A tile at a time: `unique` of 40 million ids at once would copy them to int64.
     parts = [part.unique().long().cpu() for part in ids.flatten().split(2**20)]
     return torch.cat(parts or [torch.zeros(0, dtype=torch.long)])
 
@@ -78,7 +78,7 @@ def _decode_each(tokenizer: Any, ids: list[int]) -> dict[int, str]:
     def decode(*tokens: int) -> str:
         return tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    # After another token: some decoders drop the space of a text's first one.
+    # After another token: some decoders drop the space before a text's first token.
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
     before = decode(*anchor)
     texts = {i: decode(*anchor, i) for i in ids}

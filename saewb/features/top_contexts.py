@@ -1,7 +1,7 @@
-"""The n best contexts of each latent, from a stream of candidates that come in any order and any batches.
+"""The n best contexts of each latent, from a stream of candidates in any order and any batches.
 
-Every candidate has an `order` (smaller is better) and a `position` (its token's number among all tokens), which breaks
-ties. So what is kept is a function of the set of candidates, not of how they came.
+Every candidate has an `order` (smaller is better) and a `position` (number of its token among all tokens), which breaks
+ties. So the result depends on the set of candidates only, not on their order.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from torch import Tensor
 
 EMPTY = 2**31 - 1  # order of an empty slot
 BLOCK = 2048  # latents merged at a time
-PENDING = 2**15  # candidates held before they are merged
+PENDING = 2**15  # candidates collected before they are merged
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Contexts, one a row."""
+    """Candidate contexts, one per row."""
 
     latent: Int[Tensor, " n"]
-    """Which latent it is a context of."""
+    """Latent of the context."""
     order: Int[Tensor, " n"]
-    """Rank key, 0 .. EMPTY - 1, smaller is better."""
+    """Sort key, 0 .. EMPTY - 1; smaller is better."""
     position: Int[Tensor, " n"]
-    """Number of the token it is about among all tokens: row * ctx_len + position in the row."""
+    """Number of the peak token among all tokens: row * ctx_len + position in the row."""
     content: Int[Tensor, " n"]
-    """Hash; of equal contents of one latent the best is kept."""
+    """Hash of the content; of equal contents of a latent, only the best counts."""
     value: Float[Tensor, " n"]
     """Activation of the latent at that token."""
     tokens: Int[Tensor, "n window"]
-    """Token ids, -1 where the window leaves the row of text."""
+    """Token ids, -1 outside the row of text."""
     acts: Float[Tensor, "n window"]
-    """Activation of the latent at each of them, 0 where the window leaves the row."""
+    """Activation of the latent at each token, 0 outside the row."""
 
     def __len__(self) -> int:
         return len(self.latent)
 
     def take(self, which: Tensor) -> Candidates:
-        """Select rows, in this order."""
+        """Select rows by index, in this order."""
         return Candidates(*(getattr(self, f.name)[which] for f in fields(self)))
 
 
@@ -54,9 +54,9 @@ def select_best(latent: Tensor, order: Tensor, position: Tensor, content: Tensor
     """Select the n best candidates of each latent, equal contents counted once, and rank them.
 
     Args:
-        latent: of each candidate; with the others int64, `[candidates]`.
+        latent: of each candidate; like the others int64, `[candidates]`.
         order: smaller is better; 0 to 2**31 - 1.
-        position: breaks ties; the smaller wins.
+        position: breaks ties; smaller is better.
         content: of each candidate.
         n: contexts per latent.
 
@@ -72,7 +72,7 @@ def select_best(latent: Tensor, order: Tensor, position: Tensor, content: Tensor
 
 
 def _first_of_each(key: Tensor) -> Tensor:
-    """Mask of first occurrences."""
+    """Mask of the first occurrence of each key."""
     if len(key) == 0:
         return key.bool()
     by_key = key.argsort(stable=True)
@@ -95,9 +95,9 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 class TopContexts:
-    """The n best contexts of each latent.
+    """Accumulator of the n best contexts of each latent.
 
-    Takes `d_sae * n * (8 window + 32)` bytes, and up to 32,768 pending candidates besides those of one call.
+    Takes `d_sae * n * (8 window + 32)` bytes, and up to 32,768 pending candidates plus those of one call.
     """
 
     def __init__(self, d_sae: int, n: int, window: int, device: torch.device | str = "cpu") -> None:
@@ -113,11 +113,11 @@ class TopContexts:
 
     @property
     def limit(self) -> Int[Tensor, " d_sae"]:
-        """No candidate of a latent whose order is above this can be kept."""
+        """Largest order per latent at which a new candidate can enter."""
         return self.order[:, -1]
 
     def add(self, candidates: Candidates) -> None:
-        """Offer candidates; merged once enough are pending."""
+        """Add candidates; they are merged once enough are pending."""
         if len(candidates):
             self._pending.append(candidates)
             if sum(map(len, self._pending)) >= PENDING:
@@ -149,7 +149,7 @@ class TopContexts:
             slots[latent, rank] = getattr(both, name).to(slots.dtype)
 
     def candidates(self, latents: Int[Tensor, " some"]) -> Candidates:
-        """The contexts of these latents."""
+        """Current contexts of these latents."""
         some, rank = (self.order[latents] != EMPTY).nonzero(as_tuple=True)
         latent = latents[some]
         names = ("order", "position", "content", "value", "tokens", "acts")

@@ -1,4 +1,4 @@
-"""Published and saved SAEs: find, download, read in any layout, write, share."""
+"""Published and saved SAEs: find, download, read in any layout, save, publish."""
 
 import lazy_loader
 

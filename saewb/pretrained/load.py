@@ -1,10 +1,10 @@
 """Load SAEs by name, from a folder, from the hub or from the package itself; save them into a folder.
 
-1. `resolve` finds out what the arguments mean: the SAE inside the package ("tiny"), a folder or file, a release of the
-   catalogue and one of its ids, or a repository of the hub and a folder in it.
-2. `hub.snapshot` has its files. What is in the hub's cache is not fetched again, and is all there is without a network.
-3. `detect` recognizes their layout, and that reads them; the catalogue completes what the files do not say.
-4. `cfg.metadata["source"]` says where the SAE is from.
+1. `resolve` the arguments: the SAE inside the package ("tiny"), a folder or file, a release of the catalogue and one of
+   its ids, or a repository of the hub and a folder in it.
+2. `hub.snapshot` downloads the files that are not in the hub's cache; without a network, only the cache is used.
+3. `detect` the layout, which reads the files; the catalogue completes their configuration.
+4. Record the source in `cfg.metadata["source"]`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def load_sae(
 ) -> AnySAE:
     """Load an SAE by name, folder or hub repository; its layout is recognized by its files.
 
-    What comes from the hub says where from in `sae.cfg.metadata["source"]`: repo, path, revision, commit, the files
-    with their sha256, and release and id where the catalogue has them. Saving keeps that.
+    For an SAE from the hub, `sae.cfg.metadata["source"]` holds repo, path, revision, commit, the files with their
+    sha256, and release and id where the catalogue has them. Saved SAEs keep it.
 
     Args:
         source: "tiny", a folder or file, a release of `saewb.catalogue()`, or "owner/name" on the hub. A folder of that
@@ -54,14 +54,14 @@ def load_sae(
             meaning `source` itself.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
-        scaling_factor: what training inputs were multiplied with, for files that need it and do not have it; comes
-            before the catalogue's.
+        scaling_factor: factor that multiplied training inputs, for files that need it and do not have it; takes
+            precedence over the catalogue's.
         revision: branch, tag or commit of the hub repository; None means "main".
-        force_download: fetch again what is in the hub's cache.
-        token: of the hub; None means the one logged in with.
-        progress: called with (bytes that came, bytes in all) as a download goes on, from other threads; what it raises
-            (no OSError) cancels the download. Files that came whole are kept; of parts, huggingface_hub 2 keeps none.
-            With it, files come over plain HTTP: slower than Xet, the hub's own way, which cannot be cancelled.
+        force_download: download again files that are in the hub's cache.
+        token: of the hub; None means that of the login.
+        progress: called with (bytes downloaded, total bytes) during a download, from other threads; an exception in it
+            (except OSError) cancels the download. Complete files stay; of parts, huggingface_hub 2 keeps none. With it,
+            files come over plain HTTP: slower than Xet, the hub's own protocol, which cannot be cancelled.
 
     Returns:
         An SAE; a PursuitSAE, TemporalSAE or CrossLayerTranscoder for those architectures.
@@ -69,8 +69,8 @@ def load_sae(
     Raises:
         FileNotFoundError: if there is no such folder, release or repository, or it cannot be reached and is not in the
             cache.
-        ConnectionError: if a download broke off; calling again fetches the files that did not come whole.
-        FormatError: if the files are of no known layout, or not what their layout promises.
+        ConnectionError: if a download was interrupted; calling again downloads the incomplete files.
+        FormatError: if the files are of no known layout, or do not fit their layout.
 
     Example:
         >>> import tempfile
@@ -82,7 +82,9 @@ def load_sae(
     """
     device = check_device(device or "cpu")
     origin = resolve(source, id)
-    files = _fetch(origin, _patterns(origin), is_readable, revision, force_download, token, progress)
+    layouts = layouts_named(None if origin.published is None else origin.published.format)
+    patterns = [pattern for layout in layouts for pattern in layout.patterns(origin.path)]
+    files = _download(origin, patterns, is_readable, revision, force_download, token, progress)
     sae = detect(files.path).read(files.path, origin.provenance(scaling_factor), dtype=dtype, device=device)
     sae.cfg = _with_source(sae.cfg, origin, files)
     return sae
@@ -98,22 +100,22 @@ def load_config(
 ) -> SAEConfig | PursuitConfig | TemporalConfig:
     """Load the configuration of an SAE in the SAELens layout, from cfg.json alone: kilobytes, no weights.
 
-    Other layouts say part of it in their weights only; what is known of a published one without its files is
-    `saewb.pretrained.catalogue.find(release, id)`.
+    Other layouts hold part of it in their weights; `saewb.pretrained.catalogue.find(release, id)` describes a published
+    SAE without its files.
 
     Args:
         source: as for `load_sae`.
         id: as for `load_sae`.
         revision: branch, tag or commit of the hub repository; None means "main".
-        force_download: fetch again what is in the hub's cache.
-        token: of the hub; None means the one logged in with.
+        force_download: download again files that are in the hub's cache.
+        token: of the hub; None means that of the login.
 
     Returns:
-        What `load_sae(source, id).cfg` would be, but for `metadata["source"]["files"]`, which has cfg.json alone.
+        The same as `load_sae(source, id).cfg`, but `metadata["source"]["files"]` has cfg.json alone.
 
     Raises:
         FileNotFoundError: as `load_sae`.
-        FormatError: if cfg.json is not what the layout promises.
+        FormatError: if cfg.json does not fit the layout.
         ValueError: if it is not in the SAELens layout; with the line that loads it.
 
     Example:
@@ -123,24 +125,24 @@ def load_config(
     origin, names = resolve(source, id), (saelens.CONFIG, saelens.SCALER)
     _check_saelens(origin.published is None or origin.published.format in saelens.SAELens.aliases, origin)
     patterns = [pattern for pattern in saelens.SAELens().patterns(origin.path) if pattern.endswith(names)]
-    files = _fetch(origin, patterns, _has_config, revision, force_download, token)
+    files = _download(origin, patterns, _has_config, revision, force_download, token)
     _check_saelens(_has_config(files.path), origin)
     return _with_source(saelens.read_config(files.path, origin.provenance()), origin, files)
 
 
 def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
-    """Write an SAE into a folder, in the SAELens layout: all of it or nothing. `load_sae(folder)` reads it back.
+    """Save an SAE into a folder, atomically, in the SAELens layout; `load_sae(folder)` reads it back.
 
     Args:
-        sae: any of saewb's classes but a CrossLayerTranscoder; a b_pre of its own is folded into b_enc.
-        folder: a new or empty one; parents are made.
-        overwrite: replace an SAE that is there. A folder with any other files in it is never replaced.
+        sae: any of saewb's classes except CrossLayerTranscoder; a separate b_pre is folded into b_enc.
+        folder: new or empty; parents are created.
+        overwrite: replace an SAE in the folder. A folder with any other files is never replaced.
 
     Returns:
-        The folder's full path.
+        The absolute path of the folder.
 
     Raises:
-        FileExistsError: if there is something that may not be replaced.
+        FileExistsError: if the folder holds something that may not be replaced.
         ValueError: if the layout cannot express this SAE.
         TypeError: for a CrossLayerTranscoder.
 
@@ -158,22 +160,17 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class _Files:
-    """Where the files of an SAE are now."""
+    """Local files of an SAE."""
 
     path: Path
     """Folder or file on this machine."""
     snapshot: Snapshot | None = None
-    """Of the repository they came from; None for files that were here."""
+    """Snapshot of their repository; None for local files."""
     revision: str = "main"
-    """Branch, tag or commit that was asked for."""
+    """Requested branch, tag or commit."""
 
 
-def _patterns(origin: Source) -> list[str]:
-    layouts = layouts_named(None if origin.published is None else origin.published.format)
-    return [pattern for layout in layouts for pattern in layout.patterns(origin.path)]
-
-
-def _fetch(
+def _download(
     origin: Source,
     patterns: list[str],
     is_complete: Callable[[Path], bool],
@@ -206,7 +203,7 @@ def _has_config(path: Path) -> bool:
 
 
 def _with_source(cfg: _Config, origin: Source, files: _Files) -> _Config:
-    """The configuration with where it is from, and the names that the catalogue has."""
+    """Add the source, and the names in the catalogue, to a configuration."""
     if files.snapshot is None:
         return cfg
     version = {"revision": files.revision, "commit": files.snapshot.commit, "files": dict(files.snapshot.hashes)}
@@ -221,10 +218,6 @@ def _with_source(cfg: _Config, origin: Source, files: _Files) -> _Config:
 def _check_saelens(is_saelens: bool, origin: Source) -> None:
     if not is_saelens:
         what = str(origin.local or f"{origin.repo}/{origin.path}")
-        raise ValueError(
-            explain(
-                f"{what} is not in the SAELens layout, and others keep part of their configuration in the weights.",
-                want="saewb.pretrained.catalogue.find(release, id) for what is known without its files",
-                fix=f"{origin.call}.cfg",
-            )
-        )
+        what += " is not in the SAELens layout, and others keep part of their configuration in the weights."
+        want = "saewb.pretrained.catalogue.find(release, id) for what is known without its files"
+        raise ValueError(explain(what, want=want, fix=f"{origin.call}.cfg"))

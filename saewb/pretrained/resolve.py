@@ -1,6 +1,6 @@
-"""What the arguments of `load_sae` mean: a folder or file here, a release of the catalogue, a repository of the hub.
+"""Resolve the arguments of `load_sae`: a local folder or file, a release of the catalogue, a repository of the hub.
 
-Nothing here reads weights or the network; every name that leads nowhere is an error with the names near it.
+Nothing here reads weights or the network; an unknown name is an error that lists similar ones.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """Where an SAE is: on this machine, or on the hub; and what the catalogue knows about it."""
+    """Location of an SAE, on this machine or on the hub, with its entry in the catalogue."""
 
     call: str
-    """What was typed, for errors."""
+    """The call as typed, for errors."""
     local: Path | None = None
-    """Folder or file on this machine; None for a place on the hub."""
+    """Folder or file on this machine; None for one on the hub."""
     repo: str = ""
     """Repository on the hub, "owner/name"."""
     path: str = ""
     """Folder or file in the repository; "" for its root."""
     published: catalogue.PublishedSAE | None = None
-    """What the catalogue knows about it."""
+    """Entry in the catalogue; None if there is none."""
 
     def provenance(self, scaling_factor: float | None = None) -> Provenance:
-        """What is known beyond the files; a factor given comes before the catalogue's."""
+        """Information beyond the files; the argument takes precedence over the catalogue's factor."""
         published = self.published
         if self.local is not None:
             return Provenance(scaling_factor=scaling_factor)
@@ -53,22 +53,22 @@ class Source:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """Names of the source, for `cfg.metadata["source"]`."""
+        """Names of the source for `cfg.metadata["source"]`."""
         published = self.published
         names = {} if published is None else {"release": published.release, "id": published.id}
         return {**names, "repo": self.repo, "path": self.path}
 
 
 def resolve(source: str | Path, id: str | None) -> Source:
-    """Resolve a folder, a release and its id, or a repository and a folder in it, to where the files are.
+    """Resolve a folder, a release and its id, or a repository and a folder in it, to the location of the files.
 
     Raises:
-        ValueError: if the release has no such id, or none was given; or if the two are the wrong way round.
-        FileNotFoundError: if `source` is neither a folder or file here, nor a release, nor a repository's name.
-        TypeError: if it is no name and no path.
+        ValueError: if the release has no such id, or `id` is missing; or if the two arguments are swapped.
+        FileNotFoundError: if `source` is neither a local folder or file, nor a release, nor a repository's name.
+        TypeError: if it is neither a name nor a path.
     """
     if id is not None:
-        inside(id)  # before anything is looked at
+        inside(id)  # refuse a bad id before any path is opened
     local = _local(source, id)
     call = f"saewb.load_sae({str(source)!r}{f', {id!r}' if id else ''})"
     if local is not None:
@@ -77,13 +77,9 @@ def resolve(source: str | Path, id: str | None) -> Source:
     if source in catalogue.releases():
         if id is None:
             ids = catalogue.ids(source)
-            raise ValueError(
-                explain(
-                    f"load_sae got the release {source!r} and no id ({len(ids)} SAEs).",
-                    want=", ".join(ids[:6]) + (", ..." if len(ids) > 6 else ""),
-                    fix=f"saewb.load_sae({source!r}, {ids[0]!r})",
-                )
-            )
+            what = f"load_sae got the release {source!r} and no id ({len(ids)} SAEs)."
+            want = ", ".join(ids[:6]) + (", ..." if len(ids) > 6 else "")
+            raise ValueError(explain(what, want=want, fix=f"saewb.load_sae({source!r}, {ids[0]!r})"))
         published = catalogue.find(source, id)
         return Source(call, repo=published.repo, path=published.path, published=published)
     if id in catalogue.releases():
@@ -96,10 +92,10 @@ def resolve(source: str | Path, id: str | None) -> Source:
 
 
 def inside(id: str) -> str:
-    """The path inside a repository that an id stands for.
+    """Convert an id to a path inside a repository.
 
     Raises:
-        ValueError: if it leads out of it.
+        ValueError: if the path leaves the repository.
     """
     parts = PurePosixPath(id).parts
     if not parts or ".." in parts or PurePosixPath(id).is_absolute() or "\\" in id:
@@ -109,7 +105,7 @@ def inside(id: str) -> str:
 
 
 def _local(source: str | Path, id: str | None) -> Path | None:
-    """The folder or file meant, if it is one of this machine; None if `source` can only be a name."""
+    """The local folder or file; None if `source` can only be a name."""
     if source == "tiny":
         source = Path(str(files("saewb.tiny") / "sae"))
     if not isinstance(source, (str, os.PathLike)):
@@ -146,14 +142,8 @@ def _raise_missing(folder: Path, fix: str) -> NoReturn:
     if best and fix.startswith("saewb.load_sae({"):
         best = str(folder.parent / best)
     others = ", ".join(_subfolders(folder.parent)[:12]) or f"nothing: {folder.parent} has no folders"
-    raise FileNotFoundError(
-        explain(
-            f"the folder {folder} {kind}.",
-            near=neighbors,
-            want="" if neighbors else f"one of {others}",
-            fix=fix.format(best) if best else "",
-        )
-    )
+    want, fix = "" if neighbors else f"one of {others}", fix.format(best) if best else ""
+    raise FileNotFoundError(explain(f"the folder {folder} {kind}.", near=neighbors, want=want, fix=fix))
 
 
 def _raise_unknown(source: str, id: str | None) -> NoReturn:
@@ -162,12 +152,8 @@ def _raise_unknown(source: str, id: str | None) -> NoReturn:
         what = f"{source!r} is a language model, not an SAE."
         raise FileNotFoundError(explain(what, want="one of its SAEs", fix=f"saewb.catalogue(model={source!r})"))
     close = near(source, ["tiny", *_subfolders(Path()), *catalogue.releases()])
-    raise FileNotFoundError(
-        explain(
-            f"no SAE named {source!r}: neither the embedded one, nor a folder here, nor a release of the "
-            "catalogue, nor a hub repository's name.",
-            near=close,
-            want="'tiny', a folder, a release of saewb.catalogue(), or 'owner/name' on the hub",
-            fix=f"saewb.load_sae({close[0]!r}{f', {id!r}' if id else ''})" if close else "",
-        )
-    )
+    what = f"no SAE named {source!r}: neither the embedded one, nor a folder here, nor a release of the catalogue, nor "
+    what += "a hub repository's name."
+    want = "'tiny', a folder, a release of saewb.catalogue(), or 'owner/name' on the hub"
+    fix = f"saewb.load_sae({close[0]!r}{f', {id!r}' if id else ''})" if close else ""
+    raise FileNotFoundError(explain(what, near=close, want=want, fix=fix))

@@ -1,4 +1,4 @@
-"""Publish SAEs on the Hugging Face Hub, with a model card: what they are, how they were trained, how to load them."""
+"""Publish SAEs on the Hugging Face Hub with a model card: architecture, training, figures, loading code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saewb.sae.temporal import TemporalSAE
 
 AnySAE = SAE | PursuitSAE | TemporalSAE
 
-# Keys of an SAE's metadata that say how it was trained, and the words for them.
+# Keys of an SAE's metadata about its training, and their words in the model card.
 _TRAINING_KEYS = {
     "training_architecture": "trained as",
     "dataset_path": "data set",
@@ -49,28 +49,28 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Put SAEs into a repository of the hub, in one commit; `load_sae(repo_id, id)` reads them back, sae-lens too.
+    """Upload SAEs to a repository of the hub in one commit; `load_sae(repo_id, id)` and sae-lens load them.
 
-    The repository is made if it is not there. It gets a model card, unless it has one already: what the SAEs are, how
-    they were trained as far as their metadata says, figures, and the lines that load them. A card that is there stays.
+    The repository is created if it does not exist. Unless it has a model card already, it gets one: the architecture of
+    the SAEs, their training as far as their metadata describes it, figures, and the code that loads them.
 
     Args:
-        sae: one, or several by the folder each goes to.
+        sae: one SAE, or several by folder of the repository.
         repo_id: "owner/name".
-        id: the folder of a single one; None means its hook's name.
-        figures: for the card: for each folder, numbers by name, e.g. {"blocks.8.hook_resid_pre": {"l0": 60.2}}.
-        private: for a repository that is made now.
+        id: folder of a single SAE; None means its hook's name.
+        figures: numbers for the card, by folder and name, e.g. {"blocks.8.hook_resid_pre": {"l0": 60.2}}.
+        private: whether a new repository is private.
         revision: an existing branch; None means "main".
-        token: of the hub; None means the one logged in with.
+        token: of the hub; None means that of the login.
         commit_message: None means one that names the SAEs.
 
     Returns:
-        The commit's address.
+        The address of the commit.
 
     Raises:
         ValueError: if `repo_id` or an id is no such name, if there is neither an id nor a hook, if the layout cannot
             express one of them (nothing is then pushed), or if `figures` names another folder.
-        huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: if the hub refuses the upload.
     """
     if not REPO.fullmatch(repo_id):
         raise ValueError(explain(f"push_to_hub got repo_id={repo_id!r}.", want="'owner/name'"))
@@ -119,12 +119,12 @@ def _upload(
 
 
 def model_card(saes: Mapping[str, AnySAE], repo_id: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README.md of a repository, as Markdown. Nothing is in it that the SAEs or `figures` do not say.
+    """Write the model card of a repository as Markdown, from the SAEs' configurations and `figures` only.
 
     Args:
-        saes: by folder.
+        saes: SAEs by folder.
         repo_id: "owner/name".
-        figures: for each folder, numbers by name.
+        figures: numbers by folder and name.
     """
     from huggingface_hub import ModelCardData
 
@@ -165,14 +165,14 @@ def _architecture_table(saes: Mapping[str, AnySAE]) -> list[str]:
 
 
 def _training_list(saes: Mapping[str, AnySAE]) -> list[str]:
-    facts: dict[str, dict[str, str]] = {}
+    by_key: dict[str, dict[str, str]] = {}
     for folder, sae in saes.items():
         for key, words in _TRAINING_KEYS.items():
             value = sae.cfg.metadata.get(key)
             if value not in (None, {}, []):
-                facts.setdefault(words, {})[folder] = _format_value(key, value)
-    lines = [] if facts else ["Their files do not say."]
-    for words, values in facts.items():
+                by_key.setdefault(words, {})[folder] = _format_value(key, value)
+    lines = [] if by_key else ["Their files do not say."]
+    for words, values in by_key.items():
         if len(set(values.values())) == 1 and len(values) == len(saes):
             lines.append(f"- {words}: {next(iter(values.values()))}")
         else:
@@ -189,7 +189,7 @@ def _format_value(key: str, value: Any) -> str:
 
 
 def _figure_table(saes: Mapping[str, AnySAE], figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Figures given, and what an SAE's metadata has: "held_out" of saewb's training, or the l0 that sae-lens notes."""
+    """Table of `figures` and of metrics in the metadata: "held_out" of saewb, or "l0" of sae-lens."""
     numbers = {}
     for folder, sae in saes.items():
         metadata = sae.cfg.metadata

@@ -2,9 +2,9 @@
 
     stream -> Training -> TrainStep, TrainStep, ...     and at any time    training.saes, training.state()
 
-`objectives` are what SAEs are trained for, `config` describes a run, `normalization` the units. `loop` trains all SAEs
-over one stream; `trainer` is one SAE's step, `sparse_step` its fast gradients, `step_metrics` its metrics. `train`
-starts a `run` in the background; `run_folder` is what it writes, `past_run` reads it, `run_display` shows it.
+`objectives` holds the training objectives, `config` the settings of a run, `normalization` the units. `loop` trains all
+SAEs over one stream; `trainer` makes one SAE's step, `sparse_step` computes its gradients fast, `step_metrics` its
+metrics. `train` starts a `run` in the background; `run_folder` writes it, `past_run` reads it, `run_display` shows it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The notebook cell that starts a training: Python source of a `RunSpec`."""
+"""Python source of a `RunSpec`: the notebook cell that starts the run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ def training_code(
     held_out: bool = False,
     **options: Any,
 ) -> str:
-    """The cell that starts a training: `saewb.train` with what differs from the defaults.
+    """Python source of a call of `saewb.train`, with the arguments that differ from their defaults.
 
     Args:
         saes: as for `saewb.train`.
@@ -27,15 +26,15 @@ def training_code(
         hook: as for `saewb.train`.
         hook_out: as for `saewb.train`.
         folder: as for `saewb.train`.
-        held_out: whether `held_out` is passed on.
+        held_out: whether the call passes `held_out`.
         options: as for `saewb.train`.
 
     Returns:
-        Python that needs `model` and `tokens` (and `held_out`), and makes `run`.
+        Python source that needs `model` and `tokens` (and `held_out`), and defines `run`.
 
     Raises:
         TypeError: for an option that does not exist.
-        ValueError: for what does not fit.
+        ValueError: for an invalid value.
 
     Example:
         >>> import saewb
@@ -56,12 +55,12 @@ def training_code(
 
 
 def train_code(spec: RunSpec, *, folder: str | None = None, held_out: bool = False) -> str:
-    """The `saewb.train` cell of a spec; `model` and `tokens` (and `held_out`) are the reader's. Defaults are left out.
+    """Python source of the `saewb.train` call of a spec, without defaults; needs `model`, `tokens` (and `held_out`).
 
     Args:
-        spec: what is trained.
+        spec: of the run.
         folder: of the new run.
-        held_out: whether `held_out` is passed on.
+        held_out: whether the call passes `held_out`.
     """
     arguments = {} if folder is None else {"folder": folder}
     for part in (spec.train, spec.run, spec.data):
@@ -75,28 +74,26 @@ def train_code(spec: RunSpec, *, folder: str | None = None, held_out: bool = Fal
     saes = {name: replace(sae, read=None, write=None) if shared else sae for name, sae in spec.saes.items()}
     arguments = {**hooks, "n_tokens": arguments.pop("n_tokens"), **arguments}
     model = f"  # {spec.model}" if spec.model else ""
-    lines = [f"model,{model}", "tokens,", f"{_saes_code(saes)},"]
+    by_name = ", ".join(f"{name!r}: {_trainee_code(sae)}" for name, sae in saes.items())
+    code = _trainee_code(saes["sae"]) if list(saes) == ["sae"] else f"{{{by_name}}}"
+    lines = [f"model,{model}", "tokens,", f"{code},"]
     lines += [f"{name}={_literal(value)}," for name, value in arguments.items()]
     lines += ["held_out=held_out,"] if held_out else []
     return "import saewb\n\nrun = saewb.train(\n" + "".join(f"    {line}\n" for line in lines) + ")\n"
-
-
-def _saes_code(saes: Mapping[str, Trainee]) -> str:
-    if list(saes) == ["sae"]:
-        return _trainee_code(saes["sae"])
-    return "{" + ", ".join(f"{name!r}: {_trainee_code(sae)}" for name, sae in saes.items()) + "}"
 
 
 def _trainee_code(sae: Trainee) -> str:
     objective = sae.objective
     options = ", ".join(f"{name}={value!r}" for name, value in _changed(objective).items())
     code = f"saewb.{type(objective).__name__}({options})"
-    own = {name: value for name in ("read", "write", "lr", "seed") if (value := getattr(sae, name)) is not None}
-    return f"saewb.Trainee({', '.join([code, *(f'{name}={value!r}' for name, value in own.items())])})" if own else code
+    fields = [
+        f"{name}={value!r}" for name in ("read", "write", "lr", "seed") if (value := getattr(sae, name)) is not None
+    ]
+    return f"saewb.Trainee({', '.join([code, *fields])})" if fields else code
 
 
 def _changed(config: Any) -> dict[str, Any]:
-    """The fields that differ from their defaults, in the order of the signature."""
+    """Fields that differ from their defaults, in signature order."""
     ordered = sorted(fields(config), key=lambda f: f.kw_only)
     return {f.name: value for f in ordered if (value := getattr(config, f.name)) != f.default}
 

@@ -39,7 +39,7 @@ Normalization = Literal["none", "constant", "centered", "whitened", "layer_norm"
 Step = Literal["auto", "plain", "sparse"]
 
 FORMAT = 2
-"""Of run.json; 1 is saewb 0.1.0's, which is read as well."""
+"""Format number of run.json; 1, of saewb 0.1.0, is read as well."""
 
 
 def _dtype(value: Any) -> Any:
@@ -56,7 +56,7 @@ Beta = Annotated[float, Ge(0), Lt(1)]
 
 @config
 class TrainConfig:
-    """How to train; one for all SAEs of a stream. All sizes are in tokens. Wrong or unknown fields raise.
+    """Training hyperparameters, shared by all SAEs of a stream; sizes are in tokens. Wrong or unknown fields raise.
 
     Example:
         >>> config = TrainConfig(n_tokens=1_000_000, batch_tokens=4096, warmup_tokens=50_000)
@@ -89,17 +89,17 @@ class TrainConfig:
     clip: PositiveFloat | None = 1.0
     """Largest gradient norm, over all weights of an SAE; None does not clip."""
     autocast: Autocast = None
-    """Dtype of products in the plain losses: torch.bfloat16, or None; weights stay float32."""
+    """Dtype of matrix products in the plain losses: torch.bfloat16, or None; weights stay float32."""
     compile: str | None = None
     """Backend of torch.compile for the plain losses, e.g. "inductor"."""
     step: Step = "auto"
-    """How gradients are computed: by autograd, by hand on active latents, or whichever is quicker."""
+    """How gradients are computed: "plain" by autograd, "sparse" on active latents only, "auto" whichever is faster."""
     normalization: Normalization = "centered"
-    """Of activations: see `saewb.training.normalization`; "none" for synthetic ones."""
+    """Normalization of activations, see `saewb.training.normalization`; "none" for synthetic ones."""
     shrinkage: Annotated[float, Ge(0), Le(1)] = 1e-3
-    """Of the covariance, for "whitened", 0 to 1; 0 needs every direction to vary."""
+    """Shrinkage of the covariance for "whitened", 0 to 1; 0 needs every direction to vary."""
     estimate_tokens: PositiveInt | None = None
-    """Tokens that means and factors are estimated on, held in memory meanwhile; None means 8 batches."""
+    """Tokens on which normalizations are estimated, held in memory until then; None means 8 batches."""
     b_dec: Literal["zeros", "mean"] = "zeros"
     """Initial decoder bias."""
     dead_after_tokens: PositiveInt | None = None
@@ -132,7 +132,7 @@ class TrainConfig:
 
     @property
     def dead_after(self) -> int:
-        """Tokens after which a silent latent is dead, with the default filled in."""
+        """Tokens after which a silent latent counts as dead, with the default filled in."""
         return self.dead_after_tokens or max(1, min(10_000_000, self.n_tokens // 10))
 
     @property
@@ -171,7 +171,7 @@ class TrainConfig:
 
 @config
 class DataConfig:
-    """How activations are read."""
+    """How activations are read, shuffled and batched."""
 
     buffer_tokens: NonNegativeInt | None = None
     """Tokens of the shuffle buffer; 0 keeps the order, None means 16 batches."""
@@ -182,7 +182,7 @@ class DataConfig:
     pass_tokens: PositiveInt = PASS_TOKENS
     """Tokens of one forward pass of the model."""
     skip_special_tokens: bool | Annotated[list[int], Strict(False)] = True
-    """Leaves out special tokens (BOS, EOS, padding); or the token ids to leave out."""
+    """Whether special tokens (BOS, EOS, padding) are left out; or the token ids to leave out."""
     positions: Annotated[tuple[int | None, int | None, int | None], Strict(False)] = (None, None, None)
     """Start, stop and step of the positions of each row that are kept."""
     held_out_tokens: PositiveInt = 16_384
@@ -191,22 +191,22 @@ class DataConfig:
 
 @config
 class RunConfig:
-    """What a run writes, and when."""
+    """Checkpoints and logging of a run."""
 
     checkpoint_every_tokens: PositiveInt | None = None
-    """Tokens between checkpoints; None writes one on the way out only."""
+    """Tokens between checkpoints; None writes one at the end only."""
     keep_saes: bool = False
-    """Keeps the SAEs of every checkpoint, not only of the last."""
+    """Whether the SAEs of every checkpoint are kept, not only those of the last."""
     log_every_steps: PositiveInt = 10
     """Steps between rows of the history; the first and the last step are always logged."""
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """One SAE to be trained: for what, where it reads and writes, and what to start from."""
+    """One SAE to train: its objective, the points it reads and writes, its initial weights."""
 
     objective: Objective
-    """What it is trained for."""
+    """Training objective."""
     read: str | None = None
     """Point of the stream it reads; None means the only one."""
     write: str | None = None
@@ -225,13 +225,13 @@ class Trainee:
 
     @property
     def fits_thresholds(self) -> bool:
-        """Whether its first thresholds are set from the first tokens."""
+        """Whether its initial thresholds are fitted to the first tokens."""
         objective = self.objective
         return isinstance(objective, JumpReLU) and objective.start_l0 is not None and self.init is None
 
     @property
     def location(self) -> str:
-        """Where it reads and writes, in a few words."""
+        """The point it reads, and "=> point" for the one it writes if that is set."""
         return f"{self.read} => {self.write}" if self.write else str(self.read)
 
     def objective_fields(self) -> dict[str, Any]:
@@ -253,11 +253,13 @@ class Trainee:
         values = {{"hook": "read", "hook_out": "write"}.get(name, name): value for name, value in values.items()}
         name = str(values.pop("objective", None))
         if name not in OBJECTIVES:
-            known = list(OBJECTIVES)
-            raise ValueError(explain(f"got objective {name!r}.", near=near(name, known), want=", ".join(known)))
-        own = {key: values.pop(key) for key in ("read", "write", "lr", "seed") if key in values}
-        own |= {key: kind(own[key]) for key, kind in (("lr", float), ("seed", int)) if own.get(key) is not None}
-        return cls(parse(OBJECTIVES[name], values), **own)
+            names = list(OBJECTIVES)
+            raise ValueError(explain(f"got objective {name!r}.", near=near(name, names), want=", ".join(names)))
+        fields = {key: values.pop(key) for key in ("read", "write", "lr", "seed") if key in values}
+        fields |= {
+            key: kind(fields[key]) for key, kind in (("lr", float), ("seed", int)) if fields.get(key) is not None
+        }
+        return cls(parse(OBJECTIVES[name], values), **fields)
 
 
 def _sae(value: Any) -> Any:
@@ -270,20 +272,20 @@ SAESpec = Annotated[InstanceOf[Trainee], BeforeValidator(_sae), PlainSerializer(
 
 @config
 class RunSpec:
-    """A training run: the arguments of `saewb.train` but for the model, the tokens and what only the caller has."""
+    """A training run as data: the arguments of `saewb.train` without model, tokens, folder, loggers and device."""
 
     saes: dict[str, SAESpec]
     """The SAEs by name."""
     train: TrainConfig
-    """How to train."""
+    """Training hyperparameters."""
     data: DataConfig = DataConfig()
     """How activations are read."""
     run: RunConfig = RunConfig()
-    """What is written, and when."""
+    """Checkpoints and logging."""
     model: str | None = None
     """Name of the language model."""
     widths: dict[str, int] = field(default_factory=dict)
-    """Numbers per token, by point of the stream."""
+    """Width of the activations, by point of the stream."""
 
     @classmethod
     def from_options(
@@ -322,10 +324,10 @@ class RunSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
-        """The spec that run.json holds, also saewb 0.1.0's.
+        """The spec in run.json, also in that of saewb 0.1.0.
 
         Raises:
-            ValueError, TypeError: if it is none.
+            ValueError, TypeError: if it is not a spec.
         """
         content = {name: value for name, value in values.items() if name != "saewb_run"}
         return parse(cls, _upgraded(content) if values["saewb_run"] == 1 else content)
@@ -336,24 +338,24 @@ class RunSpec:
 
     @property
     def points(self) -> list[str]:
-        """All points that are read or written, each once."""
+        """All points that SAEs read or write, without duplicates."""
         both = [point for sae in self.saes.values() for point in (sae.read, sae.write) if point is not None]
         return list(dict.fromkeys(both))
 
     @property
     def buffer_tokens(self) -> int:
-        """Tokens of the shuffle buffer, with the default filled in; never more than are trained on."""
+        """Tokens of the shuffle buffer, with the default filled in; at most `train.n_tokens`."""
         n_tokens = self.data.buffer_tokens
         return min(self.train.n_tokens, 16 * self.train.batch_tokens if n_tokens is None else n_tokens)
 
     def with_widths(self, widths: Mapping[str, int]) -> RunSpec:
-        """The spec of a stream of these points: SAEs that name no point read the only one there is."""
+        """The spec with the widths of a stream; if it has a single point, SAEs that name none read that."""
         only = next(iter(widths)) if len(widths) == 1 else None
         saes = {name: replace(sae, read=sae.read or only) for name, sae in self.saes.items()}
         return replace(self, saes=saes, widths=dict(widths))
 
 
-# As other trainers call them.
+# Names of these options in other libraries, for error messages.
 _ALIASES = {
     "learning_rate": "lr",
     "batch_size": "batch_tokens",
@@ -363,11 +365,11 @@ _ALIASES = {
 
 
 def trainees(saes: Any, hook: str | None = None, hook_out: str | None = None) -> dict[str, Trainee]:
-    """An objective, a Trainee, or several by name, as Trainees; those that name no point read `hook`.
+    """Convert objectives or Trainees, one or several by name, to Trainees; those that name no point read `hook`.
 
     Raises:
-        TypeError: for what is no objective.
-        ValueError: for none at all, or a name that cannot be a folder's.
+        TypeError: for anything else than an objective.
+        ValueError: for no SAE at all, or a name that cannot name a folder.
     """
     by_name = dict(saes) if isinstance(saes, Mapping) else {"sae": saes}
     if not by_name:
@@ -392,7 +394,7 @@ def trainees(saes: Any, hook: str | None = None, hook_out: str | None = None) ->
 
 
 def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Format 1 of run.json under today's names."""
+    """Rename the fields of format 1 of run.json to the current ones."""
     parts = {"config": "train", "reading": "data", "options": "run"}
     values = {parts.get(name, name): value for name, value in values.items()}
     normalization = values["train"].pop("normalisation", "none")

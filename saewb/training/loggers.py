@@ -3,8 +3,8 @@
     saewb.train(..., loggers=[saewb.training.loggers.Wandb(project="my-saes")])
     saewb.train(..., loggers=[lambda event: print(event.row) if event.kind == "step" else None])
 
-A logger is called on the run's thread, between two steps. One that raises does not end the run: its error is kept in
-`run.notes`, and after three failures in a row it is not called again.
+A logger is called on the run's thread, between two steps. An exception in it does not end the run: it is added to
+`run.notes`, and after three failures in a row the logger is not called again.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Any, Literal, final
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run."""
+    """An event of a run: its begin, a logged step, a checkpoint, its end."""
 
     kind: Literal["begin", "step", "checkpoint", "end"]
-    """What happened."""
+    """Kind of the event."""
     step: int
     """Steps done."""
     n_tokens: int
     """Tokens trained on."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """At "step" the history's row, at "begin" the run's spec as run.json has it."""
+    """At "step" the row of the history, at "begin" the run's spec as in run.json."""
     folder: Path | None = None
-    """Of the run; None if it has none."""
+    """Folder of the run; None if it has none."""
     names: tuple[str, ...] = ()
     """The names of the SAEs."""
     state: str = "running"
-    """Of the run; at "end": finished, stopped or failed."""
+    """State of the run; at "end": finished, stopped or failed."""
 
 
 Logger = Callable[[Event], object]
 
 
-_LOSS_TERMS = {  # objectives' names of loss terms: SAELens' keys
+_LOSS_TERMS = {  # names of loss terms in objectives -> SAELens' keys
     "mse": "mse_loss",
     "l1": "l1_loss",
     "l0": "l0_loss",
@@ -49,14 +49,14 @@ _UNCHANGED = {"held_out/fvu", "held_out/l0", "held_out/mse"}
 
 
 def saelens_keys(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, float]:
-    """A row of the history under SAELens' names for Weights & Biases, the SAE's name first where there are several.
+    """Rename a row of the history to SAELens' keys for Weights & Biases, prefixed by the SAE's name if several.
 
     Args:
         row: of `run.history`.
         names: of the run's SAEs; with one only, its name is left out.
 
     Returns:
-        Numbers by SAELens' names; quantities it has no name for keep ours.
+        Numbers by SAELens' names; quantities without one keep their name here.
 
     Example:
         >>> saelens_keys({"step": 1, "n_tokens": 64, "fvu": 0.25, "losses/mse": 2.0}, ("sae",))
@@ -66,12 +66,12 @@ def saelens_keys(row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, fl
     for name in names:
         prefix = "" if len(names) == 1 else f"{name}/"
         for key, value in row.items():
-            if key.startswith(prefix) and (theirs := _key(key.removeprefix(prefix), value)):
-                keys[prefix + theirs[0]] = theirs[1]
+            if key.startswith(prefix) and (renamed := _saelens_key(key.removeprefix(prefix), value)):
+                keys[prefix + renamed[0]] = renamed[1]
     return keys
 
 
-def _key(key: str, value: Any) -> tuple[str, float] | None:
+def _saelens_key(key: str, value: Any) -> tuple[str, float] | None:
     group, _, term = key.partition("/")
     fixed = {
         "loss": "losses/overall_loss",
@@ -93,12 +93,12 @@ def _key(key: str, value: Any) -> tuple[str, float] | None:
 
 @final
 class Wandb:
-    """Weights & Biases, with SAELens' keys. The package is imported when a run begins, and only then.
+    """Logger for Weights & Biases, with SAELens' keys; imports `wandb` when a run begins.
 
     Args:
         project: of wandb.
         name: of the run; None lets wandb choose.
-        log_weights: uploads the SAEs as artifacts, at checkpoints of runs that have a folder.
+        log_weights: upload the SAEs as artifacts, at checkpoints of runs that have a folder.
         options: any other argument of `wandb.init`.
     """
 
@@ -130,7 +130,7 @@ class Wandb:
 
 @final
 class TensorBoard:
-    """TensorBoard event files, under the history's own names. Imported when a run begins, and only then.
+    """Logger that writes TensorBoard event files, with the names of the history; imported when a run begins.
 
     Args:
         folder: for the event files.

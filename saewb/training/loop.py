@@ -24,8 +24,8 @@ from saewb.training.objectives import Objective
 from saewb.training.step_metrics import HeldOut, TrainStep
 from saewb.training.trainer import SAETrainer, check_state, check_trainee
 
-PROBE_ROWS = 256  # of the last batch, that an export is checked on
-_ESTIMATED = ("constant", "centered", "whitened")  # normalizations that are estimated
+PROBE_ROWS = 256  # rows of the last batch on which an export is checked
+_ESTIMATED = ("constant", "centered", "whitened")  # normalizations estimated from the first batches
 
 
 class Batch(Protocol):
@@ -45,17 +45,17 @@ class Stream(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """The position: after the last batch that was taken."""
+        """The position after the last batch that was yielded."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a position; iterating anew continues from there."""
+        """Return to a position; a new iterator continues from there."""
         ...
 
 
 @final
 class Training:
-    """Trains SAEs on a stream, one optimizer step each per batch; iterate over it to make it run.
+    """Training of SAEs on one stream: an iterator that makes one optimizer step of each SAE per batch.
 
         for step in saewb.Training(stream, saewb.TopK(d_sae=4096, k=32), config):
             ...
@@ -65,13 +65,13 @@ class Training:
 
     Args:
         stream: yields batches of exactly `config.batch_tokens` tokens.
-        saes: an objective, or objectives or `Trainee`s by the names of the SAEs.
+        saes: an objective or a `Trainee`; several of them in a dictionary by the SAE's name.
         config: how to train.
         held_out: activations by point, `[tokens, d]`, in the model's units, to measure on every `eval_every_tokens` and
             after the last step.
         device: of weights and arithmetic; None means that of the first batch.
-        team: processes that train together, each on its shard of every batch (`saewb.distributed`); each gets the same
-            stream of whole batches. None trains alone.
+        parallel: processes that train together, each on its shard of every batch (`saewb.distributed`); each gets the
+            same stream of whole batches. None trains alone.
 
     Raises:
         ValueError: on a batch of another size, a point the stream does not have, or a stream that ends too early.
@@ -93,13 +93,13 @@ class Training:
         *,
         held_out: Mapping[str, Tensor] | None = None,
         device: torch.device | str | None = None,
-        team: ParallelContext | None = None,
+        parallel: ParallelContext | None = None,
     ) -> None:
         by_name = saes if isinstance(saes, Mapping) else {"sae": saes}
         if not by_name:
             raise ValueError(explain("Training got no SAE.", want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
-        self._team = team or SINGLE_PROCESS
-        self._rows = self._team.shard(config.batch_tokens)  # of a batch, for this process
+        self._parallel = parallel or SINGLE_PROCESS
+        self._rows = self._parallel.shard(config.batch_tokens)  # of a batch, for this process
         self.config = config
         self.n_steps = 0  # done
         self.n_tokens = 0  # trained on
@@ -130,7 +130,7 @@ class Training:
             if batch is None:
                 what = f"the stream ended after {self.n_tokens} tokens, of n_tokens={self.config.n_tokens}."
                 raise ValueError(explain(what, want="more data, or a stream of several epochs"))
-            yield self._step(self._checked(batch))
+            yield self._step(batch)
 
     def _next(self) -> Batch | None:
         if not self._pending:
@@ -138,7 +138,8 @@ class Training:
         self._n_taken += 1
         return self._pending.popleft()
 
-    def _step(self, values: Mapping[str, Tensor]) -> TrainStep:
+    def _step(self, batch: Batch) -> TrainStep:
+        values = self._check_batch(batch)
         inputs = {p: n.normalize(self._to_device(values[p][self._rows])) for p, n in self._normalizers.items()}
         metrics = {}
         for name, trainer in self._trainers.items():
@@ -147,13 +148,11 @@ class Training:
         before, self.n_tokens = self.n_tokens, self.n_tokens + self.config.batch_tokens
         self.n_steps += 1
         self._probe = {point: values[point][:PROBE_ROWS].clone() for point in self._normalizers}
-        if self._held_out is not None and self._is_due(before):
+        every = self.config.eval_every_tokens
+        is_due = every is not None and before // every != self.n_tokens // every
+        if self._held_out is not None and (is_due or self.n_steps == self.config.n_steps):
             metrics = {name: replace(m, held_out=self._evaluate(name)) for name, m in metrics.items()}
         return TrainStep(self.n_steps, self.n_tokens, metrics)
-
-    def _is_due(self, before: int) -> bool:
-        every = self.config.eval_every_tokens
-        return self.n_steps == self.config.n_steps or (every is not None and before // every != self.n_tokens // every)
 
     def _evaluate(self, name: str) -> HeldOut:
         read, write = self._points(name)
@@ -182,9 +181,9 @@ class Training:
         return saes
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed training needs: a dict of plain values and tensors on the host, copied.
+        """State from which training resumes: a dict of plain values and of tensors copied to the host.
 
-        It can be written with torch.save and read with `weights_only=True` if the stream's own state can.
+        `torch.save` writes it, and `torch.load(weights_only=True)` reads it if it reads the stream's own state.
         """
         self.begin()
         return {
@@ -202,10 +201,10 @@ class Training:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state()`: weights, optimizers, schedules, estimates, position in the stream.
+        """Load a `state()`: weights, optimizers, schedules, estimates, position in the stream.
 
         Raises:
-            ValueError: if the SAEs, or a field of the config that must not change, are not those of the state.
+            ValueError: if the SAEs, or a field of the config that must not change, differ from those of the state.
         """
         check_state(state, self._signature, self.config)
         self._device = self._device or torch.device(state["device"])
@@ -234,7 +233,7 @@ class Training:
             pass
 
     def read_ahead(self, fill: Callable[[], bool] = lambda: False) -> bool:
-        """Do a part of `begin()`, to allow for a stop in between; True if there is more to do.
+        """Read one batch that `begin()` needs, so that a caller may stop in between; True if there is more to do.
 
         Args:
             fill: called before a batch is read until it returns False, e.g. `stream.fill`.
@@ -259,7 +258,7 @@ class Training:
     def ahead(self) -> tuple[str, int, int] | None:
         """(purpose, tokens read, tokens to read) before the first step; None once that can be taken.
 
-        Safe to read at any time, from any thread.
+        Any thread may read it at any time.
         """
         size, normalizes = self.config.batch_tokens, self.config.normalization in _ESTIMATED
         if self._skipped < self._n_skip:
@@ -283,10 +282,13 @@ class Training:
     def _initialize(self) -> None:
         if not self._pending:
             raise ValueError(explain("the stream is empty.", want="at least one batch"))
-        values = self._checked(self._pending[0])
-        self._resolve(values)
+        values = self._check_batch(self._pending[0])
+        self._resolve_points(values)
         points = sorted({point for name in self._trainees for point in self._points(name)})
-        self._check_held_out(points)
+        for point in points:
+            if self._held_out is not None and point not in self._held_out:
+                what = f"held_out has no activations of {point!r}."
+                raise ValueError(explain(what, near=near(point, self._held_out), want=", ".join(points)))
         self._device = self._device or values[points[0]].device
         self._probe = {point: values[point][:PROBE_ROWS].clone() for point in points}
         means = {}
@@ -296,13 +298,7 @@ class Training:
         for name, trainer in self._trainers.items():
             trainer.fit_thresholds([batch.values[self._points(name)[0]] for batch in self._pending])
 
-    def _check_held_out(self, points: list[str]) -> None:
-        for point in points:
-            if self._held_out is not None and point not in self._held_out:
-                what = f"held_out has no activations of {point!r}."
-                raise ValueError(explain(what, near=near(point, self._held_out), want=", ".join(points)))
-
-    def _resolve(self, values: Mapping[str, Tensor]) -> None:
+    def _resolve_points(self, values: Mapping[str, Tensor]) -> None:
         for name, trainee in self._trainees.items():
             if trainee.read is None and len(values) > 1:
                 what = f"{name!r} does not say which of {len(values)} points it reads."
@@ -316,7 +312,7 @@ class Training:
             self._trainees[name] = trainee
 
     def _estimate(self, point: str) -> tuple[ActivationNormalizer, Tensor | None]:
-        """Normalizer of a point, and the mean of its output, from the pending batches; no mean if nothing needs one."""
+        """Normalizer of a point and, if anything is estimated, the mean of its output over the pending batches."""
         normalization = self.config.normalization
         if not self._estimates:
             return ActivationNormalizer.from_estimates(normalization, 1.0, torch.zeros(0)), None
@@ -341,7 +337,7 @@ class Training:
                 d_out=widths[write],
                 device=self._device,
                 b_dec=means.get(write) if self.config.b_dec == "mean" else None,
-                team=self._team,
+                parallel=self._parallel,
             )
 
     def _points(self, name: str) -> tuple[str, str]:
@@ -351,7 +347,7 @@ class Training:
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self._device, torch.float32)
 
-    def _checked(self, batch: Batch) -> Mapping[str, Tensor]:
+    def _check_batch(self, batch: Batch) -> Mapping[str, Tensor]:
         if len(batch) != self.config.batch_tokens:
             what = f"the stream yields {len(batch)} tokens per batch, the config asks for {self.config.batch_tokens}."
             raise ValueError(explain(what, want="the same", fix=f"TrainConfig(..., batch_tokens={len(batch)})"))

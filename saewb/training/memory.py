@@ -1,4 +1,4 @@
-"""Before a training starts: an estimate of the memory it needs, and the list of its options."""
+"""Estimate the memory of a training run, and list its options."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _FLOAT = 4  # weights and arithmetic are float32
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, by what for; `print` it for a table. `step` and `forward` are rough, within about a factor of two."""
+    """Memory of a training run in bytes, by purpose; `step` and `forward` are within about a factor of two."""
 
     weights: int
-    """Of all SAEs, with gradients and Adam's two moments; exact."""
+    """Weights of all SAEs, with gradients and Adam's two moments; exact."""
     step: int
-    """Of the largest SAE's step: pre-activations, latents and their gradients, if computed densely."""
+    """Step of the largest SAE: pre-activations, latents and their gradients, if computed densely."""
     buffer: int
     """Shuffle buffer and batches computed ahead; exact."""
     checkpoint: int
     """A copy of weights, moments and buffer while a checkpoint is written."""
     forward: int
-    """Of one pass of the model, beyond its weights."""
+    """One forward pass of the model, beyond its weights."""
     available: int | None
-    """Free now, where it is needed; None if the system does not say."""
+    """Free memory of the training device now; None if unknown."""
 
     @property
     def total(self) -> int:
-        """The most that is needed at once, beyond what the model itself takes."""
+        """Peak memory, beyond the weights of the model."""
         return self.weights + self.buffer + max(self.step + self.forward, self.checkpoint)
 
     @property
@@ -51,7 +51,7 @@ class MemoryEstimate:
 
     @property
     def weights_fit(self) -> bool:
-        """Whether the exact part fits into free memory; without it, training cannot begin."""
+        """Whether `weights` alone fits into free memory; if not, training cannot begin."""
         return self.available is None or self.weights <= self.available
 
     def __str__(self) -> str:
@@ -72,12 +72,12 @@ def estimate_memory(
     model: Any = None,
     device: torch.device | str = "cpu",
 ) -> MemoryEstimate:
-    """Memory that training SAEs on a stream takes.
+    """Estimate the memory of training SAEs on a stream.
 
         weights      16 bytes for each of d_sae (d_in + d_out + 1) + d_out: weight, gradient, two moments
         step         4 (4 d_sae + 4 (d_in + d_out)) bytes per token of a batch
         buffer       (buffer_tokens + (prefetch + 2) batch_tokens) tokens of all points
-        forward      pass_tokens (12 d_model + 3 d_mlp + ctx n_heads) numbers, of the one layer that is at work
+        forward      pass_tokens (12 d_model + 3 d_mlp + ctx n_heads) numbers, of the layer being computed
 
     Args:
         saes: (d_in, d_sae, d_out) of each.
@@ -99,12 +99,11 @@ def estimate_memory(
     step = max(_FLOAT * batch_tokens * (4 * d_sae + 4 * (d_in + d_out)) for d_in, d_sae, d_out in shapes)
     row = sum(widths.values()) * itemsize
     buffer = (buffer_tokens + (prefetch + 2) * batch_tokens) * row
-    return MemoryEstimate(
-        weights, step, buffer, weights * 3 // 4 + buffer, _forward(model, pass_tokens), available(device)
-    )
+    checkpoint, forward = weights * 3 // 4 + buffer, _forward_bytes(model, pass_tokens)
+    return MemoryEstimate(weights, step, buffer, checkpoint, forward, available(device))
 
 
-def _forward(model: Any, pass_tokens: int) -> int:
+def _forward_bytes(model: Any, pass_tokens: int) -> int:
     if model is None:
         return 0
     cfg = model.cfg
@@ -139,15 +138,15 @@ def training_memory(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> MemoryEstimate:
-    """The memory that `saewb.train` with the same arguments would need; also finds what is wrong with them.
+    """Estimate the memory of `saewb.train` with the same arguments, and check these.
 
-    Formulas in `saewb.training.memory.estimate_memory`. Costs one pass of two tokens, for the widths of the points.
+    Formulas in `saewb.training.memory.estimate_memory`. Runs the model on two tokens, for the widths of the points.
 
     Args:
         model: as for `saewb.train`.
         saes: as for `saewb.train`.
         n_tokens: as for `saewb.train`.
-        tokens: only if they are an ActivationCache.
+        tokens: as for `saewb.train`; needed only if they are an ActivationCache.
         hook: as for `saewb.train`.
         hook_out: as for `saewb.train`.
         device: as for `saewb.train`.
@@ -158,7 +157,7 @@ def training_memory(
 
     Raises:
         TypeError: for an option that does not exist.
-        ValueError: for what does not fit, or a point that is not there.
+        ValueError: for an invalid value, or a point that does not exist.
 
     Example:
         >>> import saewb
@@ -182,7 +181,7 @@ def training_memory(
 
 
 def run_memory(spec: RunSpec, model: nn.Module | None, device: torch.device | str | None) -> MemoryEstimate:
-    """The estimate of a run whose widths are known."""
+    """Estimate the memory of a run whose spec has widths."""
     return estimate_memory(
         [(spec.widths[s.read], s.objective.d_sae, spec.widths[s.write or s.read]) for s in spec.saes.values()],
         spec.widths,
@@ -197,7 +196,7 @@ def run_memory(spec: RunSpec, model: nn.Module | None, device: torch.device | st
 
 
 def point_widths(model: nn.Module, points: Iterable[str]) -> dict[str, int]:
-    """The width of each point of a model with hook points of its own, by a pass of two tokens."""
+    """Width of each point of a model, from a forward pass of two tokens."""
     first = next(ModelSource(model, stream_tokens(torch.zeros(1, 2, dtype=torch.int64)), points))
     return {name: value.shape[1] for name, value in first.values.items()}
 
@@ -207,15 +206,15 @@ class TrainOption:
     """An option of `saewb.train`, or a field of an objective."""
 
     name: str
-    """As it is passed."""
+    """Name of the keyword argument."""
     default: Any
-    """Its default; dataclasses.MISSING if there is none."""
+    """Default value; dataclasses.MISSING if there is none."""
     note: str
-    """What it is, with its unit."""
+    """Description, with the unit."""
     owner: type
-    """The config class or objective it is a field of."""
+    """Config class or objective that has the field."""
     choices: tuple[str, ...] = ()
-    """The texts it takes, if it takes one of a few."""
+    """Allowed strings, if the value is one of a few."""
 
     @property
     def required(self) -> bool:
@@ -228,7 +227,7 @@ class TrainOption:
         return f"{self.name}{default}: {self.note}{choices}"
 
     def value(self, text: str) -> Any:
-        """What was typed as a Python literal, as a value; quotes may be left out.
+        """Parse a value typed as a Python literal; quotes may be left out.
 
         Args:
             text: e.g. "3e-4", "None", "(0.9, 0.999)", "cosine", "torch.bfloat16".
@@ -237,7 +236,7 @@ class TrainOption:
             The value.
 
         Raises:
-            ValueError: for a value that this option cannot have.
+            ValueError: for a value that this option does not allow.
 
         Example:
             >>> batch = next(option for option in training_options() if option.name == "batch_tokens")
@@ -247,27 +246,22 @@ class TrainOption:
         text = text.strip()
         try:
             value = ast.literal_eval(text)
-        except (
-            ValueError,
-            SyntaxError,
-            MemoryError,
-            RecursionError,
-        ):  # not a literal: a choice, or the name of a dtype
-            value = text
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = text  # not a literal: a choice, or the name of a dtype
         return parse_field(self.owner, self.name, value)
 
 
 def training_options(objective: Any = None) -> tuple[TrainOption, ...]:
-    """All options of `saewb.train` with their defaults and notes, or those of an objective: what a form would ask for.
+    """List the options of `saewb.train`, or of an objective, with their defaults and descriptions.
 
     Args:
-        objective: a class, e.g. `saewb.TopK`, or one of it; None means the options of `saewb.train` itself.
+        objective: a class, e.g. `saewb.TopK`, or an instance; None means the options of `saewb.train` itself.
 
     Returns:
         Each option once, in the order in which it is documented; `print(*saewb.training_options(), sep="\\n")`.
 
     Raises:
-        TypeError: for what is no objective.
+        TypeError: for anything else than an objective.
 
     Example:
         >>> import saewb

@@ -1,4 +1,4 @@
-"""Normalization of the activations that are trained on, and its inverse: an exported SAE reads and writes the model's.
+"""Normalization of training activations, and its inverse, which is folded into an exported SAE.
 
     none           x' = x
     constant       x' = f x,         f = sqrt(d) / mean ||x||           (one number per point, estimated once)
@@ -8,10 +8,10 @@
 
 The first four are folded into the weights at export; the others stay with the SAE as its `normalization`.
 
-Whitening makes all directions equally large, so that the loss no longer favors the largest. M is the symmetric root
-(ZCA): x' is as near to x as whitened activations can be. With shrinkage s = 0 the covariance of x' is the identity; a
-direction of C with eigenvalue c keeps the variance c / ((1 - s) c + s tr(C) / d), so that directions in which nothing
-varies are not blown up. All in float64, from one pass over the tokens of the estimate.
+Whitening gives all directions the same variance, so that the loss no longer favors the largest. M is the symmetric
+root (ZCA): x' is as close to x as whitened activations can be. With shrinkage s = 0 the covariance of x' is the
+identity; a direction of C with eigenvalue c has the variance c / ((1 - s) c + s tr(C) / d), so that directions of no
+variance are not amplified. All in float64, from one pass over the tokens of the estimate.
 
 References:
     Saraswatula and Klindt 2025, arXiv:2511.13981 (whitening before SAEs); Ledoit and Wolf 2004 (shrinkage to
@@ -37,12 +37,12 @@ from saewb.sae.sae import SAE
 from saewb.training.config import Normalization
 
 AnySAE = Union[SAE, PursuitSAE]
-_MIN_VARIANCE = 1e-12  # of the largest eigenvalue: below, a direction has no variance
+_MIN_VARIANCE = 1e-12  # relative to the largest eigenvalue; below it a direction counts as constant
 
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """The two matrices of one point; its mean is subtracted before, and added after."""
+    """Whitening matrix of one point and its inverse; the mean is handled separately."""
 
     matrix: Float[Tensor, "d d"]
     """z = (x - m) @ matrix."""
@@ -55,19 +55,19 @@ class ActivationNormalizer:
     """Normalization of the activations of one point, and its inverse."""
 
     factor: float = 1.0
-    """Multiplies activations."""
+    """Factor f that multiplies activations."""
     mean: Float[Tensor, " d"] | None = None
-    """Subtracted before, in the model's units."""
+    """Mean subtracted before scaling, in the model's units."""
     normalization: TokenNormalization = "none"
-    """Per token, instead of both."""
+    """Normalization per token, in place of factor and mean."""
     whitening: Whitening | None = None
-    """After the mean, instead of the factor."""
+    """Whitening after the mean is subtracted, in place of the factor."""
 
     @classmethod
     def from_estimates(
         cls, normalization: Normalization, factor: float, mean: Float[Tensor, " d"]
     ) -> ActivationNormalizer:
-        """The normalizer of any normalization but "whitened", given a point's estimates."""
+        """Normalizer of a point from its estimates, for any normalization but "whitened"."""
         if normalization in ("layer_norm", "constant_norm"):
             return cls(normalization=normalization)
         if normalization == "none":
@@ -75,7 +75,7 @@ class ActivationNormalizer:
         return cls(factor, mean if normalization == "centered" else None)
 
     def state(self) -> dict[str, Any]:
-        """Plain values and tensors on the host, from which `from_state` makes it again."""
+        """Plain values and tensors on the host, for `from_state`."""
         state = {"factor": self.factor, "mean": _to_host(self.mean), "normalization": self.normalization}
         if self.whitening is not None:
             state |= {"matrix": _to_host(self.whitening.matrix), "inverse": _to_host(self.whitening.inverse)}
@@ -83,14 +83,14 @@ class ActivationNormalizer:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> ActivationNormalizer:
-        """The normalizer with this state."""
+        """Restore a normalizer from its `state()`."""
         names = [name for name in ("mean", "matrix", "inverse") if state.get(name) is not None]
         tensors = {name: state[name].to(device, torch.float32) for name in names}
         matrices = Whitening(tensors["matrix"], tensors["inverse"]) if "matrix" in tensors else None
         return cls(state["factor"], tensors.get("mean"), state["normalization"], matrices)
 
     def normalize(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
-        """Activations in training units."""
+        """Convert activations from the model's units to training units."""
         x = normalized(x, self.normalization)
         x = x if self.mean is None else x - self.mean
         if self.whitening is not None:
@@ -98,7 +98,7 @@ class ActivationNormalizer:
         return x if self.factor == 1 else x * self.factor
 
     def denormalize(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
-        """An output in training units, in the model's; `x` is the input, in the model's units (for its scale)."""
+        """Convert an output to the model's units; `x` is the input in the model's units, for its scale per token."""
         if self.whitening is None:
             y = denormalized(y / self.factor, x, self.normalization)
         else:
@@ -134,16 +134,16 @@ def estimate_factor_and_mean(
 def estimate_whitening(
     point: str, batches: Iterable[Float[Tensor, "tokens d"]], mean: Float[Tensor, " d"], shrinkage: float
 ) -> Whitening:
-    """The matrices that whiten these activations.
+    """Compute the matrices that whiten these activations.
 
     Args:
-        point: its name, for messages.
-        batches: in the model's units; gone through once.
+        point: name of the point, for messages.
+        batches: in the model's units; read once.
         mean: of all of them.
         shrinkage: s, 0 to 1.
 
     Raises:
-        ValueError: if some direction does not vary and nothing shrinks the covariance.
+        ValueError: if some direction does not vary and `shrinkage` is 0.
 
     Example:
         >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.1])
@@ -170,12 +170,13 @@ def estimate_whitening(
 
 @torch.no_grad()
 def to_model(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormalizer) -> AnySAE:
-    """An SAE in training units, made to read and write the model's: a new one, with unit decoder rows (whitened top-k
-    ones excepted: see `_unwhiten`).
+    """Convert an SAE from training units to the model's: a new SAE with unit decoder rows.
+
+    Whitened top-k SAEs keep other row lengths, see `_unwhiten`.
 
     With u(x) = f (x - m) on each side, `W_enc *= f_in; W_dec, b_dec /= f_out`, then the means: added to b_dec where it
-    is tied; else the read mean becomes a `b_pre` of its own (folding it into b_enc would lose digits) and the written
-    one is added to b_dec.
+    is tied; else the mean of the input becomes a separate `b_pre` (folding it into b_enc would lose digits) and that of
+    the output is added to b_dec.
     """
     if read.normalization != "none":
         return sae.with_config(normalization=read.normalization)
@@ -201,10 +202,10 @@ def _shift(sae: SAE, read: Tensor, write: Tensor) -> SAE:
 
 @torch.no_grad()
 def to_training(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormalizer) -> AnySAE:
-    """The inverse of `to_model`, up to row lengths: an SAE that reads the model's units, made to read training units.
+    """Convert an SAE from the model's units to training units: the inverse of `to_model`, up to row lengths.
 
     Raises:
-        ValueError: if it has another scale per token than the units, or a mean has to leave a tied SAE with skip.
+        ValueError: if its normalization per token is another one, or for a mean with a tied SAE that has a skip matrix.
     """
     normalization = sae.cfg.normalization
     if normalization != read.normalization:
@@ -243,24 +244,20 @@ def _fold_pre_bias(sae: SAE) -> SAE:
 
 
 def _unwhiten(sae: SAE, read: Whitening, write: Whitening) -> SAE:
-    """An SAE of whitened activations folded to read and write centered ones: exactly the same function.
+    """Fold whitening into an SAE, which then computes the same function of centered activations.
 
         W_enc' = M_r W_enc;   W_dec' = W_dec M_w^-1;   W_skip' = M_r W_skip M_w^-1
         b_dec' = b_dec M_w^-1;   b_pre' = b_pre M_r^-1
 
-    Rows of W_dec get unit length again where that changes nothing. A top-k activation chose by lengths in whitened
-    units, so its rows have unit length there, and other lengths in the model's.
+    Rows of W_dec are scaled to unit length unless the activation is top-k, which selects by row lengths in whitened
+    units.
     """
     folded = _change_basis(sae, read.matrix, read.inverse, write.inverse)
     return folded if sae.cfg.k is not None else folded.fold_decoder_norm()
 
 
 def _whiten(sae: SAE, read: Whitening, write: Whitening) -> SAE:
-    """The inverse of `_unwhiten`, with rows of unit length in whitened units.
-
-    A top-k SAE that was not trained in these units then keeps other latents here and there: the lengths they write are
-    compared in whitened units from now on.
-    """
+    """The inverse of `_unwhiten`, with unit rows in whitened units, where a top-k SAE then selects latents."""
     folded = _change_basis(sae, read.inverse, read.matrix, write.matrix)
     if sae.cfg.k is None:
         return folded.fold_decoder_norm()
@@ -273,7 +270,7 @@ def _whiten(sae: SAE, read: Whitening, write: Whitening) -> SAE:
 
 @torch.no_grad()
 def _change_basis(sae: SAE, reads: Tensor, back: Tensor, writes: Tensor) -> SAE:
-    """Multiply encoder directions by `reads`, the pre-encoder bias by `back`, the output side by `writes`."""
+    """Multiply W_enc by `reads`, b_pre by `back`, decoder side by `writes`."""
     old = {name: p.detach() for name, p in sae.named_parameters()}
     reads, back, writes = (m.to(sae.device, torch.float64) for m in (reads, back, writes))
     new = {"W_enc": reads @ old["W_enc"].double(), "W_dec": old["W_dec"].double() @ writes}

@@ -1,4 +1,4 @@
-"""Reading a run from its folder: one that has ended, or goes on in another process."""
+"""Read a finished, interrupted or running run from its folder."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PastRun:
-    """A run as read from its folder: its spec and its history. Nothing is locked, the run may be going on."""
+    """A run as read from its folder, without a lock: its spec, history and state."""
 
     folder: Path
-    """Where it is."""
+    """Folder of the run."""
     spec: RunSpec
-    """What is trained, and how."""
+    """Which SAEs are trained, and how."""
     rows: tuple[Mapping[str, Any], ...]
-    """The history, a row per logged step."""
+    """History: one row per logged step."""
     state: str
-    """Finished, stopped, failed; running; interrupted: its process died; unfinished: not known whether it goes on."""
+    """Finished, stopped, failed or running; interrupted (its process died); unfinished (running or interrupted)."""
     error: str = ""
-    """Why it failed."""
+    """Error that it failed with."""
     notes: tuple[str, ...] = ()
-    """The last of `run.notes`, once it has ended."""
+    """Last `run.notes`, once it has ended."""
     _offset: tuple[int, int] = (0, 0)
-    """Inode of the history's file, and how many bytes of it have been read."""
+    """Inode of the history file, and number of its bytes read."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,26 +45,26 @@ class PastRun:
 
     @property
     def history(self) -> pd.DataFrame:
-        """As `run.history`."""
+        """The history as a table, as `run.history`."""
         return history_frame(self.rows)
 
     @property
     def frac(self) -> float:
-        """Steps logged, of all."""
+        """Fraction of all steps that is logged."""
         return self.rows[-1]["step"] / self.spec.train.n_steps if self.rows else 0.0
 
     @property
     def code(self) -> str:
-        """The cell that starts an equal run; needs `model` and `tokens` (and `held_out`, if it measured on them)."""
+        """Python source of an equal run; needs `model` and `tokens` (and `held_out`, if it evaluated on them)."""
         return train_code(self.spec, held_out=measures_held_out(self.rows))
 
     @property
     def before_first_step(self) -> bool:
-        """Whether it is running and has not made a step: it reads what that needs, e.g. fills its shuffle buffer."""
+        """Whether it is running and has not logged a step, e.g. while it fills its shuffle buffer."""
         return self.state == "running" and not self.rows
 
     def again(self) -> PastRun:
-        """The run as it is now: of the history, only what has been added is read.
+        """Read the run anew; of the history, only added rows are read.
 
         Raises:
             FileNotFoundError, FormatError: as `read_run`.
@@ -86,14 +86,14 @@ def read_run(folder: str | Path) -> PastRun:
     """Read a run from its folder alone; it may have ended, or be running in another process.
 
     Args:
-        folder: as given to `saewb.train`.
+        folder: as for `saewb.train`.
 
     Returns:
-        A PastRun: its history, and how it ended, if it did.
+        A PastRun: spec, history and state.
 
     Raises:
         FileNotFoundError: if there is no run.
-        FormatError: if the folder is not one of saewb's.
+        FormatError: if its files are damaged, or not from saewb.
 
     Example:
         >>> read_run("nowhere")
@@ -112,7 +112,7 @@ def _read(path: Path, before: PastRun | None = None) -> PastRun:
 
 
 def _read_rows(history: Path, before: PastRun | None) -> tuple[tuple[Mapping[str, Any], ...], tuple[int, int]]:
-    """The rows, and the offset up to which they were read; a run that is resumed gives its history a new file."""
+    """Read the rows added since `before`; a resumed run has a new history file, which is read from its start."""
     if not history.is_file():
         return (), (0, 0)
     rows, (inode, n_bytes) = ((), (0, 0)) if before is None else (before.rows, before._offset)
@@ -122,7 +122,7 @@ def _read_rows(history: Path, before: PastRun | None) -> tuple[tuple[Mapping[str
             rows, n_bytes = (), 0
         file.seek(n_bytes)
         added = file.read()
-    added = added[: added.rfind(b"\n") + 1]  # what follows the last line's end was cut off, or is being written
+    added = added[: added.rfind(b"\n") + 1]  # an incomplete last line was cut off, or is still being written
     new_rows = []
     for number, line in enumerate(added.splitlines(), len(rows) + 1):
         try:

@@ -1,13 +1,13 @@
-"""A training in the background: a daemon thread that steps, logs, and writes checkpoints.
+"""Training in the background: a daemon thread that steps, logs, and writes checkpoints.
 
 1. Between two steps other threads can take the lock: to pause, stop, export, read. A step is never interrupted.
-2. It runs the same weights through hook points of its own (`saewb.models.shared_copy`), so other cells use the
-   model at any time, and neither sees the other's hooks.
-3. On every way out (the end, `stop()`, an exception, the interpreter's exit) a checkpoint is written, if the run has a
-   folder. An interrupt (Ctrl-C, the notebook's stop button) reaches the main thread alone: in `wait()` it stops the run
-   cleanly, in another cell it does nothing to it. There are no signal handlers; a script that wants a checkpoint on
-   SIGTERM calls `saewb.training.run.exit_on_sigterm()`.
-4. Nothing is printed. What went wrong is in `run.error`, warnings in `run.notes`.
+2. The run has its own hook points on the same weights (`saewb.models.shared_copy`), so other cells can use the model
+   at any time, and hooks on one do not affect the other.
+3. However it ends (last step, `stop()`, an exception, the interpreter's exit), a checkpoint is written, if the run has
+   a folder. An interrupt (Ctrl-C, the notebook's stop button) reaches the main thread alone: in `wait()` it stops the
+   run cleanly, in another cell it does not affect it. There are no signal handlers; a script that needs a checkpoint
+   on SIGTERM calls `saewb.training.run.exit_on_sigterm()`.
+4. Nothing is printed. The error is in `run.error`, warnings in `run.notes`.
 """
 
 from __future__ import annotations
@@ -50,15 +50,14 @@ if TYPE_CHECKING:
 
 RunState = Literal["running", "paused", "stopped", "finished", "failed"]
 
-_live: weakref.WeakSet[Run] = weakref.WeakSet()  # to be stopped when the interpreter exits
+_live: weakref.WeakSet[Run] = weakref.WeakSet()  # runs to stop when the interpreter exits
 
 
 @final
 class Run:
-    """A training in the background; made by `saewb.train` and `saewb.resume_run`.
+    """A training run in the background, started by `saewb.train` or `saewb.resume_run`.
 
-    All of it at any time, from any thread. `run.spec` is what is trained and how, `run.memory` the estimate before it
-    started.
+    Any thread may use it at any time. `run.spec` describes the training, `run.memory` is its memory estimate.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Run:
         self._saes: dict[str, Any] | None = None
         self._done = self._from = (training.n_steps, training.n_tokens)
         self._run_up = run_up(stream.filling, training.ahead)
-        self._seconds = seconds  # of work, without pauses, over all sessions
+        self._seconds = seconds  # spent training, without pauses, over all sessions
         self._pace = Pace()
         self._thread = threading.Thread(target=self._work, name="saewb-train", daemon=True)
         atexit.unregister(_stop_all)
@@ -99,13 +98,13 @@ class Run:
     # -- control -----------------------------------------------------------------------------------------------------
 
     def pause(self) -> Run:
-        """Rest after the step under way, or the forward pass before the first one; returns when it does."""
+        """Pause after the current step, or forward pass before the first one; returns once paused."""
         with self._between_steps():
             self._paused = True
         return self
 
     def resume(self) -> Run:
-        """Go on after `pause()`.
+        """Continue after `pause()`.
 
         Raises:
             RuntimeError: if the run has ended.
@@ -119,9 +118,9 @@ class Run:
         return self
 
     def stop(self) -> Run:
-        """End after the step under way, with a checkpoint; returns when that is done. One that ended stays so.
+        """Stop after the current step, with a checkpoint; returns once that is written. No effect on an ended run.
 
-        Before the first step: after the forward pass under way, and then there is no SAE.
+        Before the first step it stops after the current forward pass, and there is no SAE.
         """
         self._stopping = True
         with self._between_steps():
@@ -133,8 +132,8 @@ class Run:
         """Block until the run has ended, or for `timeout` seconds.
 
         Raises:
-            KeyboardInterrupt: on an interrupt, after the run was stopped cleanly and its checkpoint written. A second
-                one does not wait for that.
+            KeyboardInterrupt: on an interrupt, after the run stopped cleanly and wrote its checkpoint. A second
+                interrupt does not wait for that.
             Exception: the error of the run.
         """
         try:
@@ -147,7 +146,7 @@ class Run:
         return self
 
     def _join(self, timeout: float | None) -> None:
-        """Waits for an Event: an interrupt in `Thread.join` makes Pythons before 3.13 believe that the thread ended."""
+        """Wait for an Event first: before Python 3.13, an interrupted `Thread.join` marks the thread as ended."""
         until = math.inf if timeout is None else time.monotonic() + timeout
         if threading.current_thread() is not self._thread:
             while not self._ended.wait(min(0.2, max(0.0, until - time.monotonic()))):  # in pieces, to be interruptible
@@ -155,7 +154,7 @@ class Run:
                     return
             self._thread.join()
 
-    # -- what it shows ------------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> RunState:
@@ -164,7 +163,7 @@ class Run:
 
     @property
     def progress(self) -> Progress:
-        """How far it is, how fast, and which layers of the model run."""
+        """Steps, tokens and speed so far, and which layers of the model run."""
         (step, n_tokens), ahead, speed = self._done, self._run_up, None if self._final else self._pace.speed()
         left = None if speed is None or ahead else (self._config.n_steps - step) * self._config.batch_tokens / speed
         total = self._config.n_steps * self._config.batch_tokens
@@ -172,7 +171,7 @@ class Run:
 
     @property
     def history(self) -> pd.DataFrame:
-        """A row per logged step; with several SAEs their columns begin with their names. Also in `history.jsonl`."""
+        """One row per logged step; with several SAEs, columns begin with their names. Also in `history.jsonl`."""
         return history_frame(self.rows)
 
     @property
@@ -187,14 +186,14 @@ class Run:
 
     @property
     def code(self) -> str:
-        """The cell that starts an equal run; needs `model` and `tokens` (and `held_out`, if it measures on them)."""
+        """Python source of an equal run; needs `model` and `tokens` (and `held_out`, if it evaluates on them)."""
         return train_code(self.spec, held_out=measures_held_out(self.rows))
 
     @property
     def saes(self) -> dict[str, Any]:
-        """The SAEs so far, by name: copies, in the model's units, checked to compute what training does.
+        """The current SAEs by name: copies in the model's units, checked against the outputs in training.
 
-        Raises a RuntimeError if the run was stopped before there were any.
+        Raises a RuntimeError if the run stopped before its first step.
         """
         if self._saes is not None:
             return dict(self._saes)
@@ -203,7 +202,7 @@ class Run:
 
     @property
     def sae(self) -> Any:
-        """The one SAE, so far.
+        """The current SAE of a run that trains one.
 
         Raises:
             ValueError: if several are trained.
@@ -215,11 +214,11 @@ class Run:
 
     @property
     def folder(self) -> Path | None:
-        """The path of its folder, or None."""
+        """Path of its folder, or None."""
         return None if self._folder is None else self._folder.path
 
     def checkpoint(self) -> Run:
-        """Write a checkpoint now, between two steps; of several processes, the first does.
+        """Write a checkpoint now, between two steps; of several processes, the first one writes it.
 
         Raises:
             ValueError: if the run has no folder, or has ended.
@@ -246,8 +245,8 @@ class Run:
 
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
-        """Hold the lock, for another thread than the run's."""
-        self._waiting += 1  # the run's thread gives way to those who wait
+        """Hold the lock between two steps; for other threads than the run's."""
+        self._waiting += 1  # the run's thread lets waiting threads go first
         with self._lock:
             self._waiting -= 1
             try:
@@ -264,7 +263,7 @@ class Run:
                 pass
             while (step := self._next_step(steps)) is not None:
                 self._log_and_checkpoint(step)
-        except BaseException as caught:  # a thread that died must not look like one that runs
+        except BaseException as caught:  # a dead thread must not look like a running one
             error = out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
         self._end(error)
 
@@ -278,7 +277,7 @@ class Run:
             self._seconds += time.monotonic() - began
 
     def _read_ahead(self) -> bool:
-        """A forward pass, or a batch, of what the first step needs; whether it needs more."""
+        """Run one forward pass, or read one batch, for the first step; return whether it needs more."""
         with self._step_turn():
             more = not self._stopping and self._training.read_ahead(self._stream.fill)
             now = run_up(self._stream.filling, self._training.ahead)
@@ -307,7 +306,7 @@ class Run:
             with self._lock:
                 try:
                     self._write_checkpoint()
-                except OSError as error:  # e.g. a full disk: the checkpoint before is whole, training need not stop
+                except OSError as error:  # e.g. a full disk: the last checkpoint is intact, so training goes on
                     self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
 
     def _export(self) -> dict[str, Any]:
@@ -316,7 +315,7 @@ class Run:
         return {name: _with_model(sae, self.spec.model) for name, sae in self._training.saes.items()}
 
     def _write_checkpoint(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Write a checkpoint. SAEs first: if one fails its check, the checkpoint before stays in its place."""
+        """Write a checkpoint; SAEs are exported first, so that a failed check leaves the last one in place."""
         saes = self._export()
         state = self._training.state() if state is None else state
         at_tokens = self._done[1] if self.spec.run.keep_saes else None
@@ -326,7 +325,7 @@ class Run:
 
     def _end(self, error: BaseException | None) -> None:
         if error is not None:
-            self._parallel.destroy()  # the others must not wait for this process
+            self._parallel.destroy()  # or the other processes would wait for this one
         with self._lock:
             try:
                 if error is None or self._done[0] > 0:
@@ -338,13 +337,13 @@ class Run:
             self.error, finished = error, self._done[0] >= self._config.n_steps
             final: RunState = "failed" if error is not None else "finished" if finished else "stopped"
             self._log.end(final, self._done, self._seconds, error)
-            self._final = final  # after the folder, for who waits for it and then reads there
+            self._final = final  # after the folder is written, which others then read
         self._log.notify("end", self._done)
         if self._folder is not None:
             self._folder.close()
         self._stream.close()
         if self._saes is not None or error is None:
-            self._training = self._stream = None  # weights, moments and buffers go; the SAEs stay
+            self._training = self._stream = None  # free weights, moments and buffers; the SAEs remain
         _live.discard(self)
         self._ended.set()
 
@@ -352,7 +351,7 @@ class Run:
         if self._done[0] == 0 and self._training.ahead is not None:  # stopped before there were weights
             return
         if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
-            self._saes = self._export()  # a checkpoint that there was stays
+            self._saes = self._export()  # an existing checkpoint remains
             return
         mid_step = error is not None and not self._stream.failed
         self._saes = self._write_checkpoint(
@@ -362,7 +361,7 @@ class Run:
 
 @final
 class _RunLog:
-    """The history and the notes of a run, also written to its folder and passed to its loggers."""
+    """History and notes of a run, forwarded to its folder and loggers."""
 
     def __init__(
         self,
@@ -393,10 +392,10 @@ class _RunLog:
                 self.notes.append(f"{logger!r} failed at step {event.step}: {type(error).__name__}: {error}")
 
     def add_step(self, step: TrainStep, seconds: float, lr: float) -> None:
-        """Add a row, and a note on each thing that is wrong with the settings, once.
+        """Add a row to the history, and each new warning to the notes.
 
         Raises:
-            FloatingPointError: if the loss is no longer a number; `lr` is the learning rate to go below.
+            FloatingPointError: if the loss is not finite; the message suggests a tenth of `lr`.
         """
         self._warn(step, lr)
         row = row_of(step, seconds)
@@ -406,7 +405,7 @@ class _RunLog:
         self.notify("step", (step.step, step.n_tokens), row)
 
     def end(self, state: str, done: tuple[int, int], seconds: float, error: BaseException | None) -> None:
-        """Write to the folder how the run ended."""
+        """Write the end record to the folder."""
         if self._folder is None:
             return
         end = {"state": state, "step": done[0], "n_tokens": done[1], "seconds": round(seconds, 3)}
@@ -427,9 +426,9 @@ class _RunLog:
 
 
 def row_of(step: TrainStep, seconds: float) -> dict[str, Any]:
-    """A step as a row of the history: plain numbers, the SAE's name first where there are several.
+    """Convert a step to a row of the history: plain numbers, prefixed by the SAE's name if there are several.
 
-    `density_counts` alone is a list (see `StepMetrics.numbers_and_density`): for the folder and `run_densities`.
+    `density_counts` is a list (see `StepMetrics.numbers_and_density`), for the folder and `run_densities`.
     """
     row: dict[str, Any] = {"step": step.step, "n_tokens": step.n_tokens, "seconds": round(seconds, 3)}
     for name, metrics in step.saes.items():
@@ -445,7 +444,7 @@ def row_of(step: TrainStep, seconds: float) -> dict[str, Any]:
 
 
 def out_of_memory(error: BaseException, step: int, batch_tokens: int, memory: MemoryEstimate) -> BaseException:
-    """A MemoryError that says what to change, if memory was missing; any other error as it is."""
+    """Convert an out-of-memory error to a MemoryError that says what to reduce; return other errors unchanged."""
     text = str(error)
     if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
         return error
@@ -458,7 +457,7 @@ def out_of_memory(error: BaseException, step: int, batch_tokens: int, memory: Me
 
 
 def exit_on_sigterm() -> None:
-    """Make SIGTERM end this process by `sys.exit`, so that runs are stopped with a checkpoint. For scripts to call.
+    """Make SIGTERM end this process by `sys.exit`, so that runs stop with a checkpoint. Meant for scripts.
 
     Replaces the process's handler; call it in the main thread.
     """
@@ -469,10 +468,10 @@ def exit_on_sigterm() -> None:
 
 
 def _state_before_failed_step(training: Training, stream: ActivationStream) -> dict[str, Any]:
-    """The state before a step that failed half way: its batch is to be trained on again.
+    """State before a step that failed, whose batch will be trained on again.
 
     Raises:
-        RuntimeError: if some SAEs have made the step and others not: then the checkpoint before stands.
+        RuntimeError: if some SAEs have made the step and others not: then the last checkpoint remains.
     """
     state = training.state()
     if any(learner["n_batches"] != state["n_steps"] for learner in state["learners"].values()):
@@ -484,7 +483,7 @@ def _state_before_failed_step(training: Training, stream: ActivationStream) -> d
 
 
 def _with_model(sae: Any, model: str | None) -> Any:
-    """An exported SAE with the model's name, and its head as a field of its own."""
+    """Add the model's name to an exported SAE, and split the head off its hook."""
     hook, head = split_head(sae.cfg.hook or "")
     location = {"hook": hook, "head": head} if head is not None and isinstance(sae, SAE) else {}
     return sae.with_config(model=model, **location)

@@ -1,4 +1,4 @@
-"""Display of a run: progress, tables for the notebook, and its history as data frame, curves and histograms."""
+"""Display of a run: progress, notebook tables, and the history as data frame, curves and histograms."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 CURVES = ("loss", "l0", "fvu", "dead_frac", "n_dense", "lr", "held_out/fvu")
 DENSITY_COUNTS = "density_counts"
-"""Column of a row of the history, after the SAE's name where there are several; a list, see `Densities.counts`."""
+"""Column of the history with `Densities.counts`, prefixed by the SAE's name if there are several."""
 
 
 @dataclass(frozen=True)
 class RunUp:
-    """What a run reads before its first step. `print` it."""
+    """Progress of the reading before the first step of a run."""
 
     what: str
-    """ "filling the buffer", "estimating the normalization", ..."""
+    """Purpose: "filling the buffer", "estimating the normalization", ..."""
     n_tokens: int
     """Tokens read."""
     total_tokens: int
-    """Tokens to be read."""
+    """Tokens to read."""
 
     @property
     def frac(self) -> float:
-        """Tokens read, of all."""
+        """Fraction of the tokens that is read."""
         return self.n_tokens / self.total_tokens
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class RunUp:
 
 
 def run_up(filling: tuple[int, int] | None, ahead: tuple[str, int, int] | None) -> RunUp | None:
-    """The run-up from the state of the shuffle buffer, (tokens there, wanted), and then of the training."""
+    """Run-up from `ActivationStream.filling`, (tokens there, tokens needed), or else from `Training.ahead`."""
     if filling is not None:
         return RunUp("filling the buffer", *filling)
     return None if ahead is None else RunUp(*ahead)
@@ -50,7 +50,7 @@ def run_up(filling: tuple[int, int] | None, ahead: tuple[str, int, int] | None) 
 
 @final
 class Pace:
-    """Tokens per second over about the last ten seconds; updated by one thread, read by any."""
+    """Speed in tokens per second over about the last ten seconds; updated by one thread, read by any."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque(maxlen=1000)
@@ -62,7 +62,7 @@ class Pace:
             self._recent.popleft()
 
     def speed(self) -> float | None:
-        """Tokens per second; None if that is not known yet."""
+        """Tokens per second; None if not known yet."""
         recent = list(self._recent)
         if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
             return None
@@ -71,7 +71,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `print` it."""
+    """Progress of a run."""
 
     state: str
     """Running, paused, stopped, finished or failed."""
@@ -84,19 +84,19 @@ class Progress:
     total_tokens: int
     """Tokens in all."""
     tokens_per_s: float | None
-    """Over about the last ten seconds (during the run-up: tokens read); None if unknown."""
+    """Speed over about the last ten seconds (during the run-up: tokens read); None if unknown."""
     seconds_left: float | None
-    """At that speed; None if unknown."""
+    """Seconds to the end at that speed; None if unknown."""
     stop_layer: int | None
     """First layer of the model that does not run; None if all do, or there is no model."""
     n_layers: int | None
     """Layers of the model."""
     run_up: RunUp | None = None
-    """What comes before the first step, until that has begun."""
+    """Reading before the first step; None once that has begun."""
 
     @property
     def frac(self) -> float:
-        """Steps done, of all."""
+        """Fraction of all steps that is done."""
         return self.step / self.n_steps
 
     def __str__(self) -> str:
@@ -113,14 +113,14 @@ class Progress:
 
 
 def run_repr(progress: Progress, locations: Sequence[str]) -> str:
-    """One line on a run, without anything that depends on time."""
+    """One line about a run, without anything that depends on time."""
     saes = locations[0] if len(locations) == 1 else f"{len(locations)} SAEs"
     where = progress.run_up or f"{progress.n_tokens:,} of {progress.total_tokens:,} tokens"
     return f"Run({progress.state}, {where}, {saes})"
 
 
 def run_html(progress: Progress, locations: Mapping[str, str], row: Mapping[str, Any], notes: Sequence[str]) -> str:
-    """A progress bar, and the last metrics of each SAE."""
+    """HTML of a progress bar and the last metrics of each SAE."""
     frac = (progress.run_up or progress).frac
     bar = f'<progress value="{frac:.4f}" max="1" style="width:100%"></progress>'
     out = [f"<div><div>{html.escape(str(progress))}</div>{bar}"]
@@ -156,25 +156,28 @@ def _duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Densities:
-    """How frequent the latents of an SAE in training are."""
+    """Histogram of the densities of an SAE's latents in training."""
 
-    n_tokens: int  # trained on by then
-    edges: tuple[float, ...]  # shares of tokens, ascending, the last one 1
-    counts: tuple[int, ...]  # of latents: counts[0] below edges[0], or silent; counts[i] in [edges[i-1], edges[i])
+    n_tokens: int
+    """Tokens trained on so far."""
+    edges: tuple[float, ...]
+    """Fractions of tokens, ascending, the last one 1."""
+    counts: tuple[int, ...]
+    """Number of latents: counts[0] below edges[0] or silent, counts[i] in [edges[i - 1], edges[i])."""
 
 
 def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """The history as curves to draw: of each SAE and figure, tokens and values, thinned out evenly.
+    """Curves of the history: for each SAE and metric, tokens and values, thinned out evenly.
 
-    Every row is taken, or every second, fourth, ... , and always the last; so a curve that grows does not jump. Values
-    that are not finite are left out. Of 10^5 rows: about 10 ms.
+    Every row is used, or every second, fourth, ..., and always the last, so that a growing curve does not jump. Values
+    that are not finite are left out. About 10 ms for 10^5 rows.
 
     Args:
-        run: a Run, or what `read_run` gives.
-        points: at most, of each curve.
+        run: a Run or a PastRun.
+        points: maximum of each curve.
 
     Returns:
-        By SAE and figure ("loss", "l0", "fvu", "dead_frac", "n_dense", "lr", "held_out/fvu"): (tokens, values).
+        By SAE and metric ("loss", "l0", "fvu", "dead_frac", "n_dense", "lr", "held_out/fvu"): (tokens, values).
 
     Raises:
         ValueError: for fewer than two points.
@@ -190,29 +193,26 @@ def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list
     if points < 2:
         raise ValueError(explain(f"got points={points}.", want="2 or more"))
     rows, names = run.rows, run.names
-    all_steps = _thinned(rows, points)
-    curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    all_steps = _thin(rows, points)
+    curves = {}
     for name in names:
         prefix = "" if len(names) == 1 else f"{name}/"
-        held = [row for row in rows if f"{prefix}held_out/fvu" in row]
-        curves[name] = {
-            figure: _curve(_thinned(held, points) if figure.startswith("held_out/") else all_steps, prefix + figure)
-            for figure in CURVES
-        }
+        evaluated = _thin([row for row in rows if f"{prefix}held_out/fvu" in row], points)
+        curves[name] = {c: _curve(evaluated if "held_out/" in c else all_steps, prefix + c) for c in CURVES}
     return curves
 
 
 def run_densities(run: Any) -> dict[str, Densities]:
-    """How frequent the latents of each SAE are, as of the last logged step: a histogram of their densities.
+    """Histogram of the densities of each SAE's latents, as of the last logged step.
 
-    A latent's density is the share of about the last `density_tokens` tokens on which it is on. Bins are a quarter of a
-    factor of ten wide, from 10^-7 to 1.
+    A latent's density is the fraction of about the last `density_tokens` tokens on which it is active. Bins are a
+    quarter of a factor of ten wide, from 10^-7 to 1.
 
     Args:
-        run: a Run, or what `read_run` gives.
+        run: a Run or a PastRun.
 
     Returns:
-        By SAE; without those of which nothing has been logged yet.
+        By SAE, for those with a logged step.
 
     Example:
         >>> import saewb
@@ -233,18 +233,18 @@ def run_densities(run: Any) -> dict[str, Densities]:
 
 
 def history_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows of a history as a table of numbers: without the histograms, for which there is `run_densities`."""
+    """Rows of a history as a table of numbers, without the histograms (see `run_densities`)."""
     import pandas as pd
 
     return pd.DataFrame([{name: v for name, v in row.items() if not isinstance(v, list)} for row in rows])
 
 
 def measures_held_out(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether there are held-out metrics in a history."""
+    """Whether a history has held-out metrics."""
     return any("held_out/" in column for row in rows[-1:] for column in row)
 
 
-def _thinned(rows: Sequence[Any], points: int) -> list[Any]:
+def _thin(rows: Sequence[Any], points: int) -> list[Any]:
     stride = 1
     while len(rows) > stride * (points - 1) + 1:
         stride *= 2

@@ -6,10 +6,10 @@
     checkpoint.pt            the state that a resumed run continues from, see `RunFolder.write_checkpoint`
     saes/<name>/             the SAEs of that checkpoint, in the SAELens layout
     saes_at/<tokens>/<name>/ those of every checkpoint, with `keep_saes`
-    init/<name>/             the SAE that one was started from, if from a trained one
+    init/<name>/             the trained SAE that training continued from, if there was one
 
-All but the history is written atomically: a full disk or a kill leaves what was there before. The history is appended
-to; a last line that was cut off is dropped when it is read.
+All but the history is written atomically: a full disk or a kill leaves the old files intact. The history is appended
+to; an incomplete last line is dropped when it is read.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _LOCK = ".lock"
 
 @final
 class RunFolder:
-    """The folder of one run, taken by one process at a time.
+    """The folder of one run, locked by one process at a time.
 
     Args:
-        path: made if it is not there.
-        writes: False only to read what is there while another process writes.
+        path: of the folder, created if it does not exist.
+        writes: False to only read it while another process writes.
 
     Raises:
         RuntimeError: if a run is going on in it, in this process or another.
@@ -50,14 +50,14 @@ class RunFolder:
         self._lock: IO[str] | None = None
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path)
+            self._lock = _acquire_lock(self.path)
         self._history: IO[str] | None = None
 
     def create(self, spec: RunSpec) -> None:
-        """Write the spec of a new run, and the trained SAEs that it starts from.
+        """Write the spec of a new run, and the trained SAEs that it continues from.
 
         Raises:
-            FileExistsError: if there is a run in the folder.
+            FileExistsError: if the folder holds a run.
         """
         if (self.path / SPEC).exists():
             fix = f"saewb.resume_run({str(self.path)!r}, model=model, tokens=tokens)"
@@ -68,7 +68,7 @@ class RunFolder:
         self._write_json(SPEC, spec.to_dict())
 
     def read_spec(self) -> RunSpec:
-        """The spec with the SAEs that it starts from; see the function `read_spec`."""
+        """Read the spec with the SAEs that it continues from; see the function `read_spec`."""
         spec = read_spec(self.path)
         inits = {name: self.path / "init" / name for name in spec.saes}
         saes = {n: replace(s, init=load_sae(inits[n])) if inits[n].is_dir() else s for n, s in spec.saes.items()}
@@ -82,14 +82,14 @@ class RunFolder:
         self._history.flush()
 
     def rewind(self, spec: RunSpec, n_tokens: int) -> list[dict[str, Any]]:
-        """Go back to a checkpoint: what came after it, and how the run ended, is removed from the disk.
+        """Go back to a checkpoint: remove later rows and the end record from the disk.
 
         Args:
-            spec: of the resumed run; it may have another end.
+            spec: of the resumed run; its `n_tokens` may differ.
             n_tokens: of the checkpoint.
 
         Returns:
-            The history up to there.
+            The history up to the checkpoint.
         """
         path = self.path / HISTORY
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -101,13 +101,13 @@ class RunFolder:
         return rows
 
     def write_end(self, end: Mapping[str, Any]) -> None:
-        """Write how the run ended: `state`, `error`, `notes`, `step`, `n_tokens` and `seconds`.
+        """Write the end record: `state`, `error`, `notes`, `step`, `n_tokens` and `seconds`.
 
         Raises:
             OSError: if the disk is full, or the folder is gone.
         """
-        if not self.path.is_dir():  # not to be made anew, with nothing but its end in it
-            raise FileNotFoundError(_gone(self.path))
+        if not self.path.is_dir():  # else writing would create it anew, with only its end record
+            raise FileNotFoundError(_missing_folder(self.path))
         self._write_json(END, end)
 
     def write_checkpoint(
@@ -118,9 +118,9 @@ class RunFolder:
         Args:
             training: `Training.state()`: weights, optimizer moments, dead latents, coefficients, normalization, and the
                 state of the stream with its shuffle buffer.
-            seconds: of work so far.
+            seconds: of training so far.
             saes: by name, as they would be exported now.
-            at_tokens: number of tokens, to keep these SAEs under as well; None keeps only the newest.
+            at_tokens: tokens trained on, to save these SAEs under as well; None saves only the newest.
 
         Raises:
             OSError: if the disk is full, or the folder is gone.
@@ -133,14 +133,14 @@ class RunFolder:
         except OSError as error:
             if self.path.is_dir():
                 raise
-            raise FileNotFoundError(_gone(self.path)) from error
+            raise FileNotFoundError(_missing_folder(self.path)) from error
 
     def read_checkpoint(self) -> dict[str, Any]:
-        """The last checkpoint: `training`, a state of `Training`, and `seconds`.
+        """Read the last checkpoint: `training`, a state of `Training`, and `seconds`.
 
         Raises:
-            FileNotFoundError: if the run never came to one.
-            FormatError: if it is saewb 0.1.0's.
+            FileNotFoundError: if the run has none.
+            FormatError: if saewb 0.1.0 wrote it.
         """
         path = self.path / CHECKPOINT
         if path.is_file():
@@ -164,7 +164,7 @@ class RunFolder:
         write_text(self.path / name, json.dumps(content, indent=1))
 
     def _write_saes(self, saes: Mapping[str, Any], *below: str) -> None:
-        """Folder by folder, so that a run's folder that somebody deletes meanwhile is not made anew."""
+        """Write SAEs into a subfolder; never creates the run's folder itself, which may have been deleted."""
         folder = self.path
         for name in below:
             folder = folder / name
@@ -173,7 +173,7 @@ class RunFolder:
             saelens.write(sae, folder / name, overwrite=True)
 
 
-def _gone(path: Path) -> str:
+def _missing_folder(path: Path) -> str:
     want = "the folder back in its place; or the SAEs, which are in run.saes, kept elsewhere"
     fix = "saewb.save_sae(run.sae, 'saes/a')"
     return explain(f"the run's folder {str(path)!r} is not there any more.", want=want, fix=fix)
@@ -187,8 +187,8 @@ def _parse_row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "n_tokens" in row else None
 
 
-def _locked(folder: Path) -> IO[str] | None:
-    """An open file that only one process can hold; the system releases it when the process ends."""
+def _acquire_lock(folder: Path) -> IO[str] | None:
+    """Open and lock a file of the folder; the system releases the lock when the process ends."""
     if os.name == "nt":
         return None
     import fcntl
@@ -225,16 +225,16 @@ def is_locked(folder: Path) -> bool | None:
 
 
 def read_end(folder: Path) -> dict[str, Any]:
-    """How the run in a folder ended: its state, its error, its last notes.
+    """Read how the run in a folder ended: its state, error and last notes.
 
-    Without an end.json: "running", if a process holds the folder; "interrupted", if none does, as after `kill -9`;
-    "unfinished" where that is unknown.
+    Without an end.json the state is "running" if a process holds the lock, "interrupted" if none does, as after
+    `kill -9`, and "unfinished" where that is unknown.
 
     Raises:
         FormatError: if the file cannot be read.
     """
     path, locked = folder / END, is_locked(folder)
-    if not path.is_file():  # it is written before the folder is released, so there would be one
+    if not path.is_file():  # it is written before the lock is released
         state = "unfinished" if locked is None else "running" if locked else "interrupted"
         return {"state": state, "error": "", "notes": []}
     try:
@@ -245,11 +245,11 @@ def read_end(folder: Path) -> dict[str, Any]:
 
 
 def read_spec(path: Path) -> RunSpec:
-    """The spec of the run in a folder.
+    """Read the spec of the run in a folder.
 
     Raises:
         FileNotFoundError: if there is no run in the folder.
-        FormatError: if the file is not ours.
+        FormatError: if the file is damaged, or not from saewb.
     """
     if not (path / SPEC).is_file():
         raise FileNotFoundError(explain(f"no run in {str(path)!r}.", want=f"a folder with {SPEC}"))

@@ -22,20 +22,20 @@ DENSITY_EDGES = tuple(10 ** (i / 4 - 7) for i in range(29))  # 10^-7 to 1, four 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Metrics on activations an SAE is not trained on, of the SAE as it would be exported now, in the model's units."""
+    """Metrics of the SAE, as exported now, on held-out activations in the model's units."""
 
     reconstruction: Reconstruction
-    """mse, fvu, cosine, ..."""
+    """Reconstruction metrics: mse, fvu, cosine, ..."""
     firing: Firing
-    """l0, density, dead and dense fractions."""
+    """Firing statistics: l0, density, dead and dense fractions."""
 
 
 @dataclass(frozen=True)
 class Diverged:
-    """The loss is no longer a number."""
+    """Warning that the loss is no longer finite."""
 
     loss: float
-    """nan or inf."""
+    """The loss: nan or inf."""
 
     def __str__(self) -> str:
         return f"the loss is {self.loss}: lower the learning rate, or go back to a checkpoint"
@@ -46,9 +46,9 @@ class StepMetrics:
     """Metrics of one SAE in one step. Tensors are 0-d, on the device; `numbers()` reads them all at once."""
 
     loss: Float[Tensor, ""]
-    """What was minimized: the sum of `losses`."""
+    """Loss that is minimized: the sum of `losses`."""
     losses: Mapping[str, Float[Tensor, ""]]
-    """By name, as they enter the sum, in training units."""
+    """Loss terms by name, as they enter the sum, in training units."""
     l0: Float[Tensor, ""]
     """Active latents per token, in this batch."""
     fvu: Float[Tensor, ""]
@@ -68,23 +68,23 @@ class StepMetrics:
     held_out: HeldOut | None = None
     """On steps with an evaluation."""
     schedules: Mapping[str, Coefficient] = field(default_factory=dict, repr=False)
-    """How the weights of sparsity losses were set."""
+    """Settings of the weights of sparsity losses."""
     n_tokens: int = 0
     """Tokens trained on after this step."""
     d_sae: int = 0
     """Number of latents."""
 
     def numbers(self) -> dict[str, float]:
-        """Every metric as a float, by name ("losses/mse", "coefficients/l1", ...): one wait for the device."""
+        """Every metric as a float, by name ("losses/mse", "coefficients/l1", ...), in one transfer from the device."""
         named = self._named()
         return self._to_dict(named, torch.stack(list(named.values())).tolist())
 
     def numbers_and_density(self) -> tuple[dict[str, float], list[int]]:
-        """`numbers()`, and how many latents are how frequent: one wait for the device, for both.
+        """`numbers()` and the histogram of latents' densities, in one transfer from the device.
 
         Returns:
-            (numbers, counts): counts[0] latents are on less often than `DENSITY_EDGES[0]`, or never; counts[i] at least
-            as often as edge i - 1 and less often than edge i; the last ones on every token. They sum to d_sae.
+            (numbers, counts): counts[0] latents have a density below `DENSITY_EDGES[0]`, counts[i] one from edge i - 1
+            to below edge i; the last ones are active on every token. The counts sum to d_sae.
         """
         named = self._named()
         edges = torch.tensor(DENSITY_EDGES, device=self.densities.device)
@@ -105,7 +105,7 @@ class StepMetrics:
 
     @property
     def warnings(self) -> tuple[Union[CoefficientWarning, Diverged], ...]:
-        """Problems with the settings that show in this step; waits for the device."""
+        """Warnings about settings, from the metrics of this step; waits for the device."""
         numbers = self.numbers()
         problems: list[Union[CoefficientWarning, Diverged]] = (
             [] if math.isfinite(numbers["loss"]) else [Diverged(numbers["loss"])]
@@ -128,11 +128,11 @@ class TrainStep:
     """One step of a training: metrics of each SAE on one batch."""
 
     step: int
-    """1 after the first."""
+    """Number of the step, 1 for the first."""
     n_tokens: int
-    """Tokens trained on so far, this step's included."""
+    """Tokens trained on so far, including this step."""
     saes: Mapping[str, StepMetrics]
-    """By the SAE's name."""
+    """Metrics by the SAE's name."""
 
     @property
     def only(self) -> StepMetrics:
@@ -148,5 +148,5 @@ class TrainStep:
 
     @property
     def warnings(self) -> dict[str, tuple[Union[CoefficientWarning, Diverged], ...]]:
-        """Problems by SAE, only of those that have some; waits for the device."""
+        """Warnings by SAE, for those that have any; waits for the device."""
         return {name: warnings for name, metrics in self.saes.items() if (warnings := metrics.warnings)}

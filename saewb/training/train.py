@@ -1,4 +1,4 @@
-"""Start a training run, or continue one: from the arguments to a stream, a `Training` and a `Run`."""
+"""Start a training run, or resume one: build the stream, the `Training` and the `Run`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from saewb.training.run import Run
 from saewb.training.run_folder import SPEC, RunFolder, read_spec
 
 FEW_STEPS = 200
-"""Below, a run says so: its SAE has hardly left its random directions."""
+"""A run of fewer steps gets a note: its SAE has hardly left its random initialization."""
 
 
 def train(
@@ -51,41 +51,41 @@ def train(
 ) -> Run:
     """Train SAEs or transcoders in the background; returns at once.
 
-    One forward pass of the model, up to the last layer that is needed, serves all SAEs. The run has hook points of its
-    own on the same weights, so the model is free for other cells, and what they attach does not reach the run. What can
-    be wrong is found before it returns: names of hooks, sizes, options, the memory (an error if weights and
-    moments cannot fit, else a warning, see `run.memory`).
+    One forward pass of the model, up to the last layer that is needed, serves all SAEs. The run has its own hook points
+    on the same weights: other cells can use the model, and SAEs they attach do not affect the run. Arguments are
+    checked before it returns: hook names, sizes, options, memory (an error if weights and moments cannot fit, else a
+    warning, see `run.memory`).
 
     In a script that torchrun or `accelerate launch` started in several processes, all train together
-    (`saewb.distributed`): call it in each with the same arguments, and `run.wait()`; the first one alone writes the
+    (`saewb.distributed`): call it in each with the same arguments, and `run.wait()`; only the first one writes the
     folder and calls loggers.
 
     Args:
         model: any kind; None if `tokens` is a stream or a cache of activations.
-        tokens: ids `[rows, ctx]`, texts, or whatever `saewb.stream_tokens` takes, or its result. Gone through again as
+        tokens: ids `[rows, ctx]`, texts, anything else that `saewb.stream_tokens` takes, or its result. Repeated as
             often as needed, unless they are an iterator. Or activations: an ActivationStream, an ActivationCache.
         saes: an objective, e.g. `saewb.TopK(d_sae=4096, k=32)`; a `saewb.Trainee`, with its own hooks, learning rate
             or SAE to start from; or a dictionary of either by name.
-        n_tokens: to train on, after special tokens and positions are left out: `n_tokens / batch_tokens` steps. An SAE
-            wants thousands; `run.notes` says if there are very few.
-        hook: the point read, for SAEs that do not say; "blocks.0.attn.hook_z[3]" is one head.
-        hook_out: the point predicted; None or `hook` makes SAEs, another one transcoders.
-        folder: for history, checkpoints and SAEs; a new one. None keeps all in memory.
-        held_out: tokens or texts that are not trained on, or activations by point, to measure on.
+        n_tokens: tokens to train on, special tokens and other positions not counted: `n_tokens / batch_tokens` steps.
+            An SAE needs thousands of steps; `run.notes` warns if there are very few.
+        hook: hook point read by SAEs that name none; "blocks.0.attn.hook_z[3]" is one head.
+        hook_out: hook point predicted; None or `hook` makes SAEs, another one transcoders.
+        folder: new folder for history, checkpoints and SAEs. None keeps all in memory.
+        held_out: tokens or texts that are not trained on, or activations by point, for evaluation.
         loggers: called with each `saewb.training.loggers.Event`.
         device: of the training; None means the model's.
-        positions: of each row of tokens, those trained on.
+        positions: positions of each row of tokens to train on.
         options: of the training (lr, batch_tokens, warmup_tokens, normalization, eval_every_tokens, seed, ...), the run
-            (checkpoint_every_tokens, keep_saes, log_every_steps) and the reading (buffer_tokens, prefetch, ctx_len,
-            pass_tokens, skip_special_tokens, ...). All of them, with defaults and what they mean:
-            `saewb.training_options()`.
+            (checkpoint_every_tokens, keep_saes, log_every_steps) and the data (buffer_tokens, prefetch, ctx_len,
+            pass_tokens, skip_special_tokens, ...). `saewb.training_options()` lists all of them with their defaults and
+            descriptions.
 
     Returns:
-        A Run: it shows itself; `run.wait()`, `run.stop()`, `run.sae`.
+        A Run, which a notebook displays; `run.wait()`, `run.stop()`, `run.sae`.
 
     Raises:
         TypeError: for an option that does not exist.
-        ValueError: for what does not fit.
+        ValueError: for an invalid value, or arguments that do not fit each other or the model.
         FileExistsError: if the folder holds a run already.
 
     Example:
@@ -112,7 +112,7 @@ def resume_run(
     loggers: Sequence[Logger] = (),
     device: torch.device | str | None = None,
 ) -> Run:
-    """Continue a run from its last checkpoint, bit for bit as if it had not ended.
+    """Resume a run from its last checkpoint, bit for bit as if it had not been interrupted.
 
     Weights, optimizer, schedules, coefficients, shuffle buffer and the position in the tokens are in the checkpoint.
     The model and the tokens are not: pass the same. (The same bits also need the same machine, threads and versions.)
@@ -122,17 +122,17 @@ def resume_run(
         model: as for `train`.
         tokens: as for `train`, equal to what was passed there; an iterator has to be at its start again.
         held_out: as for `train`.
-        n_tokens: a new end; None keeps it.
+        n_tokens: new total of tokens to train on; None keeps the old one.
         loggers: as for `train`.
         device: as for `train`.
 
     Returns:
-        The Run, going on in the background.
+        The Run, training in the background.
 
     Raises:
-        FileNotFoundError: if there is no run, or it never came to a checkpoint.
-        FormatError: if its checkpoint is saewb 0.1.0's.
-        RuntimeError: if the run is going on.
+        FileNotFoundError: if there is no run, or it has no checkpoint.
+        FormatError: if its checkpoint was written by saewb 0.1.0.
+        RuntimeError: if the run is still running.
 
     Example:
         >>> resume_run("nowhere")
@@ -167,7 +167,7 @@ def resume_run(
 
 
 def train_file(path: Path) -> Run:
-    """Start the run that a YAML file describes, or continue it if there is one in its folder.
+    """Start the run that a YAML file describes, or resume it if its folder holds one.
 
         model: tiny                              # as for saewb.load_model
         tokens: {files: [corpus.txt.gz]}         # or {embedded: true}, {cache: folder}; separator: between documents
@@ -181,17 +181,14 @@ def train_file(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError, TypeError: for what the file should not say, or lacks.
+        ValueError, TypeError: for an unknown, invalid or missing entry.
     """
     options = _read_yaml(path)
     for name in ("tokens", "saes", "n_tokens", "folder"):
         if name not in options:
             raise ValueError(explain(f"{path} has no {name!r}.", want="model, tokens, saes, n_tokens, folder"))
-    folder, device, dtype = (
-        Path(options.pop("folder")).expanduser(),
-        options.pop("device", None),
-        options.pop("dtype", None),
-    )
+    folder = Path(options.pop("folder")).expanduser()
+    device, dtype = options.pop("device", None), options.pop("dtype", None)
     has_model = "model" in options or "cache" not in options["tokens"]
     model = load_model(options.pop("model", "tiny"), dtype) if has_model else None
     tokens = _documents(options.pop("tokens"), "tokens")
@@ -219,7 +216,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _documents(options: Mapping[str, Any], name: str) -> Any:
-    """Texts, files or a cache, as a YAML file names them."""
+    """Open the texts, files or cache that a YAML file names."""
     kinds = [kind for kind in ("files", "embedded", "cache") if kind in options]
     if len(kinds) != 1 or set(options) - {"files", "embedded", "cache", "separator"}:
         raise ValueError(explain(f"{name} has {', '.join(options)}.", want="one of files, embedded, cache; separator"))
@@ -227,7 +224,7 @@ def _documents(options: Mapping[str, Any], name: str) -> Any:
         return ActivationCache(options["cache"])
     if kinds == ["files"]:
         return TextFiles(options["files"], **({"separator": options["separator"]} if "separator" in options else {}))
-    tiny = import_module("saewb.tiny")  # by name, for it lies above this room: the bundled SAE is trained with it
+    tiny = import_module("saewb.tiny")  # by name, since `tiny` imports this module to train the bundled SAE
     held_out = {document.text for document in tiny.held_out_texts()}
     if name == "held_out":
         return sorted(held_out)
@@ -276,7 +273,7 @@ def _launch(
     device: torch.device | str | None,
     parallel: ParallelContext,
 ) -> Run:
-    """Run a spec on a stream, from a checkpoint's state or from the beginning."""
+    """Start a run of this spec on a stream, from a checkpoint's state or from the beginning."""
     if device is not None:
         device = check_device(device)
     elif model is not None:
@@ -291,7 +288,7 @@ def _launch(
     held_out = None if held_out is None else _held_out_activations(spec, model, held_out)
     rows: list[dict[str, Any]] = []
     with parallel.raise_together():
-        training = Training(stream, spec.saes, spec.train, held_out=held_out, device=device, team=parallel)
+        training = Training(stream, spec.saes, spec.train, held_out=held_out, device=device, parallel=parallel)
         if state is None and folder is not None and parallel.is_main:
             folder = _create_folder(folder, spec)
     if state is not None:
@@ -329,7 +326,7 @@ def _create_folder(path: str | Path, spec: RunSpec) -> RunFolder:
 def _open_stream(
     spec: RunSpec, model: nn.Module | None, tokens: Any, parallel: ParallelContext
 ) -> tuple[ActivationStream, Mapping[str, int]]:
-    """The stream, and the width of each of its points; of a model, unless the spec has them, by a pass of one row."""
+    """Open the stream; its widths by point come from the spec, the data, or else a short forward pass."""
     options = {"batch_tokens": spec.train.batch_tokens, "seed": spec.train.seed, "prefetch": spec.data.prefetch}
     options["buffer_tokens"] = spec.buffer_tokens
     if isinstance(tokens, ActivationStream):
@@ -347,9 +344,9 @@ def _open_stream(
     if attached := attachments(model):
         what = f"SAEs are attached: {', '.join(map(repr, attached))}."
         raise ValueError(explain(what, want="the model as it is", fix="saewb.detach_all(model)"))
-    model = shared_copy(model)  # so that neither sees the other's passes
+    model = shared_copy(model)  # its own hook points, so that hooks elsewhere do not affect the run
     source = _model_source(spec, model, tokens, spec.points, repeat=True, parallel=parallel)
-    options["prefetch"] *= parallel.size == 1  # collectives in two threads would be out of order
+    options["prefetch"] *= parallel.size == 1  # collectives from two threads would run out of order
     return ActivationStream(source, **options), spec.widths or point_widths(model, source.points)
 
 
@@ -365,11 +362,11 @@ def _model_source(
     data = spec.data
     rows = model_tokens(model, tokens, ctx_len=data.ctx_len, pass_tokens=data.pass_tokens, repeat=repeat)
     skipped = special_ids(model, data.skip_special_tokens)
-    return ModelSource(model, rows, points, positions=slice(*data.positions), skipped=skipped, team=parallel)
+    return ModelSource(model, rows, points, positions=slice(*data.positions), skipped=skipped, parallel=parallel)
 
 
 def _stream_widths(stream: ActivationStream, points: Iterable[str]) -> dict[str, int]:
-    """From the first tokens, which are not waited for longer than it takes to compute some."""
+    """Width of each point, from the first tokens of the stream."""
     first = stream.peek()
     if first is None and (first := next(stream, None)) is not None:
         stream.put_back()
@@ -377,8 +374,8 @@ def _stream_widths(stream: ActivationStream, points: Iterable[str]) -> dict[str,
         raise ValueError(explain("the stream is empty.", want="one batch or more"))
     for point in points:
         if point not in first.values:
-            known = list(first.values)
-            raise ValueError(explain(f"the stream has no point {point!r}.", near=near(point, known), want=str(known)))
+            points = list(first.values)
+            raise ValueError(explain(f"the stream has no point {point!r}.", near=near(point, points), want=str(points)))
     return {name: value.shape[1] for name, value in first.values.items()}
 
 

@@ -1,10 +1,10 @@
-"""Trainer of one SAE: parameters, optimizer, dead latents, loss coefficients; a step, a checkpoint, an export.
+"""Trainer of one SAE: parameters, optimizer, dead latents, loss coefficients, checkpoint state, export.
 
-A step, given one batch in training units:
+A step on one batch in training units:
 
 1. coefficients are warmed up, dead latents marked; losses and gradients are computed, by autograd or by the sparse step
    (`choose_gradients`), and averaged over processes;
-2. with unit rows, gradients lose their part along the rows; gradients are clipped;
+2. with unit rows, gradients are projected orthogonal to the rows; gradients are clipped;
 3. Adam steps; rows are scaled to unit length again;
 4. silence, density, threshold and controlled coefficients are updated, all on the device.
 """
@@ -39,9 +39,9 @@ from saewb.training.objectives.sparsity_coefficient import SMOOTHING
 from saewb.training.sparse_step import MAX_DENSITY, best_precision, clipped_step, has_sparse_step, sparse_step
 from saewb.training.step_metrics import HeldOut, StepMetrics
 
-TOLERANCE = 1e-5  # of a row's length, by which an exported SAE may differ from the training's own output
-MISMATCH_TOLERANCE = 0.05  # of probe rows may differ more: a latent at its threshold may fall the other way by rounding
-MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # when training is resumed
+TOLERANCE = 1e-5  # relative error per row allowed between an exported SAE and the training's own output
+MISMATCH_TOLERANCE = 0.05  # fraction of probe rows that may exceed it: rounding can flip a latent at its threshold
+MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # fields a resumed run may change
 
 # Fills `.grad` of every parameter with the gradient of the total, in the parameter's own memory order.
 Gradients = Callable[
@@ -52,18 +52,18 @@ Gradients = Callable[
 
 @final
 class SAETrainer:
-    """Trains one SAE: its weights and everything that changes in training.
+    """Trainer of one SAE: its weights and all other state that a step changes.
 
     Args:
-        trainee: what is trained; its `read` is a point's name.
-        config: how it is trained.
+        trainee: the SAE to train; its `read` names a point.
+        config: of the training.
         read: normalization of the input.
         write: normalization of the output.
         d_in: width of the input.
         d_out: width of the output.
         device: of all tensors.
         b_dec: first value of b_dec, in training units; None starts from zeros (or from `init`).
-        team: processes that share each batch.
+        parallel: processes that share each batch.
     """
 
     def __init__(
@@ -77,19 +77,19 @@ class SAETrainer:
         d_out: int,
         device: torch.device,
         b_dec: Float[Tensor, " d_out"] | None = None,
-        team: ParallelContext = SINGLE_PROCESS,
+        parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
-        self.trainee, self.config, self.read, self.write, self._team = trainee, config, read, write, team
+        self.trainee, self.config, self.read, self.write, self._parallel = trainee, config, read, write, parallel
         self.params = _initial_params(trainee, config, read, write, d_in, d_out, device)
         if b_dec is not None and trainee.init is None:
             with torch.no_grad():
                 self.params.b_dec.copy_(b_dec)
         self.schedules = trainee.objective.coefficients()
-        self.objective_state = replace(trainee.objective.initial_state(device), team=team)
-        self._coefficients = dict(self.objective_state.coefficients)  # before warm-up, as the controller has left them
+        self.objective_state = replace(trainee.objective.initial_state(device), parallel=parallel)
+        self._coefficients = dict(self.objective_state.coefficients)  # as controlled, before the warm-up factor
         d_sae = trainee.objective.d_sae
         self._silent = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens since each latent fired
-        self._dead_at_last_check = torch.zeros(d_sae, dtype=torch.bool, device=device)  # the host's last
+        self._dead_at_last_check = torch.zeros(d_sae, dtype=torch.bool, device=device)  # counted on the host
         self._density = torch.zeros(d_sae, device=device)
         self._l0 = torch.zeros((), device=device)  # of about the last ten batches
         self._n_batches = 0
@@ -97,17 +97,17 @@ class SAETrainer:
         self._optimizer = _optimizer(self.params, config)
 
     def fit_thresholds(self, batches: Sequence[Float[Tensor, "tokens d_in"]]) -> None:
-        """Set the first thresholds from the first batches, in the model's units, if the objective asks for it."""
+        """Set initial thresholds from the first batches, in the model's units, if the objective fits them to data."""
         if self.trainee.fits_thresholds:
             inputs = [self.read.normalize(self._to_device(x)) for x in batches]
             self.trainee.objective.fit_thresholds(self.params, inputs)
 
     def step(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], n_tokens: int) -> StepMetrics:
-        """One step on (this process's share of) a batch in training units, after `n_tokens` tokens."""
-        objective, config, batch = self.trainee.objective, self.config, len(x) * self._team.size
+        """Make one step on this process's shard of a batch, in training units, after `n_tokens` tokens."""
+        objective, config, batch = self.trainee.objective, self.config, len(x) * self._parallel.size
         self._update_objective_state(n_tokens)
         losses = self._gradients(objective, self.params, x, y, self.objective_state)
-        losses = combine_shards(losses, y, self._team)
+        losses = combine_shards(losses, y, self._parallel)
         rate = config.rate(n_tokens) * (1 if self.trainee.lr is None else self.trainee.lr / config.lr)
         self._optimize(rate)
         coefficients = self.objective_state.coefficients
@@ -133,7 +133,9 @@ class SAETrainer:
         """Warm up coefficients and mark dead latents."""
         state, after = self.objective_state, self.config.dead_after
         coefficients = {n: self._coefficients[n] * c.warmup_factor(n_tokens) for n, c in self.schedules.items()}
-        if n_tokens <= after or not self.trainee.objective.revives_dead:  # nothing can be dead, or no loss needs it
+        if (
+            n_tokens <= after or not self.trainee.objective.revives_dead
+        ):  # no latent can be dead yet, or no loss uses them
             self.objective_state = replace(state, coefficients=coefficients)
             return
         rows = state.dead_rows
@@ -149,7 +151,7 @@ class SAETrainer:
         for p in parameters:  # the fused Adam walks memory: a gradient in another order would be applied crosswise
             if p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
-            self._team.mean_(p.grad)
+            self._parallel.mean_(p.grad)
         if rows == "unit":
             project_gradient(self.params)
         self._optimizer.param_groups[0]["lr"] = rate
@@ -191,7 +193,7 @@ class SAETrainer:
 
     @torch.no_grad()
     def export(self, probe: Float[Tensor, "rows d_in"], metadata: Mapping[str, Any]) -> AnySAE:
-        """The SAE so far, in the model's units, checked on `probe` (model's units) against the training's own output.
+        """The current SAE in the model's units, checked on `probe` (model's units) against the training's own output.
 
         Raises:
             RuntimeError: if on more than 1 row in 20 its output differs from the training's by more than 1e-5 of the
@@ -216,7 +218,7 @@ class SAETrainer:
             raise RuntimeError(explain(worst, want="finite weights; float32 products (no TF32)"))
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes, copied to the host: plain values and tensors."""
+        """All state that a step changes: plain values, and tensors copied to the host."""
         moments = {
             name: {key: _to_host(value) for key, value in self._optimizer.state[p].items()}
             for name, p in self.params.named_parameters()
@@ -238,7 +240,7 @@ class SAETrainer:
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a `state()`, bit for bit, on this trainer's device."""
+        """Load a `state()` onto this trainer's device; training continues bit for bit."""
         device = self._silent.device
         for name, p in self.params.named_parameters():
             p.copy_(saved["params"][name])
@@ -258,20 +260,20 @@ class SAETrainer:
 
 
 def choose_gradients(objective: Objective, config: TrainConfig) -> Gradients:
-    """How the gradients of an SAE are computed: by autograd ("plain") or by the sparse step.
+    """Choose how the gradients of an SAE are computed: by autograd ("plain") or by the sparse step.
 
     Plain is the reference, for every objective, device, autocast and compile; sparse (`saewb.training.sparse_step`)
     works on active latents alone, many times faster where few are active.
 
     The rule for "auto": sparse on a CPU, batch by batch, unless more than 1 in 12 latents are on in it (ReLU and
     JumpReLU SAEs start so; the first few hundred tokens show it), the objective has no sparse step, or autocast or
-    compile are asked for, which concern the plain one. On other devices plain, until it is measured there which is
-    quicker. "sparse" is sparse on every device and at every density; "plain" is always plain.
+    compile are set, which concern the plain one. Plain on other devices, where the two have not been compared.
+    "sparse" is sparse on every device and at every density; "plain" is always plain.
 
-    Which one is taken depends on nothing but weights and batch, so that a resumed training takes the same ones.
+    The choice depends on weights and batch alone, so that a resumed training makes the same one.
 
     Raises:
-        ValueError: if "sparse" is asked for and this objective has no sparse step, or with autocast or compile.
+        ValueError: for "sparse" with an objective that has no sparse step, or with autocast or compile.
     """
     dense = config.autocast is not None or config.compile is not None
     if config.step == "sparse":
@@ -319,35 +321,35 @@ def _losses(objective: Objective, params: Params, x: Tensor, y: Tensor, state: O
 
 
 @torch.no_grad()
-def combine_shards(losses: Losses, y: Float[Tensor, "shard d_out"], team: ParallelContext) -> Losses:
-    """Losses of the whole batch, from those of each process's shard of it: as one process would have measured them.
+def combine_shards(losses: Losses, y: Float[Tensor, "shard d_out"], parallel: ParallelContext) -> Losses:
+    """Losses of the whole batch from those of each process's shard: the values that one process would measure.
 
         terms, l0, in_band: means;   fired: sums;   kept_min: the least;   fvu = B mse / (sum |y|^2 - |sum y|^2 / B)
 
     All but `kept_min` in one exchange of d_sae + d_out numbers, in float64, so that the variance keeps its digits. No
-    gradient goes through it: gradients are averaged by themselves.
+    gradient goes through it: parameter gradients are averaged separately.
 
     Args:
         losses: of this process's shard.
         y: targets of this process's shard.
-        team: the processes; with one alone, nothing is done.
+        parallel: the processes; a single one returns `losses` unchanged.
     """
-    if team.size == 1:
+    if parallel.size == 1:
         return losses
     means = {**losses.terms, "/l0": losses.l0, **{k: v for k, v in losses.extra.items() if k != "kept_min"}}
     y = y.double()
-    scalars = torch.stack([value.detach().double() for value in means.values()]) / team.size
+    scalars = torch.stack([value.detach().double() for value in means.values()]) / parallel.size
     parts = [scalars, y.square().sum()[None], losses.fired.double(), y.sum(0)]
-    sums = team.sum_(torch.cat(parts))
+    sums = parallel.sum_(torch.cat(parts))
     scalars, square, fired, total = sums.split([len(part) for part in parts])
     named = dict(zip(means, scalars.to(losses.total.dtype), strict=True))
-    n = len(y) * team.size
+    n = len(y) * parallel.size
     variance = square[0] - total.square().sum() / n
     mse = scalars[list(means).index("mse")]
     terms = {name: named[name] for name in losses.terms}
     extra = {name: named[name] for name in losses.extra if name != "kept_min"}
     if "kept_min" in losses.extra:
-        extra["kept_min"] = team.min_(losses.extra["kept_min"].detach().clone())
+        extra["kept_min"] = parallel.min_(losses.extra["kept_min"].detach().clone())
     return replace(
         losses,
         terms=terms,
@@ -360,7 +362,7 @@ def combine_shards(losses: Losses, y: Float[Tensor, "shard d_out"], team: Parall
 
 
 def check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
-    """Raise if a normalization does not go with an SAE."""
+    """Raise if the config's normalization cannot be used with this SAE."""
     per_token = config.normalization in ("layer_norm", "constant_norm")
     if per_token and (trainee.objective.skip or trainee.is_transcoder):
         what = f"normalization={config.normalization!r} with {name!r}, a transcoder or with a skip matrix."
@@ -371,7 +373,7 @@ def check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
 
 
 def check_state(state: Mapping[str, Any], trainees: Mapping[str, Any], config: TrainConfig) -> None:
-    """Raise if a state is of other SAEs (given as the state has them), or of another config."""
+    """Raise if a state belongs to other SAEs (compared in the form the state holds) or to another config."""
     if state["trainees"] != trainees:
         what = f"the state is of other SAEs: {state['trainees']}."
         raise ValueError(explain(what, want=str(trainees)))
@@ -393,7 +395,11 @@ def _initial_params(
 ) -> Params:
     objective = trainee.objective
     if trainee.init is not None:
-        _check_init(trainee, d_in, d_out)
+        shape = (trainee.init.cfg.d_in, trainee.init.cfg.d_sae, trainee.init.cfg.d_out)
+        want = (d_in, objective.d_sae, d_out)
+        if shape != want:
+            text = "init has d_in, d_sae, d_out = {}, {}, {}.".format(*shape)
+            raise ValueError(explain(text, want="{}, {}, {} of the stream and the objective".format(*want)))
         params = objective.from_sae(to_training(trainee.init, read, write), device=device)
         constrain(params, objective.rows)
         return params
@@ -401,26 +407,12 @@ def _initial_params(
     return objective.init_params(d_in, d_out if trainee.is_transcoder else None, seed=seed, device=device)
 
 
-def _check_init(trainee: Trainee, d_in: int, d_out: int) -> None:
-    got = (trainee.init.cfg.d_in, trainee.init.cfg.d_sae, trainee.init.cfg.d_out)
-    want = (d_in, trainee.objective.d_sae, d_out)
-    if got != want:
-        text = "init has d_in, d_sae, d_out = {}, {}, {}.".format(*got)
-        raise ValueError(explain(text, want="{}, {}, {} of the stream and the objective".format(*want)))
-
-
 def _optimizer(params: Params, config: TrainConfig) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
     fused = params.W_dec.device.type in ("cpu", "cuda")
-    optimizer = kind(
-        params.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=fused,
-    )
-    for p in params.parameters():  # as Adam would at its first step, so that a state before it is complete
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    optimizer = kind(params.parameters(), fused=fused, **options)
+    for p in params.parameters():  # as Adam does at its first step, so that a state saved before it is complete
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(p),
@@ -434,5 +426,5 @@ def _to_host(value: Tensor) -> Tensor:
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:
-    """A moment in the memory order of its parameter; a step count as it is."""
+    """Copy a moment in its parameter's memory order; a step count unchanged."""
     return torch.empty_like(p).copy_(value) if value.shape == p.shape else value.to(p.device, copy=True)

@@ -59,11 +59,11 @@ def resumed(folder, n_steps=STEPS):
     return saewb.resume_run(folder, n_tokens=n_steps * B, **how)
 
 
-def from_tensors(team):
+def from_tensors(parallel):
     """A Training over activations in memory."""
     x = torch.randn(500, 8, generator=torch.Generator().manual_seed(1)) * 2 + 1
     stream = saewb.stream_tensors({"x": x}, batch_tokens=B, repeat=True, shuffle_seed=0)
-    return Training(stream, PLAIN, TrainConfig(n_tokens=STEPS * B, step="auto", **HOW), team=team)
+    return Training(stream, PLAIN, TrainConfig(n_tokens=STEPS * B, step="auto", **HOW), parallel=parallel)
 
 
 def numbers(training):
@@ -72,46 +72,48 @@ def numbers(training):
 
 
 def main(what, folder):
-    team, folder = ParallelContext.from_environment(), Path(folder)
+    parallel, folder = ParallelContext.from_environment(), Path(folder)
     if what == "all":
         run = train(folder / "plain", "plain").wait()
         run = train(folder / "sparse").wait()
-        torch.save({n: s.state_dict() for n, s in run.saes.items()}, folder / f"saes_{team.rank}.pt")
-        torch.save(numbers(from_tensors(team)), folder / f"tensors_{team.rank}.pt")
+        torch.save({n: s.state_dict() for n, s in run.saes.items()}, folder / f"saes_{parallel.rank}.pt")
+        torch.save(numbers(from_tensors(parallel)), folder / f"tensors_{parallel.rank}.pt")
         resumed(folder / "alone_first").wait()
         train(folder / "together_first", n_steps=HALF).wait()
         kept = folder / "together_first" / "checkpoint.pt"
-        (folder / f"{team.rank}_folder.json").write_text(json.dumps([str(run.folder), kept.exists(), len(run.history)]))
+        (folder / f"{parallel.rank}_folder.json").write_text(
+            json.dumps([str(run.folder), kept.exists(), len(run.history)])
+        )
         run = train(folder / "stopped", n_steps=10**6)
         while run.progress.step < 5:
             time.sleep(0.01)
-        if team.rank == 1:
+        if parallel.rank == 1:
             run.stop()
         run.wait()
-        (folder / f"{team.rank}.json").write_text(json.dumps([run.state, run.progress.step]))
+        (folder / f"{parallel.rank}.json").write_text(json.dumps([run.state, run.progress.step]))
         try:
             train(folder / "odd", batch_tokens=47)
         except ValueError as error:
-            (folder / f"error_{team.rank}").write_text(str(error))
+            (folder / f"error_{parallel.rank}").write_text(str(error))
         try:
             train(folder / "stopped")
         except (FileExistsError, RuntimeError) as error:
-            (folder / f"exists_{team.rank}").write_text(f"{type(error).__name__}: {error}")
+            (folder / f"exists_{parallel.rank}").write_text(f"{type(error).__name__}: {error}")
     elif what == "fail":
         run = train(folder / "failed", n_steps=10**6)
         while run.progress.step < 5:
             time.sleep(0.01)
-        if team.rank == 1:
+        if parallel.rank == 1:
             run._training._trainers["topk"]._gradients = None  # the next step fails
         try:
             run.wait()
         finally:
-            (folder / f"{team.rank}.half").write_text(json.dumps([run.state, str(run.error)]))
-            (folder / f"{team.rank}.half").rename(folder / f"{team.rank}.json")
-            end, other = time.monotonic() + 60, folder / f"{1 - team.rank}.json"
+            (folder / f"{parallel.rank}.half").write_text(json.dumps([run.state, str(run.error)]))
+            (folder / f"{parallel.rank}.half").rename(folder / f"{parallel.rank}.json")
+            end, other = time.monotonic() + 60, folder / f"{1 - parallel.rank}.json"
             while not other.exists() and time.monotonic() < end:  # for the launcher ends the other when one ends
                 time.sleep(0.05)
-            (folder / f"{team.rank}.saw").write_text(str(other.exists()))
+            (folder / f"{parallel.rank}.saw").write_text(str(other.exists()))
 
 
 if __name__ == "__main__":

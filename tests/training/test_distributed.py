@@ -56,7 +56,7 @@ def assert_same_weights(one, two, names=distributed_worker.OBJECTIVES):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What one process trains, and what two train."""
-    folder = tmp_path_factory.mktemp("team")
+    folder = tmp_path_factory.mktemp("parallel")
     distributed_worker.train(folder / "one_plain", "plain").wait()
     distributed_worker.train(folder / "one_sparse").wait()
     distributed_worker.train(folder / "alone_first", n_steps=distributed_worker.HALF).wait()
@@ -166,15 +166,15 @@ def test_the_command_line_under_accelerate(tmp_path):
 
 
 def test_one_alone_exchanges_nothing():
-    team, x = ParallelContext(), torch.arange(6.0).view(2, 3)
-    assert (team.size, team.rank, team.is_main) == (1, 0, True)
-    assert team.shard(7) == slice(0, 7)
-    assert team.sum_(x) is x
-    assert team.mean_(x) is x
-    assert team.min_(x) is x
-    assert team.broadcast_object("a") == "a"
-    assert not team.any(False)
-    with pytest.raises(ZeroDivisionError), team.raise_together():
+    parallel, x = ParallelContext(), torch.arange(6.0).view(2, 3)
+    assert (parallel.size, parallel.rank, parallel.is_main) == (1, 0, True)
+    assert parallel.shard(7) == slice(0, 7)
+    assert parallel.sum_(x) is x
+    assert parallel.mean_(x) is x
+    assert parallel.min_(x) is x
+    assert parallel.broadcast_object("a") == "a"
+    assert not parallel.any(False)
+    with pytest.raises(ZeroDivisionError), parallel.raise_together():
         raise ZeroDivisionError
 
 

@@ -1,10 +1,10 @@
-"""What is published: 13,857 SAEs of 170 releases, as sae-lens 6.54.12 lists them, with its slips corrected.
+"""Catalogue of published SAEs: 13,857 SAEs of 170 releases, as in sae-lens 6.54.12, with corrections.
 
-The data is releases.jsonl, one release per line; where it differs from sae-lens, that line's `note` says how and why.
-Nothing is read before it is asked for, and asking for one release parses that line only.
+The data is releases.jsonl, one release per line; where it differs from sae-lens, the `note` of that line explains why.
+It is read on first use, and a look-up of one release parses its line only.
 
 - `find(release, id)` is one SAE; `releases()` are the names; `ids(release)` those of one.
-- `catalogue(...)` is the table, to look through and filter.
+- `catalogue(...)` is the filtered table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["PublishedSAE", "at", "catalogue", "find", "ids", "lines", "releases"
 
 @dataclass(frozen=True)
 class PublishedSAE:
-    """One published SAE, and what is known of it without its files."""
+    """Entry of one published SAE: all that is known without its files."""
 
     release: str
     """Name of its release."""
@@ -39,41 +39,41 @@ class PublishedSAE:
     model: str
     """Language model, by its name on the hub."""
     hook: str
-    """Hook point that it reads."""
+    """Hook point the SAE reads."""
     layer: int
     """Layer of that hook point."""
     d_in: int
-    """Width of the activations it reads."""
+    """Width of its input."""
     dtype: str
     """dtype of the published weights, e.g. "float32"."""
     hook_out: str | None = None
-    """Hook point that it writes; None means `hook`."""
+    """Hook point the SAE writes; None means `hook`."""
     d_sae: int | None = None
     """Number of latents, where it is known."""
     l0: float | None = None
     """Mean number of active latents per token."""
     l0_is: str = "measured"
-    """What `l0` is: "measured", or "target", what training aimed at."""
+    """Whether `l0` is "measured", or the "target" of training."""
     architecture: str | None = None
     """One of "relu", "jumprelu", "topk", "gated", "temporal"."""
     neuronpedia: str | None = None
-    """Id on Neuronpedia, "model/source": its latents' pages are neuronpedia.org/model/source/<latent>."""
+    """Id on Neuronpedia, "model/source"; latents have pages neuronpedia.org/model/source/<latent>."""
     norm_factor: float | None = None
-    """Factor that its training inputs were multiplied with."""
+    """Factor that multiplied its training inputs."""
     variance_explained: float | None = None
     """Fraction of variance explained, as its authors report it."""
     bytes: int | None = None
     """Size of the weights, estimated from shapes and dtype."""
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Corrections of its own configuration, by the keys of SAELens' cfg.json."""
+    """Corrections of the configuration in its files, by the keys of SAELens' cfg.json."""
     links: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Addresses of the model, paper and so on."""
+    """Web addresses of model, paper and so on."""
     note: str = ""
-    """Where this catalogue departs from sae-lens's, and what else to know."""
+    """Differences from sae-lens, and other remarks."""
 
 
 def lines() -> Iterator[str]:
-    """The lines of the data file, each one release as JSON that begins with its name."""
+    """Lines of the data file, one release each, as JSON that begins with its name."""
     return iter((files("saewb.pretrained.catalogue") / "releases.jsonl").read_text(encoding="utf-8").splitlines())
 
 
@@ -91,7 +91,7 @@ def ids(release: str) -> list[str]:
     """The ids of a release, in the order of publication.
 
     Raises:
-        ValueError: if there is no such release; with near names.
+        ValueError: if there is no such release; with similar names.
 
     Example:
         >>> ids("gpt2-small-res-jb")[:2]
@@ -101,10 +101,10 @@ def ids(release: str) -> list[str]:
 
 
 def find(release: str, id: str) -> PublishedSAE:
-    """One published SAE by its names.
+    """Find a published SAE by release and id.
 
     Raises:
-        ValueError: if there is no such release, or no such id in it; with near names and the line to type.
+        ValueError: if there is no such release, or no such id in it; with similar names and the corrected call.
 
     Example:
         >>> entry = find("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
@@ -116,19 +116,14 @@ def find(release: str, id: str) -> PublishedSAE:
     if id not in columns["id"]:
         close = near(id, columns["id"])
         some = f"one of its {len(columns['id'])} ids, e.g. {', '.join(columns['id'][:3])}"
-        raise ValueError(
-            explain(
-                f"the release {release!r} has no SAE {id!r}.",
-                near=close,
-                want="" if close else some,
-                fix=f"saewb.load_sae({release!r}, {(close or columns['id'])[0]!r})",
-            )
-        )
+        fix = f"saewb.load_sae({release!r}, {(close or columns['id'])[0]!r})"
+        what = f"the release {release!r} has no SAE {id!r}."
+        raise ValueError(explain(what, near=close, want="" if close else some, fix=fix))
     return _published(spec, columns, columns["id"].index(id))
 
 
 def at(repo: str, path: str) -> PublishedSAE | None:
-    """The SAE at a place on the hub, if it is in the catalogue: the first of several that name it.
+    """Find the SAE at a path on the hub: the first entry of the catalogue with that path, or None.
 
     Example:
         >>> at("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre").release
@@ -163,10 +158,6 @@ def _spec(release: str) -> dict[str, Any]:
     for line in lines():
         if _name(line) == release:
             return json.loads(line)
-    raise ValueError(
-        explain(
-            f"no release named {release!r} in the catalogue ({len(releases())} releases).",
-            near=near(release, releases()),
-            fix="saewb.catalogue()  # lists all; saewb.catalogue(model=...) those of one model",
-        )
-    )
+    what = f"no release named {release!r} in the catalogue ({len(releases())} releases)."
+    fix = "saewb.catalogue()  # lists all; saewb.catalogue(model=...) those of one model"
+    raise ValueError(explain(what, near=near(release, releases()), fix=fix))

@@ -1,13 +1,13 @@
-"""The catalogue's short form, one release per line of releases.jsonl, written out into one value per SAE.
+"""Expand the compact form of a release, one line of releases.jsonl, into one value per SAE.
 
-A release is a list of sets; a set is a template with numbered slots and what goes into them. In order:
+A release is a list of sets; a set is a template with numbered slots and their values. In order:
 
 1. `axes` (a product, last fastest; "0-25" is a range) without `not`, or `table` (leading slots -> values of the last).
 2. Text columns are templates of the slots, "=" for the id itself, or {"text": template, "each": "a,b,..."} with a {v}
    that differs by row; `rows` or `where`/`in` restrict a column to some rows.
 3. Number columns are a constant, a list, {"slot": i}, {"each": "a,b"}, {"over": c, "each": [x]} for c / x,
    {"of": "path"} for the numbers that "each" of the path holds, or {"ramp": n_layers, small: [lo, hi], ...}:
-   floor(lo + (hi - lo) min(1, 3 layer / n_layers)), how Gemma Scope 2 chose its target L0.
+   floor(lo + (hi - lo) min(1, 3 layer / n_layers)), the target L0 of Gemma Scope 2.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def width(label: str) -> int:
-    """Latents by a width's label.
+    """Number of latents by the label of a width.
 
     Example:
         >>> width("16k"), width("24576")
@@ -35,7 +35,7 @@ def width(label: str) -> int:
 
 
 def expand(release: Mapping[str, Any]) -> Columns:
-    """What differs between the SAEs of one release, as equally long lists: id, path, hook, ..., bytes."""
+    """Columns that differ between the SAEs of one release, as equally long lists: id, path, hook, ..., bytes."""
     sets = [_expand_set(one, release) for one in release["sets"]]
     return {name: list(itertools.chain.from_iterable(one[name] for one in sets)) for name in sets[0]}
 
@@ -121,7 +121,7 @@ def _ramp(form: Mapping[str, Any], slots: Slots) -> list[int]:
 
 
 def _bytes(d_sae: list[int | None], one: Mapping[str, Any], release: Mapping[str, Any]) -> list[int | None]:
-    """Of W_enc, W_dec, the biases, a threshold and a skip matrix in the published dtype; files hold little else."""
+    """Bytes of W_enc, W_dec, biases, threshold and skip matrix in the published dtype."""
     d, size = release["d_in"], _BYTES[release.get("dtype", "float32")]
     per_latent = 2 * d + 1 + (release.get("architecture") == "jumprelu")
     fixed = d + d * d * bool(one.get("skip"))

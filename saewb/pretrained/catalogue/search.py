@@ -1,4 +1,4 @@
-"""The catalogue as a table, filtered. Every name that matches nothing is an error with near names."""
+"""The catalogue as a filtered table; a name that matches nothing is an error that lists similar ones."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def catalogue(
     neuronpedia: str | bool | None = None,
     nearest_l0: float | None = None,
 ) -> pd.DataFrame:
-    """The published SAEs that fit, one per row: all 13,857 of them without arguments.
+    """Table of the published SAEs that match, one per row: all 13,857 without arguments.
 
-    `l0` is measured by the authors, or what training aimed at, as `l0_is` says. `bytes` is estimated from shapes and
-    dtype. Neither was checked against the files. A missing value is one that nobody publishes.
+    `l0` is measured by the authors, or the target of training, see `l0_is`. `bytes` is estimated from shapes and dtype.
+    Neither was checked against the files. A missing value is not published.
 
     Args:
         model: its name on the hub, the last part of it, or the name that TransformerLens has for it.
@@ -49,15 +49,15 @@ def catalogue(
         l0: exactly this, or (least, most), both included.
         architecture: "relu", "jumprelu", "topk", "gated" or "temporal".
         neuronpedia: True for those with pages on Neuronpedia, False for those without, or one such id or address.
-        nearest_l0: of SAEs that differ in nothing else, only the one whose l0 is nearest to this.
+        nearest_l0: keep only the SAE of nearest l0 among those that differ in nothing else.
 
     Returns:
         A DataFrame with columns release, id, model, site, layer, d_sae, l0, ...; `load_sae(row.release, row.id)`.
 
     Raises:
-        ValueError: for a name that the catalogue does not have anywhere; with near names. Names that are there but not
-            together give an empty table.
-        TypeError: for a layer that is no number.
+        ValueError: for a name that is nowhere in the catalogue; with similar names. Names that exist, but not together,
+            give an empty table.
+        TypeError: for a layer that is not a number.
 
     Example:
         >>> saes = catalogue(model="gemma-2-2b", site="resid_post", layer=20, width="16k", nearest_l0=70)
@@ -97,7 +97,7 @@ def _table() -> pd.DataFrame:
             columns[name] = _series(name, [site for one in rows for site in _sites(one["hook"], one["hook_out"])])
         elif name in rows[0]:
             columns[name] = _series(name, list(itertools.chain.from_iterable(one[name] for one in rows)))
-        else:  # the same for all of a release
+        else:  # one value per release
             shared = _series(name, [spec.get(name, _DEFAULTS.get(name)) for spec in specs])
             columns[name] = shared.repeat(counts).reset_index(drop=True)
     columns["l0_is"] = columns["l0_is"].where(columns["l0"].notna())
@@ -123,13 +123,9 @@ def _unknown(name: str, value: object, values: Iterable[str]) -> ValueError:
     values = sorted(set(values))
     close = near(str(value), values)
     want = "" if close else ", ".join(values[:12]) + (f" and {len(values) - 12} more" if len(values) > 12 else "")
+    fix = f"saewb.catalogue({name}={close[0]!r})" if close else ""
     return ValueError(
-        explain(
-            f"catalogue got {name}={value!r}, which nothing in it has.",
-            near=close,
-            want=want,
-            fix=f"saewb.catalogue({name}={close[0]!r})" if close else "",
-        )
+        explain(f"catalogue got {name}={value!r}, which nothing in it has.", near=close, want=want, fix=fix)
     )
 
 
@@ -142,19 +138,14 @@ def _checked_column(table: pd.DataFrame, name: str, value: str) -> pd.Series:
 
 
 def _model_mask(table: pd.DataFrame, model: str) -> pd.Series:
-    mask = table["model"].isin(_models_like(table, model))
+    pairs = table[["model", "label"]].drop_duplicates().itertuples(index=False)
+    name = model.lower().removeprefix("openai-community/")
+    matches = [m for m, label in pairs if name in (m.lower(), m.rpartition("/")[2].lower(), str(label).lower())]
+    mask = table["model"].isin(matches)
     if not mask.any():
         names = [*table["model"].unique(), *table["model"].str.rpartition("/")[2].unique(), *table["label"].dropna()]
         raise _unknown("model", model, names)
     return mask
-
-
-def _models_like(table: pd.DataFrame, model: str) -> list[str]:
-    pairs = table[["model", "label"]].drop_duplicates().itertuples(index=False)
-    name = model.lower().removeprefix("openai-community/")
-    return [
-        full for full, label in pairs if name in (full.lower(), full.rpartition("/")[2].lower(), str(label).lower())
-    ]
 
 
 def _layers(layer: int | Iterable[int]) -> list[int]:
@@ -177,12 +168,12 @@ def _neuronpedia_mask(table: pd.DataFrame, neuronpedia: str | bool) -> pd.Series
     if isinstance(neuronpedia, bool):
         return table["neuronpedia"].notna() == neuronpedia
     page = neuronpedia.partition("neuronpedia.org/")[2] or neuronpedia
-    page = "/".join(page.strip("/").split("/")[:2])  # an address may go on with a latent's number
+    page = "/".join(page.strip("/").split("/")[:2])  # an address may end with the number of a latent
     return _checked_column(table, "neuronpedia", page) == page
 
 
 def _nearest(table: pd.DataFrame, l0: float) -> pd.DataFrame:
     with_l0 = table[table["l0"].notna()]
-    alike = ["release", "model", "hook", "hook_out", "d_sae", "architecture"]
-    away = (with_l0["l0"] - l0).abs().groupby([with_l0[name] for name in alike], dropna=False)
-    return with_l0.loc[sorted(away.idxmin())]
+    keys = ["release", "model", "hook", "hook_out", "d_sae", "architecture"]
+    distance = (with_l0["l0"] - l0).abs().groupby([with_l0[name] for name in keys], dropna=False)
+    return with_l0.loc[sorted(distance.idxmin())]

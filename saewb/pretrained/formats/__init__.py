@@ -1,6 +1,6 @@
-"""Published layouts, one module each: `detect` finds the one that a folder or file is in, `read` reads it.
+"""Layouts of published SAEs, one module each: `detect` finds the layout of a folder or file, `read` reads it.
 
-A layout is a subclass of `Layout`; adding one means adding it to `LAYOUTS`, nothing else.
+A layout is a subclass of `Layout`; add a new one to `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from saewb.pretrained.formats.temporal import Temporal
 
 __all__ = ["LAYOUTS", "Layout", "Provenance", "TensorFile", "absence", "detect", "is_readable", "layouts_named", "read"]
 
-# The first that matches counts.
+# In order of precedence: `detect` returns the first that matches.
 LAYOUTS: list[Layout] = [
     SAELens(),
     Sparsify(),
@@ -57,10 +57,10 @@ def detect(path: Path) -> Layout:
         path: an existing folder or file.
 
     Returns:
-        The first of `LAYOUTS` whose `detect` says yes.
+        The first of `LAYOUTS` whose `detect` is true.
 
     Raises:
-        FormatError: if none does; the message lists the files there and the layouts known.
+        FormatError: if there is none; the message lists the files and the known layouts.
     """
     path = Path(path)
     for layout in LAYOUTS:
@@ -72,13 +72,9 @@ def detect(path: Path) -> Layout:
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
         what = f"{path} has {', '.join(names[:12]) or 'no files'}{more}"
         inner = next((name.rstrip("/") for name in names if is_readable(path / name)), None)
-    raise FormatError(
-        explain(
-            f"no layout that saewb knows: {what}.",
-            want="; ".join(layout.description for layout in LAYOUTS),
-            fix=f"saewb.load_sae({str(path)!r}, {inner!r})" if inner else "",
-        )
-    )
+    fix = f"saewb.load_sae({str(path)!r}, {inner!r})" if inner else ""
+    want = "; ".join(layout.description for layout in LAYOUTS)
+    raise FormatError(explain(f"no layout that saewb knows: {what}.", want=want, fix=fix))
 
 
 def is_readable(path: Path) -> bool:
@@ -87,7 +83,7 @@ def is_readable(path: Path) -> bool:
 
 
 def layouts_named(format: str | None) -> list[Layout]:
-    """The layouts of a name in the catalogue's `format` column; all of them for None."""
+    """Layouts by their name in the catalogue's `format` column; all layouts for None."""
     return [layout for layout in LAYOUTS if format is None or format in layout.aliases]
 
 
@@ -102,7 +98,7 @@ def read(
 
     Args:
         path: an existing folder or file.
-        provenance: what is known beyond the files; None means nothing.
+        provenance: information beyond the files.
         dtype: of the parameters; None means as stored.
         device: of the parameters; None means the CPU.
 
@@ -110,18 +106,18 @@ def read(
         One of saewb's SAE classes.
 
     Raises:
-        FormatError: if it is of no known layout, or not what its layout promises.
+        FormatError: if it is of no known layout, or does not fit its layout.
     """
     return detect(path).read(path, provenance, dtype=dtype, device=device)
 
 
 def absence(repo: str, path: str, names: Iterable[str]) -> str:
-    """The error text for a folder of a repository that has no SAE, with the folders that have one.
+    """Error text for a folder of a repository without an SAE; lists folders that have one.
 
     Args:
         repo: "owner/name".
-        path: that was asked for; "" for the root.
-        names: of all files of the repository.
+        path: requested folder; "" for the root.
+        names: names of all files of the repository.
     """
     marks = {mark for layout in LAYOUTS for mark in layout.marks}
     folders = sorted({str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in marks} - {"."})

@@ -1,14 +1,14 @@
-"""What all layouts of published SAEs share: which files they need, how they are recognized, how they are read.
+"""Base classes of the layouts of published SAEs: their files, how they are detected and read.
 
 A layout declares its files; most are a `TableLayout`, which also declares a table of its tensors. To read one:
 
 1. open the configuration and the header of the weights,
 2. check that the tensors are exactly those of the table, with shapes that fit each other,
 3. turn them into the weights of an `SAE` by the table,
-4. take activation, hooks and metadata from `fields`, and from `Provenance` where the files do not say,
-5. build the SAE in the dtype and on the device asked for.
+4. take activation, hooks and metadata from `fields`, completed by `Provenance`,
+5. build the SAE in the requested dtype and on the requested device.
 
-Adding a layout means a subclass here and its line in `formats.LAYOUTS`.
+To add a layout, write a subclass and add it to `formats.LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from saewb.sae.sae import SAE, SAEConfig
 
 Kind = TypeVar("Kind")
 
-# Overrides that say where an SAE belongs, and those that would change what it computes: only SAELens files have these.
+# Overrides of the site, and those that would change what an SAE computes, which only SAELens files may have.
 _SITE_KEYS = {"model_name": "model", "hook_name": "hook", "hook_name_out": "hook_out", "hook_head_index": "head"}
 _COMPUTATION_KEYS = frozenset(
     (
@@ -47,9 +47,9 @@ _TRANSPOSED = {"W_enc": ("FD",), "W_dec": ("DF", "OF"), "W_skip": ("OD",)}
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known about an SAE beyond its files: where it was published, and what a catalogue says.
+    """Information about an SAE beyond its files: its source, and its entry in a catalogue.
 
-    A field is None where it is not known. What a file says comes first, unless its layout says otherwise.
+    Unknown fields are None. Values in a file take precedence, unless its layout differs.
     """
 
     repo: str | None = None
@@ -59,13 +59,13 @@ class Provenance:
     model: str | None = None
     """Name of the language model."""
     hook: str | None = None
-    """Hook point that the SAE reads."""
+    """Hook point the SAE reads."""
     hook_out: str | None = None
-    """Hook point that it writes, if another one."""
+    """Hook point the SAE writes, if another one."""
     layer: int | None = None
     """Layer of the hook point."""
     scaling_factor: float | None = None
-    """Factor that training inputs were multiplied with."""
+    """Factor that multiplied training inputs."""
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Corrections of the file's configuration, by the keys of SAELens' cfg.json."""
 
@@ -75,7 +75,7 @@ class Provenance:
             raise ValueError(explain(f"Provenance got layer={self.layer!r}.", want="an integer, 0 or more"))
 
     def address(self, path: Path) -> str:
-        """The text to search for names of models and layers: "owner/name/path", or else the full path on disk.
+        """Text that may name model and layer: "owner/name/path", or else the absolute path on disk.
 
         Example:
             >>> Provenance(repo="google/gemma-scope-2b-pt-res", path="layer_3/width_16k").address(Path("a"))
@@ -86,7 +86,7 @@ class Provenance:
         return "/".join(part for part in (self.repo, self.path) if part)
 
     def number(self, pattern: str, path: Path) -> int | None:
-        """The number that the pattern's first group matches last in the address, e.g. r"layer_(\\d+)"; or None.
+        """The last number in the address that the pattern's first group matches, e.g. r"layer_(\\d+)"; or None.
 
         Example:
             >>> Provenance(repo="a/b", path="layer_3/width_16k").number(r"layer_(\\d+)", Path("c"))
@@ -98,13 +98,13 @@ class Provenance:
     def complete(
         self, *, model: str | None, hook: str | None, hook_out: str | None = None, **metadata: Any
     ) -> dict[str, Any]:
-        """Fields of a configuration class: model, hooks and metadata of the file, completed by what is known.
+        """Complete model, hooks and metadata of a file; return them as fields of a configuration class.
 
         Args:
-            model: as the file or the name of its repository says; None if neither does.
+            model: from the file or the name of its repository; None if unknown.
             hook: likewise.
             hook_out: likewise; None for an SAE that writes where it reads.
-            metadata: what else the file says, by SAELens' keys; None is left out, `overrides` come first.
+            metadata: further values of the file, by SAELens' keys; None is left out, `overrides` take precedence.
 
         Raises:
             FormatError: if `overrides` would change what is computed.
@@ -122,10 +122,10 @@ class Provenance:
         return {**site, "metadata": {**{k: v for k, v in metadata.items() if v is not None}, **others}}
 
     def refuse_factor(self, layout: str) -> None:
-        """Check that no `scaling_factor` was given, for a layout whose weights read the model's own units.
+        """Check that there is no `scaling_factor`, for a layout whose weights are in the model's units.
 
         Raises:
-            FormatError: if there was.
+            FormatError: if there is one.
         """
         if self.scaling_factor is not None:
             what = f"scaling_factor={self.scaling_factor} was given, but {layout} reads the model's own units."
@@ -137,27 +137,27 @@ class OpenFiles:
     """The files of one SAE while it is read."""
 
     path: Path
-    """What was to be read: a folder or a file."""
+    """Folder or file of the SAE."""
     weights: TensorFile
-    """Its tensors."""
+    """Tensors."""
     config: Mapping[str, Any]
-    """Its configuration; empty if there is none."""
+    """Configuration; empty if there is none."""
     provenance: Provenance
-    """What is known beyond the files."""
+    """Information beyond the files."""
     dtype: torch.dtype | None = None
-    """Of the parameters to be made; None means as stored."""
+    """dtype of the parameters of the SAE; None means as stored."""
 
     @property
     def address(self) -> str:
-        """The text to search for names of models and layers."""
+        """Text that may name model and layer, see `Provenance.address`."""
         return self.provenance.address(self.path)
 
 
 class Layout(ABC):
-    """One way in which SAEs are published. Subclasses declare; `read` does the work.
+    """Abstract base of the layouts in which SAEs are published.
 
-    Paths are templates: "{path}/cfg.json" is a file in the folder to read, "{path}" the file to read itself,
-    "{parent}/config.json" a file beside it.
+    Subclasses declare paths as templates: "{path}/cfg.json" is a file in the folder of the SAE, "{path}" the file of
+    the SAE, "{parent}/config.json" a file in the same folder.
     """
 
     name: ClassVar[str]
@@ -169,15 +169,15 @@ class Layout(ABC):
     config: ClassVar[str | None] = None
     """Template of the configuration, JSON or YAML."""
     needs_config: ClassVar[bool] = True
-    """Whether a folder without the configuration is not in this layout."""
+    """Whether the configuration is required."""
     extra_files: ClassVar[tuple[str, ...]] = ()
-    """Templates of further files, which may be missing."""
+    """Templates of further, optional files."""
     file_name: ClassVar[re.Pattern[str] | None] = None
-    """What the name of the file to read looks like, for layouts that are one file."""
+    """Pattern of the file's name, for layouts of a single file."""
     marks: ClassVar[tuple[str, ...]]
-    """The files by which the layout is recognized, for messages."""
+    """Files by which the layout is detected, for messages."""
     has_tensors: ClassVar[frozenset[str]] = frozenset()
-    """Tensors by which it is recognized, where file names are not enough."""
+    """Tensors by which it is detected, where file names are not enough."""
     folds_factor: ClassVar[bool] = False
     """Whether training inputs may have been scaled by a constant factor."""
 
@@ -191,15 +191,15 @@ class Layout(ABC):
         return f"{self.name} ({' + '.join(self.marks)})"
 
     def patterns(self, path: str) -> list[str]:
-        """Patterns of the repository's files that reading `path` may need; empty if it cannot be of this layout."""
-        place = PurePosixPath(path)
-        if self.file_name is not None and not self.file_name.fullmatch(place.name):
+        """Patterns of the repository's files needed to read `path`; empty if it cannot be of this layout."""
+        pure = PurePosixPath(path)
+        if self.file_name is not None and not self.file_name.fullmatch(pure.name):
             return []
-        files = [self.config_path(place), self.weights_path(place), *(locate(t, place) for t in self.extra_files)]
+        files = [self.config_path(pure), self.weights_path(pure), *(locate(t, pure) for t in self.extra_files)]
         return [escape(str(file)) for file in files if file is not None]
 
     def detect(self, path: Path) -> bool:
-        """Whether a folder or file is in this layout: by names of files and tensors, never by weights."""
+        """Whether a folder or file is in this layout, by names of files and tensors, without reading weights."""
         if self.file_name is not None and not self.file_name.fullmatch(path.name):
             return False
         config, weights = self.config_path(path), Path(self.weights_path(path))
@@ -220,16 +220,16 @@ class Layout(ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Any:
-        """Read the SAE in a folder or file of this layout. What need not be folded or transposed is memory-mapped.
+        """Read the SAE in a folder or file of this layout; tensors are memory-mapped unless folded or transposed.
 
         Args:
             path: the folder or file.
-            provenance: what is known beyond the files; None means nothing.
+            provenance: information beyond the files.
             dtype: of the parameters; None means as stored.
             device: of the parameters; None means the CPU.
 
         Raises:
-            FormatError: if anything is unknown, missing, left over or does not fit.
+            FormatError: if anything is unknown, missing, unexpected or inconsistent.
         """
         path, provenance = Path(path).absolute(), provenance or Provenance()
         try:
@@ -248,7 +248,7 @@ class Layout(ABC):
         return locate(self.config, path) if self.config else None
 
     def read_config(self, path: Path) -> dict[str, Any]:
-        """Read the configuration of the SAE at `path`; empty if it may be missing and is."""
+        """Read the configuration of the SAE at `path`; empty if it is optional and missing."""
         config = self.config_path(path)
         if config is None or not (self.needs_config or Path(config).is_file()):
             return {}
@@ -266,29 +266,29 @@ class Layout(ABC):
 
 
 class TableLayout(Layout):
-    """Layouts whose tensors are those of one `SAE` under other names.
+    """Layout whose tensors are those of one `SAE` under other names.
 
-    A subclass gives `table` and `fields`, and overrides what depends on the file.
+    A subclass defines `table` and `fields`, and overrides methods that depend on the file.
     """
 
     table: ClassVar[Mapping[str, str]] = {}
     """For each weight of `SAE`, the name of the stored tensor and its axes: {"W_enc": "encoder.weight FD"}.
 
-    D is d_in, F d_sae, O d_out; a question mark in front of the name: it may be missing.
+    D is d_in, F d_sae, O d_out; a question mark before the name marks an optional tensor.
     """
     used_overrides: ClassVar[tuple[str, ...]] = ()
-    """Keys of `Provenance.overrides` that `fields` makes use of itself."""
+    """Keys of `Provenance.overrides` that `fields` handles."""
 
     def side_tensors(self, files: OpenFiles) -> Mapping[str, str | None]:
-        """Axes of stored tensors that may be there, of any dtype, and are no weights; None for any shape."""
+        """Axes of optional tensors, of any dtype, that are not weights; None for any shape."""
         return {}
 
     def tensor_table(self, files: OpenFiles) -> Mapping[str, str]:
-        """`table`, for layouts in which it depends on the file."""
+        """The table of this file; by default `table`."""
         return self.table
 
     def widths(self, files: OpenFiles) -> dict[str, int]:
-        """Sizes of axes that the configuration says; those of the others come from the tensors."""
+        """Sizes of axes by the configuration; those of other axes come from the tensors."""
         return {}
 
     def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
@@ -296,14 +296,14 @@ class TableLayout(Layout):
         weights = {}
         for name, (stored, axes) in table.items():
             tensor = files.weights.tensor(stored)
-            if axes in _TRANSPOSED.get(name, ()):  # rows of the decoder in one piece, as taking few of them needs
+            if axes in _TRANSPOSED.get(name, ()):  # contiguous decoder rows, since few of them are read at a time
                 tensor = tensor.T if name == "W_enc" else tensor.T.contiguous()
             weights[name] = tensor
         return weights
 
     @abstractmethod
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """Fields of `SAEConfig` but for the widths; `model`, `hook`, `hook_out` None where the files do not say."""
+        """Fields of `SAEConfig` except the widths; `model`, `hook`, `hook_out` are None if not in the files."""
 
     def _read(
         self, path: Path, provenance: Provenance, dtype: torch.dtype | None, device: torch.device | str | None
@@ -331,14 +331,14 @@ def check_table(
     Args:
         file: of tensors.
         table: stored name and axes of each weight.
-        side: axes of tensors that may be there and are no weights.
-        widths: lengths of axes that are known.
+        side: axes of optional tensors that are not weights.
+        widths: known lengths of axes.
 
     Returns:
-        Stored name and axes by the names of `SAE`, of the tensors that are there.
+        Stored name and axes of the tensors in the file, by the names of `SAE`.
 
     Raises:
-        FormatError: naming each tensor that is missing, left over, of another shape or of integers.
+        FormatError: naming each tensor that is missing, unexpected, of another shape or of integers.
     """
     entries = {}
     for name, text in table.items():
@@ -367,12 +367,12 @@ def build_sae(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> SAE:
-    """Build an SAE of these weights; those that have the dtype and are on the CPU already are not copied.
+    """Build an SAE from weights; those already in the dtype and on the device are not copied.
 
     Args:
         weights: by the names of `SAE`.
-        fields: of SAEConfig, without widths; `model`, `hook`, `hook_out`, `metadata` as the file says.
-        provenance: completes these.
+        fields: of SAEConfig, without widths; `model`, `hook`, `hook_out`, `metadata` as in the file.
+        provenance: completes these four.
         dtype: of the parameters; None means that of W_dec.
         device: of the parameters; None means the CPU.
     """
@@ -389,16 +389,16 @@ def build_sae(
 def build_cross_layer(
     layers: Sequence[Mapping[str, Tensor]], dtype: torch.dtype | None, device: torch.device | str | None, **fields: Any
 ) -> CrossLayerTranscoder:
-    """Build a cross-layer transcoder; what is large in it stays as stored, and memory-mapped on the CPU.
+    """Build a cross-layer transcoder; its matrices stay as stored, and memory-mapped on the CPU.
 
     Args:
-        layers: of each layer the tensors by the names of CrossLayerTranscoder.
-        dtype: to compute in; None means as stored.
+        layers: tensors of each layer by the names of CrossLayerTranscoder.
+        dtype: of the computation; None means as stored.
         device: of the parameters; None means the CPU.
         fields: of CrossLayerConfig.
 
     Raises:
-        FormatError: if there are no layers, or they have not the same tensors and widths.
+        FormatError: if there are no layers, or their tensors or widths differ.
     """
     names = [sorted(layer) for layer in layers]
     if not layers or any(of != names[0] for of in names):
@@ -420,13 +420,13 @@ def build_cross_layer(
 
 
 def sum_over_targets(W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[d_sae, layers, d_out] summed over the layers written to, in float32; `dtype`: of the result, None as stored."""
-    rows = max(1, (1 << 24) // max(1, W_dec[0].numel()))  # all at once would hold the tensor twice
+    """Sum [d_sae, layers, d_out] over the layers written to, in float32; `dtype` of the result, None as stored."""
+    rows = max(1, (1 << 24) // max(1, W_dec[0].numel()))  # in parts, or the tensor would be in memory twice
     return torch.cat([part.float().sum(1).to(dtype or W_dec.dtype) for part in W_dec.split(rows)])
 
 
 def get_typed(config: object, name: str, kind: type[Kind], where: str, default: Kind | None = None) -> Kind:
-    """Get a value of a configuration, of just this type.
+    """Get a value of a configuration, which must be exactly of this type.
 
     Raises:
         FormatError: if it is of another type, or missing and there is no default.

@@ -1,15 +1,15 @@
-"""Named tensors of a file, each read when asked for, and small JSON and YAML files; all of it untrusted data.
+"""Lazily read tensor files, and small JSON and YAML files; all treated as untrusted data.
 
 - .safetensors: memory-mapped.
 - .npz: numpy's `load(allow_pickle=False)`, one array at a time.
 - .pt, .pth, .bin: zip files of torch >= 1.6, memory-mapped by `torch.load(weights_only=True)`: no code is run.
 
-Sizes in headers must agree with the file's length before anything is allocated. The path is followed through symbolic
-links, since the hub's cache is made of them, but must end at a regular file.
+Sizes in headers must agree with the file's length before anything is allocated. Symbolic links are followed, since the
+hub's cache consists of them, but must end at a regular file.
 
-A weight that is not finite is refused by name: tensors of up to 2^20 numbers (biases, thresholds) are checked whole;
-of larger ones the first and the last 4096, so that an SAE of 20 GB is opened without being read. `check_finite` reads
-everything.
+Weights that are not finite are refused: tensors of up to 2^20 numbers (biases, thresholds) are checked completely; of
+larger ones the first and the last 4096 numbers, so that an SAE of 20 GB is opened without being read. `check_finite`
+checks all numbers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from torch import Tensor
 
 from saewb.errors import FormatError, explain, near
 
-_MAX_HEADER = 8 << 20  # bytes of a safetensors header; that of a model with 700 tensors has 80 kB
+_MAX_HEADER = 8 << 20  # bytes of a safetensors header; 700 tensors need 80 kB
 _MAX_NESTING = 4  # dictionaries inside dictionaries of a .pt file
-# Weights compress to no less than about half: a file that declares more is made to fill memories.
+# Weights compress to about half at best: a file that declares much more is meant to exhaust memory.
 _MAX_EXPANSION, _SMALL_ARCHIVE = 20, 16 << 20
 _CHECKED_WHOLE, _CHECKED_ENDS = 1 << 20, 4096  # numbers
 _MAX_TEXT = 16 << 20  # bytes
-# A YAML parser in Python needs a second for this many bytes; the configuration of a training run has some 5 kB.
+# Python's YAML parser takes a second for this many bytes; the configuration of a training run has about 5 kB.
 _MAX_YAML, _MAX_YAML_DEPTH = 1 << 17, 32
 
 _SAFETENSORS_DTYPES = {
@@ -76,23 +76,26 @@ class TensorEntry:
     """One tensor of a file, not yet read."""
 
     shape: tuple[int, ...]
+    """Shape in the header."""
     dtype: torch.dtype
+    """dtype in the header."""
     load: Callable[[], Tensor]
+    """Reads or maps the tensor."""
 
 
 @final
 class TensorFile:
-    """The tensors of a .safetensors, .npz or .pt file by name. Opening one reads its header only.
+    """Tensors of a .safetensors, .npz or .pt file by name; opening one reads its header only.
 
-    Tensors in dictionaries inside a .pt file have names with a slash, "ae/encoder.weight"; what is no tensor
-    (numbers, strings, lists) is in `values`, by the same kind of names.
+    Tensors in nested dictionaries of a .pt file have names with a slash, "ae/encoder.weight"; other values (numbers,
+    strings, lists) are in `values`, by names of the same form.
 
     Args:
         path: of the file.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        FormatError: if it is not a file of its kind, is damaged, or holds more than tensors.
+        FileNotFoundError: if it does not exist.
+        FormatError: if it is not of the type of its suffix, is damaged, or holds more than tensors.
 
     Example:
         >>> import tempfile
@@ -113,25 +116,25 @@ class TensorFile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all tensors, sorted."""
+        """Names of all tensors, sorted."""
         return tuple(sorted(self._entries))
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As stored."""
+        """Shape of a tensor, as stored."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """dtype of a tensor, as stored."""
         return self._entry(name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU, as stored; mapped where the file allows. Writing to it does not change the file.
+        """Read one tensor as stored, on the CPU, memory-mapped if possible. Writes to it do not change the file.
 
         Raises:
-            FormatError: if there is none of that name, it is damaged, or (as far as checked) holds NaN or infinity.
+            FormatError: if there is no such tensor, it is damaged, or (as far as checked) holds NaN or infinity.
         """
         tensor = self._entry(name).load()
         if not _ends_are_finite(tensor):
@@ -139,11 +142,11 @@ class TensorFile:
         return tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them."""
+        """Read all tensors."""
         return {name: self.tensor(name) for name in self.names}
 
     def subset(self, prefix: str) -> TensorFile:
-        """The tensors and values whose names start with `prefix`, by the rest of their names."""
+        """Select the tensors and values whose names start with `prefix`, which is removed."""
         part = object.__new__(TensorFile)
         part.path, cut = self.path, len(prefix)
         part._entries = {name[cut:]: entry for name, entry in self._entries.items() if name.startswith(prefix)}
@@ -151,14 +154,14 @@ class TensorFile:
         return part
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], any_dtype: Iterable[str] = ()) -> None:
-        """Check that the file has exactly these tensors, of these shapes, all of floating point numbers.
+        """Check that the file has exactly these tensors and shapes, all of floating point numbers.
 
         Args:
-            shapes: expected, by name.
+            shapes: expected shapes by name.
             any_dtype: names of tensors that may be of integers.
 
         Raises:
-            FormatError: naming each one that is missing, left over, of another shape or of integers.
+            FormatError: naming each tensor that is missing, unexpected, of another shape or of integers.
         """
         check_shapes({name: entry.shape for name, entry in self._entries.items()}, shapes, self.path.name)
         for name, entry in self._entries.items():
@@ -168,13 +171,9 @@ class TensorFile:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
-            raise FormatError(
-                explain(
-                    f"{self.path.name} has no tensor {name!r}.",
-                    near=near(name, self._entries),
-                    want=f"one of {', '.join(self.names[:12])}" if self._entries else "a file with tensors",
-                )
-            )
+            want = f"one of {', '.join(self.names[:12])}" if self._entries else "a file with tensors"
+            what = f"{self.path.name} has no tensor {name!r}."
+            raise FormatError(explain(what, near=near(name, self._entries), want=want))
         return self._entries[name]
 
     def __repr__(self) -> str:
@@ -184,10 +183,10 @@ class TensorFile:
 def check_shapes(
     shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str = "the file"
 ) -> None:
-    """Check that names and shapes are the same.
+    """Check that names and shapes are equal.
 
     Raises:
-        FormatError: naming each tensor that is missing, left over or of another shape.
+        FormatError: naming each tensor that is missing, unexpected or of another shape.
     """
     wrong = [f"{name} missing" for name in expected if name not in shapes]
     wrong += [f"{name} left over" for name in shapes if name not in expected]
@@ -202,10 +201,10 @@ def check_shapes(
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Check every number of every tensor; reads all of a mapped file.
+    """Check that every number of every tensor is finite; reads all of a mapped file.
 
     Raises:
-        FormatError: naming the first tensor with NaN or infinity in it.
+        FormatError: naming the first tensor with NaN or infinity.
     """
     for name, tensor in tensors.items():
         if not all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_CHECKED_WHOLE)):
@@ -213,10 +212,10 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        FormatError: if it is not there, is not JSON, is nested absurdly deep, or has more than 16 MiB.
+        FormatError: if it does not exist, is not JSON, is nested too deep, or has more than 16 MiB.
     """
     try:
         return json.loads(_read_text(path))
@@ -225,19 +224,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file: plain values only, tags that make objects are refused.
+    """Read a YAML file of plain values; tags that create objects are refused.
 
     Raises:
-        FormatError: if it is not there, is not such YAML, has references, is nested deep, or has more than 128 KiB.
+        FormatError: if it does not exist, is not such YAML, has references, is nested deep, or has more than 128 KiB.
     """
     import yaml
 
     try:
         text, depth = _read_text(path, _MAX_YAML), 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # stops before depth costs time, and before any content
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # refuses depth before any content is built
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_YAML_DEPTH or isinstance(event, yaml.AliasEvent):
-                # References to references are short to write, and fill the memory when printed.
+                # Nested references are short, and exhaust memory when expanded.
                 raise FormatError(explain(f"{path.name} has references, or is nested {_MAX_YAML_DEPTH} deep."))
         return yaml.safe_load(text)
     except FormatError:
@@ -247,7 +246,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON or YAML file.
+    """Read the object in a JSON or YAML file.
 
     Raises:
         FormatError: as `read_json` and `read_yaml`, or if it holds a list, a number or text.
@@ -259,10 +258,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def positive(value: object, name: str) -> float:
-    """The number, checked.
+    """Check that a value is a positive, finite number, and return it.
 
     Raises:
-        FormatError: if it is no positive, finite number.
+        FormatError: if it is not.
     """
     if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise FormatError(explain(f"{name} is {value!r}.", want="a positive number"))
@@ -303,7 +302,7 @@ _Content = tuple[dict[str, TensorEntry], dict[str, Any]]
 
 @contextmanager
 def _refuse_damage(path: Path, kind: str) -> Iterator[None]:
-    """Inside, what a damaged or hostile file leads to is a FormatError."""
+    """Convert the errors that a damaged or hostile file causes to a FormatError."""
     try:
         yield
     except FormatError:
@@ -313,7 +312,7 @@ def _refuse_damage(path: Path, kind: str) -> Iterator[None]:
     except (
         *(zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, OSError, EOFError),
         *(ValueError, TypeError, LookupError, OverflowError, MemoryError, AttributeError, SafetensorError),
-        *(SyntaxError, tokenize.TokenError),  # of numpy, which parses headers of arrays as Python literals
+        *(SyntaxError, tokenize.TokenError),  # numpy parses array headers as Python literals
     ) as error:
         raise FormatError(explain(f"{path.name} is damaged or not {kind}: {error}.")) from error
 
@@ -349,7 +348,7 @@ def _mapped_entry(file: Any, name: str, info: Mapping[str, Any]) -> TensorEntry:
 
 
 def _check_members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
-    """The members of a zip file, if their names and declared sizes are plausible."""
+    """List the members of a zip file; refuse implausible names and sizes."""
     infos, size = archive.infolist(), path.stat().st_size
     names = [info.filename for info in infos]
     if len(set(names)) != len(names):
@@ -407,7 +406,7 @@ def _open_pickled(path: Path) -> _Content:
         values = dict(_flatten(content, path))
         tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
         _check_sizes(tensors, Counter(info.file_size for info in infos if "/data/" in info.filename), path)
-    entries = {name: _loaded_entry(tensor) for name, tensor in tensors.items()}
+    entries = {name: TensorEntry(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
     return entries, {name: value for name, value in values.items() if name not in tensors}
 
 
@@ -424,7 +423,7 @@ def _flatten(content: Mapping[Any, Any], path: Path, prefix: str = "", depth: in
 def _check_sizes(tensors: Mapping[str, Tensor], members: Counter[int], path: Path) -> None:
     """Check that no tensor is larger than the file, and that every storage is one whole member of it.
 
-    torch maps as many bytes as the pickle says, whatever follows them in the file.
+    torch maps as many bytes as the pickle declares, even beyond the member.
     """
     size = path.stat().st_size
     for name, tensor in tensors.items():
@@ -434,10 +433,6 @@ def _check_sizes(tensors: Mapping[str, Tensor], members: Counter[int], path: Pat
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     if not Counter(nbytes for nbytes in storages.values() if nbytes) <= members:
         raise FormatError(explain(f"{path.name} is damaged: its pickle and its numbers do not agree in size."))
-
-
-def _loaded_entry(tensor: Tensor) -> TensorEntry:
-    return TensorEntry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 _OPENERS: dict[str, Callable[[Path], _Content]] = {

@@ -1,7 +1,7 @@
 """Attention SAEs of GPT-2 small by Kissane and others: `<name>.pt` and `<name>_cfg.json` side by side.
 
-The weights have saewb's names and orientation. They read the outputs of all heads before these are mixed, side by side
-(`attn.hook_z`, flattened), and subtract b_dec first.
+The weights have saewb's names and orientation. The SAEs read the concatenated outputs of all heads (`attn.hook_z`,
+flattened), and subtract b_dec first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from saewb.pretrained.formats._layout import OpenFiles, TableLayout, get_typed
 
 
 class AttentionHookZ(TableLayout):
-    """Kissane's attention SAEs: a .pt file and a configuration beside it."""
+    """Kissane's attention SAEs: a .pt file and its configuration in the same folder."""
 
     name = "attention SAEs (hook_z)"
     aliases = ("connor_rob_hook_z",)
@@ -30,16 +30,16 @@ class AttentionHookZ(TableLayout):
     }
 
     def config_path(self, path: PurePath) -> PurePath:
-        """The file <name>_cfg.json; the name ends before the first ".pt"."""
+        """Path of <name>_cfg.json; the name ends before the first ".pt"."""
         return path.with_name(f"{path.name.split('.pt')[0]}_cfg.json")
 
     def widths(self, files: OpenFiles) -> dict[str, int]:
-        """As the configuration says."""
+        """Widths from the configuration."""
         where = self.config_path(files.path).name
         return {axis: get_typed(files.config, key, int, where) for axis, key in (("D", "act_size"), ("F", "dict_size"))}
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """The hook from the configuration; model and data set are always the same."""
+        """Hook from the configuration; model and data set are fixed."""
         return {
             "pre_bias": "tied",
             "model": "gpt2-small",

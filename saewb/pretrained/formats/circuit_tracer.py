@@ -1,6 +1,6 @@
 """circuit-tracer's layouts: one file per layer's transcoder, or two files per layer of a cross-layer transcoder.
 
-Per layer, `layer_<i>.safetensors`, with x what the MLP reads, after its norm and the norm's gain:
+Per layer, `layer_<i>.safetensors`; x is the input of the MLP, after its norm and the norm's gain:
 
     z = relu(x @ W_enc.T + b_enc)  (with `activation_function.threshold`: where it is strictly greater)
     y = z @ W_dec + b_dec (+ x @ W_skip.T)
@@ -10,9 +10,9 @@ Cross-layer, `W_enc_<i>.safetensors` and `W_dec_<i>.safetensors`:
     z_i = relu(x_i @ W_enc_i.T + b_enc_i)  (with `threshold_i`: where it is strictly greater)
     y_j = sum over i <= j of z_i @ W_dec_i[:, j - i]  +  b_dec_j  (+ x_j @ W_skip_j)
 
-`b_dec_j` stands in the file of W_enc_j and belongs to the layer that is written to; it is added once. The folder is
-read as one `CrossLayerTranscoder`. One layer of it, "<folder>/3", is read as an SAE to encode with: its decoder row is
-all that a latent writes to any layer, summed, which says what the latent does but reconstructs nothing.
+`b_dec_j` is stored in the file of W_enc_j and belongs to the layer written to; it is added once. The folder is read as
+one `CrossLayerTranscoder`. One layer of it, "<folder>/3", is read as an SAE for encoding: its decoder row is the sum of
+what a latent writes to all layers, which describes the latent but does not reconstruct an activation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping
 from glob import escape
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,24 +55,24 @@ class CircuitTracerTranscoder(TableLayout):
     weights = "{path}"
     config = "{parent}/config.yaml"
     needs_config = False
-    extra_files = ("{parent}/wandb-config.yaml", "{parent}/wanb-config.yaml")  # as some repositories spell it
+    extra_files = ("{parent}/wandb-config.yaml", "{parent}/wanb-config.yaml")  # sic: some repositories spell it so
     file_name = re.compile(r"layer_(\d+)\.safetensors")
     marks = ("layer_<n>.safetensors with W_enc, W_dec, b_enc, b_dec",)
     has_tensors = frozenset({"W_enc", "W_dec", "b_enc", "b_dec"})
 
     def tensor_table(self, files: OpenFiles) -> dict[str, str]:
-        """Thresholds have two spellings; W_skip may be missing."""
+        """Table with either spelling of thresholds, and an optional W_skip."""
         stored = next((name for name in files.weights.names if name in _THRESHOLDS), None)
         table = {"W_enc": "W_enc FD", "b_enc": "b_enc F", "W_dec": "W_dec FO", "b_dec": "b_dec O"}
         table |= {"W_skip": "?W_skip OD"} | ({"threshold": f"{stored} F"} if stored else {})
         return table
 
     def side_tensors(self, files: OpenFiles) -> dict[str, None]:
-        """k, of a training with a batch's top k, beside the threshold that counts now."""
+        """k of a training with batch top-k, which the threshold replaces."""
         return {"k": None} if _THRESHOLDS & set(files.weights.names) else {}
 
     def widths(self, files: OpenFiles) -> dict[str, int]:
-        """As the training run's configuration says, if there is one."""
+        """Widths from the configuration of the training run, if there is one."""
         paths = (Path(files.path.parent / template.partition("/")[2]) for template in self.extra_files)
         run = next((read_object(path) for path in paths if path.is_file()), {})
         return {
@@ -106,10 +106,10 @@ class CircuitTracerCrossLayer(Layout):
     marks = ("W_enc_<n>.safetensors", "W_dec_<n>.safetensors", _CONFIG)
 
     def patterns(self, path: str) -> list[str]:
-        """The files of one layer for "<folder>/<n>", or else of all."""
-        place = PurePosixPath(path)
-        layer = _layer_number(place)
-        folder = PurePosixPath(escape(str(place.parent if layer is not None else place)))
+        """Files of one layer for "<folder>/<n>", else of all layers."""
+        pure = PurePosixPath(path)
+        layer = _layer_number(pure)
+        folder = PurePosixPath(escape(str(pure.parent if layer is not None else pure)))
         n = "*" if layer is None else layer
         return [str(folder / name) for name in (f"W_enc_{n}.safetensors", f"W_dec_{n}.safetensors", _CONFIG)]
 
@@ -147,13 +147,13 @@ def _layer_number(path: PurePath) -> int | None:
 
 
 def _split(path: Path) -> tuple[Path, int | None]:
-    """The folder, and which layer of it is meant, if one."""
+    """Split a path into the folder and the number of a layer, or None."""
     layer = None if path.is_dir() else _layer_number(path)
     return (path, None) if layer is None else (path.parent, layer)
 
 
 def _read_layer(folder: Path, i: int, n: int | None = None) -> dict[str, Tensor]:
-    """Tensors of one layer, by the names of CrossLayerTranscoder; `n` layers in all, if that is known."""
+    """Read the tensors of one layer, by the names of CrossLayerTranscoder; `n` layers in all, if known."""
     encoder, decoder = (TensorFile(folder / f"W_{side}_{i}.safetensors") for side in ("enc", "dec"))
     shapes = encoder.shape(f"W_enc_{i}"), decoder.shape(f"W_dec_{i}")
     if [len(shape) for shape in shapes] != [2, 3]:
@@ -161,7 +161,7 @@ def _read_layer(folder: Path, i: int, n: int | None = None) -> dict[str, Tensor]
         raise FormatError(explain(what, want="[d_sae, d_in] and [d_sae, layers from this one on, d_out]"))
     widths = {"F": shapes[0][0], "D": shapes[0][1], "O": shapes[1][2]}
     check_table(decoder, {"W_dec": f"W_dec_{i} FLO"}, **widths, **({} if n is None else {"L": n - i}))
-    table: ClassVar[Mapping[str, str]] = {"W_enc": "W_enc FD", "b_enc": "b_enc F", "b_dec": "b_dec O"}
+    table = {"W_enc": "W_enc FD", "b_enc": "b_enc F", "b_dec": "b_dec O"}
     table |= {"threshold": "?threshold F", "W_skip": "?W_skip DO"}
     numbered = {name: text.replace(" ", f"_{i} ") for name, text in table.items()}
     tensors = {name: encoder.tensor(stored) for name, (stored, _) in check_table(encoder, numbered, **widths).items()}
@@ -171,7 +171,7 @@ def _read_layer(folder: Path, i: int, n: int | None = None) -> dict[str, Tensor]
 def _read_one_layer(
     weights: dict[str, Tensor], site: Mapping[str, Any], provenance: Provenance, dtype: Any, device: Any
 ) -> SAE:
-    weights.pop("W_skip", None)  # of the layer written to; it has no part in the latents
+    weights.pop("W_skip", None)  # belongs to the layer written to, not to the latents
     n_targets = weights["W_dec"].shape[1]
     fields = {
         "activation": "jumprelu" if "threshold" in weights else "relu",

@@ -1,14 +1,14 @@
 """The layout of the library dictionary_learning (and of SAE Bench): `config.json` and `ae.pt`, of every dict_class.
 
-- AutoEncoder        relu, `bias` subtracted before encoding and added after decoding
+- AutoEncoder        relu, `bias` is subtracted before encoding and added after decoding
 - AutoEncoderNew     relu, nothing subtracted
-- GatedAutoEncoder   gated: exactly a JumpReLU SAE, and read as one
+- GatedAutoEncoder   gated, read as the exactly equal JumpReLU SAE
 - AutoEncoderTopK    top-k, `b_dec` subtracted; its `threshold`, of newer files, is not used at inference
 - BatchTopKSAE, MatryoshkaBatchTopKSAE   JumpReLU with one `threshold` for all latents; -1, "not yet known", is ReLU
 - JumpReluAutoEncoder   JumpReLU, nothing subtracted
 
-The library's own `AutoEncoder.from_pretrained` also scales decoder rows to norm 1, which changes the units of latents
-but not the reconstruction; here they are as stored: `sae.fold_decoder_norm()` does the same.
+The library's `AutoEncoder.from_pretrained` also scales decoder rows to norm 1, which changes the units of latents but
+not the reconstruction; here they stay as stored, and `sae.fold_decoder_norm()` scales them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SITES = {"resid_post": "hook_resid_post", "resid_pre": "hook_resid_pre", "mlp":
 
 
 class DictionaryLearning(TableLayout):
-    """The library dictionary_learning; github.com/saprmarks/dictionary_learning, dictionary.py and trainers/."""
+    """Layout of github.com/saprmarks/dictionary_learning; see dictionary.py and trainers/ there."""
 
     name = "dictionary_learning"
     aliases = ("dictionary_learning_1",)
@@ -57,7 +57,7 @@ class DictionaryLearning(TableLayout):
     config = "{path}/config.json"
 
     def read_config(self, path: Path) -> dict[str, Any]:
-        """The configuration, with its trainer's dict_class checked."""
+        """Read the configuration, and check the dict_class of its trainer."""
         config = super().read_config(path)
         kind = get_typed(get_typed(config, "trainer", dict, "config.json"), "dict_class", str, _TRAINER)
         if kind not in _TABLES:
@@ -66,7 +66,7 @@ class DictionaryLearning(TableLayout):
         return config
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """Everything from the trainer's settings; the hook only for parts of the model that the library names."""
+        """Fields from the trainer's settings; the hook only for submodules that the library names."""
         trainer, buffer = files.config["trainer"], files.config.get("buffer")
         buffer, kind = buffer if isinstance(buffer, Mapping) else {}, trainer["dict_class"]
         metadata = {"prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted"}
@@ -82,26 +82,26 @@ class DictionaryLearning(TableLayout):
         }
 
     def open_weights(self, path: Path) -> TensorFile:
-        """Out of "ae" in what the library writes to go on with training."""
+        """Open the weights; in a training checkpoint of the library they are under "ae"."""
         file = super().open_weights(path)
         return file.subset("ae/") if any(name.startswith("ae/") for name in file.names) else file
 
     def tensor_table(self, files: OpenFiles) -> Mapping[str, str]:
-        """That of the dict_class."""
+        """Table of the dict_class."""
         return _TABLES[files.config["trainer"]["dict_class"]]
 
     def side_tensors(self, files: OpenFiles) -> Mapping[str, str]:
-        """Integers of the top-k classes."""
+        """Integer tensors of the top-k classes."""
         return _COUNTS.get(files.config["trainer"]["dict_class"], {})
 
     def widths(self, files: OpenFiles) -> dict[str, int]:
-        """As the trainer says."""
+        """Widths from the trainer's settings."""
         trainer = files.config["trainer"]
         keys = {"D": "activation_dim", "F": "dict_size"}
         return {axis: get_typed(trainer, key, int, _TRAINER) for axis, key in keys.items()}
 
     def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
-        """With gates folded, and one threshold repeated for all latents."""
+        """Weights with gates folded, and a single threshold repeated for all latents."""
         kind = files.config["trainer"]["dict_class"]
         weights = super().tensors(files, table)
         if kind == "AutoEncoderTopK":
@@ -129,7 +129,7 @@ def _k(file: TensorFile, trainer: Mapping[str, Any]) -> int:
 
 
 def _hook(trainer: Mapping[str, Any], side: object) -> str | None:
-    """By the layer and the name of the part; None if the name is not one that the library's examples use."""
+    """Hook from the layer and submodule; None for a submodule that the library's examples do not use."""
     layer = get_typed(trainer, "layer", int, _TRAINER)
     part = get_typed(trainer, "submodule_name", str, _TRAINER, "resid_post")
     site = next((hook for name, hook in _SITES.items() if re.search(rf"(?<![a-z]){name}", part)), None)

@@ -1,11 +1,11 @@
-"""Gemma Scope: `params.npz` and no configuration; SAEs of Gemma 2, and transcoders of its MLPs.
+"""Gemma Scope: `params.npz` without a configuration; SAEs of Gemma 2, and transcoders of its MLPs.
 
-The weights are those of a JumpReLU SAE as they stand. All else, model, layer and site, is in the names of the
-repository and its folders: google/gemma-scope-{2b,9b,27b}-{pt,it}-{res,mlp,att,transcoders}/layer_L/width_W/... .
+The weights are those of a JumpReLU SAE. Model, layer and site are in the names of the repository and its folders:
+google/gemma-scope-{2b,9b,27b}-{pt,it}-{res,mlp,att,transcoders}/layer_L/width_W/... .
 
-- Widths are those of the arrays, not of the names.
+- Widths come from the arrays, not from the names.
 - SAEs of the embedding were trained before Gemma multiplies embeddings with sqrt(d_model), and the model's hook is
-  behind it: W_enc / sqrt(d), W_dec sqrt(d), b_dec sqrt(d). (sae-lens leaves b_dec as it is.)
+  after it: W_enc / sqrt(d), W_dec sqrt(d), b_dec sqrt(d). (sae-lens leaves b_dec as it is.)
 - Transcoders read `ln2.hook_normalized`, before the norm's gain: the model must not have its norms folded.
 """
 
@@ -36,35 +36,35 @@ _SPELLINGS = {
 
 
 class GemmaScope(TableLayout):
-    """Gemma Scope: JumpReLU SAEs of Gemma 2 in a `params.npz`, whose folder's name says where they belong."""
+    """Gemma Scope: JumpReLU SAEs of Gemma 2 in a `params.npz`; the folder's name is their site."""
 
     name = "Gemma Scope"
     aliases = ("gemma_2", "gemma_2_transcoder")
     weights = "{path}/params.npz"
 
     def weights_path(self, path: PurePath) -> PurePath:
-        """The file itself may be named too."""
+        """Path of params.npz, for the folder or the file itself."""
         return path if path.name == "params.npz" else path / "params.npz"
 
     def tensor_table(self, files: OpenFiles) -> dict[str, str]:
-        """The arrays, which have several spellings."""
+        """Table of the arrays, in any of their spellings."""
         stored: dict[str, str] = {}
         for name in files.weights.names:
-            ours = _SPELLINGS.get(name.lower().replace("_", ""), name)
-            if ours in stored:
-                what = f"params.npz has both {stored[ours]} and {name}."
+            weight = _SPELLINGS.get(name.lower().replace("_", ""), name)
+            if weight in stored:
+                what = f"params.npz has both {stored[weight]} and {name}."
                 raise FormatError(explain(what, want="one of them"))
-            stored[ours] = name
+            stored[weight] = name
         if "scaling_factor" in stored and not bool((files.weights.tensor(stored["scaling_factor"]) == 1).all()):
             raise FormatError(explain("`scaling_factor` is not all ones.", want="a file without it, or all ones"))
         return {name: f"{stored.get(name, name)} {axes}" for name, axes in _AXES.items()}
 
     def side_tensors(self, files: OpenFiles) -> dict[str, str]:
-        """A factor per latent, which is all ones."""
+        """Factor per latent, which is all ones."""
         return {"scaling_factor": "F"}
 
     def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
-        """As they stand; of the embedding, in units of the scaled embedding."""
+        """Weights as stored; for the embedding, in units of the scaled embedding."""
         weights = super().tensors(files, table)
         if not _is_of_embedding(files):
             return weights
@@ -73,7 +73,7 @@ class GemmaScope(TableLayout):
         return {**weights, **scaled}
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """Model, layer and site by the names of repository and folder."""
+        """Model, layer and site from the names of repository and folder."""
         model, hook, hook_out = _site(files)
         return {
             "activation": "jumprelu",
@@ -98,7 +98,7 @@ def _is_of_embedding(files: OpenFiles) -> bool:
 
 
 def _site(files: OpenFiles) -> tuple[str | None, str | None, str | None]:
-    """Model, hook and hook_out; None where the names do not say."""
+    """Model, hook and hook_out from the names; None if unknown."""
     names = list(_REPO.finditer(files.address))
     if not names:
         return None, None, None

@@ -1,11 +1,11 @@
 """Gemma Scope 2: SAEs, transcoders, cross-layer transcoders and crosscoders of Gemma 3.
 
-`GemmaScope2` reads `params.safetensors` and `config.json`. The weights are those of a JumpReLU SAE as they stand, with
+`GemmaScope2` reads `params.safetensors` and `config.json`. The weights are those of a JumpReLU SAE, with
 `affine_skip_connection` [d_in, d_out] for the affine transcoders.
 
-- A transcoder reads `blocks.L.mlp.hook_in`, the MLP's input after the norm and its gain. (`hook_mlp_in`, which
-  sae-lens says, is the residual stream before the norm.)
-- Without config.json, or where it does not say, names do: repository google/gemma-scope-2-{size}-{pt,it}, folders
+- A transcoder reads `blocks.L.mlp.hook_in`, the MLP's input after the norm and its gain. (`hook_mlp_in`, as in
+  sae-lens, is the residual stream before the norm.)
+- Values missing in config.json come from names: repository google/gemma-scope-2-{size}-{pt,it}, folders
   {resid_post,attn_out,mlp_out,transcoder,clt}[_all]/layer_L_width_W_l0_L0[_affine].
 
 `GemmaScope2CrossLayer` reads a folder of `params_layer_<i>.safetensors`, a cross-layer transcoder or crosscoder:
@@ -13,10 +13,10 @@
     z_i = relu(x_i @ w_enc_i + b_enc_i) where that is > threshold_i
     y_j = sum over i <= j of z_i @ w_dec_i[:, j]  +  b_dec_j  (+ x_j @ affine_skip_connection_j)
 
-A crosscoder of layers 5, 9, 12, 15 has four files, 0 to 3, each with latents of its own that read the residual stream
-at that layer and describe it there and at the later ones ("weakly causal"); it is the same arithmetic. `w_dec` has room
-for earlier layers too, which is zero; a file in which it is not is refused, since no pass could write there in time.
-One file of a transcoder alone is read as an SAE, with its rows summed over the layers: its latents are right and its
+A crosscoder of layers 5, 9, 12, 15 has four files, 0 to 3, each with latents that read the residual stream at that
+layer and reconstruct it there and at the later ones ("weakly causal"), by the same formula. `w_dec` also has entries
+for earlier layers, which are zero; a file with others is refused, since a forward pass cannot write to earlier layers.
+A single file of a transcoder is read as an SAE, with its rows summed over the layers: its latents are exact and its
 output is the sum of what it writes.
 """
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +49,14 @@ _ONE_LAYER = re.compile(r"params_layer_(\d+)(\.safetensors)?")
 _REPO = re.compile(r"gemma-scope-2-(\w+)-(pt|it)")
 _POINT = re.compile(r"model\.layers\.\{([^}]*)\}\.(.+)")
 _MLP = ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output")
-_SITES = {  # by folder: what it reads in the words of config.json, and what it writes
+_SITES = {  # by folder: the points read and written, as config.json names them
     "resid_post": ("output", None),
     "attn_out": ("self_attn.o_proj.input", None),
     "mlp_out": ("post_feedforward_layernorm.output", None),
     "transcoder": _MLP,
     "clt": _MLP,
 }
-_HOOKS = {  # in the words of config.json -> in TransformerLens'
+_HOOKS = {  # names in config.json -> names in TransformerLens
     "output": "hook_resid_post",
     "self_attn.o_proj.input": "attn.hook_z",
     "post_attention_layernorm.output": "hook_attn_out",
@@ -74,7 +74,7 @@ _TABLE = {
     "threshold": "threshold F",
     "W_skip": "?affine_skip_connection DO",
 }
-_SAMPLED_ROWS = 64  # of a decoder, that are looked at for what it writes to earlier layers
+_SAMPLED_ROWS = 64  # decoder rows on which entries for earlier layers are checked
 
 
 class GemmaScope2(TableLayout):
@@ -87,17 +87,17 @@ class GemmaScope2(TableLayout):
     marks = ("params.safetensors",)
 
     def weights_path(self, path: PurePath) -> PurePath:
-        """The file itself may be named too, with ".safetensors" or (of one layer) without."""
+        """Path of the weights, for the folder or the file; of one layer also without ".safetensors"."""
         if _ONE_LAYER.fullmatch(path.name):
             return path.with_name(f"{path.name.removesuffix('.safetensors')}.safetensors")
         return path if path.name == "params.safetensors" else path / "params.safetensors"
 
     def config_path(self, path: PurePath) -> PurePath:
-        """Beside the weights."""
+        """Path of config.json in the folder of the weights."""
         return self.weights_path(path).with_name(_CONFIG)
 
     def tensor_table(self, files: OpenFiles) -> dict[str, str]:
-        """The decoder has an axis more in a layer of a cross-layer transcoder; the configuration may want the skip."""
+        """Table with a third decoder axis for a cross-layer transcoder, and the skip of the configuration."""
         config = _completed(files)
         _check_axes(files.weights, config["type"])
         table = {**_TABLE, "W_dec": "w_dec FLO"} if config["type"] == "clt" else dict(_TABLE)
@@ -106,14 +106,14 @@ class GemmaScope2(TableLayout):
         return table | ({"W_skip": "affine_skip_connection DO"} if config.get("affine_connection") else {})
 
     def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
-        """With the decoder summed over the layers written to, where it has them."""
+        """Weights with the decoder summed over the layers written to, if there are several."""
         weights = super().tensors(files, table)
         if weights["W_dec"].ndim == 3:
             weights["W_dec"] = sum_over_targets(weights["W_dec"], files.dtype)
         return weights
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """From config.json, completed by names of repository and folders."""
+        """Fields from config.json, completed by names of repository and folders."""
         config, shape = _completed(files), files.weights.shape("w_dec")
         return {
             "activation": "jumprelu",
@@ -143,7 +143,7 @@ class GemmaScope2CrossLayer(Layout):
     marks = ("params_layer_<n>.safetensors",)
 
     def patterns(self, path: str) -> list[str]:
-        """The files of all layers."""
+        """Patterns of the files of all layers."""
         return [pattern.replace("_0.safetensors", "_*.safetensors") for pattern in super().patterns(path)]
 
     def _read(
@@ -174,7 +174,7 @@ class GemmaScope2CrossLayer(Layout):
 
 
 def _completed(files: OpenFiles) -> dict[str, Any]:
-    """config.json, completed by names of repository and folders; hooks in its words."""
+    """config.json, completed by names of repository and folders; hooks as config.json names them."""
     config = {name: value for name, value in files.config.items() if value is not None}
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise FormatError(explain(f"config.json has architecture {config['architecture']!r}.", want="'jump_relu'"))
@@ -192,7 +192,7 @@ def _completed(files: OpenFiles) -> dict[str, Any]:
                 want = ", ".join(f"model.layers.<n>.{point}" for point in _HOOKS)
                 raise FormatError(explain(f"config.json has {name}={completed[name]!r}.", want=want))
             completed[name] = inferred[name]
-    if kind == "sae":  # it writes where it reads, and its file may say so
+    if kind == "sae":  # it writes where it reads, and its file may repeat that
         completed.pop("hf_hook_point_out", None)
     return completed
 
@@ -219,7 +219,7 @@ def _check_axes(file: TensorFile, kind: str) -> None:
 
 
 def _inner_path(files: OpenFiles) -> str:
-    """The folders inside the repository: "owner" and "name" may hold any words."""
+    """Path inside the repository, without "owner/name", which may contain any word."""
     if files.provenance.path is not None:
         return files.provenance.path
     names = list(_REPO.finditer(files.address))
@@ -232,7 +232,7 @@ def _site(files: OpenFiles) -> str:
 
 
 def _hooks_by_name(files: OpenFiles) -> dict[str, str]:
-    """By the layer of a file params_layer_<i>, of the folder's name or of the catalogue, and the site's folder."""
+    """Hooks from the layer in the name of file or folder, or in the catalogue, and the folder of the site."""
     in_file = re.search(r"layer_(\d+)", files.weights.path.name)
     in_path = re.findall(r"layer_(\d+)", _inner_path(files))
     layer = in_file[1] if in_file else in_path[-1] if in_path else files.provenance.layer
@@ -241,13 +241,13 @@ def _hooks_by_name(files: OpenFiles) -> dict[str, str]:
 
 
 def _hook(point: str | None) -> str | None:
-    """TransformerLens' name of "model.layers.5.output"."""
+    """Convert "model.layers.5.output" to TransformerLens' name; None if unknown."""
     names = re.fullmatch(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)", point or "")
     return f"blocks.{names[1]}.{_HOOKS[names[2]]}" if names and names[2] in _HOOKS else None
 
 
 def _model(name: str | None, address: str) -> str | None:
-    """The model's name on the hub, from that in config.json or else in the repository's name."""
+    """Name of the model on the hub, from config.json or else the repository's name."""
     sizes = _REPO.findall(address)
     if name is None:
         name = f"gemma-3-{sizes[-1][0]}-{sizes[-1][1]}" if sizes else None
@@ -262,9 +262,9 @@ def _model(name: str | None, address: str) -> str | None:
 
 
 def _read_layer(path: Path, i: int, n: int) -> dict[str, Tensor]:
-    """Tensors of one of `n` layers, by the names of CrossLayerTranscoder."""
+    """Read the tensors of layer `i` of `n`, by the names of CrossLayerTranscoder."""
     file = TensorFile(path)
-    table: ClassVar[Mapping[str, str]] = check_table(file, {**_TABLE, "W_dec": "w_dec FLO"}, L=n)
+    table = check_table(file, {**_TABLE, "W_dec": "w_dec FLO"}, L=n)
     tensors = {name: file.tensor(stored) for name, (stored, _) in table.items()}
     rows = tensors["W_dec"][:: max(1, len(tensors["W_dec"]) // _SAMPLED_ROWS)]
     if i and float(rows[:, :i].abs().max()) > 1e-3 * float(rows[:, i:].abs().max()):
@@ -286,7 +286,7 @@ def _cross_layer_hooks(config: Mapping[str, Any], address: str, n: int) -> tuple
 
 
 def _expand_hooks(name: str, n: int) -> tuple[str, ...]:
-    """TransformerLens' names of "model.layers.{5,9}.output" or "model.layers.{all}...."."""
+    """Convert "model.layers.{5,9}.output" or "model.layers.{all}...." to TransformerLens' names."""
     point = _POINT.fullmatch(name)
     layers = point[1].split(",") if point else []
     layers = [str(i) for i in range(n)] if layers == ["all"] else [layer.strip() for layer in layers]

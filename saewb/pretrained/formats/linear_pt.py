@@ -2,7 +2,7 @@
 
     z = relu(x @ encoder.weight.T + encoder.bias);  y = z @ decoder.weight.T + decoder.bias
 
-Nothing is subtracted from x. The two differ in the names of tensors and files only.
+Nothing is subtracted from x. The two layouts differ only in the names of tensors and files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Goodfire(TableLayout):
     table: ClassVar[Mapping[str, str]] = _linear("encoder_linear", "decoder_linear")
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """Model and layer from the file's name, e.g. Llama-3.1-8B-Instruct-SAE-l19.pth."""
+        """Model and layer from the name of the file, e.g. Llama-3.1-8B-Instruct-SAE-l19.pth."""
         name = re.search(r"(Llama-3\.\d-\d+B-Instruct)-SAE-l(\d+)", files.address)
         layer = int(name[2]) if name else files.provenance.layer
         return {
@@ -59,7 +59,7 @@ class DeepSeekR1(TableLayout):
     has_tensors = frozenset({"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"})
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """Layer from `Provenance`, or after the "l" in a name such as DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt."""
+        """Layer from `Provenance`, or from a file name such as DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt."""
         name, layer = re.search(r"(?<![A-Za-z])l(\d+)", files.path.stem), files.provenance.layer
         layer = int(name[1]) if layer is None and name else layer
         is_distilled = "DeepSeek-R1-Distill-Llama-8B" in files.address

@@ -5,14 +5,14 @@ and thresholds t in the normalized space:
 
     p = f_in x W_enc + b_enc;  latent_i = p_i n_i if p_i n_i > t_i else 0;  out = (latents / n W_dec + b_dec) / f_out
 
-which is, folded, W_enc f_in n, b_enc n, W_dec / (n f_out), b_dec / f_out; n = 1 where a configuration says that the
-norms of the decoder take no part. Latents are in the normalized space, as sae-lens has them.
+Folded, that is W_enc f_in n, b_enc n, W_dec / (n f_out), b_dec / f_out; n = 1 where the configuration excludes decoder
+norms. Latents are in the normalized space, as in sae-lens.
 
 - Llama Scope: `hyperparams.json` and `checkpoints/final.safetensors`. One threshold for all latents, in units of the
   model. The mean norms are in the file.
 - Llama Scope R1: `config.json` and `sae_weights.safetensors`. The logarithm of a threshold per latent. The mean norms
-  are in the file, or else the catalogue has the factor. The weights have the file name of SAELens' layout, so a look at
-  the tensors' names decides.
+  are in the file, or else the catalogue has the factor. The weights have the file name of SAELens' layout, so the
+  names of the tensors decide.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from saewb.pretrained.formats._layout import OpenFiles, TableLayout
 from saewb.pretrained.formats._tensors import TensorFile, positive
 
 _NORM = "dataset_average_activation_norm"
-_CHUNK = 1 << 22  # numbers that are computed with at a time
+_CHUNK = 1 << 22  # numbers folded at a time
 _SUPPORTED = {
     "act_fn": ("jumprelu",),
     "apply_decoder_bias_to_pre_encoder": (False,),
@@ -42,7 +42,7 @@ _SUPPORTED = {
 
 
 class _LMSaes(TableLayout):
-    """What both layouts share; a subclass says its thresholds and factors."""
+    """Shared base of both layouts; a subclass defines thresholds and factors."""
 
     folds_factor = True
     table: ClassVar[Mapping[str, str]] = {
@@ -54,18 +54,18 @@ class _LMSaes(TableLayout):
 
     @abstractmethod
     def factors(self, files: OpenFiles, d_in: int, d_out: int) -> tuple[float, float]:
-        """f_in and f_out."""
+        """Factors f_in and f_out."""
 
     @abstractmethod
     def threshold(self, files: OpenFiles, d_sae: int, factor: float) -> Tensor:
-        """t, one per latent; `factor` is what takes units of the model to those of latents."""
+        """Threshold t per latent; `factor` converts units of the model to those of latents."""
 
     @abstractmethod
     def model(self, files: OpenFiles) -> str | None:
-        """The language model, by the repository's name."""
+        """Name of the language model, from the repository's name."""
 
     def read_config(self, path: Path) -> dict[str, Any]:
-        """The configuration, if it asks for nothing that neither the formula above nor saewb has."""
+        """Read the configuration; refuse settings that the formula above does not cover."""
         config = super().read_config(path)
         for name, values in _SUPPORTED.items():
             if config.get(name, values[0]) not in values:
@@ -74,13 +74,13 @@ class _LMSaes(TableLayout):
         return config
 
     def tensors(self, files: OpenFiles, table: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
-        """Folded by the formula above, in float32 or better."""
+        """Weights folded by the formula above, in float32 or better."""
         config, file = files.config, files.weights
         (d_sae, d_in), d_out = file.shape("encoder.weight"), file.shape("decoder.weight")[0]
         _check_widths(config, d_in, d_sae)
         f_in, f_out = self.factors(files, d_in, d_out)
         with_norms = config.get("sparsity_include_decoder_norm", True)
-        # p n / f_out is what a threshold in the model's units is compared with where norms count, p / f_in elsewhere.
+        # A threshold in the model's units is compared with p n / f_out if norms count, else with p / f_in.
         threshold = self.threshold(files, d_sae, f_out if with_norms else f_in)
         dtype = files.dtype or file.dtype("decoder.weight")
         return {**_fold(file, f_in, f_out, with_norms=with_norms, dtype=dtype), "threshold": threshold}
@@ -98,7 +98,7 @@ class _LMSaes(TableLayout):
 class LlamaScope(_LMSaes):
     """Llama Scope: SAEs and transcoders of Llama 3.1 8B.
 
-    A `scaling_factor` is not needed, and checked against the file's (0.1 %) if given.
+    A `scaling_factor` is not needed; if passed, it is checked against the file's (to 0.1 %).
     """
 
     name = "Llama Scope"
@@ -107,7 +107,7 @@ class LlamaScope(_LMSaes):
     config = "{path}/hyperparams.json"
 
     def factors(self, files: OpenFiles, d_in: int, d_out: int) -> tuple[float, float]:
-        """From the file's mean norms; 1 where whoever wrote the file has folded them."""
+        """Factors from the mean norms in the file; 1 if they are already folded."""
         kind, norms = files.config.get("norm_activation", "dataset-wise"), files.config.get(_NORM)
         if kind == "inference":
             return 1.0, 1.0
@@ -122,12 +122,12 @@ class LlamaScope(_LMSaes):
         return f_in, f_out
 
     def threshold(self, files: OpenFiles, d_sae: int, factor: float) -> Tensor:
-        """The one of hyperparams.json, in units of latents."""
+        """The single threshold of hyperparams.json, in units of latents."""
         threshold = positive(files.config.get("jump_relu_threshold"), "jump_relu_threshold")
         return torch.full((d_sae,), threshold * factor)
 
     def model(self, files: OpenFiles) -> str | None:
-        """Llama 3.1 8B, by a name such as Llama3_1-8B-Base-L15R-8x."""
+        """Llama 3.1 8B, from a name such as Llama3_1-8B-Base-L15R-8x."""
         return "meta-llama/Llama-3.1-8B" if re.search(r"Llama3_1-8B-Base-L(X|\d+)", files.address) else None
 
 
@@ -144,7 +144,7 @@ class LlamaScopeR1(_LMSaes):
     table: ClassVar[Mapping[str, str]] = {**_LMSaes.table, "threshold": "log_jumprelu_threshold F"}
 
     def detect(self, path: Path) -> bool:
-        """By the name of its thresholds; a damaged file counts unless it is SAELens', so that `read` says how."""
+        """Detect by the name of thresholds; accept a damaged file unless it is SAELens', so that `read` reports it."""
         if not super().detect(path):
             return False
         try:
@@ -153,11 +153,11 @@ class LlamaScopeR1(_LMSaes):
             return not (path / "cfg.json").is_file()
 
     def side_tensors(self, files: OpenFiles) -> dict[str, None]:
-        """The mean norms, which newer files have as tensors too."""
+        """Mean norms, which newer files also have as tensors."""
         return dict.fromkeys(name for name in files.weights.names if name.startswith(_NORM))
 
     def factors(self, files: OpenFiles, d_in: int, d_out: int) -> tuple[float, float]:
-        """From the mean norms of the configuration or the tensors, or else the factor given or of the catalogue."""
+        """Factors from the mean norms in configuration or tensors, else from `Provenance.scaling_factor`."""
         if files.config.get("norm_activation") == "inference":
             return 1.0, 1.0
         norms = files.config.get(_NORM)
@@ -167,21 +167,17 @@ class LlamaScopeR1(_LMSaes):
         if norms:
             return _factors_of(norms, d_in, d_out)
         if files.provenance.scaling_factor is None:
-            raise FormatError(
-                explain(
-                    "it was trained on activations scaled to norm sqrt(d_in), and the factor is not in the folder.",
-                    want="sqrt(d_in) / (mean norm of the model's activations), as its authors measured it",
-                    fix="saewb.load_sae(..., scaling_factor=...)",
-                )
-            )
+            what = "it was trained on activations scaled to norm sqrt(d_in), and the factor is not in the folder."
+            want = "sqrt(d_in) / (mean norm of the model's activations), as its authors measured it"
+            raise FormatError(explain(what, want=want, fix="saewb.load_sae(..., scaling_factor=...)"))
         return (positive(files.provenance.scaling_factor, "scaling_factor"),) * 2
 
     def threshold(self, files: OpenFiles, d_sae: int, factor: float) -> Tensor:
-        """Those of the file, which are in units of latents."""
+        """Thresholds of the file, which are in units of latents."""
         return files.weights.tensor("log_jumprelu_threshold").double().exp()
 
     def model(self, files: OpenFiles) -> str | None:
-        """What the catalogue says comes before the repository's name (sae-lens says the base model)."""
+        """Name from the catalogue, else from the repository's name (sae-lens names the base model)."""
         is_distilled = "R1-Distill" in files.address
         return files.provenance.model or ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B" if is_distilled else None)
 
@@ -202,7 +198,7 @@ def _check_widths(config: Mapping[str, Any], d_in: int, d_sae: int) -> None:
 
 
 def _fold(file: TensorFile, f_in: float, f_out: float, *, with_norms: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights with factors and (`with_norms`) norms of the decoder folded, chunk by chunk; matrices in `dtype`."""
+    """Fold factors and (`with_norms`) decoder norms into the weights, chunk by chunk; matrices in `dtype`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     encoder, decoder = file.tensor("encoder.weight"), file.tensor("decoder.weight")
     (d_sae, d_in), d_out = encoder.shape, decoder.shape[0]

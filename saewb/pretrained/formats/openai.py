@@ -1,6 +1,6 @@
 """OpenAI's GPT-2 autoencoders: one .pt file each, .../gpt2-small/resid_post_mlp_v5_32k/autoencoders/<layer>.pt
 
-x' = (x - mean(x)) / (std(x) + 1e-5)  per token, for TopK only, and undone on the output
+x' = (x - mean(x)) / (std(x) + 1e-5)  per token, for TopK only, and inverted on the output
 z  = relu of the k largest of (x' - pre_bias) @ encoder.weight.T + latent_bias          (ReLU: of all)
 y' = z @ decoder.weight.T + pre_bias
 """
@@ -39,11 +39,11 @@ class OpenAI(TableLayout):
     }
 
     def side_tensors(self, files: OpenFiles) -> dict[str, str]:
-        """Statistics of training."""
+        """Training statistics."""
         return dict.fromkeys(("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"), "F")
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """Activation from the file's values, hook from its path."""
+        """Activation from the values in the file, hook from its path."""
         activation, k = _activation(files.weights.values)
         names = _PATH.search(files.address)
         return {
@@ -57,10 +57,10 @@ class OpenAI(TableLayout):
 
 
 def _activation(values: dict[str, Any]) -> tuple[str, int | None]:
-    known = {"activation", "activation_state_dict/k", "activation_state_dict/postact_fn"}
+    supported = {"activation", "activation_state_dict/k", "activation_state_dict/postact_fn"}
     activation, k = values.get("activation"), values.get("activation_state_dict/k")
     after = values.get("activation_state_dict/postact_fn", "ReLU")
-    if set(values) - known or activation not in ("TopK", "ReLU") or after != "ReLU":
+    if set(values) - supported or activation not in ("TopK", "ReLU") or after != "ReLU":
         what = f"its activation is {activation!r} with {sorted(set(values) - {'activation'})}, then {after!r}."
         raise FormatError(explain(what, want="'TopK' with k and 'ReLU' after it, or 'ReLU'"))
     if (type(k) is int) != (activation == "TopK"):

@@ -2,7 +2,7 @@
 
     z = the k largest of relu(x @ W_enc.T + b_enc);  y = z @ W_dec.T + b_dec             (nothing is subtracted from x)
 
-Where there is no config.json, k and the model are in the repository's name: Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50.
+Without config.json, k and the model come from the repository's name: Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class QwenScope(TableLayout):
     }
 
     def read_config(self, path: Path) -> dict[str, Any]:
-        """The configuration beside the file, with the types of its values checked."""
+        """Read the configuration in the same folder, and check the types of its values."""
         config = super().read_config(path)
         for name in set(_TYPES) & set(config):
             get_typed(config, name, _TYPES[name], "config.json")
@@ -47,17 +47,15 @@ class QwenScope(TableLayout):
         return config
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """k and the model from config.json, or from the repository's name, or (k) from the catalogue's overrides."""
+        """k and model from config.json or the repository's name; k also from the catalogue's overrides."""
         config, name = files.config, _REPO.search(files.address)
         _check_widths(config, name, *files.weights.shape("W_enc"))
         k = config.get("k", files.provenance.overrides.get("k", int(name["k"]) if name else None))
         if type(k) is not int:
+            want = "a repository's name such as Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
+            fix = 'saewb.load_sae("Qwen/SAE-Res-...", "layer0.sae.pt")'
             raise FormatError(
-                explain(
-                    f"k is {k!r}: there is no config.json beside the file that says it.",
-                    want="a repository's name such as Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50",
-                    fix='saewb.load_sae("Qwen/SAE-Res-...", "layer0.sae.pt")',
-                )
+                explain(f"k is {k!r}: there is no config.json beside the file that says it.", want=want, fix=fix)
             )
         layer = int(self.file_name.fullmatch(files.path.name)[1])
         return {

@@ -4,8 +4,8 @@
     z = the k largest of p; "groupmax": of k equal groups the largest of each; "signed": the k largest in magnitude
     y = z @ W_dec + b_dec (+ x @ W_skip.T)
 
-`transcode` is younger than the first published transcoders: where cfg.json does not say it, b_dec is subtracted.
-`multi_topk` is of the loss: k latents are kept all the same.
+`transcode` is newer than the first published transcoders: without it in cfg.json, b_dec is subtracted.
+`multi_topk` concerns the loss only: k latents are active all the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MODULE = re.compile(r"(?:^|[._])(?:layers|h|blocks)[._](\d+)(?:[._](mlp|attenti
 
 
 class Sparsify(TableLayout):
-    """The library sparsify: a folder named like the module it reads; its sparse_coder.py and fused_encoder.py."""
+    """Layout of the library sparsify: a folder named after the module; see its sparse_coder.py and fused_encoder.py."""
 
     name = "sparsify"
     weights = "{path}/sae.safetensors"
@@ -44,7 +44,7 @@ class Sparsify(TableLayout):
     extra_files = ("{parent}/config.json",)  # of the training run
 
     def read_config(self, path: Path) -> dict[str, Any]:
-        """The configuration, with its keys and the types of its values checked."""
+        """Read the configuration, and check its keys and the types of its values."""
         config = super().read_config(path)
         unknown = sorted(set(config) - set(_TYPES))
         if unknown:
@@ -55,7 +55,7 @@ class Sparsify(TableLayout):
         return config
 
     def open_weights(self, path: Path) -> TensorFile:
-        """Refuses a file that was saved without its decoder."""
+        """Open the weights; refuse a file that was saved without its decoder."""
         file = super().open_weights(path)
         if "W_dec" not in file and "encoder.weight" in file:
             what = "it has an encoder and no W_dec."
@@ -63,18 +63,18 @@ class Sparsify(TableLayout):
         return file
 
     def tensor_table(self, files: OpenFiles) -> dict[str, str]:
-        """With the skip matrix, if the configuration has it."""
+        """Table with the skip matrix, if the configuration has it."""
         table = {"W_enc": "encoder.weight FD", "b_enc": "encoder.bias F", "W_dec": "W_dec FO", "b_dec": "b_dec O"}
         return table | ({"W_skip": "W_skip OD"} if files.config.get("skip_connection") else {})
 
     def widths(self, files: OpenFiles) -> dict[str, int]:
-        """As the configuration says."""
+        """Widths from the configuration."""
         d_in = get_typed(files.config, "d_in", int, _CONFIG)
         d_sae = files.config.get("num_latents") or d_in * files.config.get("expansion_factor", 32)
         return {"D": d_in, "O": d_in, "F": d_sae}
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """Hooks by the folder's name, the model from the run's configuration in the folder above."""
+        """Hooks from the folder's name, model from the run's configuration in the parent folder."""
         config, path = files.config, files.path.parent / "config.json"
         run: Mapping[str, Any] = read_object(path) if path.is_file() else {}
         transcode, skip = config.get("transcode", False), config.get("skip_connection", False)
@@ -102,7 +102,7 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 
 def _hooks(path: str, is_transcoder: bool) -> tuple[str | None, str | None]:
-    """Where the module of this name is read and written, in TransformerLens' names; None if that is not known."""
+    """TransformerLens' names of the input and output of a module; None if unknown."""
     name = path.rstrip("/").rsplit("/", 1)[-1]
     if name == "embed_tokens":
         return "hook_embed", None

@@ -1,7 +1,7 @@
 """Temporal SAEs as their authors published them: `conf.yaml` and `latest_ckpt.safetensors`.
 
-Tensors are named D [d_sae, d_in], b, E [d_in, d_sae] if untied, and attn_layers.*; they are those of TemporalSAE as
-they stand. The layer is in the folder's name: conf.yaml has one too, which is another.
+Tensors are named D [d_sae, d_in], b, E [d_in, d_sae] if untied, and attn_layers.*, in the orientation of TemporalSAE.
+The layer is in the folder's name; the one in conf.yaml differs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _STORED = {"W_dec": "D", "b_dec": "b", "W_enc": "E"}
 
 
 class Temporal(Layout):
-    """Temporal SAEs as published: `Provenance` completes the hook, `conf.yaml` says the factor."""
+    """Temporal SAEs as published: the hook is from `Provenance`, the factor from `conf.yaml`."""
 
     name = "temporal SAEs"
     aliases = ("temporal",)
     weights = "{path}/latest_ckpt.safetensors"
     config = "{path}/conf.yaml"
-    folds_factor = True  # the catalogue says one, which is that of conf.yaml
+    folds_factor = True  # the catalogue has the factor of conf.yaml as well
 
     def _read(
         self, path: Path, provenance: Provenance, dtype: torch.dtype | None, device: torch.device | str | None
@@ -58,7 +58,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         raise FormatError(explain(f"{what}.", want="both, llm.dimin a width"))
     if sae["sae_diff_type"] not in ("relu", "topk"):
         raise FormatError(explain(f"conf.yaml has sae_diff_type {sae['sae_diff_type']!r}.", want="'relu' or 'topk'"))
-    k = sae["kval_topk"] if sae["sae_diff_type"] == "topk" else None  # a top-k without its k keeps all
+    k = sae["kval_topk"] if sae["sae_diff_type"] == "topk" else None  # top-k without k means all latents
     counts = {name: sae[name] for name in ("n_heads", "n_attn_layers", "bottleneck_factor")}
     wrong = [name for name, n in {**counts, "kval_topk": 1 if k is None else k}.items() if type(n) is not int]
     if wrong or type(sae["tied_weights"]) is not bool:

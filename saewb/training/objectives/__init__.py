@@ -1,12 +1,12 @@
-"""What an SAE is trained for: one frozen dataclass per published objective, with the methods of `base.Objective`.
+"""Training objectives: one frozen dataclass per published objective, a subclass of `base.Objective`.
 
     Standard            ReLU and an L1 (or Lp) penalty                  `standard`
-    Gated               a gate beside the magnitude                     `gated`
+    Gated               separate paths for gate and magnitude           `gated`
     TopK, AbsTopK       k latents per token                             `topk`
     BatchTopK           k latents per token on average, over a batch    `topk`
     Matryoshka          BatchTopK at several nested widths              `topk`
     JumpReLU            a learned threshold per latent                  `jumprelu`
-    MatchingPursuit     latents chosen one after the other              `matching_pursuit`
+    MatchingPursuit     latents selected one after the other            `matching_pursuit`
 
 Auxiliary losses of dead latents are in `losses`, the weights in `params`, warm-up and target L0 in
 `sparsity_coefficient`. `saewb.training.Training` does the rest: optimizer, schedules, dead latents, many SAEs from one

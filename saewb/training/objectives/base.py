@@ -1,13 +1,13 @@
-"""What all objectives have in common: fields, first weights, conversion from and to an SAE, and their state.
+"""Abstract base of all objectives: shared fields, initial weights, state, conversion from and to an SAE.
 
 An objective is a frozen dataclass. In the order in which a training uses it:
 
 1. `init_params` (or `from_sae`) gives the weights to train, `initial_state` the state before the first step;
 2. `losses` of a batch, differentiable: the reference implementation, which `saewb.training.sparse_step` reproduces;
-3. `next_state` after each step: the activation threshold of those that choose latents over a whole batch;
+3. `next_state` after each step: the activation threshold of objectives that select latents over a whole batch;
 4. `latents` and `to_sae` give the result at any time, with unit decoder rows.
 
-A subclass defines `losses`, `latents` and the `activation` of its SAEs, and what differs of the rest.
+A subclass defines `losses`, `latents` and the `activation` of its SAEs, and overrides the rest where it differs.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from saewb.training.objectives.sparsity_coefficient import Coefficient
 
 @config
 class Objective(ABC):
-    """What an SAE is trained for: the abstract base of all objectives."""
+    """Abstract base of all training objectives."""
 
     d_sae: PositiveInt
     """Number of latents."""
     _: KW_ONLY
     rows: Rows = "unit"
-    """Decoder rows: kept at length 1, or free."""
+    """Decoder rows: of unit length, or free."""
     init_norm: PositiveFloat = 1.0
     """Length of the decoder rows at the start; 1 for unit rows."""
     skip: bool = False
-    """Adds x @ W_skip to the output."""
+    """Whether x @ W_skip is added to the output."""
 
     activation: ClassVar[str]
-    """Activation function of the SAEs it makes."""
+    """Activation function of the SAEs it trains."""
     trainable: ClassVar[tuple[str, ...]]
     """Activation functions of the SAEs it can continue training."""
 
@@ -58,7 +58,7 @@ class Objective(ABC):
 
     @property
     def revives_dead(self) -> bool:
-        """Whether one of its losses is over dead latents, so that they must be counted."""
+        """Whether one of its losses is over dead latents, which must then be tracked."""
         return False
 
     def coefficients(self) -> dict[str, Coefficient]:
@@ -86,7 +86,7 @@ class Objective(ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Random first weights; `d_out` makes it a transcoder, whose input is not centered by b_dec."""
+        """Random initial weights; `d_out` makes a transcoder, whose input is not centered by b_dec."""
         return init_params(
             d_in,
             self.d_sae,
@@ -103,8 +103,8 @@ class Objective(ABC):
         """Weights of a trained SAE, copied, to continue training from.
 
         Raises:
-            ValueError: if the SAE has another activation or k than the objective, a normalization per token, or a b_pre
-                of its own.
+            ValueError: if the SAE has another activation or k than the objective, a normalization per token, or a
+                separate b_pre.
         """
         params = params_from_sae(sae, self.trainable, self.fixed_k, dtype=dtype, device=device)
         tensors = {name: parameter.detach() for name, parameter in params.named_parameters()}
@@ -118,27 +118,27 @@ class Objective(ABC):
         y: Float[Tensor, "tokens d_out"],
         state: ObjectiveState,
     ) -> Losses:
-        """The losses of one batch, differentiable in every parameter; `y` is `x` but for transcoders."""
+        """The losses of one batch, differentiable in every parameter; `y` is `x` except for transcoders."""
 
     @abstractmethod
     def latents(
         self, params: Params, x: Float[Tensor, "tokens d_in"], state: ObjectiveState
     ) -> Float[Tensor, "tokens d_sae"]:
-        """Activations as the exported SAE has them, but per unit of the training's own decoder rows."""
+        """Activations of the exported SAE, in units of the decoder rows in training."""
 
     @torch.no_grad()
     def to_sae(self, params: Params, state: ObjectiveState) -> SAE:
-        """The SAE trained so far, as a copy, in training units, with unit decoder rows."""
+        """The current SAE, as a copy, in training units, with unit decoder rows."""
         return to_sae(params, self.activation, self.fixed_k, **self._sae_tensors(params, state))
 
     def _initial_values(self) -> Mapping[str, float]:
-        """First value of each parameter `[d_sae]`."""
+        """Initial value of each parameter `[d_sae]`."""
         return {"b_enc": 0.0}
 
     def _trained_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters to train, from the tensors of an SAE."""
+        """Convert the tensors of an SAE to trainable parameters."""
         return tensors
 
     def _sae_tensors(self, params: Params, state: ObjectiveState) -> dict[str, Tensor]:
-        """Tensors of the SAE that are not parameters: see `params.to_sae`."""
+        """Tensors of the SAE that are not parameters, see `params.to_sae`."""
         return {}

@@ -19,12 +19,12 @@ from saewb.training.objectives.sparsity_coefficient import Coefficient
 @final
 @config
 class Gated(Objective):
-    """Gate and magnitude share directions, and only the gate is penalized, so that magnitudes do not shrink.
+    """Gate and magnitude with shared directions; only the gate is penalized, so that magnitudes do not shrink.
 
         u = (x - b_pre) @ W_enc;   gate = u + b_gate;   a = 1[gate > 0] * max(exp(r_mag) u + b_mag, 0)
         mse + l1 * mean sum_i max(gate_i, 0) |W_dec[i]| + mean |y - (max(gate, 0) @ frozen W_dec + frozen b_dec)|^2
 
-    The third term is what trains the gate (the step has no gradient). Its decoder is frozen, as in the paper: gradients
+    The third term trains the gate (the step has no gradient). Its decoder is frozen, as in the paper: gradients
     reach the encoder but not `W_dec`, `b_dec`, or `W_skip` through it. SAELens leaves them in, which pulls the decoder
     towards reconstructing from penalized latents; `frozen=False` does the same.
 
@@ -45,7 +45,7 @@ class Gated(Objective):
     target_l0: PositiveFloat | None = None
     """Latents per token that a controller steers to by changing `l1`; None keeps it constant."""
     frozen: bool = True
-    """Whether the gate's own reconstruction leaves the decoder alone."""
+    """Whether the loss of the gate's reconstruction has no gradient in the decoder."""
 
     activation: ClassVar[str] = "jumprelu"
     trainable: ClassVar[tuple[str, ...]] = ("jumprelu", "relu")
@@ -88,13 +88,13 @@ class Gated(Objective):
         return {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
 
     def _trained_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The threshold becomes the bias of the gate."""
+        """Convert the threshold to the bias of the gate."""
         b_mag = tensors.pop("b_enc")
         threshold = tensors.pop("threshold", torch.zeros_like(b_mag))
         return {**tensors, "b_mag": b_mag, "b_gate": b_mag - threshold, "r_mag": torch.zeros_like(b_mag)}
 
     def _sae_tensors(self, params: Params, state: ObjectiveState) -> dict[str, Tensor]:
-        """Exactly as a JumpReLU SAE, of threshold `max(b_mag - exp(r_mag) b_gate, 0)`."""
+        """The exactly equal JumpReLU SAE, of threshold `max(b_mag - exp(r_mag) b_gate, 0)`."""
         stretch = params.r_mag.exp()
         threshold = torch.relu(params.b_mag - stretch * params.b_gate) * safe_norms(params)
         return {"W_enc": params.W_enc * stretch, "b_enc": params.b_mag, "threshold": threshold}

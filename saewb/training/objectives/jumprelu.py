@@ -1,12 +1,12 @@
 """The JumpReLU SAE: a learned threshold per latent, trained through a straight-through estimator.
 
-A step has no gradient almost everywhere; that of a ramp of width w is used instead (`jump`, `step`):
+A step has no gradient almost everywhere; that of a ramp of width w replaces it (`jump`, `step`):
 
     d/d theta  1[z > theta]    ->  -(1 / w) rect((z - theta) / w)
     d/d theta  z 1[z > theta]  ->  -(theta / w) rect((z - theta) / w)          rect = 1 within (-1/2, 1/2), else 0
 
-By z the jump has its own gradient, 1[z > theta]; `to_input` adds the negative of the estimate by theta to it, as a
-function of z - theta would have.
+The gradient of the jump by z is exact, 1[z > theta]; `to_input` adds the negative of the estimate by theta to it, as
+for a function of z - theta.
 
 References:
     Rajamanoharan et al. 2024, arXiv:2407.14435, eqs. 11 and 12; Conerly et al. 2025 (to the input).
@@ -27,8 +27,8 @@ from saewb.training.objectives.losses import Losses, ObjectiveState, pre_activat
 from saewb.training.objectives.params import Params, safe_norms
 from saewb.training.objectives.sparsity_coefficient import Coefficient
 
-_INITIAL_L0 = 3  # times the target: L0 falls to about a third while the first directions are learned
-_PRE_ACTS_AT_ONCE = 2**25  # when thresholds are set from data
+_INITIAL_L0 = 3  # as a multiple of the target: L0 falls to about a third while the first directions are learned
+_PRE_ACTS_AT_ONCE = 2**25  # pre-activations held when thresholds are fitted to data
 
 
 @final
@@ -44,17 +44,17 @@ class JumpReLU(Objective):
                   "quadratic"  mean (2 / target_l0) (L0 - target_l0)^2      (per token: it also evens L0 out)
 
     The step's gradient by theta is that of a ramp of width `bandwidth`. Where no z lies within half of it around theta
-    there is none: `StepMetrics.warnings` says so. `threshold="direct"` trains theta itself, kept >= 0; "log" trains log
-    theta, in which Adam moves a small theta by a fraction lr per step and L0 hardly at all.
+    there is none, and `StepMetrics.warnings` has a warning. `threshold="direct"` trains theta itself, projected to
+    theta >= 0; "log" trains log theta, of which Adam moves a small one by a fraction lr per step and L0 hardly at all.
 
-    Adam moves a theta by about lr per step: in a run of some hundred steps L0 ends near where it starts. With a target
-    (or `init_l0`), and no `init_threshold`, thresholds start from the N first tokens, on which estimates are made: each
-    latent is on equally often, and init_l0 are on per token,
+    Adam moves a theta by about lr per step, so in a run of a few hundred steps L0 ends near where it starts. With a
+    target (or `init_l0`), and no `init_threshold`, thresholds are fitted to the first N tokens, those of the estimates:
+    each latent is active equally often, and init_l0 are active per token,
 
         theta_i = half way between the n_i-th largest z_i and the next;   sum_i n_i = N init_l0, all n_i equal or one
         apart;   theta_i >= 0, so that init_l0 above about d_sae / 2 is not reached
 
-    None starts at three times the target, since L0 falls to about a third while the first directions are learnt. On
+    None starts at three times the target, since L0 falls to about a third while the first directions are learned. On
     SmolLM2-135M, layer 15, 4,608 latents, 131,072 tokens, target 32, l0=0.3, bandwidth=1 (held-out L0, FVU):
 
                      init_threshold=1.4 (L0 330)    init_l0=96      init_l0=32
@@ -80,7 +80,7 @@ class JumpReLU(Objective):
     l0: PositiveFloat = 0.01
     """Weight of the sparsity loss, in squared units of the activations per latent."""
     sparsity: Literal["step", "tanh", "quadratic"] = "step"
-    """Which loss counts the active latents, see above."""
+    """Sparsity loss, see above."""
     target_l0: PositiveFloat | None = None
     """Latents per token: inside the loss (quadratic), else steered to by changing `l0`."""
     warmup_tokens: NonNegativeInt = 0
@@ -88,11 +88,11 @@ class JumpReLU(Objective):
     bandwidth: PositiveFloat = 0.05
     """Width of the straight-through window, in units of the pre-activations."""
     init_threshold: NonNegativeFloat | None = None
-    """Of all latents, in units of the pre-activations; None: see init_l0."""
+    """Initial threshold of all latents, in units of the pre-activations; None: see init_l0."""
     init_l0: float | None = None
-    """Latents per token at the start, by data; None: 3 target_l0, or thresholds of 0.01."""
+    """Initial latents per token, by thresholds fitted to data; None: 3 target_l0, or thresholds of 0.01."""
     threshold: Literal["direct", "log"] = "direct"
-    """What is trained."""
+    """Whether theta or log theta is trained."""
     to_input: bool = False
     """Whether the estimator's gradient also reaches the pre-activations."""
     tanh_scale: PositiveFloat = 4.0
@@ -122,7 +122,7 @@ class JumpReLU(Objective):
         return self.pre_act > 0 and self.pre_act_on == "dead"
 
     def coefficients(self) -> dict[str, Coefficient]:
-        """The weight of the sparsity loss; steered only where the loss does not aim at the target by itself."""
+        """The weight of the sparsity loss; controlled only where the loss does not contain the target."""
         target = None if self.sparsity == "quadratic" else self.target_l0
         return {"l0": Coefficient(self.l0, self.warmup_tokens, target)}
 
@@ -135,7 +135,7 @@ class JumpReLU(Objective):
 
     @torch.no_grad()
     def fit_thresholds(self, params: Params, batches: Sequence[Float[Tensor, "_ d_in"]]) -> None:
-        """Set thresholds, in place, by which `start_l0` latents are active per token of these batches; see above."""
+        """Set thresholds in place so that `start_l0` latents are active per token of these batches; see above."""
         n = sum(map(len, batches))
         each, rest = divmod(round(n * self.start_l0), self.d_sae)
         directions, x = params.W_enc.T, [params.center(batch).T for batch in batches]
@@ -188,7 +188,7 @@ class JumpReLU(Objective):
         return (2 / self.target_l0 * (l0 - self.target_l0).square()).mean()
 
     def theta(self, params: Params) -> Float[Tensor, " d_sae"]:
-        """The thresholds, whichever way they are trained, in units of the pre-activations."""
+        """The thresholds, from either parametrization, in units of the pre-activations."""
         return params.log_threshold.exp() if self.threshold == "log" else params.threshold
 
     def latents(
@@ -205,7 +205,7 @@ class JumpReLU(Objective):
         return {"b_enc": 0.0, "threshold": theta.item()}
 
     def _trained_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With "log", thresholds are at least 1e-8."""
+        """Convert thresholds to their logarithm for "log", at least 1e-8."""
         if self.threshold == "log":
             tensors["log_threshold"] = tensors.pop("threshold").clamp_min(1e-8).log()
         return tensors

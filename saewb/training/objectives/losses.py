@@ -1,6 +1,6 @@
-"""What goes into the losses of a step, what comes out, and the auxiliary losses that revive dead latents.
+"""Input state and output losses of an objective, and the auxiliary losses that revive dead latents.
 
-`ObjectiveState` goes in, `Losses` comes out; both hold tensors on the device, and nothing here waits for it.
+`ObjectiveState` and `Losses` hold tensors on the device, and nothing here waits for it.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from saewb.training.objectives.params import Params
 
 @dataclass(frozen=True)
 class ObjectiveState:
-    """What a step needs beyond weights and activations. Replaced after each step, never changed.
+    """State of an objective beyond weights and activations. Replaced after each step, never modified.
 
-    Two fields on dead latents, since reading a number from a GPU stops it: `dead` is exact and stays on the device;
-    `dead_rows` are the latents that were dead at the host's last check, so that work can be limited to them. A latent
-    counts as dead if it is both: silent now, and silent at the last check.
+    Two fields describe dead latents, since reading a number from a GPU makes it wait: `dead` is exact and stays on the
+    device; `dead_rows` are the latents that were dead at the host's last check, to which work is limited. A latent
+    counts as dead if it is silent now and was at the last check.
     """
 
     dead: Bool[Tensor, " d_sae"]
     """Latents in the auxiliary loss; may be true at `dead_rows` only."""
     dead_rows: Int[Tensor, " n_dead"]
-    """Latents dead at the last check, ascending; none: no auxiliary loss."""
+    """Latents dead at the last check, ascending; if empty, there is no auxiliary loss."""
     coefficients: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
     """Weights of loss terms, by term."""
     threshold: Float[Tensor, ""] | None = None
-    """BatchTopK, Matryoshka: what a latent must exceed after training."""
+    """BatchTopK, Matryoshka: the threshold of a latent's length after training."""
     n_thresholds: int = 0
-    """Batches that `threshold` is the mean of so far."""
-    team: ParallelContext = SINGLE_PROCESS
-    """Processes that share the batch; what is selected over a batch is over all of it."""
+    """Batches in the running mean `threshold`."""
+    parallel: ParallelContext = SINGLE_PROCESS
+    """Processes that share the batch; selection over a batch is over the shards of all."""
 
     def with_dead(self, dead: Bool[Tensor, " d_sae"]) -> ObjectiveState:
         """The same state with exactly these latents dead."""
@@ -66,15 +66,15 @@ class Losses:
     """One batch's losses and metrics, as 0-d tensors on the device unless said otherwise."""
 
     terms: Mapping[str, Float[Tensor, ""]]
-    """By name, each as it enters `total`; "mse" is always there."""
+    """Loss terms by name, as they enter `total`; "mse" is always among them."""
     total: Float[Tensor, ""]
-    """Their sum: what is differentiated."""
+    """Sum of the terms, which is differentiated."""
     l0: Float[Tensor, ""]
     """Active latents per token."""
     fvu: Float[Tensor, ""]
     """Fraction of the batch's variance that is not explained; no gradient."""
     fired: Int[Tensor, " d_sae"]
-    """Per latent, on how many tokens of the batch it was active."""
+    """Per latent, number of tokens of the batch on which it is active."""
     extra: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
     """Further metrics of the objective: "kept_min" (top-k over a batch), "in_band" (JumpReLU)."""
 
@@ -91,7 +91,7 @@ def with_metrics(
     acts: Float[Tensor, "tokens d_sae"],
     **extra: Float[Tensor, ""],
 ) -> Losses:
-    """Losses from their terms, and the metrics that every objective reports."""
+    """Build Losses from the terms, with the metrics that every objective reports."""
     with torch.no_grad():
         fired = acts.detach().count_nonzero(0)
         variance = (y - y.mean(0)).square().sum()
@@ -116,8 +116,8 @@ def auxk_loss(
         s * mean over tokens of || error - sum_{i in T} z_i W_dec[i] ||^2,    s = min(n_dead / k_aux, 1)
 
     T: the min(k_aux, n_dead) dead latents with the largest z_i |W_dec[i]| (signed: in magnitude). b_dec takes no part,
-    for the error is already free of it. Few dead latents weigh less (s), or three of them would get the gradient of a
-    whole error that they cannot model.
+    since the error does not contain it. Few dead latents weigh less (s): three of them would otherwise get the gradient
+    of a whole error that they cannot model.
 
     Args:
         params: the weights.
@@ -125,11 +125,11 @@ def auxk_loss(
         error: y - recons, without gradient.
         state: which latents are dead.
         k_aux: dead latents per token at most.
-        signed: choose by magnitude (AbsTopK).
+        signed: select by magnitude (AbsTopK).
         relu: use max(z, 0) instead of z. Gao et al. do; without it also a dead latent that is negative on every token
             gets a gradient, which is what revives it.
         low: only the dead among latents low..high take part (Matryoshka).
-        high: None means all.
+        high: end of that range; None means d_sae.
 
     References:
         Gao et al. 2024, arXiv:2406.04093, appendix A.2.

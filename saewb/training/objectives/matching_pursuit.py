@@ -1,4 +1,4 @@
-"""The matching pursuit SAE: latents chosen one after the other; only reconstruction is trained."""
+"""The matching pursuit SAE: latents selected one after the other, trained on reconstruction alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from saewb.training.objectives.params import Params, init_params
 @final
 @config
 class MatchingPursuit(Objective):
-    """Latents by matching pursuit over the decoder's own rows; gradients through their activations.
+    """Latents by matching pursuit over the decoder rows, with gradients through their activations.
 
         a = pursuit(x - b_dec);   recons = a @ W_dec + b_dec;   mse
 
-    Which latent is chosen has no gradient. Encoder and decoder are one matrix, so there is no transcoder of this kind,
-    and rows must keep unit length: with longer ones the pursuit may diverge.
+    The selection has no gradient. Encoder and decoder are one matrix, so there is no transcoder of this kind, and rows
+    must have unit length: with longer ones the pursuit may diverge.
 
     The algorithm is in `saewb.sae.matching_pursuit`.
 
@@ -39,11 +39,11 @@ class MatchingPursuit(Objective):
     """
 
     max_iterations: PositiveInt | None = None
-    """Latents chosen per token at most; None means d_in."""
+    """Maximum of latents per token; None means d_in."""
     residual_threshold: NonNegativeFloat = 0.01
-    """Stop a token when its residual is shorter; in training units."""
+    """Length of the residual below which a token stops, in training units."""
     stop_on_duplicate: bool = True
-    """Stop a token when it would choose a latent that is already active."""
+    """Whether a token stops when it would select an active latent again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,7 @@ class MatchingPursuit(Objective):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Params:
-        """Random first weights: `W_dec` and `b_dec` alone.
+        """Random initial weights: `W_dec` and `b_dec` alone.
 
         Raises:
             ValueError: for a `d_out`.
@@ -100,12 +100,12 @@ class MatchingPursuit(Objective):
     ) -> Float[Tensor, "tokens d_sae"]:
         """The same activations as in training."""
         sae = self._sae(params)
-        sae.W_dec, sae.b_dec = params.W_dec, params.b_dec  # the very parameters, so that gradients arrive there
+        sae.W_dec, sae.b_dec = params.W_dec, params.b_dec  # the parameters themselves, so that they get gradients
         return sae.encode(x)
 
     @torch.no_grad()
     def to_sae(self, params: Params, state: ObjectiveState) -> PursuitSAE:
-        """The SAE trained so far, as a copy, in training units."""
+        """The current SAE, as a copy, in training units."""
         sae = self._sae(params)
         return PursuitSAE.from_tensors(sae.cfg, {name: t.clone() for name, t in sae.named_parameters()})
 

@@ -3,8 +3,8 @@
     pre_acts = (x - b_pre) @ W_enc + b_enc                  (b_pre is b_dec when tied, else 0)
     recons = acts @ W_dec + b_dec (+ x @ W_skip)
 
-`W_enc` is `[d_in, d_sae]` and its transpose is contiguous: one latent's reading direction is one run of memory, as its
-writing direction is. Sparse steps and Adam read and write whole latents.
+`W_enc` is `[d_in, d_sae]` and its transpose is contiguous: the encoder direction of a latent is contiguous in memory,
+as its decoder direction is. Sparse steps and Adam read and write whole latents.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Rows = Literal["unit", "free"]
 
 @final
 class Params(nn.Module):
-    """The tensors of one SAE in training, as parameters under their own names, all with gradient.
+    """The trainable parameters of one SAE, by the names of its tensors.
 
     Args:
         tensors: `W_enc [d_in, d_sae]` (its transpose is made contiguous), `W_dec [d_sae, d_out]`, `b_dec [d_out]`,
             `b_enc [d_sae]`, and where they apply `W_skip [d_in, d_out]`, `threshold` or `log_threshold [d_sae]`, and
-            the gate's `r_mag`, `b_mag`, `b_gate [d_sae]`. Taken as they are, not copied.
+            the gate's `r_mag`, `b_mag`, `b_gate [d_sae]`. Not copied.
         pre_bias: "tied": b_dec is subtracted from the input before encoding; "none": nothing is.
 
     Example:
@@ -73,7 +73,7 @@ class Params(nn.Module):
         return "W_skip" in self._parameters
 
     def center(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        """`x - b_pre`, what the encoder multiplies."""
+        """Centered input of the encoder, `x - b_pre`."""
         return x - self.b_dec if self.pre_bias == "tied" else x
 
     def pre_acts(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_sae"]:
@@ -83,7 +83,7 @@ class Params(nn.Module):
     def decode(
         self, acts: Float[Tensor, "tokens d_sae"], x: Float[Tensor, "tokens d_in"]
     ) -> Float[Tensor, "tokens d_out"]:
-        """`acts @ W_dec + b_dec (+ x @ W_skip)`."""
+        """Reconstruction, `acts @ W_dec + b_dec (+ x @ W_skip)`."""
         return acts @ self.W_dec + self.offset(x)
 
     def offset(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
@@ -107,16 +107,16 @@ def init_params(
     device: torch.device | str,
     per_latent: Mapping[str, float],
 ) -> Params:
-    """Random decoder rows of one length, the encoder their transpose, zero biases and skip matrix.
+    """Random decoder rows of equal length, the encoder their transpose, zero biases and skip matrix.
 
     Args:
         d_in: width of the input.
         d_sae: number of latents.
-        d_out: width of a transcoder's output; None makes an autoencoder, whose b_dec is also subtracted on the way in.
-            A transcoder's is not, and where d_out differs from d_in its encoder has rows of its own.
+        d_out: width of a transcoder's output; None makes an autoencoder, whose b_dec is also subtracted from the input.
+            A transcoder's is not, and where d_out differs from d_in its encoder is drawn separately.
         seed: of the directions; the global random state is neither read nor changed.
         norm: length of every decoder (and encoder) row.
-        skip: adds `W_skip`.
+        skip: whether to add `W_skip`.
         dtype: of all tensors.
         device: of all tensors. The directions are the same on every device.
         per_latent: further tensors `[d_sae]`, by name, with the number that fills them.
@@ -139,7 +139,7 @@ def project_gradient(params: Params) -> None:
 
         g_i -= <g_i, w_i> w_i / |w_i|^2
 
-    That part would be undone by the normalization after the step, and would spoil Adam's moments meanwhile.
+    The normalization after the step would undo that part, which would only distort Adam's moments.
 
     References:
         Bricken et al. 2023 ("Towards Monosemanticity", appendix on training); Gao et al. 2024, arXiv:2406.04093,
@@ -156,8 +156,8 @@ def project_gradient(params: Params) -> None:
 def constrain(params: Params, rows: Rows) -> None:
     """Restore the constraints on the weights after an optimizer step, in place.
 
-    With "unit", each decoder row is scaled to length 1 (a row of zeros stays). A `threshold` is raised to at least 0:
-    projected, not clamped in the loss, where a latent that reached 0 would lose its gradient and stay there.
+    With "unit", each decoder row is scaled to length 1 (a row of zeros stays zero). A `threshold` is raised to at least
+    0: projected, not clamped in the loss, where a latent at 0 would lose its gradient and stay there.
     """
     if rows == "unit":
         params.W_dec.div_(safe_norms(params)[:, None])
@@ -167,7 +167,7 @@ def constrain(params: Params, rows: Rows) -> None:
 
 @torch.no_grad()
 def safe_norms(params: Params) -> Float[Tensor, " d_sae"]:
-    """Length of each decoder row, 1 where it is 0: safe to divide by."""
+    """Length of each decoder row, with 1 in place of 0, to divide by."""
     norm = params.norms()
     return torch.where(norm == 0, torch.ones_like(norm), norm)
 
@@ -179,10 +179,10 @@ def to_sae(params: Params, activation: Activation, k: int | None = None, **repla
     Args:
         params: with `W_enc, b_enc, W_dec, b_dec` and perhaps `W_skip`, unless replaced.
         activation: of the SAE.
-        k: for the two top-k activations, which choose by activation times row length: for them the lengths are folded
-            before anything is chosen, so that the SAE chooses what training chose.
-        replaced: tensors to use instead or in addition: `W_enc` and `b_enc` as before folding, `threshold` as after it,
-            in units of z_i |W_dec[i]|.
+        k: for the two top-k activations. Training selects by activation times row length; with the lengths folded into
+            the encoder, the SAE selects the same latents.
+        replaced: tensors to use instead or in addition: `W_enc` and `b_enc` before folding, `threshold` after it, in
+            units of z_i |W_dec[i]|.
     """
     norm = safe_norms(params)
     tensors = {
@@ -213,7 +213,7 @@ def params_from_sae(
     """The weights of an SAE, copied, as parameters, in the SAE's own units.
 
     Raises:
-        ValueError: if the SAE has another activation or k, a normalization per token, or a b_pre of its own.
+        ValueError: if the SAE has another activation or k, a normalization per token, or a separate b_pre.
     """
     if not isinstance(sae, SAE) or sae.cfg.activation not in activations or (k is not None and sae.cfg.k != k):
         want = f"an SAE with activation {' or '.join(activations)}, k={k}"

@@ -1,4 +1,4 @@
-"""Weight of a sparsity loss: warm-up, control to a target L0, and warnings about settings that do nothing.
+"""Weight of a sparsity loss: warm-up, control to a target L0, and warnings about ineffective settings.
 
 Warm-up: `value * min(1, tokens / warmup_tokens)`.
 
@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-RANGE = 1e4  # the controller leaves the coefficient within this factor of its first value
-SMOOTHING = 0.1  # share of the newest batch in the L0 the controller looks at
+RANGE = 1e4  # largest factor by which the controller changes the coefficient
+SMOOTHING = 0.1  # weight of the newest batch in the mean L0 that the controller uses
 
 
 @dataclass(frozen=True)
 class Coefficient:
-    """How the weight of one loss term runs."""
+    """Schedule of the weight of one loss term."""
 
     value: float
     """The weight, or where the controller starts."""
@@ -44,23 +44,23 @@ class Coefficient:
         return 1.0 if n_tokens >= self.warmup_tokens else n_tokens / self.warmup_tokens
 
     def control(self, value: Float[Tensor, ""], l0: Float[Tensor, ""], *, batch: int, tau: float) -> Float[Tensor, ""]:
-        """The controlled weight after one more batch of `batch` tokens with (smoothed) L0 `l0`. Stays on the device."""
+        """The controlled weight after a batch of `batch` tokens with smoothed L0 `l0`, computed on the device."""
         pull = (l0.clamp_min(1e-3) / self.target_l0).log().clamp(-1, 1)
         return (value * torch.exp(pull * (batch / tau))).clamp(self.value / RANGE, self.value * RANGE)
 
 
 @dataclass(frozen=True)
 class CoefficientWarning:
-    """A loss weight that does not do what it is there for."""
+    """Warning about a loss weight that has no effect, or too much."""
 
     name: str
     """Name of the loss term."""
     value: float
     """The weight now."""
     reason: str
-    """What is observed, with numbers."""
+    """Observation, with numbers."""
     advice: str
-    """What to try."""
+    """Suggested change."""
 
     def __str__(self) -> str:
         return f"coefficient {self.name}={self.value:.3g}: {self.reason}; {self.advice}"
@@ -76,15 +76,15 @@ def coefficient_warnings(
     d_sae: int,
     in_band: float | None = None,
 ) -> tuple[CoefficientWarning, ...]:
-    """Problems with a weight, judged from the last batches; none before its warm-up is over.
+    """Warnings about a weight, from the last batches; none during its warm-up.
 
     1. The controller is at its bound: no weight gives the target.
-    2. L0 is below 0.5: the weight has switched nearly everything off, a larger one changes nothing.
-    3. L0 is above a third of d_sae: the weight hardly acts.
+    2. L0 is below 0.5: nearly all latents are off, a larger weight changes nothing.
+    3. L0 is above a third of d_sae: the weight has hardly any effect.
     4. No pre-activation is within the straight-through window, so that thresholds have no gradient at all.
 
     Args:
-        coefficient: how it was set.
+        coefficient: schedule of the weight.
         name: of the loss term.
         value: the weight now.
         n_tokens: tokens trained on so far.

@@ -1,4 +1,4 @@
-"""The standard SAE: ReLU, and a penalty on how much the active latents write."""
+"""The standard SAE: ReLU, and a penalty on the lengths that active latents write."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Standard(Objective):
         a = max((x - b_pre) @ W_enc + b_enc, 0);   recons = a @ W_dec + b_dec (+ x @ W_skip)
         mse + l1 * mean over tokens of (sum_i (a_i |W_dec[i]|)^p)^(1/p)
 
-    The row lengths in the penalty keep the optimizer from writing the same with small latents and long rows. For p < 1
-    the penalty's slope at 0 is infinite; a latent that is off gets none of it.
+    The row lengths in the penalty count, so that small latents with long rows cannot evade it. For p < 1 the slope of
+    the penalty at 0 is infinite; inactive latents get no gradient from it.
 
     References:
         Conerly et al. 2024, "Update on how we train SAEs", Transformer Circuits, April 2024 (penalty, free rows);
@@ -48,7 +48,7 @@ class Standard(Objective):
     """Latents per token that a controller steers to by changing `l1`; None keeps it constant."""
     _: KW_ONLY
     rows: Rows = "free"
-    """Decoder rows: kept at length 1, or free."""
+    """Decoder rows: of unit length, or free."""
     init_norm: PositiveFloat = 0.1
     """Length of the decoder rows at the start; 1 for unit rows."""
 

@@ -1,12 +1,12 @@
-"""TopK, AbsTopK, BatchTopK and Matryoshka: a number of active latents that is set, and no sparsity loss.
+"""TopK, AbsTopK, BatchTopK and Matryoshka: a fixed number of active latents, and no sparsity loss.
 
 All four have one `losses`, over one or (Matryoshka) several nested levels of latents:
 
     recons_w = acts[:, :w] @ W_dec[:w] + b_dec (+ x @ W_skip)
     sum over levels w of mean over tokens of |y - recons_w|^2  +  aux * auxk
 
-and differ in `activate`, which selects the active latents. What revives dead latents is
-`saewb.training.objectives.losses.auxk_loss`.
+and differ in `activate`, which selects the active latents. `saewb.training.objectives.losses.auxk_loss` revives dead
+latents.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from saewb.training.objectives.params import Params
 
 @config
 class TopKObjective(Objective):
-    """Abstract base of the objectives that set the number of active latents and revive dead ones by AuxK."""
+    """Abstract base of the objectives with a fixed number of active latents and AuxK."""
 
     k: PositiveFloat = 32.0
     """Active latents per token."""
     aux: NonNegativeFloat = 1 / 32
-    """Weight of the auxiliary loss; 0 leaves dead latents dead."""
+    """Weight of the auxiliary loss; with 0, dead latents stay dead."""
     k_aux: PositiveInt | None = None
     """Dead latents per token in the auxiliary loss; None means half of d_out."""
 
     signed: ClassVar[bool] = False
-    """Whether latents are chosen by magnitude and keep their sign."""
-    # Defaults of what is an option of some of them only:
+    """Whether latents are selected by magnitude, with either sign."""
+    # Defaults of fields that only some subclasses have:
     aux_relu: ClassVar[bool] = False
     widths: ClassVar[tuple[int, ...]] = ()
     aux_by_level: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class TopKObjective(Objective):
 
     @property
     def levels(self) -> tuple[tuple[int, int], ...]:
-        """Ranges of latents low..high; the latents up to each `high` must reconstruct by themselves."""
+        """Ranges low..high of latents; the latents up to each `high` have a reconstruction loss."""
         return tuple(pairwise((0, *self.widths, self.d_sae)))
 
     @abstractmethod
@@ -78,7 +78,7 @@ class TopKObjective(Objective):
         acts, extra = self.activate(params, pre_acts, state)
         recons, terms, aux = params.offset(x), {}, []
         for low, high in self.levels:
-            # The whole of a tensor, not a slice of it, whose gradient would be copied once more.
+            # No slice of the whole tensor: its gradient would be copied once more.
             whole = high - low == self.d_sae
             recons = recons + (acts @ params.W_dec if whole else acts[:, low:high] @ params.W_dec[low:high])
             terms[self.mse_name(high)] = squared_error(recons, y)
@@ -90,7 +90,7 @@ class TopKObjective(Objective):
         return with_metrics(terms, y, recons, acts, **extra)
 
     def mse_name(self, high: int) -> str:
-        """Name of the reconstruction loss of the level that ends at a latent."""
+        """Name of the reconstruction loss of the level that ends at latent `high`."""
         return "mse" if high == self.d_sae else f"inner_mse_{high}"
 
     def auxiliary_loss(
@@ -103,7 +103,7 @@ class TopKObjective(Objective):
         low: int = 0,
         high: int | None = None,
     ) -> Float[Tensor, ""]:
-        """AuxK with its weight, of the dead latents low..high."""
+        """AuxK of the dead latents low..high, times its weight."""
         k_aux = self.k_aux or max(1, error.shape[1] // 2)
         auxk = auxk_loss(
             params,
@@ -121,7 +121,7 @@ class TopKObjective(Objective):
 
 @config
 class TokenTopKObjective(TopKObjective):
-    """Base of the objectives that select among the latents of one token: all tokens have as many active ones."""
+    """Base of the objectives that select k latents of each token."""
 
     k: PositiveInt = 32
     """Active latents per token."""
@@ -147,14 +147,14 @@ class TokenTopKObjective(TopKObjective):
 @final
 @config
 class TopK(TokenTopKObjective):
-    """Keeps the k largest pre-activations of a token.
+    """Top-k SAE: the k largest pre-activations of each token.
 
         z = (x - b_pre) @ W_enc + b_enc;   S = the k latents with the largest z_i |W_dec[i]|
         a_i = max(z_i, 0) for i in S, else 0;   recons = a @ W_dec + b_dec (+ x @ W_skip)
         mse + aux * auxk      (mse: mean over tokens of |y - recons|^2)
 
-    Latents are chosen by the length they write, not by z: with rows of unit length the two are the same, and with free
-    rows a latent cannot buy its place with a short row. The SAE that comes out has unit rows.
+    Latents are selected by the length they write, not by z: with unit rows the two are the same, and with free rows a
+    short row with a large z has no advantage. The exported SAE has unit rows.
 
     References:
         Gao et al. 2024, arXiv:2406.04093: activation (section 2.3), AuxK (appendix A.2, there with weight 1/32 on a
@@ -177,11 +177,11 @@ class TopK(TokenTopKObjective):
 @final
 @config
 class AbsTopK(TokenTopKObjective):
-    """Keeps the k pre-activations of largest magnitude, with their sign: one latent models two opposite directions.
+    """Top-k SAE by magnitude, with signed latents: each models two opposite directions.
 
         S = the k latents with the largest |z_i| |W_dec[i]|;   a_i = z_i for i in S, else 0;   losses as TopK
 
-    Dead latents are chosen by magnitude too.
+    AuxK selects dead latents by magnitude too.
 
     References:
         Zhu, Khalili and Zhu 2025, arXiv:2510.00404 (activation); Gao et al. 2024, arXiv:2406.04093 (the rest).
@@ -194,14 +194,14 @@ class AbsTopK(TokenTopKObjective):
 
 @config
 class BatchTopKObjective(TopKObjective):
-    """Abstract base of the objectives that select over a whole batch, and need a threshold where there is no batch."""
+    """Abstract base of the objectives that select over a batch in training, and by a threshold afterwards."""
 
     k: PositiveFloat = 32.0
     """Active latents per token, on average."""
     aux_relu: bool = False
     """Whether a dead latent's negative pre-activation counts as 0 in the auxiliary loss."""
     threshold_rate: Annotated[float, Gt(0), Le(1)] = 0.01
-    """Share of the newest batch in the threshold."""
+    """Weight of the newest batch in the running mean of the threshold."""
 
     activation: ClassVar[str] = "jumprelu"
     trainable: ClassVar[tuple[str, ...]] = ("jumprelu",)
@@ -210,7 +210,7 @@ class BatchTopKObjective(TopKObjective):
         self, params: Params, pre_acts: Float[Tensor, "tokens d_sae"], state: ObjectiveState
     ) -> tuple[Float[Tensor, "tokens d_sae"], dict[str, Tensor]]:
         """The k N best latents of the batch; `extra["kept_min"]` is the smallest length among them."""
-        acts, kept_min = topk_over_batch(params, pre_acts, self.k, state.team)
+        acts, kept_min = topk_over_batch(params, pre_acts, self.k, state.parallel)
         return acts, {"kept_min": kept_min}
 
     def next_state(self, state: ObjectiveState, losses: Losses) -> ObjectiveState:
@@ -225,7 +225,7 @@ class BatchTopKObjective(TopKObjective):
         return torch.relu(pre_acts) * (pre_acts * params.norms() > _threshold(params, state))
 
     def _trained_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Without the threshold, which is measured anew."""
+        """Drop the threshold, which is estimated anew."""
         return {name: tensor for name, tensor in tensors.items() if name != "threshold"}
 
     def _sae_tensors(self, params: Params, state: ObjectiveState) -> dict[str, Tensor]:
@@ -236,14 +236,14 @@ class BatchTopKObjective(TopKObjective):
 @final
 @config
 class BatchTopK(BatchTopKObjective):
-    """Keeps the k N largest latents of a batch of N tokens: k per token on average, more where there is more to say.
+    """Top-k SAE over a batch of N tokens: its k N largest latents, k per token on average.
 
         z = (x - b_pre) @ W_enc + b_enc;   S = the int(k N) pairs (token, i) with the largest max(z_i, 0) |W_dec[i]|
         a_i = z_i in S, else 0;   losses as TopK
 
-    After training there is no batch, but a threshold: t = mean over batches of the smallest length kept, and
+    After training a threshold replaces the batch: t = mean over batches of the smallest selected length, and
     `z_i |W_dec[i]| > t`. It is a running mean over the first 1 / threshold_rate batches and an exponential one from
-    then on, so that it does not creep up from 0 (SAELens' does: after n batches it is at 1 - 0.99^n of its value).
+    then on, so that it does not rise slowly from 0 (SAELens' does: after n batches it is at 1 - 0.99^n of its value).
 
     References:
         Bussmann et al. 2024, arXiv:2412.06410 (activation, threshold); AuxK as TopK.
@@ -253,13 +253,13 @@ class BatchTopK(BatchTopKObjective):
 @final
 @config
 class Matryoshka(BatchTopKObjective):
-    """BatchTopK whose first latents must also reconstruct alone, at several widths, so that they stay general.
+    """BatchTopK with a reconstruction loss at several nested widths, which makes the first latents general.
 
         a as BatchTopK;   recons_w = a[:, :w] @ W_dec[:w] + b_dec (+ x @ W_skip)
         sum over w in (*widths, d_sae) of mean |y - recons_w|^2  +  aux * auxk
 
-    `aux_by_level`: in place of one AuxK over all dead latents and the whole error, one per level, between its dead
-    latents and the error of its own reconstruction.
+    `aux_by_level`: instead of one AuxK over all dead latents and the whole error, one per level, over its dead latents
+    and the error of its reconstruction.
 
     References:
         Bussmann et al. 2025, arXiv:2503.17547 (nested losses, BatchTopK activation).
@@ -272,9 +272,9 @@ class Matryoshka(BatchTopKObjective):
     """
 
     widths: Annotated[tuple[int, ...], Field(strict=False)] = ()
-    """Inner widths, rising, each below d_sae."""
+    """Inner widths, ascending, each below d_sae."""
     aux_by_level: bool = False
-    """One auxiliary loss per level."""
+    """Whether each level has its own auxiliary loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -294,19 +294,19 @@ def topk_per_token(
 
 
 def topk_over_batch(
-    params: Params, pre_acts: Float[Tensor, "tokens d_sae"], k: float, team: ParallelContext = SINGLE_PROCESS
+    params: Params, pre_acts: Float[Tensor, "tokens d_sae"], k: float, parallel: ParallelContext = SINGLE_PROCESS
 ) -> tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, ""]]:
     """Activations of the k N best latents of a batch, and the smallest length z_i |W_dec[i]| > 0 among them (or inf).
 
-    With several processes: this one's share of what is selected over the batch of all, and its own smallest length.
+    With several processes, selection is over the batches of all; activations and smallest length are of this process.
     """
     score = (torch.relu(pre_acts.detach()) * params.norms().detach()).flatten()
-    n = int(k * len(pre_acts) * team.size)
+    n = int(k * len(pre_acts) * parallel.size)
     best = score.topk(min(n, len(score)), sorted=False)
     lengths, index = best.values, best.indices
     values = torch.relu(pre_acts.flatten()[index])
-    if team.size > 1:
-        mask = team.topk_mask(lengths, n)
+    if parallel.size > 1:
+        mask = parallel.topk_mask(lengths, n)
         lengths, values = torch.where(mask, lengths, 0), torch.where(mask, values, 0)
     acts = torch.zeros_like(pre_acts).flatten().scatter(0, index, values).view_as(pre_acts)
     return acts, torch.where(lengths > 0, lengths, torch.inf).min()

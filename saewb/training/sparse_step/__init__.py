@@ -2,16 +2,16 @@
 
 A dense step makes six products of batch x d_in x d_sae. Here:
 
-1. One of them is left, the encoder's, in row tiles whose results are not kept; where the hardware multiplies int8 or
-   bf16 faster it only selects, and the winners are scored again in full precision (`saewb.kernels.select`).
+1. Only the encoder's remains, in row tiles whose results are not stored; where the hardware multiplies int8 or bf16
+   faster it only preselects latents, which are scored again in full precision (`saewb.kernels.select`).
 2. Active latents are listed as (token, latent) pairs; decoding is a sum of k decoder rows per token, the
    gradient of an activation one dot product, the gradients of both matrices sums over pairs sorted by latent (`pairs`).
 3. The gradient of b_dec follows from that of the encoder's bias (`gradients`).
 4. Losses of dead latents are dense over the dead ones only, by autograd (`gradients`).
 
-No autograd (but for 4), no `[batch, d_sae]` tensor. Memory beyond weights, gradients and Adam's moments: a tile
+No autograd (except in 4), no `[batch, d_sae]` tensor. Memory beyond weights, gradients and Adam's moments: a tile
 of 20 MiB, the weights once in low precision, about six tensors of the batch's size, 60 bytes per pair. `sparse_step`
-says per batch whether it pays. On a CPU the same weights and batch give the same bits.
+returns None for a batch on which it is slower. On a CPU the same weights and batch give the same bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from saewb.training.sparse_step.topk import topk_step
 
 __all__ = ["MAX_DENSITY", "Precision", "best_precision", "clipped_step", "has_sparse_step", "sparse_step"]
 
-MAX_DENSITY = 1 / 12  # of latents on per token: from about there on, dense products are quicker than pairs
+MAX_DENSITY = 1 / 12  # fraction of latents active, above which dense products are faster than pairs
 
 
 @torch.no_grad()
@@ -51,23 +51,23 @@ def sparse_step(
     precision: Precision = "full",
     max_density: float = MAX_DENSITY,
 ) -> Losses | None:
-    """Losses of one batch and, in each parameter's `.grad`, their gradients; None where a dense step is the right one.
+    """Compute the losses of one batch and set each parameter's `.grad`; None where a dense step is faster.
 
     Equal to `objective.losses(params, x, y, state)` and its backward pass up to rounding, whatever the precision. A
     pre-activation within rounding of a threshold, or two equal scores, may fall the other way.
 
     Args:
-        objective: what is trained for.
-        params: its weights, float32 or float64. Gradients replace those before, in the same memory on a CPU.
+        objective: of the training.
+        params: its weights, float32 or float64. Gradients replace the old ones, in the same memory on a CPU.
         x: inputs, in training units, of the weights' dtype.
-        y: what is to be written; `x` itself for an autoencoder.
+        y: targets; `x` itself for an autoencoder.
         state: as for `objective.losses`.
         precision: of the product that selects: see `best_precision`.
-        max_density: share of latents on per token, from which on a dense step is the right one.
+        max_density: fraction of latents active, above which the result is None.
 
     Returns:
-        The losses, without autograd's graph. None if more than `max_density` of the latents are on (the first tile of
-        tokens shows it), or if the objective or dtype has no sparse step; gradients from before are then void.
+        The losses, without autograd's graph. None if more than `max_density` of the latents are active (the first tile
+        of tokens shows it), or if the objective or dtype has no sparse step; old gradients are then void.
 
     Example:
         >>> from saewb.training.objectives import TopK
@@ -94,6 +94,6 @@ def sparse_step(
 
 
 def has_sparse_step(objective: Objective) -> bool:
-    """Whether there is one at all: not for matching pursuit, nor with a pre-activation loss of all latents."""
+    """Whether an objective has a sparse step: not matching pursuit, nor a pre-activation loss of all latents."""
     dense = isinstance(objective, JumpReLU) and objective.pre_act > 0 and objective.pre_act_on == "all"
     return not dense and not isinstance(objective, MatchingPursuit)

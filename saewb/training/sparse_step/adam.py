@@ -1,4 +1,4 @@
-"""Gradient clipping as a part of the fused Adam step, without a pass over the gradients of its own."""
+"""Gradient clipping inside the fused Adam step, without a separate pass over the gradients."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def clipped_step(
 
         g / max(1, (|g| + 1e-6) / clip)
 
-    A fused Adam or AdamW divides while it reads (as for torch's gradient scaler: `grad_scale`, pinned by a test), and
-    gets parameters that are transposed in memory as their contiguous transposes, which it would copy otherwise. For any
-    other optimizer, gradients are divided first.
+    A fused Adam or AdamW divides while it reads (`grad_scale`, as for torch's gradient scaler, checked by a test), and
+    gets parameters that are transposed in memory as their contiguous transposes, which it would copy otherwise. For
+    other optimizers, gradients are divided first.
 
     Args:
         optimizer: of these parameters.
@@ -45,7 +45,7 @@ def clipped_step(
 
 
 def _fused(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], scale: Tensor | None) -> None:
-    """The optimizer's own fused step, on views in memory order: four times faster for a transposed parameter."""
+    """The optimizer's fused step on views in memory order: four times faster for a transposed parameter."""
     parameters = [p for p in group["params"] if p.grad is not None]
     states = [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states, strict=True):
@@ -74,12 +74,12 @@ def _fused(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], scale: Te
 
 
 def _match_memory_layout(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The tensor, transposed if the parameter is transposed in memory, as its gradient and moments then are."""
+    """Transpose a tensor if the parameter is transposed in memory, as its gradient and moments then are."""
     return tensor if parameter.is_contiguous() else tensor.mT
 
 
 def _length(gradient: Tensor) -> Float[Tensor, ""]:
-    """Length of a gradient of one or two axes, row by row in memory order: without a copy or loss of digits."""
+    """Length of a gradient, by rows in memory order: without a copy or loss of digits."""
     rows = gradient if gradient.is_contiguous() else gradient.mT
     return torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=-1))
 

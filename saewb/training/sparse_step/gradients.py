@@ -1,4 +1,4 @@
-"""What the steps of all objectives share: the inputs, gradients of the weights from pairs, losses of dead latents."""
+"""Shared parts of the sparse steps: inputs, weight gradients from pairs, losses of dead latents."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ DeadLoss = Callable[[Params, Tensor, Tensor, ObjectiveState], Tensor]
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One batch, and the weights that are trained on it."""
+    """Inputs of a sparse step: one batch and the weights."""
 
     params: Params
     raw_x: Float[Tensor, "batch d_in"]
     """Inputs, not centered."""
     x: Float[Tensor, "batch d_in"]
-    """Centered inputs: what the encoder multiplies."""
+    """Centered inputs of the encoder."""
     y: Float[Tensor, "batch d_out"]
-    """What the output should be."""
+    """Targets."""
     precision: Precision
-    """Of the product that selects."""
+    """Precision of the product that selects latents."""
     limit: int
-    """Pairs to list at most."""
+    """Maximum of pairs."""
     _buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """Memory for gradients where there was none."""
+    """Memory for gradients of parameters that have none."""
 
     @property
     def W(self) -> Float[Tensor, "d_sae d_in"]:
-        """Reading directions, one latent a contiguous row."""
+        """Encoder directions, one contiguous row per latent."""
         return self.params.W_enc.T
 
     def gradient_buffer(self, name: str) -> Tensor | None:
-        """Memory for the gradient of W_enc (as `[d_sae, d_in]`) or W_dec: on a CPU, that of the step before.
+        """Memory for the gradient of W_enc (as `[d_sae, d_in]`) or W_dec: on a CPU, that of the last step.
 
-        Its contents are no longer needed. None on other devices, whose allocators keep memory anyway.
+        Its contents may be overwritten. None on other devices, whose allocators cache memory.
         """
         parameter = self.params.get_parameter(name)
         if parameter.device.type != "cpu" or name not in ("W_enc", "W_dec"):
@@ -56,12 +56,12 @@ class StepInputs:
         return parameter.grad.T if name == "W_enc" else parameter.grad
 
     def readout(self, b: Tensor | None = None, norms: Tensor | None = None) -> Readout:
-        """How pre-activations come from `x`, with `b_enc` unless another bias is given."""
+        """Readout of the pre-activations, with `b_enc` unless another bias is passed."""
         bias = self.params.b_enc if b is None else b
         return Readout(self.W, bias, norms, self.precision, self.gradient_buffer("W_enc"))
 
     def error(self, decoded: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
-        """recons - y, in place of the decoded latents."""
+        """recons - y; overwrites the decoded latents."""
         return decoded.add_(self.params.offset(self.raw_x)).sub_(self.y)
 
     def d_error(self, error: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
@@ -78,16 +78,16 @@ def encoder_decoder_gradients(
     d_recons: Float[Tensor, "batch d_out"],
     span: slice = slice(None),
 ) -> dict[str, Tensor]:
-    """Gradients that go through the pairs: of W_enc (as `[d_sae, d_in]`), of its bias, and of W_dec.
+    """Gradients of W_enc (as `[d_sae, d_in]`), b_enc and W_dec from the active pairs.
 
     Args:
         inputs: of the step.
-        pairs: which latents are on, counted from the first of `span`.
-        order: the same, sorted.
+        pairs: active latents, counted from the first of `span`.
+        order: the pairs sorted by latent.
         acts: their activations.
         d_pre: gradient of their pre-activations.
-        d_recons: gradient of what they write to.
-        span: of the latents the pairs may have; the gradients are of these alone.
+        d_recons: gradient of the reconstruction.
+        span: range of latents in the pairs, which the gradients cover.
     """
     buffers = {name: inputs.gradient_buffer(name) for name in ("W_enc", "W_dec")}
     buffers = {name: None if buffer is None else buffer[span] for name, buffer in buffers.items()}
@@ -104,14 +104,14 @@ def sum_of_squares(values: Tensor) -> Float[Tensor, ""]:
 
 
 def per_token(pairs: Pairs, values: Float[Tensor, " pairs"]) -> Float[Tensor, " batch"]:
-    """Per token the sum of its values."""
+    """Sum of values per token."""
     return values.new_zeros(len(pairs.starts)).index_add_(0, pairs.tokens, values)
 
 
 def add_norm_gradient(
     gradients: dict[str, Tensor], params: Params, norms: Float[Tensor, " d_sae"], d_norms: Float[Tensor, " d_sae"]
 ) -> None:
-    """Add to the gradient of W_dec that through its row lengths: `d_norms * W_dec / norms`, 0 for rows of 0."""
+    """Add the gradient of W_dec through its row lengths: `d_norms * W_dec / norms`, 0 for rows of 0."""
     safe = torch.where(norms == 0, torch.ones_like(norms), norms)
     gradients["W_dec"].addcmul_(params.W_dec, (d_norms / safe)[:, None])
 
@@ -119,17 +119,17 @@ def add_norm_gradient(
 def set_gradients(
     inputs: StepInputs, gradients: Mapping[str, Tensor], d_recons: Tensor, d_bias: Tensor | None = None
 ) -> None:
-    """Set the `.grad` of all parameters, those of b_dec and W_skip included.
+    """Set the `.grad` of all parameters, including b_dec and W_skip.
 
         d b_dec = sum_t d_recons[t] - d_bias @ W_enc.T        (the second part only where b_dec also centers the input)
 
-    since every pre-activation reads -b_dec through W_enc exactly as it reads its bias: no dense product.
+    since every pre-activation contains -b_dec @ W_enc, as it contains its bias: no dense product is needed.
 
     Args:
         inputs: of the step.
         gradients: by parameter, W_enc's as `[d_sae, d_in]`.
         d_recons: gradient of the (sum of the) reconstructions.
-        d_bias: summed gradient of the pre-activations, if it is not that of b_enc.
+        d_bias: summed gradient of the pre-activations; None means that of b_enc.
     """
     params = inputs.params
     grads = dict(gradients)
@@ -146,7 +146,7 @@ def set_gradients(
 def with_metrics(
     terms: Mapping[str, Tensor], inputs: StepInputs, pairs: Pairs, acts: Tensor, error: Tensor, **extra: Tensor
 ) -> Losses:
-    """Losses from their terms, and the metrics that every objective reports: as `objectives.losses.with_metrics`."""
+    """Build Losses from the terms, with metrics as in `objectives.losses.with_metrics`."""
     active = (acts != 0).to(error.dtype)
     fired = per_latent(pairs, active, inputs.params.d_sae).long()
     variance = sum_of_squares(inputs.y - inputs.y.mean(0))
@@ -163,12 +163,12 @@ def add_dead_gradients(
     state: ObjectiveState,
     gradients: dict[str, Tensor],
 ) -> Float[Tensor, ""]:
-    """Loss of the dead latents, dense over them alone, by autograd; its gradients are added to `gradients`.
+    """Compute the loss of the dead latents, dense over them alone, by autograd, and add its gradients.
 
-    `loss` sees copies of the dead rows, and the tokens in tiles of at most 8 million pre-activations.
+    `loss` gets copies of the dead rows, and the tokens in tiles of at most 8 million pre-activations.
 
     Args:
-        loss: the objective's own loss of dead latents, differentiable.
+        loss: the objective's loss of dead latents, differentiable.
         params: all weights.
         x: centered inputs.
         error: y - recons.
@@ -179,7 +179,8 @@ def add_dead_gradients(
     if not len(rows):
         return error.new_zeros(())
     names = [name for name in ("W_enc", "W_dec", "b_enc", "threshold", "log_threshold") if name in params._parameters]
-    copies = {n: _row_major(params, n).detach()[rows].requires_grad_() for n in names}
+    tensors = {n: params.W_enc.T if n == "W_enc" else params.get_parameter(n) for n in names}
+    copies = {n: t.detach()[rows].requires_grad_() for n, t in tensors.items()}
     dead = Params({n: c.T if n == "W_enc" else c for n, c in copies.items()} | {"b_dec": params.b_dec}, "none")
     leaves = [dead.get_parameter(n) for n in names]
     dead_state = replace(state, dead=state.dead[rows], dead_rows=torch.arange(len(rows), device=rows.device))
@@ -195,8 +196,3 @@ def add_dead_gradients(
         if leaf.grad is not None:
             gradients[name].index_add_(0, rows, leaf.grad.T if name == "W_enc" else leaf.grad)
     return total
-
-
-def _row_major(params: Params, name: str) -> Tensor:
-    tensor = params.get_parameter(name)
-    return tensor.T if name == "W_enc" else tensor

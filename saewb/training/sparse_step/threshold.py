@@ -1,4 +1,4 @@
-"""ReLU, JumpReLU and Gated by hand: `objective.losses(...)` and its backward pass, from the pairs above a threshold."""
+"""Sparse steps of Standard, JumpReLU and Gated, from the pairs above a threshold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from saewb.training.sparse_step.gradients import (
 
 
 def standard_step(objective: Standard, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
-    """Losses of one batch; gradients are in the parameters' `.grad`. None if too many latents are on."""
+    """Standard: losses of one batch, with gradients in `.grad`; None if too many latents are active."""
     params = inputs.params
     pairs = above_zero(inputs.x, inputs.readout(), inputs.limit)
     if pairs is None:
@@ -44,18 +44,18 @@ def standard_step(objective: Standard, inputs: StepInputs, state: ObjectiveState
 
 
 def jumprelu_step(objective: JumpReLU, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
-    """Losses of one batch; gradients are in the parameters' `.grad`. None if too many latents are on.
+    """JumpReLU: losses of one batch, with gradients in `.grad`; None if too many latents are active.
 
     The pairs are those above the lower end of the straight-through window.
     """
     params, width = inputs.params, objective.bandwidth
     thetas, norms = objective.theta(params), params.norms()
     shift = width / 2 - thetas
-    listed = above_zero(inputs.x, inputs.readout(params.b_enc + shift), inputs.limit)
-    if listed is None:
+    pairs = above_zero(inputs.x, inputs.readout(params.b_enc + shift), inputs.limit)
+    if pairs is None:
         return None
-    theta, norm = thetas[listed.latents], norms[listed.latents]
-    pairs = replace(listed, pre=listed.pre - shift[listed.latents])
+    theta, norm = thetas[pairs.latents], norms[pairs.latents]
+    pairs = replace(pairs, pre=pairs.pre - shift[pairs.latents])
     active, window = pairs.pre > theta, (pairs.pre - theta).abs() < width / 2
     acts = pairs.pre * active
     error = inputs.error(combine(pairs, acts, params.W_dec))
@@ -77,7 +77,7 @@ def jumprelu_step(objective: JumpReLU, inputs: StepInputs, state: ObjectiveState
 
 
 def gated_step(objective: Gated, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
-    """Losses of one batch; gradients are in the parameters' `.grad`. None if too many gates are open."""
+    """Gated: losses of one batch, with gradients in `.grad`; None if too many gates are open."""
     params, n, d_sae = inputs.params, len(inputs.x), inputs.params.d_sae
     pairs = above_zero(inputs.x, inputs.readout(params.b_gate), inputs.limit)
     if pairs is None:
@@ -105,7 +105,7 @@ def gated_step(objective: Gated, inputs: StepInputs, state: ObjectiveState) -> L
         "r_mag": per_latent(pairs, d_act * stretch * u, d_sae),
     }
     add_norm_gradient(grads, params, norms, per_latent(pairs, gate, d_sae) * (weight / n))
-    if not objective.frozen:  # the decoder also learns from what the gate alone reconstructs
+    if not objective.frozen:  # the decoder also gets the gradient of the gate's reconstruction
         grads["W_dec"] += gather_rows(order, gate, d_gate_recons)
         d_recons = d_recons + d_gate_recons
     set_gradients(inputs, grads, d_recons, d_bias=per_latent(pairs, d_u, d_sae))

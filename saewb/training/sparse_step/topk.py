@@ -1,9 +1,9 @@
-"""The top-k objectives by hand: `objective.losses(...)` and its backward pass, from the pairs that are active.
+"""Sparse step of the top-k objectives, from the active pairs.
 
-All are one computation over levels (a single one but for Matryoshka), with latents low..high of each:
+One computation over levels (a single one except for Matryoshka), each of the latents low..high:
 
     recons_l = recons_(l-1) + acts[low:high] @ W_dec[low:high];     error_l = recons_l - y
-    d_reconss_l = sum over levels m >= l of d error_m: the gradient for the activations and decoder rows of level l
+    d_recons_l = sum over levels m >= l of d error_m: the gradient for the activations and decoder rows of level l
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from saewb.distributed import ParallelContext
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, pairs_of
 from saewb.kernels.precision import MARGIN
-from saewb.kernels.select import Readout, top_of_batch, top_per_token
+from saewb.kernels.select import top_of_batch, top_per_token
 from saewb.training.objectives import Losses, ObjectiveState
 from saewb.training.objectives.topk import BatchTopKObjective, TopKObjective
 from saewb.training.sparse_step.gradients import (
@@ -29,12 +29,12 @@ from saewb.training.sparse_step.gradients import (
     with_metrics,
 )
 
-_PER_PAIR = 25  # scores that a low-precision product must save for each pair it has scored again, to be worth it
+_PER_PAIR = 25  # scores per pair scored again, above which a low-precision product is worthwhile
 
 
 @dataclass(frozen=True)
 class Level:
-    """The active pairs of latents low..high, counted from low, and the error of the reconstruction up to here."""
+    """Active pairs of the latents low..high, counted from low, and the error of the reconstruction up to high."""
 
     low: int
     high: int
@@ -44,8 +44,8 @@ class Level:
 
 
 def topk_step(objective: TopKObjective, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
-    """Losses of one batch; gradients are in the parameters' `.grad`. None if too many latents are active."""
-    selected = _select(objective, inputs, state.team)
+    """Losses of one batch, with gradients in the parameters' `.grad`; None if too many latents are active."""
+    selected = _select(objective, inputs, state.parallel)
     if selected is None:
         return None
     pairs = selected if objective.signed else replace(selected, pre=selected.pre.clamp(min=0))
@@ -62,27 +62,24 @@ def topk_step(objective: TopKObjective, inputs: StepInputs, state: ObjectiveStat
     return with_metrics(terms, inputs, pairs, pairs.pre, levels[-1].error, **extra)
 
 
-def _select(objective: TopKObjective, inputs: StepInputs, team: ParallelContext) -> Pairs | None:
+def _select(objective: TopKObjective, inputs: StepInputs, parallel: ParallelContext) -> Pairs | None:
     readout, n_pairs = inputs.readout(norms=inputs.params.norms()), int(objective.k * len(inputs.x))
     if not 0 < n_pairs <= inputs.limit:
         return None
     if objective.k + MARGIN.get(inputs.precision, 0) > objective.d_sae / _PER_PAIR:
         readout = replace(readout, precision="full")
     if isinstance(objective, BatchTopKObjective):
-        n = int(objective.k * len(inputs.x) * team.size)
+        n = int(objective.k * len(inputs.x) * parallel.size)
         pairs = top_of_batch(inputs.x, readout, n, 4 * inputs.limit)
-        return pairs if pairs is None or team.size == 1 else _select_among_all(pairs, readout, n, team)
+        if pairs is None or parallel.size == 1:
+            return pairs
+        scores = readout.score(pairs.pre, pairs.latents).clamp(min=0)
+        return pairs.where(parallel.topk_mask(scores, n).nonzero()[:, 0])  # the n best of all processes
     return top_per_token(inputs.x, readout, objective.k, signed=objective.signed)
 
 
-def _select_among_all(pairs: Pairs, readout: Readout, n: int, team: ParallelContext) -> Pairs:
-    """Of these pairs, those among the `n` best of all processes."""
-    scores = readout.score(pairs.pre, pairs.latents).clamp(min=0)
-    return pairs.where(team.topk_mask(scores, n).nonzero()[:, 0])
-
-
 def _decode_levels(inputs: StepInputs, pairs: Pairs, limits: tuple[tuple[int, int], ...]) -> list[Level]:
-    """Forward through the levels; `pairs.pre` are the activations."""
+    """Forward pass through the levels; `pairs.pre` are the activations."""
     levels: list[Level] = []
     for low, high in limits:
         inside = pairs if len(limits) == 1 else _between(pairs, low, high)
@@ -98,7 +95,7 @@ def _between(pairs: Pairs, low: int, high: int) -> Pairs:
 
 
 def _gradients(inputs: StepInputs, levels: list[Level], signed: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Backward through the levels: gradients by parameter, and that of the offset, which every level contains."""
+    """Backward pass through the levels: gradients by parameter, and that of the offset."""
     parts, d_recons = [], torch.zeros((), device=inputs.y.device)
     for level in reversed(levels):
         span = slice(level.low, level.high)
@@ -107,18 +104,17 @@ def _gradients(inputs: StepInputs, levels: list[Level], signed: bool) -> tuple[d
         d_pre = dots(level.pairs, d_recons, inputs.params.W_dec[span])
         d_pre = d_pre if signed else d_pre * (level.pairs.pre > 0)
         parts.insert(0, encoder_decoder_gradients(inputs, level.pairs, order, level.pairs.pre, d_pre, d_recons, span))
-    return {name: _join(inputs.gradient_buffer(name), [part[name] for part in parts]) for name in parts[0]}, d_recons
-
-
-def _join(buffer: Tensor | None, parts: list[Tensor]) -> Tensor:
-    """Gradients of all latents from those of each level: already together where they were written into a buffer."""
-    return torch.cat(parts) if buffer is None else buffer
+    gradients = {}
+    for name in parts[0]:  # the levels of one buffer are already concatenated
+        buffer = inputs.gradient_buffer(name)
+        gradients[name] = torch.cat([part[name] for part in parts]) if buffer is None else buffer
+    return gradients, d_recons
 
 
 def _dead_loss(
     objective: TopKObjective, inputs: StepInputs, levels: list[Level], state: ObjectiveState, grads: dict[str, Tensor]
 ) -> Float[Tensor, ""]:
-    """Auxiliary loss of the dead latents; its gradients are added to `grads`."""
+    """Compute the auxiliary loss of the dead latents, and add its gradients."""
     loss, params, rows = objective.auxiliary_loss, inputs.params, state.dead_rows
     if not objective.aux_by_level:
         return add_dead_gradients(loss, params, inputs.x, -levels[-1].error, state, grads)

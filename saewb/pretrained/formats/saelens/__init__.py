@@ -1,15 +1,15 @@
-"""The SAELens layout: `cfg.json` and `sae_weights.safetensors`, of every version and architecture; read and written.
+"""The SAELens layout, `cfg.json` and `sae_weights.safetensors`: read all versions and architectures, write version 6.
 
-`SAELens.read` makes one of saewb's classes of it, with whatever that class has no field for folded into the weights:
+`SAELens.read` returns one of saewb's classes, with everything it has no field for folded into the weights:
 
 - gated -> jumprelu:  W_enc exp(r_mag), threshold max(b_mag - exp(r_mag) b_gate, 0)
 - `scaling_factor` per latent -> W_dec;  `log_threshold` -> exp;  a scalar `topk_threshold` -> one per latent
 - an average-norm factor f -> W_enc f, W_dec / f, b_dec / f;  a whitening -> W_enc, W_dec, b_dec and a b_pre
 - `rescale_acts_by_decoder_norm` -> unit decoder rows, their norms in W_enc and b_enc
 
-`write` writes version 6. What sae-lens cannot express, a b_pre of its own, is folded into b_enc; top-k transcoders get
-architecture names of saewb's own, which sae-lens refuses. How often latents fire, if the folder says so, is not part
-of the SAE: `read_log_sparsity` reads it.
+`write` folds a separate b_pre, which sae-lens does not have, into b_enc; top-k transcoders get architecture names that
+only saewb has, and sae-lens refuses. `read_log_sparsity` reads the firing frequencies of latents, if the folder has
+them.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.saf
 class SAELens(Layout):
     """The SAELens layout.
 
-    `Provenance.scaling_factor` is for a file that says `expected_average_only_in` and has no activation_scaler.json
-    beside it. `overrides` replace keys of cfg.json; `model` and `hook` count only where cfg.json has none.
+    `Provenance.scaling_factor` is for a file with `expected_average_only_in` and without activation_scaler.json in its
+    folder. `overrides` replace keys of cfg.json; `model` and `hook` are used only where cfg.json has none.
 
     Example:
         >>> import tempfile
@@ -89,14 +89,14 @@ class SAELens(Layout):
 
 
 def read_config(path: Path, provenance: Provenance | None = None) -> SAEConfig | PursuitConfig | TemporalConfig:
-    """The configuration that reading a folder would give, without the weights being there.
+    """Read the configuration of an SAE from its folder, without the weights.
 
     Args:
         path: a folder with cfg.json (and activation_scaler.json, if the SAE needs it).
         provenance: as for `SAELens.read`.
 
     Raises:
-        FormatError: if anything in these files is unknown, missing or contradictory.
+        FormatError: if anything in these files is unknown, missing or inconsistent.
     """
     folder, provenance = Path(path), provenance or Provenance()
     try:
@@ -106,7 +106,7 @@ def read_config(path: Path, provenance: Provenance | None = None) -> SAEConfig |
             transform: float | Whitening | None = Whitening(square[0], square, square)
         else:
             transform = input_transform(folder, description, provenance.scaling_factor)
-        # The same path as the weights take, over tensors that are nothing but their shapes.
+        # Convert as with weights, on meta tensors that have shapes only.
         tensors = {name: torch.empty(shape, device="meta") for name, shape in _stored_shapes(description).items()}
         return _convert(replace(description, finetuned=False), tensors, transform)[1]
     except ValueError as error:
@@ -114,20 +114,20 @@ def read_config(path: Path, provenance: Provenance | None = None) -> SAEConfig |
 
 
 def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool = False) -> Path:
-    """Write an SAE in this layout, version 6; sae-lens reads it and computes the same. All of it or nothing.
+    """Write an SAE in this layout, version 6, atomically; sae-lens reads it and computes the same.
 
     Args:
         sae: any of saewb's classes.
-        folder: a new or empty one, in one that is there.
-        overwrite: replace an SAE that is there. A folder with any other files in it is never replaced.
+        folder: new or empty; its parent exists.
+        overwrite: replace an SAE in the folder. A folder with any other files is never replaced.
 
     Returns:
-        The folder's full path.
+        The absolute path of the folder.
 
     Raises:
-        FileExistsError: if there is something that may not be replaced.
+        FileExistsError: if the folder holds something that may not be replaced.
         ValueError: if the layout cannot express this SAE (a skip matrix together with scaling).
-        TypeError: if `cfg.metadata` holds what JSON does not.
+        TypeError: if `cfg.metadata` holds values that JSON does not have.
     """
     architecture, tied, options, tensors = to_file(sae)
     try:
@@ -144,26 +144,25 @@ def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool 
 
 
 def read_log_sparsity(folder: Path) -> Float[Tensor, " d_sae"]:
-    """How often each latent fired in training: log10(fraction of tokens + 1e-10), from -10 to 0.
+    """Read the firing frequency of each latent in training: log10(fraction of tokens + 1e-10), from -10 to 0.
 
     Raises:
-        FileNotFoundError: if the folder does not say.
+        FileNotFoundError: if the folder does not have it.
     """
     path = Path(folder) / SPARSITY
     if not path.is_file():
-        raise FileNotFoundError(
-            explain(f"{folder} has no {SPARSITY}.", want="a folder that says how often latents fire")
-        )
+        want = "a folder that says how often latents fire"
+        raise FileNotFoundError(explain(f"{folder} has no {SPARSITY}.", want=want))
     return TensorFile(path).tensor("sparsity")
 
 
 def _describe(folder: Path, provenance: Provenance) -> Description:
-    """cfg.json with the catalogue's overrides, and what is known where it says nothing."""
+    """Read cfg.json with the catalogue's overrides, and complete model and hooks."""
     raw = read_json(folder / CONFIG)
     description = describe({**raw, **provenance.overrides} if isinstance(raw, Mapping) else raw)
     hook_out = provenance.hook_out if description.is_transcoder else None
-    known = {"model": provenance.model, "hook": provenance.hook, "hook_out": hook_out}
-    site = {name: known.get(name) if value is None else value for name, value in description.site.items()}
+    defaults = {"model": provenance.model, "hook": provenance.hook, "hook_out": hook_out}
+    site = {name: defaults.get(name) if value is None else value for name, value in description.site.items()}
     return replace(description, site=site)
 
 
@@ -187,7 +186,7 @@ def _stored_shapes(description: Description) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-_Converted = tuple[Any, Any, dict[str, Tensor]]  # class, configuration, weights by its names
+_Converted = tuple[Any, Any, dict[str, Tensor]]  # class, its configuration, its weights by name
 
 
 def _convert(description: Description, tensors: dict[str, Tensor], transform: float | Whitening | None) -> _Converted:
@@ -215,7 +214,7 @@ def _to_sae(description: Description, tensors: dict[str, Tensor], transform: flo
     pre_bias = "tied" if description.tied else "none"
     rescale = description.options.get("rescale_acts_by_decoder_norm", False)
     if isinstance(transform, Whitening):
-        w = fold_whitening(fold_decoder_norms(w) if rescale else w, transform, own=not description.tied)
+        w = fold_whitening(fold_decoder_norms(w) if rescale else w, transform, separate=not description.tied)
         pre_bias = "tied" if description.tied else "own"
     else:
         w = w if transform is None else fold_factor(w, transform, rescale)
@@ -254,7 +253,7 @@ def _to_int(k: object) -> object:
 
 
 def _pop_finetuning_factor(w: dict[str, Tensor], description: Description) -> Tensor | None:
-    """Takes the per-latent factor out of `w`; None if there is none, or it changes nothing."""
+    """Remove the factor per latent from `w` and return it; None if missing or all ones."""
     name = next((name for name in ("scaling_factor", "finetuning_scaling_factor") if name in w), None)
     if name is None:
         if description.finetuned:
@@ -265,12 +264,9 @@ def _pop_finetuning_factor(w: dict[str, Tensor], description: Description) -> Te
     if bool((factor == 1).all()):
         return None
     if not description.finetuned:
-        raise FormatError(
-            explain(
-                f"`{name}` is not all ones, and cfg.json does not say finetuning_scaling_factor.",
-                want='"finetuning_scaling_factor": true if latents are to be multiplied with it',
-            )
-        )
+        want = '"finetuning_scaling_factor": true if latents are to be multiplied with it'
+        what = f"`{name}` is not all ones, and cfg.json does not say finetuning_scaling_factor."
+        raise FormatError(explain(what, want=want))
     return factor
 
 
@@ -301,7 +297,7 @@ def _to_temporal(
     n_layers = options["n_attn_layers"]
     if type(n_layers) is not int or n_layers > len(tensors):  # before a name is made for each
         raise FormatError(explain(f"n_attn_layers is {n_layers!r}, and there are {len(tensors)} tensors."))
-    # A top-k without its k keeps all, as sae-lens computes it.
+    # Top-k without k means all latents, as in sae-lens.
     k = _to_int(options["kval_topk"]) if options["sae_diff_type"] == "topk" else None
     fixed = options["activation_normalization_factor"] if description.normalize == "constant_scalar_rescale" else 1.0
     cfg = TemporalConfig(

@@ -1,8 +1,8 @@
-"""cfg.json of the SAELens layout, in all its generations, as one flat description that does not know about tensors.
+"""Parse cfg.json of the SAELens layout, of all versions, into one flat description.
 
-- 6.x: arithmetic at the top level, everything else in `metadata`.
-- 3 to 5: one flat dictionary; the activation may be spelled `activation_fn_str` with its arguments beside it.
-- 2 and before: the flat dump of a training run; hooks are spelled `hook_point`, there is no architecture.
+- 6.x: keys that affect the computation at the top level, everything else in `metadata`.
+- 3 to 5: one flat dictionary; the activation may be named `activation_fn_str`, with `activation_fn_kwargs`.
+- 2 and before: the flat dump of a training run; hooks are named `hook_point`, there is no architecture.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from saewb.errors import FormatError, explain, near
 
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-# sae-lens has no top-k transcoder, no groupmax, and refuses these names; saewb writes them since others publish such
-# weights.
+# sae-lens has no top-k transcoder and no groupmax, and refuses these names; saewb writes them since such weights are
+# published.
 _EXTENSIONS = (
     *("topk_transcoder", "topk_skip_transcoder", "abstopk_transcoder", "abstopk_skip_transcoder"),
     *("groupmax", "groupmax_transcoder", "groupmax_skip_transcoder"),
@@ -33,8 +33,7 @@ _NORMALIZATIONS = (
     "expected_average_only_in",
     "covariance_whitening",
 )
-# Keys that decide what is computed, with what they mean when missing (formats.md A.4); `k` and the rest apply to some
-# architectures only.
+# Keys that affect the computation, with their defaults; `k` and others apply to some architectures only.
 _DEFAULTS = {
     "architecture": "standard",
     "apply_b_dec_to_input": True,
@@ -62,9 +61,9 @@ _NAMES, _INDICES = (
     ("hook_head_index", "hook_point_head_index"),
 )
 _ALIASES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
-# About the file, not about the SAE: written anew each time.
+# Keys about the file, not the SAE; `write` sets them.
 _FILE_KEYS = ("sae_lens_version", "saewb_version", "dtype", "device")
-# What the losses and optimizers of training checkpoints put at the top level of a 6.x file; none changes inference.
+# Training options at the top level of 6.x checkpoints; none affects inference.
 _TRAINING_KEYS = frozenset(
     (
         "decoder_init_norm",
@@ -87,7 +86,7 @@ _TRAINING_KEYS = frozenset(
         "use_matryoshka_aux_loss",
     )
 )
-# What belongs in `metadata` but is found at the top level of some 6.x files, where overrides have put it.
+# Keys of `metadata` that some 6.x files have at the top level, because of overrides.
 _METADATA_KEYS = frozenset(
     (
         "model_name",
@@ -118,10 +117,10 @@ _METADATA_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Description:
-    """A cfg.json of any generation, in one spelling."""
+    """A cfg.json of any version, in uniform fields."""
 
     architecture: str
-    """As in the file, but for `activation_fn: topk`."""
+    """Architecture as in the file; "topk" for `activation_fn: topk`."""
     d_in: int
     """Width of the input."""
     d_sae: int
@@ -133,22 +132,22 @@ class Description:
     normalize: str
     """`normalize_activations`."""
     finetuned: bool
-    """Whether a tensor `scaling_factor` is to be used."""
+    """Whether a tensor `scaling_factor` multiplies the latents."""
     options: Mapping[str, Any]
-    """Keys that only this architecture has, defaults filled in."""
+    """Keys of this architecture only, with defaults filled in."""
     site: Mapping[str, Any]
-    """hook, hook_out, head and model, for the configuration classes."""
+    """hook, hook_out, head and model, as in the configuration classes."""
     metadata: Mapping[str, Any]
-    """Everything else."""
+    """All other keys."""
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the architecture's name says so."""
+        """Whether it is a transcoder, by the name of its architecture."""
         return self.architecture.endswith("transcoder")
 
 
 def describe(raw: Mapping[str, Any]) -> Description:
-    """The description in a cfg.json of any generation.
+    """Parse a cfg.json of any version.
 
     Raises:
         FormatError: for an unknown architecture, activation or normalization, a missing width, or (6.x) an unknown key.
@@ -169,7 +168,7 @@ def describe(raw: Mapping[str, Any]) -> Description:
     options = {name: values.pop(name, default) for name, default in options_of(architecture).items()}
     normalize = _normalization(values.pop("normalize_activations"))
     metadata |= {key: value for key, value in values.items() if key not in (*_DEFAULTS, "reshape_activations")}
-    site = {ours: metadata.pop(theirs, None) for theirs, ours in SITE_KEYS.items()}
+    site = {name: metadata.pop(key, None) for key, name in SITE_KEYS.items()}
     reshape = default_reshape(site["hook"], site["head"], architecture)
     description = Description(
         architecture=architecture,
@@ -187,7 +186,7 @@ def describe(raw: Mapping[str, Any]) -> Description:
 
 
 def options_of(architecture: str) -> dict[str, Any]:
-    """The keys that only this architecture has, with their defaults."""
+    """Keys of this architecture only, with their defaults."""
     options: dict[str, Any] = {}
     if architecture.endswith("transcoder"):
         options |= _OPTIONS["transcoder"]
@@ -199,7 +198,7 @@ def options_of(architecture: str) -> dict[str, Any]:
 
 
 def default_reshape(hook: str | None, head: int | None, architecture: str) -> str:
-    """Whether sae-lens should flatten [n_heads, d_head] when nothing else says so: at a hook_z with all its heads."""
+    """Default of `reshape_activations`: "hook_z" flattens [n_heads, d_head] at a hook_z with all its heads."""
     whole = bool(hook) and str(hook).endswith("hook_z") and head is None
     return "hook_z" if whole and not architecture.endswith("transcoder") else "none"
 
@@ -233,17 +232,14 @@ def _is_version_6(raw: Mapping[str, Any]) -> bool:
 
 
 def _split_version_6(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What decides the result, and the rest: `metadata` may well hold a `k` or a `d_out` of its own."""
+    """Split into keys that affect the computation, and metadata, which may have another `k` or `d_out`."""
     deciding = {"d_in", "d_sae", "reshape_activations", *_DEFAULTS, *_FILE_KEYS}
     deciding |= {name for options in _OPTIONS.values() for name in options}
     unknown = sorted(set(raw) - deciding - {"metadata"} - _TRAINING_KEYS - _METADATA_KEYS)
     if unknown:
-        raise FormatError(
-            explain(
-                f"cfg.json has keys that saewb does not know: {', '.join(unknown)}.",
-                want="only keys whose effect on the result is known; what has none belongs in `metadata`",
-            )
-        )
+        what = f"cfg.json has keys that saewb does not know: {', '.join(unknown)}."
+        want = "only keys whose effect on the result is known; what has none belongs in `metadata`"
+        raise FormatError(explain(what, want=want))
     if "architecture" not in raw:
         raise FormatError(explain("cfg.json of version 6 has no architecture.", want=", ".join(ARCHITECTURES)))
     metadata = {**(raw.get("metadata") or {}), **{key: raw[key] for key in raw if key in _METADATA_KEYS}}
@@ -254,7 +250,7 @@ def _split_version_6(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _flatten_older(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Before version 6: one flat dictionary with aliases, and a top-k that `activation_fn` says."""
+    """Convert versions before 6: one flat dictionary with aliases, top-k as `activation_fn`."""
     flat = {**(raw.get("metadata") or {}), **{key: value for key, value in raw.items() if key != "metadata"}}
     values = {**_DEFAULTS, "prepend_bos": True, **{_ALIASES.get(key, key): value for key, value in flat.items()}}
     activation, kwargs = values.pop("activation_fn", "relu"), dict(values.pop("activation_fn_kwargs", None) or {})
@@ -280,25 +276,20 @@ def _normalization(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return "expected_average_only_in" if value else "none"
     if value not in _NORMALIZATIONS:
-        raise FormatError(
-            explain(
-                f"cfg.json has normalize_activations {value!r}.",
-                near=near(str(value), _NORMALIZATIONS),
-                want=", ".join(_NORMALIZATIONS),
-            )
-        )
+        what, close = f"cfg.json has normalize_activations {value!r}.", near(str(value), _NORMALIZATIONS)
+        raise FormatError(explain(what, near=close, want=", ".join(_NORMALIZATIONS)))
     return str(value)
 
 
 def _clean_metadata(metadata: Mapping[str, Any], reshape: object, implied: str) -> dict[str, Any]:
     clean = {key: value for key, value in metadata.items() if key not in _FILE_KEYS}
-    if "normalisation" in clean:  # how saewb 0.1.0 spelled what a training run did to its inputs
+    if "normalisation" in clean:  # spelling of saewb 0.1.0
         clean["normalization"] = str(clean.pop("normalisation")).replace("centred", "centered")
     if clean.get("sae_lens_training_version", "") is None:
         del clean["sae_lens_training_version"]
     if reshape not in (None, "none", "hook_z"):
         raise FormatError(explain(f"cfg.json has reshape_activations {reshape!r}.", want="'none' or 'hook_z'"))
-    # Said in `metadata` only where the hook's name does not say it already.
+    # In `metadata` only if the hook's name does not imply it.
     return clean if reshape in (None, implied) else clean | {"reshape_activations": reshape}
 
 
@@ -306,16 +297,8 @@ def _check_transcoder(description: Description) -> None:
     if not description.is_transcoder:
         return
     if description.tied:
-        raise FormatError(
-            explain(
-                f"a {description.architecture} with apply_b_dec_to_input (or without that key, which means true).",
-                want='"apply_b_dec_to_input": false, since b_dec belongs to the output',
-            )
-        )
+        what = f"a {description.architecture} with apply_b_dec_to_input (or without that key, which means true)."
+        raise FormatError(explain(what, want='"apply_b_dec_to_input": false, since b_dec belongs to the output'))
     if description.normalize not in ("none", "expected_average_only_in"):
-        raise FormatError(
-            explain(
-                f"a {description.architecture} with normalize_activations {description.normalize!r}.",
-                want="'none': the scale of its input says nothing about its output",
-            )
-        )
+        what = f"a {description.architecture} with normalize_activations {description.normalize!r}."
+        raise FormatError(explain(what, want="'none': the scale of its input says nothing about its output"))

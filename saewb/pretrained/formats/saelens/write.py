@@ -1,4 +1,4 @@
-"""saewb's classes as a SAELens file has them: architecture, keys and tensors of version 6."""
+"""Convert saewb's classes to the SAELens layout, version 6: architecture, keys and tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
 from saewb.sae.temporal import TemporalSAE
 
-# What is written is the form of this version. sae-lens reads files of version 6 by other rules than older ones.
+# Version of sae-lens whose form is written; sae-lens reads files of version 6 by other rules than older ones.
 LAYOUT_VERSION = "6.54.12"
 _NORMALIZE = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale", "centered": "none"}
 
@@ -23,20 +23,20 @@ _NORMALIZE = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "cons
 def compose(
     sae: SAE | PursuitSAE | TemporalSAE, architecture: str, tied: bool, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The cfg.json of version 6 for one of the SAE classes; `describe` reads it back.
+    """Compose the cfg.json of version 6 of an SAE; `describe` reads it back.
 
     Args:
-        sae: its widths, scaling, hooks, model and metadata are written.
-        architecture: by the name it has in files.
+        sae: source of widths, normalization, hooks, model and metadata.
+        architecture: name of the architecture in files.
         tied: whether b_dec is subtracted before encoding.
-        options: the keys that only this architecture has.
+        options: keys of this architecture only.
     """
     cfg = sae.cfg
     metadata = {key: value for key, value in cfg.metadata.items() if key != "reshape_activations"}
     if not cfg.is_transcoder:
         metadata = metadata_written(metadata, cfg.normalization, cfg.hook, cfg.model)
     reshape = cfg.metadata.get("reshape_activations", default_reshape(cfg.hook, cfg.head, architecture))
-    site = {theirs: getattr(cfg, ours) for theirs, ours in SITE_KEYS.items() if getattr(cfg, ours) is not None}
+    site = {key: getattr(cfg, name) for key, name in SITE_KEYS.items() if getattr(cfg, name) is not None}
     return {
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
@@ -59,7 +59,7 @@ def _saewb_version() -> str:
 
 
 def to_file(sae: SAE | PursuitSAE | TemporalSAE) -> tuple[str, bool, dict[str, Any], dict[str, Tensor]]:
-    """Architecture, apply_b_dec_to_input, the architecture's own keys, and tensors as the file has them."""
+    """Convert an SAE to architecture, apply_b_dec_to_input, keys of the architecture, and stored tensors."""
     if not isinstance(sae, (SAE, PursuitSAE, TemporalSAE)):
         what = f"the SAELens layout has no {type(sae).__name__}: {sae!r}."
         raise TypeError(explain(what, want="SAE, PursuitSAE or TemporalSAE"))
@@ -92,12 +92,8 @@ def _feed_forward_to_file(sae: SAE, w: dict[str, Tensor]) -> tuple[str, bool, di
     cfg = sae.cfg
     transcoder = cfg.is_transcoder or cfg.skip
     if transcoder and cfg.normalization != "none":
-        raise ValueError(
-            explain(
-                f"the SAELens layout has no skip matrix together with normalization={cfg.normalization!r}: {sae!r}.",
-                want="skip=False or normalization='none'",
-            )
-        )
+        what = f"the SAELens layout has no skip matrix together with normalization={cfg.normalization!r}: {sae!r}."
+        raise ValueError(explain(what, want="skip=False or normalization='none'"))
     architecture = "standard" if cfg.activation == "relu" else cfg.activation
     if transcoder:
         activation = "" if cfg.activation == "relu" else f"{cfg.activation}_"
@@ -116,7 +112,7 @@ def _feed_forward_to_file(sae: SAE, w: dict[str, Tensor]) -> tuple[str, bool, di
 
 
 def separate_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU, contiguous, no two in the same memory (safetensors refuses those)."""
+    """Tensors on the CPU, contiguous, without shared memory, which safetensors refuses."""
     addresses: set[int] = set()
     separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
