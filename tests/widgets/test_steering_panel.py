@@ -125,7 +125,7 @@ def test_tokens_come_one_by_one_and_stop_keeps_them(made, monkeypatch):
     assert made.running
     assert "writing" in made.busy
     gate.let(3)
-    until(lambda: len(made._texts.heard["clean"]) == 2)
+    until(lambda: len(made._texts.prefixes["clean"]) == 2)
     assert made.clean == ""  # a thread touches no trait
     say(made, "collect")
     assert made.clean

@@ -77,8 +77,8 @@ class CorrelationPanel(Panel):
         """Show a matrix.
 
         Args:
-            of: a matrix `[n, n]`, a LowRankCorrelation, a Coactivation, a FeatureIndex, a MatrixView, or an SAE (cosines
-                of its directions, or with `model` and `tokens` the correlation of its latents on them).
+            of: a matrix `[n, n]`, a LowRankCorrelation, a Coactivation, a FeatureIndex, a MatrixView, or an SAE
+                (cosines of its directions, or with `model` and `tokens` the correlation of its latents on them).
             other: true directions or another SAE: shows the cosines of `of` with these, matched.
             model: with `tokens`: the model is run in the background, and `matrix` is None until it has finished.
             tokens: token ids or texts.
