@@ -6,8 +6,8 @@
 2. Long work runs in the background (`start_work`), on a thread that touches no trait. The front end polls for the
    result while `busy` is set, since not every front end shows updates from threads; scripts call `wait`.
 3. Displaying a panel creates two outputs: the panel, and under it `snapshot()`, which the front end hides and updates
-   as the view changes. A saved notebook shows the snapshot where no kernel runs; there JupyterLab shows "model not found"
-   for the first output, whatever else it contains.
+   as the view changes. A saved notebook shows the snapshot where no kernel runs; there JupyterLab shows "model not
+   found" for the first output, whatever else it contains.
 4. With ipykernel 7, callbacks may run on a second thread while a cell runs: `catch_errors` holds the panel's lock.
 """
 

@@ -248,7 +248,7 @@ class CataloguePicker(Panel):
                     raise ValueError(errors.explain(f"l0 is {value}.", want=want, fix="panel.l0 = (20, 100)"))
                 return value
             if name == "model" and value:
-                return self._model_name(value)
+                return self._full_name(value)
             return filter.check(name, value, filter.COLUMNS if name == "sort" else self.catalogue[name].unique())
 
     def _check_sae(self, value: tuple[str, str]) -> tuple[str, str]:
@@ -256,7 +256,7 @@ class CataloguePicker(Panel):
             saewb.pretrained.catalogue.find(*value)  # raises for an unknown SAE
         return value
 
-    def _model_name(self, model: str) -> str:
+    def _full_name(self, model: str) -> str:
         """Name of a model in the catalogue."""
         if (self.catalogue["model"] == model).any():
             return model

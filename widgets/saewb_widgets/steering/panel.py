@@ -1,4 +1,4 @@
-"""SteeringPanel: text generated with and without steering by latents, and the change of the next-token probabilities."""
+"""SteeringPanel: text generated with and without steering, and the change of the next-token probabilities."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _BLANK = {"label": "", "raises": "", "max": 0.0}  # card of a latent without an 
 
 
 class SteeringPanel(Panel):
-    """Steer with latents: the clean and the steered text side by side, and the change of the next-token probabilities.
+    """Steer with latents: clean and steered text side by side, and the change of the next-token probabilities.
 
-    The panel shows `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`, one `steer` for each kind
-    of change (first those that add, then scale, then clamp). It runs `saewb.models.shared_copy.shared_copy(model)`: the
-    same weights without hooks, so cells can use the model at the same time and find it clean, and hooks that they add
-    have no effect here. The table is updated with every change of a setting; texts are generated on request
-    (`generate()` or a button), or with every change if `live=True`.
+    The panel shows `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`, one `steer` for each
+    kind of change (first those that add, then scale, then clamp). It runs
+    `saewb.models.shared_copy.shared_copy(model)`: the same weights without hooks, so cells can use the model at the
+    same time and find it clean, and hooks that they add have no effect here. The table is updated with every change of
+    a setting; texts are generated on request (`generate()` or a button), or with every change if `live=True`.
 
     Example:
         >>> import saewb

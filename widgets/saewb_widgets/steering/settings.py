@@ -1,4 +1,4 @@
-"""Settings of a SteeringPanel: the intervention they define, the texts it generates, and the code that does the same."""
+"""Settings of a SteeringPanel: the intervention they define, the texts, and the code that does the same."""
 
 from __future__ import annotations
 
