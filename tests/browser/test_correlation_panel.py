@@ -41,7 +41,7 @@ def test_zooming_moving_and_the_pair(page):
     box = page.locator("canvas.map").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.75)
     page.mouse.wheel(0, -120)
-    page.wait_for_function("() => document.querySelector('.said').textContent.includes('rows')")
+    page.wait_for_function("() => document.querySelector('.caption').textContent.includes('rows')")
     page.wait_for_timeout(300)
     r0, r1, c0, c1 = panel.view
     assert (r1 - r0, c1 - c0) == (634, 634)
@@ -150,7 +150,7 @@ def test_two_matrices_side_by_side(page):
     panel = CorrelationPanel(learnt, against=true, matched=feature)
     flush = chromium.mount(page, panel)
     drawn(page, panel)
-    page.locator(".said", has_text="the two differ by").wait_for()
+    page.locator(".caption", has_text="the two differ by").wait_for()
     js = """s => { const c = document.querySelector(s);
       return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; }"""
     assert page.evaluate(js, "canvas.map") == page.evaluate(js, "canvas.twin")
@@ -208,8 +208,8 @@ def test_a_part_in_view_becomes_finer(page, monkeypatch):
     panel = CorrelationPanel(low, order="index", view=(100, 420, 0, 320))
     panel.wait(60)
     chromium.mount(page, panel)
-    page.locator(".said", has_text="mean of").wait_for()
-    page.locator(".said", has_text="strongest entry of 4 x 4").wait_for()
+    page.locator(".caption", has_text="mean of").wait_for()
+    page.locator(".caption", has_text="strongest entry of 4 x 4").wait_for()
     assert page.get_attribute("canvas.map", "data-final") == "true"
 
 

@@ -245,7 +245,7 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         canvas.focus()
         for key in ("+", "+", "ArrowRight", "d", "d"):  # d d would delete the cell, if JupyterLab heard it
             page.keyboard.press(key)
-        panel.locator(".said", has_text="single entries").wait_for()
+        panel.locator(".caption", has_text="single entries").wait_for()
         page.wait_for_timeout(500)
         page.mouse.move(box["x"] + 100, box["y"] + 120)
         page.mouse.move(box["x"] + 103, box["y"] + 120)
@@ -269,7 +269,7 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         two = in_cell(page, 3)
         drawn(two)
         assert two.locator("canvas").count() == 3
-        two.locator(".said", has_text="the two differ by").wait_for()
+        two.locator(".caption", has_text="the two differ by").wait_for()
         two.locator(".rows button").first.click()
         two.locator(".pair h3", has_text="and").wait_for()
         twin = two.locator("canvas.twin").bounding_box()

@@ -175,7 +175,7 @@ def test_it_says_how_far_it_is_and_stops(page):
     def slow(activation):
         assert go.acquire(timeout=60)
 
-    held = saewb.models.hook_points.resolve(panel.given.runner.model, "blocks.1.hook_resid_post").add(slow)
+    held = saewb.models.hook_points.resolve(panel.inputs.runner.model, "blocks.1.hook_resid_post").add(slow)
     chromium.mount(page, panel)
     page.fill("textarea", "A cat")
     page.keyboard.press("Enter")
@@ -197,8 +197,8 @@ def test_hostile_tokens_are_text(page):
         tiny_models.bridge(), tiny_models.sae("blocks.1.hook_resid_post"), panel_driver.hostile(), prompt="w3 w9 w20 w4"
     )
     names = (*panel_driver.NAMES[:4], "\n")
-    panel._found = replace(panel._found, reading=replace(panel.reading, tokens=names))
-    panel._arrived((panel._found, None))
+    panel._answer = replace(panel._answer, reading=replace(panel.reading, tokens=names))
+    panel._on_answer((panel._answer, None))
     chromium.mount(page, panel)
     assert page.locator("img").count() == page.locator("script").count() == 0
     assert page.locator(".token").nth(0).text_content().replace("\u00b7", " ") == panel_driver.HOSTILE

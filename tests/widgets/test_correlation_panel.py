@@ -148,7 +148,7 @@ def test_a_pair_has_both_features():
         assert len(side["page"]["top"]) == len(latent.top)
         assert side["near"][0][1] != 0
     ((said, _),) = press(panel, "peek", row=i, col=j)
-    assert said == {"peek": [i, j], "said": [[c.token for c in index.latent(k).top[:6]] for k in (i, j)]}
+    assert said == {"peek": [i, j], "tokens": [[c.token for c in index.latent(k).top[:6]] for k in (i, j)]}
     panel.pair = (-1, -1)
     assert panel.page == {}
 
@@ -188,7 +188,7 @@ def test_the_model_runs_beside_the_notebook(held):
     assert panel.busy == "running the model"
     assert repr(panel) == "CorrelationPanel(correlation, 1024 x 1024, by density, rows 0:1024, columns 0:1024)"
     assert panel.static_html() == "<div>the model has not been run yet</div>"
-    while not panel._seen:
+    while not panel._n_read:
         pass
     press(panel, "progress")
     assert panel.busy == "running the model: 4,096 tokens"
@@ -258,7 +258,7 @@ def test_a_true_matrix_beside_a_learnt_one():
     assert (head["n"], [len(x) for x in levels]) == (2, [14 * 9] * 2)
     apart = (made["values"] - made["beside"]).double()
     apart = apart[~apart.isnan()].square().mean().sqrt().item()
-    assert f"the two differ by {apart:.4g}"[:26] in head["said"]
+    assert f"the two differ by {apart:.4g}"[:26] in head["caption"]
     assert panel.static_html().count("<img") == 2
 
 

@@ -38,10 +38,10 @@ def changed(panel, **traits):
 
 
 def executed(panel, **names):
-    model, sae = panel.given.model, panel.given.saes
+    model, sae = panel.inputs.model, panel.inputs.saes
     made = {"model": model, "sae": sae[0], "saes": list(sae)} | {
-        "index": panel.given.index,
-        "indexes": panel.given.index,
+        "index": panel.inputs.index,
+        "indexes": panel.inputs.index,
     }
     exec(panel.code(), made | names, found := {})
     return found
@@ -428,7 +428,7 @@ def test_latents_come_first_and_words_with_the_saes_follow(monkeypatch):
     gate.let(TEXT)
     until(lambda: panel._jobs["reading"][1].done())
     press(panel, "collect")
-    alone = saewb.next_tokens(panel.given.model, TEXT).to_frame()
+    alone = saewb.next_tokens(panel.inputs.model, TEXT).to_frame()
     assert [w for w, *_ in panel.words["words"]] == alone.token.tolist()
     assert all(q is None for *_, q in panel.words["words"])
     assert (panel.words["compared"], panel.words["comparing"]) == (False, True)
@@ -448,7 +448,7 @@ def test_latents_come_first_and_words_with_the_saes_follow(monkeypatch):
 
 def test_it_says_how_far_it_is_and_stops(monkeypatch):
     panel = explorer(prompt="A cat")
-    twin, go, passed = panel.given.runner.model, threading.Semaphore(0), []
+    twin, go, passed = panel.inputs.runner.model, threading.Semaphore(0), []
 
     def slow(activation):
         passed.append(1)
@@ -603,8 +603,8 @@ def test_a_front_end_that_sets_several_things():
 def test_hostile_tokens_are_text():
     strings = {f"w{k}": name for k, name in enumerate(panel_driver.NAMES)}
     panel = PromptExplorer(tiny_models.bridge(), tiny_models.sae(RESID), panel_driver.hostile(), prompt=WORDS)
-    panel._found = replace(
-        panel._found,
+    panel._answer = replace(
+        panel._answer,
         reading=replace(
             panel.reading, tokens=tuple(strings.get(w, panel_driver.HOSTILE) for w in panel.reading.tokens)
         ),

@@ -125,7 +125,7 @@ def test_tokens_come_one_by_one_and_stop_keeps_them(made, monkeypatch):
     assert made.running
     assert "writing" in made.busy
     gate.let(3)
-    until(lambda: len(made._texts.heard["clean"]) == 2)
+    until(lambda: len(made._texts.prefixes["clean"]) == 2)
     assert made.clean == ""  # a thread touches no trait
     say(made, "collect")
     assert made.clean
@@ -147,14 +147,14 @@ def test_a_new_generation_closes_the_one_under_way(made, monkeypatch):
     made.generate()
     old = made._texts
     gate.let(2)
-    until(lambda: len(old.heard["steered"]) == 1)
+    until(lambda: len(old.prefixes["steered"]) == 1)
     made.prompt = "In the year"
     made.generate()
     gate.let(1)
     gate.let(30)
     made.wait()
     until(lambda: {1, 2} <= set(gate.closed))
-    assert len(old.heard["clean"]) < 6
+    assert len(old.prefixes["clean"]) < 6
     monkeypatch.undo()
     same(made, executed(made, model=made.model, sae=made.saes[0]))
 

@@ -51,11 +51,11 @@ def test_what_is_shown_is_what_brute_force_finds_and_code_gives(sae, side, close
     made = executed(panel, sae=sae)
     assert made["neighbors"] == panel.neighbors
     assert made["table"].index[:200].tolist() == shown
-    assert made["found"].histogram.tolist() == panel.figures["cosines"]
+    assert made["result"].histogram.tolist() == panel.figures["cosines"]
     assert sum(panel.figures["cosines"]) == 1024 * 1023 // 2
     assert sum(panel.figures["largest"]) == 1024
     assert dict((n, v) for n, v, _ in panel.figures["figures"])["effective dimensions"] == pytest.approx(
-        made["found"].effective_dim, rel=1e-3
+        made["result"].effective_dim, rel=1e-3
     )
 
 
@@ -175,7 +175,7 @@ def test_several_are_beside_each_other_and_code_gives_them(sae, other):
         assert made["compared"].equals(panel.compared)
         assert made["points"].equals(panel.points)
         assert made["points"].norm.tolist() == pytest.approx(rows.norm(dim=1).tolist(), rel=1e-5)
-        assert made["found"].histogram.tolist() == panel.figures["cosines"]
+        assert made["result"].histogram.tolist() == panel.figures["cosines"]
         row = next(r for r in panel.beside["rows"] if r["name"] == which)
         n, d = rows.shape
         assert (row["n"], row["d"]) == (n, d)
@@ -309,7 +309,7 @@ def test_many_dots_are_a_choice_that_keeps_the_extremes():
     points, dots = panel.points, panel.dots
     assert 3500 < len(dots["latents"]) <= 4000
     assert len(set(dots["latents"])) == len(dots["latents"])
-    assert f"{len(dots['latents']):,} of 20,000" in dots["said"]
+    assert f"{len(dots['latents']):,} of 20,000" in dots["caption"]
     shown = set(dots["latents"])
     for name in ("norm", "max_abs_cos"):
         assert {points[name].idxmax(), points[name].idxmin()} <= shown

@@ -1,10 +1,10 @@
-"""Panels on top of saewb, for Jupyter: they show what saewb computes, and compute nothing themselves.
+"""Jupyter panels for saewb: they show what saewb computes, and compute nothing themselves.
 
     from saewb_widgets import FeatureBrowser
 
     FeatureBrowser(saewb.load_index("my.index"))
 
-Every panel has `code()`, the Python that gives what it shows; `error`, the last exception of a callback; and traits
+Every panel has `code()`, Python code that reproduces its view; `error`, the exception of the last callback; and traits
 that can be set from Python.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {  # public name: the module that has it
+_HOME = {  # public name: the module that defines it
     "CataloguePicker": "catalogue_picker.panel",
     "CorrelationPanel": "correlation.panel",
     "FeatureBrowser": "feature_browser.panel",

@@ -13,19 +13,19 @@ LARGEST = 500  # rows and columns: beyond that a plotly heat map takes seconds t
 
 
 def feature_similarity(latents: Any, features: Any, *, title: str = "Cosine of latents and features") -> go.Figure:
-    """Which latent found which true feature: their cosines as a heat map, a diagonal if a dictionary was recovered.
+    """Heat map of the cosines of latents with true features; a diagonal means a recovered dictionary.
 
     Args:
-        latents: an SAE, whose decoder is taken, or directions `[n, d]`.
+        latents: an SAE, for its decoder directions, or directions `[n, d]`.
         features: the true directions, `[m, d]`.
-        title: above it.
+        title: title of the figure.
 
     Returns:
-        A figure: a row per latent, in the order of the features they are nearest to (`saewb.synthetic.best_ordering`),
-        a column per feature; blue is -1, white 0, red 1; hover tells latent, feature and cosine.
+        A figure with a row per latent, sorted by nearest feature (`saewb.synthetic.best_ordering`), and a column per
+        feature; blue is -1, white 0, red 1; hover shows latent, feature and cosine.
 
     Raises:
-        ValueError: if there are more than 500 rows or columns, which a browser would take long to draw.
+        ValueError: for more than 500 rows or columns, which a browser takes seconds to draw.
     """
     import plotly.graph_objects as go
 

@@ -1,4 +1,4 @@
-"""HTML and PNG without scripts or style sheets: what a panel shows where no kernel runs."""
+"""HTML tables and PNGs without scripts or style sheets, for viewers without a kernel."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _WIDE = "padding:1px 0;text-align:left;white-space:pre-wrap"
 
 
 def token(text: str, share: float, special: bool, strong: bool) -> str:
-    """A token with its activation as its background, `share` being that of the largest one."""
+    """A token on a background that shows its activation, as `share` of the largest one."""
     shown = " ¶ " if special else html.escape(text.replace("\n", "↵").replace("\t", "⇥"))
     style = f"background-color:rgba(240,148,40,{0.1 + 0.75 * min(1.0, share):.2f})" if share else ""
     style += ";font-weight:600" if strong else ""
     return f'<span style="{style}">{shown}</span>' if style else shown
 
 
-def latent_rows(listed: Iterable[dict[str, Any]]) -> str:
-    """The table's rows."""
+def latent_rows(rows: Iterable[dict[str, Any]]) -> str:
+    """A table of latents with their strongest contexts."""
     out = []
-    for r in listed:
+    for r in rows:
         pieces = "".join(token(s, a, bool(x), j == r.get("at")) for j, (s, a, x) in enumerate(r["tokens"]))
         figures = "".join(f'<td style="{_FIGURE}">{v}</td>' for v in (r["latent"], percent(r["density"]), r["max"]))
         out.append(f'<tr>{figures}<td style="{_WIDE}">{pieces or "never fires"}</td></tr>')
@@ -36,7 +36,7 @@ def latent_rows(listed: Iterable[dict[str, Any]]) -> str:
 
 
 def latent_html(p: dict[str, Any], contexts: int = 8) -> str:
-    """One latent: figures, words, strongest contexts."""
+    """The page of one latent: statistics, promoted tokens, strongest contexts."""
     words = ", ".join(f"<code>{html.escape(s.strip() or s)}</code> {v:+.2f}" for s, _, v in p["raised"][:6])
     facts = f"fires on {percent(p['density'])} of tokens, largest {p['max']}, mean {p['mean']}"
     lines = "".join(
@@ -56,16 +56,16 @@ def _pieces(p: dict[str, Any], c: dict[str, Any]) -> str:
 
 
 def percent(share: float) -> str:
-    """A fraction for people: 0.0123 is 1.23 %."""
+    """Format a fraction as a percentage: 0.0123 is 1.23 %."""
     return "0 %" if share == 0 else f"{100 * share:.3g} %"
 
 
 def grid(head: Iterable[str], body: Iterable[Iterable[object]]) -> str:
-    """A small table: figures to the right, words to the left, a column's title as what stands first under it."""
-    told = [[str(value) for value in line] for line in body]
-    first = told[0] if told else []
+    """A small table: numbers aligned right, words left, a heading like the first cell under it."""
+    cells = [[str(value) for value in line] for line in body]
+    first = cells[0] if cells else []
     top = "".join(_cell("th", title, under) for title, under in zip_longest(head, first, fillvalue=""))
-    lines = ("".join(_cell("td", value, value) for value in line) for line in told)
+    lines = ("".join(_cell("td", value, value) for value in line) for line in cells)
     return f'<table style="border-collapse:collapse"><tr>{top}</tr>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
 
 
@@ -74,12 +74,12 @@ def _cell(tag: str, text: str, like: str) -> str:
     return f'<{tag} style="{_CELL};text-align:{side}">{html.escape(text)}</{tag}>'
 
 
-# What the front end draws: blue below 0, orange above, the paper between; told apart by the color-blind.
+# The front end's color scale: blue below 0, orange above, white between; safe for the color-blind.
 COLD, PAPER, WARM, NONE = (33, 102, 172), (247, 247, 247), (200, 84, 10), (205, 205, 205)
 
 
 def palette() -> bytes:
-    """Colors of the levels 0..255, of which 0 is what is not defined and 128 is 0."""
+    """RGB colors of the levels 0..255: level 0 is undefined, level 128 is the value 0."""
     colors = [NONE]
     for level in range(1, 256):
         share = abs(level - 128) / 127
@@ -89,7 +89,7 @@ def palette() -> bytes:
 
 
 def png_uri(levels: bytes, width: int, height: int) -> str:
-    """A PNG of levels, row by row."""
+    """A PNG of levels in row-major order, as a data URI."""
     lines = b"".join(b"\0" + levels[i * width : (i + 1) * width] for i in range(height))
     head = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
     parts = [(b"IHDR", head), (b"PLTE", palette()), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b"")]

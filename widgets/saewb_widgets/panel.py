@@ -1,14 +1,14 @@
-"""Base class of all panels: title, busy line, errors, a stable repr, and a snapshot for places without a kernel.
+"""Base class of all panels: title, busy line, errors, a stable repr, and a snapshot for viewers without a kernel.
 
-1. Whatever the front end or a trait starts runs in a method decorated with `catch_errors`. An exception there is shown
-   in the panel, kept in `panel.error` and raised again: ipywidgets' `Button.click` would swallow it, and a comm message
-   would hide it in a log.
-2. Long work runs in the background (`start_work`), on a thread that touches no trait. The front end asks for its result
-   while `busy` is set, since updates from threads are not shown everywhere; scripts call `wait`.
-3. A displayed panel makes two outputs: itself, and under it `snapshot()`, which its front end hides and has renewed as
-   the view changes. A saved notebook shows the snapshot where no kernel runs; there JupyterLab shows "model not found"
-   for the first output, whatever else it holds.
-4. With ipykernel 7 callbacks may run beside a cell, on a second thread: `catch_errors` holds the panel's lock.
+1. Callbacks of the front end and of traits run in methods decorated with `catch_errors`. It shows an exception in the
+   panel, stores it in `panel.error` and raises it again: ipywidgets' `Button.click` would swallow it, and a comm
+   message would hide it in a log.
+2. Long work runs in the background (`start_work`), on a thread that touches no trait. The front end polls for the
+   result while `busy` is set, since not every front end shows updates from threads; scripts call `wait`.
+3. Displaying a panel creates two outputs: the panel, and under it `snapshot()`, which the front end hides and updates
+   as the view changes. A saved notebook shows the snapshot where no kernel runs; there JupyterLab shows "model not
+   found" for the first output, whatever else it contains.
+4. With ipykernel 7, callbacks may run on a second thread while a cell runs: `catch_errors` holds the panel's lock.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from IPython.display import HTML
 
 PACKAGE = Path(__file__).parent
-LATENT_JS = Path(saewb.__file__).parent / "features" / "page" / "latent.js"  # draws a latent; the HTML page has it too
+LATENT_JS = Path(saewb.__file__).parent / "features" / "page" / "latent.js"  # draws a latent, as on the HTML page
 
 
 def source(*files: str | Path) -> str:
@@ -44,7 +44,7 @@ def source(*files: str | Path) -> str:
 
 
 def catch_errors(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a callback: its exceptions are shown in the panel, kept in `panel.error` and raised again."""
+    """Decorate a callback: show its exceptions in the panel, store them in `panel.error`, and raise them again."""
 
     @functools.wraps(method)
     def run(self: Panel, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def catch_errors(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_change(*names: str) -> Callable[[Callable[[Any], None]], Any]:
-    """What follows from a change of these traits, once the panel is `_ready`: observed, and catch_errors."""
+    """Decorate a method that reacts to changes of these traits once the panel is `_ready`; includes `catch_errors`."""
 
     def decorate(method: Callable[[Any], None]) -> Any:
         @functools.wraps(method)
@@ -78,7 +78,7 @@ class InvalidValue(t.TraitError, ValueError):
     """A value that a trait does not accept; everything the front end sent with it is reverted too."""
 
     def _render_traceback_(self) -> list[str]:
-        """For IPython: one line, since the traceback would lead through traitlets only."""
+        """One line for IPython, since the traceback would only go through traitlets."""
         return [f"ValueError: {self}"]
 
 
@@ -92,20 +92,19 @@ def report_errors() -> Iterator[None]:
 
 
 class Panel(anywidget.AnyWidget):
-    """Abstract panel: subclasses give a summary line, `code()`, and static HTML for places without a kernel."""
+    """Abstract panel: subclasses provide a summary, `code()`, and static HTML for viewers without a kernel."""
 
     _ready = False  # whether trait changes take effect; see `on_change`
 
-    title = t.Unicode("", help="what is shown, one line").tag(sync=True)
-    about = t.Unicode("", help="what it is of, one line under the title").tag(sync=True)
-    error_message = t.Unicode("", help="the last error, as shown; empty if the last callback went well").tag(sync=True)
-    notice = t.Unicode("", help="what was done, e.g. where a file was saved").tag(sync=True)
-    busy = t.Unicode("", help="what is being computed; empty if nothing is").tag(sync=True)
-    snapshot_id = t.Unicode("", help="names the output that stands in for it without a kernel, once displayed").tag(
-        sync=True
-    )
+    title = t.Unicode("", help="title, one line").tag(sync=True)
+    about = t.Unicode("", help="subtitle: the data shown, one line").tag(sync=True)
+    error_message = t.Unicode("", help="the last error, as shown; empty if the last callback succeeded").tag(sync=True)
+    notice = t.Unicode("", help="message about a finished action, e.g. where a file was saved").tag(sync=True)
+    busy = t.Unicode("", help="description of the background work; empty if there is none").tag(sync=True)
+    snapshot_id = t.Unicode("", help="id of the snapshot output, once displayed").tag(sync=True)
 
-    error: Exception | None = None  # of the last callback
+    error: Exception | None = None
+    """Exception of the last callback, or None."""
 
     def __init__(self, **traits: Any) -> None:
         self._lock = threading.RLock()
@@ -120,11 +119,11 @@ class Panel(anywidget.AnyWidget):
 
     @abstractmethod
     def code(self) -> str:
-        """Python code that reproduces what is shown, to paste in a cell."""
+        """Python code that reproduces the view, to paste into a cell."""
 
     @abstractmethod
     def static_html(self) -> str:
-        """What is shown, as HTML without scripts, for a notebook without its kernel."""
+        """The view as HTML without scripts, for a notebook without its kernel."""
 
     @abstractmethod
     def on_request(self, what: str, **how: Any) -> None:
@@ -149,7 +148,7 @@ class Panel(anywidget.AnyWidget):
         )
 
     def _renew_snapshot(self) -> None:
-        """Replace the displayed snapshot by what the panel shows now."""
+        """Replace the displayed snapshot by the current view."""
         from IPython.display import display
 
         with self._lock:
@@ -171,17 +170,17 @@ class Panel(anywidget.AnyWidget):
         return HTML(f"<div style='font:13px/1.5 system-ui,sans-serif'>{head}{self.static_html()}</div>")
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Accept state from the front end; on failure send back the error and the values that hold."""
+        """Accept state from the front end; on failure send back the error and the current values."""
         try:
             super().set_state(sync_data)
         except Exception as error:
-            # Traitlets holds back or reverts what changed on the way, `error_message` included.
+            # Traitlets reverts the values, `error_message` included.
             self.show_error(error)
             self.send_state([*sync_data, "error_message"])
             raise
 
     def check_names(self, names: Iterable[str], more: Iterable[str] = ()) -> None:
-        """Raise a TypeError for a keyword that is none of its traits, nor of `more`."""
+        """Raise a TypeError for a keyword that is neither a trait nor in `more`."""
         valid = [*self.trait_names(), *more]
         if unknown := [name for name in names if name not in valid]:
             near = errors.near(unknown[0], valid)
@@ -195,10 +194,10 @@ class Panel(anywidget.AnyWidget):
         self.error_message = f"{name}: {message}" if error is not None else ""
 
     def start_work(self, key: str, what: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Run `work` on a thread, then `then` with its result when it is collected; newer work of a key replaces older.
+        """Run `work` on a thread, then call `then` with its result; newer work of a key replaces older.
 
         Args:
-            key: kind of work; one result per key is kept.
+            key: kind of work; only the newest of each kind counts.
             what: text shown while it runs.
             work: function to run; it must not touch a trait.
             then: function that shows the result.
@@ -256,38 +255,35 @@ class Panel(anywidget.AnyWidget):
             self.show_error(None)
             self.notice = ""
         elif isinstance(what, str):
-            self._ask(what, {k: v for k, v in content.items() if k != "do"})
+            self._handle(what, {k: v for k, v in content.items() if k != "do"})
 
     @catch_errors
-    def _ask(self, what: str, how: dict[str, Any]) -> None:
+    def _handle(self, what: str, how: dict[str, Any]) -> None:
         self.on_request(what, **how)
 
 
 def _snapshot_html(name: str, content: str) -> str:
-    """The snapshot, with a rule that hides JupyterLab's "model not found" where no panel can be shown."""
-    rule = f".jp-OutputArea-child:has(+ * .saewb-snapshot-{name}) .jp-OutputArea-output:not(:has(.saewb)) {{display: none}}"
-    return f"<style>{rule}</style><div class='saewb-snapshot-{name}'>{content}</div>"
+    """The snapshot, with a style that hides JupyterLab's "model not found" where the panel cannot be shown."""
+    rule = f".jp-OutputArea-child:has(+ * .saewb-snapshot-{name}) .jp-OutputArea-output:not(:has(.saewb))"
+    return f"<style>{rule} {{display: none}}</style><div class='saewb-snapshot-{name}'>{content}</div>"
 
 
 def _run(future: Future, work: Callable[[], Any]) -> None:
     try:
         future.set_result(work())
-    except BaseException as error:  # it is raised where the result is asked for
+    except BaseException as error:  # raised by `future.result()`
         future.set_exception(error)
 
 
 def model_line(saes: Any, model: Any) -> str:
-    """The line under the title: the SAEs, and whether something is on the model that has no effect in the panel."""
+    """Subtitle: the SAEs, and a remark if the model has hooks, which have no effect in the panel."""
     names = "; ".join(map(repr, saes))
-    return (
-        names
-        if saewb.models.hook_points.has_no_hooks(model)
-        else f"{names} — the model without what cells have put on it"
-    )
+    is_clean = saewb.models.hook_points.has_no_hooks(model)
+    return names if is_clean else f"{names} — the model without what cells have put on it"
 
 
 def model_code(model: Any) -> tuple[str, list[str]]:
-    """The variable that exported code runs, and the lines that make it: a copy without hooks, if `model` has some."""
+    """The model variable for exported code, and lines that define it: a copy without hooks, if `model` has any."""
     if saewb.models.hook_points.has_no_hooks(model):
         return "model", []
     return "bare", [

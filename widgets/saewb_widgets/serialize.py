@@ -1,4 +1,4 @@
-"""Latents as the front end takes them: JSON, with each token text of a page once."""
+"""Serialize latents as JSON for the front end, with each distinct token text of a page once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-_QUARTERS = 24  # of decades of density, from 1e-6 to 1
-_BEFORE, _AFTER = 14, 6  # of a row's snippet: characters before the token it is about, tokens from it on
+_QUARTERS = 24  # bins of a quarter decade of density, from 1e-6 to 1
+_BEFORE, _AFTER = 14, 6  # of a snippet: characters before the strongest token, tokens from it on
 
 
 def latent_row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
-    """A latent's row of the table: its figures and the heart of its strongest context (about 300 bytes).
+    """Table row of a latent: its statistics and a snippet of its strongest context (about 300 bytes).
 
     Args:
-        latent: as `index.latent` gives it.
+        latent: result of `index.latent`.
         special: ids of tokens to show as a mark.
     """
     row = {"latent": latent.index, "density": short(latent.density), "max": short(latent.max), "tokens": []}
@@ -37,9 +37,9 @@ def latent_page(latent: Any, special: frozenset[int], url: str | None) -> dict[s
     """Everything about a latent, each token text once; about 30 kB for 40 contexts of 31 tokens.
 
     Args:
-        latent: as `index.latent` gives it.
+        latent: result of `index.latent`.
         special: ids of tokens to show as a mark.
-        url: of its page on Neuronpedia, if it has one.
+        url: address of its page on Neuronpedia, if it has one.
     """
     page, words = latent.to_dict(digits=4), {}
     for context in (*page["top"], *(c for group in page["groups"] for c in group)):
@@ -49,15 +49,15 @@ def latent_page(latent: Any, special: frozenset[int], url: str | None) -> dict[s
 
 
 def short(value: float) -> float:
-    """Four digits: what the eye can use."""
+    """Round to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def densities(density: Any) -> dict[str, Any]:
-    """How many latents fire how often: counts of log10 density in bins of a quarter, and of those that never fire.
+    """Histogram of log10 density in bins of 0.25, and the number of latents that never fire.
 
     Args:
-        density: of each latent, a pandas Series of fractions.
+        density: density of each latent, a pandas Series of fractions.
     """
     fires = density[density > 0]
     quarter = (fires.map(math.log10) * 4).map(math.floor).clip(-_QUARTERS, -1)
@@ -66,11 +66,11 @@ def densities(density: Any) -> dict[str, Any]:
 
 
 def tried(tokens: Sequence[str], special: Sequence[int], active: Any) -> dict[str, Any]:
-    """A prompt's tokens, and for each latent that fires on it where and how much, those nearest to their largest first.
+    """A prompt's tokens and active latents with their activations, sorted by share of their largest activation.
 
     Args:
-        tokens: their texts.
-        special: positions of those to show as a mark.
+        tokens: texts of the tokens.
+        special: positions of the tokens to show as a mark.
         active: `index.find(...)`.
     """
     best = active.sort_values("of_max", ascending=False, kind="stable").latent.drop_duplicates()

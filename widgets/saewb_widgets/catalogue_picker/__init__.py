@@ -1,1 +1,1 @@
-"""CataloguePicker: its panel, and what only it needs; the front end lies beside."""
+"""CataloguePicker: the panel, its helpers and its front end."""

@@ -1,4 +1,4 @@
-"""CataloguePicker: find a published SAE, see what is known of it, and load it."""
+"""CataloguePicker: find a published SAE in the catalogue, view its details, and load it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WINDOW = 100  # rows of the table sent at a time
-_NOTHING = {  # asked of the catalogue
+_NO_FILTER = {
     **dict.fromkeys(("model", "release", "site", "query", "sort"), ""),
     **dict.fromkeys(("layer", "width", "on_neuronpedia")),
     **{"l0": (None, None), "descending": False},
@@ -25,14 +25,14 @@ _NOTHING = {  # asked of the catalogue
 
 
 class Cancelled(Exception):
-    """Raised on the threads of a download that nobody wants any more."""
+    """Raised on the threads of a cancelled download."""
 
 
 class CataloguePicker(Panel):
-    """Find a published SAE by model, release, words, place, width and L0, look at what is known of it, and load it.
+    """Find a published SAE by model, release, words, site, width and L0, view its details, and load it.
 
-    The table is `panel.table`, of `saewb.catalogue()`; 100 rows of it are sent at a time. What was loaded is
-    `panel.sae`. Loading runs beside the notebook (`busy`, `wait()`, `cancel()`).
+    The table is `panel.table`, a selection of `saewb.catalogue()`; 100 rows are sent at a time. The loaded SAE is
+    `panel.sae`. Loading runs in the background (`busy`, `wait()`, `cancel()`).
 
     Example:
         >>> panel = CataloguePicker(model="gpt2", site="resid_pre", sort="layer", descending=True)
@@ -52,41 +52,43 @@ class CataloguePicker(Panel):
     _esm = source("shared/frame.js", "catalogue_picker/catalogue_picker.js")
     _css = source("shared/frame.css", "catalogue_picker/catalogue_picker.css")
 
-    model = t.Unicode("", help="a model's name; empty: of any").tag(sync=True)
-    release = t.Unicode("", help="a release's name; empty: any").tag(sync=True)
+    model = t.Unicode("", help="name of the model; empty: any").tag(sync=True)
+    release = t.Unicode("", help="name of the release; empty: any").tag(sync=True)
     site = t.Unicode("", help="resid_post, mlp_out, transcoder...; empty: any").tag(sync=True)
-    layer = t.Int(None, allow_none=True, help="of the point that is read").tag(sync=True)
+    layer = t.Int(None, allow_none=True, help="layer that the SAE reads").tag(sync=True)
     width = t.Int(None, allow_none=True, help="number of latents").tag(sync=True)
     l0 = t.Tuple(
         t.Float(allow_none=True),
         t.Float(allow_none=True),
         default_value=(None, None),
-        help="active latents per token, from and to",
+        help="range of active latents per token, from and to",
     ).tag(sync=True)
-    on_neuronpedia = t.Bool(None, allow_none=True, help="with its pages, without, or either (None)").tag(sync=True)
-    query = t.Unicode("", help="words, each somewhere in release, id, model, hook or repo").tag(sync=True)
-    sort = t.Unicode("", help="a column; empty: the catalogue's own order").tag(sync=True)
+    on_neuronpedia = t.Bool(None, allow_none=True, help="with pages on Neuronpedia, without, or either (None)").tag(
+        sync=True
+    )
+    query = t.Unicode("", help="words, each of which must occur in release, id, model, hook or repo").tag(sync=True)
+    sort = t.Unicode("", help="column to sort by; empty: the catalogue's own order").tag(sync=True)
     descending = t.Bool(False, help="largest first").tag(sync=True)
-    selected = t.Tuple(t.Unicode(), t.Unicode(), default_value=("", ""), help="release and id on the page").tag(
+    selected = t.Tuple(
+        t.Unicode(), t.Unicode(), default_value=("", ""), help="release and id of the SAE on the page"
+    ).tag(sync=True)
+    # Written by the panel for the front end; setting them has no other effect.
+    offset = t.Int(0, help="position in the table of the first row sent").tag(sync=True)
+    position = t.Int(-1, help="position in the table of the selected SAE; -1 if it is not listed").tag(sync=True)
+    rows = t.Dict(help="the rows sent, and the total number of rows").tag(sync=True)
+    left = t.Dict(help="values that can be chosen, and the number of SAEs of each").tag(sync=True)
+    page = t.Dict(help="details of the selected SAE").tag(sync=True)
+    progress = t.Dict(help="of a download: release, id, bytes downloaded, bytes in total (0: not known yet)").tag(
         sync=True
     )
-    # What the front end draws; made here, so setting them has no effect on anything else.
-    offset = t.Int(0, help="place in the table of the first row sent").tag(sync=True)
-    position = t.Int(-1, help="place in the table of the selected one; -1 if it is not listed").tag(sync=True)
-    rows = t.Dict(help="the rows sent, and how many there are").tag(sync=True)
-    left = t.Dict(help="what else could be chosen, and how many SAEs have it").tag(sync=True)
-    page = t.Dict(help="all that is known of the selected one").tag(sync=True)
-    progress = t.Dict(help="of a download: release, id, bytes that came, bytes in all (0: not known yet)").tag(
-        sync=True
-    )
-    loaded = t.Dict(help="what panel.sae is: release, id, text").tag(sync=True)
-    facts = t.Dict(help="what stays").tag(sync=True)
+    loaded = t.Dict(help="release, id and repr of panel.sae").tag(sync=True)
+    facts = t.Dict(help="constants for the front end").tag(sync=True)
 
     def __init__(self, *, device: str | None = None, **traits: Any) -> None:
         """Show the catalogue.
 
         Args:
-            device: where to load to; None means the CPU.
+            device: device to load to; None means the CPU.
             traits: e.g. `model="google/gemma-2-2b"`, `width=16384`, `l0=(20, 100)`, `sort="l0"`.
 
         Raises:
@@ -94,12 +96,12 @@ class CataloguePicker(Panel):
             ValueError: for a model, release, site, column or SAE that the catalogue does not have.
         """
         self.check_names(traits)
-        self.sae: Any = None  # what was loaded last
+        self.sae: Any = None  # the SAE loaded last
         self.catalogue: pd.DataFrame = saewb.catalogue()
         self.table = self.catalogue
         self._device = device
-        self._given_up = threading.Event()  # of the download that runs
-        self._came: tuple[int, int] = (0, 0)
+        self._cancelled = threading.Event()  # of the current download
+        self._bytes: tuple[int, int] = (0, 0)  # downloaded, total
         self._list_number = 0
         super().__init__(**traits)
         self.title = "Published SAEs"
@@ -108,15 +110,15 @@ class CataloguePicker(Panel):
         self.facts = {"all": len(self.catalogue), "window": WINDOW, "columns": list(filter.COLUMNS.items())}
         self._ready = True
         self._list()
-        self._turn()
+        self._send_page()
 
-    # What a reader does
+    # What a user does
 
     def load(self, release: str | None = None, id: str | None = None) -> None:
-        """Begin to load an SAE, the selected one without arguments; `wait()` for it, then it is `panel.sae`.
+        """Start loading an SAE, by default the selected one; after `wait()` it is `panel.sae`.
 
         Raises:
-            ValueError: if none is selected, or the catalogue has none of these names.
+            ValueError: if none is selected, or the catalogue does not have it.
         """
         if release is not None:
             self.selected = (release, id or "")
@@ -124,14 +126,14 @@ class CataloguePicker(Panel):
             fix = "panel.load('gpt2-small-res-jb', 'blocks.8.hook_resid_pre')"
             raise ValueError(errors.explain("CataloguePicker was asked to load nothing.", want="a row chosen", fix=fix))
         self.cancel()
-        (release, id), given_up = self.selected, threading.Event()
-        self._given_up, self._came = given_up, (0, 0)
-        how = {} if self._device is None else {"device": self._device}
+        (release, id), cancelled = self.selected, threading.Event()
+        self._cancelled, self._bytes = cancelled, (0, 0)
+        options = {} if self._device is None else {"device": self._device}
 
-        def came(done: int, total: int) -> None:
-            if given_up.is_set():
+        def progress(done: int, total: int) -> None:
+            if cancelled.is_set():
                 raise Cancelled(f"{release}, {id}")
-            self._came = (done, total)
+            self._bytes = (done, total)
 
         def then(sae: Any) -> None:
             self.sae = sae
@@ -140,12 +142,14 @@ class CataloguePicker(Panel):
 
         self.progress = {"release": release, "id": id, "done": 0, "total": 0}
         self.notice = ""
-        self.start_work("load", f"loading {id}", lambda: saewb.load_sae(release, id, progress=came, **how), then)
+        self.start_work(
+            "load", f"loading {id}", lambda: saewb.load_sae(release, id, progress=progress, **options), then
+        )
 
     def cancel(self) -> None:
-        """Stop loading. Files that came whole are kept, so loading it again fetches the others only."""
+        """Cancel loading. Complete files stay in the cache, so loading again downloads only the others."""
         if self.progress:
-            self._given_up.set()
+            self._cancelled.set()
             release, id = self.progress["release"], self.progress["id"]
             self.discard_work("load")
             self.notice = f"cancelled: {release}, {id}"
@@ -163,7 +167,7 @@ class CataloguePicker(Panel):
         return f"{listed}, {' '.join(self.selected) if self.selected[0] else 'none chosen'}"
 
     def code(self) -> str:
-        """Python that makes `table`, and once one is loaded, `sae`."""
+        """Python code that computes `table` and, once an SAE is loaded, `sae`."""
         lines = ["import saewb", "", *self._choice().code()]
         if self.loaded:
             lines.append(self._call(self.loaded["release"], self.loaded["id"]))
@@ -185,7 +189,7 @@ class CataloguePicker(Panel):
             for release, id, _, _, layer, d_sae, l0, _, size, _ in self.rows["rows"][:12]
         ]
         shown = grid(("release", "id", "layer", "width", "L0", "size"), listed)
-        return shown + (grid(("", " ".join(self.selected)), filter.told(self.page)) if self.page else "")
+        return shown + (grid(("", " ".join(self.selected)), filter.page_rows(self.page)) if self.page else "")
 
     def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
@@ -203,10 +207,10 @@ class CataloguePicker(Panel):
             raise ValueError(errors.explain(f"CataloguePicker was asked to {what!r}."))
 
     def clear(self) -> None:
-        """Ask nothing of the catalogue any more."""
+        """Remove all filters."""
         self._ready = False
         try:
-            for name, value in _NOTHING.items():
+            for name, value in _NO_FILTER.items():
                 setattr(self, name, value)
         finally:
             self._ready = True
@@ -218,42 +222,42 @@ class CataloguePicker(Panel):
 
     def _move(self, to: int | None = None, by: int = 0) -> None:
         if len(self.table):
-            place = max(0, min(len(self.table) - 1, self.position + by if to is None else to))
-            row = self.table.iloc[place]
+            position = max(0, min(len(self.table) - 1, self.position + by if to is None else to))
+            row = self.table.iloc[position]
             self.selected = (row["release"], row["id"])
 
     def _on_message(self, _: Any, content: Any, buffers: Any = None) -> None:
         super()._on_message(_, content, buffers)
         if self.progress and isinstance(content, dict) and content.get("do") == "collect":
-            done, total = self._came
+            done, total = self._bytes
             self.progress = {**self.progress, "done": done, "total": total}
 
-    # What is asked for is checked before anything changes
+    # Validation, before anything changes
 
     @t.validate("model", "release", "site", "sort", "l0", "selected")
     @catch_errors
     def _check(self, proposal: dict) -> Any:
-        name, got = proposal["trait"].name, proposal["value"]
+        name, value = proposal["trait"].name, proposal["value"]
         with report_errors():
             if name == "selected":
-                return self._existing(got)
+                return self._check_sae(value)
             if name == "l0":
-                low, high = got
+                low, high = value
                 if (low is not None and low < 0) or (None not in (low, high) and low > high):
                     want = "(from, to), latents per token; None leaves an end open"
-                    raise ValueError(errors.explain(f"l0 is {got}.", want=want, fix="panel.l0 = (20, 100)"))
-                return got
-            if name == "model" and got:
-                return self._full(got)
-            return filter.checked(name, got, filter.COLUMNS if name == "sort" else self.catalogue[name].unique())
+                    raise ValueError(errors.explain(f"l0 is {value}.", want=want, fix="panel.l0 = (20, 100)"))
+                return value
+            if name == "model" and value:
+                return self._full_name(value)
+            return filter.check(name, value, filter.COLUMNS if name == "sort" else self.catalogue[name].unique())
 
-    def _existing(self, got: tuple[str, str]) -> tuple[str, str]:
-        if got[0] or got[1]:
-            saewb.pretrained.catalogue.find(*got)  # which says what is wrong with it
-        return got
+    def _check_sae(self, value: tuple[str, str]) -> tuple[str, str]:
+        if value[0] or value[1]:
+            saewb.pretrained.catalogue.find(*value)  # raises for an unknown SAE
+        return value
 
-    def _full(self, model: str) -> str:
-        """The catalogue's name of a model."""
+    def _full_name(self, model: str) -> str:
+        """Name of a model in the catalogue."""
         if (self.catalogue["model"] == model).any():
             return model
         (first, *others) = saewb.catalogue(model=model)["model"].unique()
@@ -261,29 +265,29 @@ class CataloguePicker(Panel):
             raise ValueError(errors.explain(f"model {model!r} is several.", want=", ".join([first, *others])))
         return first
 
-    # What follows from it
+    # Reactions to changes
 
-    @on_change(*_NOTHING)
-    def _asked_anew(self) -> None:
+    @on_change(*_NO_FILTER)
+    def _on_filter(self) -> None:
         self._list()
 
     @on_change("selected")
-    def _selected_anew(self) -> None:
-        self._turn()
+    def _on_selected(self) -> None:
+        self._send_page()
 
     @on_change("offset")
-    def _scrolled(self) -> None:
+    def _on_offset(self) -> None:
         self._send_rows()
 
     def _choice(self) -> filter.Choice:
-        places = (self.model, self.release, self.site, self.layer, self.width)
-        return filter.Choice(*places, self.l0, self.on_neuronpedia, self.query, self.sort, self.descending)
+        fields = (self.model, self.release, self.site, self.layer, self.width)
+        return filter.Choice(*fields, self.l0, self.on_neuronpedia, self.query, self.sort, self.descending)
 
     def _list(self) -> None:
         choice = self._choice()
-        self.table, self._list_number = choice.found(self.catalogue), self._list_number + 1
-        self.left = choice.left(self.catalogue)
-        self.position = self._place()
+        self.table, self._list_number = choice.apply(self.catalogue), self._list_number + 1
+        self.left = choice.remaining(self.catalogue)
+        self.position = self._position()
         if self.offset:
             self.offset = 0  # sends the rows
         else:
@@ -295,24 +299,24 @@ class CataloguePicker(Panel):
         sent = [filter.line(row) for row in part]
         self.rows = {"list": self._list_number, "total": len(self.table), "offset": begin, "rows": sent}
 
-    def _place(self) -> int:
+    def _position(self) -> int:
         release, id = self.selected
-        found = self.table.index[(self.table["release"] == release) & (self.table["id"] == id)]
-        return int(found[0]) if len(found) else -1
+        rows = self.table.index[(self.table["release"] == release) & (self.table["id"] == id)]
+        return int(rows[0]) if len(rows) else -1
 
-    def _turn(self) -> None:
-        """Turn to the page of the selected one."""
-        self.position = self._place()
+    def _send_page(self) -> None:
+        """Send the page of the selected SAE."""
+        self.position = self._position()
         if not self.selected[0]:
             self.page = {}
             return
         entry = saewb.pretrained.catalogue.find(*self.selected)
-        every = self.catalogue
-        row = next(every[(every["release"] == entry.release) & (every["id"] == entry.id)].itertuples(index=False))
+        table = self.catalogue
+        row = next(table[(table["release"] == entry.release) & (table["id"] == entry.id)].itertuples(index=False))
         links = (
             []
             if entry.neuronpedia is None
             else [("Neuronpedia", f"{saewb.features.neuronpedia.SITE}/{entry.neuronpedia}")]
         )
         links += [(name, address) for name, address in entry.links.items() if address.startswith("https://")]
-        self.page = filter.about(row, links, entry.note)
+        self.page = filter.page(row, links, entry.note)

@@ -1,1 +1,1 @@
-"""CorrelationPanel: its panel, and what only it needs; the front end lies beside."""
+"""CorrelationPanel: the panel, its helpers and its front end."""

@@ -2,11 +2,11 @@
 const ENDS = { light: [[33, 102, 172], [247, 247, 247], [200, 84, 10], [205, 205, 205]],
   dark: [[96, 165, 250], [24, 26, 30], [245, 150, 60], [74, 76, 82]] };
 const colors = (theme) => { // as words of four bytes, one to a pixel
-  const [cold, paper, warm, none] = ENDS[theme] || ENDS.light, made = new Uint8ClampedArray(1024);
+  const [cold, paper, warm, none] = ENDS[theme] || ENDS.light, rgba = new Uint8ClampedArray(1024);
   for (let k = 0; k < 256; k++) { const a = (Math.abs(k - 128) / 127) ** 0.8, end = k < 128 ? cold : warm;
-    for (let c = 0; c < 3; c++) made[4 * k + c] = k === 0 ? none[c] : paper[c] + (end[c] - paper[c]) * a;
-    made[4 * k + 3] = 255; }
-  return new Uint32Array(made.buffer);
+    for (let c = 0; c < 3; c++) rgba[4 * k + c] = k === 0 ? none[c] : paper[c] + (end[c] - paper[c]) * a;
+    rgba[4 * k + 3] = 255; }
+  return new Uint32Array(rgba.buffer);
 };
 const painted = (levels, wide, high, table) => { const image = new ImageData(wide, high), to = new Uint32Array(image.data.buffer), c = document.createElement("canvas");
   for (let k = 0; k < to.length; k++) to[k] = table[levels[k]];
@@ -18,13 +18,13 @@ const unpacked = (s) => Uint8Array.from(atob(s), (c) => c.charCodeAt(0));
 const bytes = (b) => new Uint8Array(b.buffer ?? b, b.byteOffset ?? 0, b.byteLength);
 
 function map({ root, model, on, ask, set }, side) {
-  const [n, m] = model.get("facts").shape, two = model.get("facts").two, canvas = make("canvas", "map"), box = make("div", "box"), said = make("div", "said");
+  const [n, m] = model.get("facts").shape, two = model.get("facts").two, canvas = make("canvas", "map"), box = make("div", "box"), caption = make("div", "caption");
   const bar = make("div", "scale"), strip = make("canvas"), low = make("span"), high = make("span");
   const maps = make("div", two ? "maps two" : "maps"), charts = [canvas, ...(two ? [make("canvas", "twin")] : [])];
   charts.forEach((c) => { c.tabIndex = 0; c.setAttribute("role", "img"); [c.width, c.height] = [560, 560]; maps.append(c); });
   [strip.width, strip.height] = [255, 1];
   bar.append(low, strip, high);
-  box.append(maps, bar, said);
+  box.append(maps, bar, caption);
   side.append(box);
   let tile = null, seq = 0, waiting = 0, again = false, plain = false, at = null, drag = null, began = 0;
   let drawn = [], theme = "";
@@ -43,8 +43,8 @@ function map({ root, model, on, ask, set }, side) {
       ctx.imageSmoothingEnabled = false;
       if (drawn[k]) ctx.drawImage(drawn[k], (tc - c0) * sx, (tr - r0) * sy, w * s * sx, h * s * sy); });
     [low.textContent, high.textContent] = [number(-tile.scale), number(tile.scale)];
-    said.textContent = `rows ${count(r0)} to ${count(r1)}, columns ${count(c0)} to ${count(c1)}; ${tile.said}`;
-    charts.forEach((c, k) => c.setAttribute("aria-label", `${two ? ["First ", "Second "][k] : ""}${model.get("facts").what} matrix, ${said.textContent}. Arrows move, plus and minus zoom, 0 shows all.`));
+    caption.textContent = `rows ${count(r0)} to ${count(r1)}, columns ${count(c0)} to ${count(c1)}; ${tile.caption}`;
+    charts.forEach((c, k) => c.setAttribute("aria-label", `${two ? ["First ", "Second "][k] : ""}${model.get("facts").what} matrix, ${caption.textContent}. Arrows move, plus and minus zoom, 0 shows all.`));
     canvas.dataset.seq = tile.tile;
     canvas.dataset.ms = (performance.now() - began).toFixed(0);
     canvas.dataset.view = tile.window.join();
@@ -52,7 +52,7 @@ function map({ root, model, on, ask, set }, side) {
   };
   const finer = settled(() => { if (tile && !tile.final && !waiting) ask("refine"); }, 400);
   const heard = (msg, buffers) => {
-    if (msg.peek) { words.set(msg.peek.join(), msg.said); return; }
+    if (msg.peek) { words.set(msg.peek.join(), msg.tokens); return; }
     if (msg.tile !== waiting) return;
     waiting = 0;
     if (msg.none) return; // there is no matrix yet
@@ -79,7 +79,7 @@ function map({ root, model, on, ask, set }, side) {
     const y = Math.floor((i - tile.window[0]) / s), x = Math.floor((j - tile.window[2]) / s);
     if (y < 0 || x < 0 || y >= tile.shape[0] || x >= tile.shape[1]) return null;
     const values = tile.levels.map((levels) => { const l = levels[y * tile.shape[1] + x]; return l ? number(((l - 128) / 127) * tile.scale) : "not defined"; });
-    return { i, j, said: values.length > 1 ? `${values[0]} and ${values[1]}` : values[0], row: tile.rows && tile.rows[y], col: tile.cols && tile.cols[x] }; };
+    return { i, j, value: values.length > 1 ? `${values[0]} and ${values[1]}` : values[0], row: tile.rows && tile.rows[y], col: tile.cols && tile.cols[x] }; };
   const listen = (name, f, options) => charts.forEach((c) => c.addEventListener(name, f, options));
   listen("wheel", (e) => { e.preventDefault(); zoom(Math.exp(Math.max(-120, Math.min(120, e.deltaY)) * 0.004), ...where(e)); }, { passive: false });
   listen("pointerdown", (e) => { drag = { at: where(e), view: view(), moved: false }; e.currentTarget.setPointerCapture(e.pointerId); });
@@ -91,8 +91,8 @@ function map({ root, model, on, ask, set }, side) {
     if (c.row !== undefined) set({ pair: [c.row, c.col] }); else zoom(0.25, ...where(e)); });
   listen("dblclick", () => { const c = tile && tile.rows; if (!c) zoom(0.5); });
   const peek = throttled(() => { if (at && at.row !== undefined && !words.has(`${at.row},${at.col}`)) ask("peek", { row: at.row, col: at.col }); }, 150);
-  const tip = () => { if (!at) return ""; const v = at.said;
-    if (at.row === undefined) return `places ${count(at.i)}, ${count(at.j)}\n${tile.said}: ${v}`;
+  const tip = () => { if (!at) return ""; const v = at.value;
+    if (at.row === undefined) return `places ${count(at.i)}, ${count(at.j)}\n${tile.caption}: ${v}`;
     const [a, b] = words.get(`${at.row},${at.col}`) || [[], []], list = (w) => (w.length ? "  " + w.map(shown).join(" \u00b7 ") : "");
     return `${at.row}${list(a)}\n${at.col}${list(b)}\n${model.get("facts").what} ${v}`; };
   charts.forEach((c) => { c._tip = tip; });

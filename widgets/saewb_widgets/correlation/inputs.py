@@ -1,4 +1,4 @@
-"""What a CorrelationPanel is made with: its matrix, made at once or beside the notebook, and the lines that make it."""
+"""Inputs of a CorrelationPanel: the arguments that define its matrix or matrices, and the code that reproduces them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ from typing import Any, final
 import saewb
 from saewb import errors
 
-LATENTS = ("clusters", "density", "index")  # orders of latents on text
+LATENTS = ("clusters", "density", "index")  # orders of a matrix of latents on text
 _TITLES = {"cosine": "Cosines", "phi": "Firing together", "jaccard": "Firing together"}
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Given:
-    """Arguments of a CorrelationPanel, checked."""
+class Inputs:
+    """Validated arguments of a CorrelationPanel."""
 
     of: Any
+    """A matrix, a MatrixView, a FeatureIndex or an SAE."""
     other: Any
+    """True directions or another SAE, for cosines with those of `of`; or None."""
     model: Any
+    """With `tokens`: the model whose activations the latents of the SAE are computed on."""
     tokens: Any
+    """Token ids or texts."""
     by: str | None
-    against: Any  # a second matrix, or None
-    matched: Any  # its feature for each of the first's
+    """The statistic, as `saewb.matrix_view` and `saewb.latent_matrix` take it; None for their default."""
+    against: Any
+    """A second matrix for comparison, or None."""
+    matched: Any
+    """For each feature of `of` its feature in `against`, -1 for none; None if they have the same features."""
 
     def __post_init__(self) -> None:
         if (self.model is None) != (self.tokens is None):
@@ -38,41 +45,41 @@ class Given:
             raise ValueError(errors.explain("CorrelationPanel got matched= without against=.", fix=fix))
 
     @property
-    def takes_long(self) -> bool:
-        """Whether the model has to be run."""
+    def needs_model(self) -> bool:
+        """Whether the matrix takes a pass of the model."""
         return self.model is not None
 
     def matrix(self, progress: Callable[[int], Any] | None = None) -> Any:
-        """The MatrixView; for latents on text, `progress` hears of the tokens read, and may raise."""
+        """The MatrixView; for latents on text, `progress` is called with the number of tokens read, and may raise."""
         if isinstance(self.of, saewb.MatrixView):
             return self.of
         if isinstance(self.of, saewb.FeatureIndex):
             return self.of.matrix()
-        if self.takes_long:
-            asked = {} if self.by is None else {"by": self.by}
-            return saewb.latent_matrix(self.model, self.of, self.tokens, progress=progress, **asked)
+        if self.needs_model:
+            options = {} if self.by is None else {"by": self.by}
+            return saewb.latent_matrix(self.model, self.of, self.tokens, progress=progress, **options)
         return saewb.matrix_view(self.of, self.other, by=self.by)
 
     def second(self, matrix: Any) -> Any:
-        """The MatrixView to lay beside the first, features in the first's places; None if there is none.
+        """The MatrixView of `against`, with its features in the order of the first matrix; None without `against`.
 
         Raises:
-            ValueError: if it has not a feature for each.
+            ValueError: if the two do not have the same features.
         """
         if self.against is None:
             return None
-        found = self.against if isinstance(self.against, saewb.MatrixView) else saewb.matrix_view(self.against)
-        found = found if self.matched is None else found.picked(self.matched)
-        if not matrix.same or found.shape != matrix.shape:
-            what = f"the matrices are {_size(matrix)} and {_size(found)}."
+        second = self.against if isinstance(self.against, saewb.MatrixView) else saewb.matrix_view(self.against)
+        second = second if self.matched is None else second.picked(self.matched)
+        if not matrix.same or second.shape != matrix.shape:
+            sizes = [" x ".join(f"{n:,}" for n in m.shape) for m in (matrix, second)]
             fix = "CorrelationPanel(learnt, against=true, matched=features)  # of each latent its feature, -1 for none"
+            what = f"the matrices are {sizes[0]} and {sizes[1]}."
             raise ValueError(errors.explain(what, want="two of the same features", fix=fix))
-        return found
+        return second
 
-    def said(self, shape: tuple[int, int], what: str) -> tuple[str, str]:
-        """Title, and the line under it."""
-        about = f"{what} of {shape[0]:,} x {shape[1]:,} features"
-        title = _TITLES.get(what, "Correlation")
+    def heading(self, shape: tuple[int, int], what: str) -> tuple[str, str]:
+        """The panel's title, and the line under it."""
+        title, about = _TITLES.get(what, "Correlation"), f"{what} of {shape[0]:,} x {shape[1]:,} features"
         if self.against is None:
             return title, about
         return (
@@ -80,30 +87,27 @@ class Given:
             f"{about}; left the first, right the second, the same features in the same places",
         )
 
-    def fits(self, index: Any, n: int) -> None:
-        """Raise a ValueError if the index is of other features than the matrix' `n`."""
+    def check_index(self, index: Any, n: int) -> None:
+        """Raise a ValueError if the index does not have the `n` features of the matrix."""
         if index is not None and len(index) != n:
             what = f"the index is of {len(index):,} features, the matrix has {n:,}."
             raise ValueError(errors.explain(what, want="the same"))
 
     def code(self) -> list[str]:
-        """Lines that make `matrix`, and `second` if there is one."""
-        asked = "" if self.by is None else f", by={self.by!r}"
+        """Lines of Python that define `matrix`, and `second` if there is one."""
+        by = "" if self.by is None else f", by={self.by!r}"
         if isinstance(self.of, saewb.MatrixView):
-            made = ["# matrix: the MatrixView that the panel was made with"]
+            lines = ["# matrix: the MatrixView that the panel was made with"]
         elif isinstance(self.of, saewb.FeatureIndex):
-            made = ["# index: what the panel was made with", "matrix = index.matrix()"]
-        elif self.takes_long:
-            made = ["# model, sae, tokens: as given", f"matrix = saewb.latent_matrix(model, sae, tokens{asked})"]
+            lines = ["# index: what the panel was made with", "matrix = index.matrix()"]
+        elif self.needs_model:
+            names = "model, sae, tokens"
+            lines = [f"# {names}: what the panel was made with", f"matrix = saewb.latent_matrix({names}{by})"]
         else:
             names = "of" if self.other is None else "of, other"
-            made = [f"# {names}: what the panel was made with", f"matrix = saewb.matrix_view({names}{asked})"]
+            lines = [f"# {names}: what the panel was made with", f"matrix = saewb.matrix_view({names}{by})"]
         if self.against is None:
-            return made
+            return lines
         view = "against" if isinstance(self.against, saewb.MatrixView) else "saewb.matrix_view(against)"
         names, picked = ("against", "") if self.matched is None else ("against, matched", ".picked(matched)")
-        return [*made, f"# {names}: likewise", f"second = {view}{picked}"]
-
-
-def _size(matrix: Any) -> str:
-    return " x ".join(f"{n:,}" for n in matrix.shape)
+        return [*lines, f"# {names}: what the panel was made with", f"second = {view}{picked}"]

@@ -1,4 +1,4 @@
-"""CorrelationPanel: a correlation matrix of any size as a map, its strongest pairs, and both features of one."""
+"""CorrelationPanel: a zoomable map of a correlation matrix, its strongest pairs, and both features of a pair."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ import traitlets as t
 import saewb
 from saewb import errors
 from saewb_widgets.correlation import serialize
-from saewb_widgets.correlation.inputs import LATENTS, Given
-from saewb_widgets.panel import Panel, catch_errors, report_errors, source
+from saewb_widgets.correlation.inputs import LATENTS, Inputs
+from saewb_widgets.panel import Panel, catch_errors, on_change, report_errors, source
 
 CELLS = ("strongest", "mean")
-PIXELS = 384  # cells per side that are sent, at most
-AT_ONCE = 2048  # features up to which no thread is needed
-_CALM = 0.4  # seconds without a request before a scan goes on, so that zooming stays quick
+PIXELS = 384  # cells per side of the picture sent, at most
+AT_ONCE = 2048  # features; above, work runs on a thread
+_IDLE = 0.4  # seconds without a request before a scan continues, so that zooming stays fast
 
 
 class _Stopped(Exception):
-    """The reader wants no more of it."""
+    """Raised in the model's pass after the user stopped it."""
 
 
 class CorrelationPanel(Panel):
-    """Look at a correlation, cosine or co-activation matrix: zoom from all of it to single entries, click for a pair.
+    """A correlation, cosine or coactivation matrix: zoom from all of it to single entries, click a cell for its pair.
 
-    What is shown is `panel.matrix`, a `saewb.MatrixView`: cells of the part in view, never the whole. Above 2,048
-    features, order and strongest entries are found beside the notebook (`busy`, `wait()`); until then cells show means,
-    and a part in view that stays in view is made finer. So is a matrix of latents on text, which needs the model.
-    With `against`, a second matrix is beside it, the same features in the same places: true against learnt ones.
+    The panel shows `panel.matrix`, a `saewb.MatrixView`, of which only the cells in view are computed. Above 2,048
+    features, the order and the strongest entries are computed in the background (`busy`, `wait()`); until then cells
+    show means, and the window in view is refined once it stays unchanged. A matrix of latents on text, which takes a
+    pass of the model, is computed in the background too. With `against`, a second matrix is shown next to the first,
+    with the same features in the same places, for instance true against learned ones.
 
     Example:
         >>> import saewb
@@ -46,17 +47,19 @@ class CorrelationPanel(Panel):
     _esm = source("shared/frame.js", "correlation/correlation.js")
     _css = source("shared/frame.css", "correlation/correlation.css")
 
-    view = t.Tuple(t.Int(), t.Int(), t.Int(), t.Int(), help="row0, row1, col0, col1: places in the order").tag(
+    view = t.Tuple(
+        t.Int(), t.Int(), t.Int(), t.Int(), help="window: row0, row1, col0, col1, as positions in the order"
+    ).tag(sync=True)
+    order = t.Unicode("", help="order of the features: clusters, density, index; matched for two sets").tag(sync=True)
+    cells = t.Unicode("strongest", help="what a cell of many entries shows: strongest or mean").tag(sync=True)
+    pair = t.Tuple(t.Int(), t.Int(), default_value=(-1, -1), help="features of the row and the column; -1: none").tag(
         sync=True
     )
-    order = t.Unicode("", help="clusters, density, index; matched for two sets").tag(sync=True)
-    cells = t.Unicode("strongest", help="of a cell of many entries: strongest or mean").tag(sync=True)
-    pair = t.Tuple(t.Int(), t.Int(), default_value=(-1, -1), help="row's and column's feature; -1: none").tag(sync=True)
-    version = t.Int(0, help="counts what changes the picture").tag(sync=True)
-    progress = t.Float(0.0, help="fraction of all entries looked through").tag(sync=True)
+    version = t.Int(0, help="incremented with every change of the picture").tag(sync=True)
+    progress = t.Float(0.0, help="fraction of all entries scanned").tag(sync=True)
     page = t.Dict(help="both features of the pair").tag(sync=True)
-    figures = t.Dict(help="statistics and the strongest pairs").tag(sync=True)
-    facts = t.Dict(help="what stays").tag(sync=True)
+    figures = t.Dict(help="statistics and strongest pairs").tag(sync=True)
+    facts = t.Dict(help="constants for the front end: shape, orders, statistic").tag(sync=True)
 
     def __init__(
         self,
@@ -74,49 +77,49 @@ class CorrelationPanel(Panel):
         """Show a matrix.
 
         Args:
-            of: a matrix `[n, n]`, a LowRankCorrelation, a Coactivation, a FeatureIndex, a MatrixView, or an SAE (its
-                directions' cosines, or with `model` and `tokens` its latents' correlation on them).
-            other: true directions or another SAE: cosines of `of` with these, matched.
-            model: with `tokens`: the model is run beside the notebook, and `matrix` is None until it has been.
-            tokens: ids or texts.
-            index: of the features of the rows, for what they fire on.
+            of: a matrix `[n, n]`, a LowRankCorrelation, a Coactivation, a FeatureIndex, a MatrixView, or an SAE
+                (cosines of its directions, or with `model` and `tokens` the correlation of its latents on them).
+            other: true directions or another SAE: shows the cosines of `of` with these, matched.
+            model: with `tokens`: the model is run in the background, and `matrix` is None until it has finished.
+            tokens: token ids or texts.
+            index: feature index of the rows' features, for the tokens they fire on.
             by: see `saewb.matrix_view` and `saewb.latent_matrix`.
-            against: a second matrix, to be compared: anything that `of` may be except an SAE with text or an index.
-            matched: of each feature of `of` its feature in `against`, -1 for none; e.g. the first of what
-                `saewb.synthetic.best_matches` gives. None: the two have the same features.
+            against: a second matrix for comparison: anything that `of` may be except an SAE with text or an index.
+            matched: for each feature of `of` its feature in `against`, -1 for none; e.g. the first result of
+                `saewb.synthetic.best_matches`. None: both have the same features.
             traits: e.g. `order="density"`, `view=(0, 100, 0, 100)`.
 
         Raises:
-            TypeError: for anything else, or an unknown trait.
-            ValueError: for a matrix that is not square, an order or a window that is not there, an index or a second
-                matrix of another number of features.
+            TypeError: for any other type, or an unknown trait.
+            ValueError: for a matrix that is not square, an order or window that does not exist, an index or a second
+                matrix with another number of features.
         """
         self.check_names(traits)
-        self.given = Given(of, other, model, tokens, by, against, matched)
+        self.inputs = Inputs(of, other, model, tokens, by, against, matched)
         self.index = of if isinstance(of, saewb.FeatureIndex) else index
-        self.matrix: Any = None if self.given.takes_long else self.given.matrix()
-        self.second: Any = None if self.matrix is None else self.given.second(self.matrix)
+        self.matrix: Any = None if self.inputs.needs_model else self.inputs.matrix()
+        self.second: Any = None if self.matrix is None else self.inputs.second(self.matrix)
         self.overview: Any = None
-        self._beside: Any = None  # overview of the second
-        self._fine: Any = None  # what was made finer: (overview, window, cells), views
-        self._stop, self._given_up, self._asked_at, self._seen = threading.Event(), False, 0.0, 0
+        self._second_overview: Any = None
+        self._refined: Any = None  # (overview, window, cells) and the refined views of it
+        self._stop, self._is_stopped, self._requested_at, self._n_read = threading.Event(), False, 0.0, 0
         self._ready = False
         matrix = self.matrix
         self._shape = (of.cfg.d_sae,) * 2 if matrix is None else matrix.shape
         self._orders = LATENTS if matrix is None else matrix.orders
         n, m = self._shape
-        self.given.fits(self.index, n)
+        self.inputs.check_index(self.index, n)
         traits.setdefault("order", self._orders[0])
         traits.setdefault("view", (0, n, 0, m))
         super().__init__(**traits)
         self._ready = True
         self._describe((by or "correlation") if matrix is None else matrix.what)
-        self._read() if matrix is None else self._arrange()
-        self._turn()
+        self._compute()
+        self._send_page()
 
     @property
     def shown(self) -> Any:
-        """The cells in view: `values`, `window`, `step`, `cells`.
+        """The view of the cells shown, with `values`, `window`, `step` and `cells`.
 
         Raises:
             ValueError: while the model is still running.
@@ -125,7 +128,7 @@ class CorrelationPanel(Panel):
 
     @property
     def beside(self) -> Any:
-        """The same cells of the second matrix; None if there is none, or not yet."""
+        """The same cells of the second matrix; None if there is no second matrix, or its cells are not computed yet."""
         return next(iter(self._views(self.view)[1:]), None)
 
     def summary(self) -> str:
@@ -134,11 +137,11 @@ class CorrelationPanel(Panel):
         return f"{self.facts['what']}, {n} x {m}, by {self.order}, rows {r0}:{r1}, columns {c0}:{c1}"
 
     def code(self) -> str:
-        """Python that makes `matrix`, `rows`, `columns` and `values`, the cells in view, of what was given.
+        """Python code that computes `matrix`, `rows`, `columns` and `values`, the cells in view, from the inputs.
 
-        With a second matrix also `second` and `beside`, its cells; with a pair, `pair`.
+        With a second matrix also `second` and its cells `beside`; with a selected pair also `pair`.
         """
-        lines = ["import saewb", "", *self.given.code()]
+        lines = ["import saewb", "", *self.inputs.code()]
         if self.matrix is not None:
             shown, (r0, r1, c0, c1) = self.shown, self.shown.window
             columns = "order" if self.matrix.same else f"range({self.matrix.shape[1]})"
@@ -156,7 +159,7 @@ class CorrelationPanel(Panel):
         """See Panel."""
         if self.matrix is None:
             return "<div>the model has not been run yet</div>"
-        return serialize.still(self.matrix, self._views(self.view), self.figures.get("pairs", []))
+        return serialize.static_html(self.matrix, self._views(self.view), self.figures.get("pairs", []))
 
     def on_request(self, what: str, **how: Any) -> None:
         """See Panel."""
@@ -164,17 +167,20 @@ class CorrelationPanel(Panel):
             self._send_tile(**how)
         elif what == "peek":
             i, j = int(how["row"]), int(how["col"])
-            said = [serialize.words(self.matrix, self.index, k, axis) for axis, k in enumerate((i, j))]
-            self.send({"peek": [i, j], "said": said})
+            tokens = [serialize.top_tokens(self.matrix, self.index, k, axis) for axis, k in enumerate((i, j))]
+            self.send({"peek": [i, j], "tokens": tokens})
         elif what == "progress":
-            self._say_progress()
+            if "matrix" in self._jobs:
+                self.busy = f"running the model: {self._n_read:,} tokens"
+            elif self.overview is not None:
+                self.progress = self.overview.done_frac
         elif what == "refine":
             self._refine()
         elif what == "stop":
             self._stop.set()
-            self._given_up = True  # also where the looking has not begun
+            self._is_stopped = True  # also if the scan has not started yet
         elif what == "again":
-            self._read() if self.matrix is None else self._arrange()
+            self._compute()
         elif what == "code":
             self.notice = self.code()
         else:
@@ -183,87 +189,79 @@ class CorrelationPanel(Panel):
     @t.validate("view", "order", "cells", "pair")
     @catch_errors
     def _check(self, proposal: dict) -> Any:
-        name, got, (n, m) = proposal["trait"].name, proposal["value"], self._shape
+        name, value, (n, m) = proposal["trait"].name, proposal["value"], self._shape
+        choices = {"order": self._orders, "cells": CELLS}.get(name)
         with report_errors():
             if name == "view":
-                self._window(got)
-            if name == "pair" and got != (-1, -1) and not (0 <= got[0] < n and 0 <= got[1] < m):
-                raise ValueError(errors.explain(f"pair is {got}.", want=f"features below {n} and {m}"))
-            known = {"order": self._orders, "cells": CELLS}.get(name)
-            if known and got not in known:
-                near = errors.near(got, known)
-                raise ValueError(errors.explain(f"{name} is {got!r}.", near=near, want=", ".join(known)))
-        return got
+                self._check_window(value)
+            if name == "pair" and value != (-1, -1) and not (0 <= value[0] < n and 0 <= value[1] < m):
+                raise ValueError(errors.explain(f"pair is {value}.", want=f"features below {n} and {m}"))
+            if choices and value not in choices:
+                near = errors.near(value, choices)
+                raise ValueError(errors.explain(f"{name} is {value!r}.", near=near, want=", ".join(choices)))
+        return value
 
-    def _window(self, got: tuple) -> tuple:
+    def _check_window(self, window: tuple) -> tuple:
         n, m = self._shape
-        if len(got) != 4 or not (0 <= got[0] < got[1] <= n and 0 <= got[2] < got[3] <= m):
-            raise ValueError(errors.explain(f"view is {got}.", want=f"row0 < row1 <= {n}, col0 < col1 <= {m}"))
-        return got
+        if len(window) != 4 or not (0 <= window[0] < window[1] <= n and 0 <= window[2] < window[3] <= m):
+            raise ValueError(errors.explain(f"view is {window}.", want=f"row0 < row1 <= {n}, col0 < col1 <= {m}"))
+        return window
 
-    @t.observe("order")
-    @catch_errors
-    def _ordered_anew(self, _: Any = None) -> None:
-        if self._ready and self.matrix is not None:
+    @on_change("order")
+    def _on_order(self) -> None:
+        if self.matrix is not None:
             self._arrange()
 
-    @t.observe("cells")
-    @catch_errors
-    def _cells_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self.version += 1
+    @on_change("cells")
+    def _on_cells(self) -> None:
+        self.version += 1
 
-    @t.observe("pair")
-    @catch_errors
-    def _paired_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self._turn()
+    @on_change("pair")
+    def _on_pair(self) -> None:
+        self._send_page()
 
     def _describe(self, what: str) -> None:
-        self.title, self.about = self.given.said(self._shape, what)
-        two = self.given.against is not None
+        self.title, self.about = self.inputs.heading(self._shape, what)
+        two = self.inputs.against is not None
         self.facts = {"shape": list(self._shape), "orders": list(self._orders), "what": what, "two": two}
 
     # -- the matrix --------------------------------------------------------------------------------------------------
 
-    def _read(self) -> None:
-        """Run the model beside the notebook."""
-        stop, self._given_up, self._seen = threading.Event(), False, 0
+    def _compute(self) -> None:
+        """Order and scan the matrix; if it takes the model, run that in the background first."""
+        if self.matrix is not None:
+            self._arrange()
+            return
+        stop, self._is_stopped, self._n_read = threading.Event(), False, 0
         self._stop = stop
 
-        def progress(seen: int) -> None:
-            self._seen = seen
+        def progress(n_read: int) -> None:
+            self._n_read = n_read
             if stop.is_set():
                 raise _Stopped
 
         def work() -> Any:
             try:
-                matrix = self.given.matrix(progress)
-                return matrix, self.given.second(matrix)
+                matrix = self.inputs.matrix(progress)
+                return matrix, self.inputs.second(matrix)
             except _Stopped:
                 return None
 
-        self.start_work("matrix", "running the model", work, self._have)
+        self.start_work("matrix", "running the model", work, self._on_matrix)
 
-    def _have(self, got: Any) -> None:
-        """Take the matrix, if it was not stopped."""
-        if got is None:
-            self.notice = f"Stopped after {self._seen:,} tokens."
+    def _on_matrix(self, matrices: Any) -> None:
+        """Show the matrices; None if the model was stopped."""
+        if matrices is None:
+            self.notice = f"Stopped after {self._n_read:,} tokens."
             return
-        self.matrix, self.second = got
-        self._orders, self._seen = self.matrix.orders, 0
+        self.matrix, self.second = matrices
+        self._orders, self._n_read = self.matrix.orders, 0
         self._describe(self.matrix.what)
         self._arrange()
-        self._turn()
-
-    def _say_progress(self) -> None:
-        if "matrix" in self._jobs:
-            self.busy = f"running the model: {self._seen:,} tokens"
-        elif self.overview is not None:
-            self.progress = self.overview.done_frac
+        self._send_page()
 
     def _overviews(self) -> list[Any]:
-        """Of the matrix, and of the second."""
+        """Overviews of the matrix and, if there is one, of the second."""
         if self.matrix is None:
             what = "the matrix is not there yet" + (": the model is running." if self.busy else ".")
             raise ValueError(errors.explain(what, fix="panel.wait()"))
@@ -271,94 +269,93 @@ class CorrelationPanel(Panel):
             self.overview = self.matrix.overview()
         if self.second is None:
             return [self.overview]
-        if self._beside is None or self._beside.rows is not self.overview.rows:
-            self._beside = self.second.overview(self.overview.rows)
-        return [self.overview, self._beside]
+        if self._second_overview is None or self._second_overview.rows is not self.overview.rows:
+            self._second_overview = self.second.overview(self.overview.rows)
+        return [self.overview, self._second_overview]
 
     def _arrange(self) -> None:
-        """Have the order, then look through all entries."""
+        """Compute the order, then scan all entries."""
         self._stop.set()
-        self._given_up, self.progress = False, 0.0
+        self._is_stopped, self.progress = False, 0.0
         matrix, by = self.matrix, self.order
         self.discard_work("scan")
         what = f"ordering {self._shape[0]:,} features by {by}"
-        self._soon("order", what, lambda: matrix.overview(matrix.order(by)), self._arranged)
+        self._run("order", what, lambda: matrix.overview(matrix.order(by)), self._on_overview)
 
-    def _soon(self, key: str, what: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """At once, or of a large matrix beside the notebook."""
+    def _run(self, key: str, what: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run work at once, or for a large matrix in the background."""
         if max(self._shape) > AT_ONCE:
             self.start_work(key, what, work, then)
         else:
             self.discard_work(key)
             then(work())
 
-    def _arranged(self, overview: Any) -> None:
+    def _on_overview(self, overview: Any) -> None:
         self.overview, stop = overview, threading.Event()
         self._stop = stop
         self.version += 1
-        if self._given_up:
+        if self._is_stopped:
             return
-        seen = self._overviews()
+        overviews = self._overviews()
 
         def work() -> Any:
-            _scan(seen[::-1], stop, lambda: self._asked_at)
+            _scan(overviews[::-1], stop, lambda: self._requested_at)
             return overview
 
-        self._soon("scan", "looking for the strongest entries", work, self._scanned)
+        self._run("scan", "looking for the strongest entries", work, self._on_scan)
 
-    def _scanned(self, overview: Any) -> None:
+    def _on_scan(self, overview: Any) -> None:
         if overview is self.overview:
             self.progress = overview.done_frac
             self.figures = serialize.figures(overview)
             self.version += 1
 
-    # -- what is in view ---------------------------------------------------------------------------------------------
+    # -- the window in view ------------------------------------------------------------------------------------------
 
     def _views(self, window: tuple) -> list[Any]:
-        """Of the matrix, and of the second in the same cells."""
-        seen = self._overviews()
-        if self._fine is not None and self._fine[0] == (seen[0], tuple(window), self.cells):
-            return self._fine[1]
-        return _view(seen, window, self.cells)
+        """The window of the matrix and, in the same cells, of the second."""
+        overviews = self._overviews()
+        if self._refined is not None and self._refined[0] == (overviews[0], tuple(window), self.cells):
+            return self._refined[1]
+        return _view(overviews, window, self.cells)
 
     def _refine(self) -> None:
-        """Make the part in view of all its entries, beside the notebook, unless the scan will have it soon."""
-        window, cells, seen = self.view, self.cells, self._overviews()
-        if "refine" in self._jobs or not _is_refinable(seen, window):
+        """Recompute the window in view from all its entries in the background, unless the scan will reach it soon."""
+        window, cells, overviews = self.view, self.cells, self._overviews()
+        if "refine" in self._jobs or not _is_refinable(overviews, window):
             return
         if all(view.is_final for view in self._views(window)):
             return
 
         def work() -> Any:
-            return (seen[0], window, cells), _refine(seen, window, cells)
+            return (overviews[0], window, cells), _refine(overviews, window, cells)
 
-        self.start_work("refine", "making the picture finer", work, self._refined)
+        self.start_work("refine", "making the picture finer", work, self._on_refined)
 
-    def _refined(self, got: Any) -> None:
-        self._fine = got
+    def _on_refined(self, refined: Any) -> None:
+        self._refined = refined
         self.version += 1
 
     def _send_tile(self, seq: int, view: Any = None, plain: bool = False) -> None:
-        """Of a view that the front end names, since its messages may overtake its traits."""
-        self._asked_at = time.monotonic()
+        """Send cells; the front end names the view, since its messages may overtake its traits."""
+        self._requested_at = time.monotonic()
         if self.matrix is None:
             self.send({"tile": seq, "none": True})
             return
-        window = self.view if view is None else self._window(tuple(view))
+        window = self.view if view is None else self._check_window(tuple(view))
         head, levels = serialize.tile(self.overview, self._views(window), plain)
         self.send({"tile": seq, **head}, levels or None)
 
-    def _turn(self) -> None:
-        """Turn to the pair."""
-        made = self.pair[0] >= 0 and self.matrix is not None
-        self.page = serialize.pair(self.matrix, self.second, self.index, *self.pair) if made else {}
+    def _send_page(self) -> None:
+        has_pair = self.pair[0] >= 0 and self.matrix is not None
+        self.page = serialize.pair(self.matrix, self.second, self.index, *self.pair) if has_pair else {}
 
 
 # -- overviews ---------------------------------------------------------------------------------------------------------
 
 
 def _view(overviews: Sequence[Any], window: tuple, cells: str) -> list[Any]:
-    """A view of each overview, in the same cells; only of the first while the second has no such cells."""
+    """Views of all overviews in the same cells; only of the first while the second lacks such cells."""
     views = [overview.view(window, PIXELS, cells) for overview in overviews]
     if len({(view.step, view.cells) for view in views}) == 1:
         return views
@@ -366,7 +363,7 @@ def _view(overviews: Sequence[Any], window: tuple, cells: str) -> list[Any]:
 
 
 def _refine(overviews: Sequence[Any], window: tuple, cells: str) -> list[Any]:
-    """The same from all entries of the window."""
+    """Views computed from all entries of the window."""
     return [overview.refined(window, PIXELS, cells) for overview in overviews]
 
 
@@ -376,10 +373,10 @@ def _is_refinable(overviews: Sequence[Any], window: tuple) -> bool:
 
 
 def _scan(overviews: Sequence[Any], stop: threading.Event, requested_at: Callable[[], float]) -> None:
-    """Scan all, band by band, until `stop` is set; pauses while requests come, by `time.monotonic`."""
+    """Scan all overviews, band by band, until `stop` is set; pause while the front end sends requests."""
     for overview in overviews:
         for _ in overview.scan():
-            while time.monotonic() - requested_at() < _CALM and not stop.is_set():
+            while time.monotonic() - requested_at() < _IDLE and not stop.is_set():
                 time.sleep(0.05)
             if stop.is_set():
                 return

@@ -1,28 +1,29 @@
-"""What a CorrelationPanel's front end is sent: cells as bytes, statistics, both features of a pair."""
+"""Serialize the view of a CorrelationPanel for the front end: cells as bytes, statistics, both features of a pair."""
 
 from __future__ import annotations
 
 import base64
+import math
 from typing import Any
 
 from saewb_widgets.html import grid, png_uri
 from saewb_widgets.serialize import latent_page, short
 
-_WORDS = 6  # contexts of a feature in a tip
+_N_TOKENS = 6  # tokens of a feature in a tooltip
 
 
 def tile(overview: Any, views: list[Any], plain: bool) -> tuple[dict[str, Any], list[bytes]]:
-    """A view, and that of the second matrix if there is one, in the colors of the first.
+    """A message with the cells of one view, or of both matrices on the color scale of the first.
 
     Args:
-        overview: of the first, for its order.
-        views: of the same window and step.
-        plain: as text, where binary buffers get lost.
+        overview: Overview of the first matrix, for its order.
+        views: views of the same window and step.
+        plain: encode the cells as text, for front ends that lose binary buffers.
     """
     first = views[0]
     (high, wide), (r0, r1, c0, c1) = first.values.shape, first.window
     head = {"window": list(first.window), "shape": [high, wide], "scale": first.scale, "step": first.step}
-    head |= {"said": said(views), "final": all(v.is_final for v in views), "n": len(views)}
+    head |= {"caption": caption(views), "final": all(v.is_final for v in views), "n": len(views)}
     if first.step == 1:
         head |= {"rows": overview.rows[r0:r1].tolist(), "cols": overview.cols[c0:c1].tolist()}
     levels = [v.levels(first.scale) for v in views]
@@ -31,46 +32,46 @@ def tile(overview: Any, views: list[Any], plain: bool) -> tuple[dict[str, Any], 
     return head, levels
 
 
-def said(views: list[Any]) -> str:
-    """What a cell is, and how far the two matrices differ."""
+def caption(views: list[Any]) -> str:
+    """What a cell stands for, and how much the two matrices differ."""
     first = views[0]
     if first.cells == "exact":
         what = "single entries"
     else:
         kind = "strongest entry" if first.cells == "strongest" else "mean"
         what = f"{kind} of {first.step} x {first.step}" + ("" if first.is_final else ", for now")
-    if len(views) == 1 or (apart := first.differs(views[1])) != apart:
+    if len(views) == 1 or math.isnan(rms := first.differs(views[1])):
         return what
-    return f"{what}; the two differ by {short(apart):g} (root mean square)"
+    return f"{what}; the two differ by {short(rms):g} (root mean square)"
 
 
 def figures(overview: Any) -> dict[str, Any]:
-    """Statistics and strongest pairs of what has been looked through."""
-    found = overview.stats
+    """Statistics and strongest pairs of the entries scanned so far."""
     pairs = [[p.row, p.col, short(p.value)] for p in overview.pairs]
-    stats = [] if found is None else [["root mean square", short(found.rms)], ["mean", short(found.mean)]]
-    strongest = [["strongest", pairs[0][2]]] if pairs else []
-    return {"figures": [*stats, *strongest], "pairs": pairs}
+    rows = [["strongest", pairs[0][2]]] if pairs else []
+    if (stats := overview.stats) is not None:
+        rows = [["root mean square", short(stats.rms)], ["mean", short(stats.mean)], *rows]
+    return {"figures": rows, "pairs": pairs}
 
 
 def pair(matrix: Any, second: Any, index: Any, i: int, j: int) -> dict[str, Any]:
-    """Both features of a pair, and what is known of the two together."""
-    found = matrix.pair(i, j)
-    made = {"value": _value(found.value), "together": found.together, "n_tokens": found.n_tokens}
-    made["sides"] = [_side(matrix, index, i, 0, found.fires_row), _side(matrix, index, j, 1, found.fires_col)]
+    """The entry of a pair, and both of its features."""
+    entry = matrix.pair(i, j)
+    page = {"value": _value(entry.value), "together": entry.together, "n_tokens": entry.n_tokens}
+    page["sides"] = [_side(matrix, index, i, 0, entry.fires_row), _side(matrix, index, j, 1, entry.fires_col)]
     if second is not None:
-        made["second"] = _value(second.pair(i, j).value)
-    return made
+        page["second"] = _value(second.pair(i, j).value)
+    return page
 
 
-def words(matrix: Any, index: Any, i: int, axis: int) -> list[str]:
-    """Tokens on which a feature of the rows (0) or columns (1) is strongest."""
+def top_tokens(matrix: Any, index: Any, i: int, axis: int) -> list[str]:
+    """Tokens on which a feature of the rows (axis 0) or columns (axis 1) is strongest."""
     latent = _latent(matrix, index, i, axis)
-    return [] if latent is None else [c.token for c in latent.top[:_WORDS]]
+    return [] if latent is None else [c.token for c in latent.top[:_N_TOKENS]]
 
 
-def still(matrix: Any, views: list[Any], pairs: list[Any]) -> str:
-    """HTML without scripts. Pictures are PNGs in data URIs, written by zlib."""
+def static_html(matrix: Any, views: list[Any], pairs: list[Any]) -> str:
+    """The matrix as PNGs in data URIs, and the strongest pairs, as HTML without scripts."""
     first = views[0]
     high, wide = first.values.shape
     pictures = "".join(
@@ -78,7 +79,7 @@ def still(matrix: Any, views: list[Any], pairs: list[Any]) -> str:
         "style='image-rendering:pixelated;margin-right:12px'>"
         for v in views
     )
-    scale = f"{said(views)}; blue {-first.scale:g}, orange {first.scale:+g}, gray not defined"
+    scale = f"{caption(views)}; blue {-first.scale:g}, orange {first.scale:+g}, gray not defined"
     rows = [(i, j, f"{v:+.3f}") for i, j, v in pairs[:12]]
     return f"{pictures}<div>{scale}</div>" + (grid(("feature", "and", matrix.what), rows) if rows else "")
 
@@ -94,8 +95,8 @@ def _latent(matrix: Any, index: Any, i: int, axis: int) -> Any:
 def _side(matrix: Any, index: Any, i: int, axis: int, fires: int | None) -> dict[str, Any]:
     latent = _latent(matrix, index, i, axis)
     near = [[p.col if axis == 0 else p.row, short(p.value)] for p in matrix.partners(i, 8, axis)]
-    made: dict[str, Any] = {"feature": i, "fires": fires, "near": near}
+    side: dict[str, Any] = {"feature": i, "fires": fires, "near": near}
     if latent is not None:
-        made["page"] = latent_page(latent, frozenset(index.info.special), None)
-        made["page"] = {k: made["page"][k] for k in ("density", "max", "scale", "words", "top", "histogram")}
-    return made
+        page = latent_page(latent, frozenset(index.info.special), None)
+        side["page"] = {k: page[k] for k in ("density", "max", "scale", "words", "top", "histogram")}
+    return side

@@ -1,1 +1,1 @@
-"""FeatureBrowser: its panel, and what only it needs; the front end lies beside."""
+"""FeatureBrowser: the panel, its helpers and its front end."""

@@ -1,4 +1,4 @@
-"""Pins and notes of a reader, in a JSON file beside the notebook."""
+"""Read and write the user's pins and notes, in a JSON file."""
 
 from __future__ import annotations
 

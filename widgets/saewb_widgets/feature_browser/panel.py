@@ -1,4 +1,4 @@
-"""FeatureBrowser: all latents of an index in a table, and a page about the one that is selected."""
+"""FeatureBrowser: a table of all latents of a feature index, and the page of the selected one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CACHED_ROWS = 4096  # rows of the table cached, 300 bytes each
 
 
 class FeatureBrowser(Panel):
-    """Browse what an index knows: search, sort and filter its latents, and look at one.
+    """Browse a feature index: search, sort and filter its latents, and view the page of one.
 
     The table holds all latents, whatever their number: Python sorts and filters, and 48 rows are sent at a time. Above
-    4,096 latents the ranking and searches run beside the notebook; `busy` says so, `wait()` waits for them.
+    4,096 latents the ranking and searches run in the background; `busy` says so, `wait()` waits for them.
 
     Example:
         >>> import saewb
@@ -61,14 +61,14 @@ class FeatureBrowser(Panel):
         to_json=lambda notes, _: {str(i): text for i, text in notes.items()},
         from_json=lambda notes, _: {int(i): text for i, text in notes.items()},
     )
-    # What the front end draws; made here, so setting them has no effect on anything else.
+    # Written by the panel for the front end; setting them has no other effect.
     offset = t.Int(0, help="place in the table of the first row sent").tag(sync=True)
     position = t.Int(0, help="place in the table of the selected latent; -1 if it is not listed").tag(sync=True)
     rows = t.Dict(help="the rows sent, and how many there are").tag(sync=True)
     page = t.Dict(help="everything about the selected latent").tag(sync=True)
     densities = t.Dict(help="how many latents fire how often").tag(sync=True)
     tried = t.Dict(help="the prompt's tokens and what fires on them").tag(sync=True)
-    facts = t.Dict(help="what stays: names of orders, what can be done").tag(sync=True)
+    facts = t.Dict(help="constants for the front end: sort orders, options").tag(sync=True)
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class FeatureBrowser(Panel):
         if self.prompt:
             self._run_prompt()
 
-    # What a reader does
+    # What a user does
 
     @property
     def latents(self) -> list[int]:
@@ -144,7 +144,7 @@ class FeatureBrowser(Panel):
         return list(self._latents)
 
     def pin(self, latent: int) -> None:
-        """Keep a latent at hand; `show_only = "pinned"` lists them."""
+        """Pin a latent; `show_only = "pinned"` lists the pinned ones."""
         (i,) = self._check_latents([latent])
         self.pins = [*(p for p in self.pins if p != i), i]
 
@@ -153,7 +153,7 @@ class FeatureBrowser(Panel):
         self.pins = [p for p in self.pins if p != latent]
 
     def note(self, latent: int, text: str) -> None:
-        """Keep words about a latent; an empty text takes them away."""
+        """Write a note about a latent; an empty text deletes it."""
         (i,) = self._check_latents([latent])
         others = {k: v for k, v in self.notes.items() if k != i}
         self.notes = {**others, i: text} if text else others
@@ -175,7 +175,7 @@ class FeatureBrowser(Panel):
         return f"latent {self.selected}, {listed}, {f.hook} of {f.model}"
 
     def code(self) -> str:
-        """Python that makes `latents`, the table in its order, and `latent`, the page, of `index`."""
+        """Python code that computes `latents` (the table in its order) and `latent` (the page) from `index`."""
         lines = ["import saewb", ""]
         if self._folder is not None:
             lines.append(f"index = saewb.load_index({str(self._folder)!r})")
@@ -226,7 +226,7 @@ class FeatureBrowser(Panel):
                 return value % n if -n <= value < n else self.index.latent(value).index  # which raises
             return table_filter.check_trait(name, value, dict(self.facts.get("sorts") or table_filter.SORTS))
 
-    # What follows from it
+    # Reactions to changes
 
     @on_change("query", "sort", "descending", "show_only", "density")
     def _on_filter(self) -> None:

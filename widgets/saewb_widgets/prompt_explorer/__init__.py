@@ -1,1 +1,1 @@
-"""PromptExplorer: its panel, and what only it needs; the front end lies beside."""
+"""PromptExplorer: the panel, its helpers and its front end."""

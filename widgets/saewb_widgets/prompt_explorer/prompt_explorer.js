@@ -166,16 +166,16 @@ function latents({ model, on, set, ask }) {
   card.append(head, word, rows, more);
 
   const toward = () => {
-    const w = model.get("words"), on = f.weighed.includes(model.get("rank"));
+    const w = model.get("words"), on = f.targeted.includes(model.get("rank"));
     word.hidden = !on;
     word.replaceChildren();
     if (!on) return;
-    const given = make("input"), auto = !model.get("target");
-    given.value = auto ? "" : w.target ?? model.get("target");
-    given.placeholder = w.target ? shown(w.target) + "  (the likeliest)" : "the likeliest";
-    given.setAttribute("aria-label", "Next token that effects are on");
-    given.addEventListener("change", () => set({ target: given.value }));
-    word.append(make("span", "", "effects on the next token "), given);
+    const targetInput = make("input"), auto = !model.get("target");
+    targetInput.value = auto ? "" : w.target ?? model.get("target");
+    targetInput.placeholder = w.target ? shown(w.target) + "  (the likeliest)" : "the likeliest";
+    targetInput.setAttribute("aria-label", "Next token that effects are on");
+    targetInput.addEventListener("change", () => set({ target: targetInput.value }));
+    word.append(make("span", "", "effects on the next token "), targetInput);
     if (!auto) word.append(button("\u00d7", "quiet", () => set({ target: "" }), "The likeliest again"));
   };
   const names = { activation: "activation", of_max: "of largest", logit_effect: "on logit", attribution: "attribution" };
@@ -208,7 +208,7 @@ function latents({ model, on, set, ask }) {
   const columnsOf = (columns) => `18px ${f.saes.length > 1 ? 74 : 54}px minmax(0, 1fr) 56px ${"62px ".repeat(columns.length)}`;
   const pick = (r) => set({ selected_sae: r.sae, selected: r.latent });
   const draw = () => {
-    const l = model.get("listing"), w = model.get("words"), by = model.get("rank"), made = [], everywhere = model.get("everywhere");
+    const l = model.get("listing"), w = model.get("words"), by = model.get("rank"), elements = [], everywhere = model.get("everywhere");
     card.hidden = !l.rows;
     if (!l.rows) return;
     const columns = [by, ...l.columns.filter((c) => c !== by)].slice(0, 3).filter((c) => l.columns.includes(c));
@@ -218,20 +218,20 @@ function latents({ model, on, set, ask }) {
     rank.value = by;
     method.value = model.get("method");
     method.hidden = by !== "attribution";
-    const kept = model.get("pinned");
-    if (kept.length) {
-      made.push(make("div", "sub", everywhere ? `Pinned, at ${w.at}` : "Pinned"));
-      kept.forEach((r) => made.push(row(r, "activation", ["activation"], { activation: Math.max(l.largest.activation || 0, ...kept.map((k) => Math.abs(k.activation))) }, true)));
+    const pinned = model.get("pinned");
+    if (pinned.length) {
+      elements.push(make("div", "sub", everywhere ? `Pinned, at ${w.at}` : "Pinned"));
+      pinned.forEach((r) => elements.push(row(r, "activation", ["activation"], { activation: Math.max(l.largest.activation || 0, ...pinned.map((k) => Math.abs(k.activation))) }, true)));
     }
     const names_ = make("div", "sub row");
     names_.style.gridTemplateColumns = columnsOf(columns);
     names_.append(make("span"), make("span", "", "latent"), make("span", "", f.has_index ? "where it is strongest \u2192 makes likelier" : ""), make("span"),
       ...columns.map((c) => make("span", c === by ? "num by" : "num", names[c])));
-    made.push(names_);
-    l.rows.forEach((r) => made.push(row(r, by, columns, l.largest, false)));
-    if (!l.rows.length) made.push(make("div", "none", "No latent is active here."));
+    elements.push(names_);
+    l.rows.forEach((r) => elements.push(row(r, by, columns, l.largest, false)));
+    if (!l.rows.length) elements.push(make("div", "none", "No latent is active here."));
     const at = rows.scrollTop;
-    rows.replaceChildren(...made);
+    rows.replaceChildren(...elements);
     rows.scrollTop = at;
     more.replaceChildren();
     more.append(make("span", "none", `${count(Math.min(l.rows.length, l.total))} of ${count(l.total)}`));
@@ -276,13 +276,13 @@ function next({ model, on, set, ask }) {
     if (w.compared) { const kl = make("span", "kl", `KL ${digits(w.kl)} nats`); kl._tip = () => "How far the predictions move here: divergence of those with the SAEs from the model's";
       legend.append(make("i", "key gray"), "with the SAEs in place", make("span", "gap"), kl); }
     w.words.slice(0, 14).forEach(([text, id, p, q]) => {
-      const e = button("", "quiet word", () => set({ target: "id:" + id, ...(model.get("facts").weighed.includes(model.get("rank")) ? {} : { rank: "logit_effect" }) }),
+      const e = button("", "quiet word", () => set({ target: "id:" + id, ...(model.get("facts").targeted.includes(model.get("rank")) ? {} : { rank: "logit_effect" }) }),
         `Effects on ${text || "token " + id}: ${share(p)} %`);
       const two = make("span", "two");
       two.append(bar(p, most, ""));
       if (q !== null) two.append(bar(q, most, "gray"));
       e.append(seen(make("span", "t"), text), two, make("span", "num", share(p)), make("span", "num dim", q === null ? "" : share(q)));
-      e.setAttribute("aria-pressed", String(id === w.target_id && model.get("facts").weighed.includes(model.get("rank"))));
+      e.setAttribute("aria-pressed", String(id === w.target_id && model.get("facts").targeted.includes(model.get("rank"))));
       e._tip = () => `${JSON.stringify(text)}   token ${id}\n${(100 * p).toPrecision(3)} %` + (q === null ? "" : `, with the SAEs ${(100 * q).toPrecision(3)} %`) + "\nclick: which latents make it likelier";
       box.append(e);
     });

@@ -1,4 +1,4 @@
-"""Prompts asked about: what is asked, the work it takes, one thing after the other, and what was found."""
+"""Abstract panel that reads a prompt: turns trait changes into questions and runs them in the background."""
 
 from __future__ import annotations
 
@@ -9,173 +9,171 @@ from typing import Any
 import traitlets as t
 
 import saewb
-from saewb_widgets.panel import Panel, catch_errors, model_line, report_errors
+from saewb_widgets.panel import Panel, catch_errors, model_line, on_change, report_errors
 from saewb_widgets.prompt_explorer import serialize, worker
-from saewb_widgets.prompt_explorer.inputs import Given
-from saewb_widgets.prompt_explorer.worker import ALL, Asked, Found
+from saewb_widgets.prompt_explorer.inputs import Inputs
+from saewb_widgets.prompt_explorer.worker import ALL, Answer, Question
 from saewb_widgets.steering.settings import attempt
 
 _STOPPED = "Stopped: this prompt is not read."
-_ASKS = ("prompt", "special_tokens", "shown", "rank", "target", "position", "method")
+_QUESTION_TRAITS = ("prompt", "special_tokens", "shown", "rank", "target", "position", "method")
 
 
 class PromptReader(Panel):
-    """A panel that reads a prompt, abstract.
+    """Abstract panel that reads a prompt.
 
-    1. Whatever is asked goes to a thread (`reading`), and what it finds is drawn; the latest question wins.
-    2. Then the model runs with the SAEs in place (`comparing`), for next words beside its own.
+    1. A thread answers each question (`reading`), then the panel shows the answer; a newer question replaces an older.
+    2. Then the model runs with the SAEs attached (`comparing`), for its next tokens with them.
     """
 
-    prompt = t.Unicode("", help="the text; the tokenizer adds its special tokens").tag(sync=True)
-    position = t.Int(-1, help="the token whose latents are listed; from the end if negative").tag(sync=True)
-    shown = t.Int(ALL, help="which SAE (or layer of a cross-layer transcoder); -1 for all").tag(sync=True)
-    rank = t.Unicode("activation", help="activation, of_max, logit_effect or attribution").tag(sync=True)
-    target = t.Unicode("", help="the next token that effects are on: its text, id:NUMBER, or '' for the likeliest").tag(
+    prompt = t.Unicode("", help="text to read; the tokenizer adds its special tokens").tag(sync=True)
+    position = t.Int(-1, help="index of the token whose latents are listed; negative counts from the end").tag(
         sync=True
     )
-    method = t.Unicode("gradient", help="of attribution: gradient or integrated").tag(sync=True)
-    special_tokens = t.Bool(False, help="read BOS and the like too").tag(sync=True)
-    words = t.Dict(help="what comes next, at the position").tag(sync=True)
+    shown = t.Int(ALL, help="number of the SAE (or layer of a cross-layer transcoder) shown; -1 for all").tag(sync=True)
+    rank = t.Unicode("activation", help="sort key: activation, of_max, logit_effect or attribution").tag(sync=True)
+    target = t.Unicode(
+        "", help="next token that effects are computed for: its text, id:NUMBER, or '' for the most likely"
+    ).tag(sync=True)
+    method = t.Unicode("gradient", help="attribution method: gradient or integrated").tag(sync=True)
+    special_tokens = t.Bool(False, help="whether to read special tokens such as BOS too").tag(sync=True)
+    words = t.Dict(help="next tokens at the position").tag(sync=True)
 
-    given: Given
-    _found: Found | None = None
-    _ready = False  # whether traits that change are questions
+    inputs: Inputs
+    _answer: Answer | None = None
+    _ready = False  # whether trait changes are new questions
 
     @abstractmethod
     def _draw(self, fresh: bool) -> None:
-        """Show `_found`; `fresh` if it is of another prompt than before."""
+        """Show `_answer`; `fresh` if its prompt is a new one."""
 
     @abstractmethod
     def _clear(self) -> None:
-        """Show that nothing is known."""
+        """Show an empty view."""
 
     @property
     def reading(self) -> saewb.PromptReading | None:
-        """What `saewb.read_prompt` found; None without a prompt."""
-        return None if self._found is None else self._found.reading
+        """The result of `saewb.read_prompt`; None without a prompt."""
+        return None if self._answer is None else self._answer.reading
 
     @property
     def next_tokens(self) -> saewb.NextTokens | None:
-        """What `saewb.next_tokens` found; None without a prompt."""
-        return None if self._found is None else self._found.words
+        """The result of `saewb.next_tokens`; None without a prompt."""
+        return None if self._answer is None else self._answer.words
 
     def stop(self) -> None:
-        """End what the model is doing; what is known stays, and a prompt that is not read yet can be read again."""
+        """Stop the background work; results stay, and a prompt that was not read yet can be read again."""
         if self._jobs:
             self._end("reading", "comparing")
-            self._stopped()
-            self.notice = _STOPPED if self._found is None else self.notice
+            self._restore()
+            self.notice = _STOPPED if self._answer is None else self.notice
 
     @t.validate("shown", "rank", "method", "position")
     @catch_errors
     def _check_question(self, proposal: dict) -> Any:
-        name, got = proposal["trait"].name, proposal["value"]
+        name, value = proposal["trait"].name, proposal["value"]
         with report_errors():
             if name != "position":
-                return worker.check(name, got, len(self.given.names), self.given.has_index)
-            if self._found is not None and self._found.asked.prompt == self.prompt:
-                self._found.words.to_frame(got)  # says what is wrong
-        return got
+                return worker.check(name, value, len(self.inputs.names), self.inputs.has_index)
+            if self._answer is not None and self._answer.question.prompt == self.prompt:
+                self._answer.words.to_frame(value)  # raises for a position that does not exist
+        return value
 
-    @t.observe("prompt")
-    @catch_errors
-    def _prompted(self, _: Any = None) -> None:
-        if self._ready:
-            self._set(position=-1)
-            self._ask_anew()
+    @on_change("prompt")
+    def _on_prompt(self) -> None:
+        self._set(position=-1)
+        self._submit()
 
-    @t.observe("special_tokens", "shown", "rank", "target", "position", "method")
-    @catch_errors
-    def _asked_anew(self, _: Any = None) -> None:
-        if self._ready:
-            self._ask_anew()
+    @on_change(*_QUESTION_TRAITS[1:])
+    def _on_question(self) -> None:
+        self._submit()
 
     def _on_message(self, _: Any, content: Any, buffers: Any = None) -> None:
         if isinstance(content, dict) and content.get("do") == "collect":
             with self._lock:
-                self._say_how_far()
+                if self._jobs:
+                    self.busy = self.inputs.runner.progress(next(iter(self._jobs)))
         super()._on_message(_, content, buffers)
 
-    def _ask_anew(self) -> None:
-        asked, before, g = Asked(*(getattr(self, name) for name in _ASKS)), self._found, self.given
-        self.about = model_line(g.saes, g.model)
+    def _submit(self) -> None:
+        """Answer the question that the traits pose now."""
+        question, previous = Question(*(getattr(self, name) for name in _QUESTION_TRAITS)), self._answer
+        model, saes = self.inputs.runner.model, self.inputs.saes
+        self.about = model_line(saes, self.inputs.model)
         self.notice = "" if self.notice == _STOPPED else self.notice
-        if before is not None and not before.is_about(asked):
+        if previous is not None and not previous.question.has_same_reading(question):
             self._end("comparing")
-        if not asked.prompt:
+        if not question.prompt:
             self._end("reading")
             self._clear()
             return
-        if (found := worker.met(asked, before)) is not None:
+        if (answer := worker.reuse(question, previous)) is not None:
             self._end("reading")
-            self._arrived((found, None))
+            self._on_answer((answer, None))
             return
 
         def work() -> Any:
             try:
-                return worker.find(g.runner.model, g.saes, asked, before)
-            except Exception as error:  # raised where the result is asked for
-                return asked, error
+                return worker.compute(model, saes, question, previous)
+            except Exception as error:  # raised in `_on_answer`
+                return question, error
 
-        self._run("reading", "running the model", work, self._arrived)
+        self._run("reading", "running the model", work, self._on_answer)
 
     def _run(self, key: str, what: str, work: Any, then: Any) -> None:
-        self.start_work(key, what, self.given.runner.begun(key, what, work), then)
+        self.start_work(key, what, self.inputs.runner.track(key, what, work), then)
 
     def _end(self, *keys: str) -> None:
         for key in keys:
-            self.given.runner.stop(key)
+            self.inputs.runner.stop(key)
             self.discard_work(key)
 
-    def _say_how_far(self) -> None:
-        if self._jobs:
-            self.busy = self.given.runner.said(next(iter(self._jobs)))
-
-    def _stopped(self) -> None:
-        """Show what is known of the prompt: all of it, as it was asked for before, or nothing."""
-        if self._found is None or self._found.asked.prompt != self.prompt:
+    def _restore(self) -> None:
+        """Show the last answer and its question again, or nothing if it is of another prompt."""
+        if self._answer is None or self._answer.question.prompt != self.prompt:
             self._clear()
         else:
-            self._set(**dict(zip(_ASKS, vars(self._found.asked).values(), strict=True)))
+            self._set(**dict(zip(_QUESTION_TRAITS, vars(self._answer.question).values(), strict=True)))
             self._send_words()
 
-    def _arrived(self, got: tuple[Found, Any] | tuple[Asked, Exception]) -> None:
-        """Show what was found, and go on to compare; or take back what could not be found, and raise."""
-        what, more = got
-        if isinstance(more, Exception):
-            self._stopped()
-            raise more
-        fresh = self._found is None or self._found.asked.prompt != what.asked.prompt
-        if not fresh and not what.compared and self._found.compared and self._found.is_about(what.asked):
-            what = replace(what, words=self._found.words)  # they have come meanwhile
-        self._found = what
-        self._compare(more)
+    def _on_answer(self, result: tuple[Answer, Any] | tuple[Question, Exception]) -> None:
+        """Show an answer and run its comparison; or restore the last answer and raise the exception."""
+        answer, later = result
+        if isinstance(later, Exception):
+            self._restore()
+            raise later
+        old = self._answer
+        fresh = old is None or old.question.prompt != answer.question.prompt
+        if not fresh and not answer.compared and old.compared and old.question.has_same_reading(answer.question):
+            answer = replace(answer, words=old.words)  # the comparison finished meanwhile
+        self._answer = answer
+        self._compare(later)
         self._send_words()
         self._draw(fresh)
 
     def _compare_again(self) -> None:
-        """What was stopped or has failed."""
-        if self._found is not None:
-            self._compare(worker.comparing(self.given.runner.model, self.given.saes, self._found))
+        """Run a comparison again that was stopped or failed."""
+        if self._answer is not None:
+            self._compare(worker.comparison(self.inputs.runner.model, self.inputs.saes, self._answer))
             self._send_words()
 
     def _compare(self, work: Any) -> None:
         if work is not None:
-            self._run("comparing", "running it with the SAEs", lambda: attempt(work), self._compared)
+            self._run("comparing", "running it with the SAEs", lambda: attempt(work), self._on_comparison)
 
-    def _compared(self, got: tuple[Any, Exception | None]) -> None:
-        words, error = got
-        if error is not None:
-            self._send_words()
-            raise error
-        self._found = replace(self._found, words=words)
+    def _on_comparison(self, result: tuple[Any, Exception | None]) -> None:
+        words, error = result
+        if error is None:
+            self._answer = replace(self._answer, words=words)
         self._send_words()
+        if error is not None:
+            raise error
 
     def _send_words(self) -> None:
-        self.words = {**serialize.words(self._found), "comparing": "comparing" in self._jobs}
+        self.words = {**serialize.words(self._answer), "comparing": "comparing" in self._jobs}
 
     def _set(self, **traits: Any) -> None:
-        """Set traits without asking anew."""
+        """Set traits without posing a question."""
         self._ready = False
         try:
             for name, value in traits.items():

@@ -1,4 +1,4 @@
-"""What the front end of PromptExplorer is sent: a window of the prompt, some rows, some words."""
+"""Serialize the view of a PromptExplorer for the front end: a window of the prompt, table rows, next tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _COLUMNS = ("activation", "of_max", "logit_effect", "attribution")
 
 
 def window(reading: Any, offset: int, size: int) -> dict[str, Any]:
-    """`size` tokens from `offset` on, with how many latents are active on each.
+    """A window of tokens, with the number of active latents on each.
 
     Args:
         reading: a PromptReading.
-        offset: of the first one.
-        size: at most so many.
+        offset: position of the first token.
+        size: number of tokens, at most.
     """
     end = min(len(reading.tokens), offset + size)
     counts = reading.position.bincount(minlength=len(reading.tokens))[offset:end]
@@ -33,7 +33,7 @@ def window(reading: Any, offset: int, size: int) -> dict[str, Any]:
 
 
 def trace(activations: Any, offset: int, size: int) -> dict[str, Any]:
-    """One latent over the window, and its largest activation over the whole prompt."""
+    """Activations of one latent in the window, and its largest activation over the whole prompt."""
     whole = activations.tolist()
     at = max(range(len(whole)), key=lambda j: abs(whole[j]))
     acts = [short(a) for a in whole[offset : offset + size]]
@@ -45,53 +45,49 @@ def rows(frame: Any, names: Sequence[str], n: int, hint: Callable[[int, int], An
 
     Args:
         frame: `reading.to_frame(...)`.
-        names: of the SAEs, by number.
-        n: rows.
-        hint: given part and latent, what an index shows of it, or None.
+        names: names of the parts, by number.
+        n: number of rows.
+        hint: function of part and latent that returns a row of the index, or None.
     """
     columns = [c for c in _COLUMNS if c in frame]
-    made = []
+    listed = []
     for row in frame.head(n).itertuples(index=False):
         part = names.index(row.sae)
-        one = {"sae": part, "latent": int(row.latent), "position": int(row.position), "token": row.token}
-        one |= {c: _number(getattr(row, c)) for c in columns}
+        item = {"sae": part, "latent": int(row.latent), "position": int(row.position), "token": row.token}
+        item |= {c: _number(getattr(row, c)) for c in columns}
         if "density" in frame:
-            one["density"] = _number(row.density)
-        one["hint"] = hint(part, int(row.latent))
-        made.append(one)
-    return {"rows": made, "total": len(frame), "columns": columns, "largest": _largest(frame, columns)}
+            item["density"] = _number(row.density)
+        item["hint"] = hint(part, int(row.latent))
+        listed.append(item)
+    largest = {c: frame[c].abs().max() for c in columns}  # for the bars
+    largest = {c: short(float(v)) if v == v else 0.0 for c, v in largest.items()}
+    return {"rows": listed, "total": len(frame), "columns": columns, "largest": largest}
 
 
-def _largest(frame: Any, columns: Sequence[str]) -> dict[str, float]:
-    """Of each column the largest size, for the bars."""
-    found = {c: frame[c].abs().max() for c in columns}
-    return {c: short(float(v)) if v == v else 0.0 for c, v in found.items()}
-
-
-def words(found: Any) -> dict[str, Any]:
-    """What comes next at the position, and what the view as a whole is about.
+def words(answer: Any) -> dict[str, Any]:
+    """Next tokens at the position, and the target and prompt of the view.
 
     Args:
-        found: a `worker.Found`.
+        answer: a `worker.Answer`.
     """
-    at, frame, kl = found.at, found.words.to_frame(found.at), found.words.kl
+    at, frame, kl = answer.at, answer.words.to_frame(answer.at), answer.words.kl
     with_saes = frame["with_saes"] if "with_saes" in frame else [None] * len(frame)
     listed = zip(frame["token"], frame["id"], frame["probability"], with_saes, strict=True)
     return {
         "words": [[text, int(i), short(float(p)), None if q is None else short(float(q))] for text, i, p, q in listed],
         "kl": None if kl is None else short(float(kl[at])),
         "at": at,
-        "token": found.reading.tokens[at],
-        "target": found.reading.target_token,
-        "target_id": found.reading.target,
-        "compared": found.compared,
-        "comparable": found.comparable,
-        "prompt": found.asked.prompt,
+        "token": answer.reading.tokens[at],
+        "target": answer.reading.target_token,
+        "target_id": answer.reading.target,
+        "compared": answer.compared,
+        "comparable": answer.comparable,
+        "prompt": answer.question.prompt,
     }
 
 
 def pins(reading: Any, at: int, pinned: Sequence[tuple[int, int]], hint: Callable[[int, int], Any]) -> list[dict]:
-    """The pinned latents at one position."""
+    """Activations of the pinned latents at one position."""
     return [
         {"sae": k, "latent": i, "activation": short(float(reading.activations(k, i)[at])), "hint": hint(k, i)}
         for k, i in pinned
@@ -102,45 +98,38 @@ def _number(value: float) -> float | None:
     return short(float(value)) if value == value else None
 
 
-def summary(given: Any, found: Any, n: int, everywhere: bool) -> str:
-    """One line of what is listed.
+def summary(inputs: Any, answer: Any, n: int, everywhere: bool) -> str:
+    """One line about the listed latents.
 
     Args:
-        given: a `inputs.Given`.
-        found: a `worker.Found`, or None.
-        n: latents listed.
-        everywhere: of the whole prompt.
+        inputs: an `inputs.Inputs`.
+        answer: a `worker.Answer`, or None.
+        n: number of latents listed.
+        everywhere: whether they are of the whole prompt.
     """
-    names = ", ".join(given.names[:2]) + (f" and {len(given.names) - 2} more" if len(given.names) > 2 else "")
-    of = f"{names} of {given.model.cfg.model_name}"
-    if found is None:
+    names = ", ".join(inputs.names[:2]) + (f" and {len(inputs.names) - 2} more" if len(inputs.names) > 2 else "")
+    of = f"{names} of {inputs.model.cfg.model_name}"
+    if answer is None:
         return f"no prompt, {of}"
-    where = "in the whole prompt" if everywhere else f"at {found.at} {found.reading.tokens[found.at]!r}"
+    where = "in the whole prompt" if everywhere else f"at {answer.at} {answer.reading.tokens[answer.at]!r}"
     return f"{n} latents {where}, {of}"
 
 
-def static(tokens: dict, shown: dict, listing: dict, words: dict, page: dict, names: Sequence[str]) -> str:
-    """What the traits of those names show, as HTML without scripts.
+def static_html(tokens: dict, trace: dict, listing: dict, words: dict, page: dict, names: Sequence[str]) -> str:
+    """The current view as HTML without scripts.
 
     Args:
-        tokens: `window`.
-        shown: `trace`.
-        listing: `listing`.
-        words: `words`.
-        page: `page`.
-        names: of the SAEs, by number.
+        tokens: the trait `window`.
+        trace: the trait `trace`.
+        listing: the trait `listing`.
+        words: the trait `words`.
+        page: the trait `page`.
+        names: names of the parts, by number.
     """
     if not tokens:
         return "<div>no prompt yet</div>"
-    next_ones = [(repr(text), p, "" if q is None else q) for text, _, p, q in words["words"][:6]]
-    head = ("next token", "probability", "with the SAEs" if words["compared"] else "")
-    made = _strip_and_rows(tokens, shown, listing, names) + grid(head, next_ones)
-    return made + (latent_html(page) if page else "")
-
-
-def _strip_and_rows(tokens: dict, shown: dict, listing: dict, names: Sequence[str]) -> str:
-    largest = abs(shown.get("largest", 0.0)) or 1.0
-    acts = shown.get("acts") or [0.0] * len(tokens["tokens"])
+    largest = abs(trace.get("largest", 0.0)) or 1.0
+    acts = trace.get("acts") or [0.0] * len(tokens["tokens"])
     pieces = zip(tokens["tokens"], acts, tokens["special"], strict=True)
     strip = "".join(
         f'<span style="opacity:.55">{html.escape(text)}</span>'
@@ -154,4 +143,10 @@ def _strip_and_rows(tokens: dict, shown: dict, listing: dict, names: Sequence[st
         + ["" if r[c] is None else r[c] for c in listing["columns"]]
         for r in listing["rows"][:12]
     ]
-    return f'<div style="white-space:pre-wrap;margin:6px 0">{strip}</div>{grid(head, body)}'
+    next_tokens = [(repr(text), p, "" if q is None else q) for text, _, p, q in words["words"][:6]]
+    next_head = ("next token", "probability", "with the SAEs" if words["compared"] else "")
+    return (
+        f'<div style="white-space:pre-wrap;margin:6px 0">{strip}</div>{grid(head, body)}'
+        + grid(next_head, next_tokens)
+        + (latent_html(page) if page else "")
+    )

@@ -1,4 +1,4 @@
-"""The work behind a PromptExplorer: what is computed on its thread, as a table and as code, and how to stop it."""
+"""Background work of a PromptExplorer: questions about a prompt, answers with tables and code, and how to stop work."""
 
 from __future__ import annotations
 
@@ -13,289 +13,301 @@ from saewb import errors
 if TYPE_CHECKING:
     import pandas as pd
 
-ALL = -1  # stands where the number of one SAE would
-RANKS = {  # what latents are sorted by: what the panel calls it
+ALL = -1  # stands for all SAEs where the number of one is expected
+RANKS = {  # sort keys of the table, and their names in the panel
     "activation": "activation",
     "of_max": "share of their largest",
     "logit_effect": "direct effect on logit",
     "attribution": "attribution",
 }
-WEIGHED = ("logit_effect", "attribution")  # those that need a word
+TARGETED = ("logit_effect", "attribution")  # ranks that need a target token
 METHODS = ("gradient", "integrated")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be found out about a prompt."""
+class Question:
+    """What to compute for a prompt: the traits of the panel that need the model."""
 
     prompt: str
-    special: bool  # special tokens too
-    shown: int  # of the parts; ALL for all
-    rank: str  # of RANKS
-    target: str  # a token; id:NUMBER; "" for the likeliest one
-    position: int  # from the end if negative
-    method: str  # of METHODS
+    """The text."""
+    special: bool
+    """Whether to read special tokens too."""
+    shown: int
+    """Number of the part (an SAE, or one layer of a cross-layer transcoder), or `ALL`."""
+    rank: str
+    """Sort key, one of `RANKS`."""
+    target: str
+    """Target token of effects: its text, `id:NUMBER`, or "" for the most likely one."""
+    position: int
+    """Token index; negative counts from the end."""
+    method: str
+    """Attribution method, one of `METHODS`."""
 
     @property
     def skip(self) -> bool:
-        """For `skip_special_tokens`."""
+        """The argument `skip_special_tokens`."""
         return not self.special
 
-    def word(self) -> str | int:
-        """The target as saewb takes it."""
+    def target_argument(self) -> str | int:
+        """The target as saewb takes it: a text or a token id."""
         number = self.target.removeprefix("id:")
         return int(number) if self.target.startswith("id:") and number.strip().isdigit() else self.target
 
+    def has_same_reading(self, other: Question) -> bool:
+        """Whether both need the same run of the model with the same SAEs."""
+        return (self.prompt, self.special, self.shown) == (other.prompt, other.special, other.shown)
+
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What was found out."""
+class Answer:
+    """The result for a `Question`."""
 
-    asked: Asked
+    question: Question
+    """What was computed."""
     reading: saewb.PromptReading
-    alone: saewb.NextTokens  # of the model
-    words: saewb.NextTokens  # with the SAEs in place, once that is known
-    comparable: bool  # whether they can be put in place together
-    method: str = ""  # of the attribution in `reading`
-    weighed: str | None = None  # the target that the reading's is, as it was asked for
+    """Active latents, with effects on a target if the rank needs them."""
+    alone: saewb.NextTokens
+    """Next tokens of the model alone."""
+    words: saewb.NextTokens
+    """Next tokens with the SAEs attached, once they are computed; until then `alone`."""
+    comparable: bool
+    """Whether the SAEs can be attached at the same time."""
+    method: str = ""
+    """Attribution method of `reading`."""
+    target: str | None = None
+    """Target of the effects in `reading`, as in the question."""
 
     @property
     def compared(self) -> bool:
-        """Whether `words` has the SAEs in place."""
+        """Whether `words` has the SAEs attached."""
         return self.words is not self.alone
 
     @property
     def at(self) -> int:
-        """The position asked about, from the beginning."""
-        return self.asked.position % len(self.reading.tokens)
+        """The position in question, counted from the beginning."""
+        return self.question.position % len(self.reading.tokens)
 
     @property
     def likeliest(self) -> int:
-        """Id of the model's next token at the position."""
+        """Id of the most likely next token at the position."""
         return int(self.words.ids[self.at, 0])
 
-    def is_about(self, asked: Asked) -> bool:
-        """Whether its words answer this too."""
-        mine = self.asked
-        return (mine.prompt, mine.special, mine.shown) == (asked.prompt, asked.special, asked.shown)
-
     @property
-    def is_whole(self) -> bool:
-        """Whether the reading has what the order asked for needs."""
-        asked, r = self.asked, self.reading
-        if asked.rank not in WEIGHED:
+    def is_complete(self) -> bool:
+        """Whether the reading has the effects that the rank needs."""
+        question, reading = self.question, self.reading
+        if question.rank not in TARGETED:
             return True
-        right = self.weighed == asked.target if asked.target else r.target == self.likeliest
-        if getattr(r, asked.rank) is None or not right:
+        is_target = self.target == question.target if question.target else reading.target == self.likeliest
+        if getattr(reading, question.rank) is None or not is_target:
             return False
-        return asked.rank == "logit_effect" or (r.at == self.at and self.method == asked.method)
+        return question.rank == "logit_effect" or (reading.at == self.at and self.method == question.method)
 
 
-def together(saes: Sequence[Any]) -> bool:
-    """Whether they write to different points, so that the model can run on all of them at once."""
-    points: list[str] = []
+def can_attach_together(saes: Sequence[Any]) -> bool:
+    """Whether the SAEs write to different hook points, so that the model can run with all of them at once."""
+    hook_names: list[str] = []
     for sae in saes:
-        several = getattr(sae.cfg, "hooks_out", None)
-        points += several if several is not None else [sae.cfg.hook_out or sae.cfg.hook]
-    return len(set(points)) == len(points)
+        hooks_out = getattr(sae.cfg, "hooks_out", None)
+        hook_names += hooks_out if hooks_out is not None else [sae.cfg.hook_out or sae.cfg.hook]
+    return len(set(hook_names)) == len(hook_names)
 
 
-def met(asked: Asked, before: Found | None) -> Found | None:
-    """What was found before, if it answers this too."""
-    if before is None or not before.is_about(asked):
+def reuse(question: Question, previous: Answer | None) -> Answer | None:
+    """The previous answer, if it answers this question too."""
+    if previous is None or not previous.question.has_same_reading(question):
         return None
-    n, now = len(before.reading.tokens), replace(before, asked=asked)
-    return now if -n <= asked.position < n and now.is_whole else None
+    n, answer = len(previous.reading.tokens), replace(previous, question=question)
+    return answer if -n <= question.position < n and answer.is_complete else None
 
 
-Comparing = Callable[[], saewb.NextTokens]  # runs the model with the SAEs in place
+Comparison = Callable[[], saewb.NextTokens]  # runs the model with the SAEs attached
 
 
-def find(model: Any, saes: Sequence[Any], asked: Asked, before: Found | None) -> tuple[Found, Comparing | None]:
-    """Find it out, with what is known already; the next words with the SAEs in place, if not known, come later."""
-    same = before is not None and (before.asked.prompt, before.asked.special) == (asked.prompt, asked.special)
-    if same and before.is_about(asked):
-        found, later = replace(before, asked=asked), None
-    elif same:
-        those = _those(saes, before.reading, asked)
-        found = replace(before, asked=asked, words=before.alone, comparable=together(those))
-        later = comparing(model, saes, found)
+def compute(
+    model: Any, saes: Sequence[Any], question: Question, previous: Answer | None
+) -> tuple[Answer, Comparison | None]:
+    """Answer a question, reusing the previous answer; the run with the SAEs attached is returned, to do later."""
+    old, later = None if previous is None else previous.question, None
+    if old is not None and old.has_same_reading(question):
+        answer = replace(previous, question=question)
+    elif old is not None and (old.prompt, old.special) == (question.prompt, question.special):
+        comparable = can_attach_together(_shown_saes(saes, previous.reading, question))
+        answer = replace(previous, question=question, words=previous.alone, comparable=comparable)
+        later = comparison(model, saes, answer)
     else:
-        found, later = _read(model, saes, asked)
-    found.words.to_frame(asked.position)  # says what is wrong with the position
-    return _weighed(found), later
+        parts = [sae for sae in saes for _ in getattr(sae.cfg, "hooks", [None])]
+        chosen = list(saes) if question.shown == ALL else [parts[question.shown]]
+        comparable = can_attach_together(chosen)
+        attached = chosen if comparable else None
+        steps = saewb.read_in_turn(model, question.prompt, saes, attached, skip_special_tokens=question.skip)
+        reading, words = next(steps)
+        answer = Answer(question, reading, words, words, comparable)
+        later = (lambda: next(steps)[1]) if comparable else None
+    answer.words.to_frame(question.position)  # raises for a position that does not exist
+    return _with_effects(answer), later
 
 
-def comparing(model: Any, saes: Sequence[Any], found: Found) -> Comparing | None:
-    """What is left to do for the next words with the SAEs in place."""
-    if not found.comparable:
+def comparison(model: Any, saes: Sequence[Any], answer: Answer) -> Comparison | None:
+    """The run of the model with the SAEs attached that is left to do, if there is one."""
+    if not answer.comparable:
         return None
-    those = _those(saes, found.reading, found.asked)
-    return lambda: saewb.next_tokens(model, found.asked.prompt, those, skip_special_tokens=found.asked.skip)
+    question, chosen = answer.question, _shown_saes(saes, answer.reading, answer.question)
+    return lambda: saewb.next_tokens(model, question.prompt, chosen, skip_special_tokens=question.skip)
 
 
-def _read(model: Any, saes: Sequence[Any], asked: Asked) -> tuple[Found, Comparing | None]:
-    those = list(saes) if asked.shown == ALL else [_of(saes, asked.shown)]
-    comparable = together(those)
-    given = those if comparable else None
-    steps = saewb.read_in_turn(model, asked.prompt, saes, given, skip_special_tokens=asked.skip)
-    reading, words = next(steps)
-    return Found(asked, reading, words, words, comparable), (lambda: next(steps)[1]) if comparable else None
+def _shown_saes(saes: Sequence[Any], reading: saewb.PromptReading, question: Question) -> list[Any]:
+    return list(saes) if question.shown == ALL else [saes[reading.owner[question.shown]]]
 
 
-def _those(saes: Sequence[Any], reading: saewb.PromptReading, asked: Asked) -> list[Any]:
-    """The SAEs that are to be put in place."""
-    return list(saes) if asked.shown == ALL else [saes[reading.owner[asked.shown]]]
-
-
-def _of(saes: Sequence[Any], part: int) -> Any:
-    """The SAE that a part is of, before anything is read."""
-    owners = [sae for sae in saes for _ in getattr(sae.cfg, "hooks", [None])]
-    return owners[part]
-
-
-def _weighed(found: Found) -> Found:
-    """With the effects that the order asked for needs."""
-    if found.is_whole:
-        return found
-    asked, reading = found.asked, found.reading
-    target = asked.word() if asked.target else found.likeliest
+def _with_effects(answer: Answer) -> Answer:
+    """Add the effects on the target that the rank needs."""
+    if answer.is_complete:
+        return answer
+    question, reading = answer.question, answer.reading
+    target = question.target_argument() if question.target else answer.likeliest
     reading = reading.toward(target)
-    if asked.rank == "attribution":
-        reading = reading.attributed(target, found.at, asked.method)
-    reading.to_frame(n=0, by=asked.rank)  # says if there are none
-    return replace(found, reading=reading, method=asked.method, weighed=asked.target)
+    if question.rank == "attribution":
+        reading = reading.attributed(target, answer.at, question.method)
+    reading.to_frame(n=0, by=question.rank)  # raises if there are no effects
+    return replace(answer, reading=reading, method=question.method, target=question.target)
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Which rows of what was found are listed."""
+    """Which rows of an answer are listed."""
 
-    found: Found
-    everywhere: bool  # each latent once, wherever it is largest
-    index: Any  # None, of the SAE, or a list
+    answer: Answer
+    """What was computed."""
+    everywhere: bool
+    """Whether to list each latent of the prompt once, at its largest activation."""
+    index: Any
+    """Feature index of the SAE, a list of them, or None."""
     max_density: float
+    """Omit latents that fire on more than this fraction of tokens."""
 
-    def arranged(self) -> pd.DataFrame:
-        """The rows, in order."""
-        asked = self.found.asked
-        return self.found.reading.to_frame(
-            None if self.everywhere else self.found.at,
-            None if asked.shown == ALL else asked.shown,
-            by=asked.rank,
+    def to_frame(self) -> pd.DataFrame:
+        """The rows, sorted."""
+        question = self.answer.question
+        return self.answer.reading.to_frame(
+            None if self.everywhere else self.answer.at,
+            None if question.shown == ALL else question.shown,
+            by=question.rank,
             once=self.everywhere,
             index=self.index,
             max_density=self.max_density,
         )
 
-    def code(self, on: tuple[str, list[str]], sae: str, index: str, selected: tuple[int, int]) -> str:
-        """Lines that make `latents` (what `arranged` gives), `words` and `activations`.
+    def code(self, run: tuple[str, list[str]], sae: str, index: str, selected: tuple[int, int]) -> str:
+        """Python code that computes `latents` (as `to_frame`), `words` and `activations`.
 
         Args:
-            on: name of the variable that holds the model to run, and the lines that make it.
-            sae: name of the variable that holds the SAE or the list of them.
-            index: the same of the index.
+            run: variable that holds the model to run, and the lines that define it.
+            sae: variable that holds the SAE, or the list of them.
+            index: variable that holds the index, or the list of them.
             selected: part and latent.
         """
-        asked, reading = self.found.asked, self.found.reading
-        how = [] if asked.skip else ["skip_special_tokens=False"]
-        weighed = []
+        question, reading = self.answer.question, self.answer.reading
+        skip = [] if question.skip else ["skip_special_tokens=False"]
+        effects = []
         if reading.logit_effect is not None:
-            weighed.append(f"target={reading.target}")
+            effects.append(f"target={reading.target}")
         if reading.attribution is not None:
-            weighed += [f"at={reading.at}", f"attribution={self.found.method!r}"]
-        table = [] if self.everywhere else [f"position={self.found.at}"]
-        table += [] if asked.shown == ALL else [f"sae={asked.shown}"]
-        table += [f"by={asked.rank!r}"]
+            effects += [f"at={reading.at}", f"attribution={self.answer.method!r}"]
+        table = [] if self.everywhere else [f"position={self.answer.at}"]
+        table += [] if question.shown == ALL else [f"sae={question.shown}"]
+        table += [f"by={question.rank!r}"]
         table += ["once=True"] if self.everywhere else []
         table += [] if self.index is None else [f"index={index}"]
         table += [] if self.max_density == 1 else [f"max_density={self.max_density!r}"]
-        those = f", {sae}" if asked.shown == ALL or sae == "sae" else f", {sae}[{reading.owner[asked.shown]}]"
-        given = [] if self.found.comparable else ["# two of the SAEs write to the same point, so none is in place here"]
+        attached = f", {sae}" if question.shown == ALL or sae == "sae" else f", {sae}[{reading.owner[question.shown]}]"
+        note = []
+        if not self.answer.comparable:
+            attached, note = "", ["# two of the SAEs write to the same hook point, so they are not attached here"]
         lines = [
             "import saewb",
             "",
             f"# model, {sae}{'' if self.index is None else ', ' + index}: what the panel was made with",
-            *on[1],
-            f"prompt = {asked.prompt!r}",
-            f"reading = saewb.read_prompt({', '.join([f'{on[0]}, prompt, {sae}', *weighed, *how])})"
-            + _comment(reading.target_token if weighed else None),
+            *run[1],
+            f"prompt = {question.prompt!r}",
+            f"reading = saewb.read_prompt({', '.join([f'{run[0]}, prompt, {sae}', *effects, *skip])})"
+            + (f"  # {reading.target_token!r}" if effects and reading.target_token is not None else ""),
             f"latents = reading.to_frame({', '.join(table)})",
-            *given,
-            f"next_tokens = saewb.next_tokens({', '.join([f'{on[0]}, prompt' + (those if not given else ''), *how])})",
-            f"words = next_tokens.to_frame({self.found.at})",
+            *note,
+            f"next_tokens = saewb.next_tokens({', '.join([f'{run[0]}, prompt{attached}', *skip])})",
+            f"words = next_tokens.to_frame({self.answer.at})",
         ]
         if selected[1] >= 0:
             lines.append(f"activations = reading.activations{selected}")
         return "\n".join(lines) + "\n"
 
 
-def _comment(token: str | None) -> str:
-    return "" if token is None else f"  # {token!r}"
-
-
-def facts(given: Any, **more: Any) -> dict[str, Any]:
-    """What the front end needs to know once.
+def facts(inputs: Any, **more: Any) -> dict[str, Any]:
+    """Constants for the front end.
 
     Args:
-        given: a `inputs.Given`.
-        more: further facts.
+        inputs: the panel's `inputs.Inputs`.
+        more: further constants.
     """
     return {
-        "saes": list(given.names),
-        "ranks": [[k, v] for k, v in RANKS.items() if k != "of_max" or given.has_index],
+        "saes": list(inputs.names),
+        "ranks": [[k, v] for k, v in RANKS.items() if k != "of_max" or inputs.has_index],
         "methods": list(METHODS),
-        "weighed": list(WEIGHED),
-        "has_index": given.has_index,
+        "targeted": list(TARGETED),
+        "has_index": inputs.has_index,
         **more,
     }
 
 
-def check(name: str, got: Any, n_parts: int, has_index: bool) -> Any:
-    """`got`, if it is a value of this name (rank, method, shown, max_density).
+def check(name: str, value: Any, n_parts: int, has_index: bool) -> Any:
+    """Check a value of rank, method, shown or max_density, and return it.
 
     Raises:
-        ValueError: if not, with near names.
+        ValueError: if it is not allowed, with near names.
     """
     if name == "shown":
-        if not ALL <= got < n_parts:
-            raise ValueError(errors.explain(f"shown is {got}.", want=f"0 to {n_parts - 1}, or -1 for all"))
+        if not ALL <= value < n_parts:
+            raise ValueError(errors.explain(f"shown is {value}.", want=f"0 to {n_parts - 1}, or -1 for all"))
     elif name == "max_density":
-        if not 0 < got <= 1:
-            raise ValueError(errors.explain(f"max_density is {got}.", want="a fraction of tokens, in (0, 1]"))
-        if got < 1 and not has_index:
+        if not 0 < value <= 1:
+            raise ValueError(errors.explain(f"max_density is {value}.", want="a fraction of tokens, in (0, 1]"))
+        if value < 1 and not has_index:
             what = "how often latents fire is not known without an index."
             raise ValueError(errors.explain(what, fix="PromptExplorer(model, sae, index)"))
-    elif got not in (known := RANKS if name == "rank" else METHODS):
-        near = errors.near(got, known)
-        raise ValueError(errors.explain(f"{name} is {got!r}.", near=near, want=", ".join(known)))
-    elif got == "of_max" and not has_index:
+    elif value not in (choices := RANKS if name == "rank" else METHODS):
+        near = errors.near(value, choices)
+        raise ValueError(errors.explain(f"{name} is {value!r}.", near=near, want=", ".join(choices)))
+    elif value == "of_max" and not has_index:
         what = "the largest activations are not known without an index."
         raise ValueError(errors.explain(what, fix="PromptExplorer(model, sae, index)"))
-    return got
+    return value
 
 
 class Stopped(Exception):
-    """The work was stopped: nobody waits for its result."""
+    """Raised in background work that was stopped."""
 
 
 @dataclass(eq=False)
 class Work:
-    """One thread's work on the model."""
+    """Progress of one thread's work on the model."""
 
-    what: str  # shown while it runs
+    what: str
+    """Text shown while it runs."""
     n_layers: int
-    n_done: int = 0  # blocks, over all its passes
+    """Blocks per forward pass."""
+    n_done: int = 0
+    """Blocks computed so far, over all forward passes."""
     stopped: bool = False
+    """Whether to stop at the next block."""
 
     def tick(self) -> None:
-        """Another block is computed."""
+        """Count a computed block; raise if the work was stopped."""
         if self.stopped:
             raise Stopped(self.what)
         self.n_done += 1
 
-    def said(self) -> str:
-        """How far it is."""
+    def progress(self) -> str:
+        """Text with the current layer and forward pass."""
         if not self.n_done:
             return self.what
         passes, layer = divmod(self.n_done - 1, self.n_layers)
@@ -303,42 +315,42 @@ class Work:
 
 
 class Runner:
-    """A twin of a model and what is being done with it."""
+    """A copy of a model that shares its weights, with progress and cancellation of the work that runs it."""
 
     def __init__(self, model: Any) -> None:
         self.model = saewb.models.shared_copy.shared_copy(model)
-        self._mine = threading.local()
+        self._local = threading.local()
         self._works: dict[str, Work] = {}
         n = model.cfg.n_layers
         for layer in range(n):
             saewb.models.hook_points.resolve(self.model, f"blocks.{layer}.hook_resid_post").add(self._tick)
 
-    def begun(self, key: str, what: str, work: Callable[[], Any]) -> Callable[[], Any]:
-        """`work`, for a thread to do; earlier work of this key ends at its next block.
+    def track(self, key: str, what: str, work: Callable[[], Any]) -> Callable[[], Any]:
+        """Wrap `work` for a thread; earlier work of this key stops at its next block.
 
         Args:
-            key: which kind of work it is.
-            what: shown while it runs.
-            work: runs the model.
+            key: kind of work.
+            what: text shown while it runs.
+            work: function that runs the model.
         """
         self.stop(key)
-        mine = self._works[key] = Work(what, self.model.cfg.n_layers)
+        tracked = self._works[key] = Work(what, self.model.cfg.n_layers)
 
         def run() -> Any:
-            self._mine.work = mine
+            self._local.work = tracked
             return work()
 
         return run
 
-    def said(self, key: str) -> str:
-        """How far the work of this key is."""
-        return self._works[key].said()
+    def progress(self, key: str) -> str:
+        """Progress text of the work of this key."""
+        return self._works[key].progress()
 
     def stop(self, key: str) -> None:
-        """End what is being done of this key, at the next block."""
+        """Stop the work of this key at its next block."""
         if key in self._works:
             self._works[key].stopped = True
 
     def _tick(self, activation: Any) -> None:
-        if (work := getattr(self._mine, "work", None)) is not None:
+        if (work := getattr(self._local, "work", None)) is not None:
             work.tick()

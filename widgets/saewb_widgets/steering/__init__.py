@@ -1,1 +1,1 @@
-"""SteeringPanel: its panel, and what only it needs; the front end lies beside."""
+"""SteeringPanel: the panel, its helpers and its front end."""

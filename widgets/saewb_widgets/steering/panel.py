@@ -1,4 +1,4 @@
-"""SteeringPanel: what a model writes with some latents turned up or down, beside what it writes by itself."""
+"""SteeringPanel: text generated with and without steering, and the change of the next-token probabilities."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from saewb_widgets.steering.settings import (
 if TYPE_CHECKING:
     import pandas as pd
 
-_AT_ONCE = 4096  # latents up to which a search takes no thread
-_FOUND = 12  # latents of a search
-_WORDS = 4  # tokens of a label
-_BLANK = {"label": "", "raises": "", "max": 0.0}  # what is known without an index
+_AT_ONCE = 4096  # latents; above, a search runs on a thread
+_HITS = 12  # latents listed by a search
+_WORDS = 4  # tokens in a label
+_BLANK = {"label": "", "raises": "", "max": 0.0}  # card of a latent without an index
 
 
 class SteeringPanel(Panel):
-    """Steer with latents: the clean and the steered text side by side as they are written, and the next token's odds.
+    """Steer with latents: clean and steered text side by side, and the change of the next-token probabilities.
 
-    What is shown is `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`: one `steer` for each
-    way (those that add, then those that scale, then those that clamp). It runs
-    `saewb.models.shared_copy.shared_copy(model)`: the same weights with no hooks, so cells may use the model meanwhile
-    and find it clean, and what they put on it is not seen here. The table follows every change of a setting by itself;
-    texts are written when asked for (`generate()`, a button), or each time with `live=True`.
+    The panel shows `saewb.generate_tokens` and `saewb.next_token_changes` under `saewb.steer`, one `steer` for each
+    kind of change (first those that add, then scale, then clamp). It runs
+    `saewb.models.shared_copy.shared_copy(model)`: the same weights without hooks, so cells can use the model at the
+    same time and find it clean, and hooks that they add have no effect here. The table is updated with every change of
+    a setting; texts are generated on request (`generate()` or a button), or with every change if `live=True`.
 
     Example:
         >>> import saewb
@@ -64,54 +64,56 @@ class SteeringPanel(Panel):
     _esm = source("shared/frame.js", "steering/steering.js")
     _css = source("shared/frame.css", "steering/steering.css")
 
-    latents = t.List(t.Dict(), help="what is changed: {latent, value, how: add|scale|clamp, sae: 0}; see add()").tag(
+    latents = t.List(t.Dict(), help="changed latents: {latent, value, how: add|scale|clamp, sae: 0}; see add()").tag(
         sync=True
     )
-    prompt = t.Unicode("The", help="what the texts go on from").tag(sync=True)
-    positions = t.Unicode("not the first", help="where: all, or not the first (the BOS token, mostly)").tag(sync=True)
-    temperature = t.Float(0.0, help="0 takes the likeliest token").tag(sync=True)
-    seed = t.Int(0, help="of the draws, if temperature is not 0; the same for both texts").tag(sync=True)
-    max_new_tokens = t.Int(30, help="of each text").tag(sync=True)
-    live = t.Bool(False, help="write anew at each change").tag(sync=True)
-    query = t.Unicode("", help="a latent's number or, with an index, a text, to find latents to add").tag(sync=True)
-    # What the front end draws; made here, so setting them has no effect on anything else.
-    clean = t.Unicode("", help="what the model writes by itself").tag(sync=True)
-    steered = t.Unicode("", help="what it writes steered").tag(sync=True)
-    begun_with = t.Unicode("", help="the prompt of these texts").tag(sync=True)
-    running = t.Bool(False, help="whether the texts are being written").tag(sync=True)
-    stale = t.Bool(False, help="whether settings have changed since the texts were begun").tag(sync=True)
+    prompt = t.Unicode("The", help="text that both generations continue").tag(sync=True)
+    positions = t.Unicode("not the first", help="steered positions: all, or not the first (usually the BOS token)").tag(
+        sync=True
+    )
+    temperature = t.Float(0.0, help="sampling temperature; 0 takes the most likely token").tag(sync=True)
+    seed = t.Int(0, help="sampling seed, if temperature is not 0; the same for both texts").tag(sync=True)
+    max_new_tokens = t.Int(30, help="length of each text in tokens").tag(sync=True)
+    live = t.Bool(False, help="whether every change generates the texts again").tag(sync=True)
+    query = t.Unicode("", help="search for latents to add: a number or, with an index, a text").tag(sync=True)
+    # Written by the panel for the front end; setting them has no other effect.
+    clean = t.Unicode("", help="text of the model without steering").tag(sync=True)
+    steered = t.Unicode("", help="text of the steered model").tag(sync=True)
+    begun_with = t.Unicode("", help="prompt of these texts").tag(sync=True)
+    running = t.Bool(False, help="whether the texts are being generated").tag(sync=True)
+    stale = t.Bool(False, help="whether settings have changed since the texts were started").tag(sync=True)
     movers = t.List(help="next tokens: id, text, probability clean, steered, change").tag(sync=True)
-    cards = t.List(help="of each of `latents`: its label and its largest activation").tag(sync=True)
-    found = t.Dict(help="of `query`: latents with their labels").tag(sync=True)
-    facts = t.Dict(help="what stays").tag(sync=True)
+    cards = t.List(help="label and largest activation of each of `latents`").tag(sync=True)
+    found = t.Dict(help="results of `query`: latents with their labels").tag(sync=True)
+    facts = t.Dict(help="constants for the front end").tag(sync=True)
 
     def __init__(
         self, model: Any, saes: Any, index: Any = None, *, latents: Mapping[int, float] | None = None, **traits: Any
     ) -> None:
-        """Show the panel; nothing is written before `generate()`.
+        """Show the panel; no text is generated before `generate()`.
 
         Args:
             model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
             saes: an SAE of the model, or a list of them.
             index: a FeatureIndex of the SAE, for labels and search; a list of them (or None), one for each SAE.
-            latents: `{latent: value}`, to add, of the first SAE; more with `add()`.
+            latents: `{latent: value}` of the first SAE, to add; for others see `add()`.
             traits: e.g. `prompt="Once"`, `positions="all"`, `temperature=0.8`.
 
         Raises:
-            TypeError: for an unknown trait, or SAEs that are none.
-            ValueError: for an SAE that does not fit the model, an index of another size, a latent, a mode or a value
-                that is not there.
+            TypeError: for an unknown trait, or something that is not an SAE.
+            ValueError: for an SAE that does not fit the model, an index of another size, or an invalid latent, mode or
+                value.
         """
         self.check_names(traits, ["latents"])
-        self.model, self._twin = model, saewb.models.shared_copy.shared_copy(model)
+        self.model, self._model_copy = model, saewb.models.shared_copy.shared_copy(model)
         self._several = isinstance(saes, Sequence)
         self.saes = list(saes) if self._several else [saes]
         self._indexes = indexes(self.saes, index)
-        check_fits(self._twin, self.saes)
-        self.changes: pd.DataFrame | None = None  # of saewb.next_token_changes
+        check_fits(self._model_copy, self.saes)
+        self.changes: pd.DataFrame | None = None  # result of saewb.next_token_changes
         self._texts: Texts | None = None
-        self._of: Settings | None = None  # of the texts
-        self._again = self._ready = self._stopped = False
+        self._text_settings: Settings | None = None  # of the current texts
+        self._is_outdated = self._ready = self._stopped = False
         self._lengths = (0, 0)  # tokens of the texts shown, clean and steered
         super().__init__(**traits)
         name = getattr(model.cfg, "model_name", type(model).__name__)
@@ -126,20 +128,20 @@ class SteeringPanel(Panel):
         }
         self.latents = [{"sae": 0, "latent": i, "value": v, "how": "add"} for i, v in (latents or {}).items()]
         self._ready = True
-        if (failed := self._label()) is not None:
-            raise failed
-        self._predict()
+        if (error := self._update_cards()) is not None:
+            raise error
+        self._update_table()
 
-    # What a reader does
+    # What a user does
 
     def add(self, latent: int, value: float = 8.0, how: str = "add", sae: int = 0) -> None:
-        """Change a latent, in place of what was done to it.
+        """Change a latent; replaces an earlier change of it.
 
         Args:
-            latent: which.
-            value: what is added, or what it becomes (clamp), or the factor (scale).
+            latent: its number.
+            value: the amount to add, the new activation (clamp), or the factor (scale).
             how: add, scale or clamp, as in `saewb.steer`.
-            sae: number of the SAE in the list the panel was made with.
+            sae: number of the SAE in the user's list.
         """
         new = {"sae": sae, "latent": latent, "value": value, "how": how}
         if any(key(one) == (sae, latent) for one in self.latents):
@@ -148,59 +150,59 @@ class SteeringPanel(Panel):
             self.latents = [*self.latents, new]
 
     def remove(self, latent: int, sae: int = 0) -> None:
-        """Leave a latent alone again."""
+        """Undo the change of a latent."""
         self.latents = [one for one in self.latents if key(one) != (sae, latent)]
 
     def generate(self) -> None:
-        """Begin both texts anew; what is being written is closed. `wait()` waits for their end."""
+        """Start both texts again, and stop the current ones; `wait()` waits for their end."""
         settings = self._settings()
-        texts = start_texts(self._twin, self.saes, settings)
+        texts = start_texts(self._model_copy, self.saes, settings)
         self.about = model_line(self.saes, self.model)
         self._close()
-        self._texts, self._of, self._stopped = texts, settings, False
+        self._texts, self._text_settings, self._stopped = texts, settings, False
         self.clean, self.steered, self.begun_with = "", "", self.prompt
         self.stale, self.running = False, True
 
         def then(error: Exception | None) -> None:
-            self._look()
+            self._show_texts()
             self.running = False
             if error is not None:
-                self._of, self.stale = None, True
+                self._text_settings, self.stale = None, True
                 raise error
 
         self.start_work("texts", "writing", lambda: attempt(texts.run)[1], then)
 
     def stop(self) -> None:
-        """Write no further; what is there stays."""
+        """Stop generating; the text so far stays."""
         if self.running:
             self._close()
-            self._look()
+            self._show_texts()
             self.discard_work("texts")
             self.running, self._stopped = False, True
 
     def summary(self) -> str:
         """See Panel."""
         of = [f"{one['sae']}/" if len(self.saes) > 1 else "" for one in self.latents]
-        done = [
+        changes = [
             f"{one['how']} {sae}{one['latent']}: {one['value']:g}" for sae, one in zip(of, self.latents, strict=True)
         ]
         prompt = self.prompt if len(self.prompt) <= 40 else self.prompt[:39] + "…"
-        return ", ".join([*(done or ["no latents"]), repr(prompt), self.positions, self._name])
+        return ", ".join([*(changes or ["no latents"]), repr(prompt), self.positions, self._name])
 
     def code(self) -> str:
-        """Python that makes `clean`, `steered` and `changes` of `model` and `sae` (or `saes`), as set now."""
+        """Python code that computes `clean`, `steered` and `changes` from `model` and `sae` (or `saes`), as set now."""
         cut = self._stopped and not self.stale
         return self._settings().code(self.model, self.saes, self._several, self._lengths if cut else None)
 
     def static_html(self) -> str:
         """See Panel."""
         cell = "style='vertical-align:top;padding:2px 18px 2px 0;width:50%;white-space:pre-wrap;text-align:left'"
-        given = f"<span style='opacity:.65'>{html.escape(self.begun_with or self.prompt)}</span>"
+        prompt = f"<span style='opacity:.65'>{html.escape(self.begun_with or self.prompt)}</span>"
         texts = "".join(
-            f"<td {cell}><b>{name}</b><br>{given}{html.escape(text)}</td>"
+            f"<td {cell}><b>{name}</b><br>{prompt}{html.escape(text)}</td>"
             for name, text in (("Clean", self.clean), ("Steered", self.steered))
         )
-        done = [
+        changes = [
             (one["latent"], one["how"], f"{one['value']:g}", card["label"])
             for one, card in zip(self.latents, self.cards, strict=True)
         ]
@@ -209,7 +211,7 @@ class SteeringPanel(Panel):
             for _, token, p, q, d in self.movers[:12]
         ]
         return (
-            grid(("latent", "how", "value", "on"), done)
+            grid(("latent", "how", "value", "on"), changes)
             + f"<table style='width:100%;margin:8px 0'><tr>{texts}</tr></table>"
             + grid(("next token", "clean", "steered", "change"), moved)
         )
@@ -232,52 +234,52 @@ class SteeringPanel(Panel):
     def _on_message(self, _: Any, content: Any, buffers: Any = None) -> None:
         if isinstance(content, dict) and content.get("do") == "collect":
             with self._lock:
-                self._look()
+                self._show_texts()
         super()._on_message(_, content, buffers)
 
-    # What is asked for is checked before anything changes
+    # Validation, before anything changes
 
     @t.validate("latents", "positions", "temperature", "seed", "max_new_tokens")
     @catch_errors
     def _check(self, proposal: dict) -> Any:
-        name, got = proposal["trait"].name, proposal["value"]
+        name, value = proposal["trait"].name, proposal["value"]
         with report_errors():
             if name == "latents":
-                return check_latents(got, self.saes)
-            if name == "positions" and got not in POSITIONS:
-                near = errors.near(got, list(POSITIONS))
-                raise ValueError(errors.explain(f"positions is {got!r}.", near=near, want=", ".join(POSITIONS)))
-            if name == "temperature" and not (math.isfinite(got) and got >= 0):
-                raise ValueError(errors.explain(f"temperature is {got}.", want="a number >= 0"))
-            if name == "seed" and not 0 <= got < 2**63:
-                raise ValueError(errors.explain(f"seed is {got}.", want="0 or more, below 2**63"))
-            if name == "max_new_tokens" and got < 1:
-                raise ValueError(errors.explain(f"max_new_tokens is {got}.", want="at least 1"))
-        return got
+                return check_latents(value, self.saes)
+            if name == "positions" and value not in POSITIONS:
+                near = errors.near(value, list(POSITIONS))
+                raise ValueError(errors.explain(f"positions is {value!r}.", near=near, want=", ".join(POSITIONS)))
+            if name == "temperature" and not (math.isfinite(value) and value >= 0):
+                raise ValueError(errors.explain(f"temperature is {value}.", want="a number >= 0"))
+            if name == "seed" and not 0 <= value < 2**63:
+                raise ValueError(errors.explain(f"seed is {value}.", want="0 or more, below 2**63"))
+            if name == "max_new_tokens" and value < 1:
+                raise ValueError(errors.explain(f"max_new_tokens is {value}.", want="at least 1"))
+        return value
 
     @t.observe("latents", "prompt", "positions", "temperature", "seed", "max_new_tokens", "live")
     @catch_errors
-    def _set_anew(self, change: dict) -> None:
+    def _on_setting(self, change: dict) -> None:
         if not self._ready:
             return
-        failed = self._label() if change["name"] == "latents" else None
-        self.stale = self._texts is not None and self._of != self._settings()
+        error = self._update_cards() if change["name"] == "latents" else None
+        self.stale = self._texts is not None and self._text_settings != self._settings()
         if change["name"] in ("latents", "prompt", "positions"):
-            self._predict()
+            self._update_table()
         if self.live:
             self.generate()
-        if failed is not None:
-            raise failed
+        if error is not None:
+            raise error
 
     @t.observe("query")
     @catch_errors
-    def _searched(self, _: Any = None) -> None:
+    def _on_query(self, _: Any = None) -> None:
         query = self.query.strip()
         if not query:
             self.discard_work("search")
             self.found = {}
         elif query.isdigit():
-            self._show_found([(k, int(query)) for k, sae in enumerate(self.saes) if int(query) < sae.cfg.d_sae])
+            self._show_hits([(k, int(query)) for k, sae in enumerate(self.saes) if int(query) < sae.cfg.d_sae])
         elif not self.facts["can_search"]:
             what = f"SteeringPanel has no index to search for {query!r}."
             raise ValueError(errors.explain(what, want="a latent's number", fix="SteeringPanel(model, sae, index)"))
@@ -288,29 +290,29 @@ class SteeringPanel(Panel):
         indexes = [(k, index) for k, index in enumerate(self._indexes) if index is not None]
 
         def work() -> list[tuple[int, int]]:
-            return [(k, int(i)) for k, index in indexes for i in index.search(query, _FOUND).index]
+            return [(k, int(i)) for k, index in indexes for i in index.search(query, _HITS).index]
 
         if sum(len(index) for _, index in indexes) > _AT_ONCE:
-            self.start_work("search", "searching", work, self._show_found)
+            self.start_work("search", "searching", work, self._show_hits)
         else:
-            self._show_found(work())
+            self._show_hits(work())
 
-    def _show_found(self, latents: list[tuple[int, int]]) -> None:
-        self.found = {"query": self.query, "rows": [[k, i, self._words(k, i)] for k, i in latents]}
+    def _show_hits(self, latents: list[tuple[int, int]]) -> None:
+        self.found = {"query": self.query, "rows": [[k, i, self._card(k, i)] for k, i in latents]}
 
     def _settings(self) -> Settings:
         latents = tuple((one["sae"], one["latent"], one["value"], one["how"]) for one in self.latents)
         how = (self.prompt, self.positions, self.temperature, self.seed, self.max_new_tokens)
         return Settings(latents, *how)
 
-    def _label(self) -> Exception | None:
-        """A card for each latent, blank where the index cannot be read: then that exception."""
-        made = [attempt(partial(self._words, *key(one))) for one in self.latents]
-        self.cards = [_BLANK if words is None else words for words, _ in made]
-        return next((error for _, error in made if error is not None), None)
+    def _update_cards(self) -> Exception | None:
+        """Update the cards, blank where the index cannot be read, and return the exception of that."""
+        cards = [attempt(partial(self._card, *key(change))) for change in self.latents]
+        self.cards = [_BLANK if card is None else card for card, _ in cards]
+        return next((error for _, error in cards if error is not None), None)
 
-    def _words(self, sae: int, latent: int) -> dict[str, Any]:
-        """What the index knows of it: the tokens it fires on most strongly, and how strongly."""
+    def _card(self, sae: int, latent: int) -> dict[str, Any]:
+        """The card of a latent: the tokens it fires on and promotes most, and its largest activation."""
         if (index := self._indexes[sae]) is None:
             return _BLANK
         page = index.latent(latent)
@@ -318,34 +320,34 @@ class SteeringPanel(Panel):
         raised = [visible(word.token) for word in page.logits_top[:_WORDS]]
         return {"label": ", ".join(list(tokens)[:_WORDS]), "raises": ", ".join(raised), "max": short(page.max)}
 
-    def _predict(self) -> None:
-        """The table, beside the notebook; one at a time, the last one for sure."""
+    def _update_table(self) -> None:
+        """Update the table in the background, one job at a time; the last settings win."""
         if "changes" in self._jobs:
-            self._again = True
+            self._is_outdated = True
             return
-        self._again, self.about = False, model_line(self.saes, self.model)
+        self._is_outdated, self.about = False, model_line(self.saes, self.model)
         if not self.latents:
             self.changes, self.movers = None, []
             return
-        model, saes, settings = self._twin, self.saes, self._settings()
+        model, saes, settings = self._model_copy, self.saes, self._settings()
 
         def work() -> Any:
             return saewb.next_token_changes(model, settings.prompt, lambda: settings.intervene(model, saes), n=MOVERS)
 
-        self.start_work("changes", "next tokens", lambda: attempt(work), lambda made: self._predicted(*made))
+        self.start_work("changes", "next tokens", lambda: attempt(work), lambda result: self._on_changes(*result))
 
-    def _predicted(self, table: Any, error: Exception | None) -> None:
+    def _on_changes(self, table: Any, error: Exception | None) -> None:
         self.changes = table
         columns = ["token_id", "token", "clean", "changed", "change"]
         rows = [] if table is None else table[columns].values.tolist()
         self.movers = [[i, token, *map(short, odds)] for i, token, *odds in rows]
-        if self._again:
-            self._predict()
+        if self._is_outdated:
+            self._update_table()
         elif error is not None:
             raise error
 
-    def _look(self) -> None:
-        """Show what has been written since."""
+    def _show_texts(self) -> None:
+        """Show the text generated so far."""
         if self._texts is not None and self.running:
             (n, self.clean), (m, self.steered) = self._texts.so_far("clean"), self._texts.so_far("steered")
             self._lengths = (n, m)

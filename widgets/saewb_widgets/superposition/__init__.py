@@ -1,1 +1,1 @@
-"""SuperpositionPanel: its panel, and what only it needs; the front end lies beside."""
+"""SuperpositionPanel: the panel, its helpers and its front end."""

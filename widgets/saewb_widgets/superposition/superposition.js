@@ -41,7 +41,7 @@ function scattered({ root, model, on, set }, box) {
     if (!(dots.x || []).length) { delete canvas.dataset.at; return; }
     const s = scale();
     ctx.font = `11px ${css.fontFamily}`;
-    const text = (said, x, y, align) => { ctx.fillStyle = dim; ctx.textAlign = align; ctx.fillText(said, x, y); };
+    const text = (label, x, y, align) => { ctx.fillStyle = dim; ctx.textAlign = align; ctx.fillText(label, x, y); };
     const rule = (x0, y0, x1, y1) => { ctx.strokeStyle = line; ctx.beginPath(); ctx.moveTo(x0, y0); ctx.lineTo(x1, y1); ctx.stroke(); };
     const unit = s.top > 0.5 ? 0.25 : s.top > 0.2 ? 0.1 : 0.05;
     for (let v = 0; v <= s.top; v += unit) { rule(LEFT, s.py(v), wide - RIGHT, s.py(v)); text(String(+v.toFixed(2)), LEFT - 6, s.py(v) + 4, "right"); }
@@ -154,15 +154,15 @@ function crowd(parts) {
     legend.append(mine, ...others.map(([name]) => { const e = make("span", "key"); e.append(sample(order.indexOf(name)), name); return e; }));
     hists.append(legend);
   };
-  const dotHead = make("h3"), across = make("span", "sides"), dotName = make("span"), dotSaid = make("p", "none");
+  const dotHead = make("h3"), across = make("span", "sides"), dotName = make("span"), dotCaption = make("p", "none");
   dotHead.append(dotName, across);
   dots.append(dotHead);
   const stop = scattered(parts, dots);
-  dots.append(dotSaid);
+  dots.append(dotCaption);
   const titled = () => { const d = model.get("dots");
     dotName.textContent = `Largest |cos| of each direction against ${d.label || ""}`;
-    dotSaid.textContent = d.said || "";
-    dotSaid.hidden = !d.said; };
+    dotCaption.textContent = d.caption || "";
+    dotCaption.hidden = !d.caption; };
   const link = (i) => button(String(i), "quiet link", () => set({ selected: i }), `Neighbors of ${i}`);
   const bar = (v) => { const e = make("span", "bar"), b = make("i");
     b.style.width = 100 * Math.abs(v) + "%";

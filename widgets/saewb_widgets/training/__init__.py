@@ -1,1 +1,1 @@
-"""TrainingPanel: its panel, and what only it needs; the front end lies beside."""
+"""TrainingPanel: the panel, its helpers and its front end."""

@@ -94,11 +94,11 @@ def _box(title: str, label: str, inside: str) -> str:
     return f'<div><div style="font-weight:600">{html.escape(title)}</div>{picture}</div>'
 
 
-def _picture(width: int, height: int, inside: str, told: str) -> str:
+def _picture(width: int, height: int, inside: str, label: str) -> str:
     size = f'width="{width}" height="{height}"'
     drawn = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}">{inside}</svg>'
     data = base64.b64encode(drawn.encode()).decode()
-    return f'<img {size} alt="{html.escape(told, quote=True)}" src="data:image/svg+xml;base64,{data}">'
+    return f'<img {size} alt="{html.escape(label, quote=True)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def _line(i: int, x: Sequence[float], y: Sequence[float], right: float, low: float, high: float) -> str:
@@ -115,21 +115,21 @@ def _line(i: int, x: Sequence[float], y: Sequence[float], right: float, low: flo
 
 def _densities(series: Sequence[dict[str, Any]]) -> str:
     """How many latents are how frequent, as outlines; the first bin holds those that are hardly ever on."""
-    known = [(i, s["label"], s["density"]) for i, s in enumerate(series) if "density" in s]
-    if not known:
+    curves = [(i, s["label"], s["density"]) for i, s in enumerate(series) if "density" in s]
+    if not curves:
         return ""
-    shares = [[count / sum(d["counts"]) for count in d["counts"]] for *_, d in known]
+    shares = [[count / sum(d["counts"]) for count in d["counts"]] for *_, d in curves]
     most, step = max(map(max, shares)), (_W - 8 - _LEFT) / len(shares[0])
     tall = _H - _BOTTOM - _TOP - 4
     lines = ""
-    for (i, *_), heights in zip(known, shares, strict=True):
+    for (i, *_), heights in zip(curves, shares, strict=True):
         at = [(_LEFT + (j + k) * step, _H - _BOTTOM - tall * h / most) for j, h in enumerate(heights) for k in (0, 1)]
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
         lines += f'<polyline points="{points}" {_pen(i)}/>'
-    told = ", ".join(f"{label} {d['counts'][0]} of {sum(d['counts'])} silent" for _, label, d in known)
+    silent = ", ".join(f"{label} {d['counts'][0]} of {sum(d['counts'])} silent" for _, label, d in curves)
     text = (
         f'<text x="{_LEFT}" y="10" {_TEXT}>{most:.0%} of latents</text>'
         f'<text x="{_LEFT}" y="{_H - 3}" {_TEXT}>silent, 1e-7</text>'
         f'<text x="{_W - 8}" y="{_H - 3}" text-anchor="end" {_TEXT}>on every token</text>'
     )
-    return _box("density", f"how many latents are how frequent: {told}", lines + text)
+    return _box("density", f"how many latents are how frequent: {silent}", lines + text)

@@ -1,4 +1,4 @@
-"""Runs as the front end receives them: state, error, and curves."""
+"""Serialize training runs for the front end: state, error and curves."""
 
 from __future__ import annotations
 

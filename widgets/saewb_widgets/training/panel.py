@@ -1,4 +1,4 @@
-"""TrainingPanel: runs as they go, and a form that starts one."""
+"""TrainingPanel: live curves and control of training runs, and a form that starts one."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ class TrainingPanel(Panel):
     _esm = source("shared/frame.js", "training/training.js")
     _css = source("shared/frame.css", "training/training.css")
 
-    status = t.List(help="where each run is").tag(sync=True)
+    status = t.List(help="state of each run").tag(sync=True)
     series = t.List(help="the curves of each SAE of each run").tag(sync=True)
     hidden = t.List(t.Unicode(), help="labels of the curves that are not drawn").tag(sync=True)
-    scale = t.Enum(("auto", "linear", "log"), "auto", help="of loss, L0 and FVU; auto: log where they span a lot").tag(
+    scale = t.Enum(("auto", "linear", "log"), "auto", help="scale of loss, L0 and FVU; auto: log for a wide range").tag(
         sync=True
     )
-    alive = t.Bool(False, help="whether there may be news").tag(sync=True)
-    looked = t.Int(0, help="how often there was a look for news").tag(sync=True)
+    alive = t.Bool(False, help="whether a run may still change").tag(sync=True)
+    looked = t.Int(0, help="number of refreshes").tag(sync=True)
     form = t.Dict(help="the form's fields; empty if there is none").tag(sync=True)
     form_open = t.Bool(False, help="whether the form is shown").tag(sync=True)
     kind = t.Unicode("TopK", help="the objective's class").tag(sync=True)
-    typed = t.Dict(help="what stands in the form, as text by key, where it is not the default").tag(sync=True)
-    problems = t.Dict(help="what is wrong in the form, by key").tag(sync=True)
+    typed = t.Dict(help="values typed into the form, as text by key, where they differ from the default").tag(sync=True)
+    problems = t.Dict(help="error messages for the form, by key").tag(sync=True)
     estimate = t.Dict(help="the memory that training would need").tag(sync=True)
-    facts = t.Dict(help="what stays").tag(sync=True)
+    facts = t.Dict(help="constants for the front end").tag(sync=True)
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class TrainingPanel(Panel):
         self._look()
 
     def refresh(self) -> None:
-        """Show what has happened since; the front end does it once a second while a run goes on."""
+        """Show the latest state; the front end does this once a second while a run is active."""
         self.collect()
         self._look()
 
@@ -249,7 +249,7 @@ class TrainingPanel(Panel):
             super()._on_message(widget, content, buffers)
 
     def _news(self) -> None:
-        """A look that takes no error away that somebody may be reading, and says its own."""
+        """Refresh without clearing an error that the user may be reading, and show its own errors."""
         with self._lock:
             try:
                 self._look()
@@ -279,8 +279,8 @@ class TrainingPanel(Panel):
 
     def _get(self, run: str) -> WatchedRun:
         if run not in self._watched:
-            known = list(self._watched)
-            raise KeyError(errors.explain(f"no run {run!r} here.", near=errors.near(str(run), known), want=str(known)))
+            names = list(self._watched)
+            raise KeyError(errors.explain(f"no run {run!r} here.", near=errors.near(str(run), names), want=str(names)))
         return self._watched[run]
 
     # -- the form ----------------------------------------------------------------------------------------------------
