@@ -412,7 +412,7 @@ def test_nothing_of_the_last_pass_is_left_after_detach(model):
     attached = attach(model, clt)
     model(tiny_models.tokens())
     attached.detach()
-    assert all(not splice.sae._latents.edited for splice in attached._splices)
+    assert all(not splice.sae._latents.edited and not splice.sae.edited for splice in attached._splices)
     with pytest.raises(ValueError, match="is detached"):
         attached.latents[clt]
 

@@ -199,10 +199,9 @@ def test_without_compensation_rates_are_those_of_the_formula():
 @pytest.mark.parametrize("seed", range(2))
 def test_compensated_rates_are_those_asked_for(seed):
     trees = random_hierarchy(60, 6, branching=(2, 4), depth=2, exclusive_frac=0.6, seed=seed)
-    depth, level, nodes = torch.zeros(60), 0, list(trees.roots)
-    while nodes:
-        depth[[node.feature for node in nodes]] = level
-        nodes, level = [child for node in nodes for child in node.children], level + 1
+    depth = torch.zeros(60)
+    for i, level in enumerate(trees._levels):
+        depth[level.feature] = float(i)
     p = torch.full((60,), 0.1) * 0.22**depth
     data, n = SyntheticData(eye(60), p, hierarchy=trees), MILLION
     assert within(rates(data, n, seed), p, n)

@@ -355,7 +355,8 @@ def test_largest_is_topk(rows, d_sae, k, signed, slabs, seed, shift, dtype):
 )
 @settings(max_examples=50, deadline=None)
 def test_above_is_nonzero(rows, d_sae, threshold, seed, dtype):
-    tile = torch.randint(-30, 30, (rows, d_sae), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    threshold, rng = float(threshold), torch.Generator().manual_seed(seed)
+    tile = torch.randint(-30, 30, (rows, d_sae), generator=rng).to(dtype)
     want = {(r, c): float(tile[r, c]) for r, c in (tile > threshold).nonzero().tolist()}
     row, column, value = tiles.above(tile, threshold, limit=rows * d_sae)
     assert dict(zip(zip(row.tolist(), column.tolist(), strict=True), value.tolist(), strict=True)) == want
