@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saewb.errors import explain
 from saewb.sae.activation_functions import Tap
-from saewb.sae.cross_layer import Active, CrossLayerTranscoder, active
+from saewb.sae.cross_layer import CrossLayerTranscoder, LayerActs
 
 
 def transcoder_layers(clt: CrossLayerTranscoder) -> list[TranscoderLayer]:
@@ -28,9 +28,9 @@ def transcoder_layers(clt: CrossLayerTranscoder) -> list[TranscoderLayer]:
 class _PassLatents:
     """Latents of one forward pass, by layer of the transcoder."""
 
-    edited: dict[int, Active] = field(default_factory=dict)
+    edited: dict[int, LayerActs] = field(default_factory=dict)
     """After hooks."""
-    clean: dict[int, Active] = field(default_factory=dict)
+    clean: dict[int, LayerActs] = field(default_factory=dict)
     """Before hooks, where those may have changed them."""
 
 
@@ -77,21 +77,21 @@ class TranscoderLayer:
     def encode(self, x: Tensor, tap: Tap | None = None) -> Tensor:
         """This layer's latents, kept for the later layers of this pass."""
         acts = self.clt.encode_layer(x, self.layer, tap=tap)
-        self._latents.edited[self.layer] = active(acts)
+        self._latents.edited[self.layer] = LayerActs.of(acts)
         return acts
 
     def decode(self, acts: Tensor, x: Tensor, tap: Tap | None = None) -> Tensor:
         """Output of this and all earlier layers at this write point."""
-        if acts is not self._latents.edited[self.layer].latents:
-            self._latents.edited[self.layer] = active(acts)
+        if acts is not self._latents.edited[self.layer].acts:
+            self._latents.edited[self.layer] = LayerActs.of(acts)
         return self._decode(self._latents.edited, x, tap)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Output of this and all earlier layers at this write point without edits of hooks."""
-        self._latents.clean[self.layer] = active(self.clt.encode_layer(x, self.layer))
+        self._latents.clean[self.layer] = LayerActs.of(self.clt.encode_layer(x, self.layer))
         return self._decode({**self._latents.edited, **self._latents.clean}, x)
 
-    def _decode(self, by_layer: Mapping[int, Active], x: Tensor, tap: Tap | None = None) -> Tensor:
+    def _decode(self, by_layer: Mapping[int, LayerActs], x: Tensor, tap: Tap | None = None) -> Tensor:
         missing = [layer for layer in range(self.layer) if layer not in by_layer]
         if missing:
             hook = self.clt.cfg.hooks[missing[0]]

@@ -1,7 +1,7 @@
-"""Products of which only the largest entries are wanted.
+"""Fast exact selection of the largest pre-activations, and products over selected (token, latent) pairs.
 
-precision   the product in the number format that the hardware multiplies fastest
-topk        the largest entries of a tile of it
-pairs       (token, latent) pairs, and the products taken of them alone
-select      all together: low precision chooses candidates, full precision decides; of fixed weights, of a training step
+precision   matrix products in the number format that the hardware multiplies fastest
+topk        the largest entries of a tile of pre-activations
+pairs       (token, latent) pairs, and products computed for them alone
+select      low precision selects candidates, full precision decides; for fixed weights and for a training step
 """

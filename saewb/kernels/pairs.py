@@ -1,4 +1,4 @@
-"""(token, latent) pairs, and the four products a training step needs of them instead of dense ones.
+"""(token, latent) pairs, and the four sparse products of a training step.
 
 combine     recon[t]  = sum over the pairs of token t    of acts * W_dec[latent]           (embedding_bag)
 dots        d_acts    = per pair                         grad[token] . W_dec[latent]       (sampled, sorted by latent)
@@ -17,52 +17,52 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 _SUM = 0  # embedding_bag's mode, as its backward spells it
-_LATENTS = 1024  # at a time where sums go to memory that is there already
-_CACHED = 5_000_000  # bytes of the batch that sampled dot products visit at a time
-_CHUNK = 2**16  # pairs at a time where sampled dot products are done without the private operation
+_LATENTS = 1024  # latents summed at a time into existing memory
+_CACHED = 5_000_000  # bytes of the batch that sampled dot products read at a time
+_CHUNK = 2**16  # pairs at a time for sampled dot products without the private operation
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which latents are on for which tokens, without the zeros, tokens ascending."""
+    """Active (token, latent) pairs, sorted by token."""
 
     tokens: Int[Tensor, " pairs"]
     """Row of the batch, ascending."""
     latents: Int[Tensor, " pairs"]
-    """The latent that is on there."""
+    """Latent that is active on the token."""
     pre: Float[Tensor, " pairs"]
     """Its pre-activation, x_centered @ W_enc + b_enc, in the dtype of the parameters."""
     starts: Int[Tensor, " batch"]
-    """Where each token's pairs begin."""
+    """Position of each token's first pair."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def where(self, which: Tensor) -> Pairs:
-        """Only the pairs of these indices, ascending, or where this mask is true."""
-        which = which.nonzero()[:, 0] if which.dtype == torch.bool else which
-        tokens, latents, pre = (t.index_select(0, which) for t in (self.tokens, self.latents, self.pre))
+    def where(self, index: Tensor) -> Pairs:
+        """Select pairs by ascending indices or by a mask."""
+        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
+        tokens, latents, pre = (t.index_select(0, index) for t in (self.tokens, self.latents, self.pre))
         return pairs_of(tokens, latents, pre, len(self.starts))
 
 
 @dataclass(frozen=True)
 class ByLatent:
-    """The same pairs sorted by latent (and by token within one): what gradients of weights are summed in."""
+    """Pairs sorted by latent, then token: the order in which gradients of weights are summed."""
 
     order: Int[Tensor, " pairs"]
-    """Indices into the pairs as they were."""
+    """Indices into the pairs sorted by token."""
     tokens: Int[Tensor, " pairs"]
     """Row of the batch, ascending within a latent."""
     starts: Int[Tensor, " d_sae"]
-    """Where each latent's pairs begin."""
+    """Position of each latent's first pair."""
 
     def sorted(self, values: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
-        """Values of the pairs as they were, brought into this order."""
+        """Sort values of the pairs into this order."""
         return values.index_select(0, self.order)
 
 
 def starts_of(sorted_ids: Int[Tensor, " pairs"], n: int) -> Int[Tensor, " n"]:
-    """Where the run of each of 0 ... n-1 begins in an ascending list.
+    """First position of each of 0 ... n-1 in an ascending list.
 
     Example:
         >>> starts_of(torch.tensor([0, 0, 2]), 4)
@@ -72,12 +72,12 @@ def starts_of(sorted_ids: Int[Tensor, " pairs"], n: int) -> Int[Tensor, " n"]:
 
 
 def pairs_of(tokens: Tensor, latents: Tensor, pre: Tensor, batch: int) -> Pairs:
-    """Pairs from lists whose tokens ascend."""
+    """Build pairs from lists sorted by token."""
     return Pairs(tokens, latents, pre, starts_of(tokens, batch))
 
 
 def rectangular(latents: Int[Tensor, "batch k"], pre: Float[Tensor, "batch k"]) -> Pairs:
-    """Pairs where every token has k of them."""
+    """Build pairs from k latents per token."""
     batch, k = latents.shape
     starts = torch.arange(batch, device=latents.device) * k
     tokens = torch.arange(batch, device=latents.device).repeat_interleave(k)
@@ -85,13 +85,13 @@ def rectangular(latents: Int[Tensor, "batch k"], pre: Float[Tensor, "batch k"]) 
 
 
 def by_latent(pairs: Pairs, d_sae: int) -> ByLatent:
-    """Sort by latent; stable, so that sums do not depend on anything but the pairs."""
-    latents, order = torch.sort(pairs.latents.int(), stable=True)  # half the bytes to sort
+    """Sort pairs by latent; stable, so that sums depend on the pairs only."""
+    latents, order = torch.sort(pairs.latents.int(), stable=True)  # int32: half the bytes to sort
     return ByLatent(order, pairs.tokens.index_select(0, order), starts_of(latents, d_sae))
 
 
 def combine(pairs: Pairs, values: Float[Tensor, " pairs"], rows: Float[Tensor, "d_sae d"]) -> Float[Tensor, "batch d"]:
-    """Per token the sum of its latents' rows, weighted; zeros for a token without any.
+    """Weighted sum of the rows of each token's latents; zeros for a token without pairs.
 
     Example:
         >>> pairs = pairs_of(torch.tensor([0, 0, 2]), torch.tensor([1, 0, 1]), torch.ones(3), batch=3)
@@ -109,10 +109,10 @@ def gather_rows(
     rows: Float[Tensor, "batch d"],
     out: Float[Tensor, "d_sae d"] | None = None,
 ) -> Float[Tensor, "d_sae d"]:
-    """Per latent the sum of its tokens' rows, weighted: what `dense(values).T @ rows` would be.
+    """Weighted sum of the rows of each latent's tokens: `dense(values).T @ rows`.
 
-    With `out`, 1,024 latents at a time are summed and copied there: a fresh result of the size of a weight matrix costs
-    more in page faults than the copy does.
+    With `out`, 1,024 latents at a time are summed and copied there: page faults of a new result of the size of a weight
+    matrix cost more than the copy.
     """
     weights, n = order.sorted(values), len(order.starts)
     if out is None:
@@ -131,12 +131,12 @@ def _summed(indices: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> T
 
 
 def per_latent(pairs: Pairs, values: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:
-    """Per latent the sum of its values."""
+    """Sum of the values of each latent's pairs."""
     return values.new_zeros(d_sae).index_add_(0, pairs.latents, values)
 
 
 def has_sampled_dots() -> bool:
-    """Whether this torch has the private operation that `dots` prefers (a test pins what it computes)."""
+    """Whether this torch has the private operation that `dots` prefers (a test pins its result)."""
     return hasattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward")
 
 
@@ -145,10 +145,10 @@ def dots(
 ) -> Float[Tensor, " pairs"]:
     """`left[token] . right[latent]` of each pair, without a dense product or a gathered copy.
 
-    embedding_bag's gradient for its per-sample weights is exactly this, and is fused; it is private to torch. Without
-    it the rows are gathered 65,536 pairs at a time: equal, and about ten times slower. The pairs are visited latent by
-    latent, 5 MB of the batch at a time: then one side stays in a cache, and the other is read in order. That is two
-    to three times quicker than token by token.
+    The gradient of embedding_bag for its per-sample weights is this product, fused; it is private to torch. Without it
+    the rows are gathered 65,536 pairs at a time: equal, and about ten times slower. The pairs are visited latent by
+    latent, 5 MB of the batch at a time, so that one side stays in a cache and the other is read in order: two to three
+    times faster than token by token.
     """
     if not len(pairs):
         return left.new_zeros(0)
@@ -157,7 +157,7 @@ def dots(
     order = torch.sort(key.int() if len(right) * (len(left) // block + 1) < 2**31 else key).indices
     tokens, latents = pairs.tokens.index_select(0, order), pairs.latents.index_select(0, order)
     if has_sampled_dots() if private is None else private:
-        unused = tokens.new_zeros(1)  # where each latent's pairs begin: known from `latents`
+        unused = tokens.new_zeros(1)  # the offsets, which follow from `latents`
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, tokens, unused, latents, _SUM)
     else:
         chunks = zip(tokens.split(_CHUNK), latents.split(_CHUNK), strict=True)

@@ -1,11 +1,11 @@
-"""The dense product of a step, in the precision the hardware multiplies fastest.
+"""Dense matrix products in the precision that the hardware multiplies fastest.
 
     full    the parameters' own dtype
     bf16    both factors and the result rounded to bf16
     int8    weights in 127 steps per latent, inputs in 127 steps of the batch's largest value; the result in bf16
 
-The last two only select (`saewb.kernels.select`). Each is a private or new corner of
-torch and oneDNN: what is relied on is looked for, pinned by a test, and done otherwise where it is missing.
+The last two only select candidates (`saewb.kernels.select`). They use private or new operations of torch and oneDNN,
+which are detected at run time, pinned by tests, and replaced by others where missing.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 Precision = Literal["full", "bf16", "int8"]
-Multiply = Callable[[Tensor], Tensor]  # rows of inputs [rows, d_in] -> scores [rows, d_sae], overwritten by the next
+Multiply = Callable[[Tensor], Tensor]
+"""Inputs [rows, d_in] -> scores [rows, d_sae], in a buffer that the next call overwrites."""
 
 MARGIN = {"bf16": 12, "int8": 24}  # candidates per token beyond k
-SPARE = {"full": 1.3, "bf16": 1.4, "int8": 1.5}  # candidates per pair that a whole batch keeps
-SLACK = {"full": 0.0, "bf16": 1 / 32, "int8": 5 / 64}  # first guess at the largest error, in typical scores
+SPARE = {"full": 1.3, "bf16": 1.4, "int8": 1.5}  # candidates per pair selected in a whole batch
+SLACK = {"full": 0.0, "bf16": 1 / 32, "int8": 5 / 64}  # first estimate of the largest error, in typical scores
 
-# Of scores on a CPU: less than malloc hands out afresh, page by page, each time.
+# Bytes of scores on a CPU: below the size for which malloc maps new pages at every call.
 TILE_BYTES_CPU = 20 * 2**20
 TILE_BYTES_CUDA = 2**29
 _BLOCK = 1024  # latents whose weights are converted at a time
-_COPIED = 2**20  # products at a time that are copied to where they are wanted
-_ROWS = 256  # the same for int8, where they are gone over several times
+_COPIED = 2**20  # products copied to the output at a time
+_ROWS = 256  # latents converted to int8 at a time, in several passes
 
 
 def best_precision(device: torch.device) -> Precision:
-    """The precision that selects fastest on this device.
+    """Fastest precision for selection on this device.
 
     A CPU: "int8" if torch reports VNNI instructions and has oneDNN's quantized product, else "bf16" if it reports
     avx512_bf16 or amx, else "full". A CUDA device: "bf16" from compute capability 8.0 on. Others: "full".
@@ -48,22 +49,22 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def next_higher_precision(precision: Precision, device: torch.device) -> Precision:
-    """The next better precision that is worth its time on this device."""
+    """Next higher precision that is worthwhile on this device."""
     if precision == "bf16" or device.type not in ("cpu", "cuda"):
         return "full"
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "full"
-    quick = _reports("_is_avx512_bf16_supported") or _reports("_is_amx_tile_supported")
-    return "bf16" if quick else "full"
+    has_bf16 = _reports("_is_avx512_bf16_supported") or _reports("_is_amx_tile_supported")
+    return "bf16" if has_bf16 else "full"
 
 
 def has_int8() -> bool:
-    """Whether this torch has oneDNN's quantized product under the name and with the arguments used here."""
+    """Whether this torch has oneDNN's quantized product as used here."""
     return hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
 
 
 def tile_rows(d_sae: int, device: torch.device) -> int:
-    """Tokens per tile, whole 64s, so that its scores take 20 MiB on a CPU, 512 MiB on a GPU, as float32."""
+    """Tokens per tile, a multiple of 64, with 20 MiB of float32 scores on a CPU, 512 MiB on a GPU."""
     size = TILE_BYTES_CPU if device.type == "cpu" else TILE_BYTES_CUDA
     return max(64, min(2048, size // (256 * d_sae) * 64))
 
@@ -76,15 +77,15 @@ def low_precision_matmul(
     precision: Precision,
     scratch: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> Multiply:
-    """What gives `(rows @ W.T + b) * norms` of rows of `x`. One buffer: the next call overwrites the last one's result.
+    """Prepare `(rows @ W.T + b) * norms` for rows of `x`. Each call overwrites the result of the last one.
 
     Args:
-        W: reading directions.
+        W: encoder directions.
         b: biases.
         norms: factor per latent; None means 1.
-        x: all rows that will come, for their largest value.
-        precision: of the factors and the result; sums are wider inside.
-        scratch: memory for scaled weights in full precision; None makes some.
+        x: all rows to come, for their largest value.
+        precision: of the factors and the result; sums are accumulated in a wider format.
+        scratch: memory for scaled weights in full precision; None allocates it.
     """
     if precision == "full" and norms is not None and len(x) < W.shape[1]:  # fewer scores than weights to scale
         plain = _product(W, b, x)
@@ -105,9 +106,9 @@ def low_precision_matmul(
 def multiply_into(
     out: Float[Tensor, "rows d_sae"], x: Float[Tensor, "rows d_in"], W: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, "rows d_sae"]:
-    """`x @ W.T` in their own dtype, written to `out`: in full precision, by the library that is quicker here.
+    """Write `x @ W.T` to `out`, in full precision, with the faster library for these.
 
-    The quicker one cannot be told where to write, so products are copied: at most 4 MiB at a time.
+    oneDNN's product has no output argument, so its results are copied, at most 4 MiB at a time.
 
     Example:
         >>> multiply_into(torch.empty(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
@@ -123,19 +124,19 @@ def multiply_into(
 
 
 def _product(W: Tensor, b: Tensor, x: Tensor) -> Multiply:
-    if _has_linear(W):  # biases cost no pass
+    if _has_linear(W):  # adds biases without another pass
         return lambda rows: torch.ops.mkldnn._linear_pointwise(rows.to(W.dtype).contiguous(), W, b, "none", [], "")
     buffer = torch.empty(max(1, min(len(x), tile_rows(len(W), x.device))), len(W), dtype=W.dtype, device=x.device)
     return lambda rows: torch.addmm(b, rows.to(W.dtype), W.T, out=buffer[: len(rows)])
 
 
 def _has_linear(W: Tensor) -> bool:
-    """Whether oneDNN's product takes these: in float32 a quarter to a half quicker here than the BLAS of addmm."""
+    """Whether oneDNN's product supports these: in float32 a quarter to a half faster than the BLAS of addmm."""
     if W.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if W.dtype == torch.float32:
         return True
-    # In half precision it needs instructions that not every CPU has (AVX-512; for float16 more), and says so too late.
+    # In half precision it needs instructions that not every CPU has (AVX-512; for float16 more), and fails at run time.
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(W.dtype)
     return supported is not None and bool(getattr(torch.ops.mkldnn, supported, bool)())
 
@@ -143,37 +144,37 @@ def _has_linear(W: Tensor) -> bool:
 def _int8(W: Tensor, b: Tensor, norms: Tensor | None, x: Tensor) -> Multiply:
     """`127 rows / x_max` as uint8 around 128, `127 W / max |W|` as int8, accumulated in int32, scaled to bf16.
 
-    The weights are handed over transposed but not in oneDNN's own order: putting them in order for every step costs
-    more than it saves.
+    The weights are passed transposed but not in oneDNN's blocked layout: reordering them at every step costs more than
+    it saves.
     """
-    whole, steps = torch.empty(W.shape[1], len(W), dtype=torch.int8), torch.empty_like(b)
-    room, small = torch.empty_like(W[:_ROWS]), torch.empty_like(W[:_ROWS], dtype=torch.int8)
+    weights, steps = torch.empty(W.shape[1], len(W), dtype=torch.int8), torch.empty_like(b)
+    buffer, quantized = torch.empty_like(W[:_ROWS]), torch.empty_like(W[:_ROWS], dtype=torch.int8)
     for start in range(0, len(W), _ROWS):
         block, span = W[start : start + _ROWS], slice(start, start + _ROWS)
-        scaled = torch.abs(block, out=room[: len(block)])
+        scaled = torch.abs(block, out=buffer[: len(block)])
         step = scaled.amax(1).clamp_(min=torch.finfo(W.dtype).tiny) / 127
         scaled = torch.mul(block, 1 / step[:, None], out=scaled).round_()
-        whole[:, span] = small[: len(block)].copy_(scaled).T
+        weights[:, span] = quantized[: len(block)].copy_(scaled).T
         steps[span] = step if norms is None else step * norms[span]
-    packed = whole.to_mkldnn()
+    packed = weights.to_mkldnn()
     step = max(float(x.abs().amax()), 1e-30) / 127 if len(x) else 1.0
     steps, b, zeros = steps.float(), b.float(), torch.zeros(len(W), dtype=torch.int64)
 
     def multiply(rows: Tensor) -> Tensor:
-        whole = rows.mul(1 / step).round_().add_(128).clamp_(1, 255).to(torch.uint8)
+        inputs = rows.mul(1 / step).round_().add_(128).clamp_(1, 255).to(torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(
-            whole, step, 128, packed, steps, zeros, b, 1.0, 0, torch.bfloat16, "none", [], ""
+            inputs, step, 128, packed, steps, zeros, b, 1.0, 0, torch.bfloat16, "none", [], ""
         )
 
     return multiply
 
 
 def _blocks(W: Tensor, norms: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """(first latent, its and the next ones' weights times norms), few enough at a time for the caches."""
+    """Blocks of weights times norms that fit in the caches, each with its first latent."""
     for start in range(0, len(W), _BLOCK):
         block = W[start : start + _BLOCK]
         yield start, block if norms is None else block * norms[start : start + _BLOCK, None]
 
 
 def _reports(name: str) -> bool:
-    return bool(getattr(torch.cpu, name, bool)())  # private to torch; absent means not known
+    return bool(getattr(torch.cpu, name, bool)())  # private to torch; if absent, unknown

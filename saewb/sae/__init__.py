@@ -1,4 +1,4 @@
-"""SAEs: configurations, architectures, active latents."""
+"""Sparse autoencoders: configurations, architectures, sparse latents."""
 
 import lazy_loader
 

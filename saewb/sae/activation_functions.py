@@ -1,4 +1,4 @@
-"""Activation functions, normalization per token, and taps, as the SAE classes share them."""
+"""Activation functions, per-token normalization, and taps, shared by the SAE classes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from saewb.sae.config import TokenNormalization
 
 Latents = Union[int, slice, Sequence[int], Tensor]
-"""Whatever may stand in `acts[..., latents]`."""
+"""Any index of the last axis: `acts[..., latents]`."""
 Tap = Callable[[str, Tensor], Tensor]
-"""Called with a name and a value; returns the value to go on with."""
+"""Function of a name and a value that returns the value to continue with."""
 
 
 def thresholded(pre_acts: Tensor, threshold: Tensor | None) -> Tensor:
-    """ReLU; with a threshold per latent JumpReLU: what is > 0 and strictly greater than the threshold."""
+    """ReLU; with a threshold per latent JumpReLU: values > 0 and strictly greater than the threshold."""
     acts = torch.relu(pre_acts)
     return acts if threshold is None else acts * (pre_acts > threshold)
 
 
 def normalized(x: Tensor, normalization: TokenNormalization) -> Tensor:
-    """Activations of a model as an SAE with this normalization encodes them, token by token."""
+    """Normalize the activations of a model per token, as an SAE with this normalization reads them."""
     if normalization == "layer_norm":
         centered = x - x.mean(-1, keepdim=True)
         return centered / (_std(centered) + 1e-5)
@@ -35,7 +35,7 @@ def normalized(x: Tensor, normalization: TokenNormalization) -> Tensor:
 
 
 def denormalized(recons: Tensor, x: Tensor, normalization: TokenNormalization) -> Tensor:
-    """A reconstruction back in the units of `x`: the inverse of `normalized`, with the scale of `x`."""
+    """Undo `normalized` on a reconstruction, with the mean and scale of `x`."""
     if normalization == "layer_norm":
         return recons * _std(x) + x.mean(-1, keepdim=True)
     if normalization == "constant_norm":
@@ -46,9 +46,9 @@ def denormalized(recons: Tensor, x: Tensor, normalization: TokenNormalization) -
 
 
 def tapped(tap: Tap | None, name: str, value: Tensor) -> Tensor:
-    """The value, or what the tap returns for it."""
+    """Apply a tap to a value; without a tap, the value itself."""
     return value if tap is None else tap(name, value)
 
 
 def _std(x: Tensor) -> Tensor:
-    return x.std(-1, keepdim=True) if x.numel() else x[..., :1]  # torch warns of an empty batch
+    return x.std(-1, keepdim=True) if x.numel() else x[..., :1]  # torch warns about an empty batch

@@ -18,13 +18,13 @@ from saewb.sae.activation_functions import Latents, Tap, denormalized, normalize
 from saewb.sae.config import CoderConfig
 from saewb.sae.sparse import SparseLatents
 
-_TILE = 2**23  # latents computed at a time, unless one row of tokens has more (32 MiB in float32)
+_TILE = 2**23  # latents computed at a time (32 MiB in float32), unless one row of tokens has more
 
 
 class SparseCoder(nn.Module, ABC):
-    """What SAEs of all architectures have in common: a configuration, an encoder into sparse latents, a decoder.
+    """Base class of SAEs of all architectures: a configuration, an encoder into sparse latents, a decoder.
 
-    `isinstance(x, SparseCoder)` says whether something is an SAE. Subclasses are final.
+    `isinstance(x, SparseCoder)` tests whether an object is an SAE. Subclasses are final.
 
     Example:
         >>> import saewb
@@ -34,14 +34,14 @@ class SparseCoder(nn.Module, ABC):
     """
 
     taps: ClassVar[tuple[str, ...]]
-    """The values `encode` and `decode` hand to `tap`, in this order."""
+    """Names of the values that `encode` and `decode` pass to `tap`, in this order."""
     looks_back: ClassVar[bool] = False
     """Whether the latents of a token depend on the tokens before it."""
 
     cfg: CoderConfig
-    """What the weights are of."""
+    """Configuration of the weights."""
     W_dec: nn.Parameter
-    """Decoder directions, a row for each latent."""
+    """Decoder directions, one row per latent."""
     b_dec: nn.Parameter
     """Decoder bias."""
 
@@ -49,15 +49,15 @@ class SparseCoder(nn.Module, ABC):
     def from_tensors(
         cls, cfg: CoderConfig, tensors: Mapping[str, Union[Tensor, Sequence[Tensor]]]
     ) -> Any:  # of the class it is called on
-        """An SAE around these very tensors: no copy, every one accounted for.
+        """Build an SAE from its weights, without copying them.
 
         Args:
-            cfg: what they are the weights of.
-            tensors: by the names of this class, exactly those that `cfg` calls for; a list of one per layer for
-                several layers.
+            cfg: configuration of the weights.
+            tensors: by parameter name, exactly those of `cfg.tensor_shapes()`; a list with one per layer where the SAE
+                has several layers.
 
         Raises:
-            FormatError: if one is missing, left over, or of another shape than `cfg` says.
+            FormatError: if a tensor is missing, left over, or of another shape than in `cfg`.
 
         Example:
             >>> import saewb
@@ -93,14 +93,14 @@ class SparseCoder(nn.Module, ABC):
             )
 
     def tensors(self) -> dict[str, Any]:
-        """The weights by name, shared, as `from_tensors` takes them."""
+        """The weights by name, not copied: the input of `from_tensors`."""
         return dict(self.named_parameters())
 
     def with_config(self, **changes: Any) -> Any:  # of the same class
-        """The same weights, shared, under a configuration with other hooks, model or metadata.
+        """An SAE with the same weights, not copied, and other fields of the configuration: hooks, model or metadata.
 
         Args:
-            changes: fields of its configuration and their new values.
+            changes: fields of the configuration and their new values.
 
         Raises:
             TypeError: for a field that the configuration does not have.
@@ -117,11 +117,11 @@ class SparseCoder(nn.Module, ABC):
             )
         return self.from_tensors(replace(self.cfg, **changes), self.tensors())
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
+    # -- sizes and description -----------------------------------------------------------------------------------------
 
     @property
     def d_in(self) -> int:
-        """Width of what it reads."""
+        """Width of the input."""
         return self.cfg.d_in
 
     @property
@@ -131,23 +131,23 @@ class SparseCoder(nn.Module, ABC):
 
     @property
     def d_out(self) -> int:
-        """Width of what it writes."""
+        """Width of the output."""
         return self.cfg.d_out
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters, and of what comes out; inputs are cast to it."""
+        """Dtype of the parameters and outputs; inputs are cast to it."""
         return self.b_dec.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters; inputs must be there."""
+        """Device of the parameters, where inputs must be."""
         return self.b_dec.device
 
     @property
     @abstractmethod
     def _kind(self) -> str:
-        """What to call the architecture in one line."""
+        """Name of the architecture for the repr."""
 
     def __repr__(self) -> str:
         cfg, normalization = self.cfg, getattr(self.cfg, "normalization", "none")
@@ -163,7 +163,7 @@ class SparseCoder(nn.Module, ABC):
         parts = [*parts, self.cfg.model] if self.cfg.model else parts
         return f"{type(self).__name__}({', '.join(parts)}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
 
-    # -- what it does --------------------------------------------------------------------------------------------------
+    # -- encoding and decoding -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(
@@ -174,7 +174,7 @@ class SparseCoder(nn.Module, ABC):
         Args:
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
             latents: only these: anything that may index the last axis.
-            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); what it returns is used on.
+            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); its return values replace them.
         """
 
     @abstractmethod
@@ -189,7 +189,7 @@ class SparseCoder(nn.Module, ABC):
         Args:
             latents: activations, `[..., d_sae]`.
             x: the input they came from, where the output depends on it beyond the latents.
-            tap: called with ("recons", the reconstruction before normalization is undone); what it returns is used on.
+            tap: called with ("recons", the reconstruction before normalization is undone); its return value is used.
         """
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "..."]:
@@ -199,7 +199,7 @@ class SparseCoder(nn.Module, ABC):
     def encode_sparse(
         self, x: Float[Tensor, "*batch d_in"], mask: Bool[Tensor, "*batch"] | None = None
     ) -> SparseLatents:
-        """`encode(x)` without its zeros, in memory of what is active; no gradients.
+        """Active latents of `encode(x)`, in memory proportional to their number; no gradients.
 
         Args:
             x: activations of the model, as for `encode`.
@@ -217,20 +217,20 @@ class SparseCoder(nn.Module, ABC):
         return SparseLatents.cat(tiles or [SparseLatents.from_dense(rows.new_zeros(0, self.d_sae))]).view(*x.shape[:-1])
 
     def normalize_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Activations of the model in this SAE's dtype, normalized per token as `cfg.normalization` says."""
+        """Activations of the model in this SAE's dtype, normalized per token by `cfg.normalization`."""
         self._check_input(x)
         return normalized(x.to(self.dtype), self.cfg.normalization)
 
     def denormalize(
         self, recons: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"] | None
     ) -> Float[Tensor, "*batch d_out"]:
-        """A reconstruction back in the units of the input `x`: undoes `normalize_input`."""
+        """Undo `normalize_input` on a reconstruction: return it in the units of the input `x`."""
         if self.cfg.normalization == "none":
             return recons
-        return denormalized(recons, self._needed(x), self.cfg.normalization)
+        return denormalized(recons, self._decoder_input(x), self.cfg.normalization)
 
-    def _needed(self, x: Tensor | None) -> Tensor:
-        """The input that decoding depends on, in this SAE's dtype."""
+    def _decoder_input(self, x: Tensor | None) -> Tensor:
+        """The input that decoding depends on, in this SAE's dtype; ValueError if it is missing."""
         if x is None:
             parts = [f"normalization={self.cfg.normalization!r}"]
             parts += [f"skip={self.cfg.skip}"] if hasattr(self.cfg, "skip") else []
@@ -239,16 +239,16 @@ class SparseCoder(nn.Module, ABC):
         self._check_input(x)
         return x.to(self.dtype)
 
-    # -- sparse encoding: what an architecture may do better than to encode densely ------------------------------------
+    # -- sparse encoding: overridden where an architecture has something faster than dense encoding --------------------
 
     def _approximation(self, x: Float[Tensor, "tokens d_in"]) -> ApproximateTopK | None:
-        """A low-precision copy of the encoder for inputs like these; None where there is no use for one."""
+        """A low-precision copy of the encoder for inputs like these; None where it would not be faster."""
         return None
 
     def _encode_tokens(
         self, x: Float[Tensor, "tokens d_in"], approximate: ApproximateTopK | None
     ) -> SparseLatents | None:
-        """Active latents of single tokens, without their pre-activations in memory; None if that does not pay."""
+        """Active latents of tokens without all pre-activations in memory; None where that would not be faster."""
         return None
 
     # -- checks --------------------------------------------------------------------------------------------------------
@@ -258,19 +258,19 @@ class SparseCoder(nn.Module, ABC):
             raise ValueError(explain("encode got both latents= and tap=.", want="one of them; a tap sees all latents"))
 
     def _check_input(self, x: object) -> None:
-        """That these are activations `[..., d_in]`; else a TypeError or ValueError that says what to type."""
+        """Check that these are activations `[..., d_in]`; raise a TypeError or ValueError with a fix otherwise."""
         want = f"[..., d_in={self.cfg.d_in}]"
         if not isinstance(x, Tensor):
             raise self._not_a_tensor(x, "x", want)
         if x.shape[-1:] == (self.cfg.d_in,):
             return
         fix = ""
-        if not x.is_floating_point() and x.ndim < 3:  # token ids, it seems
+        if not x.is_floating_point() and x.ndim < 3:  # probably token ids
             want, fix = f"activations of a model, {want}", "saewb.read_prompt(model, tokens, sae)"
         raise ValueError(explain(f"{self!r} got x of shape {tuple(x.shape)}.", want=want, fix=fix))
 
     def _check_latents(self, latents: object, d_sae: int) -> None:
-        """That these are latents `[..., d_sae]`; else a TypeError or ValueError that says what to type."""
+        """Check that these are latents `[..., d_sae]`; raise a TypeError or ValueError with a fix otherwise."""
         want = f"[..., d_sae={d_sae}]"
         if not isinstance(latents, Tensor):
             raise self._not_a_tensor(latents, "latents", want)
@@ -280,7 +280,7 @@ class SparseCoder(nn.Module, ABC):
         raise ValueError(explain(f"{self!r} got latents of shape {tuple(latents.shape)}.", want=want, fix=fix))
 
     def _not_a_tensor(self, value: object, role: str, want: str) -> TypeError:
-        """The error for a text, a list or an array where a tensor goes."""
+        """The error for a text, a list or an array in place of a tensor."""
         verb = "encode" if role == "x" else "decode"
         got, fix = f"a {type(value).__name__} for {role}", ""
         if isinstance(value, str) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
@@ -298,11 +298,11 @@ class SparseCoder(nn.Module, ABC):
 
 
 class SparseEncoder:
-    """Encodes many batches with one SAE, without the zeros.
+    """Encoder of many batches into sparse latents with one SAE.
 
-    On a CPU with bf16 instructions a product in bf16 says which latents may be active, and those are computed in
-    float32 (`saewb.kernels.select`): for that it holds one and a half times W_enc from the first tokens on. The SAE's
-    weights must not change while it is used.
+    On a CPU with bf16 instructions a product in bf16 selects candidates, which are computed in float32
+    (`saewb.kernels.select`); this holds one and a half times W_enc from the first tokens on. The SAE's weights must not
+    change while the encoder is in use.
 
     Example:
         >>> import saewb
@@ -320,24 +320,24 @@ class SparseEncoder:
 
     @property
     def nbytes(self) -> int:
-        """What it holds now besides the SAE, in bytes."""
+        """Bytes that it holds now in addition to the SAE."""
         return 0 if self._approximate is None else self._approximate.nbytes
 
     @torch.no_grad()
     def tiles(
         self, x: Float[Tensor, "*rows d_in"], mask: Bool[Tensor, "*rows"] | None = None
     ) -> Iterator[tuple[slice, SparseLatents]]:
-        """Active latents of some rows, and of the next ones, until all are done: where `sae.encode(x)` is not 0.
+        """Encode consecutive rows tile by tile into active latents, where `sae.encode(x)` is not 0.
 
-        All rows at once, in tiles of 32 MiB of latents, for a top-k activation, and for a threshold that few latents
-        are above; else as many rows at a time as have 32 MiB of latents, or one.
+        One tile of all rows, computed in blocks of 32 MiB of latents, for a top-k activation and for a threshold that
+        few latents exceed; else as many rows per tile as have 32 MiB of latents, at least one.
 
         Args:
-            x: activations of the model; of a temporal SAE the middle axis is time.
+            x: activations of the model; for a temporal SAE the middle axis is time.
             mask: tokens to encode; latents of others are left out. None means all.
 
         Returns:
-            Of each tile its rows and their latents, of shape `(rows, *ctx, d_sae)`.
+            For each tile its rows and their latents, of shape `(rows, *ctx, d_sae)`.
         """
         self.sae._check_input(x)
         rows, d_sae = x.flatten(0, -2), self.sae.d_sae

@@ -1,8 +1,7 @@
-"""Configurations: what an SAE is, without its weights.
+"""Configurations of SAEs: sizes, activation function, hooks and metadata, without the weights.
 
-Frozen dataclasses whose checks are two lines each, not pydantic ones: most checks concern several fields at once (k
-fits d_sae and the activation, pre_bias fits d_out), so pydantic would save little here and cost its import (0.3 s)
-wherever a first SAE is loaded.
+Frozen dataclasses, not pydantic models: most checks concern several fields (k with d_sae and the activation, pre_bias
+with d_out), so pydantic would save little and cost its import (0.3 s) whenever a first SAE is loaded.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ class CoderConfig(ABC):
     @property
     @abstractmethod
     def is_transcoder(self) -> bool:
-        """Whether it predicts something else than what it reads."""
+        """Whether its output predicts another activation than its input."""
 
     @abstractmethod
     def tensor_shapes(self) -> Mapping[str, Union[Shape, list[Shape]]]:
-        """The tensors of an SAE of this configuration: shapes by name; one per layer where it has several layers."""
+        """Shapes of the tensors of an SAE with this configuration, by name; a list where it has several layers."""
 
     def _check(self, ok: bool, name: str, want: str) -> None:
         if not ok:
@@ -52,7 +51,7 @@ class CoderConfig(ABC):
         self._check(getattr(self, name) in values, name, "one of " + ", ".join(map(repr, values)))
 
     def _replace(self, **values: Any) -> None:
-        """Set fields while the frozen dataclass is being made."""
+        """Set fields of the frozen dataclass in `__post_init__`."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -63,35 +62,36 @@ def _is_count(n: object) -> bool:
 
 @dataclass(frozen=True)
 class SAEConfig(CoderConfig):
-    """Configuration of an SAE or transcoder. Wrong or unknown fields raise; nothing is shared or changed afterwards."""
+    """Configuration of an SAE or transcoder, immutable. Invalid or unknown fields raise."""
 
     d_in: int
-    """Width of what it reads."""
+    """Width of the input."""
     d_sae: int
     """Number of latents."""
     activation: Activation = "relu"
     """Activation function."""
     k: int | None = None
-    """Latents kept per token; for "topk", "abstopk" and "groupmax", and only there."""
+    """Active latents per token; only for "topk", "abstopk" and "groupmax"."""
     d_out: int | None = None
-    """Width of what it writes; None means d_in."""
+    """Width of the output; None means d_in."""
     skip: bool = False
     """Adds x @ W_skip to the output (skip transcoders)."""
     pre_bias: PreBias = "none"
-    """Subtracted before encoding: nothing, b_dec itself, or a b_pre of its own."""
+    """Bias subtracted before encoding: none, b_dec ("tied"), or a separate b_pre ("own")."""
     normalization: TokenNormalization = "none"
-    """Per token, undone on the output: mean and spread of x, its norm, or its mean alone ("centered", for SAEs of
-    models with centered writing weights). A constant factor is folded into the weights instead."""
+    """Per-token normalization, undone on the output: mean and standard deviation ("layer_norm"), norm
+    ("constant_norm"), or mean alone ("centered", for SAEs of models with centered writing weights). A constant factor
+    is folded into the weights instead."""
     hook: str | None = None
-    """The hook point it reads."""
+    """Hook point of the input."""
     hook_out: str | None = None
-    """The hook point it writes; None means `hook`; another one makes it a transcoder."""
+    """Hook point of the output; None means `hook`; a different one makes it a transcoder."""
     head: int | None = None
-    """Reads and writes this attention head only; None means all."""
+    """Attention head that it reads and writes; None means all."""
     model: str | None = None
     """Name of the language model it was trained on."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Whatever else its file says, kept as read."""
+    """Other fields of its file, unchanged."""
 
     def __post_init__(self) -> None:
         self._replace(d_out=self.d_in if self.d_out is None else self.d_out, metadata=dict(self.metadata))
@@ -116,11 +116,11 @@ class SAEConfig(CoderConfig):
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it predicts something else than what it reads."""
+        """Whether its output predicts another activation than its input."""
         return self.d_out != self.d_in or self.hook_out not in (None, self.hook)
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """The tensors an SAE of this configuration has, by name, with their shapes."""
+        """Shapes of the tensors of an SAE with this configuration, by name."""
         shapes: dict[str, Shape] = {
             "W_enc": (self.d_in, self.d_sae),
             "b_enc": (self.d_sae,),
@@ -137,16 +137,16 @@ class SAEConfig(CoderConfig):
 
 
 class OnePointConfig(CoderConfig):
-    """Base of the configurations of architectures that write where they read."""
+    """Base of the configurations of architectures whose output is at the hook point of the input."""
 
     @property
     def d_out(self) -> int:
-        """Width of what it writes: d_in."""
+        """Width of the output: d_in."""
         return self.d_in
 
     @property
     def hook_out(self) -> None:
-        """Always None: it writes where it reads."""
+        """Always None: the output is at `hook`."""
         return None
 
     @property

@@ -3,9 +3,9 @@
     z_i  = activation(x_i @ W_enc[i] + b_enc[i])                                          at each layer i
     y_j  = sum over i <= j of z_i @ W_dec[i][:, j - i]  +  b_dec[j]  (+ x_j @ W_skip[j])
 
-x_i is what the model has at `hooks[i]`, y_j stands for what it has at `hooks_out[j]`. A crosscoder is the same with
-`hooks_out` being `hooks`: its latents describe the residual stream from their layer on. Because a layer never writes
-to an earlier one, y_j is known as soon as layer j has been read, so both can be attached to a model that is running.
+x_i is the model's activation at `hooks[i]`, y_j reconstructs the one at `hooks_out[j]`. In a crosscoder `hooks_out` is
+`hooks`: its latents describe the residual stream from their layer on. Because a layer never writes to an earlier one,
+y_j can be computed as soon as layer j has been read, so both kinds can be attached to a model during a forward pass.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ CrossLayerActivation = Literal["relu", "jumprelu"]
 
 @dataclass(frozen=True)
 class CrossLayerConfig(CoderConfig):
-    """Configuration of a cross-layer transcoder. Wrong or unknown fields raise."""
+    """Configuration of a cross-layer transcoder. Invalid or unknown fields raise."""
 
     d_in: int
-    """Width of what every layer reads."""
+    """Width of the input of every layer."""
     d_sae: tuple[int, ...]
     """Number of latents of each layer, first to last."""
     hooks: tuple[str, ...]
-    """The hook points it reads, one for each layer, in the order the model computes them."""
+    """Hook points of the inputs, one for each layer, in the order of the model."""
     hooks_out: tuple[str, ...] | None = None
-    """The hook points it writes; None means `hooks` (a crosscoder)."""
+    """Hook points of the outputs; None means `hooks` (a crosscoder)."""
     d_out: int | None = None
-    """Width of what every layer writes; None means d_in."""
+    """Width of the output of every layer; None means d_in."""
     activation: CrossLayerActivation = "relu"
     """Activation function."""
     skip: bool = False
@@ -48,7 +48,7 @@ class CrossLayerConfig(CoderConfig):
     model: str | None = None
     """Name of the language model it was trained on."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Whatever else its files say, kept as read."""
+    """Other fields of its files, unchanged."""
 
     def __post_init__(self) -> None:
         for name in ("d_sae", "hooks", "hooks_out"):
@@ -72,16 +72,16 @@ class CrossLayerConfig(CoderConfig):
 
     @property
     def n_layers(self) -> int:
-        """How many layers it reads, and writes."""
+        """Number of layers."""
         return len(self.d_sae)
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it predicts something else than what it reads; False for a crosscoder."""
+        """Whether its outputs predict other activations than its inputs; False for a crosscoder."""
         return self.d_out != self.d_in or self.hooks_out != self.hooks
 
     def tensor_shapes(self) -> dict[str, list[Shape]]:
-        """The tensors of this configuration: by name, the shape of each layer's."""
+        """Shapes of the tensors of this configuration, by name, one per layer."""
         n, d_in, d_out = self.n_layers, self.d_in, self.d_out
         shapes: dict[str, list[Shape]] = {
             "W_enc": [(d_in, width) for width in self.d_sae],
@@ -98,17 +98,17 @@ class CrossLayerConfig(CoderConfig):
 
 @final
 class CrossLayerTranscoder(SparseCoder):
-    """All layers of a cross-layer transcoder or a weakly causal crosscoder, as one object for `saewb.attach`.
+    """A cross-layer transcoder or weakly causal crosscoder, all layers in one object for `saewb.attach`.
 
     Parameters, each a list with one tensor per layer i: `W_enc [d_in, d_sae]`, `b_enc [d_sae]`, `W_dec [d_sae,
     n_layers - i, d_out]` (`W_dec[i][:, t]` writes to layer i + t), `b_dec [d_out]` (of the layer written to), and where
     they apply `threshold [d_sae]`, `W_skip [d_in, d_out]`. They take no gradients; gradients pass through them.
 
-    The matrices may be larger than memory: they stay as they are stored, memory-mapped if `load_sae` read them, and are
-    cast to `dtype` (that of the biases) one at a time: a whole encoder matrix, and of the decoders only the rows of
-    latents that are active somewhere in the batch (all rows where the latents carry gradients).
+    The matrices may be larger than memory: they stay as stored, memory-mapped if `load_sae` read them, and are cast to
+    `dtype` (that of the biases) one at a time: a whole encoder matrix, and of the decoders only the rows of latents
+    that are active somewhere in the batch (all rows where the latents carry gradients).
 
-    Made by `from_tensors`, and by `saewb.load_sae` from a folder that holds one.
+    Created by `from_tensors`, and by `saewb.load_sae` from a folder.
 
     References:
         Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders; Ameisen et al. 2025,
@@ -134,21 +134,21 @@ class CrossLayerTranscoder(SparseCoder):
     def _set_weights(self, cfg: CrossLayerConfig, tensors: Mapping[str, Sequence[Tensor]]) -> None:
         self.cfg = cfg
         for name in cfg.tensor_shapes():
-            of_layers = [nn.Parameter(tensor.detach(), requires_grad=False) for tensor in tensors[name]]
-            self.add_module(name, nn.ParameterList(of_layers))
+            layers = [nn.Parameter(tensor.detach(), requires_grad=False) for tensor in tensors[name]]
+            self.add_module(name, nn.ParameterList(layers))
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """The weights by name, one per layer, shared, as `from_tensors` takes them."""
+        """The weights by name, one per layer, not copied: the input of `from_tensors`."""
         return {name: list(getattr(self, name)) for name in self.cfg.tensor_shapes()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes, and of what comes out. Matrices may be stored in another."""
+        """Dtype of the computation and outputs; matrices may be stored in another."""
         return self.b_dec[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters; inputs must be there."""
+        """Device of the parameters, where inputs must be."""
         return self.b_dec[0].device
 
     def encode_layer(
@@ -157,10 +157,10 @@ class CrossLayerTranscoder(SparseCoder):
         """Latents of one layer: `activation(x @ W_enc[layer] + b_enc[layer])`.
 
         Args:
-            x: what the model has at `cfg.hooks[layer]`, in its own units; cast to this object's dtype.
-            layer: from 0, an index into `cfg.hooks`, which need not be the model's number of the layer.
-            latents: only these: anything that may index the last axis.
-            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); what it returns is used on.
+            x: activations of the model at `cfg.hooks[layer]`, in the model's units; cast to this object's dtype.
+            layer: from 0, an index into `cfg.hooks`, which may differ from the layer number of the model.
+            latents: subset to return: any index of the last axis.
+            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); its return values replace them.
 
         Returns:
             `[..., d_sae[layer]]`, or exactly that indexed with `latents`.
@@ -183,21 +183,21 @@ class CrossLayerTranscoder(SparseCoder):
         x: Float[Tensor, "*batch d_in"] | None = None,
         tap: Tap | None = None,
     ) -> Float[Tensor, "..."]:
-        """What all layers up to this one write here.
+        """Output of one layer from the latents of all layers up to it.
 
             sum over i <= layer of latents[i] @ W_dec[i][:, layer - i]  +  b_dec[layer]  (+ x @ W_skip[layer])
 
         Args:
             latents: of layers 0 to `layer` (more are ignored), each `[..., d_sae[i]]`.
-            layer: the one written to.
-            x: what that layer read; needed, and only used, with a skip matrix.
-            tap: called with ("recons", the sum without the skip); what it returns is used on.
+            layer: the layer of the output.
+            x: input of that layer; only used, and required, with a skip matrix.
+            tap: called with ("recons", the sum without the skip); its return value replaces it.
 
         Returns:
             `[..., d_out]`.
 
         Raises:
-            ValueError: if latents of an earlier layer, or `x`, are needed and missing.
+            ValueError: if latents of an earlier layer, or a required `x`, are missing.
         """
         return self._decode(self._sources(latents[: layer + 1]), layer, x, tap)
 
@@ -205,7 +205,7 @@ class CrossLayerTranscoder(SparseCoder):
         """`encode_layer` of every layer.
 
         Args:
-            xs: what the model has at each of `cfg.hooks`, `[..., d_in]`.
+            xs: activations of the model at each of `cfg.hooks`, `[..., d_in]`.
 
         Returns:
             For each layer `[..., d_sae[i]]`.
@@ -219,7 +219,7 @@ class CrossLayerTranscoder(SparseCoder):
 
         Args:
             latents: of every layer.
-            xs: what they came from; needed, and only used, with a skip matrix.
+            xs: the inputs of the latents; only used, and required, with a skip matrix.
 
         Returns:
             For each of `cfg.hooks_out` `[..., d_out]`.
@@ -231,10 +231,10 @@ class CrossLayerTranscoder(SparseCoder):
     def encode_sparse(
         self, xs: Sequence[Float[Tensor, "..."]], masks: Sequence[Bool[Tensor, "..."] | None] | None = None
     ) -> list[SparseLatents]:
-        """`encode` without its zeros, one layer's dense latents in memory at a time.
+        """Active latents of `encode`, with the dense latents of one layer in memory at a time.
 
         Args:
-            xs: what the model has at each of `cfg.hooks`, `[..., d_in]`.
+            xs: activations of the model at each of `cfg.hooks`, `[..., d_in]`.
             masks: of each layer, the tokens to encode; None means all.
         """
         masks = [None] * self.cfg.n_layers if masks is None else masks
@@ -242,13 +242,13 @@ class CrossLayerTranscoder(SparseCoder):
         acts = ((self.encode_layer(x, layer), mask) for x, mask, layer in layers)
         return [SparseLatents.from_dense(z if mask is None else torch.where(mask[..., None], z, 0)) for z, mask in acts]
 
-    def _decode(self, sources: Sequence[Active], layer: int, x: Tensor | None, tap: Tap | None = None) -> Tensor:
+    def _decode(self, sources: Sequence[LayerActs], layer: int, x: Tensor | None, tap: Tap | None = None) -> Tensor:
         if len(sources) <= layer:
             what = f"{self!r} got latents of {len(sources)} layers to decode layer {layer}."
             raise ValueError(explain(what, want=f"those of layers 0 to {layer}"))
         recons: Tensor = self.b_dec[layer]
         for i, source in enumerate(sources[: layer + 1]):
-            recons = recons + source.written_by(self.W_dec[i][:, layer - i], self.dtype)
+            recons = recons + source.decode(self.W_dec[i][:, layer - i], self.dtype)
         recons = tapped(tap, "recons", recons)
         if not self.cfg.skip:
             return recons
@@ -258,14 +258,14 @@ class CrossLayerTranscoder(SparseCoder):
         self._check_input(x)
         return recons + x.to(self.dtype) @ self.W_skip[layer].to(self.dtype)
 
-    def _sources(self, latents: Sequence[Tensor]) -> list[Active]:
+    def _sources(self, latents: Sequence[Tensor]) -> list[LayerActs]:
         for z, width in zip(latents, self.cfg.d_sae, strict=False):
             self._check_latents(z, width)
-        return [active(z) for z in latents]
+        return [LayerActs.of(z) for z in latents]
 
     def _one_each(self, tensors: Sequence[Tensor], role: str = "x") -> Sequence[Tensor]:
-        texts = isinstance(tensors, (list, tuple)) and any(isinstance(one, str) for one in tensors)
-        if texts or isinstance(tensors, str) or not hasattr(tensors, "__len__"):
+        has_text = isinstance(tensors, (list, tuple)) and any(isinstance(item, str) for item in tensors)
+        if has_text or isinstance(tensors, str) or not hasattr(tensors, "__len__"):
             raise self._not_a_tensor(tensors, role, f"for each of its {self.cfg.n_layers} layers, in a list")
         if isinstance(tensors, Tensor) or len(tensors) != self.cfg.n_layers:
             got = f"one tensor {tuple(tensors.shape)}" if isinstance(tensors, Tensor) else f"{len(tensors)} tensors"
@@ -287,21 +287,26 @@ class CrossLayerTranscoder(SparseCoder):
 
 
 @dataclass(frozen=True, eq=False)
-class Active:
-    """Latents of one layer, with which of them are active anywhere: only those rows of a decoder are read."""
+class LayerActs:
+    """Dense activations of one layer, and which latents are active on any token: only their decoder rows are read.
 
-    latents: Float[Tensor, "..."]  # [..., d_sae]
-    rows: Tensor | None  # of the active ones; None means all
+    Not SparseLatents: they carry gradients, and decoding is one dense product over the active latents.
+    """
 
-    def written_by(self, decoder: Tensor, dtype: torch.dtype) -> Tensor:
-        """`latents @ decoder` in this dtype."""
-        if self.rows is None:
-            return self.latents.to(dtype) @ decoder.to(dtype)
-        return self.latents[..., self.rows].to(dtype) @ decoder[self.rows].to(dtype)
+    acts: Float[Tensor, "..."]
+    """Activations, `[..., d_sae]`."""
+    active: Tensor | None
+    """Indices of the latents that are active on any token; None means all."""
 
+    @classmethod
+    def of(cls, acts: Tensor) -> LayerActs:
+        """Find the active latents; all where gradients are recorded, since an inactive latent has one too."""
+        if acts.requires_grad and torch.is_grad_enabled():
+            return cls(acts, None)
+        return cls(acts, (acts.reshape(-1, acts.shape[-1]) != 0).any(0).nonzero()[:, 0])
 
-def active(latents: Tensor) -> Active:
-    """Latents with their active rows; all rows where gradients are wanted, since an inactive latent has one too."""
-    if latents.requires_grad and torch.is_grad_enabled():
-        return Active(latents, None)
-    return Active(latents, (latents.reshape(-1, latents.shape[-1]) != 0).any(0).nonzero()[:, 0])
+    def decode(self, W_dec: Tensor, dtype: torch.dtype) -> Tensor:
+        """`acts @ W_dec` in this dtype."""
+        if self.active is None:
+            return self.acts.to(dtype) @ W_dec.to(dtype)
+        return self.acts[..., self.active].to(dtype) @ W_dec[self.active].to(dtype)

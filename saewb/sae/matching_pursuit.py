@@ -1,10 +1,10 @@
-"""Matching pursuit: latents chosen one at a time, each from what those before it left unexplained.
+"""Matching pursuit SAEs: latents chosen one at a time by their dot product with the residual.
 
-1. r = normalize(x) - b_dec, and no latent is on.
-2. i = argmax_i <r, W_dec[i]>, v = max(<r, W_dec[i]>, 0); latent i gains v, r loses v * W_dec[i].
-3. Again from 2, until latent i was already on, or |r| is below `residual_threshold`, or `max_iterations` are done.
+1. r = normalize(x) - b_dec, and no latent is active.
+2. i = argmax_i <r, W_dec[i]>, v = max(<r, W_dec[i]>, 0); z_i += v, r -= v * W_dec[i].
+3. Repeat step 2 until latent i was already active, or |r| < `residual_threshold`, or after `max_iterations`.
 
-Encoder and decoder are one matrix, and step 2 looks at all latents, so this is not one feed-forward pass.
+Encoder and decoder share one matrix, and step 2 compares all latents, so this is not one feed-forward pass.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from saewb.sae.config import OnePointConfig, Shape, TokenNormalization
 
 @dataclass(frozen=True)
 class PursuitConfig(OnePointConfig):
-    """Configuration of a matching pursuit SAE. Wrong or unknown fields raise."""
+    """Configuration of a matching pursuit SAE. Invalid or unknown fields raise."""
 
     d_in: int
-    """Width of what it reads and writes."""
+    """Width of the input and the output."""
     d_sae: int
     """Number of latents."""
     residual_threshold: float = 0.01
-    """A token is done when its residual is shorter than this; 0 means never."""
+    """Residual norm below which a token is finished; 0: no threshold."""
     max_iterations: int | None = None
-    """Latents chosen per token at most; None means d_in."""
+    """Largest number of choices per token; None means d_in."""
     stop_on_duplicate: bool = True
-    """A token is done when it would choose a latent that is already on."""
+    """Whether a token is finished when it chooses an active latent again."""
     pre_bias: Literal["none", "tied"] = "tied"
     """"none": b_dec is neither subtracted nor added."""
     normalization: TokenNormalization = "none"
-    """Per token, undone on the output."""
+    """Per-token normalization, undone on the output."""
     hook: str | None = None
-    """The hook point it reads and writes."""
+    """Hook point of the input and the output."""
     head: int | None = None
-    """Reads and writes this attention head only; None means all."""
+    """Attention head that it reads and writes; None means all."""
     model: str | None = None
     """Name of the language model it was trained on."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Whatever else its file says, kept as read."""
+    """Other fields of its file, unchanged."""
 
     def __post_init__(self) -> None:
         self._replace(metadata=dict(self.metadata))
@@ -61,7 +61,7 @@ class PursuitConfig(OnePointConfig):
             self._check_counts("max_iterations")
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """The tensors of this configuration, by name, with their shapes."""
+        """Shapes of the tensors of an SAE with this configuration, by name."""
         return {"W_dec": (self.d_sae, self.d_in), "b_dec": (self.d_in,)}
 
 
@@ -69,12 +69,12 @@ class PursuitConfig(OnePointConfig):
 class PursuitSAE(SparseCoder):
     """A matching pursuit sparse autoencoder: `W_dec [d_sae, d_in]`, `b_dec [d_in]`, and no encoder of its own.
 
-    A new one has unit decoder rows in random directions and a zero bias. Rows should keep unit norm: the value v of a
-    chosen latent is the length of the residual along its row only then.
+    Initially the decoder rows are random unit directions and the bias is zero. Rows should have unit norm: only then is
+    the value v of a chosen latent the length of the residual along its row.
 
     Args:
-        cfg: what to build.
-        seed: of the initial directions; the global random state is neither read nor changed.
+        cfg: configuration to build.
+        seed: of the initial directions; the global random state is not used.
         dtype: of the parameters.
         device: of the parameters.
 
@@ -106,7 +106,7 @@ class PursuitSAE(SparseCoder):
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
-        """The decoder, transposed: what a residual is compared with."""
+        """Encoder directions: the decoder, transposed."""
         return self.W_dec.T
 
     def encode(
@@ -114,13 +114,13 @@ class PursuitSAE(SparseCoder):
     ) -> Float[Tensor, "..."]:
         """Latent activations by matching pursuit, in the units of the (normalized) input; 0 or more.
 
-        Which latents are chosen has no gradient; their values have. Memory for the backward pass is one `d_in` vector
-        per choice, never a `d_sae` one.
+        The choice of latents has no gradient; their values have. The backward pass needs one `d_in` vector per choice,
+        and no `d_sae` one.
 
         Args:
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
-            latents: only these: anything that may index the last axis. All are still searched, in row tiles of 64 MiB.
-            tap: called with ("acts_post", latents); what it returns is used on.
+            latents: subset to return: any index of the last axis. All are still searched, in row tiles of 64 MiB.
+            tap: called with ("acts_post", latents); its return value replaces them.
 
         Returns:
             `[..., d_sae]`, or exactly `encode(x)[..., latents]`.
@@ -153,13 +153,13 @@ class PursuitSAE(SparseCoder):
 
         Args:
             latents: `[..., d_sae]`.
-            x: the input they came from; needed, and only used, with a normalization.
-            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is
-                used on.
+            x: the input of the latents; only used, and required, with a normalization.
+            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; its return value
+                replaces it.
 
         Raises:
             TypeError: if `latents` is no tensor.
-            ValueError: if its last axis is not d_sae; if `x` is needed and missing.
+            ValueError: if its last axis is not d_sae; if a required `x` is missing.
         """
         self._check_latents(latents, self.cfg.d_sae)
         recons = latents.to(self.dtype) @ self.W_dec
@@ -167,7 +167,7 @@ class PursuitSAE(SparseCoder):
         return self.denormalize(recons, x)
 
     def fold_decoder_norm(self) -> PursuitSAE:
-        """Refused: rows of another norm would be chosen in another order.
+        """Not supported: rows of other norms would be chosen in another order.
 
         Raises:
             ValueError: always.
@@ -176,12 +176,12 @@ class PursuitSAE(SparseCoder):
 
     @torch.no_grad()
     def fold_scaling(self, factor: float) -> PursuitSAE:
-        """A PursuitSAE that was trained on `factor * x`, made to read `x` itself.
+        """Convert a PursuitSAE trained on `factor * x` into one that reads `x`.
 
             b_dec /= factor;  residual_threshold /= factor;  W_dec stays
 
         Unlike `SAE.fold_scaling` latents become smaller by `factor`: the pursuit is homogeneous, and the one matrix
-        cannot be scaled up as encoder and down as decoder. A new object; this one is not changed.
+        cannot be scaled up as encoder and down as decoder. Returns a new object; this one is not changed.
 
         Raises:
             ValueError: if the factor is not positive, or if this SAE also rescales per token.
@@ -197,11 +197,11 @@ class PursuitSAE(SparseCoder):
         return PursuitSAE.from_tensors(cfg, {"W_dec": self.W_dec.clone(), "b_dec": self.b_dec / factor})
 
     def _pursue(self, residual: Tensor) -> Tensor:
-        # Tokens that are done leave `residual` and `token`, so later rounds cost only what is still moving. The choices
-        # are collected and written once: writing each into [tokens, d_sae] would keep that tensor for every round.
+        # Finished tokens leave `residual` and `token`, so that later rounds cost less. The choices are collected and
+        # written once: autograd would keep a tensor [tokens, d_sae] for each write.
         token = torch.arange(len(residual), device=residual.device)
-        is_on = torch.zeros(len(residual), self.cfg.d_sae, dtype=torch.bool, device=residual.device)
-        acts = residual.new_zeros(is_on.shape)
+        is_active = torch.zeros(len(residual), self.cfg.d_sae, dtype=torch.bool, device=residual.device)
+        acts = residual.new_zeros(is_active.shape)
         choices: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(self.cfg.max_iterations or self.cfg.d_in):
             if not len(token):
@@ -211,9 +211,9 @@ class PursuitSAE(SparseCoder):
             value = torch.relu((residual * rows).sum(-1))
             choices.append((token, latent, value))
             residual = residual - value[:, None] * rows
-            moving = self._moving(residual.detach(), value.detach(), is_on[token, latent])
-            is_on[token, latent] = True
-            token, residual = token[moving], residual[moving]
+            unfinished = self._is_unfinished(residual.detach(), value.detach(), is_active[token, latent])
+            is_active[token, latent] = True
+            token, residual = token[unfinished], residual[unfinished]
         if not choices:
             return acts
         tokens, latents, values = (torch.cat(parts) for parts in zip(*choices, strict=True))
@@ -224,13 +224,13 @@ class PursuitSAE(SparseCoder):
         tiles = residual.split(max(1, TILE // self.cfg.d_sae))
         return torch.cat([(tile @ self.W_dec.T).argmax(dim=1) for tile in tiles])
 
-    def _moving(self, residual: Tensor, value: Tensor, again: Tensor) -> Tensor:
-        moving = value != 0  # nothing left that points along any row: every further round would choose 0 again
+    def _is_unfinished(self, residual: Tensor, value: Tensor, is_duplicate: Tensor) -> Tensor:
+        unfinished = value != 0  # no row points along the residual: every further round would choose 0 again
         if self.cfg.stop_on_duplicate:
-            moving = moving & ~again
+            unfinished = unfinished & ~is_duplicate
         if self.cfg.residual_threshold > 0:
-            moving = moving & (residual.norm(dim=-1) >= self.cfg.residual_threshold)
-        return moving
+            unfinished = unfinished & (residual.norm(dim=-1) >= self.cfg.residual_threshold)
+        return unfinished
 
     @property
     def _kind(self) -> str:

@@ -3,9 +3,9 @@
     latents = activation((normalize(x) - b_pre) @ W_enc + b_enc)
     recons  = denormalize(latents @ W_dec + b_dec) (+ x @ W_skip)
 
-The activation is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). What
-else differs between papers is a matter of reading a file (`saewb.pretrained.formats`) or of training
-(`saewb.training.objectives`), not of another class here.
+The activation is a threshold per latent (ReLU, JumpReLU) or a top-k (by value, by magnitude or within groups). Other
+differences between papers concern file formats (`saewb.pretrained.formats`) or training
+(`saewb.training.objectives`), not the class.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from saewb.sae.sparse import SparseLatents
 
 __all__ = ["SAE", "SAEConfig"]
 
-_SPARSE = 1 / 32  # share of latents that may be active, above which a product in bf16 is not asked which are
+_SPARSE = 1 / 32  # fraction of active latents above which candidates from a bf16 product are not worthwhile
 
 
 @final
@@ -39,17 +39,18 @@ class SAE(SparseCoder):
     latent i writes), `b_dec [d_out]`, `b_pre [d_in]` (None, or `b_dec` itself when tied), `threshold [d_sae]`,
     `W_skip [d_in, d_out]`. All have one dtype and device; inputs are cast to that dtype.
 
-    A new one has unit decoder rows in random directions, the encoder their transpose, and zero biases and thresholds.
+    Initially the decoder rows are random unit directions, the encoder is their transpose, biases and thresholds are 0.
 
     Args:
-        cfg: what to build.
-        seed: of the initial directions; the global random state is neither read nor changed.
+        cfg: configuration to build.
+        seed: of the initial directions; the global random state is not used.
         dtype: of the parameters.
         device: of the parameters.
 
     References:
-        Gates: Bricken et al. 2023 (ReLU); Rajamanoharan et al. 2024, arXiv:2407.14435 eq. 1 (JumpReLU); Gao et al.
-        2024, arXiv:2406.04093 (TopK); arXiv:2510.00404 (AbsTopK). Transcoders: Dunefsky et al. 2024, arXiv:2406.11944.
+        Activation functions: Bricken et al. 2023 (ReLU); Rajamanoharan et al. 2024, arXiv:2407.14435 eq. 1 (JumpReLU);
+        Gao et al. 2024, arXiv:2406.04093 (TopK); arXiv:2510.00404 (AbsTopK). Transcoders: Dunefsky et al. 2024,
+        arXiv:2406.11944.
 
     Example:
         >>> sae = SAE(SAEConfig(d_in=8, d_sae=32, activation="topk", k=3))
@@ -73,7 +74,7 @@ class SAE(SparseCoder):
 
     @property
     def b_pre(self) -> nn.Parameter | None:
-        """Subtracted from the (normalized) input before encoding: None, `b_dec` itself when tied, or its own."""
+        """Bias subtracted from the (normalized) input before encoding: None, `b_dec` when tied, or a separate one."""
         return self.b_dec if self.cfg.pre_bias == "tied" else self._parameters.get("b_pre")
 
     def encode(
@@ -88,9 +89,9 @@ class SAE(SparseCoder):
 
         Args:
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.
-            latents: only these: anything that may index the last axis. ReLU and JumpReLU compute those columns only;
-                a top-k activation must look at all latents of a token, and does so in tiles of 64 MiB.
-            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); what it returns is used on.
+            latents: subset to return: any index of the last axis. ReLU and JumpReLU compute those columns only;
+                a top-k activation must compare all latents of a token, in tiles of 64 MiB.
+            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); its return values replace them.
 
         Returns:
             `[..., d_sae]`, or exactly `encode(x)[..., latents]`.
@@ -115,21 +116,21 @@ class SAE(SparseCoder):
         return thresholded(torch.tensordot(h, self.W_enc[:, latents], 1) + self.b_enc[latents], threshold)
 
     def encode_topk(self, x: Float[Tensor, "*batch d_in"], approximate: ApproximateTopK | None = None) -> SparseLatents:
-        """What a top-k activation keeps: `encode(x)` without its zeros, with gradients.
+        """Active latents of a top-k activation: `encode(x)` without its zeros, with gradients.
 
         The result holds k values and indices per token (`.topk`).
 
-        On a CPU, without gradients, it takes a block of latents at a time: twice as quick as the product with all of a
-        wide SAE, and 32 MiB of pre-activations at most. Where the processor multiplies bf16 quickly, that chooses and
-        float32 decides: the same latents, three times as quick again, for one and a half times the memory of a W_enc of
-        up to 256 MiB (see `saewb.kernels.select`).
+        On a CPU, without gradients, it computes a block of latents at a time: twice as fast as the product with all of
+        a wide SAE, with at most 32 MiB of pre-activations. Where the processor multiplies bf16 fast, bf16 selects
+        candidates and float32 decides: the same latents, three times as fast again, for one and a half times the memory
+        of a W_enc of up to 256 MiB (see `saewb.kernels.select`).
 
         Args:
             x: activations of the model, as for `encode`.
-            approximate: of these weights, where there are many calls (`saewb.sae.base.SparseEncoder`).
+            approximate: of these weights, for many calls (`saewb.sae.base.SparseEncoder`).
 
         Raises:
-            ValueError: if the activation is a threshold, which keeps no fixed number.
+            ValueError: if the activation is a threshold, which has no fixed number of active latents.
         """
         if self.cfg.k is None:
             what = f"encode_topk on a {self.cfg.activation!r} SAE."
@@ -150,35 +151,35 @@ class SAE(SparseCoder):
             denormalize(latents @ W_dec + b_dec) (+ x @ W_skip)
 
         Args:
-            latents: `[..., d_sae]`, or what `encode_topk` or `encode_sparse` gave.
-            x: the input they came from. Needed, and only used, where the output depends on it beyond the latents: with
-                a normalization (to undo it) and with a skip matrix.
-            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; what it returns is
-                used on.
+            latents: `[..., d_sae]`, or sparse ones of `encode_topk` or `encode_sparse`.
+            x: the input of the latents. Required, and only used, where the output depends on it beyond the latents:
+                with a normalization (to undo it) and with a skip matrix.
+            tap: called with ("recons", latents @ W_dec + b_dec), before normalization is undone; its return value
+                replaces it.
 
         Returns:
             `[..., d_out]`.
 
         Raises:
             TypeError: if `latents` is no tensor.
-            ValueError: if its last axis is not d_sae; if `x` is needed and missing.
+            ValueError: if its last axis is not d_sae; if a required `x` is missing.
         """
         if not isinstance(latents, SparseLatents):
             self._check_latents(latents, self.cfg.d_sae)
             latents = latents.to(self.dtype)
         recons = self.denormalize(tapped(tap, "recons", latents @ self.W_dec + self.b_dec), x)
-        return recons + self._needed(x) @ self.W_skip if self.cfg.skip else recons
+        return recons + self._decoder_input(x) @ self.W_skip if self.cfg.skip else recons
 
     @torch.no_grad()
     def fold_decoder_norm(self) -> SAE:
-        """The same function with unit decoder rows, so that an activation is a length in the model's units.
+        """Scale decoder rows to unit norm, so that an activation is a length in the model's units.
 
             n_i = ||W_dec[i]||:  W_dec[i] /= n_i,  W_enc[:, i] *= n_i,  b_enc[i] *= n_i,  threshold[i] *= n_i
 
-        Rows of norm 0 stay as they are. A new SAE; this one is not changed.
+        The output is the same. Rows of norm 0 are not scaled. Returns a new SAE; this one is not changed.
 
         Raises:
-            ValueError: for a top-k activation whose rows differ in norm: rescaling would change which latents are kept.
+            ValueError: for a top-k activation whose rows differ in norm: scaling would change which latents are active.
         """
         norm = self.W_dec.norm(dim=1)
         norm = torch.where(norm == 0, torch.ones_like(norm), norm)
@@ -193,18 +194,18 @@ class SAE(SparseCoder):
 
     @torch.no_grad()
     def fold_scaling(self, factor: float, factor_out: float | None = None) -> SAE:
-        """An SAE that was trained on `factor * x`, made to read `x` itself.
+        """Convert an SAE trained on `factor * x` into one that reads `x`.
 
             W_enc *= factor;  W_dec, b_dec /= factor_out;  b_pre /= factor;  W_skip *= factor / factor_out
 
-        Latents keep their values. A new SAE; this one is not changed.
+        Latents do not change. Returns a new SAE; this one is not changed.
 
         Args:
-            factor: what its training inputs were multiplied with.
-            factor_out: the same for a transcoder's targets; None means `factor`.
+            factor: factor of its training inputs.
+            factor_out: factor of a transcoder's targets; None means `factor`.
 
         Raises:
-            ValueError: if a factor is not positive, if this SAE also scales per token by more than taking out a mean,
+            ValueError: if a factor is not positive, if this SAE normalizes per token by more than subtracting a mean,
                 or if b_pre is tied to b_dec and the factors differ.
         """
         out = factor if factor_out is None else factor_out
@@ -212,7 +213,7 @@ class SAE(SparseCoder):
             raise ValueError(
                 explain(f"fold_scaling got factor={factor}, factor_out={factor_out}.", want="positive numbers")
             )
-        linear = self.cfg.normalization in ("none", "centered")  # taking out a mean commutes with a factor
+        linear = self.cfg.normalization in ("none", "centered")  # subtracting a mean commutes with a factor
         if not linear or (out != factor and (self.cfg.pre_bias == "tied" or self.cfg.normalization != "none")):
             fields = f"normalization={self.cfg.normalization!r}, pre_bias={self.cfg.pre_bias!r}"
             what = f"a factor cannot be folded into {self!r} with {fields}."
@@ -230,7 +231,7 @@ class SAE(SparseCoder):
         )
 
     def encoder_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """What the encoder's matrix is multiplied with: normalize(x) - b_pre."""
+        """Input of the encoder matrix: normalize(x) - b_pre."""
         h = self.normalize_input(x)
         return h if self.b_pre is None else h - self.b_pre
 
@@ -260,10 +261,10 @@ class SAE(SparseCoder):
         if self.cfg.k is not None:
             return self.encode_topk(x, approximate)
         limit = int(_SPARSE * len(x) * self.cfg.d_sae)
-        listed = None if approximate is None else approximate.over(self.encoder_input(x), limit)
-        if listed is None:
+        candidates = None if approximate is None else approximate.over(self.encoder_input(x), limit)
+        if candidates is None:
             return None
-        token, latent, pre_acts = listed
+        token, latent, pre_acts = candidates
         acts = thresholded(pre_acts, self._threshold(latent))
         active = acts.nonzero()[:, 0]
         return SparseLatents(token[active], latent[active], acts[active], (len(x), self.cfg.d_sae))
@@ -274,7 +275,7 @@ class SAE(SparseCoder):
 
 
 def _initial(cfg: SAEConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
-    """Unit decoder rows in random directions, the encoder their transpose (or its own directions), zeros."""
+    """Random unit decoder rows, the encoder their transpose (random if widths differ), and zeros."""
     tensors = {name: torch.zeros(shape) for name, shape in cfg.tensor_shapes().items()}
     rng = torch.Generator().manual_seed(seed)
     tensors["W_dec"] = normalize(torch.randn(cfg.d_sae, cfg.d_out, generator=rng), dim=1)

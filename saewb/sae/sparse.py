@@ -1,4 +1,4 @@
-"""Active latents in coordinate format: which latent is active on which token, and how strongly."""
+"""Sparse latents in coordinate format: token, latent and activation of each active latent."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 class TopK(NamedTuple):
-    """k activations per token, in no order."""
+    """k activations per token, unsorted."""
 
     values: Float[Tensor, "tokens k"]
     """Activations; 0 where fewer than k are active."""
     indices: Int[Tensor, "tokens k"]
-    """The latent of each value."""
+    """Latent of each value."""
 
 
 class SparseLatents:
-    """The latents that are not 0: a sparse matrix `[tokens, d_sae]` in coordinate format, sorted by token, then latent.
+    """Active latents: a sparse matrix `[tokens, d_sae]` in coordinate format, sorted by token, then latent.
 
-    Tokens are counted through the leading axes of `shape`. The result of a top-k activation is kept as `topk`, k values
-    and k indices per token, and only expanded to coordinates when they are asked for. Immutable; gradients pass.
+    Tokens are numbered over the flattened leading axes of `shape`. The result of a top-k activation is stored as
+    `topk`, k values and k indices per token, and expanded to coordinates on first use. Immutable; gradients pass.
 
     Args:
-        token: of each active latent, ascending.
-        latent: which one it is; ascending within a token, each once.
-        act: its activation.
+        token: token of each active latent, ascending.
+        latent: index of each active latent; ascending within a token, each once.
+        act: activation of each active latent, not 0.
         shape: of the dense tensor, `(*batch, d_sae)`.
 
     Example:
@@ -51,7 +51,7 @@ class SparseLatents:
     """
 
     topk: TopK | None = None
-    """What a top-k activation kept, if this is the result of one."""
+    """Values and indices of a top-k activation; None for other activations."""
 
     def __init__(
         self,
@@ -63,17 +63,17 @@ class SparseLatents:
         self.shape = tuple(shape)
         self._coordinates = (token, latent, act)  # shadows the cached property
 
-    # -- made from -----------------------------------------------------------------------------------------------------
+    # -- constructors --------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_topk(
         cls, values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], shape: Sequence[int]
     ) -> SparseLatents:
-        """Active latents of k values and indices per token; values of 0 count as inactive.
+        """Active latents from k values and indices per token; values of 0 are inactive.
 
         Args:
             values: activations.
-            indices: the latents they belong to, different ones of a token.
+            indices: latent of each value; different latents within a token.
             shape: of the dense tensor, `(*batch, d_sae)`.
         """
         latents = cls.__new__(cls)
@@ -82,14 +82,14 @@ class SparseLatents:
 
     @classmethod
     def from_dense(cls, acts: Float[Tensor, "*batch d_sae"]) -> SparseLatents:
-        """The entries of a dense tensor that are not 0."""
+        """Nonzero entries of a dense tensor."""
         rows = acts.reshape(-1, acts.shape[-1])
         token, latent = rows.nonzero(as_tuple=True)
         return cls(token, latent, rows[token, latent], tuple(acts.shape))
 
     @classmethod
     def cat(cls, parts: Sequence[SparseLatents]) -> SparseLatents:
-        """The tokens of all parts, one part after another, as `[tokens, d_sae]`.
+        """Concatenate the tokens of all parts, as `[tokens, d_sae]`.
 
         Raises:
             ValueError: if there is no part, or if parts differ in d_sae.
@@ -134,7 +134,7 @@ class SparseLatents:
 
     @cached_property
     def starts(self) -> Int[Tensor, " tokens"]:
-        """Where each token's active latents begin."""
+        """Position of each token's first active latent."""
         return starts_of(self.token, self.n_tokens)
 
     @cached_property
@@ -143,7 +143,7 @@ class SparseLatents:
         return ByLatent(order, self.token.index_select(0, order), starts_of(latent, self.d_sae))
 
     def by_latent(self) -> ByLatent:
-        """The same sorted by latent, then token: the order, the tokens in it, where each latent begins. Cached."""
+        """Sort by latent, then token: order, tokens in it, and position of each latent's first token. Cached."""
         return self._by_latent
 
     @property
@@ -153,34 +153,34 @@ class SparseLatents:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens, with active latents or without."""
+        """Number of tokens, with or without active latents."""
         return math.prod(self.shape[:-1])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """Dtype of the activations."""
         return self.topk.values.dtype if self.topk is not None else self.act.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of all tensors."""
+        """Device of all tensors."""
         return self.topk.values.device if self.topk is not None else self.act.device
 
     def __len__(self) -> int:
         """Number of active latents, over all tokens."""
         return len(self.token)
 
-    # -- into other forms ----------------------------------------------------------------------------------------------
+    # -- conversions ---------------------------------------------------------------------------------------------------
 
     def dense(self) -> Float[Tensor, "*batch d_sae"]:
-        """The same with its zeros, `[*batch, d_sae]`."""
+        """Dense tensor `[*batch, d_sae]`, with zeros."""
         zeros = torch.zeros(self.n_tokens, self.d_sae, dtype=self.dtype, device=self.device)
         if self.topk is not None:
             return zeros.scatter_(1, self.topk.indices, self.topk.values).view(self.shape)
         return zeros.index_put_((self.token, self.latent), self.act).view(self.shape)
 
     def to_scipy(self) -> scipy.sparse.csr_array:
-        """The same as a `scipy.sparse.csr_array` `[tokens, d_sae]` on the CPU; bf16 becomes float32."""
+        """Convert to a `scipy.sparse.csr_array` `[tokens, d_sae]` on the CPU; bf16 and float16 become float32."""
         import scipy.sparse
 
         act = self.act.detach().cpu()
@@ -191,17 +191,17 @@ class SparseLatents:
         )
 
     def to(self, target: torch.device | str | torch.dtype) -> SparseLatents:
-        """The same on another device, or with activations of another dtype."""
+        """Move to another device, or cast the activations to another dtype."""
         index = None if isinstance(target, torch.dtype) else target
         if self.topk is not None:
             return SparseLatents.from_topk(self.topk.values.to(target), self.topk.indices.to(index), self.shape)
         return SparseLatents(self.token.to(index), self.latent.to(index), self.act.to(target), self.shape)
 
     def view(self, *batch: int) -> SparseLatents:
-        """The same with other leading axes.
+        """Reshape the leading axes.
 
         Raises:
-            ValueError: if they do not hold as many tokens.
+            ValueError: if their sizes do not multiply to the number of tokens.
         """
         if math.prod(batch) != self.n_tokens:
             raise ValueError(explain(f"{self!r}.view{batch}.", want=f"axes of {self.n_tokens:,} tokens"))
@@ -215,10 +215,10 @@ class SparseLatents:
         tokens: Int[Tensor, " some"] | Bool[Tensor, " tokens"] | None = None,
         latents: Int[Tensor, " some"] | Bool[Tensor, " d_sae"] | None = None,
     ) -> SparseLatents:
-        """Some tokens, some latents, renumbered in the order given: `dense().flatten(0, -2)[tokens][:, latents]`.
+        """Select and renumber tokens and latents: `dense().flatten(0, -2)[tokens][:, latents]`.
 
         Args:
-            tokens: indices, also repeated ones, or a mask; None means all.
+            tokens: indices, which may repeat, or a mask; None means all.
             latents: indices, each once, or a mask; None means all.
 
         Returns:
@@ -235,34 +235,34 @@ class SparseLatents:
         starts, counts = self.starts[tokens], (ends - self.starts)[tokens]
         token = torch.arange(len(tokens), device=self.device).repeat_interleave(counts)
         rank = torch.arange(len(token), device=self.device) - (counts.cumsum(0) - counts)[token]
-        at = starts[token] + rank
-        return SparseLatents(token, self.latent[at], self.act[at], shape)
+        index = starts[token] + rank
+        return SparseLatents(token, self.latent[index], self.act[index], shape)
 
     def _select_latents(self, latents: Tensor) -> SparseLatents:
         number = torch.full((self.d_sae,), -1, dtype=torch.long, device=self.device)
         number[latents] = torch.arange(len(latents), device=self.device)
         latent = number[self.latent]
-        at = (latent >= 0).nonzero()[:, 0]
-        token, latent = self.token[at], latent[at]
+        index = (latent >= 0).nonzero()[:, 0]
+        token, latent = self.token[index], latent[index]
         order = (token * len(latents) + latent).argsort()
-        return SparseLatents(token[order], latent[order], self.act[at[order]], (self.n_tokens, len(latents)))
+        return SparseLatents(token[order], latent[order], self.act[index[order]], (self.n_tokens, len(latents)))
 
     def lookup(self, latent: Int[Tensor, "*any"], token: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """The activation of each latent on its token, 0 where it is inactive: `dense().flatten(0, -2)[token, latent]`.
+        """Look up activations, 0 where inactive: `dense().flatten(0, -2)[token, latent]`.
 
         Args:
             latent: indices.
             token: indices that broadcast with them.
         """
-        key = self.token * self.d_sae + self.latent  # ascending
-        at = torch.as_tensor(token * self.d_sae + latent)
-        if not len(key):
-            return torch.zeros(at.shape, dtype=self.dtype, device=self.device)
-        place = torch.searchsorted(key, at).clamp_(max=len(key) - 1)
-        return torch.where(key[place] == at, self.act[place], 0)
+        keys = self.token * self.d_sae + self.latent  # ascending
+        key = torch.as_tensor(token * self.d_sae + latent)
+        if not len(keys):
+            return torch.zeros(key.shape, dtype=self.dtype, device=self.device)
+        index = torch.searchsorted(keys, key).clamp_(max=len(keys) - 1)
+        return torch.where(keys[index] == key, self.act[index], 0)
 
     def __matmul__(self, matrix: Float[Tensor, "d_sae d"]) -> Float[Tensor, "*batch d"]:
-        """`dense() @ matrix`, in time and memory of what is active."""
+        """`dense() @ matrix`, in time and memory proportional to the active latents."""
         if self.topk is not None:
             rows = embedding_bag(self.topk.indices, matrix, per_sample_weights=self.topk.values, mode="sum")
         elif len(self):
@@ -276,5 +276,5 @@ class SparseLatents:
         return f"SparseLatents({list(self.shape)}, {active})"
 
 
-def _indices(which: Tensor) -> Tensor:
-    return which.nonzero()[:, 0] if which.dtype == torch.bool else which
+def _indices(selection: Tensor) -> Tensor:
+    return selection.nonzero()[:, 0] if selection.dtype == torch.bool else selection

@@ -1,4 +1,4 @@
-"""Temporal SAEs: what the tokens before could predict is set apart, and only the rest is encoded sparsely.
+"""Temporal SAEs: attention predicts a token's codes from earlier tokens; only the residual is encoded sparsely.
 
 1. r = normalize(x) - b_dec, predicted = 0, and l = 1 / (4 d_in).
 2. For each attention layer: z = relu(l r W_enc); keys and values come from z one position earlier, queries from z;
@@ -25,38 +25,38 @@ from saewb.sae.config import OnePointConfig, Shape, TokenNormalization
 
 @dataclass(frozen=True)
 class TemporalConfig(OnePointConfig):
-    """Configuration of a temporal SAE. Wrong or unknown fields raise."""
+    """Configuration of a temporal SAE. Invalid or unknown fields raise."""
 
     d_in: int
-    """Width of what it reads and writes."""
+    """Width of the input and the output."""
     d_sae: int
     """Number of latents."""
     activation: Literal["relu", "topk"] = "relu"
     """Activation function of the novel codes."""
     k: int | None = None
-    """Novel codes kept per token; for "topk", and only there."""
+    """Active novel codes per token; only for "topk"."""
     n_heads: int = 8
     """Heads of each attention layer."""
     n_attn_layers: int = 1
-    """Attention layers, each predicting from what those before left."""
+    """Attention layers, each predicting the residual of the layers before it."""
     bottleneck_factor: int = 64
-    """Queries and keys are d_sae / bottleneck_factor wide."""
+    """Ratio of d_sae to the width of queries and keys."""
     tied: bool = True
-    """The encoder is the decoder, transposed."""
+    """Whether the encoder is the decoder, transposed."""
     pre_bias: Literal["none", "tied"] = "tied"
     """"tied": b_dec is subtracted before encoding."""
     factor: float = 1.0
-    """Inputs are multiplied with this, outputs divided by it."""
+    """Factor that inputs are multiplied with and outputs divided by."""
     normalization: TokenNormalization = "none"
-    """Per token, undone on the output."""
+    """Per-token normalization, undone on the output."""
     hook: str | None = None
-    """The hook point it reads and writes."""
+    """Hook point of the input and the output."""
     head: int | None = None
-    """Reads and writes this attention head only; None means all."""
+    """Attention head that it reads and writes; None means all."""
     model: str | None = None
     """Name of the language model it was trained on."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Whatever else its file says, kept as read."""
+    """Other fields of its file, unchanged."""
 
     def __post_init__(self) -> None:
         self._replace(metadata=dict(self.metadata))
@@ -77,11 +77,11 @@ class TemporalConfig(OnePointConfig):
 
     @property
     def adds_bias(self) -> bool:
-        """Whether b_dec is added to the output: always, but for a tied one that does not subtract it."""
+        """Whether b_dec is added to the output: always, except with a tied encoder that does not subtract it."""
         return self.pre_bias == "tied" or not self.tied
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """The tensors of this configuration, by name, with their shapes."""
+        """Shapes of the tensors of an SAE with this configuration, by name."""
         shapes: dict[str, Shape] = {"W_dec": (self.d_sae, self.d_in), "b_dec": (self.d_in,)}
         if not self.tied:
             shapes["W_enc"] = (self.d_in, self.d_sae)
@@ -94,7 +94,7 @@ class TemporalConfig(OnePointConfig):
 
 
 class _Attention(nn.Module):
-    """Attention of each token's codes over the codes of the tokens before it; made empty, filled by `assign`."""
+    """Attention of each token's codes over the codes of earlier tokens; weights are set by `load_state_dict`."""
 
     def __init__(self, d_sae: int, d_key: int, n_heads: int) -> None:
         super().__init__()
@@ -121,12 +121,12 @@ class TemporalSAE(SparseCoder):
     """A temporal sparse autoencoder. It reads whole sequences, `[batch, pos, d_in]`, and is causal in `pos`.
 
     Parameters: `W_dec [d_sae, d_in]`, `b_dec [d_in]`, `W_enc [d_in, d_sae]` (the decoder, transposed, if tied), and for
-    each layer `attn_layers.i.{k_ctx,q_target,v_ctx,c_proj}.{weight,bias}`. A new one has unit decoder rows in random
-    directions and small random attention weights. Mind that l = 1 / (4 d_in) makes codes small numbers.
+    each layer `attn_layers.i.{k_ctx,q_target,v_ctx,c_proj}.{weight,bias}`. Initially the decoder rows are random unit
+    directions and attention weights small random numbers. Codes are small numbers because of l = 1 / (4 d_in).
 
     Args:
-        cfg: what to build.
-        seed: of the initial weights; the global random state is neither read nor changed.
+        cfg: configuration to build.
+        seed: of the initial weights; the global random state is not used.
         dtype: of the parameters.
         device: of the parameters.
 
@@ -175,18 +175,18 @@ class TemporalSAE(SparseCoder):
 
     @property
     def W_enc(self) -> Tensor:
-        """Its own encoder `[d_in, d_sae]`, or the decoder, transposed, if tied."""
+        """Encoder `[d_in, d_sae]`: a separate parameter, or the decoder, transposed, if tied."""
         return self.W_dec.T if self.cfg.tied else self._parameters["W_enc"]
 
     def encode(
         self, x: Float[Tensor, "*batch_pos d_in"], latents: Latents | None = None, tap: Tap | None = None
     ) -> Float[Tensor, "..."]:
-        """The novel codes: sparse, 0 or more, of what the tokens before do not predict.
+        """Novel codes: sparse, 0 or more, of the part that earlier tokens do not predict.
 
         Args:
             x: activations of the model, `[batch, pos, d_in]` from the start of the text, in the model's own units.
-            latents: only these: anything that may index the last axis. The attention still sees all.
-            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); what it returns is used on.
+            latents: subset to return: any index of the last axis. The attention still reads all.
+            tap: called with ("acts_pre", pre-activations) and ("acts_post", latents); its return values replace them.
 
         Returns:
             `[batch, pos, d_sae]`, or exactly `encode(x)[..., latents]`.
@@ -199,7 +199,7 @@ class TemporalSAE(SparseCoder):
         return codes if latents is None else codes[..., latents]
 
     def predict(self, x: Float[Tensor, "*batch_pos d_in"]) -> Float[Tensor, "*batch_pos d_sae"]:
-        """The predicted codes: what is predicted from the tokens before, in the units of the novel ones; dense."""
+        """Predicted codes: dense, predicted from earlier tokens, in the units of the novel codes."""
         return self._predict(self._cast(x))[0]
 
     def decode(
@@ -208,14 +208,14 @@ class TemporalSAE(SparseCoder):
         x: Float[Tensor, "*batch_pos d_in"] | None = None,
         tap: Tap | None = None,
     ) -> Float[Tensor, "*batch_pos d_in"]:
-        """The reconstruction in the model's units: of the novel codes given, and the predicted ones of `x`.
+        """The reconstruction in the model's units, from novel codes and the predicted codes of `x`.
 
             denormalize((latents + predict(x)) @ W_dec + b_dec)
 
         Args:
             latents: novel codes, `[batch, pos, d_sae]`.
-            x: the input they came from, whole: the predicted part and the scale come from it.
-            tap: called with ("recons", (latents + predicted) @ W_dec + b_dec); what it returns is used on.
+            x: the whole input of the codes, which determines the predicted part and the scale.
+            tap: called with ("recons", (latents + predicted) @ W_dec + b_dec); its return value replaces it.
 
         Raises:
             TypeError: if one of them is no tensor.
@@ -233,13 +233,13 @@ class TemporalSAE(SparseCoder):
         return self._decode(latents.to(self.dtype), self._predict(x)[0], x, tap)
 
     def forward(self, x: Float[Tensor, "*batch_pos d_in"]) -> Float[Tensor, "*batch_pos d_in"]:
-        """`decode(encode(x), x)`, with the attention done once."""
+        """`decode(encode(x), x)`, computing the attention once."""
         x = self._cast(x)
         predicted, residual = self._predict(x)
         return self._decode(self._novel(residual), predicted, x)
 
     def fold_decoder_norm(self) -> TemporalSAE:
-        """Refused: the attention mixes codes of all latents.
+        """Not supported: the attention mixes codes of all latents.
 
         Raises:
             ValueError: always.
@@ -247,12 +247,12 @@ class TemporalSAE(SparseCoder):
         raise ValueError(explain("decoder norms cannot be folded into a TemporalSAE.", want="a feed-forward SAE"))
 
     def fold_scaling(self, factor: float) -> TemporalSAE:
-        """A TemporalSAE that was trained on `factor * x`, made to read `x` itself: `cfg.factor *= factor`.
+        """Convert a TemporalSAE trained on `factor * x` into one that reads `x`: `cfg.factor *= factor`.
 
-        Latents keep their values. A new object; this one is not changed.
+        Latents do not change. Returns a new object; this one is not changed.
 
         Raises:
-            ValueError: if the factor is not positive, or if this SAE also scales per token.
+            ValueError: if the factor is not positive, or if this SAE also normalizes per token.
         """
         cfg = replace(self.cfg, factor=self.cfg.factor * factor)
         return TemporalSAE.from_tensors(cfg, {name: t.clone() for name, t in self.state_dict().items()})
@@ -272,17 +272,19 @@ class TemporalSAE(SparseCoder):
         return x.to(self.dtype)
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The predicted codes, and what they leave of the input."""
+        """Predicted codes, and the residual of the input."""
         residual = normalized(x * self.cfg.factor if self.cfg.factor != 1 else x, self.cfg.normalization)
         if self.cfg.pre_bias == "tied":
             residual = residual - self.b_dec
         predicted = residual.new_zeros(*x.shape[:-1], self.cfg.d_sae)
         for layer in self.attn_layers:
             codes = torch.relu(layer(torch.relu(self._pre_acts(residual))))
-            along = codes @ self.W_dec
-            share = (along * residual).sum(-1, keepdim=True) / (along.norm(dim=-1, keepdim=True) + 1e-6).square()
-            predicted = predicted + share * codes
-            residual = residual - share * along
+            direction = codes @ self.W_dec
+            scale = (direction * residual).sum(-1, keepdim=True) / (
+                direction.norm(dim=-1, keepdim=True) + 1e-6
+            ).square()
+            predicted = predicted + scale * codes
+            residual = residual - scale * direction
         return predicted, residual
 
     def _pre_acts(self, residual: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Statistics of directions, of correlation matrices and of which latents fire together. Nothing here needs a model."""
+"""Statistics of directions, firing, co-firing and correlation. Nothing here needs a language model."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
-"""Sources of matrix entries: any block of a dense, low-rank, counted or sparse correlation matrix.
+"""Sources of matrix entries: blocks of a correlation matrix that is dense, low-rank, counted or sparse.
 
-Every source answers `block(rows, cols)`; only `Dense` holds all entries. Entries that are undefined (a feature that
+Every source computes `block(rows, cols)`; only `Dense` holds all entries. Entries that are undefined (a feature that
 never fires, a direction of length 0) are nan.
 """
 
@@ -25,18 +25,18 @@ _TOKEN_SUMS = 2**23  # numbers of [tokens, cells] held at a time
 
 
 class Entries(ABC):
-    """Base class of the sources of a matrix: blocks of it, products with it, and what is known about its features."""
+    """Base class of matrix sources: blocks, products with vectors, and firing counts of the features."""
 
     shape: tuple[int, int]
     same: bool
     """Rows and columns are the same features: the matrix is symmetric, and its diagonal carries no information."""
     what: str
-    """What an entry is, in a word: correlation, phi, jaccard, cosine."""
+    """Kind of entry: correlation, phi, jaccard or cosine."""
     device: torch.device
     entry_cost: float
     """Multiplications per entry, roughly."""
     has_factors: bool = False
-    """Entries are products of stored vectors: `Factors`."""
+    """Whether entries are products of stored vectors (`Factors`)."""
     n_terms: int | None = None
     """Length of the dot product behind an entry; None if there is no shortcut to means of cells."""
 
@@ -95,22 +95,18 @@ class Factors(Entries):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, columns."""
         return len(self.a), len(self.b)
 
     @property
     def device(self) -> torch.device:
-        """Device of the factors."""
         return self.a.device
 
     @property
     def n_terms(self) -> int:
-        """See Entries."""
         return self.a.shape[1]
 
     @property
     def entry_cost(self) -> float:
-        """See Entries."""
         return self.n_terms + 32.0
 
     @cached_property
@@ -118,7 +114,6 @@ class Factors(Entries):
         return self.a.square().sum(1).double()
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        """See Entries."""
         entries = self.a[rows] @ self.b[cols].T
         if self.same:
             i, j = diagonal(rows, cols, self.shape[1])
@@ -126,7 +121,6 @@ class Factors(Entries):
         return entries
 
     def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-        """See Entries."""
         return self.a.nan_to_num(0) @ (self.b.nan_to_num(0).T @ x)
 
     def block_sums(self, index: Int[Tensor, " some"], axis: int, step: int) -> tuple[Tensor, Tensor]:
@@ -146,13 +140,12 @@ class Factors(Entries):
         step: int,
         sums: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Float[Tensor, "cells_r cells_c"]:
-        """See Entries: sum_ij a_i . b_j = (sum_i a_i) . (sum_j b_j)."""
+        """Means by sum_ij a_i . b_j = (sum_i a_i) . (sum_j b_j)."""
         (a, n_a), (b, n_b) = sums or (self.block_sums(rows, 0, step), self.block_sums(cols, 1, step))
         total, count = (a @ b.T).double(), n_a[:, None] * n_b
         return _off_diagonal_means(total, count, self._square if self.same else None, rows, cols, step)
 
     def stats(self) -> CorrelationStats | None:
-        """See Entries."""
         if not self.same or bool(self.a[:, 0].isnan().any()) or len(self.a) < 2:
             return None
         return correlation_stats(LowRankCorrelation(self.a, (1 - self.a.square().sum(1)).clamp(min=0)))
@@ -170,20 +163,16 @@ class Dense(Entries):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, columns."""
         return tuple(self.matrix.shape)
 
     @property
     def device(self) -> torch.device:
-        """Device of the matrix."""
         return self.matrix.device
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        """See Entries."""
         return self.matrix[rows[:, None], cols].float()
 
     def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-        """See Entries."""
         parts = self.matrix.split(max(1, 2**22 // len(self.matrix)))
         return torch.cat([part.float().nan_to_num(0) @ x for part in parts])
 
@@ -199,35 +188,28 @@ class Counts(Entries):
 
     @property
     def same(self) -> bool:
-        """Whether the counts are within one SAE."""
         return self.counts.b is None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, columns."""
         return self.counts.shape
 
     @property
     def device(self) -> torch.device:
-        """Device of the counts."""
         return self.counts.together.device
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        """See Entries."""
         return getattr(self.counts, self.what)(rows, cols).float()
 
     def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-        """See Entries."""
         n, m = self.shape
         rows, cols = (torch.arange(size, device=self.device) for size in (n, m))
         return torch.cat([self.block(part, cols).nan_to_num(0) @ x for part in rows.split(max(1, 2**20 // m))])
 
     def firing_counts(self) -> Int[Tensor, " n"]:
-        """See Entries."""
         return self.counts.a.fired
 
     def joint_count(self, i: int, j: int) -> tuple[int, int]:
-        """See Entries."""
         return int(self.counts.counts([i], [j])), self.counts.n_tokens
 
 
@@ -250,7 +232,7 @@ class Sparse(Entries):
 
     @classmethod
     def of(cls, latents: SparseLatents, what: str, min_fires: int) -> Sparse:
-        """From active latents; those active on fewer than `min_fires` tokens are undefined."""
+        """Build the source from active latents; those active on fewer than `min_fires` tokens are undefined."""
         z = latents.to_scipy().astype(np.float64)
         if what != "correlation":
             z.data[:] = 1
@@ -266,7 +248,6 @@ class Sparse(Entries):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Latents, twice."""
         return len(self.mean), len(self.mean)
 
     @property
@@ -276,11 +257,9 @@ class Sparse(Entries):
 
     @property
     def n_terms(self) -> int:
-        """Tokens."""
         return self.by_token.shape[0]
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        """See Entries."""
         z_rows = self.by_latent[:, rows.numpy()].T
         if 2 * len(cols) < len(self.mean):
             products = (z_rows @ self.by_latent[:, cols.numpy()]).toarray()
@@ -290,13 +269,12 @@ class Sparse(Entries):
         return products.addr_(self.mean[rows], self.mean[cols], alpha=-1).float()
 
     def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-        """See Entries."""
         mean, y = self.mean.nan_to_num(0), x.double()
         product = torch.from_numpy(self.by_latent.T @ (self.by_token @ y.numpy())) / self.n_terms
         return (product - mean[:, None] * (mean @ y)).to(x.dtype)
 
     def block_cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        """See Entries. As if latents fired independently of one another."""
+        """Multiplications if latents fired independently of one another."""
         fires = self.firing_counts().double()
         a, b = float(fires[rows].sum()), float(fires[cols].sum())
         return 16 * len(rows) * len(cols) + 50 * a * b / max(1, self.n_terms) + 20 * b
@@ -308,15 +286,15 @@ class Sparse(Entries):
         step: int,
         sums: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Float[Tensor, "cells_r cells_c"]:
-        """See Entries.
+        """Means of cells from sums over tokens.
 
             sum_ij r_ij = sum_t (sum_i z_ti - s_i) (sum_j z_tj - s_j) / N - sum_ij (mean_i - s_i) (mean_j - s_j)
 
-        for any s. Products are summed in float32, so s is `mean` for latents that mostly fire, of whose z that is the
-        largest part, and 0 for others, whose zeros stay zeros.
+        for any s. Products are summed in float32, so s is `mean` for latents that mostly fire, where it is the largest
+        part of z, and 0 for others, whose zeros stay zeros.
         """
-        own = torch.where(self.mean.isnan(), torch.nan, 1.0).double()
-        defined, mean = own.nan_to_num(0).numpy(), self.mean.nan_to_num(0).numpy()
+        variance = torch.where(self.mean.isnan(), torch.nan, 1.0).double()
+        defined, mean = variance.nan_to_num(0).numpy(), self.mean.nan_to_num(0).numpy()
         shift = np.where(2 * self.firing_counts().numpy() > self.n_terms, mean, 0)
         in_r, in_c = (_membership(index, step, len(mean)) for index in (rows, cols))
         (s_r, m_r, n_r), (s_c, m_c, n_c) = ([x @ cells for x in (shift, mean, defined)] for cells in (in_r, in_c))
@@ -328,14 +306,12 @@ class Sparse(Entries):
             total += (torch.from_numpy(a).T @ torch.from_numpy(b)).double()
         total = total / self.n_terms - torch.from_numpy(np.outer(m_r - s_r, m_c - s_c))
         count = torch.from_numpy(np.outer(n_r, n_c))
-        return _off_diagonal_means(total, count, own, rows, cols, step)
+        return _off_diagonal_means(total, count, variance, rows, cols, step)
 
     def firing_counts(self) -> Int[Tensor, " n"]:
-        """See Entries."""
         return torch.from_numpy(np.diff(self.by_latent.indptr)).long()
 
     def joint_count(self, i: int, j: int) -> tuple[int, int]:
-        """See Entries."""
         a, b = (self.by_latent.indices[slice(*self.by_latent.indptr[[k, k + 1]])] for k in (i, j))
         return len(np.intersect1d(a, b, assume_unique=True)), self.n_terms
 
@@ -343,7 +319,7 @@ class Sparse(Entries):
 @final
 @dataclass(frozen=True, eq=False)
 class Selected(Entries):
-    """Entries between features of another matrix, any number of times each; -1 is none, and undefined."""
+    """Entries of another matrix at selected features, repeated or not; index -1 has undefined entries."""
 
     base: Entries
     index: Int[Tensor, " n"]
@@ -351,49 +327,42 @@ class Selected(Entries):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, columns."""
         return len(self.index), len(self.index)
 
     @property
     def what(self) -> str:
-        """See Entries."""
         return self.base.what
 
     @property
     def device(self) -> torch.device:
-        """See Entries."""
         return self.base.device
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        """See Entries. Each feature once, since a feature and itself are on the diagonal wherever they stand."""
+        # Each feature once: an entry of a feature with itself is a diagonal one wherever its rows and columns stand.
         row, col = self.index[rows], self.index[cols]
         (a, in_a), (b, in_b) = (x.clamp(min=0).unique(return_inverse=True) for x in (row, col))
         entries = self.base.block(a, b)[in_a[:, None], in_b]
         return entries.masked_fill_((row < 0)[:, None] | (col < 0), torch.nan)
 
     def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
-        """See Entries."""
-        some = self.index >= 0
-        y = x.new_zeros(self.base.shape[1], x.shape[1]).index_add_(0, self.index[some], x[some])
-        return torch.where(some[:, None], self.base.matmul(y)[self.index.clamp(min=0)], 0)
+        mask = self.index >= 0
+        y = x.new_zeros(self.base.shape[1], x.shape[1]).index_add_(0, self.index[mask], x[mask])
+        return torch.where(mask[:, None], self.base.matmul(y)[self.index.clamp(min=0)], 0)
 
     def block_cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        """See Entries."""
         return self.base.block_cost(*(self.index[x].clamp(min=0) for x in (rows, cols))) + 16.0 * len(rows) * len(cols)
 
     def firing_counts(self) -> Int[Tensor, " n"] | None:
-        """See Entries."""
         counts = self.base.firing_counts()
         return None if counts is None else torch.where(self.index >= 0, counts[self.index.clamp(min=0)], 0)
 
     def joint_count(self, i: int, j: int) -> tuple[int, int] | None:
-        """See Entries."""
         a, b = int(self.index[i]), int(self.index[j])
         return self.base.joint_count(a, b) if min(a, b) >= 0 else None
 
 
 def diagonal(rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], n: int) -> tuple[Tensor, Tensor]:
-    """Positions, in rows and in columns, of the features that are in both.
+    """Positions of the diagonal entries of a block: of the features that are both in `rows` and in `cols`.
 
     Example:
         >>> diagonal(torch.tensor([3, 1]), torch.tensor([0, 1, 2]), 4)
@@ -422,7 +391,7 @@ def add_rows(x: Tensor, n: int) -> Tensor:
 
 
 def _membership(index: Int[Tensor, " some"], step: int, n: int) -> Any:
-    """`[n, cells]`, sparse: 1 where a feature is in a cell of `step` consecutive ones."""
+    """Sparse matrix `[n, cells]` with a 1 where a feature is in a cell of `step` consecutive ones."""
     from scipy.sparse import csr_array
 
     place = index.numpy(), np.arange(len(index)) // step
@@ -430,13 +399,13 @@ def _membership(index: Int[Tensor, " some"], step: int, n: int) -> Any:
 
 
 def _off_diagonal_means(
-    total: Tensor, count: Tensor, own: Tensor | None, rows: Tensor, cols: Tensor, step: int
+    total: Tensor, count: Tensor, diag: Tensor | None, rows: Tensor, cols: Tensor, step: int
 ) -> Float[Tensor, "cells_r cells_c"]:
-    """Means of cells from sums and counts of their entries, less those of a feature i with itself, `own[i]` or nan."""
-    if own is not None:
-        i, j = diagonal(rows, cols, len(own))
-        own, cell = own[rows[i]], (i // step) * total.shape[1] + j // step
-        own, cell = own[~own.isnan()], cell[~own.isnan()]
-        total.view(-1).index_add_(0, cell, -own)
+    """Means of cells from sums and counts of their entries, without the diagonal entries `diag` (nan: undefined)."""
+    if diag is not None:
+        i, j = diagonal(rows, cols, len(diag))
+        diag, cell = diag[rows[i]], (i // step) * total.shape[1] + j // step
+        diag, cell = diag[~diag.isnan()], cell[~diag.isnan()]
+        total.view(-1).index_add_(0, cell, -diag)
         count.view(-1).index_add_(0, cell, torch.full_like(cell, -1, dtype=count.dtype))
     return torch.where(count > 0, total / count, torch.nan).float()

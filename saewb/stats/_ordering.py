@@ -1,4 +1,4 @@
-"""Order of features by correlation clusters, for any number of them.
+"""Order features by correlation clusters, for any number of features.
 
 1. Subspace iteration gives each feature coordinates along the leading eigenvectors of the matrix.
 2. k-means by angle splits the features, recursively, into groups of at most 1,024; groups are ordered by a
@@ -16,21 +16,21 @@ from torch import Tensor
 
 from saewb.stats._entries import Entries
 
-_GROUP = 1024  # features ordered exactly, at most
+_GROUP = 1024  # most features ordered exactly
 _DIMENSIONS = 32
 _ITERATIONS = 3  # of the subspace
 _ROUNDS = 10  # of k-means
-_SPLIT = 16  # groups made at a time
+_SPLIT = 16  # clusters of one k-means
 
 
 def by_clusters(entries: Entries, seed: int) -> Int[Tensor, " n"]:
-    """Order of the features of a symmetric matrix."""
+    """Order the features of a symmetric matrix."""
     n = entries.shape[0]
     every = torch.arange(n, device=entries.device)
     defined = ~torch.cat([entries.block(part, part).diagonal().isnan() for part in every.split(256)])
     inside, outside = every[defined], every[~defined]
     if len(inside) <= _GROUP:
-        return torch.cat([_linked(entries, inside), outside]).cpu()
+        return torch.cat([_link_group(entries, inside), outside]).cpu()
     rng = torch.Generator().manual_seed(seed)
     coordinates = leading(entries, min(_DIMENSIONS, n), rng)
     return torch.cat([*_split(entries, coordinates, inside, rng), outside]).cpu()
@@ -48,10 +48,10 @@ def leading(entries: Entries, k: int, rng: torch.Generator) -> Float[Tensor, "n 
 
 def _split(entries: Entries, coordinates: Tensor, group: Tensor, rng: torch.Generator) -> list[Tensor]:
     if len(group) <= _GROUP:
-        return [_linked(entries, group)]
+        return [_link_group(entries, group)]
     x = torch.nn.functional.normalize(coordinates[group], dim=1)
     label, centers = _k_means(x, min(_SPLIT, -(-len(group) // (_GROUP // 2))), rng)
-    parts = [group[label == i] for i in _center_order(centers)]
+    parts = [group[label == i] for i in _leaf_order(centers @ centers.T, optimal=True).tolist()]
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:  # all alike: any order will do
         parts = list(group[x[:, -1].argsort(stable=True)].split(_GROUP))
@@ -59,7 +59,7 @@ def _split(entries: Entries, coordinates: Tensor, group: Tensor, rng: torch.Gene
 
 
 def _k_means(x: Float[Tensor, "n d"], k: int, rng: torch.Generator) -> tuple[Int[Tensor, " n"], Float[Tensor, "k d"]]:
-    """By angle: rows of `x` have length 1."""
+    """Cluster labels and centers by angle, of rows of length 1."""
     centers = x[torch.randperm(len(x), generator=rng)[:k].to(x.device)]
     for _ in range(_ROUNDS):
         label = (x @ centers.T).argmax(1)
@@ -67,28 +67,18 @@ def _k_means(x: Float[Tensor, "n d"], k: int, rng: torch.Generator) -> tuple[Int
     return label, centers
 
 
-def _center_order(centers: Float[Tensor, "k d"]) -> list[int]:
+def _link_group(entries: Entries, group: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
+    return group[_leaf_order(entries.block(group, group)).to(group.device)]
+
+
+def _leaf_order(similarity: Float[Tensor, "n n"], optimal: bool = False) -> Int[Tensor, " n"]:
+    """Order by average linkage of distances 1 - r; undefined entries count as r = 0."""
     from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
-
-    if len(centers) < 3:
-        return list(range(len(centers)))
-    distance = _condensed(centers @ centers.T)
-    return leaves_list(optimal_leaf_ordering(linkage(distance, "average"), distance)).tolist()
-
-
-def _linked(entries: Entries, group: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
-    from scipy.cluster.hierarchy import leaves_list, linkage
-
-    if len(group) < 3:
-        return group
-    order = leaves_list(linkage(_condensed(entries.block(group, group)), "average"))
-    return group[torch.from_numpy(order).long().to(group.device)]
-
-
-def _condensed(similarity: Tensor):
-    """Distances 1 - r of all pairs in scipy's condensed form; undefined entries count as r = 0."""
     from scipy.spatial.distance import squareform
 
+    if len(similarity) < 3:
+        return torch.arange(len(similarity))
     r = similarity.double().nan_to_num(0).clamp(-1, 1).cpu()
-    distance = (1 - (r + r.T) / 2).fill_diagonal_(0)
-    return squareform(distance.numpy(), checks=False)
+    distance = squareform((1 - (r + r.T) / 2).fill_diagonal_(0).numpy(), checks=False)
+    tree = linkage(distance, "average")
+    return torch.from_numpy(leaves_list(optimal_leaf_ordering(tree, distance) if optimal else tree)).long()

@@ -1,4 +1,4 @@
-"""Zoomed-out view of a large matrix: any window as pooled cells at once, and a scan of all entries.
+"""Pooled views of a large matrix: any window as cells without delay, and a scan of all entries.
 
 1. A small window is exact: its entries are computed.
 2. A larger one is pooled into cells of 2, 4, 8, ... entries per side: by their strongest entry, if they are few enough
@@ -26,7 +26,7 @@ Window = tuple[int, int, int, int]
 """row0, row1, col0, col1: positions in the order."""
 Cells = Literal["strongest", "mean"]
 
-BAND_ENTRIES = 2**22  # computed at a time, unless one row of cells has more
+BAND_ENTRIES = 2**22  # entries computed at a time, unless one row of cells has more
 INTERACTIVE_COST = 2.0**29  # multiplications that `view` spends: under 100 ms on one free core
 MAX_CELLS = 4096  # per side, that a scan keeps: 67 MB, and a third more for coarser ones
 
@@ -48,14 +48,14 @@ class View:
 
     @cached_property
     def scale(self) -> float:
-        """A magnitude that 0.5 % of the cells exceed, in two digits: for colors."""
+        """Magnitude that 0.5 % of the cells exceed, in two digits: for colors."""
         size = self.values.abs().flatten().nan_to_num(-1)
         n = len(size) - int((size < 0).sum())
         # The k-th largest: sorting all, as a quantile does, takes longer than pooling the cells.
         return max(1e-6, float(f"{size.topk(max(1, n // 200)).values[-1].item():.2g}")) if n else 1.0
 
     def levels(self, scale: float) -> bytes:
-        """A byte per cell, row by row: 0 undefined, else 1..255 for -scale..scale, 128 for 0."""
+        """One byte per cell, row by row: 0 undefined, else 1..255 for -scale..scale, 128 for 0."""
         level = (self.values / scale).clamp(-1, 1).mul(127).round().add(128)
         return level.nan_to_num(0).to(torch.uint8).numpy().tobytes()
 
@@ -98,7 +98,7 @@ class Overview:
         self._n_pairs = n_pairs
         self._cells: Tensor | None = None  # strongest entries of the cells scanned so far
         self._levels: dict[tuple[str, int], Tensor] = {}  # after the scan, by kind of cells and step
-        self._sums = torch.zeros(3, dtype=torch.float64)  # of squares, of entries, of ones
+        self._sums = torch.zeros(3, dtype=torch.float64)  # of squares, of entries; number of entries
         self._factor_sums: list[tuple[Tensor, Tensor]] | None = None
 
     @property
@@ -111,10 +111,12 @@ class Overview:
 
     @torch.no_grad()
     def view(self, window: Window, pixels: int, cells: Cells = "strongest") -> View:
-        """A window as at most `pixels` cells per side (and one at the edge), at once: if need be as coarser cells.
+        """Pool a window into at most `pixels` cells per side (and one at the edge), without delay.
+
+        Where that many cells would take long, the view has coarser ones and is not final.
 
         Args:
-            window: positions in the order, from and to.
+            window: positions in the order, first and end.
             pixels: cells per side, at most.
             cells: what a cell of several entries shows.
         """
@@ -129,7 +131,7 @@ class Overview:
 
     @torch.no_grad()
     def refined(self, window: Window, pixels: int, cells: Cells = "strongest") -> View:
-        """The same window from all of its entries, however long that takes."""
+        """Pool a window from all of its entries, however long that takes."""
         window, step = self._align(window, pixels)
         return (self._level(window, step, cells) if step > 1 else None) or self._pool(window, step, cells)
 
@@ -146,17 +148,17 @@ class Overview:
         self._cells = torch.full(shape, torch.nan)
         means = () if entries.has_factors else (torch.zeros(shape), torch.zeros(shape))  # sums and counts
         self._sums.zero_()
-        best, n_done, total = _TopPairs(self._n_pairs, half), 0.0, len(self.rows) * len(self.cols) / (2 if half else 1)
+        self._top = (torch.zeros(0), *torch.zeros(2, 0, dtype=torch.long))
+        n_done, total = 0.0, len(self.rows) * len(self.cols) / (2 if half else 1)
         for row0, col0, band in _bands(entries, self._rows, self._cols, self.step, half=half):
             pooled = pool_strongest(band, self.step)
-            best.update(band, pooled, row0, col0)
+            self._add_pairs(band, pooled, row0, col0)
             self._store(self._cells, pooled, row0, col0)
             for table, sums in zip(means, _pool_sums(band, self.step) if means else (), strict=True):
                 self._store(table, sums, row0, col0)
             self._add_sums(band, len(band) if half else 0)
             n_done += band.numel() - (len(band) ** 2 / 2 if half else 0)
-            found = self.rows[best.row].tolist(), self.cols[best.col].tolist(), best.value.tolist()
-            self.pairs, self.done_frac = [Pair(*pair) for pair in zip(*found, strict=True)], min(0.999, n_done / total)
+            self.done_frac = min(0.999, n_done / total)
             yield self.done_frac
         self._set_levels(*means)
         self.done_frac = 1.0
@@ -183,14 +185,14 @@ class Overview:
         return View(values, window, step, "exact" if step == 1 else cells, True)
 
     def _level(self, window: Window, step: int, cells: str) -> View | None:
-        """Cells that the scan has kept, if it has."""
+        """Cells kept by the scan, if there are any of this kind and step."""
         if (level := self._levels.get((cells, step))) is None:
             return None
         window = self._widen(window, step)
         return View(level[_cell_slices(window, step)].clone(), window, step, cells, True)
 
     def _pool_means(self, window: Window, step: int, cells: Cells) -> View:
-        """Means at once, of coarser cells where finer ones would take long; without means, what has been scanned."""
+        """Means of cells, of coarser ones where finer ones would take long; scanned cells if there are no means."""
         entries, fine, (n_r, n_c) = self._entries, step, (window[1] - window[0], window[3] - window[2])
         span = max(n_r, n_c)
         if entries.n_terms is not None:
@@ -207,7 +209,7 @@ class Overview:
         return View(pool_strongest(scanned[part], step // self.step), window, step, "strongest", False)
 
     def _window_sums(self, window: Window, step: int) -> list[tuple[Tensor, Tensor]] | None:
-        """Sums of factors over the cells of a window, from those over the scan's cells, which are computed once."""
+        """Sums of factors over the cells of a window, from cached sums over the cells of the scan."""
         if step < self.step or not self._entries.has_factors:
             return None
         if self._factor_sums is None:
@@ -219,24 +221,44 @@ class Overview:
     # -- the scan ----------------------------------------------------------------------------------------------------
 
     def _store(self, table: Tensor, cells: Tensor, row0: int, col0: int) -> None:
-        """Put the cells of a band in their place, and in the mirrored place of a symmetric matrix."""
+        """Write the cells of a band to a table, and mirrored for a symmetric matrix."""
         rows, cols = slice(row0 // self.step, row0 // self.step + len(cells)), slice(col0 // self.step, None)
         table[rows, cols] = cells.cpu()
         if self._entries.same:
             table[cols, rows] = cells.cpu().T
 
-    def _add_sums(self, band: Tensor, own: int) -> None:
-        """Add a band to the sums; its first `own` columns hold each pair of a symmetric matrix twice already."""
-        for part, times in ((band[:, :own], 1), (band[:, own:], 2 if self._entries.same else 1)):
+    def _add_pairs(self, band: Tensor, strongest: Tensor, row0: int, col0: int) -> None:
+        """Merge the strongest entries of a band into `pairs`; `strongest` has the strongest entry of its cells."""
+        half, step, size = self._entries.same, self.step, strongest.abs().nan_to_num(-1)
+        # The k strongest cells (of a pair on both sides of the diagonal, 2k) have k entries as strong as the weakest.
+        k, least = self._n_pairs * (2 if half else 1), size.new_tensor(1e-12)
+        if k < size.numel():
+            least = torch.maximum(least, size.flatten().topk(k).values[-1])
+        if len(self._top[0]) == self._n_pairs:
+            least = torch.maximum(least, self._top[0][-1].abs().to(least.device))
+        i, j = (size >= least).nonzero(as_tuple=True)
+        cells = _cells_at(band, step, i, j)
+        cell, row, col = (cells.abs() >= least).nonzero(as_tuple=True)
+        value, row, col = cells[cell, row, col], row + i[cell] * step + row0, col + j[cell] * step + col0
+        mask = row < col if half else slice(None)
+        top = [torch.cat([x, y[mask].cpu()]) for x, y in zip(self._top, (value, row, col), strict=True)]
+        order = top[0].abs().argsort(descending=True, stable=True)[: self._n_pairs]
+        value, row, col = self._top = tuple(x[order] for x in top)
+        pairs = zip(self.rows[row].tolist(), self.cols[col].tolist(), value.tolist(), strict=True)
+        self.pairs = [Pair(*pair) for pair in pairs]
+
+    def _add_sums(self, band: Tensor, n_square: int) -> None:
+        """Add a band to the sums; its first `n_square` columns hold each pair of a symmetric matrix twice."""
+        for part, weight in ((band[:, :n_square], 1), (band[:, n_square:], 2 if self._entries.same else 1)):
             n, norm, total = float(part.numel()), torch.linalg.vector_norm(part, dim=1), part.sum(1)
             if bool(total.isnan().any()):
                 n, part = n - float(part.isnan().sum()), part.nan_to_num(0)
                 norm, total = torch.linalg.vector_norm(part, dim=1), part.sum(1)
-            added = norm.double().square().sum().item(), total.double().sum().item(), n
-            self._sums += times * torch.tensor(added, dtype=torch.float64)
+            sums = norm.double().square().sum().item(), total.double().sum().item(), n
+            self._sums += weight * torch.tensor(sums, dtype=torch.float64)
 
     def _set_levels(self, total: Tensor | None = None, n: Tensor | None = None) -> None:
-        """Keep the scanned cells, and coarser ones down to 64 per side."""
+        """Keep the scanned cells, and coarser levels down to 64 cells per side."""
         step, strongest = self.step, self._cells
         while True:
             self._levels["strongest", step] = strongest
@@ -249,42 +271,13 @@ class Overview:
                 total, n = (_pool_sums(x, 2)[0] for x in (total, n))
 
 
-class _TopPairs:
-    """The k entries of largest magnitude of a matrix that comes in bands; of a symmetric matrix each pair once."""
-
-    def __init__(self, k: int, half: bool) -> None:
-        self._k, self._half = k, half
-        self.value = torch.zeros(0)
-        self.row, self.col = (torch.zeros(0, dtype=torch.long) for _ in range(2))  # positions in the order
-
-    def update(self, band: Tensor, strongest: Tensor, row0: int, col0: int) -> None:
-        """Add a band that begins at row `row0` and column `col0`; `strongest` has the strongest entry of its cells."""
-        step, size = -(-len(band) // len(strongest)), strongest.abs().nan_to_num(-1)
-        # The k strongest cells (of a pair on both sides of the diagonal, 2k) have k entries as strong as the weakest.
-        k, least = self._k * (2 if self._half else 1), size.new_tensor(1e-12)
-        if k < size.numel():
-            least = torch.maximum(least, size.flatten().topk(k).values[-1])
-        if len(self.value) == self._k:
-            least = torch.maximum(least, self.value[-1].abs().to(least.device))
-        i, j = (size >= least).nonzero(as_tuple=True)
-        cells = _cells_at(band, step, i, j)
-        cell, row, col = (cells.abs() >= least).nonzero(as_tuple=True)
-        value, row, col = cells[cell, row, col], row + i[cell] * step + row0, col + j[cell] * step + col0
-        mask = row < col if self._half else slice(None)
-        value, row, col = (
-            torch.cat([x, y[mask].cpu()]) for x, y in ((self.value, value), (self.row, row), (self.col, col))
-        )
-        order = value.abs().argsort(descending=True, stable=True)[: self._k]
-        self.value, self.row, self.col = value[order], row[order], col[order]
-
-
 # -- pooling -----------------------------------------------------------------------------------------------------------
 
 
 def pool(
     entries: Entries, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int, cells: str
 ) -> Float[Tensor, "cells_r cells_c"]:
-    """See `MatrixView.pooled`."""
+    """Pool a block into cells, as `MatrixView.pooled` documents."""
     if step == 1:
         return entries.block(rows, cols).cpu()
     if cells == "mean" and (means := entries.means(rows, cols, step)) is not None:
@@ -306,7 +299,7 @@ def pool_strongest(x: Float[Tensor, "rows cols"], step: int) -> Float[Tensor, "c
         return x.clone()
     pooled = _strongest(_reduce(x, step, torch.amax), _reduce(x, step, torch.amin))
     row, col = pooled.isnan().nonzero(as_tuple=True)
-    if len(row):  # once more for the cells with undefined entries: few, mostly on the diagonal
+    if len(row):  # again for the cells with undefined entries: few, mostly on the diagonal
         cells = _cells_at(x, step, row, col).flatten(1)
         filled = cells.nan_to_num(0)
         value = _strongest(filled.amax(1), filled.amin(1))
@@ -329,12 +322,12 @@ def _reduce(x: Tensor, step: int, reduce: Callable[[Tensor, int], Tensor]) -> Te
 
 
 def _cells_at(x: Tensor, step: int, i: Int[Tensor, " n"], j: Int[Tensor, " n"]) -> Float[Tensor, "n step step"]:
-    """Entries of some cells; nan over the edge."""
+    """Entries of selected cells; nan beyond the edge."""
     return _pad(x, step, torch.nan).unflatten(1, (-1, step)).unflatten(0, (-1, step))[i, :, j]
 
 
 def _pad(x: Tensor, step: int, value: float) -> Tensor:
-    """Widen to whole cells."""
+    """Pad to whole cells."""
     rows, cols = x.shape
     if not (rows % step or cols % step):
         return x
@@ -344,14 +337,14 @@ def _pad(x: Tensor, step: int, value: float) -> Tensor:
 def _bands(
     entries: Entries, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int, *, half: bool = False
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Bands of whole cells: first row, first column, and entries with nan on the diagonal.
+    """Compute bands of whole cells: first row, first column, and entries with nan on the diagonal.
 
     Args:
         entries: source of the matrix.
         rows: features, in order.
         cols: features, in order.
         step: entries per side of a cell.
-        half: leave out columns before the band's rows, which a symmetric matrix has had already.
+        half: skip columns before the band's rows, which earlier bands of a symmetric matrix cover.
     """
     height = step * max(1, BAND_ENTRIES // (step * max(1, len(cols))))
     for row0 in range(0, len(rows), height):
@@ -363,7 +356,7 @@ def _bands(
 
 
 def _power_of_2(span: int, cells: int) -> int:
-    """The smallest power of 2 that divides `span` into at most `cells`."""
+    """Smallest power of 2 that divides `span` into at most `cells` cells."""
     return 1 << max(0, math.ceil(math.log2(max(1, span) / cells)))
 
 

@@ -1,8 +1,8 @@
-"""Co-activation counts of latents over a stream of activations: exact, in memory that is known beforehand.
+"""Co-activation counts of latents over a stream of activations: exact, in memory known in advance.
 
 1. Each batch is reduced to its active latents: (token, latent, activation).
 2. Tokens of about equally many active latents are taken together, so that their pairs make full rectangles.
-3. Each pair has its place in a table of half of n * n counts (and sums of products); pairs are added there.
+3. Pairs are added to a table of half of n * n counts (and sums of products).
 
 Time goes with the pairs that fire, L0² per token, not with n². The tables are not sparse: over millions of tokens most
 pairs of an SAE's latents meet at least once, and 12 bytes each is less than any sparse form takes that also has to name
@@ -22,18 +22,18 @@ from saewb.sae.sparse import SparseLatents
 from saewb.stats.cooccurrence import Coactivation, Side, triangle
 
 MAX_BYTES = 2 * 10**9
-_PAIRS = 2**19  # added at a time
-_DENSE = 2**21  # activations looked through at a time
-_WORK = _PAIRS * 96 + _DENSE * 48  # bytes that steps 1 to 3 take, whatever comes in
+_PAIRS = 2**19  # pairs added at a time
+_DENSE = 2**21  # activations scanned at a time
+_WORK = _PAIRS * 96 + _DENSE * 48  # bytes that steps 1 to 3 take, whatever the batch
 
 
 def coactivation(
     batches: Iterable[Float[Tensor, "_ d_sae"] | SparseLatents], *, products: bool = True, max_bytes: int = MAX_BYTES
 ) -> Coactivation:
-    """How often each two latents of an SAE fire on the same token, over all batches.
+    """Count on how many tokens each two latents of an SAE fire together, over all batches.
 
     Args:
-        batches: activations as `sae.encode` or `sae.encode_topk` gives them; any number of tokens each.
+        batches: activations from `sae.encode` or `sae.encode_topk`; any number of tokens each.
         products: whether to sum products of activations as well, for `Coactivation.correlation`.
         max_bytes: of memory, beyond the batch: 4 bytes per pair of latents, 12 with products, and 0.2 GB.
             The default is enough for 16,384 latents with products and 28,000 without.
@@ -65,7 +65,7 @@ def coactivation(
 
 
 class CoactivationStream:
-    """Counts of latents that fire together, of tokens that come in batches; of one SAE's, or between two SAEs'.
+    """Accumulator of joint firing counts over batches of tokens, within one SAE or between two.
 
     Counts are exact, whatever the batches; sums of products are in float64. An activation other than 0 counts as
     firing, whatever its sign. Each batch waits for its device once or twice, since how many latents fire decides
@@ -102,7 +102,7 @@ class CoactivationStream:
         self._a = Side.empty(d_sae, device)
         self._b = self._a if d_sae_b is None else Side.empty(d_sae_b, device)
         n = n_pairs(d_sae, d_sae_b)
-        # One place more than there are pairs, for what only fills up a rectangle.
+        # The last place is not a pair: padding of a rectangle is added there.
         self._together: Tensor | None = torch.zeros(n + 1, dtype=torch.int32, device=device)
         self._products = torch.zeros(n + 1, dtype=torch.float64, device=device) if products else None
 
@@ -112,7 +112,7 @@ class CoactivationStream:
         latents: Float[Tensor, "tokens d_sae"] | SparseLatents,
         latents_b: Float[Tensor, "tokens d_sae_b"] | SparseLatents | None = None,
     ) -> None:
-        """Add these tokens; none is allowed.
+        """Add a batch of tokens, which may be empty.
 
         Args:
             latents: of the first SAE.
@@ -133,7 +133,7 @@ class CoactivationStream:
             self.n_tokens += active[0].n_tokens
 
     def merge(self, other: CoactivationStream) -> None:
-        """Add the tokens that `other` has seen; it stays as it is.
+        """Add the tokens of `other`, which is not changed.
 
         Raises:
             ValueError: if it counts other pairs, or the result of either has been taken.
@@ -153,7 +153,7 @@ class CoactivationStream:
         self.n_tokens += other.n_tokens
 
     def result(self) -> Coactivation:
-        """All tokens so far. The tables are handed over, not copied, so the stream takes no more afterwards.
+        """Counts of all tokens so far. The tables are not copied: the stream accepts no tokens afterwards.
 
         Raises:
             ValueError: if there were no tokens, or it has been called before.
@@ -167,20 +167,18 @@ class CoactivationStream:
         return Coactivation(self.n_tokens, self._a, second, together[:-1], None if products is None else products[:-1])
 
     def _add_pairs(self, a: SparseLatents, b: SparseLatents) -> None:
-        n_a = _n_active(a)
-        n_b = n_a if b is a else _n_active(b)
+        n_a = torch.bincount(a.token, minlength=a.n_tokens)
+        n_b = n_a if b is a else torch.bincount(b.token, minlength=b.n_tokens)
         for tokens, width_a, width_b in _rectangles(n_a, n_b):
             latent_a, act_a, mask_a = _pad(a, n_a, tokens, width_a)
             latent_b, act_b, mask_b = (latent_a, act_a, mask_a) if b is a else _pad(b, n_b, tokens, width_b)
             for i, j in _slots(width_a, width_b, a is b, _PAIRS // len(tokens), a.device):
-                pair = self._pair_index(latent_a[:, i], latent_b[:, j])
+                first, second = latent_a[:, i], latent_b[:, j]
+                pair = triangle(first, second, a.d_sae) if b is a else first * b.d_sae + second
                 pair = torch.where(mask_a[:, i] & mask_b[:, j], pair, len(self._together) - 1).flatten()
                 self._together.scatter_add_(0, pair, pair.new_ones((), dtype=torch.int32).expand(len(pair)))
                 if self._products is not None:
                     self._products.scatter_add_(0, pair, (act_a[:, i] * act_b[:, j]).flatten())
-
-    def _pair_index(self, i: Tensor, j: Tensor) -> Tensor:
-        return i * len(self._b.fired) + j if self._b is not self._a else triangle(i, j, len(self._a.fired))
 
     def _shape(self) -> str:
         second = "" if self._b is self._a else f" x {len(self._b.fired):,}"
@@ -203,20 +201,19 @@ class CoactivationStream:
             raise ValueError(explain(f"update got the latents of {got}.", want=f"those of {want}, as at the start"))
         d, n = len(self._a.fired), latents.shape[0]
         shapes = [tuple(latents.shape)] + ([tuple(latents_b.shape)] if two else [])
-        wanted = [(n, d)] + ([(n, len(self._b.fired))] if two else [])
-        if shapes != wanted:
+        if shapes != [(n, d)] + ([(n, len(self._b.fired))] if two else []):
             want = f"[tokens, {d}]" + (f" and [tokens, {len(self._b.fired)}], the same tokens" if two else "")
             raise ValueError(explain(f"update got latents of shape {', '.join(map(str, shapes))}.", want=want))
         self._check_countable(n)
 
 
 def n_pairs(d_sae: int, d_sae_b: int | None = None) -> int:
-    """Pairs of different latents of one SAE; of any latent of one with any of the other."""
+    """Number of pairs of different latents of one SAE, or of latents of one SAE with those of another."""
     return d_sae * (d_sae - 1) // 2 if d_sae_b is None else d_sae * d_sae_b
 
 
 def needed_bytes(d_sae: int, d_sae_b: int | None = None, products: bool = True) -> int:
-    """Memory that a CoactivationStream takes at most, beyond the batch it is given.
+    """Bytes that a CoactivationStream takes at most, beyond the batch.
 
     Example:
         >>> needed_bytes(16_384) < 2 * 10**9, needed_bytes(32_768, products=False) < 2.4 * 10**9
@@ -229,16 +226,12 @@ def needed_bytes(d_sae: int, d_sae_b: int | None = None, products: bool = True) 
 
 
 def _active(latents: Tensor | SparseLatents, tokens: slice, device: torch.device) -> SparseLatents:
-    """Active latents of some tokens, in float64 on a device."""
+    """Active latents of some tokens, in float64 on `device`."""
     if isinstance(latents, Tensor):
         latents = SparseLatents.from_dense(latents[tokens])
     else:
         latents = latents.select(torch.arange(latents.n_tokens, device=latents.device)[tokens])
     return SparseLatents(latents.token, latents.latent.long(), latents.act, latents.shape).to(device).to(torch.float64)
-
-
-def _n_active(latents: SparseLatents) -> Int[Tensor, " tokens"]:
-    return torch.bincount(latents.token, minlength=latents.n_tokens)
 
 
 def _pad(
@@ -257,27 +250,27 @@ def _width(latents: Tensor | SparseLatents) -> int:
 
 
 def _rectangles(a: Int[Tensor, " tokens"], b: Int[Tensor, " tokens"]) -> Iterator[tuple[Tensor, int, int]]:
-    """Tokens of similar L0, and the most active latents of one of them: few padded pairs, and at most `_PAIRS`."""
+    """Group tokens of similar L0, with the largest L0 on each side: little padding, and at most `_PAIRS` pairs."""
     order = a.argsort(descending=True)
-    counts_a, most_b = a[order].tolist(), max(b.tolist(), default=0)
-    at = 0
-    while at < len(counts_a) and counts_a[at] and most_b:
-        wide = counts_a[at] if a is b else most_b
-        n = max(1, _PAIRS // (counts_a[at] * wide))
-        yield order[at : at + n], counts_a[at], wide
-        at += n
+    counts_a, max_b = a[order].tolist(), max(b.tolist(), default=0)
+    start = 0
+    while start < len(counts_a) and counts_a[start] and max_b:
+        width_a, width_b = counts_a[start], counts_a[start] if a is b else max_b
+        n = max(1, _PAIRS // (width_a * width_b))
+        yield order[start : start + n], width_a, width_b
+        start += n
 
 
 def _slots(
-    width_a: int, width_b: int, square: bool, most: int, device: torch.device
+    width_a: int, width_b: int, square: bool, limit: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs of slots, i before j if both are of one SAE, at most about `most` at a time."""
-    step = max(1, most // width_b)
+    """All pairs of slots, i before j if both are of one SAE, about `limit` at a time."""
+    step = max(1, limit // width_b)
     for start in range(0, width_a, step):
         rows = torch.arange(start, min(start + step, width_a), device=device)
         i, j = rows.repeat_interleave(width_b), torch.arange(width_b, device=device).repeat(len(rows))
-        kept = j > i if square else slice(None)
-        yield i[kept], j[kept]
+        mask = j > i if square else slice(None)
+        yield i[mask], j[mask]
 
 
 def _check_fits(d_sae: int, d_sae_b: int | None, products: bool, max_bytes: int) -> None:

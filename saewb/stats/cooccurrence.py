@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _FORMAT = "saewb coactivation 1"
-_TILE = 2**19  # pairs looked at together
+_TILE = 2**19  # pairs computed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,30 +38,27 @@ class Side:
 
     @classmethod
     def empty(cls, d_sae: int, device: torch.device | str) -> Side:
-        """Before the first token."""
+        """Zeros, before the first token."""
         return cls(*(torch.zeros(d_sae, dtype=t, device=device) for t in (torch.long, torch.float64, torch.float64)))
 
     def add(self, latent: Int[Tensor, " fired"], value: Float[Tensor, " fired"]) -> None:
-        """These activations, of any tokens."""
+        """Add activations of any tokens."""
         self.fired.scatter_add_(0, latent, torch.ones_like(latent))
         self.total.scatter_add_(0, latent, value)
         self.square.scatter_add_(0, latent, value.square())
 
     def merge(self, other: Side) -> None:
-        """And those of `other`."""
-        for mine, others in zip(self._tensors(), other._tensors(), strict=True):
+        """Add the counts and sums of `other`."""
+        for mine, others in zip(vars(self).values(), vars(other).values(), strict=True):
             mine += others.to(mine.device)
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.fired, self.total, self.square
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Coactivation:
-    """On how many tokens each two latents fire together; within one SAE, or between the latents of two.
+    """Counts of tokens on which two latents fire together, for pairs within one SAE or between two SAEs.
 
-    Any block of pairs is computed when asked for. nan stands where a figure is not defined: phi and correlation of a
-    latent that never fires or never changes, Jaccard of two that never fire.
+    Any block of pairs is computed on demand. Undefined figures are nan: phi and correlation of a latent that never
+    fires or never changes, Jaccard of two that never fire.
     """
 
     n_tokens: int
@@ -71,29 +68,29 @@ class Coactivation:
     b: Side | None
     """The same of the second SAE; None if pairs are within one."""
     together: Int[Tensor, " pairs"]
-    """Tokens on which both fire; each pair of one SAE's latents once."""
+    """Tokens on which both latents fire, per pair; each pair of one SAE's latents once."""
     products: Float[Tensor, " pairs"] | None
-    """Sums of products of activations, float64."""
+    """Sum of the products of both activations, per pair, float64; None if not summed."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Latents, by latents of the second SAE or of the same."""
+        """Latents of the first SAE, latents of the second (or of the same) SAE."""
         return len(self.a.fired), len(self._second.fired)
 
     def counts(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Int[Tensor, "rows cols"]:
-        """Tokens on which both fire; on the diagonal, of one SAE, on which the latent fires.
+        """Tokens on which both latents fire; on the diagonal of one SAE, tokens on which the latent fires.
 
         Args:
             rows: latents.
             cols: latents, of the second SAE if there is one.
 
         Raises:
-            ValueError: for a latent that is not there. So for the methods below.
+            ValueError: for an index out of range; likewise in the methods below.
         """
         return self._block(self.together, self.a.fired, *self._indices(rows, cols)).long()
 
     def phi(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
-        """Correlation of firing: 1 always together, 0 as often as by chance, -1 each exactly where the other does not.
+        """Correlation of firing: 1 always together, 0 as by chance, -1 each exactly where the other does not fire.
 
         (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
         """
@@ -104,7 +101,7 @@ class Coactivation:
         return _ratio(n * both - fired_i[:, None] * fired_j, spread_i.sqrt()[:, None] * spread_j.sqrt())
 
     def jaccard(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
-        """Of the tokens on which one or the other fires, the fraction on which both do: 1 always, 0 never together.
+        """Fraction of the tokens on which either fires on which both fire: 1 always, 0 never together.
 
         n_ij / (n_i + n_j - n_ij)
         """
@@ -121,7 +118,7 @@ class Coactivation:
             ValueError: if products were not summed.
         """
         if self.products is None:
-            what = "correlation needs sums of products, which were not kept."
+            what = "correlation needs sums of products, which were not computed."
             raise ValueError(explain(what, fix="coactivation(batches, products=True)"))
         n, (i, j) = self.n_tokens, self._indices(rows, cols)
         a, b = self.a, self._second
@@ -132,40 +129,51 @@ class Coactivation:
     def partners(
         self, latents: Sequence[int] | Tensor, k: int = 10, *, by: str = "phi", min_together: int = 1
     ) -> tuple[Int[Tensor, "latents k"], Float[Tensor, "latents k"]]:
-        """The latents that go with each of these most.
+        """The k latents with the largest figure for each of some latents.
 
         Args:
             latents: of the first SAE.
             k: how many; all others if there are not as many.
             by: "phi", "jaccard" or "correlation".
-            min_together: leave out those that fire together on fewer tokens, whose figures are chance.
+            min_together: leave out partners that fire together on fewer tokens, whose figures are chance.
 
         Returns:
-            Their indices, the most first, and their figures; -1 and nan where fewer are left.
+            Their indices, in descending order of the figure, and the figures; -1 and nan where fewer are left.
         """
-        figure, cols = self._figure(by), torch.arange(self.shape[1], device=self.together.device)
-        tiles = [self._top(figure, rows, cols, k, min_together) for rows in self._tiles(self._index(latents, 0))]
-        if not tiles:
-            return cols.new_empty(0, 0), self.a.total.new_empty(0, 0)
-        return torch.cat([index for index, _ in tiles]), torch.cat([value for _, value in tiles])
+        tops = []
+        for _, block in self._blocks(by, self._index(latents, 0), min_together):
+            value, index = block.nan_to_num(-math.inf).sort(dim=1, descending=True, stable=True)
+            value, index = value[:, :k], index[:, :k]
+            tops.append((index.masked_fill(value.isinf(), -1), value.masked_fill(value.isinf(), math.nan)))
+        if not tops:
+            return self.a.fired.new_empty(0, 0), self.a.total.new_empty(0, 0)
+        return tuple(torch.cat(parts) for parts in zip(*tops, strict=True))
 
     def top_pairs(self, k: int = 20, *, by: str = "phi", min_together: int = 10) -> pd.DataFrame:
-        """The pairs of latents with the largest figure, each once: latent, partner, counts, phi, Jaccard, correlation.
+        """Pairs of latents with the largest figure, each once: latent, partner, counts, phi, Jaccard, correlation.
 
         Args:
             k: how many pairs.
             by: "phi", "jaccard" or "correlation".
             min_together: leave out pairs that fire together on fewer tokens.
         """
-        latent, partner, value = self._top_pairs(k, by, min_together)
-        return self._frame(latent[value.isfinite()], partner[value.isfinite()])
+        n_cols = self.shape[1]
+        value, place = self.a.total.new_empty(0), self.a.fired.new_empty(0)
+        for rows, block in self._blocks(by, min_together=min_together):
+            block = block.nan_to_num(-math.inf)
+            if self.b is None:
+                block.masked_fill_(torch.arange(n_cols, device=block.device) <= rows[:, None], -math.inf)
+            largest, index = block.flatten().topk(min(k, block.numel()))
+            value, place = torch.cat([value, largest]), torch.cat([place, index + rows[0] * n_cols])
+            value, best = value.topk(min(k, len(value)))
+            place = place[best]
+        place = place[value.isfinite()]
+        return self._frame(place // n_cols, place % n_cols)
 
     def stats(self, by: str = "phi") -> CorrelationStats:
         """Root mean square and mean of a figure over all pairs of different latents for which it is defined."""
-        figure, cols = self._figure(by), torch.arange(self.shape[1], device=self.together.device)
-        sums = torch.zeros(3, dtype=torch.float64, device=cols.device)
-        for rows in self._tiles(torch.arange(self.shape[0], device=cols.device)):
-            block = self._mask_diagonal(figure(rows, cols), rows, cols)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.together.device)
+        for _, block in self._blocks(by):
             values = block[block.isfinite()]
             sums += torch.stack([values.square().sum(), values.sum(), sums.new_tensor(len(values))])
         square, total, n = sums.tolist()
@@ -174,7 +182,7 @@ class Coactivation:
         return CorrelationStats(math.sqrt(square / n), total / n, int((self.a.fired > 0).sum()))
 
     def save(self, path: str | Path) -> Path:
-        """Write it into one safetensors file, all of it or nothing; `Coactivation.load(path)` reads it back."""
+        """Write one safetensors file, atomically; `Coactivation.load(path)` reads it back."""
         from safetensors.torch import save_file
 
         path = Path(path).expanduser()
@@ -189,7 +197,7 @@ class Coactivation:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            FormatError: if it is something else, or its parts do not fit one another.
+            FormatError: if the file is something else, or its tensors do not fit one another.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -210,8 +218,6 @@ class Coactivation:
         never = int((self.a.fired == 0).sum())
         return f"Coactivation({what}, {self.n_tokens:,} tokens, {never:,} never fire)"
 
-    # -- parts -------------------------------------------------------------------------------------------------------
-
     @property
     def _second(self) -> Side:
         return self.a if self.b is None else self.b
@@ -220,57 +226,38 @@ class Coactivation:
         return self._index(rows, 0), self._index(cols, 1)
 
     def _index(self, latents: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " n"]:
-        chosen = torch.as_tensor(latents, device=self.together.device).long().reshape(-1)
-        n = self.shape[axis]
-        if bool(((chosen < 0) | (chosen >= n)).any()):
-            bad = chosen[(chosen < 0) | (chosen >= n)][:5].tolist()
-            raise ValueError(explain(f"no latents {bad}.", want=f"0..{n - 1}"))
-        return chosen
+        index, n = torch.as_tensor(latents, device=self.together.device).long().reshape(-1), self.shape[axis]
+        if bool((bad := (index < 0) | (index >= n)).any()):
+            raise ValueError(explain(f"no latents {index[bad][:5].tolist()}.", want=f"0..{n - 1}"))
+        return index
 
     def _block(self, table: Tensor, diagonal: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """These rows and columns of a table of pairs."""
+        """Rows and columns of a table of pairs, with `diagonal` for a latent and itself."""
         if self.b is not None:
             return table[i[:, None] * self.shape[1] + j]
-        own = diagonal[i][:, None].to(table.dtype)
+        on_diagonal = diagonal[i][:, None].to(table.dtype)
         if len(table) == 0:  # a single latent
-            return own.expand(-1, len(j))
+            return on_diagonal.expand(-1, len(j))
         same = i[:, None] == j
-        return torch.where(same, own, table[torch.where(same, 0, triangle(i[:, None], j, self.shape[0]))])
+        return torch.where(same, on_diagonal, table[torch.where(same, 0, triangle(i[:, None], j, self.shape[0]))])
 
-    def _figure(self, by: str) -> Callable[[Tensor, Tensor], Tensor]:
+    def _blocks(
+        self, by: str, rows: Int[Tensor, " rows"] | None = None, min_together: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows at a time and their figures with all columns; nan for a latent and itself and for rare pairs."""
         figures = {"phi": self.phi, "jaccard": self.jaccard, "correlation": self.correlation}
         if by not in figures:
             raise ValueError(explain(f"no figure {by!r}.", near=near(by, figures), want=", ".join(figures)))
-        return figures[by]
-
-    def _tiles(self, rows: Int[Tensor, " rows"]) -> Iterator[Tensor]:
-        return iter(rows.split(max(1, _TILE // self.shape[1]))) if len(rows) else iter(())
-
-    def _mask_diagonal(self, block: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        return block if self.b is not None else block.masked_fill(rows[:, None] == cols, math.nan)
-
-    def _figures(self, figure: Callable, rows: Tensor, cols: Tensor, min_together: int) -> Tensor:
-        """Figures, -inf where there is none or too little to go by."""
-        block = self._mask_diagonal(figure(rows, cols), rows, cols)
-        return block.masked_fill(block.isnan() | (self.counts(rows, cols) < min_together), -math.inf)
-
-    def _top(self, figure: Callable, rows: Tensor, cols: Tensor, k: int, least: int) -> tuple[Tensor, Tensor]:
-        value, index = self._figures(figure, rows, cols, least).sort(dim=1, descending=True, stable=True)
-        value, index = value[:, :k], index[:, :k]
-        return index.masked_fill(value.isinf(), -1), value.masked_fill(value.isinf(), math.nan)
-
-    def _top_pairs(self, k: int, by: str, least: int) -> tuple[Tensor, Tensor, Tensor]:
-        figure, cols = self._figure(by), torch.arange(self.shape[1], device=self.together.device)
-        value, place = self.a.total.new_empty(0), cols.new_empty(0)
-        for rows in self._tiles(torch.arange(self.shape[0], device=cols.device)):
-            block = self._figures(figure, rows, cols, least)
+        every, cols = (torch.arange(n, device=self.together.device) for n in self.shape)
+        rows = every if rows is None else rows
+        for part in rows.split(max(1, _TILE // self.shape[1])) if len(rows) else ():
+            block = figures[by](part, cols)
             if self.b is None:
-                block = block.masked_fill(cols <= rows[:, None], -math.inf)
-            largest, index = block.flatten().topk(min(k, block.numel()))
-            value, place = torch.cat([value, largest]), torch.cat([place, index + rows[0] * self.shape[1]])
-            value, best = value.topk(min(k, len(value)))
-            place = place[best]
-        return place // self.shape[1], place % self.shape[1], value
+                block = block.masked_fill(part[:, None] == cols, math.nan)
+            yield (
+                part,
+                block.masked_fill(self.counts(part, cols) < min_together, math.nan) if min_together > 0 else block,
+            )
 
     def _frame(self, latent: Tensor, partner: Tensor) -> pd.DataFrame:
         import pandas as pd
@@ -292,14 +279,14 @@ class Coactivation:
 
 
 def triangle(i: Int[Tensor, "..."], j: Int[Tensor, "..."], n: int) -> Int[Tensor, "..."]:
-    """Where the pair {i, j} is in a table of all pairs below `n`: row by row, the larger index running."""
+    """Index of the pair {i, j} in a table of all pairs below `n`: row by row, the larger index running."""
     low, high = torch.minimum(i, j), torch.maximum(i, j)
     return low * (2 * n - low - 1) // 2 + high - low - 1
 
 
-def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """nan where there is nothing to divide by."""
-    return torch.where(below > 0, above / below, math.nan)
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient; nan where the denominator is 0."""
+    return torch.where(denominator > 0, numerator / denominator, math.nan)
 
 
 def _from_tensors(cls: type[Coactivation], path: str | Path, facts: dict, tensors: dict[str, Tensor]) -> Coactivation:

@@ -1,12 +1,13 @@
-"""Correlation matrices, dense or low-rank: statistics, and random ones.
+"""Dense and low-rank correlation matrices: statistics and random generation.
 
-A low-rank one is `factor @ factor.T` off the diagonal, and 1 on it: n * rank numbers stand for n * n, and no n * n
-object is ever made of them.
+A low-rank one is `factor @ factor.T` off the diagonal and 1 on it: n * rank numbers represent n * n entries, and no
+function here computes the n * n matrix, except `LowRankCorrelation.dense`.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from saewb.errors import explain
 
 _BLOCK = 2**21  # entries read at a time: they are read twice, the second time from the cache
+_LONGEST = 0.99  # squared length of a row of a random factor
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class CorrelationStats:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRankCorrelation:
-    """`factor @ factor.T + diag(diag)`, whose diagonal is 1.
+    """Low-rank correlation matrix: `factor @ factor.T + diag(diag)`, whose diagonal is 1.
 
     Raises:
         ValueError: if the shapes do not fit, `diag` is negative, or the diagonal is not 1 (within 1e-4).
@@ -44,9 +46,9 @@ class LowRankCorrelation:
     """
 
     factor: Float[Tensor, "n rank"]
-    """Shared part: the correlation of two features is the product of their rows."""
+    """Shared part: the correlation of two features is the dot product of their rows."""
     diag: Float[Tensor, " n"]
-    """Part of each feature's variance that it does not share, 0..1."""
+    """Residual variance of each feature, which it shares with no other, 0..1."""
 
     def __post_init__(self) -> None:
         shapes = tuple(self.factor.shape), tuple(self.diag.shape)
@@ -59,9 +61,10 @@ class LowRankCorrelation:
 
     @classmethod
     def of(cls, factor: Float[Tensor, "n rank"]) -> LowRankCorrelation:
-        """With the diagonal that makes it a correlation matrix. ValueError if a row is longer than 1."""
-        own = 1 - factor.square().sum(1)
-        return cls(factor, torch.where(own > -1e-5, own.clamp(min=0), own))  # a row of length 1 may be a hair longer
+        """Complete a factor with the diagonal of a correlation matrix. ValueError if a row is longer than 1."""
+        residual = 1 - factor.square().sum(1)
+        # Rounding may make a row of length 1 slightly longer.
+        return cls(factor, torch.where(residual > -1e-5, residual.clamp(min=0), residual))
 
     def dense(self) -> Float[Tensor, "n n"]:
         """All n * n entries."""
@@ -74,16 +77,16 @@ class LowRankCorrelation:
 
 @torch.no_grad()
 def correlation_stats(correlation: Float[Tensor, "n n"] | LowRankCorrelation) -> CorrelationStats:
-    """Root mean square and mean of the entries off the diagonal: 0 and 0 are no correlation.
+    """Root mean square and mean of the entries off the diagonal; both are 0 without correlation.
 
         dense:     rms² = sum_{i != j} c_ij² / n(n-1),             mean = sum_{i != j} c_ij / n(n-1)
         low rank:  rms² = (||F^T F||² - sum_i ||F_i||⁴) / n(n-1),  mean = (||1^T F||² - sum_i ||F_i||²) / n(n-1)
 
-    Both forms of one matrix give the same figures. A dense one is read once, without a copy or a mask of it; a low-rank
-    one takes n * rank² operations. Sums are in float64.
+    Both forms of one matrix have the same statistics. A dense one is read once, without a copy or a mask of it; a
+    low-rank one takes n * rank² operations. Sums are in float64.
 
     Args:
-        correlation: a matrix, or its factors. What stands on the diagonal does not matter.
+        correlation: a matrix, or its factors. Entries on the diagonal are ignored.
 
     Returns:
         CorrelationStats: `rms`, `mean`, and the number of features.
@@ -119,7 +122,7 @@ def random_correlation(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "n n"]:
-    """A random correlation matrix that has a Cholesky factor, so that it can be sampled from.
+    """Random correlation matrix with a Cholesky factor, so that normal numbers can be drawn from it.
 
     Each pair is uncorrelated with probability `uncorrelated_frac`, else correlated with a strength drawn evenly from
     `min_strength..max_strength`, positive with probability `positive_frac`. Where such a matrix is not positive
@@ -162,7 +165,7 @@ def random_correlation(
     del kind
     matrix.triu_(1)
     matrix = (matrix + matrix.T).fill_diagonal_(1.0)
-    return matrix if _is_positive_definite(matrix) else _repaired(matrix)
+    return matrix if _is_positive_definite(matrix) else _make_positive_definite(matrix)
 
 
 def random_low_rank_correlation(
@@ -174,14 +177,14 @@ def random_low_rank_correlation(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LowRankCorrelation:
-    """A random correlation matrix of n * rank numbers: `factor` is normal with standard deviation `scale`.
+    """Random low-rank correlation matrix, whose `factor` is normal with standard deviation `scale`.
 
-    A row whose squared length is over 0.99 is shortened, alone, to exactly that, so that 0.01 of the variance stays the
-    feature's own; a warning says how many. Correlations have a root mean square of about `scale² * sqrt(rank)`.
+    A row whose squared length exceeds 0.99 is shortened to exactly that, so that 0.01 of the feature's variance is not
+    shared; a warning states how many. Correlations have a root mean square of about `scale² * sqrt(rank)`.
 
     Args:
         n_features: rows; a million takes 200 MB at rank 50.
-        rank: how many sources of correlation features share; 10 to 100 is usual.
+        rank: number of factors that features share; 10 to 100 is usual.
         scale: standard deviation of the factor; 0 is no correlation.
         seed: of the draw.
         dtype: of the factors.
@@ -206,19 +209,10 @@ def random_low_rank_correlation(
     long = square > _LONGEST
     factor.mul_(torch.where(long, (_LONGEST / square).sqrt(), 1.0)[:, None])
     if capped := int(long.sum()):
-        _warn_capped(capped, n_features)
+        # SAELens' sentence, which code may look for
+        how = "Either reduce the rank or reduce the correlation_scale to avoid rescaling."
+        warnings.warn(f"{capped} / {n_features} rows were capped. {how}", stacklevel=2)
     return LowRankCorrelation(factor, torch.where(long, 1 - _LONGEST, 1 - square))
-
-
-_LONGEST = 0.99  # squared length of a row of a random factor
-
-
-def _warn_capped(capped: int, n_features: int) -> None:
-    import warnings
-
-    # sae-lens' sentence, which code may look for
-    how = "Either reduce the rank or reduce the correlation_scale to avoid rescaling."
-    warnings.warn(f"{capped} / {n_features} rows were capped. {how}", stacklevel=3)
 
 
 # -- sums ------------------------------------------------------------------------------------------------------------
@@ -239,9 +233,9 @@ def _low_rank_stats(factor: Float[Tensor, "n rank"]) -> CorrelationStats:
         block = block.double()
         inner.addmm_(block.T, block)
         column += block.sum(0)
-        own = block.square().sum(1)
-        square += own.sum()
-        fourth += own.square().sum()
+        length_sq = block.square().sum(1)
+        square += length_sq.sum()
+        fourth += length_sq.square().sum()
     # The difference may be below 0 by rounding, where there is no correlation.
     off = (inner.square().sum() - fourth).clamp(min=0).item()
     total = (column.square().sum() - square).item()
@@ -249,17 +243,17 @@ def _low_rank_stats(factor: Float[Tensor, "n rank"]) -> CorrelationStats:
 
 
 def _block_sums(rows: Float[Tensor, "rows n"], first: int) -> Float[Tensor, "2"]:
-    """Sum of squares and sum of these rows, but for the diagonal, which starts at column `first`."""
+    """Sum of squares and sum of these rows without the diagonal, which starts at column `first`."""
     m = len(rows)
     square = rows[:, first : first + m].clone().fill_diagonal_(0.0)
     parts = [part for part in (rows[:, :first], square, rows[:, first + m :]) if part.shape[1]]
-    # Per row in the matrix' own precision, rows in float64. The diagonal is not subtracted: it would swamp what is
-    # asked for where correlations are small.
+    # Per row in the matrix' precision, rows in float64. The diagonal is left out rather than subtracted: small
+    # correlations would vanish beside it.
     norms = sum(torch.linalg.vector_norm(part, dim=1).double().square().sum() for part in parts)
     return torch.stack([norms, sum(part.sum(1).double().sum() for part in parts)])
 
 
-# -- random ones -----------------------------------------------------------------------------------------------------
+# -- random matrices -------------------------------------------------------------------------------------------------
 
 
 def _check_fractions(**values: float) -> None:
@@ -272,15 +266,15 @@ def _is_positive_definite(matrix: Tensor) -> bool:
     return int(torch.linalg.cholesky_ex(matrix).info) == 0
 
 
-def _repaired(matrix: Tensor) -> Tensor:
-    """The same with its eigenvalues raised to a floor, as high as a Cholesky factor in its precision needs."""
+def _make_positive_definite(matrix: Tensor) -> Tensor:
+    """Raise eigenvalues to a floor, as high as a Cholesky factor in the matrix' precision needs."""
     values, vectors = torch.linalg.eigh(matrix.double())
     floor = 1e-6
     while True:
-        fixed = (vectors * values.clamp(min=floor)) @ vectors.T
-        scale = fixed.diagonal().rsqrt()
-        fixed.mul_(scale[:, None]).mul_(scale)
-        fixed = ((fixed + fixed.T) / 2).to(matrix.dtype).fill_diagonal_(1.0)
-        if _is_positive_definite(fixed):
-            return fixed
+        raised = (vectors * values.clamp(min=floor)) @ vectors.T
+        scale = raised.diagonal().rsqrt()
+        raised.mul_(scale[:, None]).mul_(scale)
+        raised = ((raised + raised.T) / 2).to(matrix.dtype).fill_diagonal_(1.0)
+        if _is_positive_definite(raised):
+            return raised
         floor *= 10  # ends: from the largest eigenvalue on, it is the identity

@@ -17,12 +17,10 @@ from saewb.stats._overview import BAND_ENTRIES, Overview, Pair, pool
 from saewb.stats.cooccurrence import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation
 
-_FIGURES = ("phi", "jaccard", "correlation")
-
 
 @dataclass(frozen=True)
 class PairFigures:
-    """Two features of a matrix: their entry, and how often they fire, None where that is unknown."""
+    """Two features of a matrix: their entry and firing counts, None where unknown."""
 
     row: int
     """Feature of the row."""
@@ -70,7 +68,7 @@ class MatrixView:
 
     @property
     def orders(self) -> tuple[str, ...]:
-        """What `order` takes."""
+        """Values that `order` accepts."""
         by_density = () if self.density is None else ("density",)
         return ("clusters" if self.same else "matched", *by_density, "index")
 
@@ -79,17 +77,17 @@ class MatrixView:
         """Exact entries of some features, float32, on the CPU.
 
         Raises:
-            ValueError: for a feature that is not there.
+            ValueError: for a feature out of range.
         """
         return self.entries.block(self._index(rows, 0), self._index(cols, 1)).cpu()
 
     def picked(self, features: Sequence[int] | Tensor) -> MatrixView:
-        """The matrix between some features, each any number of times; -1 stands for none, whose entries are nan.
+        """The matrix between selected features, repeated or not; entries of feature -1 are nan.
 
-        So the matrix of true features can be laid beside that of learned latents, each latent's feature in its place.
+        With the feature of each latent, the matrix of true features compares with that of the learned latents.
 
         Raises:
-            ValueError: for a feature that is not there, or if rows and columns are of two sets.
+            ValueError: for a feature out of range, or if rows and columns are different features.
 
         Example:
             >>> truth = matrix_view(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
@@ -98,30 +96,29 @@ class MatrixView:
         """
         if not self.same:
             raise ValueError(explain(f"{self!r} is of two sets.", want="one of correlations within a set"))
-        at = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
-        self._index(at[at >= 0], 0)
-        if bool((at < -1).any()) or not len(at):
-            raise ValueError(explain(f"picked got {at[:5].tolist()}.", want="features, or -1 for none"))
+        index = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
+        self._index(index[index >= 0], 0)
+        if bool((index < -1).any()) or not len(index):
+            raise ValueError(explain(f"picked got {index[:5].tolist()}.", want="features, or -1 for none"))
         density = self.density
-        return MatrixView(
-            Selected(self.entries, at),
-            None if density is None else torch.where(at >= 0, density.to(at.device)[at.clamp(min=0)], 0),
-        )
+        if density is not None:
+            density = torch.where(index >= 0, density.to(index.device)[index.clamp(min=0)], 0)
+        return MatrixView(Selected(self.entries, index), density)
 
     @torch.no_grad()
     def pooled(
         self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor, step: int, cells: str = "strongest"
     ) -> Float[Tensor, "cells_r cells_c"]:
-        """A block pooled into cells of `step * step` entries: of each the strongest, with its sign, or the mean.
+        """Pool a block into cells of `step * step` entries: the strongest entry, with its sign, or the mean.
 
         The diagonal of a symmetric matrix is left out (unless `step` is 1), and so are undefined entries. Strongest
         entries take the time of computing all, 16 MB at a time; means of cosines, low-rank correlations and sparse
         activations that of dot products of sums.
 
         Args:
-            rows: features, in the order wanted.
-            cols: likewise.
-            step: entries a side of a cell; the last cells have fewer.
+            rows: features, in order.
+            cols: features, in order.
+            step: entries per side of a cell; the last cells have fewer.
             cells: "strongest" or "mean".
         """
         if step < 1 or cells not in ("strongest", "mean"):
@@ -130,12 +127,12 @@ class MatrixView:
 
     @torch.no_grad()
     def order(self, by: str = "index", seed: int = 0) -> Int[Tensor, " n"]:
-        """Order of the rows (and columns, if they are the same features) that shows structure.
+        """Order the rows (and columns, if they are the same features) so that structure is visible.
 
-        "clusters" puts features that go together side by side: up to 1,024 by average linkage of 1 - r; more of them
+        "clusters" places correlated features next to each other: up to 1,024 by average linkage of 1 - r; more of them
         are first split by k-means in the space of the 32 leading eigenvectors (a few seconds for 65,536). "density":
-        those that fire most often first. "matched": each row at the column it is nearest to (largest magnitude), the
-        clearest first, so that a recovered dictionary is a diagonal. "index": as they are.
+        features that fire most often first. "matched": each row at its nearest column (largest magnitude), the largest
+        first, so that a recovered dictionary is a diagonal. "index": no reordering.
 
         Args:
             by: one of `orders`.
@@ -159,10 +156,10 @@ class MatrixView:
         return self._matched() if by == "matched" else torch.arange(self.shape[0])
 
     def overview(self, rows: Int[Tensor, " n"] | None = None, n_pairs: int = 100) -> Overview:
-        """Zoomed-out view of the matrix with its rows (and columns, if they are the same features) in an order.
+        """Pooled overview of the matrix with its rows (and columns, if they are the same features) in an order.
 
         Args:
-            rows: a permutation, e.g. `order("clusters")`; None leaves them as they are.
+            rows: a permutation, e.g. `order("clusters")`; None is the order of the matrix.
             n_pairs: strongest pairs to keep.
         """
         every = [torch.arange(n) for n in self.shape]
@@ -174,9 +171,9 @@ class MatrixView:
         return Overview(self.entries, rows, rows if self.same else every[1], n_pairs)
 
     def stats(self) -> CorrelationStats | None:
-        """Root mean square and mean of the defined entries off the diagonal: at once where there is a closed form.
+        """Root mean square and mean of the defined entries off the diagonal.
 
-        Else all entries are computed, a band at a time. None if no entry is defined.
+        Without a closed form all entries are computed, a band at a time. None if no entry is defined.
         """
         if (stats := self.entries.stats()) is not None:
             return stats
@@ -187,7 +184,7 @@ class MatrixView:
 
     @torch.no_grad()
     def partners(self, feature: int, k: int = 8, axis: int = 0) -> list[Pair]:
-        """The k strongest entries of a feature's row, or with axis=1 of its column, without itself."""
+        """The k strongest entries of a feature's row (axis=0) or column (axis=1), without the diagonal."""
         this = self._index([feature], axis)
         others = torch.arange(self.shape[1 - axis], device=self.entries.device)
         values = self.entries.block(*((this, others) if axis == 0 else (others, this))).flatten().cpu()
@@ -207,8 +204,6 @@ class MatrixView:
     def __repr__(self) -> str:
         n, m = self.shape
         return f"MatrixView({self.what}, {n:,} features)" if self.same else f"MatrixView({self.what}, {n:,} x {m:,})"
-
-    # -- parts -------------------------------------------------------------------------------------------------------
 
     def _index(self, features: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " some"]:
         index = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
@@ -235,15 +230,15 @@ def matrix_view(
     by: str | None = None,
     density: Float[Tensor, " n"] | None = None,
 ) -> MatrixView:
-    """Map of a matrix of any size, e.g. 65,536 x 65,536 entries from their factors, computed on demand.
+    """View a matrix of any size, e.g. 65,536 x 65,536 entries from their factors, computed on demand.
 
     Args:
-        of: a correlation matrix `[n, n]`; its factors; counts of a `Coactivation`; an SAE, whose directions' cosines
-            are meant; or, with by="cosine" or `other`, directions `[n, d]`.
+        of: a correlation matrix `[n, n]`; its factors; counts of a `Coactivation`; an SAE, for the cosines of its
+            directions; or, with by="cosine" or `other`, directions `[n, d]`.
         other: an SAE, directions `[m, d]` or a synthetic `FeatureDictionary`: cosines between `of` and these.
         by: of an SAE "decoder" (default) or "encoder"; of counts "phi" (default), "jaccard" or "correlation"; "cosine"
             for directions.
-        density: of each feature, as a fraction of tokens: for an order. Counts bring their own.
+        density: fraction of tokens on which each feature fires, for an order. Counts have their own.
 
     Returns:
         A MatrixView; nothing is computed yet.
@@ -258,7 +253,7 @@ def matrix_view(
         (MatrixView(correlation, 3 features), tensor([[-0.3000],
                 [-0.4000]]))
     """
-    entries = _crossed(of, other, by) if other is not None else _entries(of, by)
+    entries = _cross_cosines(of, other, by) if other is not None else _entries(of, by)
     if min(entries.shape) < 1:
         raise ValueError(explain(f"a matrix of {entries.shape} features.", want="at least 1"))
     fires = entries.firing_counts()
@@ -276,9 +271,8 @@ def _entries(of: Any, by: str | None) -> Entries:
         factor = of.factor.float()
         return Factors(factor, factor, True, "correlation")
     if isinstance(of, Coactivation):
-        default = "phi"
-        _check(by, _FIGURES, "counts")
-        return Counts(of, by or default)
+        _check(by, ("phi", "jaccard", "correlation"), "counts")
+        return Counts(of, by or "phi")
     if isinstance(of, nn.Module) or by == "cosine":
         rows = unit(_directions(of, by))
         return Factors(rows, rows, True, "cosine")
@@ -289,7 +283,7 @@ def _entries(of: Any, by: str | None) -> Entries:
     return _dense(of)
 
 
-def _crossed(of: Any, other: Any, by: str | None) -> Entries:
+def _cross_cosines(of: Any, other: Any, by: str | None) -> Entries:
     side = by if by in ("decoder", "encoder") else None
     a, b = unit(_directions(of, side or "cosine")), unit(_directions(other, side or "cosine"))
     if a.shape[1] != b.shape[1]:
@@ -302,7 +296,7 @@ def _directions(of: Any, by: str | None) -> Tensor:
     rows = getattr(of, "directions", of)  # of a dictionary
     if isinstance(of, nn.Module):
         _check(by, ("decoder", "encoder", "cosine"), "an SAE")
-        rows = getattr(of, "W_enc", None) if by == "encoder" else getattr(of, "W_dec", None)
+        rows = getattr(of, "W_enc" if by == "encoder" else "W_dec", None)
         rows = rows.T if by == "encoder" and rows is not None else rows
     if not isinstance(rows, Tensor):
         what = f"matrix_view got a {type(of).__name__}, which has no such directions."
@@ -318,8 +312,8 @@ def _dense(matrix: Tensor) -> Entries:
         raise ValueError(explain(what, want="[n, n]; for the cosines of directions [n, d] say so", fix=fix))
     rows = max(1, BAND_ENTRIES // max(1, len(matrix)))
     for i in range(0, len(matrix), rows):
-        part, turned = matrix[i : i + rows], matrix[:, i : i + rows].T
-        if not torch.allclose(part, turned, rtol=1e-4, atol=1e-5, equal_nan=True):
+        part, transposed = matrix[i : i + rows], matrix[:, i : i + rows].T
+        if not torch.allclose(part, transposed, rtol=1e-4, atol=1e-5, equal_nan=True):
             what = "the matrix is not symmetric."
             raise ValueError(explain(what, want="a correlation matrix", fix="matrix_view((m + m.T) / 2)"))
     return Dense(matrix.detach() if matrix.is_floating_point() else matrix.float())

@@ -1,4 +1,4 @@
-"""Firing statistics of latents: how often, how strongly, and in how many texts; from a stream of batches.
+"""Firing statistics of latents from a stream of batches: density, activation size, and number of texts.
 
 A latent is active where it is not 0, whatever its sign. Sums are kept in float64, counts as integers.
 """
@@ -23,7 +23,7 @@ ULTRA_LOW_BELOW = 1e-5  # of tokens
 
 @dataclass(frozen=True, eq=False)
 class Firing:
-    """How often and how strongly latents were active."""
+    """Firing statistics of latents: how often and how strongly each was active."""
 
     n_tokens: int
     """Number of tokens."""
@@ -53,10 +53,10 @@ class Firing:
 
 
 class FiringStream:
-    """`Firing` of tokens that come in batches: the same, to float64 rounding, as of all of them at once.
+    """Accumulator of `Firing` over batches of tokens: equal, to float64 rounding, to one batch of all tokens.
 
     Keeps four numbers per latent, on the device of the first batch, and never waits for the device before `result`. A
-    row of text may not be split between batches, or it counts as two.
+    row of text that is split between batches counts as two.
 
     Example:
         >>> stream = FiringStream()
@@ -68,18 +68,18 @@ class FiringStream:
     def __init__(self) -> None:
         self.n_tokens = 0
         self._counts: Int[Tensor, " d_sae"] | None = None
-        self._rows: Int[Tensor, " d_sae"] | None = None  # rows of text in which it fired
+        self._rows: Int[Tensor, " d_sae"] | None = None  # rows of text in which each latent fired
         self._sums: Float[Tensor, " d_sae"] | None = None
         self._max: Float[Tensor, " d_sae"] | None = None
 
     def update(
         self, latents: Float[Tensor, "tokens d_sae"] | SparseLatents, lengths: Sequence[int] | None = None
     ) -> None:
-        """Add these tokens; none is allowed.
+        """Add a batch of tokens, which may be empty.
 
         Args:
             latents: activations, dense or sparse.
-            lengths: how many of the tokens, one after another, belong to each row of text; None: to one row, all.
+            lengths: consecutive tokens in each row of text; None: all tokens are one row.
 
         Raises:
             ValueError: if there are more or fewer latents than in earlier batches; if lengths do not sum to the tokens.
@@ -89,10 +89,10 @@ class FiringStream:
         if sum(lengths) != n:
             raise ValueError(explain(f"lengths sum to {sum(lengths)}.", want=f"{n}, the number of tokens"))
         if n:
-            self._add(n, *(_sparse if isinstance(latents, SparseLatents) else _dense)(latents, lengths))
+            self._add(n, *(_sum_sparse if isinstance(latents, SparseLatents) else _sum_dense)(latents, lengths))
 
     def merge(self, other: FiringStream) -> None:
-        """Add the tokens that `other` has seen; it stays as it is."""
+        """Add the tokens of `other`, which is not changed."""
         if other.n_tokens:
             self._add(other.n_tokens, other._counts, other._rows, other._sums, other._max)
 
@@ -102,7 +102,7 @@ class FiringStream:
         dense_above: float = DENSE_ABOVE,
         ultra_low_below: float = ULTRA_LOW_BELOW,
     ) -> Firing:
-        """The figures of all tokens so far.
+        """Statistics of all tokens so far.
 
         Args:
             dead_below: a latent is dead if it fires on fewer than this fraction of tokens.
@@ -143,11 +143,11 @@ class FiringStream:
         self._max = torch.maximum(self._max, largest.to(self._max.device))
 
 
-def _dense(latents: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per latent: tokens and rows on which it is active, the sum and the largest of |activations|."""
+def _sum_dense(latents: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per latent: active tokens, rows with an active token, sum and maximum of |activations|."""
     wide = torch.promote_types(latents.dtype, torch.float32)
     parts = []
-    for row in latents.split(lengths):  # a row at a time stays in the processor's cache: eight times as quick
+    for row in latents.split(lengths):  # one row at a time stays in the processor's cache: eight times as fast
         size = row.abs()
         largest, total = size.amax(0), size.sum(0, dtype=wide)
         active = size.sign_().nan_to_num_(1.0).sum(0, dtype=wide)
@@ -156,12 +156,12 @@ def _dense(latents: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor,
     return counts.sum(0).long(), in_rows.sum(0), totals.sum(0), largest.amax(0)
 
 
-def _sparse(latents: SparseLatents, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of active latents, in time and memory of those, not of all latents."""
+def _sum_sparse(latents: SparseLatents, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same sums, in time and memory of the active latents only."""
     d_sae, rows = latents.d_sae, torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(latents.device)
     if latents.topk is None:
         values, indices, row = latents.act, latents.latent, rows[latents.token]
-    else:  # as they are: nothing here needs them in order
+    else:  # unsorted: no sum depends on the order
         values, indices = (tensor.flatten() for tensor in latents.topk)
         row = rows.repeat_interleave(latents.topk.values.shape[1])
     values = float64(values.abs())

@@ -1,4 +1,4 @@
-"""Normal numbers with a given correlation, and features that fire by them (a Gaussian copula)."""
+"""Correlated normal numbers, and features that fire with that correlation (a Gaussian copula)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from saewb.stats.correlation import LowRankCorrelation
 
 @final
 class CorrelatedNormals:
-    """Draws standard normal numbers, one per feature, that are correlated as asked.
+    """Sampler of standard normal numbers, one per feature, with a given correlation matrix.
 
         dense:     z = eps L^T,                     C = L L^T
         low rank:  z = eps F^T + eta sqrt(diag),    C = F F^T + diag(diag)
 
-    The Cholesky factor L is made once, here, and kept: it takes n³ / 3 operations, a draw of b samples b n².
+    The Cholesky factor L is computed once, in n³ / 3 operations; a draw of b samples takes b n².
 
     Args:
         correlation: a matrix, symmetric, with diagonal 1 and positive definite; or its factors.
@@ -36,19 +36,19 @@ class CorrelatedNormals:
     """
 
     def __init__(self, correlation: Float[Tensor, "n n"] | LowRankCorrelation) -> None:
-        self._own: Tensor | None = None
+        self._residual_std: Tensor | None = None
         if isinstance(correlation, LowRankCorrelation):
-            self._factor, self._own = correlation.factor, correlation.diag.sqrt()
+            self._factor, self._residual_std = correlation.factor, correlation.diag.sqrt()
         else:
             self._factor = _cholesky(correlation)
 
     @property
     def n_features(self) -> int:
-        """Numbers in a sample."""
+        """Number of features, numbers in a sample."""
         return len(self._factor)
 
     def sample(self, n_samples: int, generator: torch.Generator | None = None) -> Float[Tensor, "samples n"]:
-        """Independent samples.
+        """Draw independent samples.
 
         Args:
             n_samples: rows.
@@ -56,15 +56,15 @@ class CorrelatedNormals:
         """
         rng = generator or torch.Generator(self._factor.device).manual_seed(0)
         like = {"generator": rng, "dtype": self._factor.dtype, "device": self._factor.device}
-        drawn = torch.randn(n_samples, self._factor.shape[1], **like) @ self._factor.T
-        if self._own is None:
-            return drawn
-        return drawn.addcmul_(torch.randn(n_samples, self.n_features, **like), self._own)
+        normals = torch.randn(n_samples, self._factor.shape[1], **like) @ self._factor.T
+        if self._residual_std is None:
+            return normals
+        return normals.addcmul_(torch.randn(n_samples, self.n_features, **like), self._residual_std)
 
     def fires(
         self, n_samples: int, probability: Float[Tensor, " n"] | float, generator: torch.Generator | None = None
     ) -> Bool[Tensor, "samples n"]:
-        """Which features fire: each with its probability, together as their normal numbers are correlated.
+        """Draw which features fire: each with its probability, jointly by the correlated normal numbers.
 
             z > sqrt(2) erfinv(1 - 2 p)
 
@@ -82,8 +82,8 @@ class CorrelatedNormals:
         p = torch.as_tensor(probability, dtype=torch.float64, device=self._factor.device)
         if not bool(((p >= 0) & (p <= 1)).all()):
             raise ValueError(explain("a probability is not in 0..1.", want="0..1, for each feature or for all"))
-        limit = math.sqrt(2) * torch.erfinv(1 - 2 * p)
-        return self.sample(n_samples, generator) > limit.to(self._factor.dtype)
+        threshold = math.sqrt(2) * torch.erfinv(1 - 2 * p)
+        return self.sample(n_samples, generator) > threshold.to(self._factor.dtype)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
 
 
 def _asymmetry(matrix: Tensor) -> float:
-    """The largest difference of two entries that should be one, block by block, without a copy of the matrix."""
+    """Largest |c_ij - c_ji|, block by block, without a copy of the matrix."""
     rows = max(1, 2**21 // len(matrix))
     blocks = range(0, len(matrix), rows)
     return max((matrix[i : i + rows] - matrix[:, i : i + rows].T).abs().max().item() for i in blocks)

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_BYTES = 2**28
-_CHUNK = 2**18  # cosines that one thread works on: with its copies they stay in its share of the cache
-_TILE = 2**23  # cosines multiplied at a time, if that makes at least `_ROWS` rows
-_SERIAL = 2**15 - 1  # elements that torch works on without starting threads
+_CHUNK = 2**18  # cosines per thread at a time: with its copies they stay in its share of the cache
+_TILE = 2**23  # cosines multiplied at a time, if these are at least `_ROWS` rows
+_SERIAL = 2**15 - 1  # elements that torch processes without starting threads
 _ROWS = 128  # with fewer, reading all directions from memory costs more than multiplying them
 
 
@@ -42,7 +42,7 @@ def superposition(
     bins: int = 200,
     max_bytes: int = MAX_BYTES,
 ) -> Superposition:
-    """How much directions overlap, from the cosine of every pair: max 0 is orthogonal, 1 is one direction twice.
+    """Measure the overlap of directions by the cosine of every pair: max 0 is orthogonal, 1 is one direction twice.
 
         cos[i, j] = u_i . u_j,    u = directions / ||directions||      (a direction of length 0 has cosine 0)
 
@@ -52,12 +52,12 @@ def superposition(
     be below sqrt((n - d) / (d (n - 1))), the Welch bound, which random directions nearly reach.
 
     Memory beyond the directions, a copy of them of length 1 and the result is at most `max_bytes`, whatever n: 262,144
-    directions never take n * n. Time grows with n * n * d: for 16,384 directions in 576 dimensions it is about what
-    `directions @ directions.T` takes on a CPU.
+    directions never take n * n. Time grows with n * n * d: for 16,384 directions in 576 dimensions it is about that of
+    `directions @ directions.T` on a CPU.
 
     Args:
-        directions: one per row, of any length; or an SAE, of which the decoder's (`sae.W_dec`) are taken. The encoder's
-            are `sae.W_enc.T`.
+        directions: one per row, of any length; or an SAE, for its decoder directions (`sae.W_dec`). The encoder
+            directions are `sae.W_enc.T`.
         percentiles: 0..100, of |cos| between a direction and all others.
         neighbors: how many nearest directions to report for each; fewer if there are not as many.
         bins: of the histogram over -1..1, equally wide; at most 1,000.
@@ -86,7 +86,7 @@ def superposition(
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Superposition:
-    """Overlap of directions. `print` it for a table; `to_frame()` gives a row per direction.
+    """Overlap statistics of directions: prints as a table; `to_frame()` has a row per direction.
 
     |cos| is the absolute cosine, 0..1, between two different directions.
     """
@@ -94,7 +94,7 @@ class Superposition:
     n_features: int
     """Number of directions."""
     d: int
-    """Dimensions they are in."""
+    """Number of dimensions."""
     max_abs_cos: Float[Tensor, " n"]
     """Largest |cos| of each direction with another."""
     percentile_abs_cos: Mapping[float | int, Float[Tensor, " n"]]
@@ -112,7 +112,7 @@ class Superposition:
     rms_cos: float
     """Root mean square cosine over pairs."""
     welch_bound: float
-    """The least `rms_cos` that n directions in d dimensions can have."""
+    """Smallest `rms_cos` that n directions in d dimensions can have."""
     effective_dim: float
     """1..d: (sum of eigenvalues)² / sum of their squares, of the sum of u u^T."""
     n_zero: int
@@ -123,15 +123,14 @@ class Superposition:
     """Edges of the histogram's bins, -1..1; a bin includes its lower edge, the last one both."""
 
     def figures(self) -> dict[str, float | int]:
-        """All that is one number, by name: `pd.DataFrame({"a": a.figures(), "b": b.figures()}).T` compares two.
+        """All scalar statistics by name: `pd.DataFrame({"a": a.figures(), "b": b.figures()}).T` compares two.
 
-        `mean_p95_abs_cos` is `mean_percentile_abs_cos[95]`, and so for each percentile.
+        `mean_p95_abs_cos` is `mean_percentile_abs_cos[95]`, and likewise for each percentile.
         """
+        first = ("n_features", "d", "mean_max_abs_cos")
+        last = ("mean_abs_cos", "rms_cos", "welch_bound", "effective_dim", "n_zero")
         by_p = {f"mean_p{p:g}_abs_cos": v for p, v in self.mean_percentile_abs_cos.items()}
-        names = ("mean_abs_cos", "rms_cos", "welch_bound", "effective_dim", "n_zero")
-        sizes = {"n_features": self.n_features, "d": self.d}
-        rest = {name: getattr(self, name) for name in names}
-        return {**sizes, "mean_max_abs_cos": self.mean_max_abs_cos, **by_p, **rest}
+        return {n: getattr(self, n) for n in first} | by_p | {n: getattr(self, n) for n in last}
 
     def to_frame(self) -> pd.DataFrame:
         """One row per direction: its largest |cos|, percentiles, nearest direction and the cosine with it."""
@@ -186,15 +185,15 @@ class _Options:
     neighbors: int
     """Per direction, 1..n-1."""
     bins: int
-    """Of the histogram."""
+    """Bins of the histogram."""
 
     def ranks(self) -> list[tuple[int, int, float]]:
-        """Per percentile, the ranks of the two order statistics it lies between, and the weight of the higher.
+        """Per percentile, the ranks of the two order statistics it lies between, and the weight of the higher one.
 
         Ranks in n numbers, the first of which is a -1 that stands for the direction itself.
         """
-        at = [p / 100 * (self.n - 2) for p in self.percentiles]
-        return [(int(a) + 1, min(int(a) + 1, self.n - 2) + 1, a - int(a)) for a in at]
+        ranks = [p / 100 * (self.n - 2) for p in self.percentiles]
+        return [(int(r) + 1, min(int(r) + 1, self.n - 2) + 1, r - int(r)) for r in ranks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,21 +201,21 @@ class _RowStats:
     """Statistics of some rows of cosines."""
 
     largest: Float[Tensor, "rows neighbors"]
-    """|cos|, descending."""
+    """Largest |cos|, descending."""
     nearest: Int[Tensor, "rows neighbors"]
-    """Whose; of equal ones the lowest index first."""
+    """Directions with the largest |cos|; of equal ones the lowest index first."""
     signed: Float[Tensor, "rows neighbors"]
-    """Cos."""
+    """Cosines with `nearest`."""
     percentiles: Float[Tensor, "rows percentiles"]
-    """Of |cos|."""
+    """Percentiles of |cos|."""
     total: Float[Tensor, " rows"]
     """Sum of |cos| over the others."""
     counts: Int[Tensor, " bins"]
-    """Cosines with later directions."""
+    """Histogram of cosines with later directions."""
 
     @classmethod
     def cat(cls, parts: Iterable[_RowStats], n: int) -> _RowStats:
-        """All n rows in order; each part is released once it is copied."""
+        """Concatenate parts to n rows; each part is released once it is copied."""
         whole, start = None, 0
         for part in parts:
             per_row = {f.name: getattr(part, f.name) for f in fields(cls)}
@@ -235,14 +234,14 @@ def _tiles(unit: Float[Tensor, "n d"], options: _Options, max_bytes: int) -> Ite
     """Statistics of all rows, a tile at a time, within `max_bytes` of working memory."""
     row = unit.element_size() * options.n
     if unit.device.type != "cpu":
-        rows = _tile_rows(options.n, max_bytes, 3 * row + 32 * options.n)  # what sorting with indices takes
+        rows = _tile_rows(options.n, max_bytes, 3 * row + 32 * options.n)  # memory of sorting with indices
         yield from (
             _by_sorting(unit, start, min(start + rows, options.n), options) for start in range(0, options.n, rows)
         )
         return
-    each = _chunk_bytes(options, unit.element_size())
-    workers = max(1, min(torch.get_num_threads(), max_bytes // 2 // each))
-    rows = _tile_rows(options.n, max_bytes, 2 * row, workers * each)  # the product may be copied to its place
+    chunk_bytes = _chunk_bytes(options, unit.element_size())
+    workers = max(1, min(torch.get_num_threads(), max_bytes // 2 // chunk_bytes))
+    rows = _tile_rows(options.n, max_bytes, 2 * row, workers * chunk_bytes)  # twice: the product may be copied
     tile = torch.empty(rows, options.n, dtype=unit.dtype)
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, options.n, rows):
@@ -263,7 +262,7 @@ def _chunk_rows(n: int) -> int:
 
 
 def _chunk_bytes(options: _Options, size: int) -> int:
-    """Memory of a thread: absolute values twice, masks or bins, the nearest, and a row's positions."""
+    """Bytes per thread: absolute values twice, masks or bins, the nearest, and positions in a row."""
     n, k = options.n, options.neighbors
     return _chunk_rows(n) * ((2 * size + 2) * n + (2 * size + 32) * k) + 9 * n
 
@@ -282,19 +281,19 @@ def _by_selecting(cosines: np.ndarray, first: int, options: _Options) -> _RowSta
     work = np.empty_like(cosines)
     counts = _counts(cosines, first, options.bins, work)
     size = np.abs(cosines)
-    size[np.arange(m), first + np.arange(m)] = -1.0  # itself, below all others
+    size[np.arange(m), first + np.arange(m)] = -1.0  # the direction itself, below all others
     total = size.sum(1).astype(np.float64) + 1
     ranks, cut = options.ranks(), n - options.neighbors
-    at = _ordered(size, {cut, *(rank for low, high, _ in ranks for rank in (low, high))}, work)
-    columns = [at[low] + (at[high] - at[low]) * size.dtype.type(share) for low, high, share in ranks]
-    nearest = _nearest(size, at[cut], options.neighbors)
+    stats = _order_statistics(size, {cut, *(rank for low, high, _ in ranks for rank in (low, high))}, work)
+    columns = [stats[low] + (stats[high] - stats[low]) * size.dtype.type(share) for low, high, share in ranks]
+    nearest = _nearest(size, stats[cut], options.neighbors)
     signed = np.take_along_axis(cosines, nearest, axis=1)
     percentiles = np.stack(columns, 1) if columns else np.empty((m, 0), size.dtype)
     return _RowStats(*map(torch.from_numpy, (np.abs(signed), nearest, signed, percentiles, total, counts)))
 
 
-def _ordered(size: np.ndarray, ranks: set[int], work: np.ndarray) -> dict[int, np.ndarray]:
-    """Order statistics of each row, by rank from the smallest. One partition, then only what is above it is sorted."""
+def _order_statistics(size: np.ndarray, ranks: set[int], work: np.ndarray) -> dict[int, np.ndarray]:
+    """Order statistics of each row by ascending rank: one partition, then a sort of the part above it."""
     low = min(ranks)
     np.copyto(work, size)
     work.partition(low, axis=1)
@@ -303,13 +302,13 @@ def _ordered(size: np.ndarray, ranks: set[int], work: np.ndarray) -> dict[int, n
 
 
 def _nearest(size: np.ndarray, kth: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k largest values of each row, of equal ones the first; `kth` is the k-th largest value."""
+    """Columns of the k largest values of each row, of equal ones the first; `kth` has the k-th largest values."""
     m, n = size.shape
     hit = size >= kth[:, None]
-    if np.count_nonzero(hit) > m * k:  # values that equal the k-th: the last ones are too many
-        for row, many in enumerate(np.count_nonzero(hit, axis=1) - k):
-            if many:
-                hit[row, np.flatnonzero(size[row] == kth[row])[-many:]] = False
+    if np.count_nonzero(hit) > m * k:  # several values equal the k-th: drop the last ones
+        for row, n_extra in enumerate(np.count_nonzero(hit, axis=1) - k):
+            if n_extra:
+                hit[row, np.flatnonzero(size[row] == kth[row])[-n_extra:]] = False
     column = (np.flatnonzero(hit) % n).reshape(m, k)
     order = np.argsort(-np.take_along_axis(size, column, axis=1), axis=1, kind="stable")
     return np.take_along_axis(column, order, axis=1)
@@ -326,15 +325,15 @@ def _binned(values: np.ndarray, bins: int, work: np.ndarray) -> np.ndarray:
     half = values.dtype.type(bins / 2)
     scaled = np.multiply(values, half, out=work.ravel()[: values.size].reshape(values.shape))
     scaled += half
-    # Rounding may put a cosine a hair outside of -1..1: those below 0 are cut to 0, those above have the last place.
-    places = torch.from_numpy(scaled.astype(np.int16).ravel())
-    # torch counts small integers as they are, numpy would widen them; in parts, so that it does not start threads
-    counts = sum(torch.bincount(part, minlength=bins + 1) for part in places.split(_SERIAL)).numpy()
+    # Rounding may put a cosine slightly outside -1..1: values below 0 are cut to 0, those above go to bin `bins`.
+    bin_of = torch.from_numpy(scaled.astype(np.int16).ravel())
+    # torch counts small integers without widening them, as numpy would; in parts, so that it starts no threads.
+    counts = sum(torch.bincount(part, minlength=bins + 1) for part in bin_of.split(_SERIAL)).numpy()
     counts[bins - 1] += counts[bins]
     return counts[:bins]
 
 
-# -- elsewhere: sorting, which is what such devices do fast ------------------------------------------------------------
+# -- on other devices: sorting, which is fast there --------------------------------------------------------------------
 
 
 def _by_sorting(unit: Tensor, start: int, stop: int, options: _Options) -> _RowStats:
@@ -363,7 +362,7 @@ def _summarize(rows: _RowStats, options: _Options, unit: Float[Tensor, "n d"]) -
     """Statistics of all pairs from those of the rows."""
     n, d = unit.shape
     n_pairs = math.comb(n, 2)
-    moments = _moments(unit)
+    trace, square, off_diagonal, n_zero = _moments(unit)
     largest = rows.largest[:, 0].clamp(max=1)
     by_p = dict(zip(options.percentiles, rows.percentiles.clamp(max=1).unbind(1), strict=True))
     return Superposition(
@@ -376,10 +375,10 @@ def _summarize(rows: _RowStats, options: _Options, unit: Float[Tensor, "n d"]) -
         mean_max_abs_cos=largest.double().mean().item(),
         mean_percentile_abs_cos={p: column.double().mean().item() for p, column in by_p.items()},
         mean_abs_cos=rows.total.sum().item() / 2 / n_pairs,
-        rms_cos=math.sqrt(moments.off_diagonal / 2 / n_pairs),
+        rms_cos=math.sqrt(off_diagonal / 2 / n_pairs),
         welch_bound=math.sqrt(max(0, n - d) / (d * (n - 1))),
-        effective_dim=moments.trace**2 / moments.square if moments.trace else 0.0,
-        n_zero=moments.n_zero,
+        effective_dim=trace**2 / square if trace else 0.0,
+        n_zero=n_zero,
         histogram=rows.counts,
         bin_edges=torch.linspace(-1, 1, options.bins + 1, dtype=torch.float64),
     )
@@ -393,14 +392,14 @@ def _matrix(directions: Tensor | nn.Module) -> Tensor:
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(explain(f"directions have shape {tuple(rows.shape)}.", want="[n, d], one direction per row"))
     if len(rows) < 2:
-        # sae-lens' sentence, which code may look for
+        # SAELens' sentence, which code may look for
         what = f"Need at least 2 features to compute superposition stats, got {len(rows)}."
         raise ValueError(explain(what, want="directions [n, d] with n >= 2"))
     return rows.detach()
 
 
 def _unit(directions: Tensor) -> Tensor:
-    """Rows scaled to length 1, or 0; by the largest entry first, so that no length overflows or vanishes."""
+    """Rows scaled to length 1 (zero rows stay); by the largest entry first, so that no length overflows or vanishes."""
     x = directions if directions.dtype == torch.float64 else directions.float()
     largest = x.abs().amax(1, keepdim=True)
     if not bool(largest.isfinite().all()):
@@ -421,23 +420,12 @@ def _check(options: _Options, neighbors: int) -> None:
         raise ValueError(explain(f"superposition got bins={options.bins}.", want="1..1000"))
 
 
-@dataclass(frozen=True)
-class _Moments:
-    trace: float
-    """Sum of ||u||², which are 1 or 0."""
-    square: float
-    """Sum of cos² over ordered pairs, a direction with itself included."""
-    off_diagonal: float
-    """The same without a direction and itself."""
-    n_zero: int
-    """Directions of length 0."""
-
-
-def _moments(unit: Float[Tensor, "n d"]) -> _Moments:
-    """Sums of cos² over all pairs from the d by d matrix sum u u^T: ||U U^T||² = ||U^T U||². In float64, block-wise."""
+def _moments(unit: Float[Tensor, "n d"]) -> tuple[float, float, float, int]:
+    """Sum of ||u||², of cos² over ordered pairs with and without the diagonal, and the number of zero directions."""
     n, d = unit.shape
-    # Many more directions than dimensions cannot be orthogonal (Welch), so that nothing cancels in the difference below
-    # and blocks may be multiplied as they are: a tenth of the whole time at 16,384 directions in float64.
+    # cos² from the d by d matrix: ||U U^T||² = ||U^T U||². Many more directions than dimensions cannot be orthogonal
+    # (Welch), so that nothing cancels in the difference below and blocks need not be float64: that product would take
+    # a tenth of the whole time at 16,384 directions.
     crowded = n > 4 * d
     trace, fourth, n_zero = (torch.zeros((), dtype=torch.float64, device=unit.device) for _ in range(3))
     inner = torch.zeros(d, d, dtype=torch.float64, device=unit.device)
@@ -453,4 +441,4 @@ def _moments(unit: Float[Tensor, "n d"]) -> _Moments:
         n_zero += (length_sq == 0).sum()
     square = inner.square().sum()
     # Between orthogonal directions the difference is rounding only, and may be negative.
-    return _Moments(trace.item(), square.item(), max(0.0, (square - fourth).item()), int(n_zero.item()))
+    return trace.item(), square.item(), max(0.0, (square - fourth).item()), int(n_zero.item())

@@ -1,8 +1,8 @@
-"""Data whose truth is known: features with directions, probabilities, magnitudes, correlation and hierarchy.
+"""Synthetic activations with known features: directions, firing, magnitudes, correlation and hierarchy.
 
 data = SyntheticData(random_dictionary(1024, 256), zipfian(1024))
 sample = data.sample(4096, torch.Generator().manual_seed(0))      # .activations [samples, d], .firings (SparseLatents)
-recovery(sae, data, n_samples=100_000)                            # how much of the truth an SAE has found
+recovery(sae, data, n_samples=100_000)                            # how well an SAE recovers the features
 """
 
 from __future__ import annotations

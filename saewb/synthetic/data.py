@@ -26,12 +26,12 @@ VERSION = 1  # of the folder that `save` writes
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Samples with the features that generated them."""
+    """Activations and the features that generated them."""
 
     activations: Float[Tensor, "samples d"]
     """Activations, with bias and noise."""
     firings: SparseLatents
-    """Features that fired, and their magnitudes, `[samples, features]`."""
+    """Features that fired and their magnitudes, `[samples, features]`."""
 
     def __len__(self) -> int:
         return len(self.activations)
@@ -39,22 +39,23 @@ class Sample:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SyntheticData:
-    """Activations whose features are known.
+    """Generator of activations with known features.
 
         activation = sum over firing features of magnitude * direction + bias (+ noise)
 
-    1. Features fire, each with its probability: independently, or together as `correlation` says (Gaussian copula).
-    2. Where `hierarchy` does not allow it, they do not.
-    3. What fires has a magnitude; one of 0 does not fire.
+    1. Features fire, each with its probability: independently, or jointly with `correlation` (Gaussian copula).
+    2. Firings that `hierarchy` forbids are removed.
+    3. Each firing has a magnitude; with a magnitude of 0 the feature does not fire.
 
-    With a hierarchy and independent features, `probability` is what comes out (they are drawn more often beforehand,
-    see `Hierarchy.compensated`), unless `compensate` is False. With a correlation as well, it is what goes in.
+    With a hierarchy and independent features, `probability` is the rate after step 2 (features are drawn more often in
+    step 1, see `Hierarchy.compensated`), unless `compensate` is False. With a correlation as well, it is the rate of
+    step 1.
 
-    Called with a number of tokens and a generator it gives activations, which is what a stream draws:
+    A call with a number of tokens and a generator returns activations, as a stream draws them:
     `saewb.train(None, saewb.stream_draws(data, seed=1), saewb.TopK(512, k=8), n_tokens=10**6, normalization="none")`.
 
     Raises:
-        ValueError: if numbers of features differ, a probability is out of 0..1, or the hierarchy cannot have it so.
+        ValueError: if numbers of features differ, a probability is out of 0..1, or no rates compensate the hierarchy.
 
     Example:
         >>> from saewb.synthetic import random_dictionary, zipfian
@@ -69,10 +70,13 @@ class SyntheticData:
     probability: Float[Tensor, " features"]
     """Fraction of samples on which each feature fires."""
     magnitudes: Magnitudes = field(default_factory=Magnitudes)
+    """Distribution of a feature's activation where it fires."""
     correlation: Float[Tensor, "features features"] | LowRankCorrelation | None = None
+    """Correlation of firing; None: features fire independently."""
     hierarchy: Hierarchy | None = None
+    """Trees of features that fire only where their parent fires; None: no restriction."""
     compensate: bool = True
-    """Draw features more often where the hierarchy will silence them."""
+    """Whether features are drawn more often where the hierarchy removes firings."""
     noise: float = 0.0
     """Standard deviation of normal noise on each coordinate."""
 
@@ -93,25 +97,23 @@ class SyntheticData:
         if self.hierarchy is not None and self.hierarchy.features and max(self.hierarchy.features) >= n:
             what = f"the hierarchy has feature {max(self.hierarchy.features)}, the dictionary {n} features."
             raise ValueError(explain(what, want=f"features 0..{n - 1}"))
-        drawn = p
-        if self.hierarchy is not None and self.compensate and normals is None:
-            drawn = self.hierarchy.compensated(p)
+        compensated = self.hierarchy is not None and self.compensate and normals is None
         object.__setattr__(self, "_normals", normals)
-        object.__setattr__(self, "_drawn", drawn)
+        object.__setattr__(self, "_draw_probability", self.hierarchy.compensated(p) if compensated else p)
 
     def sample(self, n_samples: int, generator: torch.Generator | None = None) -> Sample:
-        """Samples with their truth. The same generator state gives the same samples.
+        """Draw samples and their features. The same generator state draws the same samples.
 
         Args:
-            n_samples: how many. Memory is that of what fires, and 64 MiB more; with a dense correlation, the matrix.
+            n_samples: how many. Memory is that of the firings, and 64 MiB; with a dense correlation, also the matrix.
             generator: on the dictionary's device; None is a new one, with seed 0.
         """
         rng = generator or torch.Generator(self.dictionary.directions.device).manual_seed(0)
         firings = self.fire(n_samples, rng)
         activations = self.dictionary.embed(firings)
         if self.noise:
-            drawn = torch.randn(activations.shape, generator=rng, device=activations.device, dtype=activations.dtype)
-            activations = activations.add_(drawn, alpha=self.noise)
+            noise = torch.randn(activations.shape, generator=rng, device=activations.device, dtype=activations.dtype)
+            activations = activations.add_(noise, alpha=self.noise)
         return Sample(activations, firings)
 
     def __call__(self, n_tokens: int, generator: torch.Generator) -> Float[Tensor, "tokens d"]:
@@ -120,7 +122,7 @@ class SyntheticData:
 
     @torch.no_grad()
     def fire(self, n_samples: int, generator: torch.Generator) -> SparseLatents:
-        """Which features fire, and how strongly, without making activations of them."""
+        """Draw which features fire and how strongly, without computing activations."""
         sample, feature = self._draw(n_samples, generator)
         shape = (n_samples, self.dictionary.n_features)
         firings = SparseLatents(sample, feature, self.magnitudes.sample(feature, generator), shape)
@@ -131,22 +133,22 @@ class SyntheticData:
 
     def _draw(self, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if self._normals is None:
-            return independent(self._drawn, n_samples, generator)
-        limit, parts = normal_threshold(self._drawn), []
+            return independent(self._draw_probability, n_samples, generator)
+        threshold, parts = normal_threshold(self._draw_probability), []
         step = max(1, _BLOCK // self.dictionary.n_features)
         for start in range(0, n_samples, step):
-            above = self._normals.sample(min(step, n_samples - start), generator) > limit
-            samples, features = above.nonzero(as_tuple=True)
+            fires = self._normals.sample(min(step, n_samples - start), generator) > threshold
+            samples, features = fires.nonzero(as_tuple=True)
             parts.append((samples + start, features))
-        none = torch.zeros(0, dtype=torch.long, device=limit.device)
-        samples, features = zip(*parts, strict=True) if parts else ((none,), (none,))
+        empty = torch.zeros(0, dtype=torch.long, device=threshold.device)
+        samples, features = zip(*parts, strict=True) if parts else ((empty,), (empty,))
         return torch.cat(samples), torch.cat(features)
 
     def save(self, folder: str | Path) -> Path:
-        """Write it into a new folder, whole or not at all: `synthetic.json` and `synthetic.safetensors`.
+        """Write a new folder, atomically: `synthetic.json` and `synthetic.safetensors`.
 
         Raises:
-            FileExistsError: if the folder is there and not empty.
+            FileExistsError: if the folder exists and is not empty.
         """
         from safetensors.torch import save_file
 
@@ -201,17 +203,17 @@ _FACTS, _TENSORS = "synthetic.json", "synthetic.safetensors"
 
 
 def load_synthetic(folder: str | Path) -> SyntheticData:
-    """What `SyntheticData.save` wrote: draws the same samples.
+    """Load data that `SyntheticData.save` wrote; it draws the same samples.
 
     Args:
-        folder: that it was saved to.
+        folder: path that it was saved to.
 
     Returns:
-        Data equal to what was saved, on the CPU.
+        Data equal to the saved one, on the CPU.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        FormatError: if it is something else.
+        FileNotFoundError: if a file is missing.
+        FormatError: if the files hold something else.
 
     Example:
         >>> load_synthetic("nowhere")
@@ -233,10 +235,10 @@ def load_synthetic(folder: str | Path) -> SyntheticData:
         correlation = tensors.pop("correlation", None)
         if "correlation_factor" in tensors:
             correlation = LowRankCorrelation(tensors.pop("correlation_factor"), tensors.pop("correlation_diag"))
-        shape = dict(facts["magnitudes"])
+        magnitudes = dict(facts["magnitudes"])
         for name in ("mean", "std"):
             if f"magnitude_{name}" in tensors:
-                shape[name] = tensors.pop(f"magnitude_{name}")
+                magnitudes[name] = tensors.pop(f"magnitude_{name}")
         trees = facts["hierarchy"]
         hierarchy = trees and Hierarchy([Node.of(root) for root in trees["roots"]], trees["scale_by_parent"])
         dictionary = FeatureDictionary(tensors.pop("directions"), tensors.pop("bias"))
@@ -248,4 +250,4 @@ def load_synthetic(folder: str | Path) -> SyntheticData:
         ) from missing
     if tensors:
         raise FormatError(explain(f"{folder / _TENSORS} has {sorted(tensors)} left over.", want="what save wrote"))
-    return SyntheticData(dictionary, probability, Magnitudes(**shape), correlation, hierarchy, compensate, noise)
+    return SyntheticData(dictionary, probability, Magnitudes(**magnitudes), correlation, hierarchy, compensate, noise)

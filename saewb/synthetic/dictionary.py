@@ -1,4 +1,4 @@
-"""Feature dictionaries: a direction per feature, nearly orthogonal if asked, and SAEs that match one."""
+"""Feature dictionaries: a direction per feature, optionally nearly orthogonal, and SAEs that match one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from saewb.sae.sparse import SparseLatents
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureDictionary:
-    """A direction per feature, and what stands where none fires.
+    """Feature directions, and the bias that every activation contains.
 
         activation = sum_i f_i directions[i] + bias
 
@@ -30,8 +30,9 @@ class FeatureDictionary:
     """
 
     directions: Float[Tensor, "features d"]
-    """Unit rows, unless you give others."""
+    """Direction of each feature, a row; functions here make unit rows."""
     bias: Float[Tensor, " d"]
+    """Activation where no feature fires."""
 
     def __post_init__(self) -> None:
         shapes = tuple(self.directions.shape), tuple(self.bias.shape)
@@ -41,7 +42,7 @@ class FeatureDictionary:
 
     @property
     def n_features(self) -> int:
-        """Rows."""
+        """Number of features, rows of `directions`."""
         return self.directions.shape[0]
 
     @property
@@ -50,7 +51,7 @@ class FeatureDictionary:
         return self.directions.shape[1]
 
     def embed(self, firings: SparseLatents | Float[Tensor, "samples features"]) -> Float[Tensor, "samples d"]:
-        """Activations of firing features; sparse ones in time and memory of what fires."""
+        """Activations of firing features; sparse ones in time and memory of the firings."""
         if isinstance(firings, Tensor):
             return firings @ self.directions + self.bias
         return firings.to(self.directions.dtype) @ self.directions + self.bias
@@ -68,12 +69,12 @@ def random_dictionary(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> FeatureDictionary:
-    """Random unit directions, pushed apart by `orthogonalized`.
+    """Random dictionary of unit directions, made nearly orthogonal by `orthogonalized`.
 
     Args:
-        n_features: more than `d` makes superposition.
+        n_features: number of directions; more than `d` are in superposition.
         d: width of an activation.
-        orthogonal_rounds: of `orthogonalized`; 0 leaves them random, with |cosines| of about 0.8 / sqrt(d).
+        orthogonal_rounds: rounds of `orthogonalized`; 0 leaves them random, with |cosines| of about 0.8 / sqrt(d).
         bias_scale: length of a random bias; 0 is none.
         seed: of the draw.
         device: of the tensors.
@@ -99,25 +100,26 @@ def random_dictionary(
 
 @torch.no_grad()
 def orthogonalized(directions: Float[Tensor, "features d"], n_rounds: int = 5) -> Float[Tensor, "features d"]:
-    """Unit directions as nearly orthogonal as so many can be: with n of them in d < n dimensions, the least possible
-    sum of squared cosines, n (n - d) / d.
+    """Make unit directions as orthogonal as their number allows.
+
+    The result has the smallest sum of squared cosines: n (n - d) / d for n directions in d < n dimensions.
 
         repeat:  F <- F (F^T F)^(-1/2)   (a tight frame: F^T F a multiple of 1),  then each row to length 1
 
-    Both are projections, and a tight frame of unit rows is where the sum of squares is least, so a handful of rounds
-    reach what takes gradient descent hundreds of steps. A round is n d^2 + d^3 operations; nothing is n x n.
+    Both are projections, and a tight frame of unit rows minimizes the sum of squares, so a few rounds reach what takes
+    gradient descent hundreds of steps. A round is n d^2 + d^3 operations; nothing is n x n.
 
     Args:
-        directions: where to start from.
-        n_rounds: 5 reach the least sum to 6 digits or so; 0 only sets lengths to 1. With at most d features the first
-            makes them orthogonal.
+        directions: start of the iteration.
+        n_rounds: 5 reach the minimum to about 6 digits; 0 only sets lengths to 1. With at most d features the first
+            round makes them orthogonal.
 
     Returns:
         New unit rows; `directions` is not changed.
 
     References:
         Alternating projections: Tropp et al. 2005, "Designing structured tight frames"; the bound: Benedetto and
-        Fickus 2003. sae-lens' `orthogonalize_embeddings` has the same minimum.
+        Fickus 2003. SAELens' `orthogonalize_embeddings` has the same minimum.
 
     Example:
         >>> f = orthogonalized(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
@@ -131,10 +133,10 @@ def orthogonalized(directions: Float[Tensor, "features d"], n_rounds: int = 5) -
 
 
 def _tight(f: Tensor) -> Tensor:
-    """The nearest matrix whose smaller side is orthonormal: the polar factor, from the smaller Gram matrix."""
+    """Nearest matrix with an orthonormal smaller side: the polar factor, from the smaller Gram matrix."""
     wide = len(f) <= f.shape[1]
     values, vectors = torch.linalg.eigh(float64(f @ f.T if wide else f.T @ f))
-    floor = values[-1] * 1e-12  # directions that are not there at all stay away
+    floor = values[-1] * 1e-12  # directions outside the span of the rows are not amplified
     root = ((vectors * values.clamp(min=floor).rsqrt()) @ vectors.T).to(f)
     return root @ f if wide else f @ root
 
@@ -148,30 +150,31 @@ def matched_sae(
     order: Int[Tensor, " d_sae"] | None = None,
     seed: int = 0,
 ) -> SAE:
-    """An SAE like this one whose latent i has the direction of feature i: where a perfect training would end.
+    """An SAE with the configuration of `sae` and the dictionary's directions, as after perfect training.
 
         W_dec[i] = f_i + noise * N(0, 1) / sqrt(d),  at unit length;   W_enc = W_dec^T;   b_dec = bias
 
-    Encoder bias and thresholds stay. Latents beyond the features keep the directions that `sae` has.
+    Latent i has the direction of feature i. Encoder bias and thresholds stay. Latents beyond the features keep the
+    directions of `sae`.
 
     Args:
         sae: a feed-forward SAE (no transcoder) of the dictionary's width.
-        dictionary: the truth.
-        noise: relative length of random errors; 0 is the truth itself.
-        order: which feature each latent takes; None is the first d_sae, one after another.
+        dictionary: the true features.
+        noise: relative length of random errors; 0 is the exact directions.
+        order: the feature of each latent; None is the first d_sae in order.
         seed: of the noise.
 
     Returns:
         A new SAE; `sae` is not changed.
 
     Raises:
-        ValueError: if the widths differ, or `order` names a feature that is not there.
+        ValueError: if the widths differ, or `order` has a feature out of range.
 
     Example:
         >>> from saewb.sae.sae import SAE, SAEConfig
         >>> dictionary = random_dictionary(16, 8)
-        >>> made = matched_sae(SAE(SAEConfig(8, 16)), dictionary)
-        >>> bool(torch.allclose(made.W_dec, dictionary.directions))
+        >>> sae = matched_sae(SAE(SAEConfig(8, 16)), dictionary)
+        >>> bool(torch.allclose(sae.W_dec, dictionary.directions))
         True
     """
     if sae.cfg.is_transcoder or sae.cfg.d_in != dictionary.d:
@@ -182,7 +185,7 @@ def matched_sae(
         raise ValueError(explain(what, want=f"up to {sae.cfg.d_sae} features of 0..{dictionary.n_features - 1}"))
     tensors = {name: p.detach().clone() for name, p in sae._parameters.items()}
     rows = dictionary.directions.to(tensors["W_dec"])[order]
-    # Not the seed itself: a dictionary of the same seed was drawn with the very numbers that would come.
+    # Not the seed itself: a dictionary of the same seed was drawn with the same random numbers.
     rng = torch.Generator().manual_seed(seed ^ 0x6E6F697365)
     error = torch.randn(rows.shape, generator=rng).to(rows) * (noise / dictionary.d**0.5)
     tensors["W_dec"][: len(order)] = nn.functional.normalize(rows + error, dim=1)

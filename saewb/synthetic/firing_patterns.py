@@ -1,4 +1,4 @@
-"""Firing patterns: probabilities and magnitudes of features, and independent draws of where they fire."""
+"""Firing probabilities and magnitudes of features, and independent draws of their firings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from saewb.errors import explain
 
 
 def constant(n_features: int, probability: float = 0.01) -> Float[Tensor, " features"]:
-    """Every feature fires on this fraction of samples. ValueError if it is not in 0..1.
+    """Equal firing probabilities for all features.
 
     Args:
         n_features: how many.
         probability: firings per sample, 0..1.
 
     Returns:
-        The same number for each feature.
+        Firings per sample of each feature.
 
     Raises:
-        ValueError: if it is not in 0..1.
+        ValueError: if the probability is not in 0..1.
 
     Example:
         >>> constant(2, 0.25)
@@ -39,7 +39,7 @@ def constant(n_features: int, probability: float = 0.01) -> Float[Tensor, " feat
 def zipfian(
     n_features: int, exponent: float = 1.0, highest: float = 0.3, lowest: float = 0.01
 ) -> Float[Tensor, " features"]:
-    """Firing probabilities by rank, as words have them: the first feature `highest`, the last `lowest`.
+    """Firing probabilities that fall with the rank by Zipf's law, from `highest` to `lowest`.
 
         p_r = lowest + (highest - lowest) (r^-e - n^-e) / (1 - n^-e),    r = 1..n
 
@@ -67,7 +67,7 @@ def zipfian(
 
 
 def linear(n_features: int, highest: float = 0.3, lowest: float = 0.01) -> Float[Tensor, " features"]:
-    """Firing probabilities that fall evenly from `highest` to `lowest`.
+    """Firing probabilities that fall linearly from `highest` to `lowest`.
 
     Args:
         n_features: how many.
@@ -89,12 +89,12 @@ def linear(n_features: int, highest: float = 0.3, lowest: float = 0.01) -> Float
 
 
 def random(n_features: int, highest: float = 0.5, lowest: float = 0.01, *, seed: int = 0) -> Float[Tensor, " features"]:
-    """Firing probabilities drawn evenly from `lowest..highest`.
+    """Firing probabilities drawn uniformly from `lowest..highest`.
 
     Args:
         n_features: how many.
-        highest: probability no feature exceeds, 0..1.
-        lowest: probability no feature is below, 0..highest.
+        highest: largest probability, 0..1.
+        lowest: smallest probability, 0..highest.
         seed: of the draw.
 
     Returns:
@@ -124,23 +124,26 @@ Shape = Literal["constant", "rectified_normal", "folded_normal", "exponential"]
 
 @dataclass(frozen=True, eq=False)
 class Magnitudes:
-    """How strong a feature is where it fires; never below 0.
+    """Distribution of a feature's activation where it fires; never below 0.
 
         constant:          mean
-        rectified_normal:  max(mean + std * N(0, 1), 0): its own mean is higher, and a 0 is as if it did not fire
+        rectified_normal:  max(mean + std * N(0, 1), 0): its expectation is higher; a 0 counts as not firing
         folded_normal:     |mean + std * N(0, 1)|
         exponential:       mean * Exp(1)
 
-    `std` is only used by the two normal shapes. For magnitudes that differ by feature, give tensors: `torch.linspace`
-    is the "linear" of sae-lens.
+    `std` is only used by the two normal shapes. Tensors set magnitudes that differ by feature: `torch.linspace` is the
+    "linear" of SAELens.
 
     Raises:
         ValueError: for another shape, or values below 0.
     """
 
     shape: Shape = "constant"
+    """Shape of the distribution."""
     mean: float | Float[Tensor, " features"] = 1.0
+    """Mean, of all features or of each."""
     std: float | Float[Tensor, " features"] = 0.0
+    """Standard deviation before rectifying or folding, of all features or of each."""
 
     def __post_init__(self) -> None:
         if self.shape not in get_args(Shape):
@@ -151,66 +154,66 @@ class Magnitudes:
                 raise ValueError(explain(f"Magnitudes got a {name} below 0.", want="0 or more"))
 
     def sample(self, features: Int[Tensor, " fired"], generator: torch.Generator) -> Float[Tensor, " fired"]:
-        """A magnitude for each firing, given which feature it is."""
-        mean, std = (_each(value, features) for value in (self.mean, self.std))
+        """Draw a magnitude for each firing, by its feature."""
+        mean, std = (_per_firing(value, features) for value in (self.mean, self.std))
         like = {"generator": generator, "device": features.device}
         if self.shape == "constant":
             return mean.clone()
         if self.shape == "exponential":
-            # -log of an even number in (0, 1]
+            # -log of a uniform number in (0, 1]
             return mean * -torch.log1p(-torch.rand(len(features), **like))
         normal = mean + std * torch.randn(len(features), **like)
         return normal.abs() if self.shape == "folded_normal" else normal.relu()
 
 
-def _each(value: float | Tensor, features: Tensor) -> Tensor:
+def _per_firing(value: float | Tensor, features: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(features.device)[features]
     return torch.full((len(features),), float(value), device=features.device)
 
 
-# -- where features fire -------------------------------------------------------------------------------------------
+# -- firings ---------------------------------------------------------------------------------------------------------
 
 
 def independent(
     probability: Float[Tensor, " features"], n_samples: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, " fired"], Int[Tensor, " fired"]]:
-    """Where features fire, each in every sample with its probability, independently: (samples, features), by sample.
+    """Draw firings independently for each feature and sample: (samples, features), sorted by sample.
 
-    How often each fires is drawn first (binomial), then in which samples, without replacement: exact, and in time and
-    memory of what fires. Features that fire in more than a quarter of samples are drawn sample by sample.
+    The number of firings of each feature is drawn first (binomial), then their samples, without replacement: exact, and
+    in time and memory of the firings. Features that fire in more than a quarter of samples are drawn for each sample.
     """
-    often = probability > 0.25
-    rare = (~often).nonzero()[:, 0]
-    keys = [_placed(probability, rare, n_samples, generator)]
-    for some in often.nonzero()[:, 0].split(max(1, 2**24 // max(n_samples, 1))):
-        drawn = torch.rand(n_samples, len(some), generator=generator, device=probability.device)
-        samples, which = (drawn < probability[some]).nonzero(as_tuple=True)
-        keys.append(samples * len(probability) + some[which])
+    is_frequent = probability > 0.25
+    keys = [_draw_rare(probability, (~is_frequent).nonzero()[:, 0], n_samples, generator)]
+    for frequent in is_frequent.nonzero()[:, 0].split(max(1, 2**24 // max(n_samples, 1))):
+        uniform = torch.rand(n_samples, len(frequent), generator=generator, device=probability.device)
+        samples, column = (uniform < probability[frequent]).nonzero(as_tuple=True)
+        keys.append(samples * len(probability) + frequent[column])
     key = torch.cat(keys).sort().values
     return key // len(probability), key % len(probability)
 
 
-def _placed(probability: Tensor, rare: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
+def _draw_rare(probability: Tensor, rare: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
+    """Firings of rare features as keys sample * n_features + feature, sorted."""
     n = torch.full((len(rare),), float(n_samples), device=rare.device)
     counts = torch.binomial(n, probability[rare].to(n), generator=generator).long()
     features = rare.repeat_interleave(counts)
     n_features = len(probability)
 
-    def draw(some: Tensor) -> Tensor:
-        samples = torch.randint(0, n_samples, (len(some),), generator=generator, device=some.device)
-        return samples * n_features + some
+    def draw(features: Tensor) -> Tensor:
+        samples = torch.randint(0, n_samples, (len(features),), generator=generator, device=features.device)
+        return samples * n_features + features
 
     key = draw(features).sort().values if len(features) else features
-    while True:  # a sample drawn twice for one feature is drawn again: that leaves any set of samples equally likely
-        twice = torch.zeros_like(key, dtype=torch.bool)
-        twice[1:] = key[1:] == key[:-1]
-        again = key[twice] % n_features
-        if len(again) == 0:
+    while True:  # a sample drawn twice for one feature is drawn again: all sets of samples stay equally likely
+        is_duplicate = torch.zeros_like(key, dtype=torch.bool)
+        is_duplicate[1:] = key[1:] == key[:-1]
+        duplicates = key[is_duplicate] % n_features
+        if len(duplicates) == 0:
             return key
-        key = torch.cat([key[~twice], draw(again)]).sort().values
+        key = torch.cat([key[~is_duplicate], draw(duplicates)]).sort().values
 
 
 def normal_threshold(probability: Float[Tensor, " features"]) -> Float[Tensor, " features"]:
-    """Above which a standard normal number lies with this probability: sqrt(2) erfinv(1 - 2 p)."""
+    """Threshold that a standard normal number exceeds with this probability: sqrt(2) erfinv(1 - 2 p)."""
     return (math.sqrt(2) * torch.erfinv(1 - 2 * probability.double())).float()

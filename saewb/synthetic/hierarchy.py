@@ -1,7 +1,7 @@
-"""Features that fire only where their parent fires; siblings that never fire together.
+"""Feature hierarchies: features that fire only where their parent fires, and mutually exclusive siblings.
 
-Level by level, from the roots: a child whose parent does not fire is silenced; then, among children of one node that
-exclude each other, one of those that fire is kept, each with the same chance.
+Level by level, from the roots: firings of children whose parent does not fire are removed; then, among the exclusive
+children of a node, one of the firing ones remains, each with equal probability.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from saewb.sae.sparse import SparseLatents
 
 @dataclass(frozen=True)
 class Node:
-    """A feature and what depends on it; or, without a feature, a group of features."""
+    """Node of a feature tree: a feature and its children, or a group of children without a feature."""
 
     feature: int | None
-    """The feature; None only groups the children, and counts as firing where its own parent does."""
+    """The feature; None groups the children, and counts as firing where its parent fires."""
     children: tuple[Node, ...] = ()
     """Nodes that fire only where this one does."""
     exclusive: bool = False
@@ -32,10 +32,10 @@ class Node:
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Node:
-        """From nested dictionaries: {"feature": 0, "exclusive": True, "children": [{"feature": 1}, ...]}.
+        """Build a tree from nested dictionaries: {"feature": 0, "exclusive": True, "children": [{"feature": 1}, ...]}.
 
         Raises:
-            ValueError: for another key.
+            ValueError: for an unknown key.
         """
         if wrong := set(tree) - {"feature", "children", "exclusive"}:
             raise ValueError(explain(f"a node has {sorted(wrong)}.", want="feature, children, exclusive"))
@@ -43,7 +43,7 @@ class Node:
         return cls(tree.get("feature"), children, bool(tree.get("exclusive", False)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The dictionaries that `Node.of` reads."""
+        """The tree as nested dictionaries, which `Node.of` reads."""
         tree: dict[str, Any] = {"feature": self.feature}
         if self.children:
             tree |= {"exclusive": self.exclusive, "children": [child.to_dict() for child in self.children]}
@@ -52,15 +52,11 @@ class Node:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Hierarchy:
-    """Trees of features: one fires only where its parent does.
-
-    Args:
-        roots: the trees. Features in none of them are free.
-        scale_by_parent: multiply the value of each child with that of its parent.
+    """Trees of features: a feature fires only where its parent fires.
 
     Raises:
-        ValueError: if a feature stands in two places, an index is below 0, or exclusive children are fewer than two or
-            have no features.
+        ValueError: if a feature is in two places, an index is below 0, or exclusive children are fewer than two or have
+            no features.
 
     Example:
         >>> trees = Hierarchy([Node(0, (Node(1), Node(2)), exclusive=True)])
@@ -70,7 +66,9 @@ class Hierarchy:
     """
 
     roots: Sequence[Node]
+    """Roots of the trees. Features in no tree are unrestricted."""
     scale_by_parent: bool = False
+    """Whether the magnitude of each child is multiplied with that of its parent."""
     features: tuple[int, ...] = field(init=False)
     """All features of the trees, roots first."""
 
@@ -88,14 +86,14 @@ class Hierarchy:
 
     @torch.no_grad()
     def apply(self, firings: SparseLatents, generator: torch.Generator) -> SparseLatents:
-        """Remove the firings that the trees do not allow.
+        """Remove the firings that the trees forbid.
 
         Args:
-            firings: drawn as if there were no trees.
-            generator: for the choice among siblings; on their device.
+            firings: drawn without regard to the trees.
+            generator: for the choice among siblings; on the device of `firings`.
 
         Raises:
-            ValueError: if the trees have features that `firings` has not.
+            ValueError: if the trees have features that `firings` lacks.
         """
         n_features = firings.shape[1]
         if self.features and max(self.features) >= n_features:
@@ -118,19 +116,19 @@ class Hierarchy:
 
     @torch.no_grad()
     def compensated(self, probability: Float[Tensor, " features"]) -> Float[Tensor, " features"]:
-        """What to draw each feature with, independently, so that after `apply` it fires with `probability`.
+        """Probabilities of independent draws with which features fire with `probability` after `apply`.
 
             free of siblings:    b_i = p_i / p_parent
             exclusive siblings:  b_i E[1 / (1 + others firing)] = p_i / p_parent,    solved for all of them together
 
         Args:
-            probability: how often each feature shall fire, over all samples.
+            probability: fraction of all samples on which each feature fires after `apply`.
 
         Raises:
-            ValueError: if a child shall fire more often than its parent, or exclusive siblings together more often.
+            ValueError: if a child would fire more often than its parent, or exclusive siblings together more often.
         """
         p = probability.double().cpu().numpy()
-        drawn = p.copy()
+        compensated = p.copy()
         for level in self._levels:
             siblings: dict[int, list[int]] = {}
             for feature, parent, group in zip(level.feature, level.parent, level.group, strict=True):
@@ -140,12 +138,12 @@ class Hierarchy:
                     what = f"feature {feature} shall fire on {p[feature]:.4g} of samples, "
                     what += f"its parent {parent} on {p_parent:.4g}."
                     raise ValueError(explain(what, want="a child that fires less often than its parent"))
-                drawn[feature] = min(share, 1.0)
+                compensated[feature] = min(share, 1.0)
                 if group >= 0:
                     siblings.setdefault(group, []).append(feature)
             for features in siblings.values():
-                drawn[features] = _before_exclusion(drawn[features], features)
-        return torch.from_numpy(drawn).to(probability)
+                compensated[features] = _before_exclusion(compensated[features], features)
+        return torch.from_numpy(compensated).to(probability)
 
     def __repr__(self) -> str:
         exclusive = sum(group >= 0 for level in self._levels for group in level.group)
@@ -162,14 +160,14 @@ def random_hierarchy(
     scale_by_parent: bool = False,
     seed: int = 0,
 ) -> Hierarchy:
-    """Random trees over features 0, 1, ...: roots first, then their children, then theirs, until features run out.
+    """Random trees over features 0, 1, ...: all roots, then level by level, until no features are left.
 
     Args:
-        n_features: how many there are; those left over stay free.
+        n_features: how many there are; those in no tree are unrestricted.
         n_roots: number of trees.
         branching: fewest and most children of a node.
         depth: levels below the roots.
-        exclusive_frac: of nodes with two children or more, how many have exclusive ones, 0..1.
+        exclusive_frac: fraction of nodes with two or more children whose children are exclusive, 0..1.
         scale_by_parent: as for Hierarchy.
         seed: of the draw.
 
@@ -177,7 +175,7 @@ def random_hierarchy(
         A Hierarchy.
 
     Raises:
-        ValueError: for arguments that make no trees.
+        ValueError: for an argument out of its range.
 
     Example:
         >>> random_hierarchy(100, 5, branching=(3, 3), exclusive_frac=1.0)
@@ -200,7 +198,7 @@ def random_hierarchy(
             below += children[parent]
             free += n
         row = below
-    exclusive = {parent: len(some) > 1 and rng.random() < exclusive_frac for parent, some in children.items()}
+    exclusive = {parent: len(below) > 1 and rng.random() < exclusive_frac for parent, below in children.items()}
 
     def node(feature: int) -> Node:
         below = tuple(map(node, children.get(feature, ())))
@@ -216,13 +214,14 @@ _ELSEWHERE = -2  # as parent: the feature is not on this level
 
 @dataclass(frozen=True)
 class _Level:
-    """Features with equally many features above them."""
+    """Features of equal depth in the trees."""
 
     feature: list[int] = field(default_factory=list)
+    """Features of the level."""
     parent: list[int] = field(default_factory=list)
     """Nearest ancestor that is a feature; -1: none."""
     group: list[int] = field(default_factory=list)
-    """Number of the group of siblings that exclude one another; -1: none."""
+    """Index of the group of exclusive siblings; -1: none."""
 
     def tables(self, n_features: int) -> tuple[Int[Tensor, " features"], Int[Tensor, " features"]]:
         """Parent and group by feature."""
@@ -258,23 +257,23 @@ def _check_exclusive(node: Node) -> None:
 
 def _exclude_siblings(mask: Tensor, in_level: Tensor, token: Tensor, group: Tensor, generator: torch.Generator) -> None:
     """Keep one random firing of each token and group of exclusive siblings."""
-    some = in_level[mask[in_level] & (group[in_level] >= 0)]
-    if len(some) == 0:
+    firing = in_level[mask[in_level] & (group[in_level] >= 0)]
+    if len(firing) == 0:
         return
-    family = token[some] * (int(group.max()) + 1) + group[some]
+    family = token[firing] * (int(group.max()) + 1) + group[firing]
     # In random order, then by family: the first of each family is one of its firings at random.
-    shuffled = torch.randperm(len(some), generator=generator, device=some.device)
+    shuffled = torch.randperm(len(firing), generator=generator, device=firing.device)
     order = shuffled[family[shuffled].argsort(stable=True)]
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = family[order][1:] != family[order][:-1]
-    mask[some[order[~first]]] = False
+    mask[firing[order[~first]]] = False
 
 
 def _before_exclusion(target: np.ndarray, features: Sequence[int]) -> np.ndarray:
-    """Probabilities b with b_i E[1 / (1 + K_i)] = target_i, K_i of the others firing, each with its b.
+    """Probabilities b with b_i E[1 / (1 + K_i)] = target_i, where K_i others fire, each with its b.
 
     E[1 / (1 + K)] = integral over t from 0 to 1 of prod_{j != i} (1 - b_j + b_j t): a polynomial, so that quadrature
-    with half as many points as siblings is exact. Solved by fixed-point iteration, which rises to the answer.
+    with half as many points as siblings is exact. Fixed-point iteration rises monotonically to the solution.
     """
     if target.sum() > 1 + 1e-9:
         what = (

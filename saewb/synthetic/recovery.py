@@ -1,4 +1,4 @@
-"""Recovery of the true features by an SAE: from directions alone, and from when its latents fire."""
+"""Recovery of true features by an SAE, judged by decoder directions and by firing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _BLOCK = 2**24  # cosines held at a time
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """Recovery of true features by an SAE. A latent stands for the feature nearest to its decoder row (by |cosine|)."""
+    """Recovery of true features by an SAE. The feature of a latent is the nearest to its decoder row by |cosine|."""
 
     mcc: float
-    """Mean |cosine| of latents and features matched one to one; 1: the dictionary was found."""
+    """Mean |cosine| of latents and features matched one to one; 1: the dictionary is recovered."""
     uniqueness: float
-    """Fraction of latents that are not doubles of a feature; 1: none are."""
+    """Fraction of latents that are no duplicates; 1: each latent has a different feature."""
     true_l0: float
     """Features firing per sample."""
     l0: float
@@ -38,17 +38,17 @@ class Recovery:
     explained_variance: float
     """Fraction; 1 is perfect, 0 no better than the mean."""
     precision: float
-    """Mean over latents: of the samples on which it is active, those on which its feature fires."""
+    """Fraction of the samples with an active latent on which its feature fires, mean over latents."""
     recall: float
-    """Mean over latents: of the samples on which its feature fires, those on which it is active."""
+    """Fraction of the samples with a firing feature on which its latent is active, mean over latents."""
     f1: float
-    """Mean over latents of their harmonic mean."""
+    """Harmonic mean of precision and recall, mean over latents."""
     accuracy: float
-    """Mean over latents: samples on which both or neither are on."""
+    """Fraction of samples on which latent and feature are both on or both off, mean over latents."""
     n_samples: int
     """Number of samples."""
     feature: Int[Tensor, " d_sae"] = field(repr=False)
-    """Feature that each latent stands for."""
+    """Feature of each latent."""
     cosine: Float[Tensor, " d_sae"] = field(repr=False)
     """|cosine| of each latent with its feature."""
     latent_precision: Float[Tensor, " d_sae"] = field(repr=False)
@@ -59,7 +59,7 @@ class Recovery:
     """Harmonic mean of both."""
 
     def to_frame(self) -> pd.DataFrame:
-        """One row of the figures, for comparing SAEs."""
+        """One row of the scalar figures, for comparing SAEs."""
         import pandas as pd
 
         return pd.DataFrame([{f.name: v for f in fields(self) if not isinstance(v := getattr(self, f.name), Tensor)}])
@@ -68,19 +68,17 @@ class Recovery:
         """A row per latent: its feature, cosine, precision, recall, f1."""
         import pandas as pd
 
-        names = {"feature": "feature", "cosine": "cosine"} | {
-            f"latent_{name}": name for name in ("precision", "recall", "f1")
-        }
-        columns = {column: getattr(self, name).numpy() for name, column in names.items()}
+        names = ("feature", "cosine", "latent_precision", "latent_recall", "latent_f1")
+        columns = {name.removeprefix("latent_"): getattr(self, name).numpy() for name in names}
         return pd.DataFrame(columns, index=pd.RangeIndex(len(self.feature), name="latent"))
 
 
 class RecoveryStream:
-    """`Recovery` from samples that come in batches; keeps three numbers per latent.
+    """Accumulator of `Recovery` over batches of samples; keeps three numbers per latent.
 
     Args:
-        sae: any of the SAE classes that writes where it reads.
-        directions: the true features', `[features, d]`.
+        sae: an SAE of any class that writes where it reads.
+        directions: of the true features, `[features, d]`.
     """
 
     def __init__(self, sae: nn.Module, directions: Float[Tensor, "features d"]) -> None:
@@ -89,41 +87,41 @@ class RecoveryStream:
             raise ValueError(explain(what, want="the same"))
         self.sae, self.directions = sae, directions.to(sae.device)
         self.feature, self.cosine = best_matches(sae.W_dec.detach(), self.directions)
-        self._on, self._true, self._both = (torch.zeros_like(self.feature) for _ in range(3))
-        self._fired = 0
-        self._written = ReconstructionStream()
+        self._active, self._true, self._both = (torch.zeros_like(self.feature) for _ in range(3))
+        self._n_firings = 0
+        self._recons = ReconstructionStream()
 
     @torch.no_grad()
     def update(self, sample: Sample) -> None:
-        """Add these samples."""
+        """Add a batch of samples."""
         x = sample.activations.to(self.sae.device)
-        latents = self.sae.encode(x)
-        self._written.update(x, self.sae.decode(latents, x))
-        on, fires = latents != 0, (sample.firings.dense() > 0).to(self.sae.device)
-        self._on += on.sum(0)
+        acts = self.sae.encode(x)
+        self._recons.update(x, self.sae.decode(acts, x))
+        active, fires = acts != 0, (sample.firings.dense() > 0).to(self.sae.device)
+        self._active += active.sum(0)
         self._true += fires.sum(0)[self.feature]
-        self._both += (on & fires[:, self.feature]).sum(0)
-        self._fired += len(sample.firings)
+        self._both += (active & fires[:, self.feature]).sum(0)
+        self._n_firings += len(sample.firings)
 
     def result(self) -> Recovery:
-        """The figures of all samples so far. ValueError if there were none."""
-        written, n = self._written.result(), self._written.n_tokens
-        on, true, both = (t.double() for t in (self._on, self._true, self._both))
-        precision, recall = (torch.where(of > 0, both / of, 0.0) for of in (on, true))
-        f1 = torch.where(on + true > 0, 2 * both / (on + true), 0.0)
+        """Figures of all samples so far. ValueError if there were none."""
+        recons, n = self._recons.result(), self._recons.n_tokens
+        active, true, both = (t.double() for t in (self._active, self._true, self._both))
+        precision, recall = (torch.where(n_on > 0, both / n_on, 0.0) for n_on in (active, true))
+        f1 = torch.where(active + true > 0, 2 * both / (active + true), 0.0)
         W_dec = self.sae.W_dec.detach()
         return Recovery(
             mcc=mean_correlation_coefficient(W_dec, self.directions),
             uniqueness=uniqueness(W_dec, self.directions),
-            true_l0=self._fired / n,
-            l0=float(on.sum()) / n,
-            dead_frac=float((on == 0).double().mean()),
-            l2_ratio=written.l2_ratio,
-            explained_variance=written.explained_variance,
+            true_l0=self._n_firings / n,
+            l0=float(active.sum()) / n,
+            dead_frac=float((active == 0).double().mean()),
+            l2_ratio=recons.l2_ratio,
+            explained_variance=recons.explained_variance,
             precision=float(precision.mean()),
             recall=float(recall.mean()),
             f1=float(f1.mean()),
-            accuracy=float((1 - (on + true - 2 * both) / n).mean()),
+            accuracy=float((1 - (active + true - 2 * both) / n).mean()),
             n_samples=n,
             feature=self.feature.cpu(),
             cosine=self.cosine.cpu(),
@@ -136,30 +134,30 @@ class RecoveryStream:
 def recovery(
     sae: nn.Module, data: SyntheticData, n_samples: int = 100_000, *, batch_size: int = 2048, seed: int = 0
 ) -> Recovery:
-    """How much of the truth an SAE has found: mcc 1 is the whole dictionary, f1 1 each feature whenever it fires.
+    """Measure how well an SAE recovers true features: mcc 1 is the whole dictionary, f1 1 every firing of a feature.
 
     Args:
-        sae: any of the SAE classes that writes where it reads.
-        data: the truth.
+        sae: an SAE of any class that writes where it reads.
+        data: generator with known features.
         n_samples: fresh samples to judge it on.
         batch_size: samples at a time; memory is `batch_size * (features + 2 d_sae)` numbers.
-        seed: of the samples; take another one than training had.
+        seed: of the samples; use one that training did not.
 
     Returns:
-        A Recovery; see the fields there.
+        A Recovery, whose fields are the figures.
 
     Raises:
         ValueError: if the widths differ, or numbers are below 1.
 
     References:
-        The figures of sae-lens' `eval_sae_on_synthetic_data`; MCC of arXiv:2505.20254.
+        The figures of SAELens' `eval_sae_on_synthetic_data`; MCC of arXiv:2505.20254.
 
     Example:
         >>> from saewb.sae.sae import SAE, SAEConfig
         >>> from saewb.synthetic import SyntheticData, constant, matched_sae, random_dictionary
         >>> data = SyntheticData(random_dictionary(32, 32), constant(32, 0.05))
-        >>> found = recovery(matched_sae(SAE(SAEConfig(32, 32)), data.dictionary), data, 2000)
-        >>> round(found.mcc, 4), round(found.explained_variance, 4)
+        >>> result = recovery(matched_sae(SAE(SAEConfig(32, 32)), data.dictionary), data, 2000)
+        >>> round(result.mcc, 4), round(result.explained_variance, 4)
         (1.0, 1.0)
     """
     if n_samples < 1 or batch_size < 1:
@@ -175,15 +173,15 @@ def recovery(
 
 
 def mean_correlation_coefficient(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
-    """How well two sets of directions agree: 1 is the same directions in any order and sign, 0 all orthogonal.
+    """Agreement of two sets of directions: 1 is the same directions in any order and sign, 0 all orthogonal.
 
         mean over matched pairs of |cos(a_i, b_j)|,    each row used once, matched so that the sum is largest
 
     Random directions score about sqrt(2 log n / d) for large n, not 0. Time grows with the cube of the smaller number.
 
     Args:
-        a: one set, of any lengths; rows of 0 agree with nothing.
-        b: the other. The smaller set is matched whole.
+        a: one set, of any lengths; zero rows have cosine 0.
+        b: the other set. Every direction of the smaller set is matched.
 
     Returns:
         A mean of |cosines|, 0..1; unchanged when rows are scaled.
@@ -208,16 +206,16 @@ def mean_correlation_coefficient(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"
 
 
 def best_matches(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """For each direction of `a` the nearest one of `b`: its row, and their |cosine|, 0..1; block by block.
+    """Nearest direction of `b` for each direction of `a`: its row and the |cosine|, 0..1; block by block.
 
-    Many may have the same nearest one. Random directions have one too, at about sqrt(2 log m / d): compare with that.
+    Several may have the same nearest one. Between random directions the |cosine| is about sqrt(2 log m / d).
 
     Args:
         a: one set of directions, of any lengths.
         b: the other set.
 
     Returns:
-        For each row of `a`, the row number in `b`, and |cosine| with it.
+        Row numbers in `b`, and |cosines|, for each row of `a`.
 
     Example:
         >>> row, cosine = best_matches(torch.tensor([[1.0, 0.0], [0.0, -2.0]]), torch.eye(2))
@@ -229,7 +227,7 @@ def best_matches(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> tuple[Int[
 
 
 def uniqueness(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) -> float:
-    """Fraction of latents that are not doubles: 1 if each is nearest to another feature, 1/n if all to the same.
+    """Fraction of latents that are no duplicates: 1 if all have different nearest features, 1/n if all the same.
 
         #{argmax_j |cos(latent_i, feature_j)| : i} / n
 
@@ -244,7 +242,7 @@ def uniqueness(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) ->
         ValueError: if a set is empty, or the widths differ.
 
     References:
-        The uniqueness of sae-lens' synthetic evaluation.
+        The uniqueness of SAELens' synthetic evaluation.
 
     Example:
         >>> uniqueness(torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.eye(2))
@@ -256,7 +254,7 @@ def uniqueness(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) ->
 
 
 def best_ordering(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]) -> Int[Tensor, " n"]:
-    """The order of latents in which those of feature 0 come first, then of feature 1, ...; the clearest within each.
+    """Order latents by their nearest feature, and by descending |cosine| for each feature.
 
     `latents[order]` against `features` shows a recovered dictionary as a diagonal.
 
@@ -279,14 +277,14 @@ def best_ordering(latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"])
 def ordered_cosines(
     latents: Float[Tensor, "n d"], features: Float[Tensor, "m d"]
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n m"]]:
-    """Latents in their best ordering, and the cosine of each with each feature, with its sign: row by row of the order.
+    """Best ordering of latents, and their signed cosines with each feature, in that order.
 
     Args:
         latents: directions, of any lengths.
         features: the true directions, of any lengths.
 
     Returns:
-        The order, row numbers of `latents`; and cosines in -1..1, row k those of `latents[order[k]]`.
+        The order, row numbers of `latents`; and cosines in -1..1, in row k of `latents[order[k]]`.
 
     Example:
         >>> order, cosines = ordered_cosines(-torch.eye(2)[[1, 0]], torch.eye(2))
