@@ -300,8 +300,7 @@ def _per_token(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reconstruction_sums(x: Tensor, recon: Tensor) -> Tensor:
-    """Over tokens: squared error, spread of x, cosines, ratios of lengths, how many count, ||recon||^2, x . recon, and
-    both lengths."""
+    """Sums over tokens of what `ReconstructionStream` adds up: errors, spread, cosines, ratios, counts, lengths."""
     cosines, ratios, counted = _per_token(x, recon)
     parts = [(x - recon).square().sum(), _spread(x - x[0]), cosines.sum(), ratios.sum(), float64(counted).sum()]
     lengths = [x.norm(dim=1).sum(), recon.norm(dim=1).sum()]

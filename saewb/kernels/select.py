@@ -73,7 +73,8 @@ class ApproximateTopK:
     Example:
         >>> rng = torch.Generator().manual_seed(0)
         >>> h, W, b = torch.randn(8, 16, generator=rng), torch.randn(16, 4096, generator=rng), torch.zeros(4096)
-        >>> values, latents = ApproximateTopK.of(W, b, like=h).top(h, 5, "topk")
+        >>> prepared = ApproximateTopK.of(W, b, like=h)  # None where float32 is as fast
+        >>> values, latents = (top_of_product(h, W, b, 5, "topk") if prepared is None else prepared.top(h, 5, "topk"))
         >>> torch.allclose(values.sort().values, (h @ W + b).topk(5).values.sort().values, atol=1e-5)
         True
     """

@@ -247,7 +247,7 @@ class SparseLatents:
         order = (token * len(latents) + latent).argsort()
         return SparseLatents(token[order], latent[order], self.act[index[order]], (self.n_tokens, len(latents)))
 
-    def lookup(self, latent: Int[Tensor, "*any"], token: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    def lookup(self, latent: Int[Tensor, "*#any"], token: Int[Tensor, "*#any"]) -> Float[Tensor, "*#any"]:
         """Look up activations, 0 where inactive: `dense().flatten(0, -2)[token, latent]`.
 
         Args:

@@ -302,7 +302,12 @@ class RunSpec:
         """Sort the arguments of `saewb.train` into the parts of a spec.
 
         Args:
-            saes: as for `saewb.train`, like all that follow.
+            saes: as for `saewb.train`.
+            n_tokens: as for `saewb.train`.
+            hook: as for `saewb.train`.
+            hook_out: as for `saewb.train`.
+            positions: as for `saewb.train`.
+            **options: fields of `TrainConfig`, `DataConfig` and `RunConfig`.
             strict: False takes numbers as text and lists as tuples, as they come from YAML.
 
         Raises:

@@ -127,7 +127,7 @@ class TensorFile:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """dtype of a tensor, as stored."""
+        """Dtype of a tensor, as stored."""
         return self._entry(name).dtype
 
     def tensor(self, name: str) -> Tensor:

@@ -68,7 +68,7 @@ class CircuitTracerTranscoder(TableLayout):
         return table
 
     def side_tensors(self, files: OpenFiles) -> dict[str, None]:
-        """k of a training with batch top-k, which the threshold replaces."""
+        """K of a training with batch top-k, which the threshold replaces."""
         return {"k": None} if _THRESHOLDS & set(files.weights.names) else {}
 
     def widths(self, files: OpenFiles) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 autoencoders: one .pt file each, .../gpt2-small/resid_post_mlp_v5_32k/autoencoders/<layer>.pt
+"""OpenAI's GPT-2 autoencoders: one .pt file each, .../gpt2-small/resid_post_mlp_v5_32k/autoencoders/<layer>.pt.
 
 x' = (x - mean(x)) / (std(x) + 1e-5)  per token, for TopK only, and inverted on the output
 z  = relu of the k largest of (x' - pre_bias) @ encoder.weight.T + latent_bias          (ReLU: of all)

@@ -47,7 +47,7 @@ class QwenScope(TableLayout):
         return config
 
     def fields(self, files: OpenFiles) -> dict[str, Any]:
-        """k and model from config.json or the repository's name; k also from the catalogue's overrides."""
+        """K and model from config.json or the repository's name; k also from the catalogue's overrides."""
         config, name = files.config, _REPO.search(files.address)
         _check_widths(config, name, *files.weights.shape("W_enc"))
         k = config.get("k", files.provenance.overrides.get("k", int(name["k"]) if name else None))

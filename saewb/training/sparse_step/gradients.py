@@ -61,7 +61,7 @@ class StepInputs:
         return Readout(self.W, bias, norms, self.precision, self.gradient_buffer("W_enc"))
 
     def error(self, decoded: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
-        """recons - y; overwrites the decoded latents."""
+        """Recons - y; overwrites the decoded latents."""
         return decoded.add_(self.params.offset(self.raw_x)).sub_(self.y)
 
     def d_error(self, error: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
