@@ -251,7 +251,7 @@ def _run(
     model: nn.Module, builds: list[_Build], text: TokenRows, batch_size: int, progress: bool, save_every_s: float
 ) -> None:
     """Run the model over the rows not yet read; Ctrl-C stops it between two batches."""
-    from tqdm.auto import tqdm  # comes with transformers
+    from tqdm.auto import tqdm
 
     for build in builds:
         _check_beginning(build, text)

@@ -193,7 +193,7 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 def indexes(saes: Sequence[Any], index: Any) -> list[Any]:
     """The feature index of each SAE, or None."""
-    if wrong := [sae for sae in saes if not hasattr(sae, "W_dec")]:
+    if wrong := [sae for sae in saes if not isinstance(sae, saewb.SparseCoder)]:
         what = f"SteeringPanel got a {type(wrong[0]).__name__} as an SAE."
         raise TypeError(errors.explain(what, want="an SAE or a list of them", fix="SteeringPanel(model, sae)"))
     items = list(index) if isinstance(index, (list, tuple)) else [index]
