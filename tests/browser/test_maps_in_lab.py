@@ -100,6 +100,7 @@ def quiet(page):
     assert page.asked == []
 
 
+@pytest.mark.long
 def test_superposition_panel_in_jupyterlab(browser, opened, tmp_path):
     with opened(SAES) as book:
         page = book.page
@@ -223,6 +224,7 @@ def zoomed(panel, deed):
     return canvas.evaluate("c => c.__took")
 
 
+@pytest.mark.long
 def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
     with opened(MATRICES) as book:
         page = book.page

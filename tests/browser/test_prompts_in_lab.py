@@ -68,6 +68,7 @@ class Watch:
         self.since = time.perf_counter()
 
 
+@pytest.mark.long
 def test_prompts_and_steering_in_jupyterlab(opened, browser, tmp_path, reading):
     with opened() as notebook:
         explore(notebook, reading)

@@ -89,6 +89,7 @@ def moves(panel):
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_training_panel_in_jupyterlab(opened, browser, tmp_path, capsys):
     with opened(TRAINING) as notebook:
         page = notebook.page
@@ -211,6 +212,7 @@ def what_goes_wrong_is_said(notebook, panel):
     )
 
 
+@pytest.mark.long
 def test_catalogue_picker_in_jupyterlab(opened, browser, tmp_path, monkeypatch, capsys):
     entry = saewb.pretrained.catalogue.find(*JB)
     sae = feed_forward(2, d_in=64, d_sae=128, hook=entry.hook, model="gpt2-small")

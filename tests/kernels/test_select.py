@@ -221,6 +221,7 @@ def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
     assert torch.equal(few.dense() != 0, plain.dense()[:99] != 0)
 
 
+@pytest.mark.long
 def test_what_it_holds_is_what_is_stated():
     before = """
 import saewb.kernels.select as select

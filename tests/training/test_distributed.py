@@ -149,6 +149,7 @@ folder: FOLDER
 """
 
 
+@pytest.mark.long
 def test_the_command_line_under_accelerate(tmp_path):
     pytest.importorskip("accelerate", reason="the launcher; torchrun is tested without it")
     (tmp_path / "two.yaml").write_text(CONFIG.replace("FOLDER", str(tmp_path / "two")))

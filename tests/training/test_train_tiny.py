@@ -1,5 +1,7 @@
 """Every objective, an SAE and transcoders of it, on the embedded model: one stream, one forward pass for all."""
 
+import pytest
+
 import saewb
 
 HOOK, READ, WRITE = "blocks.2.hook_resid_post", "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"
@@ -17,6 +19,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.long
 def test_every_objective_trains_on_the_embedded_model():
     model = saewb.load_model("tiny", device="cpu")
     texts = [document.text for document in saewb.tiny.texts()]
