@@ -26,6 +26,7 @@ import torch
 from helpers import tiny_models
 from hypothesis import settings
 
+LONG_NOTEBOOKS = ("08_compare_saes_and_transcoders.ipynb",)  # a minute or more
 QUICK_EXAMPLES = 10  # of a hypothesis test, unless the long ones are run
 
 torch.set_num_threads(1)  # models this small are slower on two, and much slower on a busy machine
@@ -36,6 +37,8 @@ def pytest_collection_modifyitems(config, items):
     """Hypothesis tests draw a few examples by default, and with `-m long` all that they ask for."""
     is_long = "long" in config.option.markexpr.replace("not long", "")
     for item in items:
+        if item.path.name in LONG_NOTEBOOKS:
+            item.add_marker("long")
         test = getattr(item, "obj", None)
         if not getattr(test, "is_hypothesis_test", False):
             continue

@@ -10,6 +10,7 @@ import saewb
 from saewb import cli
 
 
+@pytest.mark.long
 def test_demo_does_the_main_job_offline(capsys, tmp_path):
     page = tmp_path / "made" / "features.html"
     arguments = ["--prompt", "Paris is the capital", "--page", str(page), "--train-tokens", "20_000"]

@@ -26,6 +26,7 @@ def notebook(browser, tmp_path):
         assert book.page.asked == []
 
 
+@pytest.mark.long
 def test_feature_browser_in_jupyterlab(notebook):
     page, index = notebook.page, panel_driver.index()
     notebook.run(0)

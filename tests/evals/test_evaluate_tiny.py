@@ -6,6 +6,7 @@ from helpers.transformer_lens_3 import tiny_bridge
 import saewb
 
 
+@pytest.mark.long
 def test_the_held_out_figures_of_the_embedded_sae():
     sae = saewb.load_sae("tiny")
     texts = [document.text for document in saewb.tiny.held_out_texts()]

@@ -11,6 +11,7 @@ from saewb.kernels.select import ApproximateTopK
 MB = 2**20
 
 
+@pytest.mark.long
 def test_the_whole_of_an_index_stays_within_what_is_stated():
     before = """
 import saewb
@@ -53,7 +54,7 @@ nearest(rows[:2048], 8, "decoder")"""
     assert took < nearest_bytes(16384, 16) + 16 * 8 * 16384
 
 
-@pytest.mark.parametrize("d_sae", [300, 30_000])
+@pytest.mark.parametrize("d_sae", [300, pytest.param(30_000, marks=pytest.mark.long)])
 def test_what_fires_together_is_sorted_some_pairs_at_a_time(d_sae):
     before = f"""
 from saewb.features.neighbors import coactive

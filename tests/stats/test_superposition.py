@@ -236,7 +236,7 @@ def test_many_cores_share_the_memory(monkeypatch):
     assert torch.equal(found.histogram, truth.histogram)
 
 
-@pytest.mark.parametrize("d", [8, 576])
+@pytest.mark.parametrize("d", [8, pytest.param(576, marks=pytest.mark.long)])
 def test_memory_is_what_was_said(d):
     """12,000 directions: n * n would be 576 MB."""
     before = f"""

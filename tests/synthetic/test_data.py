@@ -196,7 +196,7 @@ def test_without_compensation_rates_are_those_of_the_formula():
     assert within(rates(data), want)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_compensated_rates_are_those_asked_for(seed):
     trees = random_hierarchy(60, 6, branching=(2, 4), depth=2, exclusive_frac=0.6, seed=seed)
     depth = torch.zeros(60)

@@ -126,6 +126,7 @@ def test_what_one_process_finds_wrong_ends_all_with_a_message(folder):
     assert (folder / "exists_1").read_text().startswith("RuntimeError: process 0 failed")
 
 
+@pytest.mark.long
 def test_a_failure_in_one_ends_all_and_says_why(tmp_path):
     done = launched(TESTS / "helpers" / "distributed_worker.py", "fail", tmp_path, cwd=tmp_path)
     assert done.returncode != 0

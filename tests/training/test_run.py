@@ -459,7 +459,7 @@ def test_a_folder_deleted_within_a_checkpoint_is_not_made_anew(tmp_path, keep_sa
         assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("how", ["the script ends", "SIGTERM"])
+@pytest.mark.parametrize("how", [pytest.param("the script ends", marks=pytest.mark.long), "SIGTERM"])
 def test_the_interpreters_exit_leaves_a_checkpoint(tmp_path, how):
     sink = "import threading\nreached = threading.Event()\n"
     sink += "sink = lambda event: reached.set() if event.kind == 'step' and event.step >= 3 else None"

@@ -302,9 +302,7 @@ def test_density_is_the_indexs_and_code_gives_it(sae):
 
 
 def test_many_dots_are_a_choice_that_keeps_the_extremes():
-    index = panel_driver.many()
-    rows = torch.randn(len(index), 3, generator=torch.Generator().manual_seed(0))
-    panel = SuperpositionPanel(rows[:20_000])
+    panel = SuperpositionPanel(torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)))
     panel.wait()
     points, dots = panel.points, panel.dots
     assert 3500 < len(dots["latents"]) <= 4000
