@@ -9,16 +9,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from saewb.errors import check_device, explain
-from saewb.hub import Progress, Snapshot, snapshot
-from saewb.pretrained.formats import absence, detect, is_readable, layouts_named, saelens
+from saewb.hub import Progress, snapshot
+from saewb.pretrained.formats import absence, detect, is_readable, patterns, saelens
 from saewb.pretrained.resolve import Source, resolve
 from saewb.sae.config import SAEConfig
 from saewb.sae.cross_layer import CrossLayerTranscoder
@@ -27,7 +27,6 @@ from saewb.sae.sae import SAE
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
 AnySAE = SAE | PursuitSAE | TemporalSAE | CrossLayerTranscoder
-_Config = TypeVar("_Config", bound=Any)
 
 
 def load_sae(
@@ -80,14 +79,11 @@ def load_sae(
         ...     load_sae(folder)
         SAE(relu, 4 -> 9 latents, float32 on cpu)
     """
-    device = check_device(device or "cpu")
-    origin = resolve(source, id)
-    layouts = layouts_named(None if origin.published is None else origin.published.format)
-    patterns = [pattern for layout in layouts for pattern in layout.patterns(origin.path)]
-    files = _download(origin, patterns, is_readable, revision, force_download, token, progress)
-    sae = detect(files.path).read(files.path, origin.provenance(scaling_factor), dtype=dtype, device=device)
-    sae.cfg = _with_source(sae.cfg, origin, files)
-    return sae
+    origin, device = resolve(source, id), check_device(device or "cpu")
+    files = _download(origin, is_readable, revision, force_download, token, progress)
+    layout = detect(files.path)
+    sae = layout.read(files.path, origin.provenance(scaling_factor), dtype=dtype, device=device)
+    return sae.with_config(**origin.record(sae.cfg.metadata, files.record))
 
 
 def load_config(
@@ -122,12 +118,12 @@ def load_config(
         >>> load_config("tiny").d_sae
         1024
     """
-    origin, names = resolve(source, id), (saelens.CONFIG, saelens.SCALER)
+    origin = resolve(source, id)
     _check_saelens(origin.published is None or origin.published.format in saelens.SAELens.aliases, origin)
-    patterns = [pattern for pattern in saelens.SAELens().patterns(origin.path) if pattern.endswith(names)]
-    files = _download(origin, patterns, _has_config, revision, force_download, token)
+    files = _download(origin, _has_config, revision, force_download, token, names=(saelens.CONFIG, saelens.SCALER))
     _check_saelens(_has_config(files.path), origin)
-    return _with_source(saelens.read_config(files.path, origin.provenance()), origin, files)
+    cfg = saelens.read_config(files.path, origin.provenance())
+    return replace(cfg, **origin.record(cfg.metadata, files.record))
 
 
 def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
@@ -158,61 +154,49 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
     return saelens.write(sae, folder, overwrite=overwrite)
 
 
-@dataclass(frozen=True)
-class _Files:
+class _Files(NamedTuple):
     """Local files of an SAE."""
 
     path: Path
     """Folder or file on this machine."""
-    snapshot: Snapshot | None = None
-    """Snapshot of their repository; None for local files."""
-    revision: str = "main"
-    """Requested branch, tag or commit."""
+    record: Mapping[str, Any]
+    """Revision, commit and hashes of files from the hub; empty for local ones."""
 
 
 def _download(
     origin: Source,
-    patterns: list[str],
     is_complete: Callable[[Path], bool],
     revision: str | None,
     force_download: bool,
     token: str | None,
     progress: Progress | None = None,
+    names: tuple[str, ...] = ("",),
 ) -> _Files:
+    """Get the files of a source whose patterns end with one of these names; local ones are there already."""
     if origin.local is not None:
-        return _Files(origin.local)
+        return _Files(origin.local, {})
+    published = origin.published
+    layout_files = patterns(origin.path, None if published is None else published.format)
     files = snapshot(
         origin.repo,
         origin.path,
-        patterns,
+        [pattern for pattern in layout_files if pattern.endswith(names)],
         revision=revision,
         force_download=force_download,
         token=token,
         call=origin.call,
         is_complete=is_complete,
-        n_bytes=None if origin.published is None else origin.published.bytes,
+        n_bytes=None if published is None else published.bytes,
         progress=progress,
     )
     if not files.hashes:
         raise FileNotFoundError(absence(origin.repo, origin.path, files.names))
-    return _Files(files.root / origin.path, files, revision or "main")
+    record = {"revision": revision or "main", "commit": files.commit, "files": dict(files.hashes)}
+    return _Files(files.root / origin.path, record)
 
 
 def _has_config(path: Path) -> bool:
     return (path / saelens.CONFIG).is_file()
-
-
-def _with_source(cfg: _Config, origin: Source, files: _Files) -> _Config:
-    """Add the source, and the names in the catalogue, to a configuration."""
-    if files.snapshot is None:
-        return cfg
-    version = {"revision": files.revision, "commit": files.snapshot.commit, "files": dict(files.snapshot.hashes)}
-    metadata = {**cfg.metadata, "source": {**origin.metadata(), **version}}
-    if origin.published is None:
-        return replace(cfg, metadata=metadata)
-    if origin.published.neuronpedia is not None:
-        metadata["neuronpedia_id"] = origin.published.neuronpedia
-    return replace(cfg, model=origin.published.model, metadata=metadata)
 
 
 def _check_saelens(is_saelens: bool, origin: Source) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -52,11 +53,24 @@ class Source:
             overrides=published.overrides,
         )
 
-    def metadata(self) -> dict[str, Any]:
-        """Names of the source for `cfg.metadata["source"]`."""
-        published = self.published
-        names = {} if published is None else {"release": published.release, "id": published.id}
-        return {**names, "repo": self.repo, "path": self.path}
+    def record(self, metadata: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of a configuration that record the source.
+
+        Args:
+            metadata: of the configuration.
+            files: revision, commit and hashes of the downloaded files; empty for local ones, which record nothing.
+
+        Returns:
+            `metadata`, completed by the source; and the model, if the catalogue has it.
+        """
+        if not files:
+            return {}
+        source, published = {"repo": self.repo, "path": self.path, **files}, self.published
+        if published is None:
+            return {"metadata": {**metadata, "source": source}}
+        source = {"release": published.release, "id": published.id, **source}
+        pages = {} if published.neuronpedia is None else {"neuronpedia_id": published.neuronpedia}
+        return {"model": published.model, "metadata": {**metadata, "source": source, **pages}}
 
 
 def resolve(source: str | Path, id: str | None) -> Source:
@@ -75,20 +89,15 @@ def resolve(source: str | Path, id: str | None) -> Source:
         return Source(call, local)
     source = str(source)
     if source in catalogue.releases():
-        if id is None:
-            ids = catalogue.ids(source)
-            what = f"load_sae got the release {source!r} and no id ({len(ids)} SAEs)."
-            want = ", ".join(ids[:6]) + (", ..." if len(ids) > 6 else "")
-            raise ValueError(explain(what, want=want, fix=f"saewb.load_sae({source!r}, {ids[0]!r})"))
         published = catalogue.find(source, id)
         return Source(call, repo=published.repo, path=published.path, published=published)
     if id in catalogue.releases():
         what = f"load_sae got {source!r} as release and {id!r} as id."
         raise ValueError(explain(what, want="the release first", fix=f"saewb.load_sae({id!r}, {source!r})"))
-    if not REPO.fullmatch(source):
-        _raise_unknown(source, id)
-    path = inside(id) if id else ""
-    return Source(call, repo=source, path=path, published=catalogue.at(source, path))
+    if REPO.fullmatch(source):
+        path = inside(id) if id else ""
+        return Source(call, repo=source, path=path, published=catalogue.at(source, path))
+    _raise_unknown(source, id)
 
 
 def inside(id: str) -> str:

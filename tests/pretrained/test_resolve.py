@@ -26,7 +26,11 @@ def test_a_release_and_the_repository_it_stands_for(tmp_path, monkeypatch):
     assert (provenance.model, provenance.hook, provenance.layer) == (published.model, published.hook, 3)
     assert provenance.scaling_factor == published.norm_factor
     assert source.provenance(2.0).scaling_factor == 2.0  # what was given comes first
-    assert source.metadata()["release"] == "gpt2-small-mlp-tm"
+    record = source.record({"a": 1}, {"commit": "c"})
+    names = {"release": "gpt2-small-mlp-tm", "id": "blocks.3.hook_mlp_out", "repo": source.repo, "path": source.path}
+    assert record == {"model": published.model, "metadata": {"a": 1, "source": {**names, "commit": "c"}}}
+    on_neuronpedia = resolve("gpt2-small-res-jb", "blocks.8.hook_resid_pre").record({}, {"commit": "c"})
+    assert on_neuronpedia["metadata"]["neuronpedia_id"] == "gpt2-small/8-res-jb"
     again = resolve(published.repo, published.path)
     assert (again.published, again.provenance()) == (published, provenance)
 
@@ -36,7 +40,9 @@ def test_a_repository_that_the_catalogue_does_not_have(tmp_path, monkeypatch):
     source = resolve("some-one/their-saes", "a//b/")
     assert source == Source("saewb.load_sae('some-one/their-saes', 'a//b/')", repo="some-one/their-saes", path="a/b")
     assert source.provenance() == Provenance(repo="some-one/their-saes", path="a/b")
-    assert source.metadata() == {"repo": "some-one/their-saes", "path": "a/b"}
+    names = {"repo": "some-one/their-saes", "path": "a/b"}
+    assert source.record({}, {"commit": "c"}) == {"metadata": {"source": {**names, "commit": "c"}}}
+    assert source.record({"a": 1}, {}) == {}  # local files
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):

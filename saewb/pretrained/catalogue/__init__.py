@@ -100,7 +100,7 @@ def ids(release: str) -> list[str]:
     return expand(_spec(release))["id"]
 
 
-def find(release: str, id: str) -> PublishedSAE:
+def find(release: str, id: str | None) -> PublishedSAE:
     """Find a published SAE by release and id.
 
     Raises:
@@ -112,14 +112,15 @@ def find(release: str, id: str) -> PublishedSAE:
         ('jbloom/GPT2-Small-SAEs-Reformatted', 60.0, 'gpt2-small/8-res-jb', 151096320)
     """
     spec = _spec(release)
-    columns = expand(spec)
-    if id not in columns["id"]:
-        close = near(id, columns["id"])
-        some = f"one of its {len(columns['id'])} ids, e.g. {', '.join(columns['id'][:3])}"
-        fix = f"saewb.load_sae({release!r}, {(close or columns['id'])[0]!r})"
-        what = f"the release {release!r} has no SAE {id!r}."
+    published = _published(spec, "id", id)
+    if published is None:
+        known = expand(spec)["id"]
+        close = near(id, known) if id else []
+        what = f"the release {release!r} has no SAE {id!r}." if id else f"got the release {release!r} and no id."
+        some = f"one of its {len(known)} ids, e.g. {', '.join(known[:6])}"
+        fix = f"saewb.load_sae({release!r}, {(close or known)[0]!r})"
         raise ValueError(explain(what, near=close, want="" if close else some, fix=fix))
-    return _published(spec, columns, columns["id"].index(id))
+    return published
 
 
 def at(repo: str, path: str) -> PublishedSAE | None:
@@ -129,13 +130,8 @@ def at(repo: str, path: str) -> PublishedSAE | None:
         >>> at("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre").release
         'gpt2-small-res-jb'
     """
-    for line in lines():
-        if f'"repo":"{repo}"' in line:
-            spec = json.loads(line)
-            columns = expand(spec)
-            if path in columns["path"]:
-                return _published(spec, columns, columns["path"].index(path))
-    return None
+    specs = (json.loads(line) for line in lines() if f'"repo":"{repo}"' in line)
+    return next((published for spec in specs if (published := _published(spec, "path", path)) is not None), None)
 
 
 _DEFAULTS = {"format": "sae_lens", "dtype": "float32"}
@@ -145,7 +141,12 @@ _SHARED = (
 )
 
 
-def _published(spec: Mapping[str, Any], columns: Mapping[str, list[Any]], row: int) -> PublishedSAE:
+def _published(spec: Mapping[str, Any], column: str, value: str | None) -> PublishedSAE | None:
+    """The first SAE of a release with this value in a column; None if there is none."""
+    columns = expand(spec)
+    if value not in columns[column]:
+        return None
+    row = columns[column].index(value)
     shared = {name: spec[name] for name in _SHARED if name in spec}
     return PublishedSAE(**_DEFAULTS | shared, **{name: values[row] for name, values in columns.items()})
 

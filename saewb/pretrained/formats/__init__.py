@@ -27,7 +27,7 @@ from saewb.pretrained.formats.saelens import SAELens
 from saewb.pretrained.formats.sparsify import Sparsify
 from saewb.pretrained.formats.temporal import Temporal
 
-__all__ = ["LAYOUTS", "Layout", "Provenance", "TensorFile", "absence", "detect", "is_readable", "layouts_named", "read"]
+__all__ = ["LAYOUTS", "Layout", "Provenance", "TensorFile", "absence", "detect", "is_readable", "patterns", "read"]
 
 # In order of precedence: `detect` returns the first that matches.
 LAYOUTS: list[Layout] = [
@@ -63,9 +63,8 @@ def detect(path: Path) -> Layout:
         FormatError: if there is none; the message lists the files and the known layouts.
     """
     path = Path(path)
-    for layout in LAYOUTS:
-        if layout.detect(path):
-            return layout
+    if (layout := _first_match(path)) is not None:
+        return layout
     what, inner = f"the file {path}", None
     if path.is_dir():
         names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
@@ -79,12 +78,22 @@ def detect(path: Path) -> Layout:
 
 def is_readable(path: Path) -> bool:
     """Whether any layout recognizes this folder or file."""
-    return any(layout.detect(path) for layout in LAYOUTS)
+    return _first_match(path) is not None
 
 
-def layouts_named(format: str | None) -> list[Layout]:
-    """Layouts by their name in the catalogue's `format` column; all layouts for None."""
-    return [layout for layout in LAYOUTS if format is None or format in layout.aliases]
+def _first_match(path: Path) -> Layout | None:
+    return next((layout for layout in LAYOUTS if layout.detect(path)), None)
+
+
+def patterns(path: str, format: str | None = None) -> list[str]:
+    """Patterns of a repository's files that hold an SAE.
+
+    Args:
+        path: folder or file in the repository.
+        format: name of its layout in the catalogue's `format` column; None means any layout.
+    """
+    layouts = (layout for layout in LAYOUTS if format is None or format in layout.aliases)
+    return [pattern for layout in layouts for pattern in layout.patterns(path)]
 
 
 def read(
