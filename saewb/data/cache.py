@@ -19,7 +19,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from saewb._files import atomic_write, load_state, save_state, write_text
+from saewb._files import atomic_write, load_state, save_state, write_json
 from saewb.data.documents import EpochCursor
 from saewb.data.shuffle_buffer import FifoBuffer
 from saewb.data.sources import ModelSource
@@ -176,7 +176,7 @@ def _write(folder: Path, source: ModelSource, request: dict[str, Any]) -> None:
     }
     sizes = {"n_tokens": n_tokens, "shard_tokens": size}
     index = {"saewb_cache": _VERSION, **sizes, "points": points, "asked": request}
-    write_text(folder / _INDEX, json.dumps(index, indent=1))
+    write_json(folder / _INDEX, index)
     (folder / _PROGRESS).unlink(missing_ok=True)
 
 

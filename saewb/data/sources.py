@@ -87,6 +87,14 @@ class ModelSource:
         """The first layer that does not run; None if all do."""
         return stop_layer(self.model, self._names)
 
+    @torch.no_grad()
+    def widths(self) -> dict[str, int]:
+        """Width of the activations at each point, from a forward pass of two tokens."""
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=next(self.model.parameters()).device)
+        cache = capture(self.model, ids, self._names)
+        both = torch.arange(2)
+        return {key: self._select(cache[n], head, ids, both, key).shape[1] for key, (n, head) in self.points.items()}
+
     def __iter__(self) -> Iterator[Activations]:
         return self
 

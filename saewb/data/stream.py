@@ -323,6 +323,25 @@ def stream_activations(
     return ActivationStream(source, batch_tokens, buffer_tokens=buffer_tokens, seed=seed, prefetch=prefetch)
 
 
+def stream_widths(stream: ActivationStream) -> dict[str, int]:
+    """Width of the activations at each point of a stream; no tokens are taken from it.
+
+    Args:
+        stream: a model's, which then runs on two tokens, or another one, whose next tokens are read.
+
+    Raises:
+        ValueError: if the stream is empty.
+    """
+    if isinstance(stream.source, ModelSource):
+        return stream.source.widths()
+    first = stream.peek()
+    if first is None and (first := next(stream, None)) is not None:
+        stream.put_back()
+    if first is None:
+        raise ValueError(explain("the stream is empty.", want="one batch or more"))
+    return {name: value.shape[1] for name, value in first.values.items()}
+
+
 def model_tokens(
     model: nn.Module, tokens: Any, *, ctx_len: int, pass_tokens: int = PASS_TOKENS, repeat: bool = False
 ) -> TokenStream:

@@ -354,7 +354,15 @@ class RunSpec:
         return min(self.train.n_tokens, 16 * self.train.batch_tokens if n_tokens is None else n_tokens)
 
     def with_widths(self, widths: Mapping[str, int]) -> RunSpec:
-        """The spec with the widths of a stream; if it has a single point, SAEs that name none read that."""
+        """The spec with the widths of a stream; if it has a single point, SAEs that name none read that.
+
+        Raises:
+            ValueError: for a point that the stream does not have.
+        """
+        for point in self.points:
+            if point not in widths:
+                what = f"the stream has no point {point!r}."
+                raise ValueError(explain(what, near=near(point, widths), want=", ".join(widths)))
         only = next(iter(widths)) if len(widths) == 1 else None
         saes = {name: replace(sae, read=sae.read or only) for name, sae in self.saes.items()}
         return replace(self, saes=saes, widths=dict(widths))

@@ -21,7 +21,7 @@ from saewb.training.normalization import (
     estimate_whitening,
 )
 from saewb.training.objectives import Objective
-from saewb.training.step_metrics import HeldOut, TrainStep
+from saewb.training.step_metrics import HeldOut, RunUp, TrainStep
 from saewb.training.trainer import SAETrainer, check_state, check_trainee
 
 PROBE_ROWS = 256  # rows of the last batch on which an export is checked
@@ -255,17 +255,19 @@ class Training:
         return False
 
     @property
-    def ahead(self) -> tuple[str, int, int] | None:
-        """(purpose, tokens read, tokens to read) before the first step; None once that can be taken.
+    def ahead(self) -> RunUp | None:
+        """What is read before the first step; None once that can be taken.
 
         Any thread may read it at any time.
         """
         size, normalizes = self.config.batch_tokens, self.config.normalization in _ESTIMATED
         if self._skipped < self._n_skip:
-            return "going back to its place", self._skipped * size, self._n_skip * size
+            return RunUp("going back to its place", self._skipped * size, self._n_skip * size)
+        if self._trainers:
+            return None
         purpose = "estimating " + ("the normalization" if normalizes else "on the first tokens")
         purpose = purpose if self._estimates else "reading the first batch"
-        return None if self._trainers else (purpose, len(self._pending) * size, self._n_estimate_batches * size)
+        return RunUp(purpose, len(self._pending) * size, self._n_estimate_batches * size)
 
     @property
     def _n_estimate_batches(self) -> int:

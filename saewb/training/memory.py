@@ -174,7 +174,8 @@ def training_memory(
     elif any(sae.read is None for sae in spec.saes.values()):
         raise ValueError(explain("got no hook.", want="where to read", fix='hook="blocks.4.hook_resid_post"'))
     else:
-        widths = point_widths(shared_copy(model), spec.points)
+        rows = stream_tokens(torch.zeros(1, 2, dtype=torch.int64))
+        widths = ModelSource(shared_copy(model), rows, spec.points).widths()
     if device is None and model is not None:
         device = next(model.parameters()).device
     return run_memory(spec.with_widths(widths), model, device)
@@ -193,12 +194,6 @@ def run_memory(spec: RunSpec, model: nn.Module | None, device: torch.device | st
         model=model,
         device=device or "cpu",
     )
-
-
-def point_widths(model: nn.Module, points: Iterable[str]) -> dict[str, int]:
-    """Width of each point of a model, from a forward pass of two tokens."""
-    first = next(ModelSource(model, stream_tokens(torch.zeros(1, 2, dtype=torch.int64)), points))
-    return {name: value.shape[1] for name, value in first.values.items()}
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ from saewb.training.run_display import (
     measures_held_out,
     run_html,
     run_repr,
-    run_up,
 )
 from saewb.training.run_folder import RunFolder
+from saewb.training.step_metrics import RunUp
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +76,10 @@ class Run:
     ) -> None:
         self.spec, self.memory = spec, memory
         self.error: BaseException | None = None
+        if parallel.size > 1:
+            training.begin()
+        if not parallel.is_main:
+            folder, loggers = None, ()
         self._training, self._stream, self._folder, self._parallel = training, stream, folder, parallel
         self._layers, self._config = layers, training.config
         self._log = _RunLog(tuple(spec.saes), folder, loggers, rows, lambda: self.state)
@@ -86,7 +90,7 @@ class Run:
         self._final: RunState | None = None
         self._saes: dict[str, Any] | None = None
         self._done = self._from = (training.n_steps, training.n_tokens)
-        self._run_up = run_up(stream.filling, training.ahead)
+        self._run_up = self._reading()
         self._seconds = seconds  # spent training, without pauses, over all sessions
         self._pace = Pace()
         self._thread = threading.Thread(target=self._work, name="saewb-train", daemon=True)
@@ -280,12 +284,16 @@ class Run:
         """Run one forward pass, or read one batch, for the first step; return whether it needs more."""
         with self._step_turn():
             more = not self._stopping and self._training.read_ahead(self._stream.fill)
-            now = run_up(self._stream.filling, self._training.ahead)
+            now = self._reading()
             self._pace = self._pace if now and self._run_up and now.what == self._run_up.what else Pace()
             if now:
                 self._pace.update(now.n_tokens)
             self._run_up = now
             return more
+
+    def _reading(self) -> RunUp | None:
+        filling = self._stream.filling
+        return self._training.ahead if filling is None else RunUp("filling the buffer", *filling)
 
     def _next_step(self, steps: Iterator[TrainStep]) -> TrainStep | None:
         with self._step_turn():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from saewb.errors import explain
-from saewb.training.step_metrics import DENSITY_EDGES
+from saewb.training.step_metrics import DENSITY_EDGES, RunUp
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,33 +19,6 @@ if TYPE_CHECKING:
 CURVES = ("loss", "l0", "fvu", "dead_frac", "n_dense", "lr", "held_out/fvu")
 DENSITY_COUNTS = "density_counts"
 """Column of the history with `Densities.counts`, prefixed by the SAE's name if there are several."""
-
-
-@dataclass(frozen=True)
-class RunUp:
-    """Progress of the reading before the first step of a run."""
-
-    what: str
-    """Purpose: "filling the buffer", "estimating the normalization", ..."""
-    n_tokens: int
-    """Tokens read."""
-    total_tokens: int
-    """Tokens to read."""
-
-    @property
-    def frac(self) -> float:
-        """Fraction of the tokens that is read."""
-        return self.n_tokens / self.total_tokens
-
-    def __str__(self) -> str:
-        return f"{self.what}, {self.n_tokens:,} of {self.total_tokens:,} tokens"
-
-
-def run_up(filling: tuple[int, int] | None, ahead: tuple[str, int, int] | None) -> RunUp | None:
-    """Run-up from `ActivationStream.filling`, (tokens there, tokens needed), or else from `Training.ahead`."""
-    if filling is not None:
-        return RunUp("filling the buffer", *filling)
-    return None if ahead is None else RunUp(*ahead)
 
 
 @final

@@ -22,10 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, final
 
-from saewb._files import load_state, save_state, write_text
+from saewb._files import load_state, save_state, write_json, write_text
 from saewb.errors import FormatError, explain
 from saewb.pretrained.formats import saelens
-from saewb.pretrained.load import load_sae, save_sae
+from saewb.pretrained.load import load_sae
 from saewb.training.config import FORMAT, RunSpec
 
 SPEC, HISTORY, END, CHECKPOINT = "run.json", "history.jsonl", "end.json", "checkpoint.pt"
@@ -53,19 +53,28 @@ class RunFolder:
             self._lock = _acquire_lock(self.path)
         self._history: IO[str] | None = None
 
-    def create(self, spec: RunSpec) -> None:
-        """Write the spec of a new run, and the trained SAEs that it continues from.
+    @classmethod
+    def create(cls, path: str | Path, spec: RunSpec) -> RunFolder:
+        """Create the folder of a new run, with its spec and the trained SAEs that it continues from.
 
         Raises:
             FileExistsError: if the folder holds a run.
+            RuntimeError: if a run is going on in it.
         """
-        if (self.path / SPEC).exists():
-            fix = f"saewb.resume_run({str(self.path)!r}, model=model, tokens=tokens)"
-            raise FileExistsError(explain(f"{str(self.path)!r} holds a run already.", want="a new folder", fix=fix))
-        for name, sae in spec.saes.items():
-            if sae.init is not None:
-                save_sae(sae.init, self.path / "init" / name, overwrite=True)
-        self._write_json(SPEC, spec.to_dict())
+        folder = cls(path)
+        try:
+            if (folder.path / SPEC).exists():
+                fix = f"saewb.resume_run({str(folder.path)!r}, model=model, tokens=tokens)"
+                what = f"{str(folder.path)!r} holds a run already."
+                raise FileExistsError(explain(what, want="a new folder", fix=fix))
+            inits = {name: sae.init for name, sae in spec.saes.items() if sae.init is not None}
+            if inits:
+                folder._write_saes(inits, "init")
+            write_json(folder.path / SPEC, spec.to_dict())
+        except BaseException:
+            folder.close()
+            raise
+        return folder
 
     def read_spec(self) -> RunSpec:
         """Read the spec with the SAEs that it continues from; see the function `read_spec`."""
@@ -96,7 +105,7 @@ class RunFolder:
         rows = [row for row in map(_parse_row, lines) if row is not None and row["n_tokens"] <= n_tokens]
         if self._writes:
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-            self._write_json(SPEC, spec.to_dict())
+            write_json(self.path / SPEC, spec.to_dict())
             (self.path / END).unlink(missing_ok=True)
         return rows
 
@@ -108,7 +117,7 @@ class RunFolder:
         """
         if not self.path.is_dir():  # else writing would create it anew, with only its end record
             raise FileNotFoundError(_missing_folder(self.path))
-        self._write_json(END, end)
+        write_json(self.path / END, end)
 
     def write_checkpoint(
         self, training: Mapping[str, Any], seconds: float, saes: Mapping[str, Any], at_tokens: int | None
@@ -159,9 +168,6 @@ class RunFolder:
             if file is not None:
                 file.close()
         self._history = self._lock = None
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_text(self.path / name, json.dumps(content, indent=1))
 
     def _write_saes(self, saes: Mapping[str, Any], *below: str) -> None:
         """Write SAEs into a subfolder; never creates the run's folder itself, which may have been deleted."""

@@ -1,4 +1,4 @@
-"""Metrics of a training step; tensors stay on the device until they are read."""
+"""Metrics of a training step, whose tensors stay on the device until they are read; progress before the first step."""
 
 from __future__ import annotations
 
@@ -18,6 +18,26 @@ from saewb.stats.firing import Firing
 from saewb.training.objectives.sparsity_coefficient import Coefficient, CoefficientWarning, coefficient_warnings
 
 DENSITY_EDGES = tuple(10 ** (i / 4 - 7) for i in range(29))  # 10^-7 to 1, four bins for each factor of ten
+
+
+@dataclass(frozen=True)
+class RunUp:
+    """Progress of the reading before the first step of a run."""
+
+    what: str
+    """Purpose: "filling the buffer", "estimating the normalization", ..."""
+    n_tokens: int
+    """Tokens read."""
+    total_tokens: int
+    """Tokens to read."""
+
+    @property
+    def frac(self) -> float:
+        """Fraction of the tokens that is read."""
+        return self.n_tokens / self.total_tokens
+
+    def __str__(self) -> str:
+        return f"{self.what}, {self.n_tokens:,} of {self.total_tokens:,} tokens"
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from saewb.data.cache import ActivationCache
 from saewb.data.documents import TextFiles
 from saewb.data.sources import ModelSource
-from saewb.data.stream import ActivationStream, model_tokens
+from saewb.data.stream import ActivationStream, model_tokens, stream_widths
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
-from saewb.errors import check_device, explain, near
+from saewb.errors import check_device, explain
 from saewb.interventions.attachment import attachments
 from saewb.models.capture import Activations, concatenate
 from saewb.models.load import load_model
@@ -26,7 +26,7 @@ from saewb.models.tokenizer import special_ids
 from saewb.training import Training
 from saewb.training.config import RunSpec, Trainee
 from saewb.training.loggers import Logger
-from saewb.training.memory import point_widths, run_memory
+from saewb.training.memory import MemoryEstimate, run_memory
 from saewb.training.run import Run
 from saewb.training.run_folder import SPEC, RunFolder, read_spec
 
@@ -149,16 +149,21 @@ def resume_run(
         spec, checkpoint = run_folder.read_spec(), run_folder.read_checkpoint()
         if n_tokens is not None:
             spec = replace(spec, train=replace(spec.train, n_tokens=n_tokens))
-        stream, _ = _open_stream(spec, model, tokens, parallel)
-        return _launch(
-            spec,
+        with parallel.raise_together():
+            stream = _open_stream(spec, model, tokens, parallel)
+            training, memory = _prepare(spec, stream, model, held_out, device, parallel)
+        training.restore(checkpoint["training"])
+        rows = run_folder.rewind(spec, training.n_tokens)
+        return Run(
+            training,
             stream,
-            checkpoint,
-            model=model,
+            spec,
+            memory=memory,
             folder=run_folder,
-            held_out=held_out,
             loggers=loggers,
-            device=device,
+            layers=(stream.stop_layer, None if model is None else model.cfg.n_layers),
+            rows=rows,
+            seconds=checkpoint["seconds"],
             parallel=parallel,
         )
     except BaseException:
@@ -243,16 +248,19 @@ def _start(
 ) -> Run:
     parallel = ParallelContext.from_environment()
     with parallel.raise_together():
-        stream, widths = _open_stream(spec, model, tokens, parallel)
-    spec = replace(spec.with_widths(widths), model=None if model is None else model.cfg.model_name)
-    run = _launch(
-        spec,
+        stream = _open_stream(spec, model, tokens, parallel)
+        widths = stream_widths(stream)
+        spec = replace(spec.with_widths(widths), model=None if model is None else model.cfg.model_name)
+        training, memory = _prepare(spec, stream, model, held_out, device, parallel)
+        run_folder = RunFolder.create(folder, spec) if folder is not None and parallel.is_main else None
+    run = Run(
+        training,
         stream,
-        model=model,
-        folder=folder,
-        held_out=held_out,
+        spec,
+        memory=memory,
+        folder=run_folder,
         loggers=loggers,
-        device=device,
+        layers=(stream.stop_layer, None if model is None else model.cfg.n_layers),
         parallel=parallel,
     )
     if spec.train.n_steps < FEW_STEPS:
@@ -261,19 +269,15 @@ def _start(
     return run
 
 
-def _launch(
+def _prepare(
     spec: RunSpec,
     stream: ActivationStream,
-    state: Mapping[str, Any] | None = None,
-    *,
     model: nn.Module | None,
-    folder: RunFolder | str | Path | None,
     held_out: Any,
-    loggers: Sequence[Logger],
     device: torch.device | str | None,
     parallel: ParallelContext,
-) -> Run:
-    """Start a run of this spec on a stream, from a checkpoint's state or from the beginning."""
+) -> tuple[Training, MemoryEstimate]:
+    """Check the memory, read the held-out activations, and create the training."""
     if device is not None:
         device = check_device(device)
     elif model is not None:
@@ -285,55 +289,20 @@ def _launch(
     if not memory.fits:
         what = f"this training needs about {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"
         warnings.warn(f"{what}:\n{memory}\n  fix:  a smaller batch_tokens, buffer_tokens or d_sae", stacklevel=4)
-    held_out = None if held_out is None else _held_out_activations(spec, model, held_out)
-    rows: list[dict[str, Any]] = []
-    with parallel.raise_together():
-        training = Training(stream, spec.saes, spec.train, held_out=held_out, device=device, parallel=parallel)
-        if state is None and folder is not None and parallel.is_main:
-            folder = _create_folder(folder, spec)
-    if state is not None:
-        training.restore(state["training"])
-        rows = folder.rewind(spec, training.n_tokens)
-    if parallel.size > 1:
-        training.begin()
-    return Run(
-        training,
-        stream,
-        spec,
-        memory=memory,
-        folder=folder if parallel.is_main else None,
-        loggers=loggers if parallel.is_main else (),
-        layers=(stream.stop_layer, None if model is None else model.cfg.n_layers),
-        rows=rows,
-        seconds=0.0 if state is None else state["seconds"],
-        parallel=parallel,
-    )
-
-
-def _create_folder(path: str | Path, spec: RunSpec) -> RunFolder:
-    folder = RunFolder(path)
-    try:
-        folder.create(spec)
-    except BaseException:
-        folder.close()
-        raise
-    return folder
+    activations = None if held_out is None else _held_out_activations(spec, model, held_out)
+    return Training(stream, spec.saes, spec.train, held_out=activations, device=device, parallel=parallel), memory
 
 
 # -- the stream ------------------------------------------------------------------------------------------------------
 
 
-def _open_stream(
-    spec: RunSpec, model: nn.Module | None, tokens: Any, parallel: ParallelContext
-) -> tuple[ActivationStream, Mapping[str, int]]:
-    """Open the stream; its widths by point come from the spec, the data, or else a short forward pass."""
+def _open_stream(spec: RunSpec, model: nn.Module | None, tokens: Any, parallel: ParallelContext) -> ActivationStream:
     options = {"batch_tokens": spec.train.batch_tokens, "seed": spec.train.seed, "prefetch": spec.data.prefetch}
     options["buffer_tokens"] = spec.buffer_tokens
     if isinstance(tokens, ActivationStream):
-        return tokens, spec.widths or _stream_widths(tokens, spec.points)
+        return tokens
     if isinstance(tokens, ActivationCache):
-        points = spec.points or list(tokens.points)
-        return tokens.stream(**options, points=points), {name: tokens.points[name] for name in points}
+        return tokens.stream(**options, points=spec.points or None)
     if model is None:
         what = "train got no model, and tokens that are no activations."
         raise ValueError(explain(what, want="a model; or an ActivationStream or ActivationCache for tokens"))
@@ -347,7 +316,7 @@ def _open_stream(
     model = shared_copy(model)  # its own hook points, so that hooks elsewhere do not affect the run
     source = _model_source(spec, model, tokens, spec.points, repeat=True, parallel=parallel)
     options["prefetch"] *= parallel.size == 1  # collectives from two threads would run out of order
-    return ActivationStream(source, **options), spec.widths or point_widths(model, source.points)
+    return ActivationStream(source, **options)
 
 
 def _model_source(
@@ -363,20 +332,6 @@ def _model_source(
     rows = model_tokens(model, tokens, ctx_len=data.ctx_len, pass_tokens=data.pass_tokens, repeat=repeat)
     skipped = special_ids(model, data.skip_special_tokens)
     return ModelSource(model, rows, points, positions=slice(*data.positions), skipped=skipped, parallel=parallel)
-
-
-def _stream_widths(stream: ActivationStream, points: Iterable[str]) -> dict[str, int]:
-    """Width of each point, from the first tokens of the stream."""
-    first = stream.peek()
-    if first is None and (first := next(stream, None)) is not None:
-        stream.put_back()
-    if first is None:
-        raise ValueError(explain("the stream is empty.", want="one batch or more"))
-    for point in points:
-        if point not in first.values:
-            points = list(first.values)
-            raise ValueError(explain(f"the stream has no point {point!r}.", near=near(point, points), want=str(points)))
-    return {name: value.shape[1] for name, value in first.values.items()}
 
 
 def _held_out_activations(spec: RunSpec, model: nn.Module | None, held_out: Any) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from helpers.gated_stream import PATIENCE, Gated
 
 import saewb
 from saewb._files import load_state
+from saewb.training.step_metrics import RunUp
 
 TOPK = saewb.TopK(d_sae=24, k=4)
 HOW = {"n_tokens": 400, "batch_tokens": 40, "log_every_steps": 1, "estimate_tokens": 120}
@@ -44,7 +45,7 @@ def test_it_says_what_it_reads_before_the_first_step():
     gated.let(2)
     gated.until_asked(2)
     progress = run.progress
-    assert progress.run_up == saewb.training.run_display.RunUp("filling the buffer", 120, 200)
+    assert progress.run_up == RunUp("filling the buffer", 120, 200)
     assert str(progress).startswith("running: filling the buffer, 120 of 200 tokens, ")
     assert str(progress).endswith(" tokens/s")
     assert (progress.tokens_per_s > 0, progress.seconds_left, progress.n_tokens) == (True, None, 0)

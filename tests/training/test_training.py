@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import saewb
 from saewb.training import DENSITY_EDGES, TrainConfig, Trainee, Training
 from saewb.training.sparse_step import has_sparse_step
+from saewb.training.step_metrics import RunUp
 
 B = 50
 CONFIG = TrainConfig(
@@ -612,11 +613,8 @@ def test_thresholds_are_taken_from_the_tokens_that_estimates_are(normalization, 
     first = next(steps)  # the batch they are taken from, before weights change
     assert [float(first.saes[name].l0) for name in "ab"] == pytest.approx([4.5, 2.5], abs=1 / 64)
     wide = saewb.Training(skewed(), objectives, saewb.TrainConfig(**how))
-    assert wide.ahead == (
-        "estimating " + ("the normalization" if normalization in ("centered", "whitened") else "on the first tokens"),
-        0,
-        256,
-    )
+    purpose = "the normalization" if normalization in ("centered", "whitened") else "on the first tokens"
+    assert wide.ahead == RunUp(f"estimating {purpose}", 0, 256)
     assert float(next(iter(wide)).saes["a"].l0) == pytest.approx(4.5, rel=0.25)
 
 
