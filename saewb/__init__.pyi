@@ -74,9 +74,9 @@ from .sae.sae import SAE as SAE
 from .sae.sparse import SparseLatents as SparseLatents
 from .sae.temporal import TemporalConfig as TemporalConfig
 from .sae.temporal import TemporalSAE as TemporalSAE
+from .stats.coactivation import Coactivation as Coactivation
 from .stats.coactivation import CoactivationStream as CoactivationStream
 from .stats.coactivation import coactivation as coactivation
-from .stats.cooccurrence import Coactivation as Coactivation
 from .stats.correlation import LowRankCorrelation as LowRankCorrelation
 from .stats.correlation import correlation_stats as correlation_stats
 from .stats.correlation import random_correlation as random_correlation

@@ -139,6 +139,12 @@ class SAEConfig(CoderConfig):
 class OnePointConfig(CoderConfig):
     """Base of the configurations of architectures whose output is at the hook point of the input."""
 
+    def __post_init__(self) -> None:
+        self._replace(metadata=dict(self.metadata))
+        self._check_counts("d_in", "d_sae")
+        self._check_choice("pre_bias", Literal["none", "tied"])
+        self._check_choice("normalization", TokenNormalization)
+
     @property
     def d_out(self) -> int:
         """Width of the output: d_in."""

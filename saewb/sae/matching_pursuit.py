@@ -52,10 +52,7 @@ class PursuitConfig(OnePointConfig):
     """Other fields of its file, unchanged."""
 
     def __post_init__(self) -> None:
-        self._replace(metadata=dict(self.metadata))
-        self._check_counts("d_in", "d_sae")
-        self._check_choice("pre_bias", Literal["none", "tied"])
-        self._check_choice("normalization", TokenNormalization)
+        super().__post_init__()
         self._check(self.residual_threshold >= 0, "residual_threshold", "a length, 0 or more")
         if self.max_iterations is not None:
             self._check_counts("max_iterations")

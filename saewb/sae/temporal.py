@@ -59,8 +59,8 @@ class TemporalConfig(OnePointConfig):
     """Other fields of its file, unchanged."""
 
     def __post_init__(self) -> None:
-        self._replace(metadata=dict(self.metadata))
-        self._check_counts("d_in", "d_sae", "n_heads", "bottleneck_factor")
+        super().__post_init__()
+        self._check_counts("n_heads", "bottleneck_factor")
         self._check(type(self.n_attn_layers) is int and self.n_attn_layers >= 0, "n_attn_layers", ">= 0")
         want = f"a multiple of n_heads * bottleneck_factor = {self.n_heads} * {self.bottleneck_factor}"
         self._check(self.d_sae % (self.n_heads * self.bottleneck_factor) == 0, "d_sae", want)
@@ -70,8 +70,6 @@ class TemporalConfig(OnePointConfig):
             self._check(fits, "k", f"1 to d_sae={self.d_sae} for 'topk'")
         else:
             self._check(self.k is None, "k", "None, since activation 'relu' keeps no fixed number of latents")
-        self._check_choice("pre_bias", Literal["none", "tied"])
-        self._check_choice("normalization", TokenNormalization)
         self._check(self.factor > 0, "factor", "a positive number")
         self._check(self.factor == 1 or self.normalization == "none", "factor", "1 together with a normalization")
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.sae.sparse import SparseLatents
-from saewb.stats.cooccurrence import Coactivation
+from saewb.stats.coactivation import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation, correlation_stats
 
 _TOKEN_SUMS = 2**23  # numbers of [tokens, cells] held at a time

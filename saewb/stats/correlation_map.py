@@ -14,7 +14,7 @@ from saewb.errors import explain, near
 from saewb.stats._entries import Counts, Dense, Entries, Factors, Selected, unit
 from saewb.stats._ordering import by_clusters
 from saewb.stats._overview import BAND_ENTRIES, Overview, Pair, pool
-from saewb.stats.cooccurrence import Coactivation
+from saewb.stats.coactivation import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation
 
 

@@ -161,10 +161,8 @@ def test_nothing_fires():
 
 @pytest.mark.parametrize("by", ["phi", "jaccard", "correlation"])
 def test_partners_and_pairs_are_the_largest_of_the_blocks(by, monkeypatch):
-    from saewb.stats import cooccurrence as _together
-
-    monkeypatch.setattr(_together, "_TILE", 30)  # a few rows at a time
     found = coactivation([latents()])
+    monkeypatch.setattr(module, "_PAIRS", 30)  # a few rows at a time
     block = getattr(found, by)(range(12), range(12)).fill_diagonal_(-9)
     index, value = found.partners([3, 0], k=4, by=by)
     assert torch.equal(value, block[[3, 0]].topk(4).values)
