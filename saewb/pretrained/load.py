@@ -3,8 +3,8 @@
 1. `resolve` the arguments: the SAE inside the package ("tiny"), a folder or file, a release of the catalogue and one of
    its ids, or a repository of the hub and a folder in it.
 2. `hub.snapshot` downloads the files that are not in the hub's cache; without a network, only the cache is used.
-3. `detect` the layout, which reads the files; the catalogue completes their configuration.
-4. Record the source in `cfg.metadata["source"]`.
+3. `formats.read` detects the layout and reads the files; the catalogue completes their configuration.
+4. `Source.record` adds the source to `cfg.metadata["source"]`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 
 from saewb.errors import check_device, explain
 from saewb.hub import Progress, snapshot
-from saewb.pretrained.formats import absence, detect, is_readable, patterns, saelens
+from saewb.pretrained import formats
+from saewb.pretrained.formats import saelens
 from saewb.pretrained.resolve import Source, resolve
 from saewb.sae.config import SAEConfig
 from saewb.sae.cross_layer import CrossLayerTranscoder
@@ -79,10 +80,10 @@ def load_sae(
         ...     load_sae(folder)
         SAE(relu, 4 -> 9 latents, float32 on cpu)
     """
-    origin, device = resolve(source, id), check_device(device or "cpu")
-    files = _download(origin, is_readable, revision, force_download, token, progress)
-    layout = detect(files.path)
-    sae = layout.read(files.path, origin.provenance(scaling_factor), dtype=dtype, device=device)
+    device = check_device(device or "cpu")
+    origin = resolve(source, id)
+    files = _download(origin, formats.is_readable, revision, force_download, token, progress)
+    sae = formats.read(files.path, origin.provenance(scaling_factor), dtype=dtype, device=device)
     return sae.with_config(**origin.record(sae.cfg.metadata, files.record))
 
 
@@ -176,7 +177,7 @@ def _download(
     if origin.local is not None:
         return _Files(origin.local, {})
     published = origin.published
-    layout_files = patterns(origin.path, None if published is None else published.format)
+    layout_files = formats.patterns(origin.path, None if published is None else published.format)
     files = snapshot(
         origin.repo,
         origin.path,
@@ -190,7 +191,7 @@ def _download(
         progress=progress,
     )
     if not files.hashes:
-        raise FileNotFoundError(absence(origin.repo, origin.path, files.names))
+        raise FileNotFoundError(formats.absence(origin.repo, origin.path, files.names))
     record = {"revision": revision or "main", "commit": files.commit, "files": dict(files.hashes)}
     return _Files(files.root / origin.path, record)
 

@@ -7,20 +7,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saewb.errors import FormatError, explain
-from saewb.training.code_export import train_code
 from saewb.training.config import RunSpec
-from saewb.training.run_display import history_frame, measures_held_out
+from saewb.training.run_display import RunRecord
 from saewb.training.run_folder import CHECKPOINT, HISTORY, read_end, read_spec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PastRun:
+class PastRun(RunRecord):
     """A run as read from its folder, without a lock: its spec, history and state."""
 
     folder: Path
@@ -39,24 +35,9 @@ class PastRun:
     """Inode of the history file, and number of its bytes read."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of its SAEs."""
-        return tuple(self.spec.saes)
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """The history as a table, as `run.history`."""
-        return history_frame(self.rows)
-
-    @property
     def frac(self) -> float:
         """Fraction of all steps that is logged."""
         return self.rows[-1]["step"] / self.spec.train.n_steps if self.rows else 0.0
-
-    @property
-    def code(self) -> str:
-        """Python source of an equal run; needs `model` and `tokens` (and `held_out`, if it evaluated on them)."""
-        return train_code(self.spec, held_out=measures_held_out(self.rows))
 
     @property
     def before_first_step(self) -> bool:

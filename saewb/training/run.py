@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import Any, Literal, final
 
 from saewb.data.stream import ActivationStream
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
@@ -29,7 +29,6 @@ from saewb.errors import explain
 from saewb.models.hook_points import split_head
 from saewb.sae.sae import SAE
 from saewb.training import Diverged, Training, TrainStep
-from saewb.training.code_export import train_code
 from saewb.training.config import RunSpec
 from saewb.training.loggers import Event, Logger
 from saewb.training.memory import MemoryEstimate
@@ -37,16 +36,12 @@ from saewb.training.run_display import (
     DENSITY_COUNTS,
     Pace,
     Progress,
-    history_frame,
-    measures_held_out,
+    RunRecord,
     run_html,
     run_repr,
 )
 from saewb.training.run_folder import RunFolder
 from saewb.training.step_metrics import RunUp
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RunState = Literal["running", "paused", "stopped", "finished", "failed"]
 
@@ -54,7 +49,7 @@ _live: weakref.WeakSet[Run] = weakref.WeakSet()  # runs to stop when the interpr
 
 
 @final
-class Run:
+class Run(RunRecord):
     """A training run in the background, started by `saewb.train` or `saewb.resume_run`.
 
     Any thread may use it at any time. `run.spec` describes the training, `run.memory` is its memory estimate.
@@ -174,24 +169,9 @@ class Run:
         return Progress(self.state, step, self._config.n_steps, n_tokens, total, speed, left, *self._layers, ahead)
 
     @property
-    def history(self) -> pd.DataFrame:
-        """One row per logged step; with several SAEs, columns begin with their names. Also in `history.jsonl`."""
-        return history_frame(self.rows)
-
-    @property
     def rows(self) -> tuple[Mapping[str, Any], ...]:
         """The history as plain values, without pandas."""
         return tuple(self._log.rows)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of its SAEs."""
-        return tuple(self.spec.saes)
-
-    @property
-    def code(self) -> str:
-        """Python source of an equal run; needs `model` and `tokens` (and `held_out`, if it evaluates on them)."""
-        return train_code(self.spec, held_out=measures_held_out(self.rows))
 
     @property
     def saes(self) -> dict[str, Any]:

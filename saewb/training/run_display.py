@@ -6,11 +6,13 @@ import html
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from saewb.errors import explain
+from saewb.training.code_export import train_code
+from saewb.training.config import RunSpec
 from saewb.training.step_metrics import DENSITY_EDGES, RunUp
 
 if TYPE_CHECKING:
@@ -127,6 +129,35 @@ def _duration(seconds: float) -> str:
 # -- the history -----------------------------------------------------------------------------------------------------
 
 
+class RunRecord:
+    """Base of Run and PastRun: what follows from the spec and the history of a run."""
+
+    spec: RunSpec
+    """Which SAEs are trained, and how."""
+    rows: tuple[Mapping[str, Any], ...]
+    """History: one row per logged step, as plain values."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its SAEs."""
+        return tuple(self.spec.saes)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row per logged step; with several SAEs, columns begin with their names. Also in `history.jsonl`.
+
+        Histograms of densities are left out, see `saewb.run_densities`.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([{name: v for name, v in row.items() if not isinstance(v, list)} for row in self.rows])
+
+    @property
+    def code(self) -> str:
+        """Python source of an equal run; needs `model` and `tokens` (and `held_out`, if it evaluates on them)."""
+        return train_code(self.spec, held_out=any("held_out/" in column for row in self.rows[-1:] for column in row))
+
+
 @dataclass(frozen=True)
 class Densities:
     """Histogram of the densities of an SAE's latents in training."""
@@ -139,7 +170,7 @@ class Densities:
     """Number of latents: counts[0] below edges[0] or silent, counts[i] in [edges[i - 1], edges[i])."""
 
 
-def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+def run_curves(run: RunRecord, *, points: int = 300) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     """Curves of the history: for each SAE and metric, tokens and values, thinned out evenly.
 
     Every row is used, or every second, fourth, ..., and always the last, so that a growing curve does not jump. Values
@@ -175,7 +206,7 @@ def run_curves(run: Any, *, points: int = 300) -> dict[str, dict[str, tuple[list
     return curves
 
 
-def run_densities(run: Any) -> dict[str, Densities]:
+def run_densities(run: RunRecord) -> dict[str, Densities]:
     """Histogram of the densities of each SAE's latents, as of the last logged step.
 
     A latent's density is the fraction of about the last `density_tokens` tokens on which it is active. Bins are a
@@ -203,18 +234,6 @@ def run_densities(run: Any) -> dict[str, Densities]:
             if column in row:
                 densities[name] = Densities(row["n_tokens"], DENSITY_EDGES, tuple(row[column]))
     return densities
-
-
-def history_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows of a history as a table of numbers, without the histograms (see `run_densities`)."""
-    import pandas as pd
-
-    return pd.DataFrame([{name: v for name, v in row.items() if not isinstance(v, list)} for row in rows])
-
-
-def measures_held_out(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a history has held-out metrics."""
-    return any("held_out/" in column for row in rows[-1:] for column in row)
 
 
 def _thin(rows: Sequence[Any], points: int) -> list[Any]:

@@ -80,7 +80,7 @@ class SAETrainer:
         parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         self.trainee, self.config, self.read, self.write, self._parallel = trainee, config, read, write, parallel
-        self.params = _initial_params(trainee, config, read, write, d_in, d_out, device)
+        self.params = self._initial_params(d_in, d_out, device)
         if b_dec is not None and trainee.init is None:
             with torch.no_grad():
                 self.params.b_dec.copy_(b_dec)
@@ -95,6 +95,19 @@ class SAETrainer:
         self._n_batches = 0
         self._gradients = choose_gradients(trainee.objective, config)
         self._optimizer = _optimizer(self.params, config)
+
+    def _initial_params(self, d_in: int, d_out: int, device: torch.device) -> Params:
+        objective, init, seed = self.trainee.objective, self.trainee.init, self.trainee.seed
+        if init is None:
+            seed = self.config.seed if seed is None else seed
+            return objective.init_params(d_in, d_out if self.trainee.is_transcoder else None, seed=seed, device=device)
+        if (init.d_in, init.d_sae, init.d_out) != (d_in, objective.d_sae, d_out):
+            what = f"init has d_in, d_sae, d_out = {init.d_in}, {init.d_sae}, {init.d_out}."
+            want = f"{d_in}, {objective.d_sae}, {d_out} of the stream and the objective"
+            raise ValueError(explain(what, want=want))
+        params = objective.from_sae(to_training(init, self.read, self.write), device=device)
+        constrain(params, objective.rows)
+        return params
 
     def fit_thresholds(self, batches: Sequence[Float[Tensor, "tokens d_in"]]) -> None:
         """Set initial thresholds from the first batches, in the model's units, if the objective fits them to data."""
@@ -382,29 +395,6 @@ def check_state(state: Mapping[str, Any], trainees: Mapping[str, Any], config: T
     if changed:
         text = ", ".join(f"{k}={state['config'][k]!r}, now {values.get(k)!r}" for k in sorted(changed))
         raise ValueError(explain(f"the state was made with {text}.", want="the same config"))
-
-
-def _initial_params(
-    trainee: Trainee,
-    config: TrainConfig,
-    read: ActivationNormalizer,
-    write: ActivationNormalizer,
-    d_in: int,
-    d_out: int,
-    device: torch.device,
-) -> Params:
-    objective = trainee.objective
-    if trainee.init is not None:
-        shape = (trainee.init.cfg.d_in, trainee.init.cfg.d_sae, trainee.init.cfg.d_out)
-        want = (d_in, objective.d_sae, d_out)
-        if shape != want:
-            text = "init has d_in, d_sae, d_out = {}, {}, {}.".format(*shape)
-            raise ValueError(explain(text, want="{}, {}, {} of the stream and the objective".format(*want)))
-        params = objective.from_sae(to_training(trainee.init, read, write), device=device)
-        constrain(params, objective.rows)
-        return params
-    seed = config.seed if trainee.seed is None else trainee.seed
-    return objective.init_params(d_in, d_out if trainee.is_transcoder else None, seed=seed, device=device)
 
 
 def _optimizer(params: Params, config: TrainConfig) -> torch.optim.Optimizer:
