@@ -24,29 +24,34 @@ install_import_hook(
 import pytest
 import torch
 from helpers import tiny_models
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 LONG_NOTEBOOKS = ("08_compare_saes_and_transcoders.ipynb",)  # a minute or more
-QUICK_EXAMPLES = 10  # of a hypothesis test, unless the long ones are run
 
 torch.set_num_threads(1)  # models this small are slower on two, and much slower on a busy machine
 
 
+_SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("quick", max_examples=10, **_SHARED)
+settings.register_profile("long", max_examples=300, **_SHARED)
+
+
+def _is_long(config):
+    return "long" in config.option.markexpr.replace("not long", "")
+
+
+def pytest_configure(config):
+    """Hypothesis tests draw at most 10 examples by default, and with `-m long` all that they ask for."""
+    settings.load_profile("long" if _is_long(config) else "quick")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Hypothesis tests draw a few examples by default, and with `-m long` all that they ask for."""
-    is_long = "long" in config.option.markexpr.replace("not long", "")
+    """Long are some notebooks; and, with `-m long`, all hypothesis tests, which then run again at full size."""
     for item in items:
-        if item.path.name in LONG_NOTEBOOKS:
+        is_hypothesis_test = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        if item.path.name in LONG_NOTEBOOKS or (is_hypothesis_test and _is_long(config)):
             item.add_marker("long")
-        test = getattr(item, "obj", None)
-        if not getattr(test, "is_hypothesis_test", False):
-            continue
-        if is_long:
-            item.add_marker("long")
-        else:
-            full = test._hypothesis_internal_use_settings
-            test._hypothesis_internal_use_settings = settings(full, max_examples=min(full.max_examples, QUICK_EXAMPLES))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ import torch
 from benchmarks import dashboard, environments, index, markdown
 from benchmarks.__main__ import JOBS, main
 from benchmarks.measure import Row, Table, loaded, medians
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import saewb
@@ -110,7 +111,7 @@ def test_the_readme_keeps_what_stands_around_the_table(tmp_path):
 
 
 @given(st.lists(st.tuples(st.text(), st.none() | st.floats(0, 1e6), st.text()), max_size=4), st.text())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_tables_survive_json(rows, title):
     from dataclasses import asdict
 

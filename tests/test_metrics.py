@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb import metrics
@@ -164,7 +165,7 @@ def streams(draw):
     return sizes, x, recon
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(streams(), st.integers(0, 7))
 def test_a_stream_gives_what_the_whole_gives(data, cut):
     """In any batches; and as two streams, merged."""
@@ -190,7 +191,7 @@ def test_a_stream_gives_what_the_whole_gives(data, cut):
         assert found.relative_reconstruction_bias == pytest.approx(bias, rel=1e-8)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=7).filter(sum), st.integers(0, 1000), st.integers(0, 7))
 def test_firing_in_batches_is_exactly_firing_of_the_whole(sizes, seed, cut):
     latents = torch.randn(sum(sizes), 6, generator=torch.Generator().manual_seed(seed))

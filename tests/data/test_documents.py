@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.data.documents import EpochCursor, epoch_order
@@ -17,7 +18,7 @@ def indices(cursor, n, size, n_taken):
     return taken
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(1, 9), st.integers(1, 12), st.sampled_from([None, 0, 7]), st.integers(0, 5))
 def test_every_epoch_has_every_index_once_and_a_restored_cursor_goes_on(n, size, seed, n_before):
     cursor, again = EpochCursor(n, seed), EpochCursor(n, seed)

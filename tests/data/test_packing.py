@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_models
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import saewb
@@ -202,7 +203,7 @@ SOURCES = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.sampled_from(sorted(SOURCES)), st.integers(0, 40), st.integers(1, 9))
 def test_restored_streams_go_on_exactly(kind, n, n_rows):
     def new():

@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 from helpers import tiny_models
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import saewb
@@ -139,7 +140,7 @@ def test_errors_say_what_to_type(how, error, says):
 # -- exact batches, mixed --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.integers(0, 9), max_size=20), st.integers(1, 8), st.integers(0, 30), st.integers(0, 3))
 def test_every_token_once_in_batches_of_exactly_n(sizes, n, buffer, seed):
     chunks = list(numbered(sum(sizes)).split(sizes)) if sizes else []
@@ -205,7 +206,7 @@ KINDS = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.sampled_from(sorted(KINDS)), st.integers(0, 25), st.sampled_from([0, 40]), st.integers(0, 2))
 def test_restored_streams_go_on_bit_for_bit(kind, n, buffer, prefetch):
     how = {"buffer_tokens": buffer, "prefetch": prefetch, "seed": 3}

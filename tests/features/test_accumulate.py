@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.features.accumulate import LatentAccumulator, TokenRows
@@ -145,7 +146,7 @@ def part(tensors, name):
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.integers(0, 10**6), st.integers(1, 14), st.sets(st.integers(1, 13)), st.sets(st.integers(0, 9)), st.booleans()
 )
@@ -176,7 +177,7 @@ def test_it_is_what_brute_force_finds_for_any_batches_and_resumes(seed, rows, cu
         assert sorted(i for i in row if i >= 0) == values[r, c].nonzero()[:, 0].tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 10**6), st.integers(2, 14), st.data())
 def test_merged_parts_are_the_whole(seed, rows, data):
     ids, values = draw_text(seed, rows)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import saewb
@@ -62,7 +63,7 @@ def test_by_hand():
     assert enrichment_scores(effects, [torch.tensor([3, 4])]).item() == pytest.approx(0.5)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.integers(2, 40), st.integers(0, 9999), st.booleans(), st.data())
 def test_the_definition(vocab, seed, ties, data):
     effects = random_effects(3, vocab, seed)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers import tiny_models
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.features import build_index, search
@@ -13,7 +14,7 @@ from saewb.features.token_texts import TokenTexts
 LETTERS = st.text(alphabet="abAB kK\u212aſsß🙂", max_size=3)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(LETTERS, min_size=1, max_size=6), st.text(alphabet="abA kKsS", min_size=1, max_size=7), st.data())
 def test_no_context_that_has_the_text_is_left_out(strings, asked, data):
     words = TokenTexts(dict(enumerate(strings)))

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers.examples import examples
 from helpers.peak_memory import peak_bytes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import saewb
@@ -64,7 +65,7 @@ def _next_best(exact, which, activation):
     common=st.sampled_from([0.0, 1.0, 300.0]),
     long=st.sampled_from([1.0, 1e4, 0.0]),
 )
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_of_any_numbers_the_largest(seed, k, activation, scale, bias, common, long):
     assert_same(*numbers(seed, scale=scale, bias=bias, common=common, long=long), k, activation)
 
@@ -75,7 +76,7 @@ def test_of_any_numbers_the_largest(seed, k, activation, scale, bias, common, lo
     copies=st.integers(2, D_SAE),
     activation=st.sampled_from(["topk", "abstopk"]),
 )
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_of_latents_that_are_all_but_one_and_the_same(seed, near, copies, activation):
     """Differences far below what bf16 can tell: rows for which the candidates do not suffice are done in float32."""
     h, W, b = numbers(seed)
@@ -85,7 +86,7 @@ def test_of_latents_that_are_all_but_one_and_the_same(seed, near, copies, activa
 
 
 @given(seed=st.integers(0, 2**16), above=st.integers(0, 7))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_of_rows_where_fewer_than_k_are_above_zero(seed, above):
     h, W, b = numbers(seed)
     h = torch.ones_like(h) + h / 1000
@@ -125,7 +126,7 @@ def test_odd_weights_are_left_to_float32(where, odd):
     common=st.sampled_from([0.0, 1.0, 300.0]),
     long=st.sampled_from([1.0, 1e4]),
 )
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_the_bound_holds_for_every_rough_value(seed, scale, common, long):
     h, W, b = numbers(seed, scale=scale, common=common, long=long)
     made = ApproximateTopK.of(W, b, like=h)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.data.packing import Packer
@@ -14,7 +15,7 @@ IDS = st.integers(0, 4)  # few, so that documents often begin with a marker
 MARK = st.none() | IDS
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(st.lists(IDS, max_size=12), max_size=12), st.integers(2, 7), MARK, MARK, MARK, st.booleans())
 def test_rows_are_those_of_sae_lens(documents, ctx_len, row_start, separator, document_start, whole):
     packer = Packer(ctx_len, row_start, separator, document_start, whole)

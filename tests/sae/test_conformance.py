@@ -19,7 +19,8 @@ from helpers.architecture_registry import (
     temporal,
     transcoder,
 )
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
@@ -547,7 +548,7 @@ def _configs(draw):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(cfg=_configs(), seed=st.integers(0, 99))
 def test_save_and_load_any_configuration(cfg, seed, tmp_path_factory):
     sae = SAE(cfg, seed=seed)

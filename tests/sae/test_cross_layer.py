@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_models
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import saewb
@@ -72,7 +73,7 @@ def inputs(n=3, d=tiny_models.D_MODEL, shape=(2, 5), seed=1):
     st.booleans(),
     st.integers(0, 99),
 )
-@settings(max_examples=30, deadline=None, derandomize=True)
+@examples(30, derandomize=True)
 def test_encode_decode_and_forward_are_the_formula(widths, activation, skip, seed):
     clt = made(seed, activation=activation, d_in=5, d_out=7, widths=tuple(widths), skip=skip)
     xs = inputs(len(widths), 5, (3,), seed)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.sae.sparse import SparseLatents
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = examples(60)
 SIZES = {"rows": st.integers(0, 3), "ctx": st.integers(1, 4), "d_sae": st.integers(1, 7), "seed": st.integers(0, 999)}
 
 

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.examples import examples
 from helpers.peak_memory import peak_bytes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
@@ -97,7 +98,7 @@ def streams(draw):
     return sizes, x
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(streams(), st.integers(0, 6), st.sampled_from([1, 7, 2**19]))
 def test_any_split_gives_what_the_whole_gives(data, cut, pairs):
     """As one stream and as two that are merged, however few pairs are added at a time."""
@@ -117,7 +118,7 @@ def test_any_split_gives_what_the_whole_gives(data, cut, pairs):
         check(found, x)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(streams(), st.integers(1, 8))
 def test_between_two_saes(data, d_b):
     sizes, x = data

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.examples import examples
 from helpers.peak_memory import peak_bytes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.stats.correlation import (
@@ -62,7 +63,7 @@ def test_by_hand():
     assert (low.rms, low.mean) == pytest.approx((math.sqrt(0.25 / 3), 0.7 / 3), rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(2, 60), st.integers(1, 8), st.sampled_from([0.0, 1e-3, 0.1, 0.35]), st.integers(0, 9999))
 def test_dense_and_low_rank_and_the_definition_agree(n, rank, scale, seed):
     factor = torch.randn(n, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale

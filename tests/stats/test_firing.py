@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.sae.sparse import SparseLatents
@@ -57,7 +58,7 @@ def test_ultra_low_density_is_alive_and_rare():
     assert (found.dead_frac, found.ultra_low_frac, found.dense_frac) == (0.25, 0.25, 0.25)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(sum), st.integers(0, 999), st.integers(0, 6))
 def test_any_batches_of_whole_rows_sparse_or_dense(lengths, seed, cut):
     latents = torch.randn(sum(lengths), 6, generator=torch.Generator().manual_seed(seed)).double()

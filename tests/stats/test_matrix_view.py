@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import saewb
@@ -96,7 +97,7 @@ def test_blocks_are_those_of_the_matrix(name):
 
 @named
 @pytest.mark.parametrize("cells", ["mean", "strongest"])
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(data=st.data())
 def test_cells_are_means_and_strongest_entries(name, cells, data):
     view, full = VIEWS[name]

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.examples import examples
 from helpers.peak_memory import peak_bytes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.sae.sae import SAE, SAEConfig
@@ -143,13 +144,13 @@ def dictionaries(draw):
     return x
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(dictionaries(), st.lists(st.sampled_from([0, 12.5, 50, 95, 99, 100]), unique=True, max_size=4))
 def test_plain_definition(directions, percentiles):
     check(superposition(directions, percentiles, bins=20), directions, percentiles)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(dictionaries(), st.integers(1, 50))
 def test_sorting_finds_what_selecting_finds(directions, rows):
     """What runs on other devices, run here."""

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
@@ -98,7 +99,7 @@ def test_every_sample_is_as_likely():
     assert within(counts / 1500, torch.full((20,), 0.2), 1500)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 40), st.integers(1, 20), st.integers(0, 10**6))
 def test_any_size(n_samples, n_features, seed):
     data = SyntheticData(eye(n_features), random(n_features, 1.0, 0.0, seed=seed))

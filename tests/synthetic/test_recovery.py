@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.sae.sae import SAE, SAEConfig
@@ -109,7 +110,7 @@ def test_by_hand():
     assert found.to_frame().shape == (1, 12)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 99))
 def test_batches_make_no_difference(sizes, seed):
     data = SyntheticData(random_dictionary(12, 8), constant(12, 0.2))

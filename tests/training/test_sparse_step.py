@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.examples import examples
 from helpers.objective_registry import OBJECTIVES as THE_LIST
 from helpers.objective_registry import InMemory, true_features
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import saewb
@@ -100,7 +101,7 @@ def test_equals_autograd(name, kind):
     shift=st.sampled_from([-50.0, -1.0, 0.0, 1.0]),  # -50: every pre-activation negative
     dead=st.sampled_from([0.0, 0.3, 1.0]),
 )
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_equals_autograd_on_any_shape(name, tokens, d_in, seed, shift, dead):
     assert_same(*problem(OBJECTIVES[name], tokens, d_in, seed=seed, shift=shift, dead=dead))
 
@@ -334,7 +335,7 @@ def test_sparse_where_there_is_none_is_refused():
     shift=st.sampled_from([-40, -25, 0, 40]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_largest_is_topk(rows, d_sae, k, signed, slabs, seed, shift, dtype):
     """Whatever the share of negative numbers, which bf16's bits rank the other way."""
     tile = torch.randint(-30, 30, (rows, d_sae), generator=torch.Generator().manual_seed(seed)) + shift  # with ties
@@ -353,7 +354,7 @@ def test_largest_is_topk(rows, d_sae, k, signed, slabs, seed, shift, dtype):
     seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_above_is_nonzero(rows, d_sae, threshold, seed, dtype):
     threshold, rng = float(threshold), torch.Generator().manual_seed(seed)
     tile = torch.randint(-30, 30, (rows, d_sae), generator=rng).to(dtype)
@@ -366,7 +367,7 @@ def test_above_is_nonzero(rows, d_sae, threshold, seed, dtype):
 
 
 @given(tokens=st.integers(1, 90), n=st.integers(1, 300), seed=st.integers(0, 99), how=st.sampled_from(["full", "bf16"]))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_top_of_batch_is_topk_of_the_flattened_batch(tokens, n, seed, how):
     rng = torch.Generator().manual_seed(seed)
     x, W, norms = (

@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 from helpers import format_fixtures
+from helpers.examples import examples
 from helpers.format_tensors import weights
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pretrained.formats import (
     test_gemma_scope,
@@ -115,7 +116,7 @@ def test_messages_name_the_layout(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(25)
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused(name, data, tmp_path_factory):
     """One file cut short, with bytes flipped, emptied or gone: an SAE of the right widths, or a FormatError."""
@@ -154,7 +155,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40)
 @given(data=st.data())
 def test_any_configuration_is_read_or_refused(name, data, tmp_path_factory):
     """One or two of its values are others: an SAE, or a FormatError; any other error fails."""

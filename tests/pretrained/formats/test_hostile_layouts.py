@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 import torch
 import yaml
+from helpers.examples import examples
 from helpers.format_fixtures import (
     deepseek_r1,
     dictionary_learning,
@@ -20,7 +21,7 @@ from helpers.format_fixtures import (
     qwen_scope,
     sparsify,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
@@ -40,9 +41,7 @@ LAYOUTS = {
 PICKLED = [name for name in LAYOUTS if name not in ("sparsify", "mwhanna", "mntss", "gemma")]
 CONFIGURED = [name for name in LAYOUTS if name not in ("deepseek_r1", "openai")]
 REFUSED = (FormatError, FileNotFoundError)
-MODEST = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MODEST = examples(40, derandomize=True)
 ABSURD = st.one_of(
     st.none(),
     st.booleans(),

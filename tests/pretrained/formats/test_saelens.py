@@ -11,7 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 from helpers.architecture_registry import ARCHITECTURES, activations, feed_forward, with_metadata
-from hypothesis import given, settings
+from helpers.examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saewb.errors import FormatError
@@ -641,7 +642,7 @@ def test_parameters_that_share_memory_are_written(tmp_path):
     assert torch.equal(again.W_dec, shared)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     changes=st.dictionaries(
         st.sampled_from(

@@ -11,7 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from helpers.examples import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -352,7 +353,7 @@ def same_or_refused(path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40)
 @given(data=st.data())
 def test_cut_short_or_with_bytes_flipped(kind, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -368,7 +369,7 @@ def test_cut_short_or_with_bytes_flipped(kind, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(15)
 @given(raw=st.binary(max_size=200))
 @example(raw=b"PK\x05\x06" + bytes(18))  # a zip file of nothing
 def test_any_bytes(kind, raw, tmp_path):
