@@ -66,7 +66,7 @@ def test_filters_narrow_the_table_and_say_what_is_left(page, capsys):
     assert page.inner_text(".notice pre").strip() == panel.code().strip()
     page.get_by_label("Search the catalogue").fill("no such thing")
     page.get_by_text("No published SAE is like that.").wait_for()
-    page.get_by_role("button", name="Ask nothing of the catalogue any more").click()
+    page.get_by_role("button", name="Remove all filters").click()
     page.locator(".total", has_text="13,857 SAEs, 38").wait_for()
     assert page.get_by_label("model", exact=True).input_value() == ""
     with capsys.disabled():

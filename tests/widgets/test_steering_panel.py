@@ -258,22 +258,22 @@ def test_the_table_follows_and_texts_say_they_are_old(made):
 
 def test_search(made):
     made.query = "713"
-    assert [row[:2] for row in made.found["rows"]] == [[0, 713]]
+    assert [row[:2] for row in made.results["rows"]] == [[0, 713]]
     made.query = "Brazil"
-    assert [i for _, i, _ in made.found["rows"]] == panel_driver.index().search("Brazil", 12).index.tolist()
+    assert [i for _, i, _ in made.results["rows"]] == panel_driver.index().search("Brazil", 12).index.tolist()
     made.query = "9999"
-    assert made.found["rows"] == []
+    assert made.results["rows"] == []
     made.query = " "
-    assert made.found == {}
+    assert made.results == {}
     made.query = "zzzzqq"
-    assert made.found["rows"] == []
+    assert made.results["rows"] == []
     bare = SteeringPanel(*panel_driver.embedded())
     with pytest.raises(ValueError, match="no index to search"):
         bare.query = "Brazil"
     assert "no index" in bare.error_message
     bare.query = "3"
     assert bare.error_message == ""
-    assert bare.found["rows"][0][:2] == [0, 3]
+    assert bare.results["rows"][0][:2] == [0, 3]
 
 
 def test_a_search_among_many_takes_a_thread(made, monkeypatch):
@@ -282,7 +282,7 @@ def test_a_search_among_many_takes_a_thread(made, monkeypatch):
     made.query = "Brazil"
     assert made.busy == "searching"
     made.wait()
-    assert made.found["rows"]
+    assert made.results["rows"]
 
 
 def test_prompts_of_no_and_of_too_many_tokens(made):

@@ -1,7 +1,7 @@
 const HIGH = 26; // pixels of a row
 const latents = (n) => (n === null || n === undefined ? "" : count(n));
-// Names break after a slash, if they must.
-const broken = (e, text) => { text.split("/").forEach((part, j) => { if (j) e.append("/", make("wbr")); e.append(part); }); return e; };
+// Long names may break after a slash.
+const breakable = (e, text) => { text.split("/").forEach((part, j) => { if (j) e.append("/", make("wbr")); e.append(part); }); return e; };
 const megabytes = (b) => (b === null || b === undefined ? "" : (b >= 1e8 ? count(Math.round(b / 1e6)) : (b / 1e6).toFixed(1)));
 const mean = (v) => (v === null || v === undefined ? "" : v >= 100 ? count(Math.round(v)) : String(+v.toPrecision(3)));
 const COLUMNS = [["release", "release", ""], ["id", "id", ""], ["layer", "layer", "num"], ["d_sae", "width", "num"],
@@ -10,7 +10,7 @@ const COLUMNS = [["release", "release", ""], ["id", "id", ""], ["layer", "layer"
 function filters({ model, on, set, ask }, box) {
   const top = make("div", "line"), names = make("div", "line names"), more = make("div", "line");
   const find = searchField({ model, set }, "Words in release, id, model, hook or repository", "Search the catalogue", box);
-  top.append(find, button("clear", "", () => ask("clear"), "Ask nothing of the catalogue any more"),
+  top.append(find, button("clear", "", () => ask("clear"), "Remove all filters"),
     button("code", "", () => ask("code"), "The Python that gives this"));
   const kinds = [["model", "model", "any model", names, (v) => v], ["release", "release", "any release", names, (v) => v],
     ["site", "site", "any place", more, (v) => v], ["layer", "layer", "any layer", more, (v) => "layer " + v],
@@ -66,11 +66,11 @@ function listing({ model, on, set, ask }) {
   box.setAttribute("aria-label", "Published SAEs");
   box.tabIndex = 0;
   box.append(inner);
-  let known = new Map(), n = 0;
+  let loaded = new Map(), n = 0;
   const view = () => box.clientHeight || 300;
   const request = throttled(() => {
     const at = Math.floor(box.scrollTop / HIGH), shows = Math.ceil(view() / HIGH);
-    for (let p = at; p < Math.min(n, at + shows + 1); p++) if (!known.has(p)) {
+    for (let p = at; p < Math.min(n, at + shows + 1); p++) if (!loaded.has(p)) {
       set({ offset: Math.max(0, Math.floor(at - (model.get("facts").window - shows) / 2)) });
       return;
     }
@@ -93,15 +93,15 @@ function listing({ model, on, set, ask }) {
     const from = Math.max(0, Math.floor(box.scrollTop / HIGH) - 2), to = Math.min(n, from + Math.ceil(view() / HIGH) + 5);
     inner.style.height = n * HIGH + "px";
     let missing = false;
-    const made = [];
+    const items = [];
     for (let p = from; p < to; p++) {
-      const e = make("div", "row"), r = known.get(p);
+      const e = make("div", "row"), r = loaded.get(p);
       e.style.top = p * HIGH + "px";
       for (const [k, v] of Object.entries({ role: "option", "aria-posinset": p + 1, "aria-setsize": n })) e.setAttribute(k, v);
       if (r) fill(e, r); else missing = true;
-      made.push(e);
+      items.push(e);
     }
-    inner.replaceChildren(...made);
+    inner.replaceChildren(...items);
     if (!n) inner.append(make("div", "none", "No published SAE is like that."));
     if (missing) request();
   };
@@ -111,13 +111,13 @@ function listing({ model, on, set, ask }) {
     if (top < box.scrollTop) box.scrollTop = top;
     else if (top + HIGH > box.scrollTop + view()) box.scrollTop = top + HIGH - view();
   };
-  const arrived = () => {
-    const got = model.get("rows");
-    if (got.list !== known.list) {
-      known = new Map(); known.list = got.list; n = got.total;
+  const update = () => {
+    const part = model.get("rows");
+    if (part.list !== loaded.list) {
+      loaded = new Map(); loaded.list = part.list; n = part.total;
       inner.style.height = n * HIGH + "px"; box.scrollTop = 0; place();
     }
-    (got.rows || []).forEach((r, j) => known.set(got.offset + j, r));
+    (part.rows || []).forEach((r, j) => loaded.set(part.offset + j, r));
     const all = model.get("facts").all, left = model.get("left"), names = (k, what) => { const m = (left[k] || []).length;
       return `${count(m)} ${what}${m === 1 ? "" : "s"}`; };
     total.textContent = (n === all ? `${count(n)} SAEs` : `${count(n)} of ${count(all)} SAEs`)
@@ -130,12 +130,12 @@ function listing({ model, on, set, ask }) {
     b.setAttribute("aria-current", String(here)); });
   box.addEventListener("scroll", () => requestAnimationFrame(draw));
   listKeys(box, ask, () => n);
-  on("rows left", arrived);
+  on("rows left", update);
   on("selected", draw);
   on("position", () => { place(); draw(); });
   on("sort descending", heads);
   heads();
-  arrived();
+  update();
   // The heads stand over their columns, however wide the scroll bar is.
   const sized = new ResizeObserver(() => { columns.style.paddingRight = 12 + box.offsetWidth - box.clientWidth + "px"; draw(); });
   sized.observe(box);
@@ -147,7 +147,7 @@ function details({ model, on, ask }, main) {
   main.append(head, loader, facts, more);
   const same = (x, p) => x.release === p.release && x.id === p.id;
   const load = () => {
-    const p = model.get("page"), going = model.get("progress"), got = model.get("loaded"), busy = going.release !== undefined;
+    const p = model.get("page"), going = model.get("progress"), loaded = model.get("loaded"), busy = going.release !== undefined;
     const focused = loader.contains(loader.getRootNode().activeElement);
     loader.replaceChildren();
     if (busy) {
@@ -167,14 +167,14 @@ function details({ model, on, ask }, main) {
       loader.append(go);
       if (focused) go.focus({ preventScroll: true });
     }
-    if (got.text) {
+    if (loaded.text) {
       const e = make("div", "loaded");
-      e.append(make("b", "", "panel.sae"), ` is ${got.release}, ${got.id}`, make("div", "none", got.text));
+      e.append(make("b", "", "panel.sae"), ` is ${loaded.release}, ${loaded.id}`, make("div", "none", loaded.text));
       loader.append(e);
     }
   };
   const fact = (name, value) => { if (value === undefined || value === "") return;
-    const v = broken(make("dd"), String(value));
+    const v = breakable(make("dd"), String(value));
     facts.append(make("dt", "", name), v); };
   const draw = () => {
     const p = model.get("page");
@@ -182,7 +182,7 @@ function details({ model, on, ask }, main) {
     facts.replaceChildren();
     more.replaceChildren();
     if (p.release === undefined) { head.append(make("p", "none", "Choose an SAE to see what is known of it and to load it.")); load(); return; }
-    head.append(broken(make("h2"), p.id), make("div", "none", p.release));
+    head.append(breakable(make("h2"), p.id), make("div", "none", p.release));
     fact("model", p.model);
     fact("reads", p.hook);
     fact("writes", p.hook_out);

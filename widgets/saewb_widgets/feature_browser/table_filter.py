@@ -82,7 +82,7 @@ class TableFilter:
         lines = ["table = index.table()"]
         if self.query:
             lines += ["import re", ""] if isinstance(self.search_argument(), re.Pattern) else []
-            lines += [f"found = index.search({_literal(self.search_argument())})", "table = table.loc[found.index]"]
+            lines += [f"matches = index.search({_literal(self.search_argument())})", "table = table.loc[matches.index]"]
         if self.show in ("firing", "silent"):
             lines.append(f"table = table[table.n_active {'>' if self.show == 'firing' else '=='} 0]")
         if self.show in ("pinned", "noted"):

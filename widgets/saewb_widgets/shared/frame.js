@@ -36,7 +36,7 @@ const throttled = (f, ms) => {
 const settled = (f, ms) => { let timer; return () => { clearTimeout(timer); timer = setTimeout(f, ms); }; };
 
 const active = (e) => e.getRootNode().activeElement === e;
-// A field that sets `query` once typing rests; Enter and arrow down go on to `next()`, which it searches.
+// A field that sets `query` when typing pauses; Enter and arrow down move the focus to `next()`, the list of results.
 const searchField = ({ model, set }, hint, label, next) => {
   const find = make("input");
   find.type = "search";
@@ -50,7 +50,7 @@ const searchField = ({ model, set }, hint, label, next) => {
   });
   return find;
 };
-// What keys do in a list of `size()` rows: arrows, j and k, pages, both ends; `more` are its own.
+// Keys of a list of `size()` rows: arrows, j and k, pages, both ends; `more` has further ones.
 const STEPS = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, j: 1, k: -1 };
 const listKeys = (box, ask, size, more = {}) => box.addEventListener("keydown", (e) => {
   if (e.ctrlKey || e.metaKey || e.altKey) return;
@@ -62,8 +62,8 @@ const listKeys = (box, ask, size, more = {}) => box.addEventListener("keydown", 
   e.preventDefault();
 });
 
-// Messages to the kernel, and a word where it has not answered for a while: it is busy in a cell, or gone. Where a
-// front end tells of no answers, nothing is said.
+// Messages to the kernel. `late` is shown while it has not answered for a while: it is busy in a cell, or gone. In a
+// front end that reports no answers, `late` stays hidden.
 const post = (model, late) => {
   const open = new Set();
   let answers = false;
@@ -76,15 +76,15 @@ const post = (model, late) => {
     model.send(what, { iopub: { status } });
     setTimeout(look, 750);
   };
-  if (model.widget_manager) send({ do: "collect" }); // to learn whether answers are told
-  return { send, tells: () => answers, waits: () => answers && [...open].some((since) => Date.now() - since.at < 10000) };
+  if (model.widget_manager) send({ do: "collect" }); // to learn whether this front end reports answers
+  return { send, hasAnswers: () => answers, isWaiting: () => answers && [...open].some((since) => Date.now() - since.at < 10000) };
 };
 
-// Dark or light is what the page around it is: notebooks differ in how they say so, but all of them paint it.
+// Dark or light, by the background around the panel: notebooks mark their theme in different ways, but all paint it.
 const isDark = (el) => {
   for (let e = el; e; e = e.parentElement) {
-    const found = getComputedStyle(e).backgroundColor.match(/[\d.]+/g);
-    if (found && (found.length < 4 || +found[3] > 0.5)) return 0.3 * found[0] + 0.6 * found[1] + 0.1 * found[2] < 128;
+    const rgba = getComputedStyle(e).backgroundColor.match(/[\d.]+/g);
+    if (rgba && (rgba.length < 4 || +rgba[3] > 0.5)) return 0.3 * rgba[0] + 0.6 * rgba[1] + 0.1 * rgba[2] < 128;
   }
   return matchMedia("(prefers-color-scheme: dark)").matches;
 };
@@ -108,22 +108,22 @@ const bars = (counts, { label, tip, cls = "", on = () => false, most = Math.max(
   return svg;
 };
 
-// Title, what it is busy with, errors and notices; and the tip that follows the mouse. `build(body, say)` fills it.
+// The frame of a panel: title, current job, errors, notices, and the tip at the mouse. `build(parts)` fills its body.
 function framed({ model, el }, name, build) {
-  const root = make("div", "saewb " + name), frame = root.appendChild(make("div", "frame")), undo = new AbortController(), heard = [];
+  const root = make("div", "saewb " + name), frame = root.appendChild(make("div", "frame")), undo = new AbortController(), listeners = [];
   root.setAttribute("role", "group");
-  // JupyterLab's own keys, such as d d for "delete the cell", are off where this is on the very element in focus.
+  // Turns JupyterLab's shortcuts, such as d d for "delete the cell", off: it reads this of the element in focus only.
   root.addEventListener("focusin", (e) => { e.target.dataset.lmSuppressShortcuts = "true"; });
-  const on = (names, f) => names.split(" ").forEach((n) => { model.on("change:" + n, f); heard.push(["change:" + n, f]); });
+  const on = (names, f) => names.split(" ").forEach((n) => { model.on("change:" + n, f); listeners.push(["change:" + n, f]); });
   const head = make("header"), title = make("h2"), about = make("p"), busy = make("span", "busy");
   const late = make("span", "busy late", "waiting for the kernel, which is busy\u2026");
   for (const e of [busy, late]) e.setAttribute("role", "status");
   late.hidden = true;
   head.append(title, busy, late, about);
-  const kernel = post(model, late), heardYet = settled(() => kernel.send({ do: "collect" }), 300);
+  const kernel = post(model, late), collectLater = settled(() => kernel.send({ do: "collect" }), 300);
   const ask = (what, how = {}) => kernel.send({ do: what, ...how });
   const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes();
-    if (kernel.tells()) heardYet(); };
+    if (kernel.hasAnswers()) collectLater(); };
   const errors = make("div", "error_message"), notice = make("div", "notice"), body = make("div", "body"), tip = make("div", "tip");
   errors.setAttribute("role", "alert");
   notice.setAttribute("role", "status");
@@ -131,12 +131,12 @@ function framed({ model, el }, name, build) {
   root.append(tip);
   el.append(root);
 
-  const kept = () => { // the focus of what goes away, or the notebook would hear the next key
+  const keepFocus = () => { // of an element that is removed, or the notebook would receive the next key
     root.tabIndex = -1;
     root.focus({ preventScroll: true });
     root.addEventListener("blur", () => root.removeAttribute("tabindex"), { once: true }); };
-  const said = (box, text) => {
-    if (box.contains(document.activeElement)) kept();
+  const showMessage = (box, text) => {
+    if (box.contains(document.activeElement)) keepFocus();
     box.replaceChildren();
     box.hidden = !text;
     if (text) box.append(make("pre", "", text), button("\u00d7", "quiet", () => ask("dismiss"), "Dismiss"));
@@ -145,8 +145,8 @@ function framed({ model, el }, name, build) {
     title.textContent = model.get("title");
     about.textContent = model.get("about");
     root.setAttribute("aria-label", model.get("title"));
-    said(errors, model.get("error_message"));
-    said(notice, model.get("notice"));
+    showMessage(errors, model.get("error_message"));
+    showMessage(notice, model.get("notice"));
   };
   on("title about error_message notice", draw);
   draw();
@@ -156,17 +156,17 @@ function framed({ model, el }, name, build) {
     const what = model.get("busy");
     busy.textContent = what ? what + "\u2026" : "";
     root.setAttribute("aria-busy", String(!!what));
-    if (what && !asking) asking = setInterval(() => { if (!kernel.waits()) ask("collect"); }, 250);
+    if (what && !asking) asking = setInterval(() => { if (!kernel.isWaiting()) ask("collect"); }, 250);
     if (!what && asking) { clearInterval(asking); asking = null; }
   };
   on("busy", wait);
   wait();
 
-  // What stands in for the panel where no kernel runs is not needed beside it; it follows what is shown.
-  const stands = document.createElement("style"), renew = settled(() => { if (model.get("snapshot_id")) ask("snapshot"); }, 1500);
+  // The snapshot, which is shown where no kernel runs, is hidden beside the panel, and renewed after changes.
+  const hideStyle = document.createElement("style"), renew = settled(() => { if (model.get("snapshot_id")) ask("snapshot"); }, 1500);
   const hide = () => { const of = ".saewb-snapshot-" + model.get("snapshot_id");
-    stands.textContent = `${of} { display: none } .jp-OutputArea-child:has(${of}) { display: none }`; };
-  document.head.append(stands);
+    hideStyle.textContent = `${of} { display: none } .jp-OutputArea-child:has(${of}) { display: none }`; };
+  document.head.append(hideStyle);
   model.on("change", renew);
   on("snapshot_id", hide);
   hide();
@@ -186,7 +186,7 @@ function framed({ model, el }, name, build) {
     tip.style.display = text ? "block" : "none";
     if (!text) return;
     tip.textContent = text;
-    // Inside the panel: what is around it may clip, or be what "fixed" is relative to.
+    // Positioned inside the panel: an ancestor may clip, or be the reference of "fixed".
     const r = root.getBoundingClientRect(), x = e.clientX - r.left + 14, y = e.clientY - r.top + 18;
     tip.style.left = Math.max(4, Math.min(x, r.width - tip.offsetWidth - 4)) + "px";
     tip.style.top = (y + tip.offsetHeight > r.height ? y - tip.offsetHeight - 26 : y) + "px";
@@ -202,11 +202,11 @@ function framed({ model, el }, name, build) {
   const stop = build({ root, body, model, on, ask, set, signal: undo.signal });
   return () => {
     undo.abort();
-    stands.remove();
+    hideStyle.remove();
     model.off("change", renew);
     watch.disconnect();
     if (asking) clearInterval(asking);
-    heard.forEach(([n, f]) => model.off(n, f));
+    listeners.forEach(([n, f]) => model.off(n, f));
     if (stop) stop();
     root.remove();
   };

@@ -84,7 +84,7 @@ class SteeringPanel(Panel):
     stale = t.Bool(False, help="whether settings have changed since the texts were started").tag(sync=True)
     movers = t.List(help="next tokens: id, text, probability clean, steered, change").tag(sync=True)
     cards = t.List(help="label and largest activation of each of `latents`").tag(sync=True)
-    found = t.Dict(help="results of `query`: latents with their labels").tag(sync=True)
+    results = t.Dict(help="results of `query`: latents with their labels").tag(sync=True)
     facts = t.Dict(help="constants for the front end").tag(sync=True)
 
     def __init__(
@@ -277,7 +277,7 @@ class SteeringPanel(Panel):
         query = self.query.strip()
         if not query:
             self.discard_work("search")
-            self.found = {}
+            self.results = {}
         elif query.isdigit():
             self._show_hits([(k, int(query)) for k, sae in enumerate(self.saes) if int(query) < sae.cfg.d_sae])
         elif not self.facts["can_search"]:
@@ -298,7 +298,7 @@ class SteeringPanel(Panel):
             self._show_hits(work())
 
     def _show_hits(self, latents: list[tuple[int, int]]) -> None:
-        self.found = {"query": self.query, "rows": [[k, i, self._card(k, i)] for k, i in latents]}
+        self.results = {"query": self.query, "rows": [[k, i, self._card(k, i)] for k, i in latents]}
 
     def _settings(self) -> Settings:
         latents = tuple((one["sae"], one["latent"], one["value"], one["how"]) for one in self.latents)

@@ -13,7 +13,7 @@ function steering({ body, model, on, ask, set }) {
   lists.append(latents, odds);
   body.append(top, texts, lists);
 
-  // What the texts are made of.
+  // Inputs of the generation: prompt, positions, sampling.
   const commit = () => { if (prompt.value !== model.get("prompt")) set({ prompt: prompt.value }); };
   const later = settled(commit, 400);
   prompt.addEventListener("input", later);
@@ -55,7 +55,7 @@ function steering({ body, model, on, ask, set }) {
     if (document.activeElement !== prompt && prompt.getRootNode().activeElement !== prompt) prompt.value = model.get("prompt");
   };
 
-  // The two texts. From where they part on, the steered one is marked.
+  // The two texts; the steered one is marked from the first character that differs.
   const column = (name, label) => {
     const e = make("section", "card"), h = make("h3", "", label), p = make("p", "text");
     p.setAttribute("aria-label", label + " text");
@@ -82,7 +82,7 @@ function steering({ body, model, on, ask, set }) {
   };
 
   // The latents, each with a slider; and a search for more.
-  const rows = make("div", "rows"), find = make("input"), hits = make("div", "hits"), made = new Map();
+  const rows = make("div", "rows"), find = make("input"), hits = make("div", "hits"), rowOf = new Map();
   find.type = "search";
   find.placeholder = model.get("facts").can_search ? "Add: a number, or a word it fires on" : "Add: a latent's number";
   find.setAttribute("aria-label", "Find latents to add");
@@ -91,7 +91,7 @@ function steering({ body, model, on, ask, set }) {
     if (e.key !== "Enter") return;
     e.preventDefault();
     const first = hits.querySelector("button");
-    if (first && model.get("found").query === find.value) first.click(); else set({ query: find.value });
+    if (first && model.get("results").query === find.value) first.click(); else set({ query: find.value });
   });
   latents.append(make("h3", "", "Latents"), rows, find, hits);
   const change = (key, values) => set({ latents: model.get("latents").map((o) => (keyOf(o) === key ? { ...o, ...values } : o)) });
@@ -133,26 +133,26 @@ function steering({ body, model, on, ask, set }) {
     const now = model.get("latents"), cards = model.get("cards");
     if (cards.length !== now.length) return; // labels are on their way
     const keys = new Set(now.map(keyOf));
-    for (const [key, { e }] of made) if (!keys.has(key)) { e.remove(); made.delete(key); }
+    for (const [key, { e }] of rowOf) if (!keys.has(key)) { e.remove(); rowOf.delete(key); }
     now.forEach((one, i) => {
       const key = keyOf(one);
-      if (!made.has(key)) { made.set(key, row(one)); rows.append(made.get(key).e); }
-      made.get(key).draw(one, cards[i]);
+      if (!rowOf.has(key)) { rowOf.set(key, row(one)); rows.append(rowOf.get(key).e); }
+      rowOf.get(key).draw(one, cards[i]);
     });
     rows.querySelector(".none")?.remove();
     if (!now.length) rows.append(make("p", "none", "None yet: both texts will be the same."));
   };
-  const results = () => {
-    const f = model.get("found");
+  const drawResults = () => {
+    const { rows: matches } = model.get("results");
     hits.replaceChildren();
-    (f.rows || []).forEach(([sae, latent, label]) => {
+    (matches || []).forEach(([sae, latent, label]) => {
       const b = button("", "hit", () => { find.value = ""; set({ query: "" }); ask("add", { latent, sae, value: start(label.max) }); },
         `Add latent ${latent}`);
       b.append(make("b", "", String(latent)), make("span", "label", label.label || ""));
       if (several()) b.append(make("small", "", model.get("facts").saes[sae]));
       hits.append(b);
     });
-    if (f.rows && !f.rows.length) hits.append(make("p", "none", "Nothing found"));
+    if (matches && !matches.length) hits.append(make("p", "none", "Nothing found"));
   };
   const start = (max) => Math.round(max || 8);
 
@@ -181,8 +181,8 @@ function steering({ body, model, on, ask, set }) {
   on("running positions live prompt", controls);
   on("clean steered running stale begun_with", write);
   on("latents cards", list);
-  on("found", results);
+  on("results", drawResults);
   on("movers", table);
-  for (const f of [controls, write, list, results, table]) f();
+  for (const f of [controls, write, list, drawResults, table]) f();
 }
 export default { render: (context) => framed(context, "steering", (parts) => { steering(parts); }) };

@@ -5,8 +5,8 @@ const draw = (tag, at, text) => { const e = document.createElementNS(NS, tag);
   return e; };
 const W = 320, H = 150, LEFT = 44, RIGHT = 8, TOP = 8, BOTTOM = 20;
 const figure = (v) => (v < 0 ? "\u2212" : "") + (Number.isInteger(v) && Math.abs(v) < 1e6 ? count(Math.abs(v)) : digits(Math.abs(v)));
-// Notes beside an axis, all to the same digit, so that no two are the same.
-const notes = (values, log) => {
+// Labels of an axis, all with the same number of digits, so that no two are equal.
+const tickLabels = (values, log) => {
   const step = values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0]) || 1, most = Math.max(...values.map(Math.abs));
   const places = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step) - 1e-9))), power = (v) => Math.floor(Math.log10(v) + 1e-9);
   return values.map((v) => (log ? (v > -4 && v < 5 ? count(+(10 ** v).toPrecision(2)) : "1e" + +v.toPrecision(3)) : v === 0 ? "0"
@@ -57,9 +57,9 @@ function training({ body, model, on, set, ask }) {
     return { e, state, where, bar, fill, buttons, more };
   };
   const statuses = () => {
-    const told = model.get("status"), names = new Set(told.map((s) => s.name));
+    const runsNow = model.get("status"), names = new Set(runsNow.map((s) => s.name));
     for (const [name, r] of rows) if (!names.has(name)) { r.e.remove(); rows.delete(name); }
-    told.forEach((s) => {
+    runsNow.forEach((s) => {
       if (!rows.has(s.name)) { rows.set(s.name, row(s.name)); runs.append(rows.get(s.name).e); }
       const r = rows.get(s.name), parts = [s.before || `${count(s.n_tokens)} of ${count(s.total)} tokens`];
       if (s.speed) parts.push(`${count(s.speed)} tokens/s`);
@@ -75,9 +75,9 @@ function training({ body, model, on, set, ask }) {
       r.buttons.resume.hidden = !(s.here && s.state === "paused");
       r.buttons.stop.hidden = !(s.here && (s.state === "running" || s.state === "paused"));
       r.buttons.again.hidden = s.here || s.state === "running" || s.state === "finished";
-      const said = JSON.stringify([s.error, s.notes, s.resume]);
-      if (r.said === said) return;
-      r.said = said;
+      const details = JSON.stringify([s.error, s.notes, s.resume]);
+      if (r.details === details) return;
+      r.details = details;
       r.more.replaceChildren();
       if (s.error) r.more.append(make("pre", "bad", s.error));
       (s.notes || []).forEach((n) => r.more.append(make("p", "", n)));
@@ -111,14 +111,14 @@ function training({ body, model, on, set, ask }) {
     line.append(make("span", "gap"), scale);
     if (focused !== undefined) [...line.querySelectorAll("[data-key]")].find((b) => b.dataset.key === focused)?.focus();
   };
-  const cardOf = (name, title, note, last, told) => {
+  const cardOf = (name, title, note, last, summary) => {
     const card = make("section", "card"), head = make("h3", "", title), svg = draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", class: "curves" });
     card.dataset.figure = name;
     head.append(make("span", "last", last));
     head._tip = () => note;
-    svg.setAttribute("aria-label", `${title}: ${told || "nothing yet"}`);
+    svg.setAttribute("aria-label", `${title}: ${summary || "nothing yet"}`);
     card.append(head, svg);
-    if (!told) svg.append(draw("text", { x: W / 2, y: H / 2, "text-anchor": "middle" }, "nothing yet"));
+    if (!summary) svg.append(draw("text", { x: W / 2, y: H / 2, "text-anchor": "middle" }, "nothing yet"));
     return [card, svg];
   };
   const chart = ([name, title, note, may]) => {
@@ -129,21 +129,21 @@ function training({ body, model, on, set, ask }) {
     const every = series.flatMap((s) => s.pairs.map((p) => p[1])), lowest = Math.min(...every), scale = model.get("scale");
     const log = may && (scale === "log" || (scale === "auto" && lowest > 0 && Math.max(...every) > 30 * lowest));
     if (log) series = series.map((s) => ({ ...s, pairs: s.pairs.filter(([, v]) => v > 0) })).filter((s) => s.pairs.length);
-    const told = series.map((s) => `${s.label} ${figure(s.pairs.at(-1)[1])} at ${count(s.pairs.at(-1)[0])} tokens`).join("; ");
-    const [card, svg] = cardOf(name, title, note, series.length === 1 ? figure(series[0].pairs.at(-1)[1]) : "", told);
+    const summary = series.map((s) => `${s.label} ${figure(s.pairs.at(-1)[1])} at ${count(s.pairs.at(-1)[0])} tokens`).join("; ");
+    const [card, svg] = cardOf(name, title, note, series.length === 1 ? figure(series[0].pairs.at(-1)[1]) : "", summary);
     if (!series.length) return card;
     card.dataset.scale = log ? "log" : "linear";
     const of = (v) => (log ? Math.log10(v) : v), ys = series.flatMap((s) => s.pairs.map((p) => of(p[1])));
     let low = Math.min(...ys), high = Math.max(...ys);
-    const least = log ? 0.1 : 0.04 * Math.abs(high), lacks = (least - (high - low)) / 2; // what hardly changes is no drama
+    const minSpan = log ? 0.1 : 0.04 * Math.abs(high), lacks = (minSpan - (high - low)) / 2; // an axis of at least this span, so that a flat curve looks flat
     if (lacks > 0) { low -= lacks; high += lacks; }
     const right = Math.max(...series.map((s) => s.pairs.at(-1)[0])), pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     if (!log && low >= 0 && low < 0.35 * high) low = 0; else low = low >= 0 && !log ? Math.max(0, low - pad) : low - pad;
     high += pad;
     const px = (x) => LEFT + ((W - LEFT - RIGHT) * x) / right, py = (v) => TOP + ((H - TOP - BOTTOM) * (high - v)) / (high - low);
-    const at = ticks(low, high, log), said = notes(at, log);
+    const at = ticks(low, high, log), labels = tickLabels(at, log);
     at.forEach((v, j) => svg.append(draw("line", { x1: LEFT, x2: W - RIGHT, y1: py(v), y2: py(v), class: "grid" }),
-      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, said[j])));
+      draw("text", { x: LEFT - 5, y: py(v) + 3.5, "text-anchor": "end" }, labels[j])));
     ticks(0, right).forEach((v) => svg.append(draw("text", { x: px(v), y: H - 6,
       "text-anchor": px(v) > W - 28 ? "end" : v === 0 ? "start" : "middle" }, short(Math.round(v)))));
     series.forEach((s) => {
@@ -166,13 +166,13 @@ function training({ body, model, on, set, ask }) {
     svg.append(rule, hit);
     return card;
   };
-  // How many latents are how frequent: outlines over bins, those that are hardly ever on apart at the left.
+  // Histogram of the densities of latents, as outlines; the bin of silent ones stands apart at the left.
   const densities = () => {
     const series = shownSeries().filter((s) => s.density), share = (s) => s.density.counts.map((c) => c / s.d);
     series.forEach((s) => { s.d = s.density.counts.reduce((a, b) => a + b, 0); s.shares = share(s); });
-    const told = series.map((s) => `${s.label} at ${count(s.density.at)} tokens, ${count(s.density.counts[0])} of ${count(s.d)} latents silent`).join("; ");
+    const summary = series.map((s) => `${s.label} at ${count(s.density.at)} tokens, ${count(s.density.counts[0])} of ${count(s.d)} latents silent`).join("; ");
     const silent = series.length === 1 ? `${count(series[0].density.counts[0])} silent` : "";
-    const [card, svg] = cardOf("density", "density", "how many latents are how frequent: the share of the last tokens on which each is on; a quarter of a factor of ten to a bin", silent, told);
+    const [card, svg] = cardOf("density", "density", "how many latents are how frequent: the share of the last tokens on which each is on; a quarter of a factor of ten to a bin", silent, summary);
     if (!series.length) return card;
     const edges = series[0].density.edges.map(Math.log10), low = edges[0], wide = (W - LEFT - RIGHT) / (edges.length + 1.5);
     const most = Math.max(0.02, ...series.flatMap((s) => s.shares)), left = (i) => LEFT + (i === 0 ? 0 : (i + 0.5) * wide);
@@ -199,23 +199,23 @@ function training({ body, model, on, set, ask }) {
     return card;
   };
   const curves = () => {
-    const all = model.get("series"), known = model.get("facts").charts || [];
-    charts.replaceChildren(...(all.length ? known.filter(([n]) => all.some((s) => s.lines[n])).map(chart) : []));
+    const all = model.get("series"), kinds = model.get("facts").charts || [];
+    charts.replaceChildren(...(all.length ? kinds.filter(([n]) => all.some((s) => s.lines[n])).map(chart) : []));
     if (all.some((s) => s.density)) charts.append(densities());
     if (all.length && !charts.children.length) charts.append(make("p", "none", "No step has been logged yet."));
   };
 
   // -- the form
-  const inputs = new Map(), errors = new Map(), told = make("div", "estimate");
-  let own = { ...model.get("typed") };
-  const send = settled(() => set({ typed: { ...own } }), 250);
-  const typed = (key, text) => { if (text.trim()) own[key] = text; else delete own[key]; send(); };
+  const inputs = new Map(), errors = new Map(), estimate = make("div", "estimate");
+  let values = { ...model.get("typed") };
+  const send = settled(() => set({ typed: { ...values } }), 250);
+  const typed = (key, text) => { if (text.trim()) values[key] = text; else delete values[key]; send(); };
   const field = (f) => {
     const e = make("label", "field"), input = make(f.choices ? "select" : "input"), error = make("span", "wrong");
     if (f.choices) f.choices.forEach((c) => input.append(make("option", "", c)));
     else { input.placeholder = f.default; input.spellcheck = false; input.autocomplete = "off"; }
     input.setAttribute("aria-label", f.name);
-    input.value = own[f.key] ?? (f.choices ? f.default : "");
+    input.value = values[f.key] ?? (f.choices ? f.default : "");
     input.addEventListener(f.choices ? "change" : "input", () => typed(f.key, f.choices && input.value === f.default ? "" : input.value));
     error.setAttribute("role", "alert");
     e.dataset.key = f.key;
@@ -236,35 +236,35 @@ function training({ body, model, on, set, ask }) {
     e.append(head, grid);
     return e;
   };
-  const start = button("start", "start", () => { set({ typed: { ...own } }); ask("start"); }, "Start the training");
+  const start = button("start", "start", () => { set({ typed: { ...values } }); ask("start"); }, "Start the training");
   const build = () => {
     const f = model.get("form"), folded = form.querySelector("details"), wide = folded && folded.open;
     form.hidden = !f.groups;
     form.replaceChildren();
     inputs.clear(); errors.clear();
     if (!f.groups) return;
-    own = { ...model.get("typed") };
+    values = { ...model.get("typed") };
     const open = model.get("form_open"), turn = button(open ? "hide the form" : "new run", "",
       () => set({ form_open: !open }), open ? "Hide the form" : "Show the form for a new run");
     const foot = make("div", "foot");
     turn.setAttribute("aria-expanded", String(open));
-    if (open) { form.append(...f.groups.map(group)); foot.append(start, told, make("span", "gap"),
-      button("code", "", () => { set({ typed: { ...own } }); ask("code"); }, "The Python that starts this training")); }
+    if (open) { form.append(...f.groups.map(group)); foot.append(start, estimate, make("span", "gap"),
+      button("code", "", () => { set({ typed: { ...values } }); ask("code"); }, "The Python that starts this training")); }
     if (wide && form.querySelector("details")) form.querySelector("details").open = true;
     if (model.get("status").length) foot.append(turn);
     form.append(foot);
-    wrong();
+    showProblems();
   };
   const fill = () => {
-    own = { ...model.get("typed"), ...pending() };
+    values = { ...model.get("typed"), ...pending() };
     for (const [key, [input, f]] of inputs)
-      if (!active(input)) input.value = own[key] ?? (f.choices ? f.default : "");
+      if (!active(input)) input.value = values[key] ?? (f.choices ? f.default : "");
   };
-  // What stands in the field that is being typed in is newer than what comes back.
+  // The text of the field in focus is newer than the value from the kernel.
   const pending = () => { const out = {};
     for (const [key, [input]] of inputs) if (active(input) && input.value.trim()) out[key] = input.value;
     return out; };
-  const wrong = () => {
+  const showProblems = () => {
     const p = model.get("problems");
     for (const [key, e] of errors) {
       e.textContent = p[key] || "";
@@ -274,18 +274,18 @@ function training({ body, model, on, set, ask }) {
     }
     start.disabled = Object.keys(p).length > 0;
     const m = model.get("estimate");
-    told.replaceChildren();
-    told.classList.toggle("bad", !!m.error || m.fits === false);
-    if (m.error) told.append(make("pre", "", m.error));
+    estimate.replaceChildren();
+    estimate.classList.toggle("bad", !!m.error || m.fits === false);
+    if (m.error) estimate.append(make("pre", "", m.error));
     if (!m.rows) return;
     const by = Object.fromEntries(m.rows);
     const size = (v) => (v === undefined ? "?" : +v.replace(/,/g, "") >= 1024 ? (v.replace(/,/g, "") / 1024).toFixed(1) + " GiB" : v + " MiB");
     const lead = `memory: about ${size(by.total)}` + (by.available ? ` of ${size(by.available)} free` : "");
-    told.append(make("b", "", lead + (m.weights_fit ? m.fits ? "" : ", which may not fit" : ", which cannot fit")),
+    estimate.append(make("b", "", lead + (m.weights_fit ? m.fits ? "" : ", which may not fit" : ", which cannot fit")),
       make("span", "", m.rows.filter(([n]) => n !== "total" && n !== "available").map(([n, v]) => `${n} ${size(v)}`).join(" \u00b7 ")));
   };
 
-  // -- news
+  // -- updates
   let asking = null, waiting = 0;
   const look = () => { if (waiting && Date.now() - waiting < 10000) return; waiting = Date.now(); ask("look"); };
   const poll = () => {
@@ -293,19 +293,19 @@ function training({ body, model, on, set, ask }) {
     if (!model.get("alive") && asking) { clearInterval(asking); asking = null; }
   };
   on("looked", () => { waiting = 0; });
-  // What is kept for a reader without a kernel follows what becomes of runs. Not every look: each makes JupyterLab ask
-  // whether to leave a notebook that has changed.
-  let known = "";
-  on("status", () => { const now = model.get("status").map((s) => s.name + s.state).join();
-    if (now !== known && model.get("snapshot_id")) ask("snapshot");
-    known = now; });
+  // The snapshot for readers without a kernel is renewed when the state of a run changes. Not at every update: each marks
+  // the notebook as changed, and JupyterLab asks before it closes such a one.
+  let lastStates = "";
+  on("status", () => { const states = model.get("status").map((s) => s.name + s.state).join();
+    if (states !== lastStates && model.get("snapshot_id")) ask("snapshot");
+    lastStates = states; });
   on("alive", poll);
   on("status", statuses);
   on("series hidden scale", legend);
   on("series hidden scale facts", curves);
   on("form form_open", build);
   on("typed", fill);
-  on("problems estimate", wrong);
+  on("problems estimate", showProblems);
   for (const f of [statuses, legend, curves, build, poll]) f();
   return () => { if (asking) clearInterval(asking); };
 }
