@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"saewb {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = f"; saewb train {options.file} goes on" if options.command == "train" else ""
-        print(f"stopped{again}", file=sys.stderr)
+        resume = f"; to resume: saewb train {options.file}" if options.command == "train" else ""
+        print(f"stopped{resume}", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -40,39 +40,39 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser, errors=_USER_ERRORS)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("demo", help="load, attach, read latents, evaluate, index, write a page of features")
+    command = commands.add_parser("demo", help="load, attach, evaluate, train, index, and write a page of features")
     command.add_argument("--model", choices=["tiny", "smollm2-135m"], default="tiny", help="smollm2-135m: a random SAE")
     command.add_argument("--prompt", default=PROMPT)
-    command.add_argument("--train-tokens", type=int, default=300_000, help="of the small SAE it trains; 0: none")
-    command.add_argument("--page", type=Path, default=Path("saewb_demo.html"), help="where to write it")
+    command.add_argument("--train-tokens", type=int, default=300_000, help="tokens of a small SAE; 0 trains none")
+    command.add_argument("--page", type=Path, default=Path("saewb_demo.html"), help="HTML file to write")
     command.set_defaults(run=_demo)
 
-    command = commands.add_parser("lab", help="open JupyterLab on the notebooks; further options go to jupyter lab")
-    command.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: saewb's own")
+    command = commands.add_parser("lab", help="open JupyterLab on the notebooks; other options go to jupyter lab")
+    command.add_argument("folder", nargs="?", type=Path, help="of notebooks; default: those of saewb")
 
-    command = commands.add_parser("eval", help="metrics of one or many SAEs, as a table")
-    command.add_argument("model", help="what load_model takes: tiny, a name on the hub, a folder")
-    command.add_argument("saes", nargs="+", metavar="sae", help="what load_sae takes: tiny, a folder, release::id")
-    command.add_argument("--texts", type=Path, help="a text file, a document per line; default: the bundled texts")
-    command.add_argument("--n-rows", type=int, default=128, help="rows of ctx-len tokens")
+    command = commands.add_parser("eval", help="print the metrics of one or several SAEs as a table")
+    command.add_argument("model", help="as for load_model: tiny, a name on the hub, a folder")
+    command.add_argument("saes", nargs="+", metavar="sae", help="as for load_sae: tiny, a folder, release::id")
+    command.add_argument("--texts", type=Path, help="text file, a document per line; default: bundled held-out texts")
+    command.add_argument("--n-rows", type=int, default=128, help="number of rows of ctx-len tokens")
     command.add_argument("--ctx-len", type=int, default=128)
     command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--folder", type=Path, help="keep results there, and continue from those that are there")
-    command.add_argument("--no-losses", action="store_true", help="reconstruction and sparsity only, much quicker")
+    command.add_argument("--folder", type=Path, help="write results there, and reuse those of earlier calls")
+    command.add_argument("--no-losses", action="store_true", help="only reconstruction and sparsity: much faster")
     command.set_defaults(run=_evaluate)
 
-    command = commands.add_parser("train", help="train SAEs as a YAML file says; continues a run that was begun")
+    command = commands.add_parser("train", help="train SAEs from a YAML file, or resume that run")
     command.add_argument("file", type=Path)
     command.set_defaults(run=_train, errors=(*_USER_ERRORS, RuntimeError, ArithmeticError, MemoryError))
 
-    command = commands.add_parser("doctor", help="versions, devices, folders: what is missing, and how to mend it")
-    command.add_argument("--network", action="store_true", help="ask the hub whether it answers")
+    command = commands.add_parser("doctor", help="check versions, devices and folders, and suggest fixes")
+    command.add_argument("--network", action="store_true", help="check whether the hub answers")
     command.set_defaults(run=_doctor)
     return parser
 
 
 def lab(folder: Path | None, jupyter_options: Sequence[str] = ()) -> int:
-    """Open JupyterLab on a folder of notebooks; saewb's own by default."""
+    """Open JupyterLab on a folder of notebooks, by default those of saewb."""
     if importlib.util.find_spec("jupyterlab") is None:
         print('JupyterLab is not installed.\n  fix:  pip install "saewb[lab]"', file=sys.stderr)
         return 1
@@ -80,8 +80,7 @@ def lab(folder: Path | None, jupyter_options: Sequence[str] = ()) -> int:
         candidates = [Path(saewb.__file__).parents[1] / "notebooks", Path.cwd() / "notebooks"]
         folder = next((path for path in candidates if (path / "00_tour.ipynb").is_file()), Path.cwd())
         if folder not in candidates:
-            text = f"saewb's notebooks come with its repository, not with the package. Opening {folder}"
-            print(text, file=sys.stderr)
+            print(f"The notebooks are in saewb's repository, not in the package. Opening {folder}", file=sys.stderr)
     if not folder.is_dir():
         print(f"no folder {str(folder)!r}.\n  fix:  saewb lab", file=sys.stderr)
         return 1

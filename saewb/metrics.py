@@ -1,7 +1,7 @@
-"""Reconstruction and sparsity metrics: functions of tensors, and the same from a stream of batches.
+"""Reconstruction and sparsity metrics: functions of tensors, and an accumulator over batches.
 
-Every metric takes one row per token. Sums are float64 and taken about the running mean, so that activations far from
-zero (mean 1e4, standard deviation 1) lose nothing. A latent is active where it is not 0, whatever its sign.
+Every metric takes one row per token. Sums are float64 and about the running mean, so that no precision is lost on
+activations far from zero (mean 1e4, standard deviation 1). A latent is active where it is not 0, whatever its sign.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["Reconstruction", "ReconstructionStream", "cosine", "density", "expla
 
 
 def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
-    """Active latents per token: 0 if none ever fires, d_sae if all always do.
+    """Mean number of active latents per token, 0..d_sae.
 
         mean over tokens of #{i : latents[i] != 0}
 
     Negative latents (AbsTopK) count as active.
 
     Args:
-        latents: activations as `sae.encode` gives them; only whether they are 0 matters.
+        latents: activations, as from `sae.encode`; only whether they are 0 matters.
 
     Returns:
         A scalar, in latents per token; unchanged when `latents` is scaled.
@@ -45,15 +45,15 @@ def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
 
 
 def density(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, " d_sae"]:
-    """Per latent, the fraction of tokens on which it is active: 0 never, 1 always.
+    """Fraction of tokens on which each latent is active, 0..1.
 
         #{t : latents[t, i] != 0} / tokens
 
     Args:
-        latents: activations as `sae.encode` gives them; only whether they are 0 matters.
+        latents: activations, as from `sae.encode`; only whether they are 0 matters.
 
     Returns:
-        One number in 0..1 per latent; unchanged when `latents` is scaled.
+        A number per latent; unchanged when `latents` is scaled.
 
     Raises:
         ValueError: if there are no tokens.
@@ -65,18 +65,18 @@ def density(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, " d_sae"]:
         >>> density(torch.tensor([[0.0, 2.0, -1.0], [0.0, 0.0, 3.0]])).tolist()
         [0.0, 0.5, 1.0]
     """
-    check_some(len(latents))
+    check_not_empty(len(latents))
     return float64(latents.count_nonzero(0)) / len(latents)
 
 
 def mse(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> Float[Tensor, ""]:
-    """Squared length of the error per token: 0 is perfect, `mean ||x||^2` is what writing zero scores.
+    """Mean squared length of the error per token: 0 is perfect, a reconstruction of zeros has `mean ||x||^2`.
 
         mean over tokens of ||x - recon||^2      (summed, not averaged, over coordinates)
 
     Args:
-        x: activations the SAE was given (a transcoder: should have written), in the model's own units.
-        recon: what it wrote, in the same units.
+        x: activations that the SAE reconstructs (a transcoder: predicts), in the model's units.
+        recon: its output, in the same units.
 
     Returns:
         A scalar, in squared units of the activations; c^2 times as large when `x` and `recon` are scaled by c.
@@ -103,7 +103,7 @@ def fvu(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) ->
     Both sums come before the ratio; a constant offset counts as error.
 
     Args:
-        x: activations the SAE was given, in the model's own units (before any input scaling).
+        x: activations that the SAE reconstructs, in the model's units (before any input scaling).
         recon: the SAE's reconstruction of `x`, in the same units.
 
     Returns:
@@ -121,16 +121,16 @@ def fvu(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) ->
         (0.0, 1.0)
     """
     x, recon = _pair(x, recon)
-    return (x - recon).square().sum() / _varied(_spread(x - x[0]), len(x))
+    return (x - recon).square().sum() / _check_variance(_spread(x - x[0]), len(x))
 
 
 def explained_variance(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> Float[Tensor, ""]:
-    """Fraction of variance explained, `1 - fvu`: 1 is perfect, 0 is no better than the mean, less is worse than it.
+    """Fraction of variance explained, `1 - fvu`: 1 is perfect, 0 no better than the mean, below 0 worse.
 
-    Unlike scikit-learn's figure of this name, and like its `r2_score`, a constant offset counts as error.
+    A constant offset counts as error, as in scikit-learn's `r2_score` and unlike its `explained_variance_score`.
 
     Args:
-        x: activations the SAE was given, in the model's own units.
+        x: activations that the SAE reconstructs, in the model's units.
         recon: the SAE's reconstruction of `x`, in the same units.
 
     Returns:
@@ -151,12 +151,12 @@ def explained_variance(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "to
 
 
 def cosine(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"]) -> Float[Tensor, ""]:
-    """Cosine between activation and reconstruction: 1 is the right direction, 0 is none of it.
+    """Cosine between activation and reconstruction: 1 is the same direction, 0 is orthogonal.
 
         mean over tokens with x != 0 of x . recon / (||x|| ||recon||)      (0 where recon is 0)
 
     Args:
-        x: activations the SAE was given, in the model's own units.
+        x: activations that the SAE reconstructs, in the model's units.
         recon: the SAE's reconstruction of `x`.
 
     Returns:
@@ -173,7 +173,7 @@ def cosine(x: Float[Tensor, "tokens d_in"], recon: Float[Tensor, "tokens d_in"])
         0.5
     """
     cosines, _, counted = _per_token(*_pair(x, recon))
-    return cosines.sum() / _directed(counted.sum(), len(x))
+    return cosines.sum() / _check_directions(counted.sum(), len(x))
 
 
 @dataclass(frozen=True)
@@ -197,14 +197,14 @@ class Reconstruction:
     l2_ratio: float
     """Mean over tokens with x != 0 of ||recon|| / ||x||; 1 is perfect, less is shrinkage."""
     relative_reconstruction_bias: float
-    """sum ||recon||^2 / sum x . recon, by which recon would have to be divided to fit x best: 1 is unbiased, less is
+    """sum ||recon||^2 / sum x . recon, by which recon has to be divided for the least error: 1 is unbiased, less is
     shrinkage, nan where x . recon is 0 (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10)."""
 
 
 class ReconstructionStream:
-    """Accumulates a `Reconstruction` over batches: equal, to float64 rounding, to that of all tokens at once.
+    """Accumulator of a `Reconstruction` over batches: equal, up to float64 rounding, to that of all tokens at once.
 
-    Keeps 2 d_in + 9 numbers, on the device of the first batch, and never waits for the device before `result`.
+    Holds 2 d_in + 9 numbers on the device of the first batch, and never waits for the device before `result`.
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]]); stream = ReconstructionStream()
@@ -235,8 +235,8 @@ class ReconstructionStream:
             self._add(other.n_tokens, other._origin, other._mean, other._sums)
 
     def mean(self) -> Float[Tensor, " d_in"]:
-        """The mean of `x` over the tokens so far, in float64. ValueError if there were none."""
-        check_some(self.n_tokens)
+        """Mean of `x` over the tokens so far, in float64; a ValueError if there were none."""
+        check_not_empty(self.n_tokens)
         return self._origin + self._mean
 
     def result(self) -> Reconstruction:
@@ -245,10 +245,10 @@ class ReconstructionStream:
         Raises:
             ValueError: if there were none, or if `x` was the same, or 0, on every one of them.
         """
-        check_some(self.n_tokens)
+        check_not_empty(self.n_tokens)
         error, spread, cosines, ratios, counted, recon_sq, dot, l2_in, l2_out = self._sums.tolist()
-        unexplained = error / _varied(spread, self.n_tokens)
-        counted = _directed(counted, self.n_tokens)
+        unexplained = error / _check_variance(spread, self.n_tokens)
+        counted = _check_directions(counted, self.n_tokens)
         return Reconstruction(
             n_tokens=self.n_tokens,
             mse=error / self.n_tokens,
@@ -265,11 +265,11 @@ class ReconstructionStream:
         if self.n_tokens == 0:
             self.n_tokens, self._origin, self._mean, self._sums = n, origin.clone(), mean.clone(), sums.clone()
             return
-        check_same("d_in", len(mean), len(self._mean))
+        check_size("d_in", len(mean), len(self._mean))
         origin, mean, sums = (t.to(self._mean.device) for t in (origin, mean, sums))
-        # Chan, Golub and LeVeque 1979: spreads about two means add up to the spread about their common mean plus what
-        # lies between them. Sums of squares about 0 would cancel where the mean is large; and only about a row of its
-        # own is the mean of equal rows exact, so that no variance is exactly 0.
+        # Chan, Golub and LeVeque 1979: the spread about the common mean is the sum of the spreads about the two means
+        # plus that between these. Sums of squares about 0 would cancel where the mean is large. About one of the rows,
+        # the mean of equal rows is exactly 0, so that their spread is.
         shift, share = (origin - self._origin) + (mean - self._mean), n / (self.n_tokens + n)
         self._sums = self._sums + sums
         self._sums[1] += shift.square().sum() * (self.n_tokens * share)
@@ -283,54 +283,54 @@ def float64(x: Tensor) -> Tensor:
 
 def _pair(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape != recon.shape or x.ndim != 2:
-        got = f"x has shape {tuple(x.shape)}, recon {tuple(recon.shape)}."
-        raise ValueError(explain(got, want="[tokens, d_in], the same for both"))
-    check_some(len(x))
+        what = f"x has shape {tuple(x.shape)}, recon {tuple(recon.shape)}."
+        raise ValueError(explain(what, want="[tokens, d_in], the same for both"))
+    check_not_empty(len(x))
     return float64(x), float64(recon.to(x.device))
 
 
 def _per_token(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine and ratio of lengths of each token, 0 where they are not defined, and whether it counts (x != 0)."""
-    long, long_recon = x.norm(dim=1), recon.norm(dim=1)
-    counted = long > 0
-    # Each divided alone: the product of two lengths may overflow or vanish where neither does.
-    unit, unit_recon = (v / torch.where(n > 0, n, 1)[:, None] for v, n in ((x, long), (recon, long_recon)))
-    ratios = torch.where(counted, long_recon / torch.where(counted, long, 1), 0)
+    """Cosine and ratio of norms of each token, 0 where they are not defined, and whether it counts (x != 0)."""
+    norm, norm_recon = x.norm(dim=1), recon.norm(dim=1)
+    counted = norm > 0
+    # Each divided by its own norm: the product of two norms may overflow or vanish where neither does.
+    unit, unit_recon = (v / torch.where(n > 0, n, 1)[:, None] for v, n in ((x, norm), (recon, norm_recon)))
+    ratios = torch.where(counted, norm_recon / torch.where(counted, norm, 1), 0)
     return (unit * unit_recon).sum(1), ratios, counted
 
 
 def _reconstruction_sums(x: Tensor, recon: Tensor) -> Tensor:
-    """Sums over tokens of what `ReconstructionStream` adds up: errors, spread, cosines, ratios, counts, lengths."""
+    """Sums over tokens for `ReconstructionStream`: errors, spread, cosines, ratios, counts, dots, norms."""
     cosines, ratios, counted = _per_token(x, recon)
     parts = [(x - recon).square().sum(), _spread(x - x[0]), cosines.sum(), ratios.sum(), float64(counted).sum()]
-    lengths = [x.norm(dim=1).sum(), recon.norm(dim=1).sum()]
-    return torch.stack([*parts, recon.square().sum(), (x * recon).sum(), *lengths])
+    norms = [x.norm(dim=1).sum(), recon.norm(dim=1).sum()]
+    return torch.stack([*parts, recon.square().sum(), (x * recon).sum(), *norms])
 
 
 def _spread(x: Tensor) -> Tensor:
     return (x - x.mean(0)).square().sum()
 
 
-def check_some(n_tokens: int) -> None:
+def check_not_empty(n_tokens: int) -> None:
     """Raise a ValueError if there are no tokens."""
     if n_tokens == 0:
         raise ValueError(explain("no tokens to measure.", want="at least one row"))
 
 
-def check_same(name: str, got: int, before: int) -> None:
+def check_size(name: str, size: int, before: int) -> None:
     """Raise a ValueError if a size differs from that of earlier batches."""
-    if got != before:
-        raise ValueError(explain(f"a batch has {name}={got}.", want=f"{name}={before}, as the batches before it"))
+    if size != before:
+        raise ValueError(explain(f"a batch has {name}={size}.", want=f"{name}={before}, as the batches before it"))
 
 
-def _varied(spread: Tensor | float, n_tokens: int) -> Tensor | float:
+def _check_variance(spread: Tensor | float, n_tokens: int) -> Tensor | float:
     if spread == 0:
-        got = f"all {n_tokens} rows of x are the same: there is no variance to explain."
-        raise ValueError(explain(got, want="at least two different rows"))
+        what = f"all {n_tokens} rows of x are the same: there is no variance to explain."
+        raise ValueError(explain(what, want="at least two different rows"))
     return spread
 
 
-def _directed(counted: Tensor | float, n_tokens: int) -> Tensor | float:
+def _check_directions(counted: Tensor | float, n_tokens: int) -> Tensor | float:
     if counted == 0:
         raise ValueError(explain(f"all {n_tokens} rows of x are 0.", want="at least one row with a direction"))
     return counted

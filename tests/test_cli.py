@@ -85,7 +85,7 @@ def test_lab_of_an_installed_package_finds_the_notebooks_or_says_where_they_are(
     monkeypatch.setattr(saewb, "__file__", str(tmp_path / "site-packages" / "saewb" / "__init__.py"))
     monkeypatch.chdir(tmp_path)
     assert cli.lab(None) == 0
-    assert f"come with its repository, not with the package. Opening {tmp_path}" in capsys.readouterr().err
+    assert f"are in saewb's repository, not in the package. Opening {tmp_path}" in capsys.readouterr().err
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "00_tour.ipynb").touch()
     assert cli.lab(None) == 0

@@ -1,6 +1,6 @@
 """Documents to tokenize: texts, chats or token ids, from memory, files or datasets.
 
-The kind is that of the first document:
+All documents are of the kind of the first one:
 
 - a text;
 - a chat: a list of messages, dictionaries with "role" and "content", which go through the tokenizer's chat template;
@@ -70,7 +70,7 @@ class EpochCursor:
 
 @final
 class TextFiles:
-    """Documents from text files, in order, read block by block: files of any size.
+    """Documents in text files, in order, read block by block, so that files may be of any size.
 
     Args:
         paths: UTF-8 files, `.gz` ones too; one path, or several.
@@ -78,7 +78,7 @@ class TextFiles:
             stripped of white space, and empty ones left out.
 
     Raises:
-        FileNotFoundError: for a path that is no file.
+        FileNotFoundError: for a path that is not a file.
 
     Example:
         >>> import pathlib, tempfile
@@ -93,13 +93,13 @@ class TextFiles:
         self.separator = separator
         for path in self.paths:
             if not path.is_file():
-                raise FileNotFoundError(explain(f"{str(path)!r} is no file.", want="text files, UTF-8 or gzipped"))
+                raise FileNotFoundError(explain(f"{str(path)!r} is not a file.", want="text files, UTF-8 or gzipped"))
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
-            yield from filter(None, (text.strip() for text in self._pieces(path)))
+            yield from filter(None, (text.strip() for text in self._split(path)))
 
-    def _pieces(self, path: Path) -> Iterator[str]:
+    def _split(self, path: Path) -> Iterator[str]:
         import gzip
 
         opener = gzip.open if path.suffix == ".gz" else open
@@ -116,7 +116,7 @@ class TextFiles:
 
 @final
 class Documents:
-    """A resumable cursor over documents, for one epoch or many.
+    """Resumable cursor over documents, for one epoch or several.
 
     Args:
         source: a list, a dataset (anything with `__getitem__` and `__len__`, or `__iter__`), an iterable or iterator.
@@ -135,7 +135,7 @@ class Documents:
         self._source, self._repeat, self._seed = source, repeat, seed
         self._indexable = hasattr(source, "__getitem__") and hasattr(source, "__len__")
         if seed is not None and not self._indexable:
-            what = f"a {type(source).__name__} cannot be shuffled: its documents have no numbers."
+            what = f"a {type(source).__name__} cannot be shuffled: its documents have no index."
             raise ValueError(explain(what, want="a list, or an iterable that shuffles itself", fix="shuffle_seed=None"))
         self.epoch = self.n_yielded = 0  # complete epochs; documents of the current one
         self._open(0)
@@ -149,7 +149,7 @@ class Documents:
         return batch
 
     def seek(self, epoch: int, n_yielded: int) -> None:
-        """Go to a document, without reading those before it if the source is indexable or can skip."""
+        """Go to a document without reading those before it if the source is indexable or can skip."""
         self.epoch, self.n_yielded = epoch, n_yielded
         self._open(n_yielded)
 
@@ -184,9 +184,9 @@ def encode(documents: Sequence[Any], tokenizer: Any, column: str | None = None) 
         documents = [document[name] for document in documents]
     kinds = {_kind(document) for document in documents}
     if len(kinds) > 1 or None in kinds:
-        odd = next(d for d in documents if _kind(d) is None or _kind(d) != _kind(documents[0]))
-        fix = "[document.text for document in documents]" if type(odd).__name__ == "Document" else ""
-        what = f"got a {type(odd).__name__} among the documents."
+        other = next(d for d in documents if _kind(d) is None or _kind(d) != _kind(documents[0]))
+        fix = "[document.text for document in documents]" if type(other).__name__ == "Document" else ""
+        what = f"got a {type(other).__name__} among the documents."
         raise TypeError(explain(what, want="all texts, all token ids, or all chats", fix=fix))
     kind = kinds.pop()
     if kind != "ids" and tokenizer is None:

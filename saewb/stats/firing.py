@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
-from saewb.metrics import check_same, check_some, float64
+from saewb.metrics import check_not_empty, check_size, float64
 from saewb.sae.sparse import SparseLatents
 
 DEAD_BELOW = 1e-6  # of tokens; on fewer than a million tokens: latents that never fired
@@ -112,7 +112,7 @@ class FiringStream:
         Raises:
             ValueError: if there were no tokens.
         """
-        check_some(self.n_tokens)
+        check_not_empty(self.n_tokens)
         counts = float64(self._counts)
         rate = counts / self.n_tokens
         dead, dense = rate < dead_below, rate > dense_above
@@ -134,7 +134,7 @@ class FiringStream:
         if self._counts is None:
             self.n_tokens, self._counts, self._rows, self._sums, self._max = n, counts, rows, sums, largest
             return
-        check_same("d_sae", len(counts), len(self._counts))
+        check_size("d_sae", len(counts), len(self._counts))
         device = self._counts.device
         self.n_tokens += n
         self._counts = self._counts + counts.to(device)
