@@ -65,7 +65,7 @@ def _own_randomness():
 @pytest.fixture(params=tiny_models.kinds())
 def model(request):
     """The same three-layer model of random weights as each kind of model that this transformer-lens has."""
-    made = tiny_models.bridge() if request.param == "bridge" else tiny_models.hooked()
-    before = tiny_models.snapshot(made)
-    yield made
-    assert tiny_models.snapshot(made) == before, "a test left hooks on the model"
+    result = tiny_models.bridge() if request.param == "bridge" else tiny_models.hooked()
+    before = tiny_models.snapshot(result)
+    yield result
+    assert tiny_models.snapshot(result) == before, "a test left hooks on the model"

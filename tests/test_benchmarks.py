@@ -101,9 +101,9 @@ def test_markdown_has_a_column_for_each_device_and_failures():
 def test_the_readme_keeps_what_stands_around_the_table(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
-    for made in ("new\n", "newer\n"):
-        markdown.put_into(readme, made)
-        assert readme.read_text() == f"before\n{markdown.BEGIN}\n{made}{markdown.END}\nafter\n"
+    for result in ("new\n", "newer\n"):
+        markdown.put_into(readme, result)
+        assert readme.read_text() == f"before\n{markdown.BEGIN}\n{result}{markdown.END}\nafter\n"
     readme.write_text("no place")
     with pytest.raises(ValueError, match="no place for the table"):
         markdown.put_into(readme, "new\n")
@@ -133,25 +133,25 @@ def test_a_list_of_tokens_read_as_an_index_has_it_is_what_an_index_has():
     texts = [document.text for document in saewb.tiny.held_out_texts()[:6]]
     ids = saewb.data.tokens.token_rows(model, texts, 32)
     ids = torch.cat([ids, ids[:3]])  # equal windows too
-    made = saewb.build_index(model, sae, ids, window=dashboard.WINDOW)
+    created = saewb.build_index(model, sae, ids, window=dashboard.WINDOW)
     special = saewb.models.tokenizer.special_ids(model, True)
     with torch.no_grad():
         acts = sae.encode(saewb.models.capture.capture(model, ids, [sae.cfg.hook])[sae.cfg.hook])
     acts[torch.isin(ids, torch.tensor(special))] = 0
     order = acts.flatten(0, 1).sort(dim=0, descending=True, stable=True)
-    compared = made.table().density.nlargest(20).index.tolist()
+    compared = created.table().density.nlargest(20).index.tolist()
     theirs = {
         "position": order.indices.T[compared],
         "value": order.values.T[compared],
         "n_active": (acts.flatten(0, 1) > 0).sum(0)[compared],
-        "logits_top": torch.tensor([[x.effect for x in made.latent(i).logits_top] for i in compared]),
-        "logits_bottom": torch.tensor([[x.effect for x in made.latent(i).logits_bottom] for i in compared]),
+        "logits_top": torch.tensor([[x.effect for x in created.latent(i).logits_top] for i in compared]),
+        "logits_bottom": torch.tensor([[x.effect for x in created.latent(i).logits_bottom] for i in compared]),
     }
-    found = dashboard.agreement(made, theirs, compared, ids)
-    assert (found.contexts, found.firings, found.logits) == (20, 20, 20)
+    result = dashboard.agreement(created, theirs, compared, ids)
+    assert (result.contexts, result.firings, result.logits) == (20, 20, 20)
     wrong = {**theirs, "value": theirs["value"] * 1.1, "n_active": theirs["n_active"] + 1}
-    found = dashboard.agreement(made, wrong, compared, ids)
-    assert (found.contexts, found.firings, found.logits) == (0, 0, 20)
+    result = dashboard.agreement(created, wrong, compared, ids)
+    assert (result.contexts, result.firings, result.logits) == (0, 0, 20)
 
 
 def test_contexts_are_the_same_where_only_ties_differ():

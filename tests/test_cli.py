@@ -96,10 +96,10 @@ def test_lab_of_an_installed_package_finds_the_notebooks_or_says_where_they_are(
 def test_demo_says_at_once_that_its_page_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main(["demo", "--page", str(tmp_path / "file" / "page.html")]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "the page cannot be written" in told.err
-    assert "fix:  saewb demo --page ~/saewb_demo.html" in told.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "the page cannot be written" in output.err
+    assert "fix:  saewb demo --page ~/saewb_demo.html" in output.err
 
 
 def test_an_interrupted_demo_leaves_no_traceback(monkeypatch, tmp_path, capsys):

@@ -75,13 +75,13 @@ def test_it_is_a_frozen_dataclass():
 
 
 def test_descriptions_and_choices_are_inherited():
-    wanted = {"d_sae": "Number of latents.", "k": "Latents per token, at most.", "rows": "Decoder rows."}
-    assert descriptions(Options) == wanted
+    expected = {"d_sae": "Number of latents.", "k": "Latents per token, at most.", "rows": "Decoder rows."}
+    assert descriptions(Options) == expected
     assert list(descriptions(Options)) == ["d_sae", "k", "rows"]  # as in the signature
-    assert {f.name: f.metadata["description"] for f in fields(Options) if f.metadata} == wanted
+    assert {f.name: f.metadata["description"] for f in fields(Options) if f.metadata} == expected
     schema = TypeAdapter(Options).json_schema()["properties"]
     shown = {name: " ".join(p["description"].split()) for name, p in schema.items() if "description" in p}
-    assert shown == wanted
+    assert shown == expected
     assert choices(Options, "rows") == ("unit", "free")
     assert choices(Options, "k") == ()
 

@@ -16,8 +16,8 @@ from saewb import cli, diagnostics
 
 
 def finding(name, **how):
-    (found,) = [f for f in saewb.doctor(**how).findings if f.name == name]
-    return found
+    (result,) = [f for f in saewb.doctor(**how).findings if f.name == name]
+    return result
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def versions(monkeypatch):
 
 
 def test_all_is_well_here_but_for_what_is_absent():
-    found = saewb.doctor()
-    wrong = [f for f in found.findings if f.state == "wrong" and f.name not in ("hub cache", "saewb cache", "kernel")]
+    result = saewb.doctor()
+    wrong = [f for f in result.findings if f.state == "wrong" and f.name not in ("hub cache", "saewb cache", "kernel")]
     assert [f for f in wrong if not f.name.endswith("in the page")] == []
-    assert repr(found).splitlines()[0].startswith("ok saewb")
-    assert found._repr_html_().count("<tr>") == len(found.findings)
+    assert repr(result).splitlines()[0].startswith("ok saewb")
+    assert result._repr_html_().count("<tr>") == len(result.findings)
 
 
 def test_memory_that_caches_hold_counts_as_unused(monkeypatch):
@@ -94,8 +94,8 @@ def test_a_kernel_of_another_environment(monkeypatch, tmp_path):
     spec = {"argv": [str(other), "-m", "ipykernel_launcher"], "display_name": "Python 3", "language": "python"}
     (kernel / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    found = finding("kernel")
-    assert (found.state, found.fix.split(" -m ")[0]) == ("wrong", sys.executable)
+    result = finding("kernel")
+    assert (result.state, result.fix.split(" -m ")[0]) == ("wrong", sys.executable)
     spec["argv"][0] = sys.executable
     (kernel / "kernel.json").write_text(json.dumps(spec))
     assert finding("kernel").state == "ok"

@@ -46,12 +46,12 @@ def parameters(function):
 
 def check_arguments(name, function, text):
     """Each parameter has its line, with words."""
-    if not (wanted := parameters(function)):
+    if not (expected := parameters(function)):
         return
     assert "Args" in text, f"{name}: no Args"
     lines = re.findall(r"(?m)^    \*{0,2}([\w, *]+):\s+(\S.*)$", text["Args"])
-    said = {one.strip(" *") for names, _ in lines for one in names.split(",")}
-    assert set(wanted) <= said, f"{name}: {sorted(set(wanted) - said)} not in Args"
+    message = {one.strip(" *") for names, _ in lines for one in names.split(",")}
+    assert set(expected) <= message, f"{name}: {sorted(set(expected) - message)} not in Args"
     for names, words in lines:
         assert len(words) > 6, f"{name}: {names}: {words!r} says too little"
 

@@ -243,11 +243,11 @@ for call in (
     except TypeError as error:
         print(error)
 """
-    told = subprocess.run([sys.executable, "-c", tries], capture_output=True, text=True, check=True).stdout
-    assert "enrich got SAE for effects" in told
-    assert "fix:  saewb.enrich(sae.W_dec @ model.W_U, sets)" in told
-    assert "coactivation got a str for a batch" in told
-    assert "fix:  coactivation([sae.encode(x)])" in told
+    text = subprocess.run([sys.executable, "-c", tries], capture_output=True, text=True, check=True).stdout
+    assert "enrich got SAE for effects" in text
+    assert "fix:  saewb.enrich(sae.W_dec @ model.W_U, sets)" in text
+    assert "coactivation got a str for a batch" in text
+    assert "fix:  coactivation([sae.encode(x)])" in text
 
 
 MISTAKES = """

@@ -30,10 +30,10 @@ def streamed(name, x, recon):
 
 def figure(name, x, recon):
     """By the pure function, where there is one, and as the stream gives it: one number."""
-    found = streamed(name, x, recon)
+    result = streamed(name, x, recon)
     if hasattr(metrics, name):
-        assert getattr(metrics, name)(x, recon).item() == pytest.approx(found, rel=1e-12, abs=1e-15, nan_ok=True)
-    return found
+        assert getattr(metrics, name)(x, recon).item() == pytest.approx(result, rel=1e-12, abs=1e-15, nan_ok=True)
+    return result
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -127,10 +127,10 @@ def firing(*batches, **limits):
 @pytest.mark.parametrize("scale", [1, 1e-20, -5.0])
 def test_firing_by_hand_whatever_scale_and_sign(scale):
     """Perfect and baseline have no meaning here: all, none, and a case by hand."""
-    found = firing(LATENTS * scale)
-    assert found.l0 == l0(LATENTS * scale).item() == 1.5
-    assert found.density.tolist() == density(LATENTS * scale).tolist() == [0, 0.5, 1, 0]
-    assert (found.dead_frac, found.dense_frac, found.n_tokens) == (0.5, 0.5, 4)
+    result = firing(LATENTS * scale)
+    assert result.l0 == l0(LATENTS * scale).item() == 1.5
+    assert result.density.tolist() == density(LATENTS * scale).tolist() == [0, 0.5, 1, 0]
+    assert (result.dead_frac, result.dense_frac, result.n_tokens) == (0.5, 0.5, 4)
 
 
 def test_all_latents_fire_or_none():
@@ -142,10 +142,10 @@ def test_all_latents_fire_or_none():
 
 
 def test_limits_of_dead_and_dense_are_exclusive():
-    found = firing(LATENTS, dead_below=0.5, dense_above=0.5)
-    assert (found.dead_frac, found.dense_frac) == (0.5, 0.25)
-    found = firing(LATENTS, dead_below=0.51, dense_above=0.49)
-    assert (found.dead_frac, found.dense_frac) == (0.75, 0.5)
+    result = firing(LATENTS, dead_below=0.5, dense_above=0.5)
+    assert (result.dead_frac, result.dense_frac) == (0.5, 0.25)
+    result = firing(LATENTS, dead_below=0.51, dense_above=0.49)
+    assert (result.dead_frac, result.dense_frac) == (0.75, 0.5)
 
 
 def test_thirds_are_not_rounded_to_float32():
@@ -179,16 +179,16 @@ def test_a_stream_gives_what_the_whole_gives(data, cut):
     # of a distance to the mean that is 1e-8 of its size, float64 keeps about 8 digits squared
     rel = 1e-11 * max(1.0, x.abs().max().item() / x.std().item())
     for stream in (one, first):
-        found = stream.result()
-        assert found.n_tokens == len(x)
+        result = stream.result()
+        assert result.n_tokens == len(x)
         assert stream.mean().numpy() == pytest.approx(x.numpy().mean(0), rel=1e-12)
         for function in (mse, fvu, explained_variance, cosine):
             expected = function(x, recon).item()
-            assert getattr(found, function.__name__) == pytest.approx(expected, rel=rel, abs=rel)
+            assert getattr(result, function.__name__) == pytest.approx(expected, rel=rel, abs=rel)
         lengths = np.linalg.norm(recon, axis=1) / np.linalg.norm(x, axis=1)
-        assert found.l2_ratio == pytest.approx(lengths.mean(), rel=1e-10)
+        assert result.l2_ratio == pytest.approx(lengths.mean(), rel=1e-10)
         bias = np.square(recon.numpy()).sum() / (x.numpy() * recon.numpy()).sum()
-        assert found.relative_reconstruction_bias == pytest.approx(bias, rel=1e-8)
+        assert result.relative_reconstruction_bias == pytest.approx(bias, rel=1e-8)
 
 
 @examples(50)
@@ -200,11 +200,11 @@ def test_firing_in_batches_is_exactly_firing_of_the_whole(sizes, seed, cut):
     for i, batch in enumerate(latents.split(sizes)):
         (first if i < cut else second).update(batch)
     first.merge(second)
-    found, whole = first.result(), firing(latents)
+    result, whole = first.result(), firing(latents)
     for name in ("n_tokens", "l0", "dead_frac", "dense_frac"):
-        assert getattr(found, name) == getattr(whole, name)
-    assert torch.equal(found.density, density(latents))
-    assert found.l0 == pytest.approx(l0(latents).item(), rel=1e-14)
+        assert getattr(result, name) == getattr(whole, name)
+    assert torch.equal(result.density, density(latents))
+    assert result.l0 == pytest.approx(l0(latents).item(), rel=1e-14)
 
 
 def test_a_large_common_offset_costs_nothing_in_float32_data():

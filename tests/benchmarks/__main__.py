@@ -67,13 +67,13 @@ def main() -> int:
             results.append(run(name, device, options))
             if results[-1].failed:
                 print(f"failed: {results[-1].failed}", flush=True)
-    made = markdown(results, datetime.date.today().isoformat())
+    text = markdown(results, datetime.date.today().isoformat())
     if options.markdown:
-        options.markdown.write_text(made)
+        options.markdown.write_text(text)
     if options.readme:
-        put_into(ROOT / "README.md", made)
+        put_into(ROOT / "README.md", text)
     if not (options.markdown or options.readme):
-        print(f"\n{made}")
+        print(f"\n{text}")
     return int(any(result.failed for result in results))
 
 

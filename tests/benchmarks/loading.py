@@ -82,10 +82,10 @@ def main() -> None:
     for name, d_sae in [("1k", 1024)] if options.quick else WIDTHS.items():
         with tempfile.TemporaryDirectory() as place:
             calls = readers(write(Path(place) / "sae", d_sae))
-            found = {reader: timed(call, times) for reader, call in calls.items()}
+            result = {reader: timed(call, times) for reader, call in calls.items()}
         title = f"load an SAE of {name} latents, {D_IN} wide, float32, from disk"
-        notes = {reader: f"peak +{grew:.0f} MB" for reader, (_, grew) in found.items()}
-        took = {reader: took for reader, (took, _) in found.items()}
+        notes = {reader: f"peak +{grew:.0f} MB" for reader, (_, grew) in result.items()}
+        took = {reader: took for reader, (took, _) in result.items()}
         report.add(Table.made(title, took, "saewb, SAELens layout", notes))
 
 

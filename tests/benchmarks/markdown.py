@@ -52,13 +52,13 @@ def _about(results: Sequence[Result], date: str) -> str:
 
 
 def _rows(by_device: dict[str, Result], devices: Sequence[str]) -> list[str]:
-    found: dict[str, dict[str, dict[str, tuple[Table, Row]]]] = {}  # title, row, device
+    outcome: dict[str, dict[str, dict[str, tuple[Table, Row]]]] = {}  # title, row, device
     for device, result in by_device.items():
         for table in result.tables:
             for row in table.rows:
-                found.setdefault(table.title, {}).setdefault(row.name, {})[device] = (table, row)
+                outcome.setdefault(table.title, {}).setdefault(row.name, {})[device] = (table, row)
     lines = []
-    for title, rows in found.items():
+    for title, rows in outcome.items():
         for n, (name, cells) in enumerate(rows.items()):
             line, notes = ["" if n else _text(title), _text(name)], []
             for device in devices:

@@ -152,16 +152,16 @@ def reset_peak() -> float:
 
 def facts(device: str = "cpu") -> dict[str, str]:
     """The machine and the versions, by name."""
-    found = {"machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB"}
+    result = {"machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB"}
     if device.startswith("cuda"):
-        found["GPU"] = torch.cuda.get_device_name()
-    found |= {"threads": str(torch.get_num_threads()), "Python": platform.python_version()}
+        result["GPU"] = torch.cuda.get_device_name()
+    result |= {"threads": str(torch.get_num_threads()), "Python": platform.python_version()}
     for name in VERSIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def _processor() -> str:

@@ -33,8 +33,8 @@ def trainees(options) -> dict:
     """By name."""
     at, d_sae, k = f"blocks.{options.layer}.", options.d_sae, options.k
     jumprelu = saewb.JumpReLU(d_sae, l0=0.3, target_l0=k, bandwidth=1.0, init_threshold=1.4)
-    made = {"topk": saewb.TopK(d_sae, k), "batchtopk": saewb.BatchTopK(d_sae, k), "jumprelu": jumprelu}
-    saes = {name: saewb.Trainee(objective, at + "hook_resid_post") for name, objective in made.items()}
+    result = {"topk": saewb.TopK(d_sae, k), "batchtopk": saewb.BatchTopK(d_sae, k), "jumprelu": jumprelu}
+    saes = {name: saewb.Trainee(objective, at + "hook_resid_post") for name, objective in result.items()}
     skip = saewb.Trainee(saewb.TopK(d_sae, k, skip=True), at + "mlp.hook_in", at + "hook_mlp_out")
     return saes | {"skip-transcoder": skip}
 

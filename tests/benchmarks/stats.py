@@ -148,10 +148,10 @@ def main() -> None:
     report.add(low_rank_statistics(4096 if quick else 65_536, 50, 5))
     report.add(dense_sampling(256 if quick else 4096, 1024, 1))
     for n in [256] if quick else [1024, 4096]:
-        for made in random_matrices(n, 1 if n > 2000 else 3):
-            report.add(made)
-    for made in matrix_views(*((1024, 16, 512, 8) if quick else (16_384, 64, 4096, 32)), 3):
-        report.add(made)
+        for result in random_matrices(n, 1 if n > 2000 else 3):
+            report.add(result)
+    for result in matrix_views(*((1024, 16, 512, 8) if quick else (16_384, 64, 4096, 32)), 3):
+        report.add(result)
     report.add(coactivations(1024 if quick else 16_384, 16 if quick else 50, 256 if quick else 1024))
 
 

@@ -180,18 +180,18 @@ def sparsify(options, x):
 
 def candidates(name, options, x):
     """The steps to compare, by name."""
-    made = {"saewb": lambda: ours(name, options, "full", x)}
+    result = {"saewb": lambda: ours(name, options, "full", x)}
     best = best_precision(x.device)
     for how in dict.fromkeys((next_higher_precision(best, x.device), best)) if best != "full" else ():
         if how != "full":
-            made[f"saewb, {how} selects"] = lambda how=how: ours(name, options, how, x)
+            result[f"saewb, {how} selects"] = lambda how=how: ours(name, options, how, x)
     if not options.no_plain:
-        made["saewb, autograd"] = lambda: ours(name, options, "plain", x)
+        result["saewb, autograd"] = lambda: ours(name, options, "plain", x)
     if has("sae_lens") and name != "abstopk" and not options.no_peer:
-        made["sae-lens"] = lambda: peer(name, options, x)
+        result["sae-lens"] = lambda: peer(name, options, x)
     if has("sparsify") and name == "topk" and not (options.no_peer or options.dead_frac):
-        made["sparsify"] = lambda: sparsify(options, x)
-    return made
+        result["sparsify"] = lambda: sparsify(options, x)
+    return result
 
 
 def medians(steps, x, repeats):

@@ -14,12 +14,12 @@ def browser():
 @pytest.fixture
 def page(browser):
     """An empty page, which must neither complain nor ask for anything."""
-    made = browser.new_page(viewport={"width": 1100, "height": 800})
-    made.set_default_timeout(10_000)
-    chromium.listen(made)
-    made.set_content("<!doctype html><style>body { background: white }</style><body></body>")
-    yield made
-    complaints, asked = made.complaints, made.asked
-    made.close()
+    result = browser.new_page(viewport={"width": 1100, "height": 800})
+    result.set_default_timeout(10_000)
+    chromium.listen(result)
+    result.set_content("<!doctype html><style>body { background: white }</style><body></body>")
+    yield result
+    complaints, asked = result.complaints, result.asked
+    result.close()
     assert complaints == []
     assert asked == []

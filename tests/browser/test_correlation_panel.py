@@ -77,10 +77,10 @@ def test_zooming_moving_and_the_pair(page):
     page.mouse.move(box["x"] + fx * box["width"], box["y"] + fy * box["height"])
     page.wait_for_timeout(300)
     page.mouse.move(box["x"] + fx * box["width"] + 2, box["y"] + fy * box["height"])
-    said = page.inner_text(".tip")
-    assert said.startswith(str(i))
-    assert panel.index.latent(j).top[0].token.strip() in said
-    assert "phi" in said
+    text = page.inner_text(".tip")
+    assert text.startswith(str(i))
+    assert panel.index.latent(j).top[0].token.strip() in text
+    assert "phi" in text
     page.mouse.down()
     page.mouse.up()
     page.wait_for_timeout(200)
@@ -110,8 +110,8 @@ def test_sixty_five_thousand_features(page):
         flush()
         seq = drawn(page, panel, seq)
         wall = time.perf_counter() - begun
-        asked = page.get_attribute("canvas.map", "data-ms")
-        print(f"zoom to {window}: {1000 * wall:.0f} ms, of which kernel and drawing {asked} ms; {panel.shown.cells}")
+        shown_ms = page.get_attribute("canvas.map", "data-ms")
+        print(f"zoom to {window}: {1000 * wall:.0f} ms, of which kernel and drawing {shown_ms} ms; {panel.shown.cells}")
     page.get_by_role("button", name="Stop looking through the entries").click()
     page.locator(".saewb[aria-busy=false]").wait_for(timeout=60_000)
     assert panel.busy == ""
@@ -122,8 +122,8 @@ def test_bytes_that_get_lost_are_asked_for_as_text(page):
     panel = CorrelationPanel(torch.eye(30), order="index")
     flush = chromium.mount(page, panel)
     drawn(page, panel)
-    kept = panel.send
-    panel.send = lambda content, buffers=None: kept(content, [])
+    saved = panel.send
+    panel.send = lambda content, buffers=None: saved(content, [])
     panel.view = (0, 10, 0, 10)
     flush()
     drawn(page, panel)

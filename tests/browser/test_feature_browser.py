@@ -38,9 +38,9 @@ def test_table_and_page_are_drawn(page, panel):
     peak = page.locator(".context .t.peak").first
     assert peak.inner_text().strip() == first.token.strip()
     peak.hover()
-    said = page.inner_text(".tip")
-    assert f"token {first.ids[first.at]}, position {first.position} of text {first.row}" in said
-    assert f"activation {first.value:.1f}" in said
+    text = page.inner_text(".tip")
+    assert f"token {first.ids[first.at]}, position {first.position} of text {first.row}" in text
+    assert f"activation {first.value:.1f}" in text
     assert page.locator("svg[role=img]").count() == 4
     assert page.locator(".up .word").count() == 8
     page.locator(".card svg rect.hit").nth(3).hover()
@@ -233,8 +233,8 @@ def test_it_is_as_light_or_dark_as_what_is_around_it(page, panel, theme):
 def test_it_takes_the_colors_of_jupyterlab(page, panel):
     page.evaluate("() => document.body.style.setProperty('--jp-layout-color1', 'rgb(1, 2, 3)')")
     chromium.mount(page, panel)
-    found = page.evaluate("() => getComputedStyle(document.querySelector('.saewb .frame')).backgroundColor")
-    assert found == "rgb(1, 2, 3)"
+    evaluation = page.evaluate("() => getComputedStyle(document.querySelector('.saewb .frame')).backgroundColor")
+    assert evaluation == "rgb(1, 2, 3)"
 
 
 def test_it_fits_a_narrow_place_and_leaves_nothing_behind(page, panel):

@@ -50,9 +50,9 @@ def test_feature_browser_in_jupyterlab(notebook):
     heading(748)
     page.locator(".saewb .error_message").wait_for(state="hidden")
     notebook.run(2)
-    found = index.search("physicist")
-    assert notebook.output(2).strip() == f"748 [{order[4]}] {len(found)}"
-    page.locator(".saewb .total", has_text=f"{len(found)} of 1,024").wait_for()
+    hits = index.search("physicist")
+    assert notebook.output(2).strip() == f"748 [{order[4]}] {len(hits)}"
+    page.locator(".saewb .total", has_text=f"{len(hits)} of 1,024").wait_for()
     notebook.run(3)
     assert "latent 99999" in notebook.output(3)
     assert "traitlets" not in notebook.output(3)

@@ -259,9 +259,9 @@ def test_correlation_panel_in_jupyterlab(browser, opened, tmp_path):
         panel.locator("select[aria-label=Order]").select_option("density")
         drawn(panel, seq)  # the kernel has heard of it
         book.run(1)
-        said = book.output(1).strip()
-        r0, r1, c0, c1 = json.loads("[" + said[1 : said.index(")")] + "]")
-        assert said.endswith("density")
+        text = book.output(1).strip()
+        r0, r1, c0, c1 = json.loads("[" + text[1 : text.index(")")] + "]")
+        assert text.endswith("density")
         assert 100 < r1 - r0 < 250
         assert c1 - c0 == r1 - r0
         assert page.locator(".jp-Notebook .jp-Cell").count() == len(MATRICES)

@@ -40,9 +40,9 @@ def test_a_prompt_is_typed_and_its_tokens_and_latents_clicked(page):
     tokens = panel.window["tokens"]
     assert page.locator(".token").count() == len(tokens)
     assert page.locator(".token.mark").inner_text() == "<|endoftext|>"
-    said = page.locator(".token").all_inner_texts()
-    assert "\u00b7physicist" in said
-    assert "\u21b5" in "".join(said)  # the line break is seen
+    text = page.locator(".token").all_inner_texts()
+    assert "\u00b7physicist" in text
+    assert "\u21b5" in "".join(text)  # the line break is seen
     at(page, len(tokens) - 1)
     assert listed(page) == panel.latents.latent.tolist()
     k = tokens.index(" physicist")

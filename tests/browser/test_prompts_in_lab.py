@@ -81,8 +81,8 @@ def test_prompts_and_steering_in_jupyterlab(opened, browser, tmp_path, reading):
     folder = os.environ.get("SAEWB_SCREENSHOTS")
     for where, cells in jupyterlab.without_a_kernel(browser, tmp_path, folder and (folder, "prompts")).items():
         assert "Error displaying" not in "".join(cells), where
-        for said in ("Latents of tiny on a prompt", "physicist", "logit effect"):
-            assert said in cells[0], (where, said)
+        for message in ("Latents of tiny on a prompt", "physicist", "logit effect"):
+            assert message in cells[0], (where, message)
         for text in texts:
             assert " ".join(text.split()) in " ".join(cells[5].split()), where
 

@@ -127,8 +127,8 @@ def test_training_panel_in_jupyterlab(opened, browser, tmp_path, capsys):
     with capsys.disabled():
         print(f"\nTrainingPanel in JupyterLab: model and form {opening:.1f} s, filled and started {filling:.1f} s")
     pictures = os.environ.get("SAEWB_SCREENSHOTS")
-    found = jupyterlab.without_a_kernel(browser, tmp_path, pictures and (pictures, "training"))
-    for where, texts in found.items():
+    result = jupyterlab.without_a_kernel(browser, tmp_path, pictures and (pictures, "training"))
+    for where, texts in result.items():
         for text in ("stopped", "crashing", "OSError: <b>the disk is gone</b>", "density", "FVU", "20,480 of 20,480"):
             assert text in texts[1], (where, text, texts[1])
 
@@ -247,8 +247,8 @@ def test_catalogue_picker_in_jupyterlab(opened, browser, tmp_path, monkeypatch, 
     with capsys.disabled():
         print(f"\nCataloguePicker in JupyterLab: import and first view {opening:.1f} s")
     pictures = os.environ.get("SAEWB_SCREENSHOTS")
-    found = jupyterlab.without_a_kernel(browser, tmp_path, pictures and (pictures, "catalogue"))
-    for where, texts in found.items():
+    result = jupyterlab.without_a_kernel(browser, tmp_path, pictures and (pictures, "catalogue"))
+    for where, texts in result.items():
         for text in ("Published SAEs", *JB, "24,576", "151 MB", entry.repo):
             assert text in texts[0], (where, text, texts[0])
 

@@ -12,8 +12,8 @@ import saewb
 
 def made(**traits):
     model, sae = panel_driver.embedded()
-    given = {"latents": {972: 16.0}, "prompt": "The scientist", "max_new_tokens": 6, **traits}
-    panel = SteeringPanel(model, sae, panel_driver.index(), **given)
+    inputs = {"latents": {972: 16.0}, "prompt": "The scientist", "max_new_tokens": 6, **traits}
+    panel = SteeringPanel(model, sae, panel_driver.index(), **inputs)
     panel.wait()
     return panel
 
@@ -58,8 +58,8 @@ def test_latents_are_found_changed_and_steer_the_text(page):
     assert shown.nth(1).inner_text() == panel.prompt + panel.steered
     page.get_by_role("button", name="The Python that gives this").click()
     page.locator(".notice pre").wait_for()
-    exec(panel.code(), given := {"model": panel.model, "sae": panel.saes[0]})
-    assert (given["clean"], given["steered"]) == (panel.clean, panel.steered)
+    exec(panel.code(), inputs := {"model": panel.model, "sae": panel.saes[0]})
+    assert (inputs["clean"], inputs["steered"]) == (panel.clean, panel.steered)
     assert page.inner_text(".notice pre").strip() == panel.code().strip()
     assert page.raised == []
 

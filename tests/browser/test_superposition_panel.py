@@ -61,8 +61,8 @@ def test_the_focus_stays_where_keys_are_heard(page):
 def three(**how):
     sae = panel_driver.embedded()[1]
     rng = torch.Generator().manual_seed(0)
-    given = {"topk": sae, "<b>random</b>": torch.randn(300, 20, generator=rng), "read": sae.W_enc.T.detach()}
-    return SuperpositionPanel(given, index={"topk": panel_driver.index()}, **how)
+    inputs = {"topk": sae, "<b>random</b>": torch.randn(300, 20, generator=rng), "read": sae.W_enc.T.detach()}
+    return SuperpositionPanel(inputs, index={"topk": panel_driver.index()}, **how)
 
 
 def test_several_are_beside_each_other(page):
@@ -116,9 +116,9 @@ def test_dots_are_hovered_and_clicked(page):
     box = canvas.bounding_box()
     page.mouse.move(box["x"] + before[0], box["y"] + before[1])
     density = panel.points.density[648]
-    said = page.inner_text(".tip").splitlines()
-    assert said[:2] == ["648", f"largest |cos| {panel.points.max_abs_cos[648]:.3f}"]
-    assert said[2].startswith(f"fires on {100 * density:.0f} ")
+    text = page.inner_text(".tip").splitlines()
+    assert text[:2] == ["648", f"largest |cos| {panel.points.max_abs_cos[648]:.3f}"]
+    assert text[2].startswith(f"fires on {100 * density:.0f} ")
     page.mouse.click(box["x"] + before[0], box["y"] + before[1])
     page.locator("h3", has_text="Nearest to 648").wait_for()
     assert panel.selected == 648

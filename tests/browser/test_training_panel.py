@@ -175,11 +175,11 @@ def test_a_narrow_place_and_a_run_that_failed(page):
 
 
 def _dying():
-    made = []
+    items = []
 
     def draw(n, rng):
-        made.append(n)
-        if len(made) > 20:
+        items.append(n)
+        if len(items) > 20:
             raise OSError("<b>the disk is gone</b>")
         return torch.randn(n, 8, generator=rng)
 

@@ -126,15 +126,15 @@ def test_a_separator_across_the_blocks_that_are_read(tmp_path):
 
 
 def test_a_source_is_not_read_ahead():
-    given = []
+    items = []
 
     def endless():
         while True:
-            given.append(1)
+            items.append(1)
             yield "w1 w2 w3"
 
     next(stream_tokens(endless(), tiny_models.tokenizer(), ctx_len=8, rows=2))
-    assert len(given) == 64  # one group
+    assert len(items) == 64  # one group
 
 
 def test_chats_go_through_the_template():

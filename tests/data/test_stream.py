@@ -108,9 +108,9 @@ def test_dtype_is_the_models_own_unless_asked():
         next(stream_activations(model, tiny_models.tokens(), RESID, batch_tokens=4)).values[RESID].dtype
         == torch.bfloat16
     )
-    made = next(stream_activations(model, tiny_models.tokens(), RESID, batch_tokens=4, dtype=torch.float32))
-    assert made.values[RESID].dtype == torch.float32
-    assert not made.values[RESID].requires_grad
+    result = next(stream_activations(model, tiny_models.tokens(), RESID, batch_tokens=4, dtype=torch.float32))
+    assert result.values[RESID].dtype == torch.float32
+    assert not result.values[RESID].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -335,12 +335,12 @@ def filled_by_pieces(**how):
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_buffer_filled_by_pieces_gives_the_same_batches(prefetch):
-    stream, told = filled_by_pieces(prefetch=prefetch), []
+    stream, report = filled_by_pieces(prefetch=prefetch), []
     assert stream.filling == (0, 100)
     assert stream.peek().values["activations"][0, 0] == 0  # and it stays where it is
     while stream.fill():
-        told.append(stream.filling)
-    assert told == [*((n, 100) for n in range(7, 99, 7)), None]
+        report.append(stream.filling)
+    assert report == [*((n, 100) for n in range(7, 99, 7)), None]
     assert stream.filling is None
     assert stream.fill() is False
     assert order(stream) == order(filled_by_pieces())

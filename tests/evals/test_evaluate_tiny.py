@@ -10,8 +10,10 @@ import saewb
 def test_the_held_out_figures_of_the_embedded_sae():
     sae = saewb.load_sae("tiny")
     texts = [document.text for document in saewb.tiny.held_out_texts()]
-    found = saewb.evaluate(tiny_bridge(), sae, texts, batch_size=32)
-    wanted = sae.cfg.metadata["held_out"]
-    for name in sorted(set(wanted) & set(found.to_frame())):
-        assert getattr(found, name) == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
-    assert {"fvu", "l0", "ce_with_sae", "ce_mean_ablated", "ce_recovered_zero"} <= set(wanted) & set(found.to_frame())
+    evaluation = saewb.evaluate(tiny_bridge(), sae, texts, batch_size=32)
+    expected = sae.cfg.metadata["held_out"]
+    for name in sorted(set(expected) & set(evaluation.to_frame())):
+        assert getattr(evaluation, name) == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+    assert {"fvu", "l0", "ce_with_sae", "ce_mean_ablated", "ce_recovered_zero"} <= set(expected) & set(
+        evaluation.to_frame()
+    )

@@ -84,7 +84,7 @@ def plainly(model, sae, ids, special=(1, 2, 3), read=None, write=None):
         passes = [clean, instead(recon), instead(torch.zeros(1)), instead(mean)]
     logp = [p - p.logsumexp(-1, keepdim=True) for p in passes]
     predicts = (keep[:, :-1] & keep[:, 1:]).numpy()
-    found = {
+    result = {
         name: -np.take_along_axis(p[:, :-1].numpy(), ids[:, 1:, None].numpy(), 2)[..., 0][predicts].mean()
         for name, p in zip(LOSSES, logp, strict=True)
     }
@@ -93,8 +93,8 @@ def plainly(model, sae, ids, special=(1, 2, 3), read=None, write=None):
     error, spread = np.square(t - r).sum(), np.square(t - t.mean(0)).sum()
     cosine = ((t * r).sum(1) / np.linalg.norm(t, axis=1) / np.linalg.norm(r, axis=1)).mean()
     fired = (a != 0).mean(0)
-    zero, mean, ours, clean = (found[f"ce_{n}"] for n in ("zero_ablated", "mean_ablated", "with_sae", "clean"))
-    return found | {
+    zero, mean, ours, clean = (result[f"ce_{n}"] for n in ("zero_ablated", "mean_ablated", "with_sae", "clean"))
+    return result | {
         "ce_recovered_zero": (zero - ours) / (zero - clean),
         "ce_recovered_mean": (mean - ours) / (mean - clean),
         "kl": kl,
@@ -121,17 +121,17 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("skip", [True, False])
 def test_every_figure_as_written_down_plainly(model, hook, skip):
     sae = tiny_models.sae(hook)
-    found = evaluate(model, sae, rows(), batch_size=4, skip_special_tokens=skip)
-    assert_same(found, plainly(model, sae, rows(), special=(1, 2, 3) if skip else ()))
+    evaluation = evaluate(model, sae, rows(), batch_size=4, skip_special_tokens=skip)
+    assert_same(evaluation, plainly(model, sae, rows(), special=(1, 2, 3) if skip else ()))
 
 
 @pytest.mark.parametrize(("activation", "k"), [("jumprelu", None), ("topk", 4), ("abstopk", 4)])
 def test_every_gate(model, activation, k):
     sae = tiny_models.sae(RESID, activation=activation, k=k)
-    found = evaluate(model, sae, rows())
-    assert_same(found, plainly(model, sae, rows()))
+    evaluation = evaluate(model, sae, rows())
+    assert_same(evaluation, plainly(model, sae, rows()))
     if activation == "abstopk":
-        assert found.l0 == 4  # with their signs
+        assert evaluation.l0 == 4  # with their signs
 
 
 @pytest.mark.parametrize("sae", [
@@ -140,31 +140,31 @@ def test_every_gate(model, activation, k):
 ])  # fmt: skip
 def test_the_other_kinds_of_sae(model, sae):
     """The temporal one looks back at special tokens too."""
-    found = evaluate(model, sae, rows(), batch_size=4)
-    assert_same(found, plainly(model, sae, rows()))
-    assert found.l0 > 1
+    evaluation = evaluate(model, sae, rows(), batch_size=4)
+    assert_same(evaluation, plainly(model, sae, rows()))
+    assert evaluation.l0 > 1
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_transcoder_is_compared_with_what_stands_where_it_writes(model, skip):
     sae = tiny_models.sae("blocks.1.mlp.hook_in", hook_out=MLP)
-    found = evaluate(model, sae, rows(), skip_special_tokens=skip)
-    assert_same(found, plainly(model, sae, rows(), special=(1, 2, 3) if skip else ()))
-    assert (found.hook, found.hook_out) == ("blocks.1.mlp.hook_in", MLP)
+    evaluation = evaluate(model, sae, rows(), skip_special_tokens=skip)
+    assert_same(evaluation, plainly(model, sae, rows(), special=(1, 2, 3) if skip else ()))
+    assert (evaluation.hook, evaluation.hook_out) == ("blocks.1.mlp.hook_in", MLP)
 
 
 def test_another_place_than_its_own(model):
     sae = tiny_models.sae("blocks.0.hook_resid_post")
     assert_same(evaluate(model, sae, rows(), hook=RESID), plainly(model, sae, rows(), read=RESID, write=RESID))
     transcoder = tiny_models.sae("blocks.0.mlp.hook_in", hook_out="blocks.0.hook_mlp_out")
-    found = evaluate(model, transcoder, rows(), hook="blocks.1.mlp.hook_in", hook_out=MLP)
-    assert_same(found, plainly(model, transcoder, rows(), read="blocks.1.mlp.hook_in", write=MLP))
+    evaluation = evaluate(model, transcoder, rows(), hook="blocks.1.mlp.hook_in", hook_out=MLP)
+    assert_same(evaluation, plainly(model, transcoder, rows(), read="blocks.1.mlp.hook_in", write=MLP))
 
 
 def test_scaled_input_and_a_list_of_special_tokens(model):
     sae = tiny_models.sae(RESID, normalization="layer_norm", pre_bias="own")
-    found = evaluate(model, sae, rows(), skip_special_tokens=[1, 9])
-    assert_same(found, plainly(model, sae, rows(), special=(1, 9)))
+    evaluation = evaluate(model, sae, rows(), skip_special_tokens=[1, 9])
+    assert_same(evaluation, plainly(model, sae, rows(), special=(1, 9)))
 
 
 def test_one_head(model):
@@ -177,8 +177,8 @@ def test_one_head(model):
         with pytest.raises(ValueError, match="gives activations of shape"):
             evaluate(model, head, ids)
         return
-    found = evaluate(model, head, ids, skip_special_tokens=False)
-    assert (found.ce_recovered_zero, found.fvu, found.mse) == (1, 0, 0)
+    evaluation = evaluate(model, head, ids, skip_special_tokens=False)
+    assert (evaluation.ce_recovered_zero, evaluation.fvu, evaluation.mse) == (1, 0, 0)
 
     def edit(a):
         a = a.clone()
@@ -189,8 +189,8 @@ def test_one_head(model):
     with torch.no_grad(), hook_points.editing(model, {Z: edit}):
         logp = model(ids).log_softmax(-1)
     expected = -logp[:, :-1].gather(2, ids[:, 1:, None]).mean().item()
-    assert found.ce_zero_ablated == pytest.approx(expected, rel=1e-5)
-    assert found.ce_zero_ablated != pytest.approx(evaluate(model, whole, ids).ce_zero_ablated, rel=1e-3)
+    assert evaluation.ce_zero_ablated == pytest.approx(expected, rel=1e-5)
+    assert evaluation.ce_zero_ablated != pytest.approx(evaluate(model, whole, ids).ce_zero_ablated, rel=1e-3)
 
 
 def _is_4d(model, hook):
@@ -206,22 +206,27 @@ def _is_4d(model, hook):
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_perfect_sae_recovers_all(model, hook, skip):
-    found = evaluate(model, identity(hook), rows(), batch_size=3, skip_special_tokens=skip)
-    assert (found.ce_recovered_zero, found.ce_recovered_mean, found.kl) == (1, 1, 0)
-    assert (found.ce_with_sae, found.fvu, found.mse, found.explained_variance) == (found.ce_clean, 0, 0, 1)
-    assert (found.cosine, found.l2_ratio) == pytest.approx((1, 1), abs=1e-12)
-    assert found.relative_reconstruction_bias == pytest.approx(1, abs=1e-12)
-    assert found.l0 == pytest.approx(D, abs=0.1)  # one of each pair, but for a coordinate that is exactly 0
+    evaluation = evaluate(model, identity(hook), rows(), batch_size=3, skip_special_tokens=skip)
+    assert (evaluation.ce_recovered_zero, evaluation.ce_recovered_mean, evaluation.kl) == (1, 1, 0)
+    assert (evaluation.ce_with_sae, evaluation.fvu, evaluation.mse, evaluation.explained_variance) == (
+        evaluation.ce_clean,
+        0,
+        0,
+        1,
+    )
+    assert (evaluation.cosine, evaluation.l2_ratio) == pytest.approx((1, 1), abs=1e-12)
+    assert evaluation.relative_reconstruction_bias == pytest.approx(1, abs=1e-12)
+    assert evaluation.l0 == pytest.approx(D, abs=0.1)  # one of each pair, but for a coordinate that is exactly 0
 
 
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
 @pytest.mark.parametrize("skip", [True, False])
 def test_an_sae_that_writes_zero_recovers_nothing_of_zero_ablation(model, hook, skip):
-    found = evaluate(model, constant(hook, torch.zeros(D)), rows(), batch_size=3, skip_special_tokens=skip)
-    assert (found.ce_recovered_zero, found.ce_with_sae) == (0, found.ce_zero_ablated)
-    assert (found.cosine, found.l2_ratio, found.l0, found.dead_frac) == (0, 0, 0, 1)
-    assert math.isnan(found.relative_reconstruction_bias)
-    assert found.ce_clean != found.ce_zero_ablated
+    evaluation = evaluate(model, constant(hook, torch.zeros(D)), rows(), batch_size=3, skip_special_tokens=skip)
+    assert (evaluation.ce_recovered_zero, evaluation.ce_with_sae) == (0, evaluation.ce_zero_ablated)
+    assert (evaluation.cosine, evaluation.l2_ratio, evaluation.l0, evaluation.dead_frac) == (0, 0, 0, 1)
+    assert math.isnan(evaluation.relative_reconstruction_bias)
+    assert evaluation.ce_clean != evaluation.ce_zero_ablated
 
 
 @pytest.mark.parametrize("hook", [RESID, MLP, Z])
@@ -229,9 +234,9 @@ def test_an_sae_that_writes_zero_recovers_nothing_of_zero_ablation(model, hook, 
 def test_an_sae_that_writes_the_mean_recovers_nothing_of_mean_ablation(model, hook, skip):
     keep = ~torch.isin(rows(), torch.tensor([1, 2, 3])) if skip else torch.ones_like(rows(), dtype=torch.bool)
     sae = constant(hook, mean_at(model, hook, rows(), keep))
-    found = evaluate(model, sae, rows(), batch_size=3, skip_special_tokens=skip)
-    assert found.ce_recovered_mean == pytest.approx(0, abs=1e-5)
-    assert (found.fvu, found.explained_variance) == pytest.approx((1, 0), abs=1e-6)
+    evaluation = evaluate(model, sae, rows(), batch_size=3, skip_special_tokens=skip)
+    assert evaluation.ce_recovered_mean == pytest.approx(0, abs=1e-5)
+    assert (evaluation.fvu, evaluation.explained_variance) == pytest.approx((1, 0), abs=1e-6)
 
 
 def test_ablation_of_an_activation_that_is_not_contiguous(model):
@@ -239,18 +244,18 @@ def test_ablation_of_an_activation_that_is_not_contiguous(model):
     sae = constant(Z, torch.zeros(D))
     expected = evaluate(model, sae, rows())
     with hook_points.editing(model, {Z: lambda a: a.transpose(1, 2).contiguous().transpose(1, 2)}):
-        found = evaluate(model, sae, rows())
-    assert found.ce_recovered_zero == 0
-    assert found.ce_zero_ablated == pytest.approx(expected.ce_zero_ablated, rel=1e-6)
+        evaluation = evaluate(model, sae, rows())
+    assert evaluation.ce_recovered_zero == 0
+    assert evaluation.ce_zero_ablated == pytest.approx(expected.ce_zero_ablated, rel=1e-6)
 
 
 def test_an_offset_counts_as_error(model):
     sae = identity(RESID)
     with torch.no_grad():
         sae.b_dec += 2.0
-    found = evaluate(model, sae, rows())
-    assert found.mse == pytest.approx(4 * D, rel=1e-5)
-    assert found.fvu == pytest.approx(
+    evaluation = evaluate(model, sae, rows())
+    assert evaluation.mse == pytest.approx(4 * D, rel=1e-5)
+    assert evaluation.fvu == pytest.approx(
         4 * D / (evaluate(model, constant(RESID, torch.zeros(D)), rows()).mse - mean_norm(model)), rel=1e-4
     )
 
@@ -265,12 +270,14 @@ def test_figures_do_not_depend_on_the_batches(model):
     sae = tiny_models.sae(RESID)
     whole = evaluate(model, sae, rows(), batch_size=10)
     for batch_size in (1, 3, 100):
-        found = evaluate(model, sae, rows(), batch_size=batch_size)
+        evaluation = evaluate(model, sae, rows(), batch_size=batch_size)
         for name, value in whole.figures().items():
             if not isinstance(value, str):
-                assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
+                assert getattr(evaluation, name) == pytest.approx(value, rel=1e-5), name
         for f in fields(whole.latents):
-            torch.testing.assert_close(getattr(found.latents, f.name), getattr(whole.latents, f.name), equal_nan=True)
+            torch.testing.assert_close(
+                getattr(evaluation.latents, f.name), getattr(whole.latents, f.name), equal_nan=True
+            )
 
 
 def test_special_tokens_have_no_part_in_any_figure(model):
@@ -291,20 +298,23 @@ def test_special_tokens_have_no_part_in_any_figure(model):
         def decode(self, latents, x=None, tap=None):
             return self.inner.decode(latents, x)
 
-    found = evaluate(model, AbsurdAtBOS(), rows(), batch_size=10)
-    assert (found.ce_recovered_zero, found.kl, found.fvu, found.mse) == (1, 0, 0, 0)
+    evaluation = evaluate(model, AbsurdAtBOS(), rows(), batch_size=10)
+    assert (evaluation.ce_recovered_zero, evaluation.kl, evaluation.fvu, evaluation.mse) == (1, 0, 0, 0)
     assert evaluate(model, AbsurdAtBOS(), rows(), batch_size=10, skip_special_tokens=False).fvu > 1e6
-    assert (found.n_tokens, found.n_predictions) == (120 - 10 - 3, 110 - 10 - 4)  # the last special ends its row
+    assert (evaluation.n_tokens, evaluation.n_predictions) == (
+        120 - 10 - 3,
+        110 - 10 - 4,
+    )  # the last special ends its row
 
 
 def test_nan_where_ablation_changes_nothing(model):
     blind = {"blocks.2.hook_resid_post": lambda a: a * 0}  # nothing before the last layer's end matters
     with hook_points.editing(model, blind):
-        found = evaluate(model, tiny_models.sae(RESID), rows())
-    assert math.isnan(found.ce_recovered_zero)
-    assert math.isnan(found.ce_recovered_mean)
-    assert found.ce_clean == found.ce_with_sae == found.ce_zero_ablated
-    assert "nan" in str(found)
+        evaluation = evaluate(model, tiny_models.sae(RESID), rows())
+    assert math.isnan(evaluation.ce_recovered_zero)
+    assert math.isnan(evaluation.ce_recovered_mean)
+    assert evaluation.ce_clean == evaluation.ce_with_sae == evaluation.ce_zero_ablated
+    assert "nan" in str(evaluation)
 
 
 def test_an_activation_that_never_varies_is_an_error(model):
@@ -365,36 +375,36 @@ def test_log_probabilities_are_taken_a_few_tokens_at_a_time(model, monkeypatch):
     monkeypatch.setattr(model_losses, "_TILE", 5 * tiny_models.VOCAB)
     seen, tiles = [], model_losses._tiles
     monkeypatch.setattr(model_losses, "_tiles", lambda *t: (seen.append(len(part[0])) or part for part in tiles(*t)))
-    found = evaluate(model, sae, rows())
+    evaluation = evaluate(model, sae, rows())
     assert max(seen) == 5
     for name in (*LOSSES, "kl"):
-        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6)
+        assert getattr(evaluation, name) == pytest.approx(getattr(expected, name), rel=1e-6)
 
 
 def test_hooks_of_the_user_are_part_of_the_model(model):
     sae = tiny_models.sae(RESID)
     with hook_points.editing(model, {"blocks.0.hook_resid_post": lambda a: a * 1.5}):
-        found = evaluate(model, sae, rows())
-        assert_same(found, plainly(model, sae, rows()))
-    assert found.ce_clean != evaluate(model, sae, rows()).ce_clean
+        evaluation = evaluate(model, sae, rows())
+        assert_same(evaluation, plainly(model, sae, rows()))
+    assert evaluation.ce_clean != evaluate(model, sae, rows()).ce_clean
 
 
 def test_with_an_sae_attached_elsewhere_but_not_at_the_same_point(model):
     sae, other = tiny_models.sae(RESID), tiny_models.sae("blocks.0.hook_resid_post", seed=5)
     alone = evaluate(model, sae, rows())
     with attach(model, other):
-        found = evaluate(model, sae, rows())
-        assert_same(found, plainly(model, sae, rows()))
+        evaluation = evaluate(model, sae, rows())
+        assert_same(evaluation, plainly(model, sae, rows()))
         assert len(attachments(model)) == 1
-    assert found.ce_clean != alone.ce_clean
+    assert evaluation.ce_clean != alone.ce_clean
     with attach(model, other), pytest.raises(ValueError, match=r"writes to .* already"):
         evaluate(model, tiny_models.sae("blocks.0.hook_resid_post"), rows())
 
 
 def test_in_bfloat16():
     model = tiny_models.new_bridge(torch.bfloat16)
-    found = evaluate(model, identity(RESID), rows())
-    assert (found.ce_recovered_zero, found.kl, found.fvu) == (1, 0, 0)
+    evaluation = evaluate(model, identity(RESID), rows())
+    assert (evaluation.ce_recovered_zero, evaluation.kl, evaluation.fvu) == (1, 0, 0)
     sae = tiny_models.sae(RESID).to(torch.bfloat16)
     in_float32 = evaluate(tiny_models.bridge(), tiny_models.sae(RESID), rows())
     assert evaluate(model, sae, rows()).fvu == pytest.approx(in_float32.fvu, rel=0.1)
@@ -405,11 +415,11 @@ def test_in_bfloat16():
 
 def test_texts_are_packed(model):
     texts = ["w1 w2 w3 w4 w5 w6 w7", "w8 w9 w10 w11 w12 w13 w14 w15 w16", "w3 w1 w4 w1 w5 w9 w2 w6"]
-    found = evaluate(model, tiny_models.sae(RESID), texts, ctx_len=9)
+    evaluation = evaluate(model, tiny_models.sae(RESID), texts, ctx_len=9)
     ids = pack(texts, model.tokenizer, 9)
     assert ids[:, 0].tolist() == [tiny_models.BOS] * len(ids)
-    assert found == evaluate(model, tiny_models.sae(RESID), ids)
-    assert found.n_tokens == int((ids > 3).sum())
+    assert evaluation == evaluate(model, tiny_models.sae(RESID), ids)
+    assert evaluation.n_tokens == int((ids > 3).sum())
 
 
 def test_a_model_that_is_not_used_with_bos_gets_texts_without(model):
@@ -417,15 +427,15 @@ def test_a_model_that_is_not_used_with_bos_gets_texts_without(model):
     texts = ["w1 w2 w3 w4 w5 w6 w7", "w8 w9 w10 w11 w12 w13 w14 w15 w16"]
     try:
         model.cfg.default_prepend_bos = False
-        found = evaluate(model, tiny_models.sae(RESID), texts, ctx_len=8)
+        evaluation = evaluate(model, tiny_models.sae(RESID), texts, ctx_len=8)
     finally:
         model.cfg.default_prepend_bos = before
-    assert (found.n_tokens, found.n_predictions) == (15, 13)  # two rows; EOS between the texts
+    assert (evaluation.n_tokens, evaluation.n_predictions) == (15, 13)  # two rows; EOS between the texts
 
 
 def test_int32_and_a_row_of_two(model):
-    found = evaluate(model, tiny_models.sae(RESID), rows()[:, 1:3].int(), skip_special_tokens=False)
-    assert (found.n_tokens, found.n_predictions) == (20, 10)
+    evaluation = evaluate(model, tiny_models.sae(RESID), rows()[:, 1:3].int(), skip_special_tokens=False)
+    assert (evaluation.n_tokens, evaluation.n_predictions) == (20, 10)
 
 
 @pytest.mark.parametrize(("tokens", "error", "text"), [
@@ -555,24 +565,26 @@ def test_a_bar_only_if_asked_for(capfd, monkeypatch):
 
 def test_latent_figures_are_those_of_all_activations_in_memory(model):
     sae, ids = tiny_models.sae(RESID, "topk", k=6), rows()
-    found = evaluate(model, sae, ids, batch_size=3, losses=False).latents
+    evaluation = evaluate(model, sae, ids, batch_size=3, losses=False).latents
     _, cache = model.run_with_cache(ids, names_filter=RESID)
     plain = (ids > 3).numpy()
     acts = sae.encode(cache[RESID]).detach().double().numpy()
-    kept, on = acts[plain], (acts != 0) & plain[..., None]
-    np.testing.assert_allclose(found.density.numpy(), (kept != 0).mean(0))
-    np.testing.assert_allclose(found.max_activation.numpy(), np.abs(kept).max(0), rtol=1e-6)
+    saved, on = acts[plain], (acts != 0) & plain[..., None]
+    np.testing.assert_allclose(evaluation.density.numpy(), (saved != 0).mean(0))
+    np.testing.assert_allclose(evaluation.max_activation.numpy(), np.abs(saved).max(0), rtol=1e-6)
     with np.errstate(invalid="ignore", divide="ignore"):
-        np.testing.assert_allclose(found.mean_activation.numpy(), np.abs(kept).sum(0) / (kept != 0).sum(0), rtol=1e-6)
+        np.testing.assert_allclose(
+            evaluation.mean_activation.numpy(), np.abs(saved).sum(0) / (saved != 0).sum(0), rtol=1e-6
+        )
         heuristic = on.sum((0, 1)) / on.any(1).sum(0)
-    np.testing.assert_allclose(found.consistent_activation.numpy(), heuristic)
+    np.testing.assert_allclose(evaluation.consistent_activation.numpy(), heuristic)
     cosine = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec).detach()
-    torch.testing.assert_close(found.encoder_decoder_cosine.float(), cosine)
-    frame = found.to_frame()
+    torch.testing.assert_close(evaluation.encoder_decoder_cosine.float(), cosine)
+    frame = evaluation.to_frame()
     assert frame.shape == (40, 8)
     assert frame.decoder_norm.to_numpy() == pytest.approx(sae.W_dec.norm(dim=1).detach().numpy(), rel=1e-6)
-    counts, edges = found.density_histogram(10)
-    assert counts.sum() == (found.density > 0).sum()
+    counts, edges = evaluation.density_histogram(10)
+    assert counts.sum() == (evaluation.density > 0).sum()
     assert len(edges) == 11
 
 
@@ -585,12 +597,12 @@ def test_without_losses_the_model_runs_to_the_hook_once(model, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", count)
-    found = evaluate(model, tiny_models.sae(RESID), rows(), batch_size=5, losses=False)
+    evaluation = evaluate(model, tiny_models.sae(RESID), rows(), batch_size=5, losses=False)
     assert passes == [2, 2]
-    assert math.isnan(found.ce_clean)
-    assert found.n_predictions == 0
-    assert "ce_" not in str(found)
-    assert "kl" not in repr(found)
+    assert math.isnan(evaluation.ce_clean)
+    assert evaluation.n_predictions == 0
+    assert "ce_" not in str(evaluation)
+    assert "kl" not in repr(evaluation)
     passes.clear()
     many = {"a": tiny_models.sae(RESID), "b": tiny_models.sae(MLP, seed=4), "c": tiny_models.sae(RESID, seed=9)}
     evaluate_many(model, many, rows(), batch_size=10)
@@ -616,7 +628,7 @@ def test_many_at_once_are_each_as_alone(model, losses):
 
 
 def test_kl_of_ablations_by_hand(model):
-    found, ids = evaluate(model, tiny_models.sae(RESID), rows(), batch_size=10), rows()
+    evaluation, ids = evaluate(model, tiny_models.sae(RESID), rows(), batch_size=10), rows()
     plain = ids > 3
 
     def zero(x, hook):
@@ -625,27 +637,27 @@ def test_kl_of_ablations_by_hand(model):
     p = model(ids).double().log_softmax(-1)
     q = model.run_with_hooks(ids, fwd_hooks=[(RESID, zero)]).double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)[plain].mean().item()
-    assert found.kl_zero_ablated == pytest.approx(kl, rel=1e-5)
-    assert found.kl_recovered_zero == pytest.approx((kl - found.kl) / kl, rel=1e-5)
+    assert evaluation.kl_zero_ablated == pytest.approx(kl, rel=1e-5)
+    assert evaluation.kl_recovered_zero == pytest.approx((kl - evaluation.kl) / kl, rel=1e-5)
 
 
 def test_what_is_in_the_folder_is_not_computed_again(model, tmp_path, monkeypatch):
     saes = {"a": tiny_models.sae(RESID), "b": tiny_models.sae(RESID, seed=3)}
     whole = evaluate_many(model, saes, rows())
-    asked = []
+    items = []
     real = evals.evaluate_at_hooks
-    monkeypatch.setattr(evals, "evaluate_at_hooks", lambda m, s, *r: asked.extend(x.sae for x in s) or real(m, s, *r))
+    monkeypatch.setattr(evals, "evaluate_at_hooks", lambda m, s, *r: items.extend(x.sae for x in s) or real(m, s, *r))
     evaluate_many(model, {"a": saes["a"]}, rows(), folder=tmp_path)
     table = evaluate_many(model, saes, rows(), folder=tmp_path)
-    assert asked == [saes["a"], saes["b"]]
+    assert items == [saes["a"], saes["b"]]
     assert table.equals(whole)
     assert evaluate_many(model, saes, rows(), folder=tmp_path).equals(whole)
-    assert len(asked) == 2
+    assert len(items) == 2
     evaluate_many(model, saes, rows(special=False), folder=tmp_path)  # other tokens
     with torch.no_grad():
         saes["a"].b_dec.add_(1)
     evaluate_many(model, saes, rows(special=False), folder=tmp_path)  # another SAE of that name
-    assert asked[2:] == [saes["a"], saes["b"], saes["a"]]
+    assert items[2:] == [saes["a"], saes["b"], saes["a"]]
     assert (tmp_path / "evaluations.csv").read_text().startswith("name,")
     assert not [f for f in tmp_path.iterdir() if f.suffix not in (".json", ".csv")]
 

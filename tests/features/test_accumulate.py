@@ -46,16 +46,16 @@ def seen(ids, values, first_row):
 
 def gathered(plan, ids, values, cuts, first_row=0, resume=()):
     """In batches that end at `cuts`; after the batches numbered in `resume`, by another one that goes on from it."""
-    made = LatentAccumulator(plan)
+    accumulator = LatentAccumulator(plan)
     bounds = [0, *sorted(cuts), len(ids)]
     for n, (a, b) in enumerate(pairwise(bounds)):
         if a < b:
-            made.update(*seen(ids[a:b], values[a:b], first_row + a))
+            accumulator.update(*seen(ids[a:b], values[a:b], first_row + a))
         if n in resume:
             again = LatentAccumulator(plan)
-            again.restore(made.tensors())
-            made = again
-    return made
+            again.restore(accumulator.tensors())
+            accumulator = again
+    return accumulator
 
 
 # -- the same, plainly ------------------------------------------------------------------------------------------------
@@ -103,12 +103,12 @@ def plain_top(p, ids, values, i):
         if row not in of_row or abs(value) > abs(of_row[row][1]):
             of_row[row] = (at, value)
     ordered = sorted(of_row.items(), key=lambda x: (-abs(x[1][1]), x[0]))
-    kept, texts = [], set()
+    items, texts = [], set()
     for row, (at, value) in ordered:
         if window(p, ids, row, at) not in texts:
             texts.add(window(p, ids, row, at))
-            kept.append((row, at, value))
-    return kept[: p.n_top]
+            items.append((row, at, value))
+    return items[: p.n_top]
 
 
 def plain_sample(p, ids, values, i):
@@ -154,26 +154,26 @@ def test_it_is_what_brute_force_finds_for_any_batches_and_resumes(seed, rows, cu
     # hashes depend on the row's number: the brute force numbers rows from 0
     ids, values = draw_text(seed, rows, signed=signed)
     p = plan()
-    found = gathered(p, ids, values, [c for c in cuts if c < rows], resume=resume).tensors()
-    check_contexts(p, part(found, "top"), ids, values, plain_top, 0)
-    check_contexts(p, part(found, "sample"), ids, values, plain_sample, 0)
+    result = gathered(p, ids, values, [c for c in cuts if c < rows], resume=resume).tensors()
+    check_contexts(p, part(result, "top"), ids, values, plain_top, 0)
+    check_contexts(p, part(result, "sample"), ids, values, plain_sample, 0)
     for i in range(D_SAE):
         fired = fires(ids, values, i)
         want = plain_histogram([abs(v) for *_, v in fired])
-        counts = found["counts.counts"][i]
+        counts = result["counts.counts"][i]
         assert {b: n for b, n in enumerate(counts.tolist()) if n} == want.get("counts", {})
         if fired:
-            assert int(found["counts.exponent"][i]) == want["exponent"]
-        assert float(found["counts.total"][i]) == pytest.approx(sum(v for *_, v in fired), abs=1e-9)
+            assert int(result["counts.exponent"][i]) == want["exponent"]
+        assert float(result["counts.total"][i]) == pytest.approx(sum(v for *_, v in fired), abs=1e-9)
         groups = [0 if c == 0 else int(math.log2(c)) + 1 for _, c, _ in fired]
-        assert found["counts.by_position"][i].tolist() == [groups.count(g) for g in range(4)]
+        assert result["counts.by_position"][i].tolist() == [groups.count(g) for g in range(4)]
     places = [c for r in range(rows) for c in range(CTX) if ids[r, c] != 0]
     groups = [0 if c == 0 else int(math.log2(c)) + 1 for c in places]
-    assert found["counts.n_by_position"].tolist() == [groups.count(g) for g in range(4)]
+    assert result["counts.n_by_position"].tolist() == [groups.count(g) for g in range(4)]
     tokens = [(r, c) for r in range(rows) for c in range(CTX) if ids[r, c] != 0]
     chosen = sorted(tokens, key=lambda t: (hashed(token_hash(t[0] * CTX + t[1])), t))[: p.coactive_tokens]
-    assert found["active.token_position"].tolist() == [r * CTX + c for r, c in chosen]
-    for row, (r, c) in zip(found["active.token_active"].tolist(), chosen, strict=True):
+    assert result["active.token_position"].tolist() == [r * CTX + c for r, c in chosen]
+    for row, (r, c) in zip(result["active.token_active"].tolist(), chosen, strict=True):
         assert sorted(i for i in row if i >= 0) == values[r, c].nonzero()[:, 0].tolist()
 
 
@@ -206,9 +206,9 @@ def test_the_strongest_active_latents_are_noted_where_there_are_too_many():
     ids, values = draw_text(1, 8, fires=1.0)
     values = values + torch.arange(D_SAE) * 0.01 * (values != 0)
     p = plan(active=2)
-    found = gathered(p, ids, values, [3]).tensors()
+    result = gathered(p, ids, values, [3]).tensors()
     for position, row in zip(
-        found["active.token_position"].tolist(), found["active.token_active"].tolist(), strict=True
+        result["active.token_position"].tolist(), result["active.token_active"].tolist(), strict=True
     ):
         want = values[position // CTX, position % CTX].topk(2).indices.tolist()
         assert row == want
@@ -230,13 +230,13 @@ def test_candidates_that_wait_are_bounded(monkeypatch):
 
     monkeypatch.setattr(top_contexts, "PENDING", 50)
     p, most = plan(), 0
-    made = LatentAccumulator(p)
+    accumulator = LatentAccumulator(p)
     ids, values = draw_text(0, 400)
     for row in range(400):
-        made.update(*seen(ids[row : row + 1], values[row : row + 1], row))
-        most = max(most, *(sum(map(len, s._pending)) for s in (made.top, made.sample)))
+        accumulator.update(*seen(ids[row : row + 1], values[row : row + 1], row))
+        most = max(most, *(sum(map(len, s._pending)) for s in (accumulator.top, accumulator.sample)))
     assert 0 < most < 50
-    check_contexts(p, part(made.tensors(), "top"), ids, values, plain_top, 0)
+    check_contexts(p, part(accumulator.tensors(), "top"), ids, values, plain_top, 0)
 
 
 def test_blocks_of_latents_change_nothing(monkeypatch):
@@ -254,8 +254,8 @@ def test_the_sample_is_uniform():
     everything = fires(ids, values, 1)
     drawn = []
     for seed in range(300):
-        found = part(gathered(plan(seed=seed), ids, values, []).tensors(), "sample")
-        drawn += found["value"][1].tolist()
+        result = part(gathered(plan(seed=seed), ids, values, []).tensors(), "sample")
+        drawn += result["value"][1].tolist()
     mean = sum(v for *_, v in everything) / len(everything)
     spread = math.sqrt(sum((v - mean) ** 2 for *_, v in everything) / len(everything) / len(drawn))
     assert abs(sum(drawn) / len(drawn) - mean) < 4 * spread
@@ -270,13 +270,13 @@ def test_a_shelf_that_nothing_was_put_on():
 def test_coactive_by_hand():
     """4 tokens; 0 and 1 fire together on two of them, 2 alone, 3 always."""
     active = torch.tensor([[0, 1, 3], [1, 0, 3], [2, 3, -1], [3, 0, -1]], dtype=torch.int32)
-    found = coactive(active, 5, 2)
-    assert found["coactive.fired"].tolist() == [3, 2, 1, 4, 0]
-    assert found["coactive.latent"][0].tolist() == [1, 3]
-    assert found["coactive.together"][0].tolist() == [2, 3]
+    result = coactive(active, 5, 2)
+    assert result["coactive.fired"].tolist() == [3, 2, 1, 4, 0]
+    assert result["coactive.latent"][0].tolist() == [1, 3]
+    assert result["coactive.together"][0].tolist() == [2, 3]
     phi = (4 * 2 - 3 * 2) / math.sqrt(3 * 1 * 2 * 2)
-    assert found["coactive.phi"][0].tolist() == pytest.approx([phi, 0])  # what always fires correlates with nothing
-    assert found["coactive.latent"][4].tolist() == [-1, -1]
+    assert result["coactive.phi"][0].tolist() == pytest.approx([phi, 0])  # what always fires correlates with nothing
+    assert result["coactive.latent"][4].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("tile", [1, 8, 2**20])
@@ -287,14 +287,14 @@ def test_coactive_is_the_dense_product(tile, monkeypatch):
     for t in range(60):
         which = fired[t].nonzero()[:, 0]
         active[t, : len(which)] = which.int()
-    found = coactive(active, 9, 8)
+    result = coactive(active, 9, 8)
     together, phi = (fired.T.double() @ fired.double()), torch.corrcoef(fired.T.double())
     for i in range(9):
         others = [j for j in range(9) if j != i and together[i, j] > 0]
-        order = found["coactive.latent"][i, : len(others)].tolist()
+        order = result["coactive.latent"][i, : len(others)].tolist()
         assert sorted(order) == others
-        assert found["coactive.together"][i, : len(order)].tolist() == [int(together[i, j]) for j in order]
-        values = found["coactive.phi"][i, : len(order)].tolist()
+        assert result["coactive.together"][i, : len(order)].tolist() == [int(together[i, j]) for j in order]
+        values = result["coactive.phi"][i, : len(order)].tolist()
         assert values == pytest.approx([float(phi[i, j]) for j in order])
         assert values == sorted(values, reverse=True)
 

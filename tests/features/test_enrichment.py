@@ -33,18 +33,18 @@ def random_effects(latents=20, vocab=60, seed=0):
 def test_perfect_all_of_the_set_first_or_last(sign):
     effects = torch.arange(50.0)[None] * sign
     assert enrichment_scores(effects, [torch.arange(44, 50)]).item() == pytest.approx(sign)
-    found = enrich(effects, {"last": range(44, 50)}, n_permutations=200)
-    assert found.p.item() == 1 / 201
+    result = enrich(effects, {"last": range(44, 50)}, n_permutations=200)
+    assert result.p.item() == 1 / 201
 
 
 def test_baseline_a_random_set_scores_like_chance():
     """p of sets that have nothing to do with the effects is uniform."""
     sets = {str(i): torch.randperm(400, generator=torch.Generator().manual_seed(i))[:40] for i in range(60)}
-    found = enrich(random_effects(30, 400), sets, n_permutations=500)
-    assert found.p.mean() == pytest.approx(0.5, abs=0.03)
+    result = enrich(random_effects(30, 400), sets, n_permutations=500)
+    assert result.p.mean() == pytest.approx(0.5, abs=0.03)
     for level in (0.05, 0.25, 0.5):
-        assert (found.p <= level).mean() == pytest.approx(level, abs=0.03)
-    assert (found.q < 0.05).mean() < 0.01
+        assert (result.p <= level).mean() == pytest.approx(level, abs=0.03)
+    assert (result.q < 0.05).mean() < 0.01
 
 
 @pytest.mark.parametrize("scale", [1e-12, 300.0])
@@ -87,11 +87,11 @@ def test_a_vocabulary_in_tiles(monkeypatch):
 
 def test_p_is_the_share_of_random_sets_that_score_as_high():
     effects, ids = random_effects(1, 12), [0, 3, 7]
-    found = enrich(effects, {"s": ids}, n_permutations=20_000)
+    result = enrich(effects, {"s": ids}, n_permutations=20_000)
     rng = np.random.default_rng(0)
     score = abs(running_sum(effects[0], ids)[0])
     chance = [running_sum(effects[0], rng.permutation(12)[:3])[1] >= score - 1e-12 for _ in range(3000)]
-    assert found.p.item() == pytest.approx(np.mean(chance), abs=0.03)
+    assert result.p.item() == pytest.approx(np.mean(chance), abs=0.03)
 
 
 def test_seed_order_names_and_q():
@@ -202,8 +202,8 @@ def test_sets_of_the_embedded_tokenizer_and_ones_own():
 @torch.no_grad()
 def test_the_embedded_sae_has_a_latent_for_digits():
     model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
-    found = enrich(sae.W_dec @ model.W_U, {"digits": token_sets(model)["digits"]})
-    best = found[found.score > 0].iloc[0]
+    result = enrich(sae.W_dec @ model.W_U, {"digits": token_sets(model)["digits"]})
+    best = result[result.score > 0].iloc[0]
     assert best.score > 0.9
     promoted = (sae.W_dec[best.latent] @ model.W_U).topk(10).indices.tolist()
     assert sum(token_texts(model)[i].strip().isdecimal() for i in promoted) >= 8

@@ -56,8 +56,8 @@ def test_it_shows_searches_and_moves(browser, tiny_index, tmp_path):
     marked = page.locator(".context").first.locator(".t.peak")
     assert marked.inner_text().strip() == latent.top[0].token.strip()
     marked.hover()
-    said = page.inner_text("#tip")
-    assert f"activation {latent.top[0].value:.1f}" in said
+    text = page.inner_text("#tip")
+    assert f"activation {latent.top[0].value:.1f}" in text
     assert latent.logits_top[0].token.strip() in page.inner_text(".up")
     page.keyboard.press("j")
     assert page.inner_text("main h2") == f"Latent {second}"
@@ -65,9 +65,9 @@ def test_it_shows_searches_and_moves(browser, tiny_index, tmp_path):
     assert page.inner_text("main h2") == f"Latent {first}"
     page.keyboard.press("/")
     page.keyboard.type("physicist")
-    found = page.locator("#list li").count()
-    assert 0 < found < 500
-    assert f"{found} of 500" in page.inner_text("#count")
+    result = page.locator("#list li").count()
+    assert 0 < result < 500
+    assert f"{result} of 500" in page.inner_text("#count")
     assert "physicist" in re.sub(r"\s+", "", page.inner_text("main")).lower()
     assert page.locator(".t.hit").count() > 0
     page.fill("#search", str(second))

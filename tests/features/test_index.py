@@ -150,22 +150,25 @@ def test_logit_effects_are_the_gradient_of_the_logits(model):
         with torch.no_grad():
             moved = (logits(x + along) - logits(x - along)) / 2 * x.square().mean().sqrt()
         moved = moved - moved.mean()
-        found = {w.id: w.effect for w in index.latent(i).logits_top}
+        result = {w.id: w.effect for w in index.latent(i).logits_top}
         gain, _ = norm_gain(model.ln_final, direction)
         rest = (x[0, 0] * (direction @ x[0, 0]) / x.square().sum() * gain) @ model.W_U.detach()
         want = moved + rest - rest.mean()
-        np.testing.assert_allclose([found[t] for t in range(tiny_models.VOCAB)], want, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose([result[t] for t in range(tiny_models.VOCAB)], want, rtol=2e-3, atol=2e-3)
 
 
 def test_logit_effects_by_hand():
     directions, w = torch.eye(2, 3), torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.0, 0.0, 5.0, -5.0], [9.0, 9.0, 9.0, 9.0]])
-    found = logit_effects(directions, w, 2)
-    assert found["logits.top_ids"].tolist() == [[0, 3], [2, 0]] or found["logits.top_ids"].tolist() == [[0, 3], [2, 1]]
-    assert found["logits.top"].tolist() == [[3, 2], [5, 0]]
-    assert found["logits.bottom"].tolist() == [[-1, 0], [-5, 0]]
-    assert found["logits.range"].tolist() == [[-1, 3], [-5, 5]]
-    assert found["logits.counts"].sum(1).tolist() == [4, 4]
-    assert found["logits.counts"][1, [0, N_LOGIT_BINS // 2, N_LOGIT_BINS - 1]].tolist() == [1, 2, 1]
+    result = logit_effects(directions, w, 2)
+    assert result["logits.top_ids"].tolist() == [[0, 3], [2, 0]] or result["logits.top_ids"].tolist() == [
+        [0, 3],
+        [2, 1],
+    ]
+    assert result["logits.top"].tolist() == [[3, 2], [5, 0]]
+    assert result["logits.bottom"].tolist() == [[-1, 0], [-5, 0]]
+    assert result["logits.range"].tolist() == [[-1, 3], [-5, 5]]
+    assert result["logits.counts"].sum(1).tolist() == [4, 4]
+    assert result["logits.counts"][1, [0, N_LOGIT_BINS // 2, N_LOGIT_BINS - 1]].tolist() == [1, 2, 1]
 
 
 def test_the_gain_of_norms_of_every_kind():
@@ -220,13 +223,13 @@ def test_what_does_not_write_into_the_stream_has_no_logits(model):
 
 def test_nearest_by_hand_and_by_numpy(monkeypatch):
     rows = torch.tensor([[1.0, 0], [2.0, 0.1], [0, 1.0], [-3.0, 0.5], [0, 0]])
-    found = nearest(rows, 2, "decoder")
-    assert found["nearest.decoder"][0].tolist() == [1, 3]
-    assert found["nearest.decoder_cosine"][0].tolist() == pytest.approx([0.99875, -0.98639], abs=1e-4)
-    assert found["nearest.decoder_cosine"][4].tolist() == [0, 0]
+    result = nearest(rows, 2, "decoder")
+    assert result["nearest.decoder"][0].tolist() == [1, 3]
+    assert result["nearest.decoder_cosine"][0].tolist() == pytest.approx([0.99875, -0.98639], abs=1e-4)
+    assert result["nearest.decoder_cosine"][4].tolist() == [0, 0]
     monkeypatch.setattr("saewb.features.neighbors._ROWS", 2)
     again = nearest(rows, 2, "decoder")
-    assert torch.equal(found["nearest.decoder_cosine"], again["nearest.decoder_cosine"])
+    assert torch.equal(result["nearest.decoder_cosine"], again["nearest.decoder_cosine"])
 
 
 @pytest.mark.parametrize("d", [16, 200])
@@ -239,27 +242,27 @@ def test_nearest_chosen_in_bf16_are_those_of_float64(d, monkeypatch):
     real, sure = select.ApproximateTopK._decided, {}
 
     def watched(self, h, *how):
-        found = real(self, h, *how)
-        sure.update({tuple(row.tolist()): bool(yes) for row, yes in zip(h, found[2], strict=True)})
-        return found
+        result = real(self, h, *how)
+        sure.update({tuple(row.tolist()): bool(yes) for row, yes in zip(h, result[2], strict=True)})
+        return result
 
     monkeypatch.setattr(select.ApproximateTopK, "_decided", watched)
     monkeypatch.setattr(select, "next_higher_precision", lambda *_: "bf16")
     monkeypatch.setattr(select, "_TILE", 1100 * 50)
     monkeypatch.setattr("saewb.features.neighbors._ROWS", 50)
-    found, unit = nearest(rows, 8, "decoder"), torch.nn.functional.normalize(rows.double(), dim=1)
+    result, unit = nearest(rows, 8, "decoder"), torch.nn.functional.normalize(rows.double(), dim=1)
     sure = torch.tensor([sure[tuple(row.tolist())] for row in finding._normalize(rows)])
     assert sure[450:700].float().mean() > 0.9
     assert not sure[100:400].any()  # done in float32
     cosine = unit @ unit.T
     cosine.fill_diagonal_(0)
-    want, got = cosine.abs().topk(8).values, found["nearest.decoder"].long()
+    want, got = cosine.abs().topk(8).values, result["nearest.decoder"].long()
     np.testing.assert_allclose(cosine.gather(1, got).abs(), want, atol=2e-6)
-    np.testing.assert_allclose(found["nearest.decoder_cosine"], cosine.gather(1, got), atol=2e-6)
+    np.testing.assert_allclose(result["nearest.decoder_cosine"], cosine.gather(1, got), atol=2e-6)
     assert (got != torch.arange(1100)[:, None]).all()
     monkeypatch.setattr(select, "next_higher_precision", lambda *_: "full")
     plain = nearest(rows, 8, "decoder")["nearest.decoder_cosine"]
-    np.testing.assert_allclose(found["nearest.decoder_cosine"].abs(), plain.abs(), atol=2e-6)
+    np.testing.assert_allclose(result["nearest.decoder_cosine"].abs(), plain.abs(), atol=2e-6)
 
 
 # -- going on, merging, disk ------------------------------------------------------------------------------------------
@@ -326,22 +329,22 @@ def test_folders_that_are_no_index(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="no index at"):
         load_index(tmp_path)
     index.save(tmp_path / "i")
-    said = json.loads((tmp_path / "i/index.json").read_text())
+    content = json.loads((tmp_path / "i/index.json").read_text())
     for change, match in (
         ({"version": 99}, "version 99"),
         ({"color": 1}, "color"),
         ({"tensors": "../x.safetensors"}, "not there"),
         ({"n_top": 3}, r"top\.tokens has shape"),
     ):
-        (tmp_path / "i/index.json").write_text(json.dumps(said | change))
+        (tmp_path / "i/index.json").write_text(json.dumps(content | change))
         with pytest.raises(saewb.FormatError, match=match):
             load_index(tmp_path / "i")
     for wrong in ("{", "[]", '{"version": 1}'):
         (tmp_path / "i/index.json").write_text(wrong)
         with pytest.raises(saewb.FormatError, match=r"no index of saewb"):
             load_index(tmp_path / "i")
-    (tmp_path / "i/index.json").write_text(json.dumps(said))
-    (tmp_path / "i" / said["tensors"]).write_bytes(b"not tensors")
+    (tmp_path / "i/index.json").write_text(json.dumps(content))
+    (tmp_path / "i" / content["tensors"]).write_bytes(b"not tensors")
     with pytest.raises(saewb.FormatError, match="no safetensors file"):
         load_index(tmp_path / "i")
 
@@ -428,12 +431,12 @@ def test_search_finds_tokens_texts_and_patterns(model):
 def test_find_says_what_fires_where(model):
     sae, ids = PLACES["topk"](), text()
     index = build(model, sae, ids)
-    found = index.find(model, sae, ids[0])
+    hits = index.find(model, sae, ids[0])
     want = dense(model, sae, ids[:1])[0]
-    assert len(found) == int((want != 0).sum())
-    for row in found.itertuples():
+    assert len(hits) == int((want != 0).sum())
+    for row in hits.itertuples():
         assert row.activation == pytest.approx(float(want[row.position, row.latent]), rel=1e-4)
-    assert found.activation.is_monotonic_decreasing
+    assert hits.activation.is_monotonic_decreasing
     assert list(index.find(model, sae, "w1 w2 w3").token.unique()) != []
     with pytest.raises(ValueError, match="is of 40 latents"):
         index.find(model, tiny_models.sae(RESID, d_sae=41), ids[0])

@@ -29,11 +29,11 @@ print(index.info.config.nbytes, sum(t.nbytes for t in index.tensors.values()), m
 """
     lines = []
     took = peak_bytes(before, code, lines)
-    stated, kept, d_model, d_vocab = map(int, lines[0].split())
+    stated, saved, d_model, d_vocab = map(int, lines[0].split())
     a_batch = 32 * MB + 150 * 8 * 128 * 32  # latents, and what fires on 8 rows
     the_sae = 3 * 4 * 8192 * d_model
     choosing = ApproximateTopK.max_bytes(d_model, 8192)
-    assert kept < took < stated + weights_bytes(8192, d_model, d_vocab) + a_batch + the_sae + choosing
+    assert saved < took < stated + weights_bytes(8192, d_model, d_vocab) + a_batch + the_sae + choosing
 
 
 def test_logit_effects_hold_one_block_of_them():

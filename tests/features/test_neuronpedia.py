@@ -26,15 +26,15 @@ class StandIn(BaseHTTPRequestHandler):
         if latent == "404":
             self.send_error(404)
             return
-        found = {"index": latent, "explanations": [{"description": f"about {latent}", "explanationModelName": "m"}]}
+        result = {"index": latent, "explanations": [{"description": f"about {latent}", "explanationModelName": "m"}]}
         answers = {"6": b"<html>", "7": b"[]", "8": b'{"explanations": 3}', "9": b'{"index": "9"}'}
-        self.answer(answers.get(latent, json.dumps(found).encode()))
+        self.answer(answers.get(latent, json.dumps(result).encode()))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, self.headers["x-api-key"], body))
-        made = {"url": "https://there/list/1"} if self.headers["x-api-key"] == "mine" else {"message": "wrong key"}
-        self.answer(json.dumps(made).encode())
+        result = {"url": "https://there/list/1"} if self.headers["x-api-key"] == "mine" else {"message": "wrong key"}
+        self.answer(json.dumps(result).encode())
 
     def answer(self, body):
         self.send_response(200)
@@ -86,10 +86,10 @@ def test_an_sae_without_a_page_says_what_to_type():
 
 def test_explanations_are_fetched_once(site, tmp_path):
     how = {"source": SOURCE, "site": site.url, "cache": tmp_path}
-    found = neuronpedia.explanations(None, [1, 2], **how)
-    assert found == {i: (neuronpedia.Explanation(i, f"about {i}", "m"),) for i in (1, 2)}
+    result = neuronpedia.explanations(None, [1, 2], **how)
+    assert result == {i: (neuronpedia.Explanation(i, f"about {i}", "m"),) for i in (1, 2)}
     assert site.asked == [f"/api/feature/{SOURCE}/{i}" for i in (1, 2)]
-    assert neuronpedia.explanations(None, [2, 1], **how) == found
+    assert neuronpedia.explanations(None, [2, 1], **how) == result
     assert len(site.asked) == 2
     neuronpedia.explanations(None, [1], **how, max_age_days=0)
     assert len(site.asked) == 3
@@ -98,11 +98,11 @@ def test_explanations_are_fetched_once(site, tmp_path):
 
 def test_offline_says_so_in_one_line_and_the_cache_still_answers(site, tmp_path):
     how = {"source": SOURCE, "cache": tmp_path}
-    found = neuronpedia.explanations(None, [1], site=site.url, **how)
+    result = neuronpedia.explanations(None, [1], site=site.url, **how)
     url = site.url
     site.shutdown()
     site.server_close()
-    assert neuronpedia.explanations(None, [1], site=url, max_age_days=0, **how) == found
+    assert neuronpedia.explanations(None, [1], site=url, max_age_days=0, **how) == result
     with pytest.raises(ConnectionError, match=r"Neuronpedia did not answer \(.*\): http://127") as error:
         neuronpedia.explanations(None, [2], site=url, **how)
     assert len(str(error.value).splitlines()) == 1
@@ -129,8 +129,8 @@ def test_quick_lists_and_lists(site):
     assert asked["name"] == ["A & B"]
     want = [{"modelId": "gpt2-small", "layer": "6-res-jb", "index": i} for i in ("7", "9")]
     assert json.loads(asked["features"][0]) == want
-    made = neuronpedia.make_list(None, {7: "seven"}, "mine", "mine", source=SOURCE, site=site.url)
-    assert made == "https://there/list/1"
+    result = neuronpedia.make_list(None, {7: "seven"}, "mine", "mine", source=SOURCE, site=site.url)
+    assert result == "https://there/list/1"
     path, key, body = site.asked[-1]
     assert (path, key, body["name"]) == ("/api/list/new-with-features", "mine", "mine")
     assert body["features"] == [{"modelId": "gpt2-small", "layer": "6-res-jb", "index": 7, "description": "seven"}]

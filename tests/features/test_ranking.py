@@ -28,7 +28,7 @@ NAMED = {
 def plainly(tokens):
     """The formula, token by token."""
     counts = [{t: row.count(t) for t in row if t >= 0} for row in tokens.tolist()]
-    found = []
+    items = []
     for i, mine in enumerate(counts):
         vectors = {t: torch.tensor([float(c.get(t, 0)) for j, c in enumerate(counts) if j != i]) for t in mine}
         unit = {t: v / v.norm().clamp_min(1e-12) for t, v in vectors.items()}
@@ -38,8 +38,8 @@ def plainly(tokens):
                 if t != u:
                     below += mine[t] * mine[u]
                     above += mine[t] * mine[u] * float(unit[t] @ unit[u])
-        found.append(above / below if below else 0.0)
-    return torch.tensor(found)
+        items.append(above / below if below else 0.0)
+    return torch.tensor(items)
 
 
 def test_kinship_is_its_formula():
@@ -57,8 +57,8 @@ def test_kinship_is_its_formula():
 
 def test_kinship_of_the_clear_cases():
     of_a_kind = [[3, 3, 8, 8]] * 3  # each pair always together: the cosine is 1, whatever the signs
-    found = token_coherence(torch.tensor([*of_a_kind, [5, 5, 5, 5], [20, 21, 22, -1], [-1, -1, -1, -1]]))
-    assert found.tolist() == pytest.approx([1, 1, 1, 0, 0, 0], abs=1e-6)
+    result = token_coherence(torch.tensor([*of_a_kind, [5, 5, 5, 5], [20, 21, 22, -1], [-1, -1, -1, -1]]))
+    assert result.tolist() == pytest.approx([1, 1, 1, 0, 0, 0], abs=1e-6)
     assert token_coherence(torch.full((2, 3), -1)).tolist() == [0, 0]
 
 

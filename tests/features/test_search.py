@@ -21,14 +21,14 @@ def test_no_context_that_has_the_text_is_left_out(strings, asked, data):
     n = len(strings) + 1  # the last one is unknown to words
     ids = data.draw(st.lists(st.lists(st.integers(-1, n), min_size=5, max_size=5), min_size=1, max_size=8))
     ids = torch.tensor(ids)[None]
-    found = TokenPairFilter(asked, words).contexts(ids)
+    result = TokenPairFilter(asked, words).contexts(ids)
     pattern = search._pattern(asked)
     for slot, row in enumerate(ids[0].tolist()):
         text = "".join(words.decode([i for i in row if i >= 0]))
         # A window's missing tokens are at its ends only.
         inside = [p for p, i in enumerate(row) if i >= 0]
         if inside == list(range(inside[0], inside[-1] + 1) if inside else []) and pattern.search(text):
-            assert found[0, slot]
+            assert result[0, slot]
 
 
 def test_a_context_of_plain_words_without_it_is_left_out():

@@ -28,10 +28,10 @@ def activations(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) 
 
 def _drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=rng) * 0.4 for name, shape in shapes.items()}
-    if "threshold" in made:
-        made["threshold"] = made["threshold"].abs()
-    return made
+    result = {name: torch.randn(shape, generator=rng) * 0.4 for name, shape in shapes.items()}
+    if "threshold" in result:
+        result["threshold"] = result["threshold"].abs()
+    return result
 
 
 def feed_forward(seed: int = 1, **fields: object) -> SAE:

@@ -127,9 +127,9 @@ def mount(page, widget):
 
     page.expose_function("pySend", asked)
     page.expose_function("pySync", synced)
-    said = state(keys)
+    text = state(keys)
     bins = [k for k in keys if isinstance(getattr(widget, k), bytes)]
-    page.evaluate(_MODEL, {"esm": str(widget._esm), "css": str(widget._css), "state": said, "bins": bins})
+    page.evaluate(_MODEL, {"esm": str(widget._esm), "css": str(widget._css), "state": text, "bins": bins})
     return lambda: page.evaluate("r => __apply(r)", flush())
 
 

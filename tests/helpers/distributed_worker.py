@@ -80,9 +80,9 @@ def main(what, folder):
         torch.save(numbers(from_tensors(parallel)), folder / f"tensors_{parallel.rank}.pt")
         resumed(folder / "alone_first").wait()
         train(folder / "together_first", n_steps=HALF).wait()
-        kept = folder / "together_first" / "checkpoint.pt"
+        saved = folder / "together_first" / "checkpoint.pt"
         (folder / f"{parallel.rank}_folder.json").write_text(
-            json.dumps([str(run.folder), kept.exists(), len(run.history)])
+            json.dumps([str(run.folder), saved.exists(), len(run.history)])
         )
         run = train(folder / "stopped", n_steps=10**6)
         while run.progress.step < 5:

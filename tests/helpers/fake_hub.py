@@ -26,10 +26,10 @@ def _as_large(content: bytes) -> str:
 
 
 def _sibling(name: str, content: bytes) -> dict[str, object]:
-    told: dict[str, object] = {"rfilename": name, "size": len(content), "blobId": _sha({"": content})}
+    report: dict[str, object] = {"rfilename": name, "size": len(content), "blobId": _sha({"": content})}
     if LARGE.fullmatch(name):
-        told["lfs"] = {"sha256": _as_large(content), "size": len(content), "pointerSize": 130}
-    return told
+        report["lfs"] = {"sha256": _as_large(content), "size": len(content), "pointerSize": 130}
+    return report
 
 
 @contextmanager
@@ -157,8 +157,8 @@ def hub(
                 elif LARGE.fullmatch(path):
                     # Another host than the hub's, as it is: its client follows no redirect on the same one.
                     apart = f"http://localhost:{server.server_port}/apart{path}"
-                    told = {"X_Linked_Etag": f'"{_as_large(content)}"', "X_Linked_Size": str(len(content))}
-                    self._send(302, b"", Location=apart, X_Repo_Commit=_sha(files), **told)
+                    report = {"X_Linked_Etag": f'"{_as_large(content)}"', "X_Linked_Size": str(len(content))}
+                    self._send(302, b"", Location=apart, X_Repo_Commit=_sha(files), **report)
                 else:
                     self._content(content, path, ETag=f'"{_sha({"": content})}"', X_Repo_Commit=_sha(files))
             elif parts[:1] == ["apart"]:
@@ -184,11 +184,11 @@ def hub(
             elif parts[4:5] == ["preupload"]:
                 asked = json.loads(body)["files"]
                 mode = {True: "lfs", False: "regular"}
-                told = [
+                report = [
                     {"path": f["path"], "uploadMode": mode[bool(LARGE.fullmatch(f["path"]))], "shouldIgnore": False}
                     for f in asked
                 ]
-                self._json({"files": told})
+                self._json({"files": report})
             elif parts[-3:] == ["lfs", "objects", "batch"]:
                 upload = f"http://{self.headers['Host']}/put/"
                 self._json(

@@ -36,8 +36,8 @@ def inputs(*shape, d=D, seed=7):
 def drawn(shapes, dtype=torch.float32, seed=0, std=0.4):
     """Random tensors; thresholds are positive and about as large as pre-activations are."""
     rng = torch.Generator().manual_seed(seed)
-    made = {name: (torch.randn(shape, generator=rng) * std).to(dtype) for name, shape in shapes.items()}
-    return made | {name: (t.abs() * 3 + 0.1).to(dtype) for name, t in made.items() if "threshold" in name}
+    result = {name: (torch.randn(shape, generator=rng) * std).to(dtype) for name, shape in shapes.items()}
+    return result | {name: (t.abs() * 3 + 0.1).to(dtype) for name, t in result.items() if "threshold" in name}
 
 
 def numbers(tensors):
@@ -50,11 +50,11 @@ def relu(p, threshold=0.0):
 
 def largest(p, k, by=lambda p: p):
     """The k largest of each row by `by`, the rest 0."""
-    kept = np.zeros_like(p)
-    for row, out in zip(p.reshape(-1, p.shape[-1]), kept.reshape(-1, p.shape[-1]), strict=True):
+    saved = np.zeros_like(p)
+    for row, out in zip(p.reshape(-1, p.shape[-1]), saved.reshape(-1, p.shape[-1]), strict=True):
         chosen = np.argsort(-by(row), kind="stable")[:k]
         out[chosen] = row[chosen]
-    return kept
+    return saved
 
 
 def save_config(path: Path, content) -> None:
@@ -66,25 +66,27 @@ def assert_formula(sae, written, x=None):
     """encode, decode and forward are what the layout's own arithmetic gives, within 1e-5."""
     x = inputs(2, 5) if x is None else x
     z, y = written.expected(x)
-    given = torch.from_numpy(x).float()
+    arguments = torch.from_numpy(x).float()
     active = (z != 0).mean()
     assert 0.02 < active < 0.9, f"{active:.0%} of the latents are active: the fixture checks too little"
     with torch.no_grad():
-        got = sae.encode(given)
+        got = sae.encode(arguments)
         np.testing.assert_allclose(got, z, atol=1e-5, rtol=1e-5)
-        np.testing.assert_allclose(sae.decode(got, given), y, atol=2e-5, rtol=1e-5)
-        np.testing.assert_allclose(sae(given), y, atol=2e-5, rtol=1e-5)
-        np.testing.assert_allclose(sae.encode(given, latents=[3, 1]), z[..., [3, 1]], atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(sae.decode(got, arguments), y, atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(sae(arguments), y, atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(sae.encode(arguments, latents=[3, 1]), z[..., [3, 1]], atol=1e-5, rtol=1e-5)
 
 
 def assert_layers_formula(clt, written, n=3):
     """The same of a CrossLayerTranscoder."""
     xs = [inputs(2, 5, seed=seed) for seed in range(n)]
     zs, ys = written.expected(xs)
-    given = [torch.from_numpy(x).float() for x in xs]
+    arguments = [torch.from_numpy(x).float() for x in xs]
     with torch.no_grad():
-        latents = clt.encode(given)
-        for got, want in zip([*latents, *clt.decode(latents, given), *clt(given)], [*zs, *ys, *ys], strict=True):
+        latents = clt.encode(arguments)
+        for got, want in zip(
+            [*latents, *clt.decode(latents, arguments), *clt(arguments)], [*zs, *ys, *ys], strict=True
+        ):
             np.testing.assert_allclose(got, want, atol=3e-5, rtol=1e-5)
     assert all(0.02 < (z != 0).mean() < 0.9 for z in zs)
 

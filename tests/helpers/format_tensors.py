@@ -12,9 +12,9 @@ def weights(d_in=D, d_sae=F, d_out=None, seed=0, scale=0.4, **more):
     rng = np.random.default_rng(seed)
     d_out = d_in if d_out is None else d_out
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,), "b_dec": (d_out,), **more}
-    made = {name: (rng.standard_normal(shape) * scale).astype(np.float32) for name, shape in shapes.items()}
-    made["W_dec"] *= np.linspace(0.5, 2, d_sae, dtype=np.float32)[:, None]
-    return made
+    result = {name: (rng.standard_normal(shape) * scale).astype(np.float32) for name, shape in shapes.items()}
+    result["W_dec"] *= np.linspace(0.5, 2, d_sae, dtype=np.float32)[:, None]
+    return result
 
 
 def inputs(rows=50, d_in=D, seed=9, scale=1.0):
@@ -43,13 +43,13 @@ def assert_computes(sae, x, latents, out):
     on = (latents != 0).mean()
     assert 0.02 < on < 0.98, on
     assert ((latents != 0).any(0) & (latents == 0).any(0)).mean() > 0.5  # most latents are on here and off there
-    given = torch.from_numpy(x)
+    arguments = torch.from_numpy(x)
     scales = {"latents": np.abs(latents).max(), "out": np.abs(out).max()}
     with torch.no_grad():
-        _near(sae.encode(given), latents, scales["latents"])
-        _near(sae.encode(given, latents=[7, 2]), latents[:, [7, 2]], scales["latents"])
-        _near(sae.decode(torch.from_numpy(latents.astype(np.float32)), given), out, scales["out"])
-        _near(sae(given), out, scales["out"])
+        _near(sae.encode(arguments), latents, scales["latents"])
+        _near(sae.encode(arguments, latents=[7, 2]), latents[:, [7, 2]], scales["latents"])
+        _near(sae.decode(torch.from_numpy(latents.astype(np.float32)), arguments), out, scales["out"])
+        _near(sae(arguments), out, scales["out"])
 
 
 def _near(got, want, scale):

@@ -94,14 +94,14 @@ def without_a_kernel(browser, work, pictures=None):
     Args:
         pictures: a folder, and the start of the files' names: (folder, "runs") gives folder/runs_reopened_here.png.
     """
-    found = {}
+    result = {}
     for where, home in (("here", ".jupyter"), ("elsewhere", ".another")):
         with _server(work, home) as base, _opened(browser, work / NAME, *base) as page:
             page.wait_for_function("() => !document.body.innerText.includes('Loading widget')")
-            found[where] = _read(page, ".jp-Notebook .jp-Cell", ".jp-OutputArea", where, pictures)
+            result[where] = _read(page, ".jp-Notebook .jp-Cell", ".jp-OutputArea", where, pictures)
     with _nbconverted(browser, work / NAME) as page:
-        found["html"] = _read(page, ".cell", ".output_wrapper", "html", pictures)
-    return found
+        result["html"] = _read(page, ".cell", ".output_wrapper", "html", pictures)
+    return result
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def _opened(browser, path, base, token):
     page.goto(f"{base}/doc/tree/{path.name}?token={token}&reset")
     _wait_for_kernel(page)
     slow = "is taking too long to activate"  # JupyterLab's own, on a machine that has much to do
-    page.complaints[:] = [said for said in page.complaints if slow not in said]
+    page.complaints[:] = [text for text in page.complaints if slow not in text]
     yield page
     page.close()
 

@@ -32,9 +32,9 @@ def index():
 def hostile():
     """Tokens, and a name of the model, that would be markup if anything let them."""
     sae = tiny_models.sae("blocks.1.hook_resid_post", model=HOSTILE)
-    made = build_index(tiny_models.bridge(), sae, tiny_models.tokens(8, 9), batch_size=8)
+    result = build_index(tiny_models.bridge(), sae, tiny_models.tokens(8, 9), batch_size=8)
     strings = dict(zip(range(4, tiny_models.VOCAB), NAMES * 3, strict=False))
-    return replace(made, info=replace(made.info, model=HOSTILE, sae=HOSTILE), token_texts=TokenTexts(strings))
+    return replace(result, info=replace(result.info, model=HOSTILE, sae=HOSTILE), token_texts=TokenTexts(strings))
 
 
 @functools.cache

@@ -50,11 +50,11 @@ def tokenizer():
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    made = PreTrainedTokenizerFast(
+    result = PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
-    made.init_kwargs.update(name_or_path="small", add_bos_token=True)  # or transformer-lens loads it again, by name
-    return made
+    result.init_kwargs.update(name_or_path="small", add_bos_token=True)  # or transformer-lens loads it again, by name
+    return result
 
 
 def new_bridge(dtype=torch.float32, layers=LAYERS):
@@ -64,9 +64,9 @@ def new_bridge(dtype=torch.float32, layers=LAYERS):
     from transformer_lens.model_bridge import TransformerBridge
 
     hf = copy.deepcopy(hf_llama(layers)).to(dtype)
-    made = TransformerBridge.boot_transformers("small", hf_model=hf, tokenizer=tokenizer(), device="cpu", dtype=dtype)
-    made.run_with_cache(tokens())  # the first one leaves traces of its own
-    return made
+    model = TransformerBridge.boot_transformers("small", hf_model=hf, tokenizer=tokenizer(), device="cpu", dtype=dtype)
+    model.run_with_cache(tokens())  # the first one leaves traces of its own
+    return model
 
 
 def kinds():
@@ -101,14 +101,14 @@ def tokens(rows=2, length=7, seed=0):
 
 def sae(hook, activation="relu", d_in=D_MODEL, d_sae=40, seed=0, **fields):
     """An SAE with non-zero biases and decoder rows of different norms."""
-    made = SAE(SAEConfig(d_in=d_in, d_sae=d_sae, activation=activation, hook=hook, **fields), seed=seed)
+    result = SAE(SAEConfig(d_in=d_in, d_sae=d_sae, activation=activation, hook=hook, **fields), seed=seed)
     rng = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in result.named_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.1)
             if name == "threshold":
                 parameter.abs_()
-    return made
+    return result
 
 
 def snapshot(model):

@@ -34,9 +34,9 @@ def bridge(family):
             for parameter in hf.parameters():
                 if parameter.ndim == 2:
                     parameter.normal_(std=0.2)
-    made = load_model(hf, tokenizer=tiny_models.tokenizer())
-    made.run_with_cache(tiny_models.tokens())
-    return made
+    model = load_model(hf, tokenizer=tiny_models.tokenizer())
+    model.run_with_cache(tiny_models.tokens())
+    return model
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -189,8 +189,8 @@ class AttachMachine(RuleBasedStateMachine):
         return out + (flat - entry.sae(flat)) if entry.owner[1] else out
 
     def _top(self, place):
-        found = [e for e in self.entries if e.sae is not None and e.place == place]
-        return max(found, key=lambda e: self.live.index(e.owner[0])) if found else None
+        result = [e for e in self.entries if e.sae is not None and e.place == place]
+        return max(result, key=lambda e: self.live.index(e.owner[0])) if result else None
 
     def teardown(self):
         if not hasattr(self, "model"):

@@ -39,12 +39,12 @@ def models(kind):
 
 @pytest.fixture(scope="module", params=tiny_models.kinds())
 def model(request):
-    made = models(request.param)
-    made.run_with_cache(TEXT)
-    before = tiny_models.snapshot(made)
+    result = models(request.param)
+    result.run_with_cache(TEXT)
+    before = tiny_models.snapshot(result)
     with torch.no_grad():
-        yield made
-    assert tiny_models.snapshot(made) == before
+        yield result
+    assert tiny_models.snapshot(result) == before
 
 
 @functools.cache

@@ -153,11 +153,11 @@ def test_a_change_is_scaled_as_the_sae_scales(model, normalization):
 @pytest.mark.parametrize("how", HOW)
 def test_pursuit_and_temporal_saes(model, how):
     tokens = tiny_models.tokens()
-    made = [
+    result = [
         PursuitSAE(PursuitConfig(d_in=tiny_models.D_MODEL, d_sae=40, max_iterations=4, hook=RESID)),
         TemporalSAE(TemporalConfig(d_in=tiny_models.D_MODEL, d_sae=40, n_heads=2, bottleneck_factor=2, hook=RESID)),
     ]
-    for sae in made:
+    for sae in result:
 
         def change(x, sae=sae):
             a = sae.encode(x)

@@ -35,8 +35,8 @@ def numbers(seed, tokens=12, d_in=24, scale=1.0, bias=0.1, common=0.0, long=1.0)
 
 def assert_same(h, W, b, k, activation):
     """The very latents of float64, where it can tell them from the next ones; values as float32 gives them."""
-    made = ApproximateTopK.of(W, b, like=h)
-    values, latents = made.top(h, k, activation)
+    prepared = ApproximateTopK.of(W, b, like=h)
+    values, latents = prepared.top(h, k, activation)
     exact = h.double() @ W.double() + b.double()
     size = (h.double().abs() @ W.double().abs() + b.double().abs()).amax(1, keepdim=True)
     best, which = top(exact, k, activation)
@@ -48,7 +48,7 @@ def assert_same(h, W, b, k, activation):
     assert ((values - own).abs() <= tolerance).all()
     clear = (best.abs().amin(1) - _next_best(exact, which, activation)) > 2 * tolerance[:, 0]
     assert (latents.sort(1).values == which.sort(1).values)[clear].all()
-    return made
+    return prepared
 
 
 def _next_best(exact, which, activation):
@@ -103,13 +103,13 @@ def test_of_rows_where_fewer_than_k_are_above_zero(seed, above):
 def test_rows_with_odd_numbers_are_what_float32_makes_of_them_and_do_no_harm_to_others(odd, activation):
     h, W, b = numbers(0)
     h[3, 5] = odd
-    made = ApproximateTopK.of(W, b, like=h)
-    values, latents = made.top(h, 4, activation)
+    prepared = ApproximateTopK.of(W, b, like=h)
+    values, latents = prepared.top(h, 4, activation)
     want, which = top_of_product(h, W, b, 4, activation)
     assert torch.allclose(values.sort(1).values, want.sort(1).values, atol=1e-5, equal_nan=True)
     others = torch.arange(len(h)) != 3
     assert (latents.sort(1).values == which.sort(1).values)[others].all()
-    assert made.over(h, 10**6) is None  # float32 is to do it
+    assert prepared.over(h, 10**6) is None  # float32 is to do it
 
 
 @pytest.mark.parametrize("where", ["W", "b"])
@@ -129,11 +129,11 @@ def test_odd_weights_are_left_to_float32(where, odd):
 @examples(25)
 def test_the_bound_holds_for_every_rough_value(seed, scale, common, long):
     h, W, b = numbers(seed, scale=scale, common=common, long=long)
-    made = ApproximateTopK.of(W, b, like=h)
-    scores, off = made._scores(h, torch.empty(len(h), D_SAE, dtype=torch.bfloat16))
+    prepared = ApproximateTopK.of(W, b, like=h)
+    scores, off = prepared._scores(h, torch.empty(len(h), D_SAE, dtype=torch.bfloat16))
     exact = h.double() @ W.double() + b.double()
     assert ((exact - scores.double()).abs() <= off[:, None] + 2.0**-8 * scores.double().abs()).all()
-    raised, _ = made._scores(h, torch.empty(len(h), D_SAE, dtype=torch.bfloat16), raised=True)
+    raised, _ = prepared._scores(h, torch.empty(len(h), D_SAE, dtype=torch.bfloat16), raised=True)
     assert (raised.double() + 2.0**-8 * raised.double().abs() >= exact).all()
     assert (raised > 0)[exact > 0].all()
 
@@ -143,12 +143,12 @@ def test_most_rows_are_decided_without_float32(monkeypatch):
     h, W, b = numbers(1, tokens=300, d_in=256, common=3.0)
     left = []
     monkeypatch.setattr(select, "top_of_product", lambda h, *a: left.append(len(h)) or top_of_product(h, *a))
-    made = assert_same(h, W, b, 8, "topk")
+    result = assert_same(h, W, b, 8, "topk")
     assert sum(left) <= 3
     floor = torch.full((D_SAE,), 60.0)
     token, _, pre = ApproximateTopK.of(W, b, like=h, floor=floor).over(h, 10**6)
     assert 0 < int((pre > 60).sum()) <= len(token) < 3 * int((pre > 60).sum())
-    assert made.nbytes == ApproximateTopK.max_bytes(256, D_SAE) - 2 * select._TILE - 40 * select._PICKED
+    assert result.nbytes == ApproximateTopK.max_bytes(256, D_SAE) - 2 * select._TILE - 40 * select._PICKED
 
 
 # -- an SAE's latents --------------------------------------------------------------------------------------------------
@@ -207,13 +207,13 @@ def test_one_call_with_many_tokens_gives_the_same(monkeypatch):
     monkeypatch.setattr(select, "_MANY", 100)
     sae = saewb.SAE(saewb.SAEConfig(8, 2**15, activation="topk", k=4), seed=1)
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
-    made, of = [], ApproximateTopK.of
-    monkeypatch.setattr(ApproximateTopK, "of", lambda *a, **k: made.append(of(*a, **k)) or made[-1])
+    prepared, of = [], ApproximateTopK.of
+    monkeypatch.setattr(ApproximateTopK, "of", lambda *a, **k: prepared.append(of(*a, **k)) or prepared[-1])
     with torch.no_grad():
         quick = sae.encode_topk(x)
         few = sae.encode_topk(x[:99])
-    assert len(made) == 1
-    assert made[0] is not None
+    assert len(prepared) == 1
+    assert prepared[0] is not None
     monkeypatch.setattr(select, "next_higher_precision", lambda *_: "full")
     with torch.no_grad():
         plain = sae.encode_topk(x)

@@ -16,11 +16,11 @@ def test_blocks_give_what_the_whole_product_gives(activation, tokens, d_sae, k, 
     h, W, b = (torch.randn(*shape, generator=rng).double() for shape in ((tokens, 7), (7, d_sae), (d_sae,)))
     values, indices = topk.top_of_product(h, W, b, k, activation)
     expected, where = topk.top(torch.addmm(b, h, W), k, activation)
-    dense, wanted = (
+    dense, target = (
         torch.zeros(tokens, d_sae).double().scatter(1, i, v) for v, i in ((values, indices), (expected, where))
     )
     assert values.shape == (tokens, k)
-    assert torch.allclose(dense, wanted, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(dense, target, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["topk", "abstopk"])

@@ -19,12 +19,12 @@ def test_it_is_clean_and_leaves_what_is_attached_to_the_model_alone(model):
     with torch.no_grad():
         clean = model(other)
     with torch.no_grad(), saewb.attach(model, [sae, coder]) as attached, saewb.steer(model, coder, {3: 5.0}):
-        changed, kept = model(ids), attached.latents[sae].clone()
+        changed, saved = model(ids), attached.latents[sae].clone()
         twin = saewb.models.shared_copy.shared_copy(model)
         assert saewb.models.hook_points.has_no_hooks(twin)
         assert not saewb.models.hook_points.has_no_hooks(model)
         torch.testing.assert_close(twin(other), clean)
-        assert torch.equal(attached.latents[sae], kept)
+        assert torch.equal(attached.latents[sae], saved)
         assert torch.equal(model(ids), changed)
     assert saewb.models.hook_points.has_no_hooks(model)
     assert next(twin.parameters()).data_ptr() == next(model.parameters()).data_ptr()

@@ -47,13 +47,13 @@ def run(path: Path, draw) -> None:
 
 def joined(outputs):
     """Pieces of one stream that come one after another, as one."""
-    found = []
+    items = []
     for output in outputs:
-        if found and output.output_type == "stream" == found[-1].output_type and output.name == found[-1].name:
-            found[-1].text += output.text
+        if items and output.output_type == "stream" == items[-1].output_type and output.name == items[-1].name:
+            items[-1].text += output.text
         else:
-            found.append(output)
-    return found
+            items.append(output)
+    return items
 
 
 def is_live(output):
@@ -65,8 +65,8 @@ def pictured(output, draw):
     """Without a widget's number, which means nothing later; with a picture if it is a plotly figure."""
     data = output.get("data", {})
     data.pop(WIDGET, None)
-    if "saewb-still-" in (said := "".join(data.get("text/html", ""))):
-        data["text/html"] = re.sub(r"<style>.*?</style>| class='saewb-still-\w+'", "", said)
+    if "saewb-still-" in (text := "".join(data.get("text/html", ""))):
+        data["text/html"] = re.sub(r"<style>.*?</style>| class='saewb-still-\w+'", "", text)
     if PLOTLY in data:
         data["image/png"] = draw(data[PLOTLY])
         layout = data[PLOTLY]["layout"]

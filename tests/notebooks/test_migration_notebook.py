@@ -73,9 +73,9 @@ def markdown():
 
 def rows(text):
     """The tables' rows: (what SAELens has, what saewb has)."""
-    found = [line.strip().strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert all(len(row) == 2 for row in found), found
-    return [(left.strip(), right.strip()) for left, right in found if left.strip() != "SAELens"]
+    result = [line.strip().strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert all(len(row) == 2 for row in result), result
+    return [(left.strip(), right.strip()) for left, right in result if left.strip() != "SAELens"]
 
 
 def theirs(text):
@@ -117,9 +117,9 @@ def test_names_of_ours_exist():
     assert len(names) > 70
     for name in names:
         package, *parts = name.split(".")
-        found = saewb_widgets if package == "saewb_widgets" else importlib.import_module(package)
+        result = saewb_widgets if package == "saewb_widgets" else importlib.import_module(package)
         for part in parts:
-            found = getattr(found, part)
+            result = getattr(result, part)
 
 
 def said(code):
@@ -143,19 +143,19 @@ def test_calls_of_ours_take_what_they_are_given():
     import saewb
 
     options = {option.name for option in saewb.training_options()}
-    found = list(calls())
-    assert len(found) > 50
-    for node, called in found:
+    result = list(calls())
+    assert len(result) > 50
+    for node, called in result:
         if any(isinstance(argument, ast.Constant) and argument.value is ... for argument in node.args):
-            given = []  # what `...` stands for is not known
+            arguments = []  # what `...` stands for is not known
         else:
-            given = node.args
+            arguments = node.args
         names = {keyword.arg for keyword in node.keywords}
         known = inspect.signature(called)
         if called is saewb.train:
             assert names <= {*known.parameters, *options}, ast.unparse(node)
             names -= options
-        known.bind_partial(*given, **dict.fromkeys(names))
+        known.bind_partial(*arguments, **dict.fromkeys(names))
 
 
 def test_options_in_the_table_of_training_are_there():
@@ -180,9 +180,9 @@ def test_methods_of_ours_are_there():
     sae = saewb.SAE(saewb.SAEConfig(8, 16, activation="jumprelu", skip=True, hook="a", hook_out="b"))
     of = {"sae": sae, "run": saewb.Run, "index": saewb.FeatureIndex, "attached": saewb.Attachment}
     right = " ".join(row[1] for row in rows(markdown()))
-    found = re.findall(r"`(?:\w+ = )?(sae|run|index|attached)\.(\w+)(?:\.(\w+))?", right)
-    assert len(found) > 12
-    for owner, name, field in found:
+    matches = re.findall(r"`(?:\w+ = )?(sae|run|index|attached)\.(\w+)(?:\.(\w+))?", right)
+    assert len(matches) > 12
+    for owner, name, field in matches:
         value = getattr(of[owner], name)
         assert not field or hasattr(value, field), (owner, name, field)
 

@@ -39,22 +39,22 @@ def other_model():
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = LlamaForCausalLM(config).eval()
-        for parameter in made.parameters():
+        model = LlamaForCausalLM(config).eval()
+        for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim == 2 else None
-    return saewb.load_model(made, tokenizer=tokenizer)
+    return saewb.load_model(model, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
 def other_sae(other_model):
     """With thresholds, where the embedded one keeps the k largest; about 16 latents fire on a token."""
-    made = tiny_models.sae(HOOK, "jumprelu", d_in=WIDTH, d_sae=LATENTS)
+    sae = tiny_models.sae(HOOK, "jumprelu", d_in=WIDTH, d_sae=LATENTS)
     with torch.no_grad():
         _, cache = other_model.run_with_cache(saewb.tiny.held_out_texts()[0].text, names_filter=HOOK)
         x = cache[HOOK][0, 1:]
-        made.threshold.fill_(0.0)
-        made.threshold.fill_(float(made.encode(x).quantile(1 - 16 / LATENTS)))
-    return made
+        sae.threshold.fill_(0.0)
+        sae.threshold.fill_(float(sae.encode(x).quantile(1 - 16 / LATENTS)))
+    return sae
 
 
 def code_cells(path):

@@ -102,17 +102,17 @@ def their_sae(kind, seed=3):
 @pytest.mark.parametrize("kind", list(THEIRS))
 def test_saes_of_the_peers_own_making(peer, tmp_path, kind, error_term):
     theirs, ours = peer
-    made, tokens = their_sae(kind), tiny_models.tokens()
-    made.save_model(tmp_path)
+    result, tokens = their_sae(kind), tiny_models.tokens()
+    result.save_model(tmp_path)
     sae = load_sae(tmp_path)
     with torch.no_grad():
-        want_logits, want = theirs.run_with_cache_with_saes(tokens, saes=[made], use_error_term=error_term)
+        want_logits, want = theirs.run_with_cache_with_saes(tokens, saes=[result], use_error_term=error_term)
         with attach(ours, sae, error_term=error_term):
             logits, cache = ours.run_with_cache(tokens)
     their_points = {name.rpartition(".hook_sae_")[2]: value for name, value in want.items() if ".hook_sae_" in name}
     our_points = {name.rpartition(".hook_sae_")[2]: value for name, value in cache.items() if ".hook_sae_" in name}
     if kind == "topk, rescaled":  # folded here, so that pre-activations are what the top k are chosen by
-        their_points["acts_pre"] = their_points["acts_pre"] * made.W_dec.norm(dim=-1)
+        their_points["acts_pre"] = their_points["acts_pre"] * result.W_dec.norm(dim=-1)
     same = {"input", "acts_pre", "acts_post"} if kind in PARTIAL else set(KEYS)
     for key in same & set(our_points) & set(their_points):
         got, expected = our_points[key], their_points[key]
@@ -128,9 +128,9 @@ def test_saes_of_the_peers_own_making(peer, tmp_path, kind, error_term):
             seen = {}
             edits = {read: lambda a: seen.update(x=a.clone())}
             if write == read:
-                edits = {read: made}
+                edits = {read: result}
             else:
-                edits[write] = lambda a: made(seen["x"])
+                edits[write] = lambda a: result(seen["x"])
             with hook_points.editing(ours, edits):
                 torch.testing.assert_close(ours(tokens), logits, atol=1e-4, rtol=1e-4)
 

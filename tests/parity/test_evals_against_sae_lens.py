@@ -102,18 +102,18 @@ def theirs_on(model, ours, *batches, special=()):
 @pytest.mark.parametrize(("activation", "k"), [("relu", None), ("jumprelu", None), ("topk", 4), ("abstopk", 4)])
 def test_all_tokens(model, hook, activation, k):
     ours, ids = tiny_models.sae(hook, activation=activation, k=k), tiny_models.tokens(12, 9)
-    found = evaluate(model, ours, ids, batch_size=6, skip_special_tokens=False)
+    evaluation = evaluate(model, ours, ids, batch_size=6, skip_special_tokens=False)
     theirs, by_latent = theirs_on(model, ours, ids)
     for name in SHARED.keys() - {"ce_recovered_zero"}:
-        assert getattr(found, name) == pytest.approx(theirs[SHARED[name]], rel=1e-4, abs=1e-5), name
+        assert getattr(evaluation, name) == pytest.approx(theirs[SHARED[name]], rel=1e-4, abs=1e-5), name
     # what the losses' last digits (float32 there) may make of a quotient of small differences
-    near = 1e-5 / abs(found.ce_zero_ablated - found.ce_clean)
-    assert found.ce_recovered_zero == pytest.approx(theirs["ce_loss_score"], rel=1e-4, abs=near)
+    near = 1e-5 / abs(evaluation.ce_zero_ablated - evaluation.ce_clean)
+    assert evaluation.ce_recovered_zero == pytest.approx(theirs["ce_loss_score"], rel=1e-4, abs=near)
     density = np.array(by_latent["feature_density"])
-    assert found.dead_frac == (density == 0).mean()
-    assert found.dense_frac == (density > 0.1).mean()
+    assert evaluation.dead_frac == (density == 0).mean()
+    assert evaluation.dense_frac == (density > 0.1).mean()
     for name, their_name in BY_LATENT.items():
-        mine, want = getattr(found.latents, name).numpy(), np.array(by_latent[their_name], dtype=float)
+        mine, want = getattr(evaluation.latents, name).numpy(), np.array(by_latent[their_name], dtype=float)
         np.testing.assert_allclose(mine, want, rtol=1e-4, err_msg=name)
 
 
@@ -121,36 +121,38 @@ def test_all_tokens(model, hook, activation, k):
 def test_special_tokens_masked(model, hook):
     """All but ablation: see `test_ablation_of_masked_tokens`."""
     ours, ids = tiny_models.sae(hook), tiny_models.tokens(12, 9)
-    found = evaluate(model, ours, ids, batch_size=6)
+    evaluation = evaluate(model, ours, ids, batch_size=6)
     theirs, _ = theirs_on(model, ours, ids, special=[1, 2, 3])
     for name in SHARED.keys() - OF_ABLATION:
-        assert getattr(found, name) == pytest.approx(theirs[SHARED[name]], rel=1e-4, abs=1e-5), name
+        assert getattr(evaluation, name) == pytest.approx(theirs[SHARED[name]], rel=1e-4, abs=1e-5), name
 
 
 def test_special_tokens_in_the_middle_of_rows(model):
     """Figures without a target are the same there too; a loss is the mean of sae-lens' own, text from text."""
     ours, ids = tiny_models.sae(RESID), tiny_models.tokens(12, 9)
     ids[2, 4], ids[5, 8], ids[7, 1] = 1, 2, 3
-    found = evaluate(model, ours, ids, batch_size=6)
+    evaluation = evaluate(model, ours, ids, batch_size=6)
     theirs, _ = theirs_on(model, ours, ids, special=[1, 2, 3])
     for name in SHARED.keys() - {"ce_clean", "ce_with_sae"} - OF_ABLATION:
-        assert getattr(found, name) == pytest.approx(theirs[SHARED[name]], rel=1e-4, abs=1e-5), name
+        assert getattr(evaluation, name) == pytest.approx(theirs[SHARED[name]], rel=1e-4, abs=1e-5), name
     per_token = get_recons_loss(twin(ours), model, ActivationScaler(), ids, False, True, ignore_tokens=[1, 2, 3])
     text = ids > 3
     both = text[:, :-1] & text[:, 1:]
-    assert found.ce_clean == pytest.approx(per_token["ce_loss_without_sae"][both].mean().item(), rel=1e-5)
-    assert found.ce_with_sae == pytest.approx(per_token["ce_loss_with_sae"][both].mean().item(), rel=1e-5)
+    assert evaluation.ce_clean == pytest.approx(per_token["ce_loss_without_sae"][both].mean().item(), rel=1e-5)
+    assert evaluation.ce_with_sae == pytest.approx(per_token["ce_loss_with_sae"][both].mean().item(), rel=1e-5)
 
 
 def test_on_the_embedded_model_and_text():
     model = tiny_hooked()
     ids = pack([document.text for document in held_out_texts()[:20]], model.tokenizer, 64)[:16]
     ours = SAE(SAEConfig(d_in=128, d_sae=512, activation="topk", k=8, hook="blocks.2.hook_resid_post"))
-    found = evaluate(model, ours, ids, skip_special_tokens=False)
+    evaluation = evaluate(model, ours, ids, skip_special_tokens=False)
     theirs, _ = theirs_on(model, ours, ids)
     for name, their_name in SHARED.items():
-        assert getattr(found, name) == pytest.approx(theirs[their_name], rel=1e-4, abs=1e-5), name
-    assert found.ce_clean < 4.5 < 7 < found.ce_zero_ablated  # a model that knows some English, and one that does not
+        assert getattr(evaluation, name) == pytest.approx(theirs[their_name], rel=1e-4, abs=1e-5), name
+    assert (
+        evaluation.ce_clean < 4.5 < 7 < evaluation.ce_zero_ablated
+    )  # a model that knows some English, and one that does not
 
 
 # -- where sae-lens 6.54.12 is wrong ---------------------------------------------------------------------------------
@@ -164,9 +166,9 @@ def test_ablation_of_masked_tokens(model):
             parameter.zero_()
     theirs, _ = theirs_on(model, ours, ids, special=[1, 2, 3])
     assert abs(theirs["ce_loss_score"]) > 0.01
-    found = evaluate(model, ours, ids)
-    assert found.ce_recovered_zero == 0
-    assert found.ce_zero_ablated == pytest.approx(theirs["ce_loss_with_sae"], rel=1e-5)
+    evaluation = evaluate(model, ours, ids)
+    assert evaluation.ce_recovered_zero == 0
+    assert evaluation.ce_zero_ablated == pytest.approx(theirs["ce_loss_with_sae"], rel=1e-5)
 
 
 def test_explained_variance_of_data_far_from_zero():
@@ -189,8 +191,8 @@ def test_relative_reconstruction_bias_over_batches_of_different_scale(model):
     both = torch.cat([first, second])
     theirs, _ = theirs_on(model, ours, first, second)
     at_once, _ = theirs_on(model, ours, both)
-    found = evaluate(model, ours, both, batch_size=6, skip_special_tokens=False)
-    assert found.relative_reconstruction_bias == pytest.approx(at_once["relative_reconstruction_bias"], rel=1e-5)
+    evaluation = evaluate(model, ours, both, batch_size=6, skip_special_tokens=False)
+    assert evaluation.relative_reconstruction_bias == pytest.approx(at_once["relative_reconstruction_bias"], rel=1e-5)
     assert theirs["relative_reconstruction_bias"] != pytest.approx(at_once["relative_reconstruction_bias"], rel=1e-5)
 
 

@@ -210,8 +210,8 @@ def test_recovery_on_the_same_budget(ours, kind, fields, tmp_path):
         pass
     score = recovered(training.saes["sae"].W_dec, features)
     torch.manual_seed(0)
-    made = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=16, d_sae=24, **fields)
-    theirs = getattr(sae_lens, f"{kind}TrainingSAE")(made)
+    result = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=16, d_sae=24, **fields)
+    theirs = getattr(sae_lens, f"{kind}TrainingSAE")(result)
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
             n_checkpoints=0,

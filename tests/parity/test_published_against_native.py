@@ -63,10 +63,10 @@ def _dictionary(kind):
     options = {"k": K} if "TopK" in kind else {}
     if kind == "MatryoshkaBatchTopKSAE":
         options["group_sizes"] = [8, 12, 20]
-    made = _randomized(cls(D, F, **options))
+    result = _randomized(cls(D, F, **options))
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        made.threshold.fill_(1.25)
-    return made
+        result.threshold.fill_(1.25)
+    return result
 
 
 @pytest.mark.parametrize("kind", DICT_CLASSES)

@@ -34,10 +34,10 @@ def oracle(monkeypatch):
 
     def load(name, root, repo, path, factor=None, **overrides):
         def local(repo_id=None, filename=None, subfolder=None, **_):
-            found = root / (subfolder or "") / filename
-            if not found.is_file():
+            result = root / (subfolder or "") / filename
+            if not result.is_file():
                 raise EntryNotFoundError(f"no {filename}")
-            return str(found)
+            return str(result)
 
         def shapes(repo_id, filename, **_):
             with safe_open(root / filename, framework="pt") as file:
@@ -50,13 +50,13 @@ def oracle(monkeypatch):
             warnings.simplefilter("ignore")
             cfg, state, _ = theirs.NAMED_PRETRAINED_SAE_LOADERS[name](repo, path, "cpu", False, overrides)
             cfg = theirs.handle_config_defaulting(cfg)
-            made = sae_lens.SAE.from_dict(cfg)
-            made.process_state_dict_for_loading(state)
-            made.load_state_dict(state)
-            made = made.to(torch.float32)
+            sae = sae_lens.SAE.from_dict(cfg)
+            sae.process_state_dict_for_loading(state)
+            sae.load_state_dict(state)
+            sae = sae.to(torch.float32)
         if factor is not None:
-            made.fold_activation_norm_scaling_factor(factor)
-        return made
+            sae.fold_activation_norm_scaling_factor(factor)
+        return sae
 
     return load
 
@@ -120,14 +120,14 @@ def test_gemma_scope_transcoders(oracle, tmp_path):
 @pytest.mark.parametrize("config", [None, "there"])
 def test_gemma_scope_2_saes(site, config, oracle, tmp_path):
     path, repo = f"{site}/layer_17_width_16k_l0_big", test_gemma_scope_2.REPO
-    said = None
+    text = None
     if config:
         point = {"resid_post": "output", "attn_out": "self_attn.o_proj.input"}.get(
             site, "post_feedforward_layernorm.output"
         )
         hooks = dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), f"model.layers.17.{point}")
-        said = test_gemma_scope_2.CONFIG | hooks
-    test_gemma_scope_2.written(tmp_path / path, config=said)
+        text = test_gemma_scope_2.CONFIG | hooks
+    test_gemma_scope_2.written(tmp_path / path, config=text)
     ours = read(tmp_path / path, Provenance(repo=repo, path=path))
     oracles = oracle("gemma_3", tmp_path, repo, path)
     assert_same(ours, oracles, x_of())

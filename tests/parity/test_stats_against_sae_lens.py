@@ -45,20 +45,22 @@ def dictionaries():
 @pytest.mark.parametrize("kind", dictionaries())
 def test_superposition(kind):
     directions = dictionaries()[kind]
-    found, oracle = superposition(directions, (50, 95, 99)), their_superposition(directions, percentiles=[50, 95, 99])
-    assert found.max_abs_cos.numpy() == pytest.approx(oracle.max_abs_cos_sims.numpy(), abs=1e-5)
+    overlap, oracle = superposition(directions, (50, 95, 99)), their_superposition(directions, percentiles=[50, 95, 99])
+    assert overlap.max_abs_cos.numpy() == pytest.approx(oracle.max_abs_cos_sims.numpy(), abs=1e-5)
     for p in (50, 95, 99):
-        assert found.percentile_abs_cos[p].numpy() == pytest.approx(oracle.percentile_abs_cos_sims[p].numpy(), abs=1e-5)
-    assert found.mean_max_abs_cos == pytest.approx(oracle.mean_max_abs_cos_sim, abs=1e-6)
-    assert found.mean_percentile_abs_cos == pytest.approx(oracle.mean_percentile_abs_cos_sim, abs=1e-6)
-    assert found.mean_abs_cos == pytest.approx(oracle.mean_abs_cos_sim, abs=1e-6)
-    assert (found.n_features, found.d) == (oracle.num_features, oracle.hidden_dim)
+        assert overlap.percentile_abs_cos[p].numpy() == pytest.approx(
+            oracle.percentile_abs_cos_sims[p].numpy(), abs=1e-5
+        )
+    assert overlap.mean_max_abs_cos == pytest.approx(oracle.mean_max_abs_cos_sim, abs=1e-6)
+    assert overlap.mean_percentile_abs_cos == pytest.approx(oracle.mean_percentile_abs_cos_sim, abs=1e-6)
+    assert overlap.mean_abs_cos == pytest.approx(oracle.mean_abs_cos_sim, abs=1e-6)
+    assert (overlap.n_features, overlap.d) == (oracle.num_features, oracle.hidden_dim)
 
 
 def test_superposition_of_its_own_dictionary_and_its_error():
     dictionary = FeatureDictionary(30, 8, initializer=None)
-    found, oracle = superposition(dictionary.feature_vectors), theirs.compute_superposition_stats(dictionary)
-    assert found.max_abs_cos.numpy() == pytest.approx(oracle.max_abs_cos_sims.numpy(), abs=1e-5)
+    overlap, oracle = superposition(dictionary.feature_vectors), theirs.compute_superposition_stats(dictionary)
+    assert overlap.max_abs_cos.numpy() == pytest.approx(oracle.max_abs_cos_sims.numpy(), abs=1e-5)
     sentence = "Need at least 2 features to compute superposition stats"
     for function in (superposition, their_superposition):
         with pytest.raises(ValueError, match=sentence):
@@ -79,14 +81,14 @@ def test_correlation_statistics(n):
 
 
 def test_random_low_rank_is_the_same_draw_and_warns_alike(monkeypatch):
-    said = []  # not by caplog, which hears nothing once other tests have touched the peer's logger
-    monkeypatch.setattr(their_correlation.logger, "warning", said.append)
+    items = []  # not by caplog, which hears nothing once other tests have touched the peer's logger
+    monkeypatch.setattr(their_correlation.logger, "warning", items.append)
     theirs_low = their_correlation.generate_random_low_rank_correlation_matrix(300, 100, 0.1, seed=7)
     with pytest.warns(UserWarning, match="rows were capped") as warned:
         ours = random_low_rank_correlation(300, 100, scale=0.1, seed=7)
     assert torch.equal(ours.factor, theirs_low.correlation_factor)
     assert ours.diag.numpy() == pytest.approx(theirs_low.correlation_diag.numpy(), abs=1e-5)
-    assert said == [str(warned[0].message)]
+    assert items == [str(warned[0].message)]
 
 
 def test_random_dense_is_of_the_same_kind():
@@ -148,8 +150,8 @@ def test_weak_correlation_beside_strong_variance():
         their_correlation.LowRankCorrelationMatrix(factor, 1 - factor.square().sum(1))
     )
     assert oracle.rms_correlation != pytest.approx(9e-6, rel=0.5)  # nan or 0 or a rounding
-    found = correlation_stats(LowRankCorrelation.of(factor))
-    assert (found.rms, found.mean) == pytest.approx((9e-6, 9e-6), rel=1e-6)
+    result = correlation_stats(LowRankCorrelation.of(factor))
+    assert (result.rms, result.mean) == pytest.approx((9e-6, 9e-6), rel=1e-6)
 
 
 def test_random_dense_matrix_without_a_cholesky_factor():

@@ -36,17 +36,17 @@ def test_scores():
     sample = data.sample(500, torch.Generator().manual_seed(0))
     stream = RecoveryStream(sae, data.dictionary.directions)
     stream.update(sample)
-    found, truth = stream.result(), data.dictionary.directions
+    result, truth = stream.result(), data.dictionary.directions
     W_dec, latents = sae.W_dec.detach(), sae.encode(sample.activations).detach()
-    assert found.mcc == pytest.approx(theirs.mean_correlation_coefficient(W_dec, truth), rel=1e-5)
-    assert found.uniqueness == theirs.feature_uniqueness(W_dec, truth)
+    assert result.mcc == pytest.approx(theirs.mean_correlation_coefficient(W_dec, truth), rel=1e-5)
+    assert result.uniqueness == theirs.feature_uniqueness(W_dec, truth)
     want = theirs.compute_classification_metrics(latents, sample.firings.dense(), W_dec, truth)
     for name in ("precision", "recall", "accuracy"):
-        assert getattr(found, name) == pytest.approx(getattr(want, name), rel=1e-5), name
-    assert found.f1 == pytest.approx(want.f1_score, rel=1e-5)
+        assert getattr(result, name) == pytest.approx(getattr(want, name), rel=1e-5), name
+    assert result.f1 == pytest.approx(want.f1_score, rel=1e-5)
     shrinkage = theirs.ShrinkageCalculator()
     shrinkage.add_batch(sae.decode(latents).detach(), sample.activations)
-    assert found.l2_ratio == pytest.approx(shrinkage.compute(), rel=1e-5)
+    assert result.l2_ratio == pytest.approx(shrinkage.compute(), rel=1e-5)
 
 
 def test_a_row_of_zeros_agrees_with_nothing():

@@ -103,9 +103,9 @@ def test_filters(table):
     # v5 (8 releases of 12), hook-z, mlp, res-jb, feature splitting, 6 end-to-end releases of 3
     n_gpt2 = 8 * 12 + 12 + 12 + 13 + 8 + 6 * 3
     assert len(catalogue(model="GPT2-small")) == len(catalogue(model="openai-community/gpt2")) == n_gpt2
-    found = catalogue(model="gemma-2-2b", site="blocks.0.hook_resid_post", width="16k", layer=[3, 4])
-    assert set(found["layer"]) == {3, 4}
-    assert set(found["d_sae"]) == {2**14}
+    result = catalogue(model="gemma-2-2b", site="blocks.0.hook_resid_post", width="16k", layer=[3, 4])
+    assert set(result["layer"]) == {3, 4}
+    assert set(result["d_sae"]) == {2**14}
     assert len(catalogue(width=16_384)) == len(catalogue(width="16k"))
     assert set(catalogue(site="transcoder", layer=range(2))["layer"]) == {0, 1}
     assert catalogue(l0=(50, 60))["l0"].between(50, 60).all()
@@ -170,15 +170,15 @@ def test_expanding_by_hand():
         {"id": "m{0}", "table": {"": "3"}, "hook": "=", "layer": 9, "skip": True},
     ]
     sets[1]["table"], sets[1]["id"] = {"8": "3"}, "m{0}-{1}"
-    found = expand({"d_in": 2, "architecture": "jumprelu", "sets": sets})
-    assert found["id"] == ["l1w4k", "l1w7", "l2w4k", "m8-3"]
-    assert found["path"] == ["p1/a", "p1/b", "p2/c", "m8-3"]
-    assert found["hook"] == ["h1", "h1", "h2", "m8-3"]
-    assert found["layer"] == [1, 1, 2, 9]
-    assert found["d_sae"] == [4096, 7, 4096, None]
-    assert found["l0"] == [5, None, 7, None]
-    assert found["neuronpedia"] == ["n1", None, "n2", None]
-    assert found["norm_factor"] == [32, 16, 8, None]
-    assert found["bytes"][1] == 4 * (7 * 2 * 2 + 7 + 7 + 2)
-    assert found["bytes"][3] is None
+    result = expand({"d_in": 2, "architecture": "jumprelu", "sets": sets})
+    assert result["id"] == ["l1w4k", "l1w7", "l2w4k", "m8-3"]
+    assert result["path"] == ["p1/a", "p1/b", "p2/c", "m8-3"]
+    assert result["hook"] == ["h1", "h1", "h2", "m8-3"]
+    assert result["layer"] == [1, 1, 2, 9]
+    assert result["d_sae"] == [4096, 7, 4096, None]
+    assert result["l0"] == [5, None, 7, None]
+    assert result["neuronpedia"] == ["n1", None, "n2", None]
+    assert result["norm_factor"] == [32, 16, 8, None]
+    assert result["bytes"][1] == 4 * (7 * 2 * 2 + 7 + 7 + 2)
+    assert result["bytes"][3] is None
     assert Counter(width(label) for label in ("1m", "65k", "12")) == {2**20: 1, 2**16: 1, 12: 1}

@@ -227,14 +227,14 @@ def test_taking_the_centering_off_survives_saving(tmp_path):
 
 
 def test_a_transcoder_reads_centered_by_its_weights(tmp_path):
-    made = SAE(SAEConfig(8, 24, d_out=6, skip=True, hook="blocks.0.hook_resid_mid", hook_out="b", model="gpt2"))
+    result = SAE(SAEConfig(8, 24, d_out=6, skip=True, hook="blocks.0.hook_resid_mid", hook_out="b", model="gpt2"))
     with torch.no_grad():
-        made.W_skip.copy_(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
-    save_sae(made, tmp_path / "a")
+        result.W_skip.copy_(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
+    save_sae(result, tmp_path / "a")
     kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     sae, x = read(tmp_path / "a", Provenance(overrides=kwargs)), activations(5)
     assert sae.cfg.normalization == "none"
-    torch.testing.assert_close(sae(x), made(x - x.mean(-1, keepdim=True)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sae(x), result(x - x.mean(-1, keepdim=True)), atol=1e-5, rtol=1e-5)
     again = load_sae(save_sae(sae, tmp_path / "b"))
     torch.testing.assert_close(again(x), sae(x), atol=1e-5, rtol=1e-5)
 

@@ -29,13 +29,13 @@ REPO = "some-one/their-saes"
 
 def _published(tmp_path, *names):
     """The files of a repository with one SAE per folder."""
-    found = {"README.md": b"theirs"}
+    result = {"README.md": b"theirs"}
     for seed, name in enumerate(names):
         folder = save_sae(feed_forward(seed, activation="jumprelu"), tmp_path / "published" / name)
         for file in folder.iterdir():
-            found[f"{name}/{file.name}"] = file.read_bytes()
-        found[f"{name}/optimizer.pt"] = b"never to be fetched"
-    return found
+            result[f"{name}/{file.name}"] = file.read_bytes()
+        result[f"{name}/optimizer.pt"] = b"never to be fetched"
+    return result
 
 
 def _client(code, endpoint, home, **environment):

@@ -61,9 +61,9 @@ def rows(frame, kind):
 
 
 def test_a_gradient_is_what_a_small_change_does(model, sae):
-    found = attribute(model, PROMPT, sae, metric)
+    attribution = attribute(model, PROMPT, sae, metric)
     tokens = model.to_tokens(PROMPT)
-    checked = rows(found.to_frame(), "latent").head(4)
+    checked = rows(attribution.to_frame(), "latent").head(4)
     for row in checked.itertuples():
         effects = []
         for scale in (1 - 1e-3, 1 + 1e-3):
@@ -72,12 +72,12 @@ def test_a_gradient_is_what_a_small_change_does(model, sae):
         slope = (effects[1] - effects[0]) / 2e-3
         assert row.effect == pytest.approx(slope, rel=0.05, abs=0.02)
     assert len(checked) == 4
-    assert found.metric == pytest.approx(float(metric(model(tokens))), abs=1e-4)
+    assert attribution.metric == pytest.approx(float(metric(model(tokens))), abs=1e-4)
 
 
 def test_latents_and_errors_are_all_there(model, sae):
     """Their contributions and decode(0) make up the activation, so that effects sum to gradient . (y - decode(0))."""
-    found = attribute(model, PROMPT, sae, metric, skip_special_tokens=False)
+    attribution = attribute(model, PROMPT, sae, metric, skip_special_tokens=False)
     seen = {}
 
     def leaf(y, hook):
@@ -96,34 +96,34 @@ def test_latents_and_errors_are_all_there(model, sae):
         y, g, x = (t[:, :, 2] if sae.cfg.head == 2 else t.flatten(2) for t in (y, g, x))
     with torch.no_grad():
         base = sae.decode(torch.zeros(*x.shape[:-1], sae.cfg.d_sae), x)
-    totals = found.totals().iloc[0]
+    totals = attribution.totals().iloc[0]
     assert totals.latents + totals.errors == pytest.approx(float((g * (y - base)).sum()), rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_integrated_gradients_are_complete(model, sae, skip):
-    found = attribute(
+    attribution = attribute(
         model, PROMPT, sae, metric, method="integrated", n_steps=48, batch_size=20, skip_special_tokens=skip
     )
-    totals = found.totals().iloc[0]
+    totals = attribution.totals().iloc[0]
     assert math.isfinite(totals.metric_difference)
     assert totals.latents + totals.errors == pytest.approx(totals.metric_difference, rel=0.02, abs=0.02)
-    assert (0 in found.position.tolist()) is not skip
+    assert (0 in attribution.position.tolist()) is not skip
 
 
 def test_ablation_is_what_ablating_does(model, sae):
-    found = attribute(model, PROMPT, sae, metric, method="ablation", n_nodes=12, batch_size=5)
+    attribution = attribute(model, PROMPT, sae, metric, method="ablation", n_nodes=12, batch_size=5)
     tokens = model.to_tokens(PROMPT)
-    for row in rows(found.to_frame(), "latent").itertuples():
+    for row in rows(attribution.to_frame(), "latent").itertuples():
         with torch.no_grad(), steer(model, sae, {row.latent: 0.0}, how="clamp", positions=[row.position]):
-            assert row.effect == pytest.approx(found.metric - float(metric(model(tokens))), abs=2e-3)
-    assert len(found) == 12
+            assert row.effect == pytest.approx(attribution.metric - float(metric(model(tokens))), abs=2e-3)
+    assert len(attribution) == 12
 
 
 def test_ablating_an_error(model):
     sae, tokens = SAES["relu"](), model.to_tokens(PROMPT)
-    found = attribute(model, PROMPT, sae, metric, method="ablation", n_nodes=10_000)
-    row = rows(found.to_frame(), "error").iloc[0]
+    attribution = attribute(model, PROMPT, sae, metric, method="ablation", n_nodes=10_000)
+    row = rows(attribution.to_frame(), "error").iloc[0]
 
     def cut(y, hook):
         y = y.clone()
@@ -132,7 +132,7 @@ def test_ablating_an_error(model):
 
     with torch.no_grad():
         value = float(metric(model.run_with_hooks(tokens, fwd_hooks=[(RESID, cut)])))
-    assert row.effect == pytest.approx(found.metric - value, abs=1e-3)
+    assert row.effect == pytest.approx(attribution.metric - value, abs=1e-3)
 
 
 def test_several_saes_each_as_if_alone(model):
@@ -219,9 +219,9 @@ def test_metrics_by_word(model):
 )
 def test_what_is_wrong_is_said(model, change, says):
     before = tiny_models.snapshot(model)
-    asked = {"prompt": PROMPT, "saes": SAES["relu"](), "metric": metric, **change}
+    request = {"prompt": PROMPT, "saes": SAES["relu"](), "metric": metric, **change}
     with pytest.raises((ValueError, TypeError), match=says):
-        attribute(model, **asked)
+        attribute(model, **request)
     assert tiny_models.snapshot(model) == before
 
 

@@ -121,10 +121,10 @@ def test_tokens_are_the_same_with_and_without_keys_and_values_kept(model, how):
         both = [
             list(
                 generate_tokens(
-                    model, ids, make, max_new_tokens=20, temperature=temperature, seed=3, use_past_kv_cache=kept
+                    model, ids, make, max_new_tokens=20, temperature=temperature, seed=3, use_past_kv_cache=saved
                 )
             )
-            for kept in (True, False)
+            for saved in (True, False)
         ]
         assert [t.token_id for t in both[0]] == [t.token_id for t in both[1]]
         assert [t.probability for t in both[0]] == pytest.approx([t.probability for t in both[1]], abs=1e-4)

@@ -125,9 +125,11 @@ def test_a_crosscoder_has_no_direct_effects(model):
 @pytest.mark.parametrize("at", [-1, 3])
 def test_attribution_is_that_of_attribute(model, sae, at):
     reading = read_prompt(model, PROMPT, sae, target=9, at=at, attribution="gradient")
-    found = saewb.attribute(model, model.to_tokens(PROMPT), sae, lambda logits: logits[0, at].log_softmax(-1)[9])
+    attribution = saewb.attribute(model, model.to_tokens(PROMPT), sae, lambda logits: logits[0, at].log_softmax(-1)[9])
     want = {
-        (int(p), int(i)): float(e) for p, i, e in zip(found.position, found.latent, found.effect, strict=True) if i >= 0
+        (int(p), int(i)): float(e)
+        for p, i, e in zip(attribution.position, attribution.latent, attribution.effect, strict=True)
+        if i >= 0
     }
     got = zip(reading.position.tolist(), reading.latent.tolist(), reading.attribution.tolist(), strict=True)
     assert len(reading) == len(want)
@@ -257,14 +259,14 @@ def test_what_is_wrong_is_said(model):
 @pytest.mark.parametrize("skip", [True, False])
 def test_next_tokens_are_those_of_the_model_and_of_it_with_saes(model, skip):
     saes = [tiny_models.sae(RESID), tiny_models.sae(LAST)]
-    found = next_tokens(model, PROMPT, saes, n=4, skip_special_tokens=skip)
+    result = next_tokens(model, PROMPT, saes, n=4, skip_special_tokens=skip)
     ids = model.to_tokens(PROMPT)
     with torch.no_grad():
         clean = model(ids)[0].log_softmax(-1)
         with saewb.attach(model, saes, skip_special_tokens=skip):
             changed = model(ids)[0].log_softmax(-1)
     for position in (0, 3, -1):
-        frame = found.to_frame(position)
+        frame = result.to_frame(position)
         p, q = clean[position].exp(), changed[position].exp()
         assert set(frame.id) == set(p.topk(4).indices.tolist()) | set(q.topk(4).indices.tolist())
         assert frame.probability.tolist() == pytest.approx(p[frame.id.tolist()].tolist(), rel=1e-4)
@@ -272,8 +274,8 @@ def test_next_tokens_are_those_of_the_model_and_of_it_with_saes(model, skip):
         likeliest = frame[["probability", "with_saes"]].max(axis=1).tolist()
         assert likeliest == sorted(likeliest, reverse=True)
     want = torch.nn.functional.kl_div(changed, clean, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(found.kl, want, atol=1e-4, rtol=1e-3)
-    assert float(found.kl.max()) > 0.01
+    torch.testing.assert_close(result.kl, want, atol=1e-4, rtol=1e-3)
+    assert float(result.kl.max()) > 0.01
     alone = next_tokens(model, PROMPT, n=4)
     assert alone.kl is alone.log_prob_with_saes is None
     assert alone.to_frame().columns.tolist() == ["token", "id", "probability"]

@@ -48,17 +48,17 @@ def check(found, x, y=None):
 
 def test_perfect_always_together():
     x = latents(d=1).repeat(1, 3) * torch.tensor([1.0, 2.0, 5.0])
-    found = coactivation([x])
-    for figure in (found.phi, found.jaccard, found.correlation):
+    result = coactivation([x])
+    for figure in (result.phi, result.jaccard, result.correlation):
         assert figure([0, 1], [1, 2]).numpy() == pytest.approx(np.ones((2, 2)))
-    assert found.stats("phi").rms == pytest.approx(1)
+    assert result.stats("phi").rms == pytest.approx(1)
 
 
 def test_never_together_and_independent():
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(50, 1)
-    found = coactivation([x])
-    assert found.counts([0], [1]).item() == 0
-    assert (found.phi([0], [1]).item(), found.jaccard([0], [1]).item()) == (-1, 0)
+    result = coactivation([x])
+    assert result.counts([0], [1]).item() == 0
+    assert (result.phi([0], [1]).item(), result.jaccard([0], [1]).item()) == (-1, 0)
     grid = torch.tensor([[a, b] for a in (0.0, 1.0) for b in (0.0, 1.0, 1.0)])
     assert coactivation([grid]).phi([0], [1]).item() == pytest.approx(0, abs=1e-12)
     assert coactivation([grid]).correlation([0], [1]).item() == pytest.approx(0, abs=1e-12)
@@ -78,12 +78,12 @@ def test_scale_of_a_latent_does_not_matter(scale):
 def test_by_hand():
     """Firing 1101, 1011: together on 2 of 4, either on 4; phi = (4 * 2 - 3 * 3) / 3. Activations: see the sums."""
     x = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, -1.0], [2.0, 1.0]])
-    found = coactivation([x])
-    assert found.counts([0, 1], [0, 1]).tolist() == [[3, 2], [2, 3]]
-    assert found.jaccard([0], [1]).item() == 0.5
-    assert found.phi([0], [1]).item() == pytest.approx(-1 / 3)
+    result = coactivation([x])
+    assert result.counts([0, 1], [0, 1]).tolist() == [[3, 2], [2, 3]]
+    assert result.jaccard([0], [1]).item() == 0.5
+    assert result.phi([0], [1]).item() == pytest.approx(-1 / 3)
     # sums 6, 2; squares 14, 6; product 4: (16 - 12) / sqrt((56 - 36) (24 - 4))
-    assert found.correlation([0], [1]).item() == pytest.approx(4 / 20)
+    assert result.correlation([0], [1]).item() == pytest.approx(4 / 20)
 
 
 # -- the definition, in any split --------------------------------------------------------------------------------------
@@ -113,9 +113,9 @@ def test_any_split_gives_what_the_whole_gives(data, cut, pairs):
     finally:
         module._PAIRS = before
     for stream in (one, first):
-        found = stream.result()
-        assert found.n_tokens == len(x)
-        check(found, x)
+        result = stream.result()
+        assert result.n_tokens == len(x)
+        check(result, x)
 
 
 @examples(20)
@@ -132,14 +132,14 @@ def test_between_two_saes(data, d_b):
 def test_top_latents_are_the_same_as_dense_ones():
     x = latents(above=0)
     values, indices = x.relu().topk(4, dim=1)
-    kept = torch.zeros_like(x).scatter(1, indices, values)
-    found = coactivation(
+    saved = torch.zeros_like(x).scatter(1, indices, values)
+    result = coactivation(
         [
             SparseLatents.from_topk(values[:70], indices[:70], (70, 12)),
             SparseLatents.from_topk(values[70:], indices[70:], (130, 12)),
         ]
     )
-    check(found, kept)
+    check(result, saved)
 
 
 def test_a_token_on_which_everything_fires_among_quiet_ones():
@@ -149,12 +149,12 @@ def test_a_token_on_which_everything_fires_among_quiet_ones():
 
 
 def test_nothing_fires():
-    found = coactivation([torch.zeros(5, 3)])
-    assert found.counts(range(3), range(3)).sum() == 0
-    assert bool(found.phi(range(3), range(3)).isnan().all())
-    assert found.top_pairs().empty
+    result = coactivation([torch.zeros(5, 3)])
+    assert result.counts(range(3), range(3)).sum() == 0
+    assert bool(result.phi(range(3), range(3)).isnan().all())
+    assert result.top_pairs().empty
     with pytest.raises(ValueError, match="phi is defined for no pair"):
-        found.stats()
+        result.stats()
 
 
 # -- asking ------------------------------------------------------------------------------------------------------------
@@ -162,17 +162,17 @@ def test_nothing_fires():
 
 @pytest.mark.parametrize("by", ["phi", "jaccard", "correlation"])
 def test_partners_and_pairs_are_the_largest_of_the_blocks(by, monkeypatch):
-    found = coactivation([latents()])
+    result = coactivation([latents()])
     monkeypatch.setattr(module, "_PAIRS", 30)  # a few rows at a time
-    block = getattr(found, by)(range(12), range(12)).fill_diagonal_(-9)
-    index, value = found.partners([3, 0], k=4, by=by)
+    block = getattr(result, by)(range(12), range(12)).fill_diagonal_(-9)
+    index, value = result.partners([3, 0], k=4, by=by)
     assert torch.equal(value, block[[3, 0]].topk(4).values)
     assert torch.equal(index, block[[3, 0]].topk(4).indices)
-    top = found.top_pairs(5, by=by, min_together=1)
+    top = result.top_pairs(5, by=by, min_together=1)
     later = block[torch.ones(12, 12).triu(1).bool()]
     assert top[by].to_numpy() == pytest.approx(later.topk(5).values.numpy())
     for row in top.itertuples():
-        assert row.together == found.counts([row.latent], [row.partner]).item()
+        assert row.together == result.counts([row.latent], [row.partner]).item()
         assert row.latent < row.partner
 
 
@@ -185,19 +185,19 @@ def test_partners_that_met_too_seldom_are_left_out():
 
 def test_stats_are_those_of_the_matrix():
     x = latents()
-    found, matrix = coactivation([x]), torch.from_numpy(pearson(x))
-    assert (found.stats("correlation").rms, found.stats("correlation").mean) == pytest.approx(
+    result, matrix = coactivation([x]), torch.from_numpy(pearson(x))
+    assert (result.stats("correlation").rms, result.stats("correlation").mean) == pytest.approx(
         (correlation_stats(matrix).rms, correlation_stats(matrix).mean), abs=1e-9
     )
 
 
 def test_latents_in_any_form_and_wrong_ones():
-    found = coactivation([latents()])
-    assert torch.equal(found.counts(torch.tensor([2]), [5]), found.counts([5], (2,)).T)
+    result = coactivation([latents()])
+    assert torch.equal(result.counts(torch.tensor([2]), [5]), result.counts([5], (2,)).T)
     with pytest.raises(ValueError, match=r"no latents \[12\]"):
-        found.phi([0], [12])
+        result.phi([0], [12])
     with pytest.raises(ValueError, match="no figure 'phy'"):
-        found.partners([0], by="phy")
+        result.partners([0], by="phy")
     with pytest.raises(ValueError, match="products=True"):
         coactivation([latents()], products=False).correlation([0], [1])
 
@@ -294,13 +294,13 @@ stream.result().top_pairs(3)
 def test_a_file_gives_back_what_was_saved(tmp_path, two, products):
     stream = CoactivationStream(12, 5 if two else None, products=products)
     stream.update(latents(), *([latents(d=5)] if two else []))
-    found = stream.result()
-    again = type(found).load(found.save(tmp_path / "together.safetensors"))
-    assert (again.n_tokens, again.shape, repr(again)) == (found.n_tokens, found.shape, repr(found))
-    assert torch.equal(again.together, found.together)
+    result = stream.result()
+    again = type(result).load(result.save(tmp_path / "together.safetensors"))
+    assert (again.n_tokens, again.shape, repr(again)) == (result.n_tokens, result.shape, repr(result))
+    assert torch.equal(again.together, result.together)
     assert (again.products is None) == (not products)
-    rows, cols = range(12), range(found.shape[1])
-    assert again.phi(rows, cols).nan_to_num().equal(found.phi(rows, cols).nan_to_num())
+    rows, cols = range(12), range(result.shape[1])
+    assert again.phi(rows, cols).nan_to_num().equal(result.phi(rows, cols).nan_to_num())
     assert [path.name for path in tmp_path.iterdir()] == ["together.safetensors"]
 
 
@@ -324,8 +324,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_other_files_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    found = coactivation([latents()])
-    path, other = found.save(tmp_path / "a"), tmp_path / "b"
+    result = coactivation([latents()])
+    path, other = result.save(tmp_path / "a"), tmp_path / "b"
     parts, about = load_file(path), {"n_tokens": 200, "latents": [12, 12], "two": False}
 
     def written(tensors, format="saewb coactivation 1", about=about):
@@ -333,18 +333,18 @@ def test_other_files_are_refused(tmp_path):
         return other
 
     with pytest.raises(FormatError, match="is not a coactivation file"):
-        found.load(written(parts, format="pt"))
+        result.load(written(parts, format="pt"))
     with pytest.raises(FormatError, match="do not fit 13 latents"):
-        found.load(written(parts, about=about | {"latents": [13, 13]}))
+        result.load(written(parts, about=about | {"latents": [13, 13]}))
     with pytest.raises(FormatError, match="do not fit"):
-        found.load(written({k: v for k, v in parts.items() if k != "a.fired"}))
+        result.load(written({k: v for k, v in parts.items() if k != "a.fired"}))
     with pytest.raises(FormatError, match="do not fit"):
-        found.load(written(parts | {"together": parts["together"][:-1]}))
+        result.load(written(parts | {"together": parts["together"][:-1]}))
     other.write_bytes(b"nothing of the kind")
     with pytest.raises(FormatError, match="not a safetensors file"):
-        found.load(other)
+        result.load(other)
     with pytest.raises(FileNotFoundError):
-        found.load(tmp_path / "c")
+        result.load(tmp_path / "c")
 
 
 def test_on_real_activations_of_the_embedded_sae():
@@ -355,8 +355,8 @@ def test_on_real_activations_of_the_embedded_sae():
     ids = saewb.pack([d.text for d in saewb.tiny.held_out_texts()[:40]], model.tokenizer, 64)
     with torch.no_grad():
         x = capture(model, ids, [sae.cfg.hook])[sae.cfg.hook].flatten(0, 1)
-        found, dense = coactivation(sae.encode_topk(part) for part in x.split(300)), sae.encode(x)
+        result, dense = coactivation(sae.encode_topk(part) for part in x.split(300)), sae.encode(x)
     some = dense.count_nonzero(0).topk(40).indices
-    assert found.counts(some, some).equal((dense[:, some] != 0).double().T.mm((dense[:, some] != 0).double()).long())
-    assert found.correlation(some, some).numpy() == pytest.approx(pearson(dense[:, some]), abs=1e-6)
-    assert math.isclose(found.a.fired.sum() / found.n_tokens, (dense != 0).sum(1).double().mean(), rel_tol=1e-9)
+    assert result.counts(some, some).equal((dense[:, some] != 0).double().T.mm((dense[:, some] != 0).double()).long())
+    assert result.correlation(some, some).numpy() == pytest.approx(pearson(dense[:, some]), abs=1e-6)
+    assert math.isclose(result.a.fired.sum() / result.n_tokens, (dense != 0).sum(1).double().mean(), rel_tol=1e-9)

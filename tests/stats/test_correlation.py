@@ -39,9 +39,9 @@ def test_no_correlation_and_full_correlation(n):
 
 def test_random_signs_have_mean_0_and_their_strength_as_rms():
     signs = torch.where(torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
-    found = correlation_stats(LowRankCorrelation.of(signs * 0.5))
-    assert found.rms == pytest.approx(0.25, rel=1e-6)
-    assert abs(found.mean) < 0.01
+    result = correlation_stats(LowRankCorrelation.of(signs * 0.5))
+    assert result.rms == pytest.approx(0.25, rel=1e-6)
+    assert abs(result.mean) < 0.01
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-6, 0.5])
@@ -49,16 +49,16 @@ def test_both_scale_with_the_entries_off_the_diagonal(scale):
     """Down to entries whose squares vanish beside the diagonal's 1 in float32."""
     factor = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).mul_(0.3)
     matrix = (factor @ factor.T).mul_(scale).fill_diagonal_(1.0)
-    base, found = correlation_stats((factor @ factor.T).fill_diagonal_(1.0)), correlation_stats(matrix)
-    assert found.rms == pytest.approx(base.rms * scale, rel=1e-5)
-    assert found.mean == pytest.approx(base.mean * scale, rel=1e-5)
+    base, result = correlation_stats((factor @ factor.T).fill_diagonal_(1.0)), correlation_stats(matrix)
+    assert result.rms == pytest.approx(base.rms * scale, rel=1e-5)
+    assert result.mean == pytest.approx(base.mean * scale, rel=1e-5)
 
 
 def test_by_hand():
     matrix = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, -0.7], [0.0, -0.7, 1.0]])
-    found = correlation_stats(matrix)
-    assert found.rms == pytest.approx(math.sqrt((0.25 + 0.49) / 3))
-    assert found.mean == pytest.approx(-0.2 / 3)
+    result = correlation_stats(matrix)
+    assert result.rms == pytest.approx(math.sqrt((0.25 + 0.49) / 3))
+    assert result.mean == pytest.approx(-0.2 / 3)
     low = correlation_stats(LowRankCorrelation.of(torch.tensor([[0.6, 0.0], [0.0, 0.8], [0.5, 0.5]])))  # 0, .3, .4
     assert (low.rms, low.mean) == pytest.approx((math.sqrt(0.25 / 3), 0.7 / 3), rel=1e-6)
 
@@ -71,8 +71,8 @@ def test_dense_and_low_rank_and_the_definition_agree(n, rank, scale, seed):
     low = LowRankCorrelation.of(factor)
     rms, mean = plain(low.dense())
     for form in (low, low.dense(), LowRankCorrelation.of(factor.float() * (1 - 1e-7)), low.dense().float()):
-        found = correlation_stats(form)
-        assert (found.rms, found.mean, found.n_features) == (
+        result = correlation_stats(form)
+        assert (result.rms, result.mean, result.n_features) == (
             pytest.approx(rms, abs=1e-6), pytest.approx(mean, abs=1e-6), n)  # fmt: skip
 
 
@@ -140,22 +140,22 @@ def test_the_seed_decides_and_nothing_global_does(make):
 
 
 def test_random_low_rank_by_its_definition():
-    found = random_low_rank_correlation(2000, 25)
-    assert found.factor.std().item() == pytest.approx(0.075, rel=0.02)
-    assert (found.factor.square().sum(1) + found.diag).numpy() == pytest.approx(np.ones(2000), abs=1e-6)
-    assert correlation_stats(found).rms == pytest.approx(0.075**2 * 5, rel=0.05)
+    result = random_low_rank_correlation(2000, 25)
+    assert result.factor.std().item() == pytest.approx(0.075, rel=0.02)
+    assert (result.factor.square().sum(1) + result.diag).numpy() == pytest.approx(np.ones(2000), abs=1e-6)
+    assert correlation_stats(result).rms == pytest.approx(0.075**2 * 5, rel=0.05)
 
 
 def test_rows_that_are_too_long_are_capped_alone_and_counted():
     alone = torch.randn(500, 100, generator=torch.Generator().manual_seed(0)).mul_(0.1)
     long = alone.square().sum(1) > 0.99
     with pytest.warns(UserWarning, match=rf"^{int(long.sum())} / 500 rows were capped\. Either reduce the rank or"):
-        found = random_low_rank_correlation(500, 100, scale=0.1)
+        result = random_low_rank_correlation(500, 100, scale=0.1)
     assert 100 < long.sum() < 400
-    assert torch.equal(found.factor[~long], alone[~long])
-    assert found.factor[long].square().sum(1).numpy() == pytest.approx(0.99, abs=1e-5)
-    assert found.diag[long].numpy() == pytest.approx(0.01, abs=1e-6)
-    torch.linalg.cholesky(found.dense())
+    assert torch.equal(result.factor[~long], alone[~long])
+    assert result.factor[long].square().sum(1).numpy() == pytest.approx(0.99, abs=1e-5)
+    assert result.diag[long].numpy() == pytest.approx(0.01, abs=1e-6)
+    torch.linalg.cholesky(result.dense())
 
 
 @pytest.mark.parametrize(("call", "text"), [

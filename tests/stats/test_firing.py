@@ -28,19 +28,19 @@ def as_top(dense, k=3):
 
 @pytest.mark.parametrize("form", [lambda x: x, as_top], ids=["dense", "sparse"])
 def test_by_hand(form):
-    found = firing(form(LATENTS), lengths=[1, 3])
-    assert found.l1 == 16.5 / 4
-    assert found.density.tolist() == [0, 0.5, 1, 0]
-    assert found.mean_activation.nan_to_num(-1).tolist() == [-1, 1.25, 3.5, -1]
-    assert found.max_activation.tolist() == [0, 2, 9, 0]
-    assert found.consistent_activation.nan_to_num(-1).tolist() == [-1, 1, 2, -1]
+    result = firing(form(LATENTS), lengths=[1, 3])
+    assert result.l1 == 16.5 / 4
+    assert result.density.tolist() == [0, 0.5, 1, 0]
+    assert result.mean_activation.nan_to_num(-1).tolist() == [-1, 1.25, 3.5, -1]
+    assert result.max_activation.tolist() == [0, 2, 9, 0]
+    assert result.consistent_activation.nan_to_num(-1).tolist() == [-1, 1, 2, -1]
 
 
 @pytest.mark.parametrize("scale", [1e-20, -3.0])
 def test_scale(scale):
-    found, base = firing(LATENTS * scale), firing(LATENTS)
-    assert found.l1 == pytest.approx(base.l1 * abs(scale), rel=1e-6)
-    assert found.consistent_activation.nan_to_num().equal(base.consistent_activation.nan_to_num())
+    result, base = firing(LATENTS * scale), firing(LATENTS)
+    assert result.l1 == pytest.approx(base.l1 * abs(scale), rel=1e-6)
+    assert result.consistent_activation.nan_to_num().equal(base.consistent_activation.nan_to_num())
 
 
 def test_always_and_never():
@@ -54,8 +54,8 @@ def test_always_and_never():
 def test_ultra_low_density_is_alive_and_rare():
     latents = torch.zeros(1000, 4)
     latents[0, 1] = latents[:20, 2] = latents[:500, 3] = 1
-    found = firing(latents, dead_below=1e-6, ultra_low_below=0.01, dense_above=0.1)
-    assert (found.dead_frac, found.ultra_low_frac, found.dense_frac) == (0.25, 0.25, 0.25)
+    result = firing(latents, dead_below=1e-6, ultra_low_below=0.01, dense_above=0.1)
+    assert (result.dead_frac, result.ultra_low_frac, result.dense_frac) == (0.25, 0.25, 0.25)
 
 
 @examples(50)
@@ -69,11 +69,11 @@ def test_any_batches_of_whole_rows_sparse_or_dense(lengths, seed, cut):
         for i, (row, n) in enumerate(zip(latents.split(lengths), lengths, strict=True)):
             (first if i < cut else second).update(form(row), [n])
         first.merge(second)
-        found = first.result()
-        assert found.l0 == whole.l0
+        result = first.result()
+        assert result.l0 == whole.l0
         for name in ("density", "mean_activation", "max_activation", "consistent_activation"):
             torch.testing.assert_close(
-                getattr(found, name), getattr(whole, name), rtol=1e-12, atol=0, equal_nan=True, msg=name
+                getattr(result, name), getattr(whole, name), rtol=1e-12, atol=0, equal_nan=True, msg=name
             )
 
 

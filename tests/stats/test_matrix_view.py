@@ -68,14 +68,14 @@ def reduced(full, rows, cols, step, cells):
     """By loops over cells, in numpy."""
     part = full.numpy()[np.ix_(rows, cols)].copy()
     part[np.array(rows)[:, None] == np.array(cols)] = np.nan
-    made = np.full((-(-len(rows) // step), -(-len(cols) // step)), np.nan)
-    for i in range(made.shape[0]):
-        for j in range(made.shape[1]):
+    result = np.full((-(-len(rows) // step), -(-len(cols) // step)), np.nan)
+    for i in range(result.shape[0]):
+        for j in range(result.shape[1]):
             x = part[i * step : (i + 1) * step, j * step : (j + 1) * step]
             x = x[~np.isnan(x)]
             if len(x):
-                made[i, j] = x.mean() if cells == "mean" else x[np.abs(x).argmax()]
-    return torch.tensor(made)
+                result[i, j] = x.mean() if cells == "mean" else x[np.abs(x).argmax()]
+    return torch.tensor(result)
 
 
 def close(got, want, atol=2e-5):
@@ -199,13 +199,13 @@ def test_views_say_what_they_show(name, scanned, monkeypatch):
 
 
 def test_symmetric_halves_are_not_made_twice(monkeypatch):
-    made = []
+    items = []
     real = _entries.Factors.block
     monkeypatch.setattr(_overview, "BAND_ENTRIES", 64 * 8)
-    monkeypatch.setattr(_entries.Factors, "block", lambda s, r, c: (made.append(len(r) * len(c)), real(s, r, c))[1])
+    monkeypatch.setattr(_entries.Factors, "block", lambda s, r, c: (items.append(len(r) * len(c)), real(s, r, c))[1])
     low = saewb.matrix_view(random_low_rank_correlation(64, 3))
     list(low.overview().scan())
-    assert sum(made) == 64 * 65 / 2 + 8 * 28  # and the other triangle of each band's own square
+    assert sum(items) == 64 * 65 / 2 + 8 * 28  # and the other triangle of each band's own square
 
 
 def test_memory_is_bounded_whatever_the_size():
@@ -283,8 +283,8 @@ def test_density_orders_by_density():
     view = saewb.matrix_view(coactivation([acts]))
     share = (acts != 0).double().mean(0)
     assert share[view.order("density")].tolist() == sorted(share.tolist(), reverse=True)
-    given = saewb.matrix_view(torch.eye(3), density=torch.tensor([0.1, 0.3, 0.2]))
-    assert given.order("density").tolist() == [1, 2, 0]
+    inputs = saewb.matrix_view(torch.eye(3), density=torch.tensor([0.1, 0.3, 0.2]))
+    assert inputs.order("density").tolist() == [1, 2, 0]
     assert "density" not in saewb.matrix_view(torch.eye(3)).orders
     with pytest.raises(ValueError, match="2 values for 3 features"):
         saewb.matrix_view(torch.eye(3), density=torch.ones(2))
@@ -328,14 +328,14 @@ def test_partners_and_pairs():
     view, full = fired(acts, "phi"), VIEWS["phi"][1]
     counts = coactivation([acts])
     view = saewb.matrix_view(counts)
-    found = view.pair(10, 20)
-    assert (found.fires_row, found.fires_col) == tuple((acts != 0).sum(0)[[10, 20]].tolist())
-    assert found.together == int(((acts[:, 10] != 0) & (acts[:, 20] != 0)).sum())
-    assert found.n_tokens == 400
+    result = view.pair(10, 20)
+    assert (result.fires_row, result.fires_col) == tuple((acts != 0).sum(0)[[10, 20]].tolist())
+    assert result.together == int(((acts[:, 10] != 0) & (acts[:, 20] != 0)).sum())
+    assert result.n_tokens == 400
     other = fired(acts, "phi").pair(10, 20)
-    assert (other.together, other.n_tokens, other.fires_row) == (found.together, 400, found.fires_row)
-    assert other.value == pytest.approx(found.value, abs=1e-6)
-    assert fired(acts, "phi").pair(10, 10).together == found.fires_row
+    assert (other.together, other.n_tokens, other.fires_row) == (result.together, 400, result.fires_row)
+    assert other.value == pytest.approx(result.value, abs=1e-6)
+    assert fired(acts, "phi").pair(10, 10).together == result.fires_row
     low, full = VIEWS["low rank"]
     want = full[6].clone()
     want[6] = 0

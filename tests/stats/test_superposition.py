@@ -73,57 +73,57 @@ def check(found, directions, percentiles=(95, 99)):
 
 
 def test_perfect_orthogonal_directions_have_no_cosine_and_fill_all_dimensions():
-    found = superposition(ORTHOGONAL)
-    assert found.max_abs_cos.tolist() == [0] * 6
-    assert (found.mean_abs_cos, found.rms_cos, found.mean_max_abs_cos) == (0, 0, 0)
-    assert found.mean_percentile_abs_cos == {95: 0, 99: 0}
-    assert found.effective_dim == 6
-    assert found.histogram[100] == 15  # all at 0, the lower edge of its bin
+    overlap = superposition(ORTHOGONAL)
+    assert overlap.max_abs_cos.tolist() == [0] * 6
+    assert (overlap.mean_abs_cos, overlap.rms_cos, overlap.mean_max_abs_cos) == (0, 0, 0)
+    assert overlap.mean_percentile_abs_cos == {95: 0, 99: 0}
+    assert overlap.effective_dim == 6
+    assert overlap.histogram[100] == 15  # all at 0, the lower edge of its bin
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_baseline_one_direction_many_times_or_reversed(sign):
     rows = SAME * torch.tensor([1, sign, 1, 1, 1])[:, None]
-    found = superposition(rows)
-    assert found.max_abs_cos.tolist() == pytest.approx([1] * 5)
-    assert float(found.max_abs_cos.max()) <= 1
-    assert (found.mean_abs_cos, found.rms_cos, found.effective_dim) == pytest.approx((1, 1, 1), abs=1e-6)
+    overlap = superposition(rows)
+    assert overlap.max_abs_cos.tolist() == pytest.approx([1] * 5)
+    assert float(overlap.max_abs_cos.max()) <= 1
+    assert (overlap.mean_abs_cos, overlap.rms_cos, overlap.effective_dim) == pytest.approx((1, 1, 1), abs=1e-6)
     opposite = 4 if sign < 0 else 0
-    assert (int(found.histogram[0]), int(found.histogram[-1])) == (opposite, 10 - opposite)
+    assert (int(overlap.histogram[0]), int(overlap.histogram[-1])) == (opposite, 10 - opposite)
 
 
 def test_baseline_random_directions_nearly_reach_the_welch_bound():
-    found = superposition(torch.randn(2000, 50, generator=RNG))
-    assert found.rms_cos == pytest.approx(1 / math.sqrt(50), rel=0.01)
-    assert found.welch_bound < found.rms_cos < found.welch_bound * 1.03
-    assert 0.95 * 50 < found.effective_dim <= 50
+    overlap = superposition(torch.randn(2000, 50, generator=RNG))
+    assert overlap.rms_cos == pytest.approx(1 / math.sqrt(50), rel=0.01)
+    assert overlap.welch_bound < overlap.rms_cos < overlap.welch_bound * 1.03
+    assert 0.95 * 50 < overlap.effective_dim <= 50
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 7.0, 1e30])
 def test_scale_does_not_matter_row_by_row(scale):
     scales = torch.full((60, 1), scale)
     scales[::7] = 1.0
-    found, before = superposition(RANDOM * scales), superposition(RANDOM)
-    assert found.max_abs_cos.numpy() == pytest.approx(before.max_abs_cos.numpy(), abs=1e-6)
-    assert found.mean_abs_cos == pytest.approx(before.mean_abs_cos, abs=1e-7)
-    assert found.effective_dim == pytest.approx(before.effective_dim, rel=1e-6)
-    assert torch.equal(found.nearest, before.nearest)
+    overlap, before = superposition(RANDOM * scales), superposition(RANDOM)
+    assert overlap.max_abs_cos.numpy() == pytest.approx(before.max_abs_cos.numpy(), abs=1e-6)
+    assert overlap.mean_abs_cos == pytest.approx(before.mean_abs_cos, abs=1e-7)
+    assert overlap.effective_dim == pytest.approx(before.effective_dim, rel=1e-6)
+    assert torch.equal(overlap.nearest, before.nearest)
 
 
 def test_by_hand():
     """(1, 0), (3, 4), (0, -2): cosines .6, 0, -.8."""
-    found = superposition(torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, -2.0]]), percentiles=(0, 50, 75, 100))
-    assert found.max_abs_cos.tolist() == pytest.approx([0.6, 0.8, 0.8])
-    assert found.percentile_abs_cos[50].tolist() == pytest.approx([0.3, 0.7, 0.4])
-    assert found.percentile_abs_cos[75].tolist() == pytest.approx([0.45, 0.75, 0.6])
-    assert found.percentile_abs_cos[0].tolist() == pytest.approx([0, 0.6, 0])
-    assert torch.equal(found.percentile_abs_cos[100], found.max_abs_cos)
-    assert found.mean_abs_cos == pytest.approx(1.4 / 3)
-    assert found.rms_cos == pytest.approx(math.sqrt(1 / 3))
-    assert found.nearest.tolist() == [[1, 2], [2, 0], [1, 0]]
-    assert found.nearest_cos[1].tolist() == pytest.approx([-0.8, 0.6])
+    overlap = superposition(torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, -2.0]]), percentiles=(0, 50, 75, 100))
+    assert overlap.max_abs_cos.tolist() == pytest.approx([0.6, 0.8, 0.8])
+    assert overlap.percentile_abs_cos[50].tolist() == pytest.approx([0.3, 0.7, 0.4])
+    assert overlap.percentile_abs_cos[75].tolist() == pytest.approx([0.45, 0.75, 0.6])
+    assert overlap.percentile_abs_cos[0].tolist() == pytest.approx([0, 0.6, 0])
+    assert torch.equal(overlap.percentile_abs_cos[100], overlap.max_abs_cos)
+    assert overlap.mean_abs_cos == pytest.approx(1.4 / 3)
+    assert overlap.rms_cos == pytest.approx(math.sqrt(1 / 3))
+    assert overlap.nearest.tolist() == [[1, 2], [2, 0], [1, 0]]
+    assert overlap.nearest_cos[1].tolist() == pytest.approx([-0.8, 0.6])
     # sum u u^T = [[1.36, .48], [.48, 1.64]]: trace 3, squares 3 + 2 * (.36 + .64)
-    assert found.effective_dim == pytest.approx(9 / 5)
+    assert overlap.effective_dim == pytest.approx(9 / 5)
 
 
 # -- the plain definition ----------------------------------------------------------------------------------------------
@@ -159,13 +159,13 @@ def test_sorting_finds_what_selecting_finds(directions, rows):
     unit = torch.nn.functional.normalize(directions.double(), dim=1, eps=1e-300).float()
     spans = [(start, min(start + rows, options.n)) for start in range(0, options.n, rows)]
     parts = [superposition_module._by_sorting(unit, *span, options) for span in spans]
-    found = superposition_module._RowStats.cat(parts, options.n)
-    assert found.largest[:, 0].numpy() == pytest.approx(truth.max_abs_cos.numpy(), abs=1e-5)
+    result = superposition_module._RowStats.cat(parts, options.n)
+    assert result.largest[:, 0].numpy() == pytest.approx(truth.max_abs_cos.numpy(), abs=1e-5)
     for i, p in enumerate((95, 99)):
-        assert found.percentiles[:, i].numpy() == pytest.approx(truth.percentile_abs_cos[p].numpy(), abs=1e-5)
-    assert found.signed.abs().numpy() == pytest.approx(truth.nearest_cos.abs().numpy(), abs=1e-5)
-    assert found.total.sum().item() == pytest.approx(truth.mean_abs_cos * len(unit) * (len(unit) - 1), abs=1e-3)
-    assert int(found.counts.sum()) == math.comb(len(unit), 2)
+        assert result.percentiles[:, i].numpy() == pytest.approx(truth.percentile_abs_cos[p].numpy(), abs=1e-5)
+    assert result.signed.abs().numpy() == pytest.approx(truth.nearest_cos.abs().numpy(), abs=1e-5)
+    assert result.total.sum().item() == pytest.approx(truth.mean_abs_cos * len(unit) * (len(unit) - 1), abs=1e-3)
+    assert int(result.counts.sum()) == math.comb(len(unit), 2)
 
 
 @pytest.mark.parametrize("kind", ["random", "half zero", "sorted by likeness"])
@@ -177,20 +177,20 @@ def test_percentiles_low_and_high(kind):
         x[::2] = 0
     if kind == "sorted by likeness":
         x = torch.randn(1000, 16, generator=rng)[torch.arange(1000) // 4 * 4] + 0.3 * x
-    found = superposition(x, percentiles=(5, 95, 99.9), neighbors=3)
+    overlap = superposition(x, percentiles=(5, 95, 99.9), neighbors=3)
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     cosines = (unit @ unit.T).abs().fill_diagonal_(-1)
     ordered = cosines.sort(1).values[:, 1:].numpy()
     for p in (5, 95, 99.9):
         expected = np.percentile(ordered, p, axis=1)
-        assert found.percentile_abs_cos[p].numpy() == pytest.approx(expected, abs=1e-5)
-    assert found.nearest_cos.abs().numpy() == pytest.approx(ordered[:, :-4:-1], abs=1e-5)
-    assert found.mean_abs_cos == pytest.approx(ordered.mean(), abs=1e-7)
+        assert overlap.percentile_abs_cos[p].numpy() == pytest.approx(expected, abs=1e-5)
+    assert overlap.nearest_cos.abs().numpy() == pytest.approx(ordered[:, :-4:-1], abs=1e-5)
+    assert overlap.mean_abs_cos == pytest.approx(ordered.mean(), abs=1e-7)
 
 
 def test_of_equally_near_ones_the_first_come_first():
-    found = superposition(torch.eye(5), neighbors=2)
-    assert found.nearest.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
+    overlap = superposition(torch.eye(5), neighbors=2)
+    assert overlap.nearest.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
 
 
 def test_of_many_equally_near_ones_the_first_come_first():
@@ -223,18 +223,18 @@ def test_any_memory_and_any_number_of_threads_give_the_same(threads, max_bytes, 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = superposition(torch.randn(300, 8, generator=torch.Generator().manual_seed(3)), max_bytes=max_bytes)
+        overlap = superposition(torch.randn(300, 8, generator=torch.Generator().manual_seed(3)), max_bytes=max_bytes)
     finally:
         torch.set_num_threads(before)
-    check(found, torch.randn(300, 8, generator=torch.Generator().manual_seed(3)))
+    check(overlap, torch.randn(300, 8, generator=torch.Generator().manual_seed(3)))
 
 
 def test_many_cores_share_the_memory(monkeypatch):
     truth = superposition(RANDOM.repeat(30, 1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
-    found = superposition(RANDOM.repeat(30, 1), max_bytes=20_000_000)
-    assert torch.equal(found.nearest, truth.nearest)
-    assert torch.equal(found.histogram, truth.histogram)
+    overlap = superposition(RANDOM.repeat(30, 1), max_bytes=20_000_000)
+    assert torch.equal(overlap.nearest, truth.nearest)
+    assert torch.equal(overlap.histogram, truth.histogram)
 
 
 @pytest.mark.parametrize("d", [8, pytest.param(576, marks=pytest.mark.long)])
@@ -266,31 +266,31 @@ def test_directions_are_not_changed():
 
 
 def test_two_features_are_enough_and_have_one_neighbor():
-    found = superposition(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
-    assert found.nearest.tolist() == [[1], [0]]
-    assert found.percentile_abs_cos[95].tolist() == pytest.approx([math.sqrt(0.5)] * 2)
-    assert found.welch_bound == 0
+    overlap = superposition(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    assert overlap.nearest.tolist() == [[1], [0]]
+    assert overlap.percentile_abs_cos[95].tolist() == pytest.approx([math.sqrt(0.5)] * 2)
+    assert overlap.welch_bound == 0
 
 
 def test_zero_directions_are_counted():
     x = RANDOM.clone()
     x[[3, 9]] = 0
-    found = superposition(x)
-    assert found.n_zero == 2
-    assert found.max_abs_cos[3] == found.max_abs_cos[9] == 0
+    overlap = superposition(x)
+    assert overlap.n_zero == 2
+    assert overlap.max_abs_cos[3] == overlap.max_abs_cos[9] == 0
     assert superposition(torch.zeros(3, 2)).effective_dim == 0
 
 
 def test_shows_itself():
-    found = superposition(RANDOM)
-    assert repr(found).startswith("Superposition(60 features in 12 dimensions, mean_max_abs_cos=0.")
-    text = str(found)
-    assert f"{found.mean_percentile_abs_cos[99]:.4g}" in text
-    assert f"{found.effective_dim:.4g}" in text
-    assert "<table>" in found._repr_html_()
-    frame = found.to_frame()
+    overlap = superposition(RANDOM)
+    assert repr(overlap).startswith("Superposition(60 features in 12 dimensions, mean_max_abs_cos=0.")
+    text = str(overlap)
+    assert f"{overlap.mean_percentile_abs_cos[99]:.4g}" in text
+    assert f"{overlap.effective_dim:.4g}" in text
+    assert "<table>" in overlap._repr_html_()
+    frame = overlap.to_frame()
     assert list(frame.columns) == ["max_abs_cos", "p95_abs_cos", "p99_abs_cos", "nearest", "nearest_cos"]
-    assert frame.loc[7, "nearest"] == found.nearest[7, 0]
+    assert frame.loc[7, "nearest"] == overlap.nearest[7, 0]
 
 
 @pytest.mark.parametrize(("args", "error", "text"), [

@@ -66,12 +66,12 @@ def test_the_truth_itself_is_perfect():
     sae = matched_sae(SAE(SAEConfig(32, 24)), data.dictionary)
     with torch.no_grad():
         sae.b_enc.fill_(-1e-4)  # orthogonal to rounding only
-    found = recovery(sae, data, 3000)
+    result = recovery(sae, data, 3000)
     for name in ("mcc", "uniqueness", "precision", "recall", "f1", "accuracy", "l2_ratio", "explained_variance"):
-        assert getattr(found, name) == pytest.approx(1, abs=1e-3), name
-    assert found.l0 == pytest.approx(found.true_l0)
-    assert (found.dead_frac, found.n_samples) == (0, 3000)
-    assert found.feature.tolist() == list(range(24))
+        assert getattr(result, name) == pytest.approx(1, abs=1e-3), name
+    assert result.l0 == pytest.approx(result.true_l0)
+    assert (result.dead_frac, result.n_samples) == (0, 3000)
+    assert result.feature.tolist() == list(range(24))
 
 
 def test_an_sae_that_never_fires():
@@ -79,9 +79,9 @@ def test_an_sae_that_never_fires():
     sae = matched_sae(SAE(SAEConfig(32, 24)), data.dictionary)
     with torch.no_grad():
         sae.b_enc.fill_(-1e6)
-    found = recovery(sae, data, 1000)
-    assert (found.dead_frac, found.l0, found.recall, found.f1, found.precision) == (1, 0, 0, 0, 0)
-    assert found.mcc == pytest.approx(1, abs=1e-5)
+    result = recovery(sae, data, 1000)
+    assert (result.dead_frac, result.l0, result.recall, result.f1, result.precision) == (1, 0, 0, 0, 0)
+    assert result.mcc == pytest.approx(1, abs=1e-5)
 
 
 def by_hand():
@@ -99,15 +99,15 @@ def test_by_hand():
     sae, sample = by_hand()
     stream = RecoveryStream(sae, torch.eye(2))
     stream.update(sample)
-    found = stream.result()
-    assert found.latent_precision.tolist() == pytest.approx([2 / 3, 1 / 5])
-    assert found.latent_recall.tolist() == pytest.approx([2 / 3, 1])
-    assert found.latent_f1.tolist() == pytest.approx([2 / 3, 1 / 3])
-    assert found.accuracy == pytest.approx((3 / 5 + 1 / 5) / 2)
-    assert (found.true_l0, found.l0) == (4 / 5, 8 / 5)
-    frame = found.latents()
+    result = stream.result()
+    assert result.latent_precision.tolist() == pytest.approx([2 / 3, 1 / 5])
+    assert result.latent_recall.tolist() == pytest.approx([2 / 3, 1])
+    assert result.latent_f1.tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert result.accuracy == pytest.approx((3 / 5 + 1 / 5) / 2)
+    assert (result.true_l0, result.l0) == (4 / 5, 8 / 5)
+    frame = result.latents()
     assert frame.f1.tolist() == pytest.approx([2 / 3, 1 / 3])
-    assert found.to_frame().shape == (1, 12)
+    assert result.to_frame().shape == (1, 12)
 
 
 @examples(30)
@@ -137,5 +137,5 @@ def test_another_width_is_an_error():
 
 
 def test_random_directions_score_about_what_the_docstring_says():
-    found = mean_correlation_coefficient(directions(128, 64), directions(128, 64, 1))
-    assert found == pytest.approx(math.sqrt(2 * math.log(128) / 64), rel=0.25)
+    result = mean_correlation_coefficient(directions(128, 64), directions(128, 64, 1))
+    assert result == pytest.approx(math.sqrt(2 * math.log(128) / 64), rel=0.25)

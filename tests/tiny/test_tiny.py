@@ -39,9 +39,9 @@ def numpy_sae(x):
     w = load_file(tiny.folder("sae") / "sae_weights.safetensors")
     k = json.loads((tiny.folder("sae") / "cfg.json").read_text())["k"]
     pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-    kept = np.argpartition(-pre, k - 1, axis=1)[:, :k]
+    saved = np.argpartition(-pre, k - 1, axis=1)[:, :k]
     latents = np.zeros_like(pre)
-    np.put_along_axis(latents, kept, np.maximum(np.take_along_axis(pre, kept, 1), 0), 1)
+    np.put_along_axis(latents, saved, np.maximum(np.take_along_axis(pre, saved, 1), 0), 1)
     return latents, latents @ w["W_dec"] + w["b_dec"]
 
 
@@ -174,10 +174,10 @@ def test_generation_makes_words(bundled):
     prompts = ["The city is", "She was a", "The violin is", "In mathematics,", "It is a species of"]
     for prompt in prompts:
         inputs = bundled.tokenizer(prompt, return_tensors="pt")
-        made = bundled.model.generate(
+        result = bundled.model.generate(
             **inputs, max_new_tokens=30, do_sample=False, repetition_penalty=1.2, pad_token_id=0
         )
-        text = bundled.tokenizer.decode(made[0], skip_special_tokens=True)
+        text = bundled.tokenizer.decode(result[0], skip_special_tokens=True)
         words = re.findall(r"[a-z]+", text.removeprefix(prompt).lower())
         assert len(words) >= 8, text
         assert len(set(words)) >= 0.5 * len(words), text

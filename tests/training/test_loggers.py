@@ -80,8 +80,8 @@ def test_wandb_keeps_sae_lens_keys_config_and_weights(run_and_folder):
     pytest.importorskip("wandb", reason="pip install wandb: reads back what the logger wrote")
     run, folder = run_and_folder
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    found = list(records(path))
-    rows = [record.history for record in found if record.WhichOneof("record_type") == "history"]
+    result = list(records(path))
+    rows = [record.history for record in result if record.WhichOneof("record_type") == "history"]
     logged = [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row.item} for row in rows]
     assert [row["_step"] for row in logged] == list(range(1, STEPS + 1))
     for row, mine in zip(logged, run.history.to_dict("records"), strict=True):
@@ -93,12 +93,12 @@ def test_wandb_keeps_sae_lens_keys_config_and_weights(run_and_folder):
             assert row[f"{name}/metrics/l0"] == pytest.approx(mine[f"{name}/l0"])
         assert row["b/details/l1_coefficient"] == pytest.approx(mine["b/coefficients/l1"])
     assert logged[-1]["a/held_out/fvu"] == pytest.approx(run.history["a/held_out/fvu"].iloc[-1])
-    (opened,) = [record.run for record in found if record.WhichOneof("record_type") == "run"][:1]
+    (opened,) = [record.run for record in result if record.WhichOneof("record_type") == "run"][:1]
     assert (opened.project, opened.display_name) == ("sparse", "first")
     config = {item.key: json.loads(item.value_json) for item in opened.config.update}
     assert config["train"]["batch_tokens"] == 40
     assert config["saes"]["b"]["objective"] == "Standard"
-    (left,) = [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
+    (left,) = [record.exit.exit_code for record in result if record.WhichOneof("record_type") == "exit"]
     assert left == 0
     assert not [note for note in run.notes if "failed at step" in note]
 

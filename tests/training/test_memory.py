@@ -21,9 +21,9 @@ def train(folder=None, saes=TOPK, **how):
 
 
 def executed(code, **more):
-    given = {"model": tiny_models.bridge(), "tokens": tiny_models.tokens(60, 7), "torch": torch, **more}
-    exec(code, given)
-    return given["run"].wait()
+    namespace = {"model": tiny_models.bridge(), "tokens": tiny_models.tokens(60, 7), "torch": torch, **more}
+    exec(code, namespace)
+    return namespace["run"].wait()
 
 
 def equal(a, b):
@@ -65,8 +65,8 @@ def test_code_starts_an_equal_run_and_the_folder_tells_the_same(name, tmp_path):
     assert repr(past) == f"PastRun(r, finished, 400 tokens, {', '.join(run.names)})"
     assert saewb.run_curves(past) == saewb.run_curves(run)
     assert saewb.run_densities(past) == saewb.run_densities(run)
-    for found in saewb.run_densities(run).values():
-        assert (found.n_tokens, sum(found.counts), len(found.counts)) == (400, 24, len(found.edges) + 1)
+    for result in saewb.run_densities(run).values():
+        assert (result.n_tokens, sum(result.counts), len(result.counts)) == (400, 24, len(result.edges) + 1)
     assert not [c for c in run.history if "density" in c and "held_out" not in c]
     assert all(run.history.dtypes.map(lambda kind: kind.kind in "if"))
     assert "folder" not in run.code
@@ -76,9 +76,9 @@ def test_code_of_a_plan_is_the_runs():
     code = saewb.training_code(TOPK, hook=RESID, **HOW)
     assert equal(executed(code), train().wait())
     assert train(held_out=tiny_models.tokens(9, 7, seed=2)).wait().code.count("held_out=held_out") == 1
-    told = saewb.training_code(TOPK, hook=RESID, folder="runs/a", held_out=True, n_tokens=10_000)
-    assert "folder='runs/a'" in told
-    assert "held_out=held_out" in told
+    report = saewb.training_code(TOPK, hook=RESID, folder="runs/a", held_out=True, n_tokens=10_000)
+    assert "folder='runs/a'" in report
+    assert "held_out=held_out" in report
     with pytest.raises(TypeError, match="near: batch_tokens"):
         saewb.training_code(TOPK, n_tokens=10_000, batch_token=4)
 
@@ -127,21 +127,21 @@ def test_a_folder_is_read_while_its_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize("saes", [TOPK, {"a": TOPK, "b": saewb.Trainee(saewb.Standard(64), read=MLP)}], ids=str)
 def test_memory_is_what_the_run_estimates(saes):
-    told = saewb.training_memory(tiny_models.bridge(), saes, hook=RESID, **HOW)
+    memory = saewb.training_memory(tiny_models.bridge(), saes, hook=RESID, **HOW)
     run = train(saes=saes)
     for what in ("weights", "step", "buffer", "checkpoint", "forward", "total"):
-        assert getattr(told, what) == getattr(run.memory, what)
+        assert getattr(memory, what) == getattr(run.memory, what)
     run.wait()
 
 
 def test_memory_of_a_cache_and_what_is_wrong(tmp_path):
     cache = saewb.cache_activations(tiny_models.bridge(), tiny_models.tokens(60, 20), RESID, tmp_path / "c", 1000)
-    told = saewb.training_memory(None, TOPK, tokens=cache, n_tokens=400, batch_tokens=40)
+    memory = saewb.training_memory(None, TOPK, tokens=cache, n_tokens=400, batch_tokens=40)
     run = saewb.train(None, cache, TOPK, n_tokens=400, batch_tokens=40)
-    assert told.weights == run.memory.weights == 16 * (24 * (16 + 16 + 1) + 16)
-    assert told.buffer == run.memory.buffer
+    assert memory.weights == run.memory.weights == 16 * (24 * (16 + 16 + 1) + 16)
+    assert memory.buffer == run.memory.buffer
     run.wait()
-    for given, error, says in (
+    for inputs, error, says in (
         ({"hook": "blocks.1.hook_resid_pots"}, ValueError, f"near: {RESID}"),
         ({}, ValueError, "got no hook"),
         ({"model": None}, ValueError, "got no model"),
@@ -150,7 +150,7 @@ def test_memory_of_a_cache_and_what_is_wrong(tmp_path):
         ({"hook": RESID, "lrr": 1}, TypeError, "near: lr"),
     ):
         with pytest.raises(error, match=says):
-            saewb.training_memory(**{"model": tiny_models.bridge(), "saes": TOPK, "n_tokens": 10_000, **given})
+            saewb.training_memory(**{"model": tiny_models.bridge(), "saes": TOPK, "n_tokens": 10_000, **inputs})
 
 
 def test_options_are_the_dataclasses_fields_with_their_notes():

@@ -30,20 +30,20 @@ def covariance(z):
 
 def test_the_covariance_is_the_identity_and_the_way_back_is_exact():
     x = data()
-    found = estimate_whitening("x", x.split(100), x.mean(0), shrinkage=0.0)
-    z = (x - x.mean(0)).double() @ found.matrix.double()
+    result = estimate_whitening("x", x.split(100), x.mean(0), shrinkage=0.0)
+    z = (x - x.mean(0)).double() @ result.matrix.double()
     torch.testing.assert_close(covariance(z), torch.eye(D_IN, dtype=torch.float64), rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.matrix, found.matrix.T)
-    torch.testing.assert_close((z @ found.inverse.double()).float() + x.mean(0), x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(result.matrix, result.matrix.T)
+    torch.testing.assert_close((z @ result.inverse.double()).float() + x.mean(0), x, rtol=1e-5, atol=1e-4)
 
 
 def test_independent_directions_are_divided_by_their_deviation():
     x = torch.tensor([[1.0, 10.0], [-1.0, 10.0], [1.0, -10.0], [-1.0, -10.0]])
-    found = estimate_whitening("x", [x], torch.zeros(2), shrinkage=0.0)
-    torch.testing.assert_close(found.matrix, torch.diag(torch.tensor([1.0, 0.1])))
+    result = estimate_whitening("x", [x], torch.zeros(2), shrinkage=0.0)
+    torch.testing.assert_close(result.matrix, torch.diag(torch.tensor([1.0, 0.1])))
     # s = 1/2: variances 1 and 100 become 1/2 + 50.5 / 2 = 25.75 and 50 + 25.25 = 75.25
-    found = estimate_whitening("x", [x], torch.zeros(2), shrinkage=0.5)
-    torch.testing.assert_close(found.matrix, torch.diag(torch.tensor([25.75, 75.25]).rsqrt()))
+    result = estimate_whitening("x", [x], torch.zeros(2), shrinkage=0.5)
+    torch.testing.assert_close(result.matrix, torch.diag(torch.tensor([25.75, 75.25]).rsqrt()))
 
 
 def test_directions_that_do_not_vary_need_a_shrinkage():
@@ -51,8 +51,8 @@ def test_directions_that_do_not_vary_need_a_shrinkage():
     x[:, 0] = x[:, 1] + x[:, 2]  # one direction of D_IN is empty
     with pytest.raises(ValueError, match=r"1 of 8 directions of 'p' do not vary over 600 tokens[^$]*shrinkage=1e-3"):
         estimate_whitening("p", [x], x.mean(0), shrinkage=0.0)
-    found = estimate_whitening("p", [x], x.mean(0), shrinkage=1e-3)
-    values = torch.linalg.eigvalsh(covariance((x - x.mean(0)) @ found.matrix))
+    result = estimate_whitening("p", [x], x.mean(0), shrinkage=1e-3)
+    values = torch.linalg.eigvalsh(covariance((x - x.mean(0)) @ result.matrix))
     own = torch.linalg.eigvalsh(covariance(x)).clamp(min=0)
     want = own / ((1 - 1e-3) * own + 1e-3 * own.sum() / D_IN)
     torch.testing.assert_close(values, want, rtol=1e-3, atol=1e-5)
@@ -91,10 +91,10 @@ def test_resume_is_bit_for_bit():
     for step in half:
         if step.step == 3:
             break
-    kept = io.BytesIO()
-    torch.save(half.state(), kept)
+    file = io.BytesIO()
+    torch.save(half.state(), file)
     again = Training(InMemory({"x": data()}, B, 0), OBJECTIVES["topk"], CONFIG)
-    again.restore(torch.load(io.BytesIO(kept.getvalue()), weights_only=True))
+    again.restore(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert [step.only.numbers() for step in again] == figures[3:]
     for a, b in zip(again.saes["sae"].state_dict().values(), training.saes["sae"].state_dict().values(), strict=True):
         assert torch.equal(a, b)

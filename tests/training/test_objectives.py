@@ -348,8 +348,8 @@ FIXED = Coefficient(1.0)
 
 def test_warnings_on_coefficients():
     def warn(coefficient=FIXED, value=1.0, n_tokens=1000, l0=8.0, in_band=None):
-        found = coefficient_warnings(coefficient, "l0", value, n_tokens=n_tokens, l0=l0, d_sae=D_SAE, in_band=in_band)
-        return [str(w) for w in found]
+        result = coefficient_warnings(coefficient, "l0", value, n_tokens=n_tokens, l0=l0, d_sae=D_SAE, in_band=in_band)
+        return [str(w) for w in result]
 
     assert warn() == []
     assert "nearly nothing is on; try 0.1" in warn(l0=0.2)[0]

@@ -103,11 +103,11 @@ def test_many_saes_several_hooks_transcoders_and_heads_from_one_stream():
     with pytest.raises(ValueError, match="trains 5 SAEs"):
         run.sae  # noqa: B018
     assert {"a/loss", "transcoder/l0", "head/fvu"} <= set(run.history.columns)
-    made = run.saes
-    assert (made["transcoder"].cfg.hook, made["transcoder"].cfg.hook_out) == (MLP, RESID)
-    assert (made["head"].cfg.hook, made["head"].cfg.head, made["head"].cfg.d_in) == (z, 1, 4)
-    assert made["heads"].cfg.head is None
-    for sae in made.values():  # each fits the model where it says it belongs
+    result = run.saes
+    assert (result["transcoder"].cfg.hook, result["transcoder"].cfg.hook_out) == (MLP, RESID)
+    assert (result["head"].cfg.hook, result["head"].cfg.head, result["head"].cfg.d_in) == (z, 1, 4)
+    assert result["heads"].cfg.head is None
+    for sae in result.values():  # each fits the model where it says it belongs
         with saewb.attach(tiny_models.bridge(), sae):
             tiny_models.bridge()(tiny_models.tokens())
     both = saewb.train(tiny_models.bridge(), tiny_models.tokens(60, 7), TOPK, hook=MLP, hook_out=RESID, **HOW).wait()
@@ -385,8 +385,8 @@ def test_a_folder_tells_how_its_run_ended(tmp_path):
     assert saewb.read_run(tmp_path / "b").state == "running"  # it holds its folder
     run.notes.append("a note")
     run.stop()
-    told = saewb.read_run(tmp_path / "b")
-    assert (told.state, told.error, told.notes) == ("stopped", "", ("a note",))
+    past = saewb.read_run(tmp_path / "b")
+    assert (past.state, past.error, past.notes) == ("stopped", "", ("a note",))
     draws = stream_draws(lambda n, rng: torch.randn(n, 8, generator=rng), seed=0, batch_tokens=40)
     again = saewb.resume_run(tmp_path / "b", tokens=draws)
     assert saewb.read_run(tmp_path / "b").state == "running"  # what was said of the first session is gone
@@ -395,8 +395,8 @@ def test_a_folder_tells_how_its_run_ended(tmp_path):
         None, stream_iterable(failing(6), batch_tokens=40), TOPK, n_tokens=400, batch_tokens=40, folder=tmp_path / "c"
     )
     run._join(20)
-    told = saewb.read_run(tmp_path / "c")
-    assert (told.state, told.error) == ("failed", "OSError: the stream is gone")
+    past = saewb.read_run(tmp_path / "c")
+    assert (past.state, past.error) == ("failed", "OSError: the stream is gone")
     (tmp_path / "c" / "end.json").write_text('{"state": "fini')
     with pytest.raises(saewb.FormatError, match="end.json in"):
         saewb.read_run(tmp_path / "c")

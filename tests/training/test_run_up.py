@@ -87,8 +87,8 @@ def test_stopped_while_the_buffer_fills_it_ends_after_that_pass(tmp_path):
     assert repr(run) == "Run(stopped, filling the buffer, 80 of 200 tokens, activations)"
     with pytest.raises(RuntimeError, match=r"Run\(stopped, .*has no SAE.\n  want: a run that came to its first step"):
         run.sae  # noqa: B018
-    told = saewb.read_run(tmp_path / "r")
-    assert (told.state, told.resumable, repr(told)) == ("stopped", False, "PastRun(r, stopped, 0 tokens, sae)")
+    past = saewb.read_run(tmp_path / "r")
+    assert (past.state, past.resumable, repr(past)) == ("stopped", False, "PastRun(r, stopped, 0 tokens, sae)")
     assert run._training is None
     assert not [t for t in threading.enumerate() if t.name.startswith("saewb") and t not in before]
 

@@ -300,9 +300,9 @@ def test_auto_goes_from_dense_to_sparse(monkeypatch):
     taken = []
 
     def watched(*given):
-        found = sparse_step(*given)
-        taken.append(found is not None)
-        return found
+        result = sparse_step(*given)
+        taken.append(result is not None)
+        return result
 
     monkeypatch.setattr("saewb.training.trainer.sparse_step", watched)
     trained(saewb.Standard(96, l1=5.0), steps=200)
@@ -418,8 +418,8 @@ def test_rectangular_pairs():
     pairs = rectangular(torch.tensor([[3, 1], [0, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     assert pairs.tokens.tolist() == [0, 0, 1, 1]
     assert pairs.starts.tolist() == [0, 2]
-    kept = pairs.where(torch.tensor([False, False, True, False]))
-    assert (kept.tokens.tolist(), kept.latents.tolist(), kept.starts.tolist()) == ([1], [0], [0, 0])
+    saved = pairs.where(torch.tensor([False, False, True, False]))
+    assert (saved.tokens.tolist(), saved.latents.tolist(), saved.starts.tolist()) == ([1], [0], [0, 0])
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
@@ -489,13 +489,13 @@ def test_products_written_where_they_are_wanted(dtype, copied, monkeypatch):
 
 
 def test_best_precision_is_what_the_processor_says(monkeypatch):
-    cpu, said = torch.device("cpu"), set()
+    cpu, text = torch.device("cpu"), set()
     for name in ("_is_vnni_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in said, raising=False)
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in text, raising=False)
     assert best_precision(cpu) == "full"
-    said.add("_is_amx_tile_supported")
+    text.add("_is_amx_tile_supported")
     assert best_precision(cpu) == precision.next_higher_precision("int8", cpu) == "bf16"
-    said.add("_is_vnni_supported")
+    text.add("_is_vnni_supported")
     assert best_precision(cpu) == ("int8" if precision.has_int8() else "bf16")
     assert precision.next_higher_precision("bf16", cpu) == best_precision(torch.device("meta")) == "full"
 

@@ -54,10 +54,10 @@ def stream(values=None, seed=0, batch=B):
 
 def trainees():
     """All objectives as autoencoders of x and as transcoders from x to y, and those with skip matrices."""
-    made = {name: Trainee(o, read="x") for name, o in OBJECTIVES.items()}
-    made |= {f"{name}_transcoder": Trainee(o, read="x", write="y") for name, o in list(TRANSCODERS.items())[::4]}
-    made |= {f"{name}_skip_transcoder": Trainee(o, read="x", write="y") for name, o in SKIPS.items()}
-    return made
+    result = {name: Trainee(o, read="x") for name, o in OBJECTIVES.items()}
+    result |= {f"{name}_transcoder": Trainee(o, read="x", write="y") for name, o in list(TRANSCODERS.items())[::4]}
+    result |= {f"{name}_skip_transcoder": Trainee(o, read="x", write="y") for name, o in SKIPS.items()}
+    return result
 
 
 def run(training, n=None):
@@ -83,16 +83,16 @@ def whole():
     """All SAEs trained at once from one stream: (figures by step, state after 20 steps as bytes, state at the end)."""
     training = Training(stream(), trainees(), CONFIG, held_out=data(200, seed=3))
     steps = run(training, 20)
-    kept = io.BytesIO()
-    torch.save(training.state(), kept)
+    file = io.BytesIO()
+    torch.save(training.state(), file)
     steps += run(training)
-    return [step.saes for step in steps], kept.getvalue(), training
+    return [step.saes for step in steps], file.getvalue(), training
 
 
 def test_resume_is_bit_for_bit(whole):
-    figures, kept, training = whole
+    figures, saved, training = whole
     again = Training(stream(seed=0), trainees(), CONFIG, held_out=data(200, seed=3))
-    again.restore(torch.load(io.BytesIO(kept), weights_only=True))
+    again.restore(torch.load(io.BytesIO(saved), weights_only=True))
     steps = run(again)
     assert [step.step for step in steps] == list(range(21, 41))
     for step, want in zip(steps, figures[20:], strict=True):
@@ -127,10 +127,10 @@ def test_losses_fall(whole):
 
 def test_resume_after_200_steps_and_before_the_first():
     config = replace(CONFIG, n_tokens=200 * B, estimate_tokens=7 * B)
-    made = {name: OBJECTIVES[name] for name in ("batchtopk", "standard_unit")}
+    result = {name: OBJECTIVES[name] for name in ("batchtopk", "standard_unit")}
 
     def fresh():
-        return Training(stream({"x": data()["x"]}), made, config)
+        return Training(stream({"x": data()["x"]}), result, config)
 
     once = fresh()
     run(once)
@@ -163,14 +163,14 @@ NORMALIZATIONS = ["none", "constant", "centered", "whitened", "layer_norm", "con
 def test_exports_are_in_the_models_units(normalization):
     """Data with a large mean and scale: what is exported does what training does, for SAEs and transcoders."""
     values = {"x": data()["x"] * 40 + 7, "y": data()["y"] * 0.02 - 1}
-    made = {name: Trainee(o, read="x") for name, o in OBJECTIVES.items()}
+    result = {name: Trainee(o, read="x") for name, o in OBJECTIVES.items()}
     if normalization == "whitened":
-        made.pop("pursuit")  # refused: test_normalization.py
+        result.pop("pursuit")  # refused: test_normalization.py
     if normalization not in ("layer_norm", "constant_norm"):
-        made |= {f"{name}_transcoder": Trainee(o, read="x", write="y") for name, o in SKIPS.items()}
-        made |= {f"{name}_skip": Trainee(o, read="x") for name, o in SKIPS.items()}
+        result |= {f"{name}_transcoder": Trainee(o, read="x", write="y") for name, o in SKIPS.items()}
+        result |= {f"{name}_skip": Trainee(o, read="x") for name, o in SKIPS.items()}
     config = replace(CONFIG, n_tokens=6 * B, normalization=normalization, warmup_tokens=0, decay_tokens=0)
-    training = Training(stream(values), made, config)
+    training = Training(stream(values), result, config)
     run(training)
     for name, sae in training.saes.items():  # proved on a probe inside
         learner = training._trainers[name]
@@ -182,7 +182,7 @@ def test_exports_are_in_the_models_units(normalization):
             float(saewb.metrics.l0(latents)), abs=0.05
         )
         assert (sae.cfg.hook, sae.cfg.hook_out) == ("x", "y" if "transcoder" in name else None)
-        assert sae.cfg.metadata["objective"]["objective"] == type(made[name].objective).__name__
+        assert sae.cfg.metadata["objective"]["objective"] == type(result[name].objective).__name__
         if normalization in ("none", "constant", "centered"):
             torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
@@ -238,7 +238,7 @@ def test_fine_tuning_refuses_other_widths():
 
 def test_every_objective_recovers_the_features():
     features, x = true_features(24, 16, 50_000, 0.06)
-    made = {
+    result = {
         "standard": saewb.Standard(24, l1=0.2),
         "gated": saewb.Gated(24, l1=0.4),
         "topk": saewb.TopK(24, k=2),
@@ -251,7 +251,7 @@ def test_every_objective_recovers_the_features():
     }
     how = {"lr": 1e-2, "decay_tokens": 12_000, "dead_after_tokens": 5_000, "normalization": "none"}
     config = TrainConfig(n_tokens=300 * 128, batch_tokens=128, **how)
-    training = Training(InMemory({"x": x}, 128), made, config)
+    training = Training(InMemory({"x": x}, 128), result, config)
     run(training)
     scores = {name: recovered(sae.W_dec, features) for name, sae in training.saes.items()}
     print({name: round(score, 3) for name, score in scores.items()})
@@ -299,11 +299,11 @@ def test_resume_over_a_shuffled_stream_of_tensors():
 
     whole, again = fresh(), fresh()
     run(whole, 15)
-    kept = io.BytesIO()
-    torch.save(whole.state(), kept)
+    file = io.BytesIO()
+    torch.save(whole.state(), file)
     run(whole)
-    kept.seek(0)
-    again.restore(torch.load(kept, weights_only=True))
+    file.seek(0)
+    again.restore(torch.load(file, weights_only=True))
     run(again)
     assert again.n_steps == 40
     assert same(again.state()["learners"], whole.state()["learners"])
@@ -444,15 +444,15 @@ def test_autocast_trains(name, autocast):
 
 def test_losses_are_compiled_if_asked(monkeypatch):
     """Dynamo itself takes seconds and does not get on with the shape checks of these tests: a stand-in for it."""
-    asked, calls = [], []
+    items, calls = [], []
 
     def compiled(function, backend):
-        asked.append(backend)
+        items.append(backend)
         return lambda *args: calls.append(1) or function(*args)
 
     monkeypatch.setattr(torch, "compile", compiled)
     steps = run(Training(stream(), Trainee(OBJECTIVES["standard"], "x"), replace(CONFIG, compile="inductor")), 3)
-    assert (asked, len(calls)) == (["inductor"], 3)
+    assert (items, len(calls)) == (["inductor"], 3)
     plain = run(Training(stream(), Trainee(OBJECTIVES["standard"], "x"), CONFIG), 3)
     assert [step.only.numbers() for step in steps] == [step.only.numbers() for step in plain]
 
@@ -484,8 +484,8 @@ def test_schedules_in_closed_form():
 
 def test_an_sae_may_have_its_own_rate_and_seed():
     topk = OBJECTIVES["topk"]
-    made = {"a": Trainee(topk, "x"), "b": Trainee(topk, "x", lr=6e-3), "c": Trainee(topk, "x", seed=1)}
-    training = Training(stream(), made, replace(CONFIG, weight_decay=0.1))
+    result = {"a": Trainee(topk, "x"), "b": Trainee(topk, "x", lr=6e-3), "c": Trainee(topk, "x", seed=1)}
+    training = Training(stream(), result, replace(CONFIG, weight_decay=0.1))
     step = run(training, 1)[0]
     assert step.saes["b"].lr == pytest.approx(2 * step.saes["a"].lr)
     assert float(step.saes["a"].loss) == float(step.saes["b"].loss) != float(step.saes["c"].loss)
@@ -621,8 +621,8 @@ def test_thresholds_are_taken_from_the_tokens_that_estimates_are(normalization, 
 @pytest.mark.parametrize("at", [0, 1, 5, 9])
 def test_thresholds_from_data_resume_bit_for_bit(at):
     config = saewb.TrainConfig(n_tokens=640, batch_tokens=64, estimate_tokens=256, normalization="none")
-    made = lambda: saewb.Training(skewed(), saewb.JumpReLU(24, l0=0.1, target_l0=3.0, bandwidth=1.0), config)  # noqa: E731
-    whole, half, again = made(), made(), made()
+    result = lambda: saewb.Training(skewed(), saewb.JumpReLU(24, l0=0.1, target_l0=3.0, bandwidth=1.0), config)  # noqa: E731
+    whole, half, again = result(), result(), result()
     for _ in whole:
         pass
     for _ in itertools.islice(half, at):

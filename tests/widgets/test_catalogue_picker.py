@@ -146,9 +146,9 @@ def test_wrong_values():
 
 def test_a_saved_notebook_shows_rows_and_the_page(monkeypatch):
     panel = CataloguePicker(release="gpt2-small-res-jb", selected=JB)
-    said = panel._repr_mimebundle_()[0]["text/html"]
+    message = panel._repr_mimebundle_()[0]["text/html"]
     for text in ("blocks.0.hook_resid_pre", "151 MB", "24,576", "jbloom/GPT2-Small-SAEs-Reformatted"):
-        assert text in said
+        assert text in message
     panel.page = {**panel.page, "repo": panel_driver.HOSTILE}
     assert "<img" not in panel.static_html()
     assert repr(panel) == "CataloguePicker(13 of 13,857 SAEs, gpt2-small-res-jb blocks.8.hook_resid_pre)"
@@ -187,8 +187,8 @@ class Slow:
 
 @pytest.fixture
 def slow(monkeypatch):
-    monkeypatch.setattr(saewb, "load_sae", made := Slow(), raising=False)
-    return made
+    monkeypatch.setattr(saewb, "load_sae", result := Slow(), raising=False)
+    return result
 
 
 def collect(panel):
@@ -289,7 +289,7 @@ def threads():
 
 def in_an_interpreter(code, endpoint, home, **environment):
     """What it prints as JSON."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    saved = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     hub_is = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
@@ -298,7 +298,7 @@ def in_an_interpreter(code, endpoint, home, **environment):
     }
     ran = subprocess.run(
         [sys.executable, "-c", _PANEL + code],
-        env={**kept, **hub_is, "HF_TOKEN": "hf_of_the_stand_in", **environment},
+        env={**saved, **hub_is, "HF_TOKEN": "hf_of_the_stand_in", **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -391,16 +391,16 @@ def test_no_network_is_said_in_one_line(tmp_path):
     with socket.socket() as taken:  # nobody listens there
         taken.bind(("127.0.0.1", 0))
         away = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        said = in_an_interpreter("print(json.dumps([loaded(), panel.rows['total']]))", away, tmp_path / "home")
-    first, *more = said[0].splitlines()
+        text = in_an_interpreter("print(json.dumps([loaded(), panel.rows['total']]))", away, tmp_path / "home")
+    first, *more = text[0].splitlines()
     assert first.startswith("FileNotFoundError: ")
     assert "the hub cannot be reached" in first
     assert [line.split(":")[0].strip() for line in more] in (["fix"], ["want"], ["want", "fix"])
-    assert said[1] == 13_857
+    assert text[1] == 13_857
 
 
 def test_examples_run():
-    found = doctest.testmod(catalogue_picker)
-    assert found.attempted > 5
-    assert found.failed == 0
+    outcome = doctest.testmod(catalogue_picker)
+    assert outcome.attempted > 5
+    assert outcome.failed == 0
     assert [filter.size(n) for n in (None, 500_000, 151_096_320)] == ["", "0.5 MB", "151 MB"]

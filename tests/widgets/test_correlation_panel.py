@@ -48,16 +48,16 @@ def sources():
 
 @pytest.mark.parametrize("name", ["low rank", "dense", "sae", "index", "learnt and true"])
 def test_code_gives_what_is_shown(name):
-    given, called = sources()[name]
-    panel = CorrelationPanel(*given)
-    names = {called: given[0], "other": given[-1]}
+    inputs, called = sources()[name]
+    panel = CorrelationPanel(*inputs)
+    names = {called: inputs[0], "other": inputs[-1]}
     n, m = panel.matrix.shape
     for view in ((0, n, 0, m), (3, 17, 0, 9), (0, n, 1, 5)):
         for cells in ("strongest", "mean"):
             panel.view, panel.cells, panel.pair = view, cells, (3, 5)
-            made = executed(panel, **names)
-            torch.testing.assert_close(made["values"], panel.shown.values, atol=1e-5, rtol=0, equal_nan=True)
-            assert made["pair"].value == pytest.approx(panel.matrix.pair(3, 5).value, nan_ok=True)
+            namespace = executed(panel, **names)
+            torch.testing.assert_close(namespace["values"], panel.shown.values, atol=1e-5, rtol=0, equal_nan=True)
+            assert namespace["pair"].value == pytest.approx(panel.matrix.pair(3, 5).value, nan_ok=True)
     assert panel.busy == ""
     assert panel.progress == 1
     for i, j, value in panel.figures["pairs"][:5]:
@@ -117,13 +117,13 @@ def test_wrong_values_are_said_and_not_taken(trait, wrong, says):
 
 
 def test_what_it_is_made_with_is_checked():
-    for given, error, says in (
+    for inputs, error, says in (
         ((torch.ones(3, 4),), ValueError, "shape"),
         (("a path",), TypeError, "got a str"),
         ((torch.tensor([[1.0, 0.2], [0.5, 1.0]]),), ValueError, "not symmetric"),
     ):
         with pytest.raises(error, match=says):
-            CorrelationPanel(*given)
+            CorrelationPanel(*inputs)
     with pytest.raises(TypeError, match="near: view"):
         CorrelationPanel(low(), veiw=(0, 1, 0, 1))
     with pytest.raises(ValueError, match="one of model and tokens"):
@@ -147,8 +147,8 @@ def test_a_pair_has_both_features():
         assert side["page"]["density"] == pytest.approx(latent.density, rel=1e-3)
         assert len(side["page"]["top"]) == len(latent.top)
         assert side["near"][0][1] != 0
-    ((said, _),) = press(panel, "peek", row=i, col=j)
-    assert said == {"peek": [i, j], "tokens": [[c.token for c in index.latent(k).top[:6]] for k in (i, j)]}
+    ((text, _),) = press(panel, "peek", row=i, col=j)
+    assert text == {"peek": [i, j], "tokens": [[c.token for c in index.latent(k).top[:6]] for k in (i, j)]}
     panel.pair = (-1, -1)
     assert panel.page == {}
 
@@ -175,16 +175,16 @@ def held(monkeypatch):
 
 @pytest.mark.parametrize("by", [None, "phi"])
 def test_latents_on_text(by):
-    panel, given = on_text(**({} if by is None else {"by": by}))
+    panel, inputs = on_text(**({} if by is None else {"by": by}))
     panel.wait(60)
-    made = executed(panel, **given)
-    torch.testing.assert_close(made["values"], panel.shown.values, equal_nan=True)
+    namespace = executed(panel, **inputs)
+    torch.testing.assert_close(namespace["values"], panel.shown.values, equal_nan=True)
     assert "density" in panel.facts["orders"]
     assert panel.facts["what"] == panel.matrix.what == (by or "correlation")
 
 
 def test_the_model_runs_beside_the_notebook(held):
-    panel, given = on_text(pair=(3, 5), order="density")
+    panel, inputs = on_text(pair=(3, 5), order="density")
     assert panel.busy == "running the model"
     assert repr(panel) == "CorrelationPanel(correlation, 1024 x 1024, by density, rows 0:1024, columns 0:1024)"
     assert panel.static_html() == "<div>the model has not been run yet</div>"
@@ -200,7 +200,7 @@ def test_the_model_runs_beside_the_notebook(held):
         panel.order = "indx"
     held.set()
     panel.wait(60)
-    torch.testing.assert_close(executed(panel, **given)["values"], panel.shown.values, equal_nan=True)
+    torch.testing.assert_close(executed(panel, **inputs)["values"], panel.shown.values, equal_nan=True)
     assert (panel.busy, panel.order, panel.progress) == ("", "index", 1)
     assert panel.page["sides"][1]["feature"] == 5
     assert len(panel.figures["pairs"]) == 100
@@ -240,23 +240,23 @@ def learnt_and_true():
 
 def test_a_true_matrix_beside_a_learnt_one():
     first, true, feature, dictionary, learnt = learnt_and_true()
-    found, _ = best_matches(learnt, dictionary.directions)
-    assert found[:-1].tolist() == feature[:-1]
+    result, _ = best_matches(learnt, dictionary.directions)
+    assert result[:-1].tolist() == feature[:-1]
     panel = CorrelationPanel(first, against=true, matched=feature)
     full = true.dense()
     for view in ((0, 22, 0, 22), (3, 17, 0, 9)):
         panel.view, panel.pair = view, (0, 20)
-        made = executed(panel, matrix=first, against=true, matched=feature)
-        torch.testing.assert_close(made["values"], panel.shown.values, equal_nan=True)
-        torch.testing.assert_close(made["beside"], panel.beside.values, equal_nan=True)
-        for a, i in enumerate(made["rows"].tolist()):
-            for b, j in enumerate(made["columns"].tolist()):
+        namespace = executed(panel, matrix=first, against=true, matched=feature)
+        torch.testing.assert_close(namespace["values"], panel.shown.values, equal_nan=True)
+        torch.testing.assert_close(namespace["beside"], panel.beside.values, equal_nan=True)
+        for a, i in enumerate(namespace["rows"].tolist()):
+            for b, j in enumerate(namespace["columns"].tolist()):
                 want = full[feature[i], feature[j]] if min(feature[i], feature[j]) >= 0 else torch.tensor(torch.nan)
-                torch.testing.assert_close(made["beside"][a, b], want, equal_nan=True, atol=1e-5, rtol=0)
+                torch.testing.assert_close(namespace["beside"][a, b], want, equal_nan=True, atol=1e-5, rtol=0)
     assert panel.page["second"] == pytest.approx(full[19, 4].item(), rel=1e-3)
     ((head, levels),) = press(panel, "tile", seq=3)
     assert (head["n"], [len(x) for x in levels]) == (2, [14 * 9] * 2)
-    apart = (made["values"] - made["beside"]).double()
+    apart = (namespace["values"] - namespace["beside"]).double()
     apart = apart[~apart.isnan()].square().mean().sqrt().item()
     assert f"the two differ by {apart:.4g}"[:26] in head["caption"]
     assert panel.static_html().count("<img") == 2
@@ -356,8 +356,8 @@ def test_large_ones_are_looked_through_beside_the_notebook(monkeypatch):
         panel.collect()
     assert panel.busy == "looking for the strongest entries"
     assert (panel.shown.cells, panel.shown.is_final) == ("mean", False)
-    made = executed(panel, of=low(2000))
-    torch.testing.assert_close(made["values"], panel.shown.values, atol=1e-5, rtol=0)
+    namespace = executed(panel, of=low(2000))
+    torch.testing.assert_close(namespace["values"], panel.shown.values, atol=1e-5, rtol=0)
     before = panel.version
     go.set()
     panel.wait(60)
@@ -372,9 +372,9 @@ def test_large_ones_are_looked_through_beside_the_notebook(monkeypatch):
 
 def test_a_saved_notebook_shows_a_picture():
     panel = CorrelationPanel(low())
-    said = panel._repr_mimebundle_()[0]["text/html"]
-    assert "<script" not in said
-    raw = base64.b64decode(re.search(r"base64,([^']+)'", said)[1])
+    text = panel._repr_mimebundle_()[0]["text/html"]
+    assert "<script" not in text
+    raw = base64.b64decode(re.search(r"base64,([^']+)'", text)[1])
     assert raw[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", raw[16:24])
     assert [height, width] == list(panel.shown.values.shape)
@@ -396,6 +396,6 @@ def test_65_thousand_features_send_little():
 
 
 def test_examples_run():
-    found = doctest.testmod(correlation)
-    assert found.attempted > 3
-    assert found.failed == 0
+    outcome = doctest.testmod(correlation)
+    assert outcome.attempted > 3
+    assert outcome.failed == 0

@@ -29,8 +29,8 @@ def panel(index):
 
 
 def executed(panel):
-    exec(panel.code(), made := {"index": panel.index})
-    return made
+    exec(panel.code(), result := {"index": panel.index})
+    return result
 
 
 def test_the_first_view_is_the_ranking(panel, index):
@@ -68,9 +68,9 @@ VIEWS = {
 def test_code_gives_what_is_shown(panel, index, name):
     for trait, value in VIEWS[name].items():
         setattr(panel, trait, value)
-    made = executed(panel)
-    assert made["latents"] == panel.latents
-    assert made["latent"] == index.latent(panel.selected)
+    namespace = executed(panel)
+    assert namespace["latents"] == panel.latents
+    assert namespace["latent"] == index.latent(panel.selected)
     assert [row["latent"] for row in panel.rows["rows"]] == panel.latents[: feature_browser.WINDOW]
     at_once = FeatureBrowser(index, **VIEWS[name])
     assert at_once.latents == panel.latents
@@ -201,8 +201,8 @@ def test_an_index_deleted_under_the_panel(index, tmp_path):
 def test_a_folder_deleted_under_the_panel(index, tmp_path):
     index.save(tmp_path / "an.index")
     panel = FeatureBrowser(tmp_path / "an.index")
-    exec(panel.code(), made := {})
-    assert made["latents"] == panel.latents
+    exec(panel.code(), result := {})
+    assert result["latents"] == panel.latents
     for file in (tmp_path / "an.index").iterdir():
         file.unlink()
     panel.selected = 900  # what is mapped stays
@@ -305,8 +305,8 @@ def test_a_text_of_ones_own(index):
     model, sae = panel_driver.embedded()
     text = "Marie Curie was a Polish physicist."
     panel = FeatureBrowser(index, model, sae, prompt=text)
-    found = index.find(model, sae, text)
-    fired = {i: {int(p): a for p, a in zip(g.position, g.activation, strict=True)} for i, g in found.groupby("latent")}
+    hits = index.find(model, sae, text)
+    fired = {i: {int(p): a for p, a in zip(g.position, g.activation, strict=True)} for i, g in hits.groupby("latent")}
     assert {i for i, _ in panel.tried["latents"]} == set(fired)
     for i, acts in panel.tried["latents"]:
         assert {p: a for p, a in acts} == pytest.approx(fired[i], rel=1e-3)
@@ -458,9 +458,9 @@ def test_a_saved_notebook_shows_a_view(panel, index):
 
 
 def test_hostile_tokens_are_text_where_no_kernel_runs():
-    said = FeatureBrowser(panel_driver.hostile())._repr_mimebundle_()[0]["text/html"]
-    assert not re.search(r"<img|<script|<!--", said)
-    assert "&lt;img src=x" in said
+    text = FeatureBrowser(panel_driver.hostile())._repr_mimebundle_()[0]["text/html"]
+    assert not re.search(r"<img|<script|<!--", text)
+    assert "&lt;img src=x" in text
 
 
 def test_a_latent_that_never_fires_and_weights_that_say_nothing():
@@ -502,6 +502,6 @@ def test_the_package_is_quick_to_import_and_says_what_it_has():
 
 
 def test_examples_run():
-    found = doctest.testmod(feature_browser)
-    assert found.attempted > 4
-    assert found.failed == 0
+    outcome = doctest.testmod(feature_browser)
+    assert outcome.attempted > 4
+    assert outcome.failed == 0

@@ -39,24 +39,24 @@ def changed(panel, **traits):
 
 def executed(panel, **names):
     model, sae = panel.inputs.model, panel.inputs.saes
-    made = {"model": model, "sae": sae[0], "saes": list(sae)} | {
+    created = {"model": model, "sae": sae[0], "saes": list(sae)} | {
         "index": panel.inputs.index,
         "indexes": panel.inputs.index,
     }
-    exec(panel.code(), made | names, found := {})
-    return found
+    exec(panel.code(), created | names, result := {})
+    return result
 
 
 def check_code(panel):
-    made = executed(panel)
-    assert made["latents"].equals(panel.latents)
-    assert made["words"].equals(panel.next_tokens.to_frame(panel.words["at"]))
+    namespace = executed(panel)
+    assert namespace["latents"].equals(panel.latents)
+    assert namespace["words"].equals(panel.next_tokens.to_frame(panel.words["at"]))
     if panel.selected >= 0:
         begin = panel.window["offset"]
-        part = made["activations"][begin : begin + len(panel.trace["acts"])].tolist()
+        part = namespace["activations"][begin : begin + len(panel.trace["acts"])].tolist()
         assert panel.trace["acts"] == pytest.approx(part, rel=1e-3)
     listed = [(panel.facts["saes"][r["sae"]], r["latent"], r["position"]) for r in panel.listing["rows"]]
-    frame = made["latents"].head(panel.n_rows)
+    frame = namespace["latents"].head(panel.n_rows)
     assert listed == list(zip(frame.sae, frame.latent, frame.position, strict=True))
 
 
@@ -350,7 +350,7 @@ def test_wrong_values(index):
 
 def test_what_it_is_made_with_is_checked(index):
     model, sae = panel_driver.embedded()
-    for made, error, says in (
+    for result, error, says in (
         (lambda: PromptExplorer(model, sae, promt="x"), TypeError, "near: prompt"),
         (lambda: PromptExplorer(model, "sae"), TypeError, "got str as an SAE"),
         (lambda: PromptExplorer(model, []), ValueError, "got no SAE"),
@@ -364,7 +364,7 @@ def test_what_it_is_made_with_is_checked(index):
         (lambda: explorer(position=40), ValueError, "position 40"),
     ):
         with pytest.raises(error, match=says):
-            made()
+            result()
 
 
 def test_an_index_from_its_folder(index, tmp_path):
@@ -611,9 +611,9 @@ def test_hostile_tokens_are_text():
     )
     panel._send_window()
     panel._list()
-    said = panel._repr_mimebundle_()[0]["text/html"]
-    assert not re.search(r"<img|<script|<!--", said)
-    assert "&lt;img src=x" in said
+    text = panel._repr_mimebundle_()[0]["text/html"]
+    assert not re.search(r"<img|<script|<!--", text)
+    assert "&lt;img src=x" in text
     json.dumps(panel.get_state(), default=str)
 
 
@@ -630,6 +630,6 @@ def test_a_saved_notebook_shows_a_view(index):
 
 
 def test_examples_run():
-    found = doctest.testmod(prompt_explorer)
-    assert found.attempted > 5
-    assert found.failed == 0
+    outcome = doctest.testmod(prompt_explorer)
+    assert outcome.attempted > 5
+    assert outcome.failed == 0

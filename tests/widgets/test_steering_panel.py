@@ -131,11 +131,11 @@ def test_tokens_come_one_by_one_and_stop_keeps_them(made, monkeypatch):
     assert made.clean
     assert made.steered
     say(made, "stop")
-    kept = made.clean, made.steered
+    saved = made.clean, made.steered
     gate.let(1)
     until(lambda: sorted(gate.closed) == [1, 2])
     say(made, "collect")
-    assert (made.clean, made.steered, made.running, made.busy) == (*kept, False, "")
+    assert (made.clean, made.steered, made.running, made.busy) == (*saved, False, "")
     monkeypatch.undo()
     same(made, executed(made, model=made.model, sae=made.saes[0]))
     say(made, "stop")  # nothing to stop: no harm
@@ -399,9 +399,9 @@ def test_hostile_tokens_are_escaped(made):
     made.wait()
     made.movers = [[1, panel_driver.HOSTILE, 0.1, 0.2, 0.1]]
     made.cards = [{**made.cards[0], "label": panel_driver.HOSTILE}]
-    said = made.snapshot().data
-    assert "<img" not in said
-    assert said.count("&lt;img") == 4  # the prompt beside both texts, the token, the label
+    text = made.snapshot().data
+    assert "<img" not in text
+    assert text.count("&lt;img") == 4  # the prompt beside both texts, the token, the label
     same_text = executed(made, model=made.model, sae=made.saes[0])
     assert same_text["clean"] == made.clean
 
@@ -413,6 +413,6 @@ def test_a_first_view_is_small(made):
 
 
 def test_examples_run():
-    found = doctest.testmod(steering)
-    assert found.attempted > 3
-    assert found.failed == 0
+    outcome = doctest.testmod(steering)
+    assert outcome.attempted > 3
+    assert outcome.failed == 0

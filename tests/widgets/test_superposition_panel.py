@@ -45,17 +45,17 @@ def test_what_is_shown_is_what_brute_force_finds_and_code_gives(sae, side, close
     )
     assert panel.selected == shown[0]
     panel.selected = 77
-    found = dict(panel.neighbors)
-    assert set(found) == set(cos[77].abs().topk(5).indices.tolist())
-    assert all(cos[77, j].item() == pytest.approx(c, abs=1e-5) for j, c in found.items())
-    made = executed(panel, sae=sae)
-    assert made["neighbors"] == panel.neighbors
-    assert made["table"].index[:200].tolist() == shown
-    assert made["result"].histogram.tolist() == panel.figures["cosines"]
+    result = dict(panel.neighbors)
+    assert set(result) == set(cos[77].abs().topk(5).indices.tolist())
+    assert all(cos[77, j].item() == pytest.approx(c, abs=1e-5) for j, c in result.items())
+    namespace = executed(panel, sae=sae)
+    assert namespace["neighbors"] == panel.neighbors
+    assert namespace["table"].index[:200].tolist() == shown
+    assert namespace["result"].histogram.tolist() == panel.figures["cosines"]
     assert sum(panel.figures["cosines"]) == 1024 * 1023 // 2
     assert sum(panel.figures["largest"]) == 1024
     assert dict((n, v) for n, v, _ in panel.figures["figures"])["effective dimensions"] == pytest.approx(
-        made["result"].effective_dim, rel=1e-3
+        namespace["result"].effective_dim, rel=1e-3
     )
 
 
@@ -139,16 +139,16 @@ def test_two_directions():
 
 
 def test_a_saved_notebook_shows_figures(sae):
-    said = SuperpositionPanel(sae)._repr_mimebundle_()[0]["text/html"]
-    assert "mean_max_abs_cos" in said
-    assert "Neighbors of" in said
-    assert "<script" not in said
+    text = SuperpositionPanel(sae)._repr_mimebundle_()[0]["text/html"]
+    assert "mean_max_abs_cos" in text
+    assert "Neighbors of" in text
+    assert "<script" not in text
 
 
 def test_examples_run():
-    found = doctest.testmod(superposition)
-    assert found.attempted > 3
-    assert found.failed == 0
+    outcome = doctest.testmod(superposition)
+    assert outcome.attempted > 3
+    assert outcome.failed == 0
 
 
 # -- several ----------------------------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def other():
 
 
 def test_several_are_beside_each_other_and_code_gives_them(sae, other):
-    given = {"topk": sae, "other": other}
-    panel = SuperpositionPanel(given, neighbors=3, which="other")
+    inputs = {"topk": sae, "other": other}
+    panel = SuperpositionPanel(inputs, neighbors=3, which="other")
     assert repr(panel) == (
         f"SuperpositionPanel('other' of 2, direction {panel.selected}, tensor, 300 directions in 20 dimensions)"
     )
@@ -170,12 +170,12 @@ def test_several_are_beside_each_other_and_code_gives_them(sae, other):
         cos = cosines(rows)
         closest = int(cos.abs().amax(1).argmax())
         assert panel.selected in (closest, int(cos[closest].abs().argmax()))
-        made = executed(panel, directions=given)
-        assert made["neighbors"] == panel.neighbors
-        assert made["compared"].equals(panel.compared)
-        assert made["points"].equals(panel.points)
-        assert made["points"].norm.tolist() == pytest.approx(rows.norm(dim=1).tolist(), rel=1e-5)
-        assert made["result"].histogram.tolist() == panel.figures["cosines"]
+        namespace = executed(panel, directions=inputs)
+        assert namespace["neighbors"] == panel.neighbors
+        assert namespace["compared"].equals(panel.compared)
+        assert namespace["points"].equals(panel.points)
+        assert namespace["points"].norm.tolist() == pytest.approx(rows.norm(dim=1).tolist(), rel=1e-5)
+        assert namespace["result"].histogram.tolist() == panel.figures["cosines"]
         row = next(r for r in panel.beside["rows"] if r["name"] == which)
         n, d = rows.shape
         assert (row["n"], row["d"]) == (n, d)
@@ -189,10 +189,10 @@ def test_several_are_beside_each_other_and_code_gives_them(sae, other):
         assert dims == pytest.approx(panel.result.effective_dim, rel=1e-3)
         assert [sum(o["cosines"]) for o in panel.beside["outlines"].values()] == [1024 * 1023 // 2, 300 * 299 // 2]
     assert "Welch bound" in panel.beside["note"]  # they differ in d
-    said = panel._repr_mimebundle_()[0]["text/html"]
-    assert said.count("<svg") == 2
-    assert ">other<" in said
-    assert "Welch bound" in said
+    text = panel._repr_mimebundle_()[0]["text/html"]
+    assert text.count("<svg") == 2
+    assert ">other<" in text
+    assert "Welch bound" in text
 
 
 def test_a_list_goes_by_place_and_each_keeps_its_selection(sae, other):
@@ -206,10 +206,10 @@ def test_a_list_goes_by_place_and_each_keeps_its_selection(sae, other):
     assert panel.selected == 1000
     assert executed(panel, directions=[other, sae])["compared"].equals(panel.compared)
     both = SuperpositionPanel([sae, sae], side="encoder")
-    made = executed(both, saes=[sae, sae])
-    assert made["compared"].equals(both.compared)
-    assert made["neighbors"] == both.neighbors
-    assert made["points"].equals(both.points)
+    namespace = executed(both, saes=[sae, sae])
+    assert namespace["compared"].equals(both.compared)
+    assert namespace["neighbors"] == both.neighbors
+    assert namespace["points"].equals(both.points)
     assert both.beside["note"] == ""
 
 
@@ -289,8 +289,8 @@ def test_density_is_the_indexs_and_code_gives_it(sae):
     assert panel.scatter == "density"
     for scatter in ("density", "norm"):
         panel.scatter = scatter
-        made = executed(panel, sae=sae, index=index)
-        assert made["points"].equals(panel.points)
+        namespace = executed(panel, sae=sae, index=index)
+        assert namespace["points"].equals(panel.points)
         assert panel.dots["latents"] == list(range(1024))
         assert panel.dots["x"] == pytest.approx(panel.points[scatter].tolist(), rel=1e-3)
         assert panel.dots["y"] == pytest.approx(cosines(sae.W_dec.detach()).abs().amax(1).tolist(), rel=1e-3)
@@ -348,13 +348,13 @@ def test_an_index_of_another_sae_is_refused(sae, other):
 
 def test_only_some_have_an_index(sae, other):
     index = panel_driver.index()
-    for given, indexes, names in (
+    for inputs, indexes, names in (
         ({"other": other, "topk": sae}, {"topk": index}, ("other", "topk")),
         ([other, sae], [None, index], ("0", "1")),
     ):
-        panel = SuperpositionPanel(given, index=indexes, which=names[1])
+        panel = SuperpositionPanel(inputs, index=indexes, which=names[1])
         assert panel.scatter == "density"
-        assert executed(panel, directions=given, index=indexes)["points"].equals(panel.points)
+        assert executed(panel, directions=inputs, index=indexes)["points"].equals(panel.points)
         panel.which = names[0]
         assert (panel.scatter, panel.facts["scatters"]) == ("norm", ["norm"])
-        assert executed(panel, directions=given, index=indexes)["points"].equals(panel.points)
+        assert executed(panel, directions=inputs, index=indexes)["points"].equals(panel.points)

@@ -61,18 +61,18 @@ def until(true, seconds=30):
 
 
 def form(**how):
-    given = {"hook": RESID, "objective": TOPK, **HOW, **how}
-    return TrainingPanel(model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7), **given)
+    inputs = {"hook": RESID, "objective": TOPK, **HOW, **how}
+    return TrainingPanel(model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7), **inputs)
 
 
 def executed(code):
-    given = {
+    namespace = {
         "model": tiny_models.bridge(),
         "tokens": tiny_models.tokens(60, 7),
         "held_out": tiny_models.tokens(9, 7, seed=2),
     }
-    exec(code, given)
-    return given
+    exec(code, namespace)
+    return namespace
 
 
 def figures(run):
@@ -92,8 +92,8 @@ def test_curves_are_the_history_thinned_out_and_code_starts_an_equal_run(tmp_pat
         known = run.history.dropna(subset=name)
         assert series["tokens"][k] == known["n_tokens"].tolist()
         assert values == pytest.approx(known[name].tolist(), rel=1e-3)
-    told = panel.status[0]
-    assert (told["state"], told["n_tokens"], told["frac"], panel.alive) == ("finished", 960, 1.0, False)
+    report = panel.status[0]
+    assert (report["state"], report["n_tokens"], report["frac"], panel.alive) == ("finished", 960, 1.0, False)
     again = executed(panel.code())["run"].wait()
     assert figures(again).equals(figures(run))
     assert torch.equal(again.sae.W_dec, run.sae.W_dec)
@@ -125,10 +125,10 @@ def test_several_runs_and_saes(tmp_path):
     labels = ["run 1", "two / a", "two / b", "two (2) / a", "two (2) / b"]
     assert [s["label"] for s in panel.series] == labels
     assert panel.series[1]["lines"] == panel.series[3]["lines"]
-    made = executed(panel.code())["runs"]
-    assert figures(made["two"].wait()).equals(figures(two))
-    assert list(made) == ["run 1", "two", "two (2)"]
-    for run in made.values():
+    namespace = executed(panel.code())["runs"]
+    assert figures(namespace["two"].wait()).equals(figures(two))
+    assert list(namespace) == ["run 1", "two", "two (2)"]
+    for run in namespace.values():
         run.wait()
     assert drawn(panel).count("<polyline") >= 5 * 4
     panel.add(two, HOSTILE)
@@ -207,17 +207,17 @@ def test_a_run_that_failed_says_why_and_how_to_go_on(tmp_path):
     run = endless(fails_at=30, folder=tmp_path / "r", checkpoint_every_tokens=400)
     until(lambda: run.state == "failed")
     panel = TrainingPanel(run)
-    (told,) = panel.status
-    assert told["error"] == f"OSError: {HOSTILE}"
-    assert told["resume"] == f"saewb.resume_run({str(tmp_path / 'r')!r}, model=model, tokens=tokens)"
+    (report,) = panel.status
+    assert report["error"] == f"OSError: {HOSTILE}"
+    assert report["resume"] == f"saewb.resume_run({str(tmp_path / 'r')!r}, model=model, tokens=tokens)"
     assert not panel.alive
     assert HOSTILE not in panel.snapshot().data
     past = TrainingPanel(tmp_path / "r")
-    (said,) = past.status
-    assert (said["state"], said["error"], said["resume"], past.alive) == (
+    (text,) = past.status
+    assert (text["state"], text["error"], text["resume"], past.alive) == (
         "failed",
-        told["error"],
-        told["resume"],
+        report["error"],
+        report["resume"],
         False,
     )
     assert past.series[0]["lines"] == panel.series[0]["lines"]
@@ -269,9 +269,9 @@ def test_a_folder_deleted_under_the_panel_of_a_run_that_goes_on(tmp_path):
 def test_how_frequent_the_latents_are(tmp_path):
     run = train(tmp_path / "r", {"a": TOPK, "b": saewb.Standard(12, l1=0.5)}).wait()
     for panel in (TrainingPanel(run), TrainingPanel(tmp_path / "r")):
-        for series, (name, found) in zip(panel.series, saewb.run_densities(run).items(), strict=True):
+        for series, (name, result) in zip(panel.series, saewb.run_densities(run).items(), strict=True):
             assert series["sae"] == name
-            assert series["density"] == {"at": 960, "edges": list(found.edges), "counts": list(found.counts)}
+            assert series["density"] == {"at": 960, "edges": list(result.edges), "counts": list(result.counts)}
         assert sum(panel.series[0]["density"]["counts"]) == 24
         assert "how many latents are how frequent: r / a" in panel.static_html()
 
@@ -327,8 +327,8 @@ def test_fields_of_each_objective(kind):
     own = {k.removeprefix("objective."): f for k, f in fields.items() if k.startswith("objective.")}
     assert set(own) == set(inspect.signature(getattr(saewb, kind)).parameters)
     assert all(f["note"] for k, f in fields.items() if k not in ("objective.sparsity",))
-    made = executed(panel.code())["run"].wait()
-    assert made.spec.to_dict()["saes"]["sae"]["objective"] == kind
+    namespace = executed(panel.code())["run"].wait()
+    assert namespace.spec.to_dict()["saes"]["sae"]["objective"] == kind
     panel.wait(60)
     assert panel.estimate["fits"]
 
@@ -424,7 +424,7 @@ def test_two_starts_at_once_are_one(monkeypatch):
 
 
 def test_wrong_arguments(tmp_path):
-    for given, error, says in (
+    for inputs, error, says in (
         ({}, ValueError, "nothing to train"),
         ({"runs": 3}, TypeError, "got a int"),
         ({"runs": tmp_path / "nowhere"}, FileNotFoundError, "no run in"),
@@ -433,10 +433,10 @@ def test_wrong_arguments(tmp_path):
         ({"model": tiny_models.bridge()}, ValueError, "nothing to train"),
     ):
         with pytest.raises(error, match=says):
-            TrainingPanel(**given)
+            TrainingPanel(**inputs)
 
 
 def test_examples_run():
-    found = doctest.testmod(training)
-    assert found.attempted > 3
-    assert found.failed == 0
+    outcome = doctest.testmod(training)
+    assert outcome.attempted > 3
+    assert outcome.failed == 0

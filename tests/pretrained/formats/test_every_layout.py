@@ -163,12 +163,12 @@ def test_any_configuration_is_read_or_refused(name, data, tmp_path_factory):
     folder = place if place.is_dir() else place.parent
     configs = [f for f in sorted(folder.iterdir()) if f.suffix in (".json", ".yaml") and f.name != "runner_cfg.json"]
     config = data.draw(st.sampled_from(configs))
-    said = yaml.safe_load(config.read_text())  # JSON too is YAML
+    content = yaml.safe_load(config.read_text())  # JSON too is YAML
     for _ in range(data.draw(st.integers(1, 2))):
-        block = data.draw(st.sampled_from([said, *(value for value in said.values() if isinstance(value, dict))]))
+        block = data.draw(st.sampled_from([content, *(value for value in content.values() if isinstance(value, dict))]))
         if block:
             block[data.draw(st.sampled_from(sorted(block)))] = data.draw(VALUES)
-    config.write_text(json.dumps(said) if config.suffix == ".json" else yaml.safe_dump(said))
+    config.write_text(json.dumps(content) if config.suffix == ".json" else yaml.safe_dump(content))
     layout = next(layout for layout in READERS if type(layout).__name__ == name)
     try:
         sae = layout.read(place, facts)

@@ -182,8 +182,8 @@ def test_hyperparameters_that_do_not_fit_are_refused(changes, message, tmp_path)
 )
 def test_other_tensors_are_refused(more, without, message, tmp_path):
     folder = written(tmp_path, made(), **more)
-    kept = {name: t for name, t in {**stored(made()), **more}.items() if name != without}
-    save_file(kept, folder / "checkpoints" / "final.safetensors")
+    saved = {name: t for name, t in {**stored(made()), **more}.items() if name != without}
+    save_file(saved, folder / "checkpoints" / "final.safetensors")
     with pytest.raises(FormatError, match=message):
         read(folder)
 

@@ -68,8 +68,8 @@ SAVED = {
 
 def drawn(shapes, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=rng) * 0.4 for name, shape in shapes.items()}
-    return made | {name: t.abs() for name, t in made.items() if name == "threshold"}
+    result = {name: torch.randn(shape, generator=rng) * 0.4 for name, shape in shapes.items()}
+    return result | {name: t.abs() for name, t in result.items() if name == "threshold"}
 
 
 def written(folder, cfg, tensors, **files):
@@ -150,10 +150,10 @@ def test_version_2_and_before(ones, tmp_path):
     assert (sae.cfg.activation, sae.cfg.pre_bias, sae.cfg.normalization) == ("relu", "tied", "none")
     assert (sae.cfg.hook, sae.cfg.head, sae.cfg.model) == ("blocks.0.hook_resid_pre", None, "gpt2-small")
     assert sae.device.type == "cpu"
-    kept = sae.cfg.metadata
-    assert kept["prepend_bos"] is True
-    assert (kept["dataset_path"], kept["context_size"], kept["seed"]) == ("Skylion007/openwebtext", 128, 42)
-    assert "device" not in kept
+    saved = sae.cfg.metadata
+    assert saved["prepend_bos"] is True
+    assert (saved["dataset_path"], saved["context_size"], saved["seed"]) == ("Skylion007/openwebtext", 128, 42)
+    assert "device" not in saved
     w, x = numbers(tensors), activations(5).double().numpy()
     want = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0) @ w["W_dec"] + w["b_dec"]
     np.testing.assert_allclose(sae(activations(5)).detach().numpy(), want, atol=1e-5)
@@ -482,8 +482,8 @@ def test_whitening_by_hand_and_without_its_file(tmp_path):
 def test_the_stored_dtype_is_kept_unless_another_is_asked_for(stored, tmp_path):
     folder = save_sae(feed_forward(activation="jumprelu").to(stored), tmp_path / "sae")
     assert load_sae(folder).dtype == stored
-    asked = load_sae(folder, dtype=torch.float32, device="meta")
-    assert (asked.dtype, asked.device.type) == (torch.float32, "meta")
+    sae = load_sae(folder, dtype=torch.float32, device="meta")
+    assert (sae.dtype, sae.device.type) == (torch.float32, "meta")
 
 
 def test_a_dtype_that_cannot_be_computed_with_is_refused(tmp_path):

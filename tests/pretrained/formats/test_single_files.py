@@ -20,8 +20,8 @@ GOODFIRE_REPO = "Goodfire/Llama-3.1-8B-Instruct-SAE-l19"
 def written_hook_z(folder, w=None, cfg=None, **more):
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({**tensors(w or weights()), **more}, folder / HOOK_Z)
-    said = {"seed": 49, "lr": 0.0012, "act_size": D, "dict_size": F, "act_name": "blocks.0.attn.hook_z"}
-    (folder / HOOK_Z.replace(".pt", "_cfg.json")).write_text(json.dumps(said | (cfg or {})))
+    text = {"seed": 49, "lr": 0.0012, "act_size": D, "dict_size": F, "act_name": "blocks.0.attn.hook_z"}
+    (folder / HOOK_Z.replace(".pt", "_cfg.json")).write_text(json.dumps(text | (cfg or {})))
     return folder / HOOK_Z
 
 

@@ -38,9 +38,9 @@ FOUR = ("k_ctx", "q_target", "v_ctx", "c_proj")
 
 
 def conf(**sae):
-    made = copy.deepcopy(CONF)
-    made["sae"] |= sae
-    return made
+    result = copy.deepcopy(CONF)
+    result["sae"] |= sae
+    return result
 
 
 def weights(tied=True, layers=1, bottleneck=1, seed=0):
@@ -84,8 +84,8 @@ def native(w, x, sae):
         predicted, r = predicted + alpha * codes, r - alpha * along
     novel = np.maximum(lam * r @ E, 0)
     if sae["sae_diff_type"] == "topk" and sae["kval_topk"] is not None:
-        kept = np.argsort(-novel, axis=1)[:, : sae["kval_topk"]]
-        novel = np.where(_mask(kept, novel.shape), novel, 0)
+        saved = np.argsort(-novel, axis=1)[:, : sae["kval_topk"]]
+        novel = np.where(_mask(saved, novel.shape), novel, 0)
     return novel, ((novel + predicted) @ w["D"] + w["b"]) / scale
 
 
