@@ -44,7 +44,7 @@ def test_filters_narrow_the_table_and_say_what_is_left(page, capsys):
     page.get_by_label("model", exact=True).select_option("google/gemma-2-2b")
     page.locator(".total", has_text="1,731 of 13,857 SAEs").wait_for()
     options = page.get_by_label("site", exact=True).locator("option").all_inner_texts()
-    assert options[0] == f"any place ({len(panel.left['site'])})"
+    assert options[0] == f"any site ({len(panel.left['site'])})"
     assert options[1:] == [f"{v}  ({n:,})" for v, n in panel.left["site"]]
     page.get_by_label("site", exact=True).select_option("resid_post")
     page.get_by_label("layer", exact=True).select_option("20")
@@ -61,11 +61,11 @@ def test_filters_narrow_the_table_and_say_what_is_left(page, capsys):
     page.get_by_label("Search the catalogue").fill("canonical")
     page.locator(".total", has_text=f"{table.release.str.contains('canonical').sum()} of").wait_for()
     page.get_by_label("on Neuronpedia").check()
-    page.get_by_role("button", name="The Python that gives this").click()
+    page.get_by_role("button", name="Show the Python code for this").click()
     page.locator(".notice pre").wait_for()
     assert page.inner_text(".notice pre").strip() == panel.code().strip()
     page.get_by_label("Search the catalogue").fill("no such thing")
-    page.get_by_text("No published SAE is like that.").wait_for()
+    page.get_by_text("No published SAE matches.").wait_for()
     page.get_by_role("button", name="Remove all filters").click()
     page.locator(".total", has_text="13,857 SAEs, 38").wait_for()
     assert page.get_by_label("model", exact=True).input_value() == ""

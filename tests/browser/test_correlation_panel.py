@@ -88,7 +88,7 @@ def test_zooming_moving_and_the_pair(page):
     page.select_option("select[aria-label=Order]", "density")
     page.wait_for_timeout(300)
     assert panel.order == "density"
-    page.get_by_role("button", name="The Python that gives this").click()
+    page.get_by_role("button", name="Show the Python code for this").click()
     page.locator(".notice pre").wait_for()
     assert page.inner_text(".notice pre").strip() == panel.code().strip()
 

@@ -66,7 +66,7 @@ def test_clicks_lead_on(page, panel):
     assert panel.notes == {target: "who </script> did it"}
     page.get_by_role("button", name="Show whole contexts").click()
     assert page.locator(".contexts.plain").count() > 0
-    page.get_by_role("button", name="The Python that gives this").click()
+    page.get_by_role("button", name="Show the Python code for this").click()
     page.locator(".notice pre").wait_for()
     assert page.inner_text(".notice pre").strip() == panel.code().strip()
 

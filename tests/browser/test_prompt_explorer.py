@@ -93,7 +93,7 @@ def test_effects_on_the_next_token_that_is_chosen(page):
     page.get_by_role("button", name="The likeliest again").click()
     page.locator(".next .word").first.and_(page.locator("[aria-pressed=true]")).wait_for()
     page.locator(".saewb[aria-busy=false]").wait_for()
-    page.get_by_role("button", name="The Python that gives this").click()
+    page.get_by_role("button", name="Show the Python code for this").click()
     page.locator(".notice pre").wait_for()
     assert page.inner_text(".notice pre").strip() == panel.code().strip()
 

@@ -184,7 +184,7 @@ def steer(notebook):
     page.locator(f"{STEERING}[aria-busy=false]").wait_for()
     value = float(slider.input_value())
     watch.lap("a slider moved ten steps")
-    page.get_by_role("button", name="Write both texts").click()
+    page.get_by_role("button", name="Generate both texts").click()
     lengths = streamed(page)
     print(f"seen while it streams: {len(lengths)} lengths of text, up to {lengths[-1]} characters")
     watch.lap("both texts written, 60 tokens each")

@@ -164,7 +164,7 @@ def pause_and_go_on(notebook, panel, second):
     notebook.run(1)
     second.locator(".run[data-state=paused]").wait_for()
     assert tokens(second) == tokens(panel) == at
-    second.get_by_role("button", name="Go on with one").click()
+    second.get_by_role("button", name="Resume one").click()
     panel.locator(".run[data-state=running]").wait_for()
 
 
@@ -186,7 +186,7 @@ def the_kernel_is_busy(notebook, panel):
     panel.locator(".run[data-state=paused]").wait_for()
     panel.locator(".late").wait_for(state="hidden")
     assert tokens(panel) > before
-    panel.get_by_role("button", name="Go on with one").click()
+    panel.get_by_role("button", name="Resume one").click()
     panel.locator(".run[data-state=running]").wait_for()
 
 

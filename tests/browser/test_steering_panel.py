@@ -49,14 +49,14 @@ def test_latents_are_found_changed_and_steer_the_text(page):
     assert page.locator(".mover").count() == 12
     assert page.locator(".mover .t").first.inner_text().strip() == panel.movers[0][1].strip()
     page.get_by_label("Prompt").fill("The scientist was born in")
-    page.get_by_role("button", name="Write both texts").click()
+    page.get_by_role("button", name="Generate both texts").click()
     page.locator(".texts mark").wait_for(timeout=60_000)
     idle(page)
     assert panel.prompt == "The scientist was born in"
     shown = page.locator(".texts .text")
     assert shown.nth(0).inner_text() == panel.prompt + panel.clean
     assert shown.nth(1).inner_text() == panel.prompt + panel.steered
-    page.get_by_role("button", name="The Python that gives this").click()
+    page.get_by_role("button", name="Show the Python code for this").click()
     page.locator(".notice pre").wait_for()
     exec(panel.code(), inputs := {"model": panel.model, "sae": panel.saes[0]})
     assert (inputs["clean"], inputs["steered"]) == (panel.clean, panel.steered)
@@ -93,7 +93,7 @@ def test_it_streams_and_stops(page, monkeypatch):
 
     monkeypatch.setattr(saewb, "generate_tokens", held, raising=False)
     chromium.mount(page, panel)
-    stop = page.get_by_role("button", name="Stop writing")
+    stop = page.get_by_role("button", name="Stop generating")
     assert stop.is_disabled()
     page.get_by_label("Prompt").press("Control+Enter")
     page.locator(".busy", has_text="writing").wait_for()
@@ -120,10 +120,10 @@ def test_errors_are_shown_and_hostile_text_is_text(page):
     flush = chromium.mount(page, panel)
     prompt = page.get_by_label("Prompt")
     prompt.fill("word " * 2000)
-    page.get_by_role("button", name="Write both texts").click()
+    page.get_by_role("button", name="Generate both texts").click()
     page.locator(".error_message pre", has_text="takes 512 at most").wait_for(timeout=60_000)
     prompt.fill(panel_driver.HOSTILE)
-    page.get_by_role("button", name="Write both texts").click()
+    page.get_by_role("button", name="Generate both texts").click()
     page.locator(".error_message").wait_for(state="hidden", timeout=60_000)
     idle(page)
     assert page.locator(".texts .given").first.inner_text() == panel_driver.HOSTILE

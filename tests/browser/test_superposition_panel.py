@@ -25,7 +25,7 @@ def test_neighbors_lead_on_and_sides_change(page):
     assert int(page.locator(".rows .row button").first.inner_text()) == panel.rows["rows"][0][0]
     page.locator(".hists svg rect.hit").nth(100).hover()
     assert "pairs" in page.inner_text(".tip")
-    page.get_by_role("button", name="The Python that gives this").click()
+    page.get_by_role("button", name="Show the Python code for this").click()
     page.locator(".notice pre").wait_for()
     assert page.inner_text(".notice pre").strip() == panel.code().strip()
 

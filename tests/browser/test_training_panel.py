@@ -57,7 +57,7 @@ def test_a_run_is_watched_paused_and_stopped(page, live):
     page.get_by_role("button", name="Pause mine").click()
     page.locator(".run[data-state=paused]").wait_for()
     assert live.state == "paused"
-    resume = page.get_by_role("button", name="Go on with mine")
+    resume = page.get_by_role("button", name="Resume mine")
     resume.focus()
     page.keyboard.press("Enter")
     page.locator(".run[data-state=running]").wait_for()
@@ -70,7 +70,7 @@ def test_a_run_is_watched_paused_and_stopped(page, live):
     assert (live.state, panel.alive, panel.scale) == ("stopped", False, "log")
     counts = saewb.run_densities(live)["sae"].counts
     page.locator(".card[data-figure=density] svg .hit").nth(0).hover()
-    assert page.inner_text(".tip") == f"on less than 1e-7 of tokens, or never\n{counts[0]} of 24 latents"
+    assert page.inner_text(".tip") == f"active on less than 1e-7 of tokens, or never\n{counts[0]} of 24 latents"
     notes = page.locator(".card svg text").all_text_contents()
     assert "NaN" not in "".join(notes)
     for card in page.locator(".card").all():

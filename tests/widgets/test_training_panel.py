@@ -273,7 +273,7 @@ def test_how_frequent_the_latents_are(tmp_path):
             assert series["sae"] == name
             assert series["density"] == {"at": 960, "edges": list(result.edges), "counts": list(result.counts)}
         assert sum(panel.series[0]["density"]["counts"]) == 24
-        assert "how many latents are how frequent: r / a" in panel.static_html()
+        assert "number of latents by density: r / a" in panel.static_html()
 
 
 @pytest.mark.parametrize("what", ["folder", "stopped"])

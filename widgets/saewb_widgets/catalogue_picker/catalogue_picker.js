@@ -11,9 +11,9 @@ function filters({ model, on, set, ask }, box) {
   const top = make("div", "line"), names = make("div", "line names"), more = make("div", "line");
   const find = searchField({ model, set }, "Words in release, id, model, hook or repository", "Search the catalogue", box);
   top.append(find, button("clear", "", () => ask("clear"), "Remove all filters"),
-    button("code", "", () => ask("code"), "The Python that gives this"));
+    button("code", "", () => ask("code"), "Show the Python code for this"));
   const kinds = [["model", "model", "any model", names, (v) => v], ["release", "release", "any release", names, (v) => v],
-    ["site", "site", "any place", more, (v) => v], ["layer", "layer", "any layer", more, (v) => "layer " + v],
+    ["site", "site", "any site", more, (v) => v], ["layer", "layer", "any layer", more, (v) => "layer " + v],
     ["width", "d_sae", "any width", more, (v) => latents(v) + " latents"]];
   const selects = kinds.map(([trait, key, any, line, text]) => {
     const s = make("select");
@@ -82,7 +82,7 @@ function listing({ model, on, set, ask }) {
     const dot = make("span", "np", np ? "\u25cf" : "");
     if (np) dot._tip = () => "pages on Neuronpedia: " + np;
     const l = make("span", "num", mean(l0));
-    if (l0 !== null) l._tip = () => `${mean(l0)} latents active per token, ${how === "target" ? "what training aimed at" : "measured by its authors"}`;
+    if (l0 !== null) l._tip = () => `${mean(l0)} latents active per token, ${how === "target" ? "the target of training" : "measured by its authors"}`;
     const rel = make("span", "name", release), of = make("span", "name", id);
     rel._tip = of._tip = () => `${release}\n${id}\n${name}`;
     e.append(rel, of, make("span", "num", layer === null ? "" : String(layer)), make("span", "num", latents(width)), l,
@@ -102,7 +102,7 @@ function listing({ model, on, set, ask }) {
       items.push(e);
     }
     inner.replaceChildren(...items);
-    if (!n) inner.append(make("div", "none", "No published SAE is like that."));
+    if (!n) inner.append(make("div", "none", "No published SAE matches."));
     if (missing) request();
   };
   const place = () => {
@@ -155,7 +155,7 @@ function details({ model, on, ask }, main) {
       const whole = going.total > 0 && going.done >= going.total;
       if (going.total && !whole) { bar.max = going.total; bar.value = going.done; }
       bar.setAttribute("aria-label", `Loading ${going.id}`);
-      text.textContent = whole ? `${megabytes(going.total)} MB came; checking and reading` : going.total
+      text.textContent = whole ? `${megabytes(going.total)} MB downloaded; checking and reading` : going.total
         ? `${megabytes(going.done) || 0} of ${megabytes(going.total)} MB` : "asking the hub";
       const stop = button("Cancel", "", () => ask("cancel"), "Stop loading");
       loader.append(bar, text, stop);
@@ -181,20 +181,20 @@ function details({ model, on, ask }, main) {
     head.replaceChildren();
     facts.replaceChildren();
     more.replaceChildren();
-    if (p.release === undefined) { head.append(make("p", "none", "Choose an SAE to see what is known of it and to load it.")); load(); return; }
+    if (p.release === undefined) { head.append(make("p", "none", "Choose an SAE to see its details and to load it.")); load(); return; }
     head.append(breakable(make("h2"), p.id), make("div", "none", p.release));
     fact("model", p.model);
     fact("reads", p.hook);
     fact("writes", p.hook_out);
     fact("latents", p.d_sae === undefined ? undefined : `${count(p.d_sae)}, of ${count(p.d_in)} dimensions`);
-    fact("L0", p.l0 === undefined ? "not known" : `${mean(p.l0)}, ${p.l0_is === "target" ? "what training aimed at" : "measured by its authors"}`);
+    fact("L0", p.l0 === undefined ? "not known" : `${mean(p.l0)}, ${p.l0_is === "target" ? "the target of training" : "measured by its authors"}`);
     fact("variance explained", p.variance_explained === undefined ? undefined : `${+(100 * p.variance_explained).toPrecision(3)} %`);
     fact("architecture", p.architecture);
     fact("size", p.bytes === undefined ? "not known" : `${megabytes(p.bytes)} MB as ${p.dtype}, estimated`);
     fact("format", p.format);
     fact("repository", p.repo);
     fact("path", p.path);
-    fact("inputs times", p.norm_factor === undefined ? undefined : digits(p.norm_factor));
+    fact("input factor", p.norm_factor === undefined ? undefined : digits(p.norm_factor));
     fact("license", "not in the catalogue: see the repository's card");
     p.links.forEach(([name, address]) => { const a = make("a", "out", name + " \u2197");
       a.href = address; a.target = "_blank"; a.rel = "noopener"; more.append(a); });

@@ -122,7 +122,7 @@ function correlation(parts) {
   cells.addEventListener("change", () => set({ cells: cells.value }));
   const stop = button("stop", "", () => ask("stop"), "Stop looking through the entries");
   line.append(order, cells, button("+", "", () => chart.zoom(0.5), "Zoom in"), button("\u2212", "", () => chart.zoom(2), "Zoom out"),
-    button("all", "", chart.all, "Show all"), done, stop, again, make("span", "gap"), button("code", "", () => ask("code"), "The Python that gives this"));
+    button("all", "", chart.all, "Show all"), done, stop, again, make("span", "gap"), button("code", "", () => ask("code"), "Show the Python code for this"));
   const chosen = () => { order.value = model.get("order"); cells.value = model.get("cells"); };
   let timer = null;
   const busy = () => { const b = !!model.get("busy"), had = [stop, again].includes(document.activeElement);

@@ -59,7 +59,7 @@ function table({ body, model, on, set, ask }) {
       rows.push(e);
     }
     inner.replaceChildren(...rows);
-    if (!n) inner.replaceChildren(make("div", "none", "No latent is like that."));
+    if (!n) inner.replaceChildren(make("div", "none", "No latent matches."));
     if (missing) request();
   };
   const fill = (e, r) => {

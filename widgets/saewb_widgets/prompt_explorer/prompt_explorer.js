@@ -50,7 +50,7 @@ function asking({ body, model, on, set, ask }) {
   sae.addEventListener("change", () => set({ shown: +sae.value }));
   special.addEventListener("change", () => set({ special_tokens: special.checked }));
   dense.addEventListener("change", () => set({ max_density: +dense.value }));
-  line.append(sae, label, dense, waiting, make("span", "gap"), button("code", "", () => ask("code"), "The Python that gives this"));
+  line.append(sae, label, dense, waiting, make("span", "gap"), button("code", "", () => ask("code"), "Show the Python code for this"));
   top.append(text, go);
   body.append(top, line);
 

@@ -151,13 +151,13 @@ function framed({ model, el }, name, build) {
   on("title about error_message notice", draw);
   draw();
 
-  let asking = null;
+  let timer = null;
   const wait = () => {
     const what = model.get("busy");
     busy.textContent = what ? what + "\u2026" : "";
     root.setAttribute("aria-busy", String(!!what));
-    if (what && !asking) asking = setInterval(() => { if (!kernel.isWaiting()) ask("collect"); }, 250);
-    if (!what && asking) { clearInterval(asking); asking = null; }
+    if (what && !timer) timer = setInterval(() => { if (!kernel.isWaiting()) ask("collect"); }, 250);
+    if (!what && timer) { clearInterval(timer); timer = null; }
   };
   on("busy", wait);
   wait();
@@ -205,7 +205,7 @@ function framed({ model, el }, name, build) {
     hideStyle.remove();
     model.off("change", renew);
     watch.disconnect();
-    if (asking) clearInterval(asking);
+    if (timer) clearInterval(timer);
     listeners.forEach(([n, f]) => model.off(n, f));
     if (stop) stop();
     root.remove();

@@ -13,7 +13,7 @@ function pageOf({ body, model, on, set, ask }, { pinned = (i) => model.get("pins
     const whole = button("whole text", "", () => { wrap = !wrap; draw(); }, "Show whole contexts");
     whole.setAttribute("aria-pressed", String(wrap));
     e.append(make("h2", "", "Latent " + p.latent), make("span", "gap"), pin, whole);
-    if (browsing) e.append(button("code", "", () => ask("code"), "The Python that gives this"),
+    if (browsing) e.append(button("code", "", () => ask("code"), "Show the Python code for this"),
       button("save page", "", () => ask("save", { path: "features.html" }), "Save the table's first 500 latents to features.html"));
     if (p.url) { const a = make("a", "out", "Neuronpedia \u2197"); a.href = p.url; a.target = "_blank"; a.rel = "noopener"; e.append(a); }
     return e;

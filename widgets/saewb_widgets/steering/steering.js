@@ -7,7 +7,7 @@ function steering({ body, model, on, ask, set }) {
   const top = make("div", "top"), prompt = make("textarea"), bar = make("div", "line"), texts = make("div", "texts");
   const latents = make("section", "card latents"), odds = make("section", "card odds"), lists = make("div", "lists");
   prompt.rows = 2;
-  prompt.placeholder = "What the texts go on from";
+  prompt.placeholder = "Prompt that both texts continue";
   prompt.setAttribute("aria-label", "Prompt");
   top.append(prompt, bar);
   lists.append(latents, odds);
@@ -34,7 +34,7 @@ function steering({ body, model, on, ask, set }) {
     e.append(i);
     return e;
   };
-  const go = button("Generate", "go", generate, "Write both texts"), stop = button("Stop", "", () => ask("stop"), "Stop writing");
+  const go = button("Generate", "go", generate, "Generate both texts"), stop = button("Stop", "", () => ask("stop"), "Stop generating");
   const where = make("select"), wheres = make("label", "field", "positions");
   model.get("facts").positions.forEach((p) => { const o = make("option", "", p); o.value = p; where.append(o); });
   where.addEventListener("change", () => set({ positions: where.value }));
@@ -44,10 +44,10 @@ function steering({ body, model, on, ask, set }) {
   tick.addEventListener("change", () => { commit(); set({ live: tick.checked }); });
   live.append(tick, "at each change");
   bar.append(go, stop, live, make("span", "gap"), wheres,
-    number("max_new_tokens", "tokens", "How many to write, at most", { min: 1, step: 1 }),
-    number("temperature", "temperature", "0 takes the likeliest token", { min: 0, step: 0.1 }),
-    number("seed", "seed", "Of the draws, where the temperature is not 0", { min: 0, step: 1 }),
-    button("code", "", () => { commit(); ask("code"); }, "The Python that gives this"));
+    number("max_new_tokens", "tokens", "Maximum number of new tokens", { min: 1, step: 1 }),
+    number("temperature", "temperature", "0 takes the most probable token", { min: 0, step: 0.1 }),
+    number("seed", "seed", "Seed of the sampling, if the temperature is not 0", { min: 0, step: 1 }),
+    button("code", "", () => { commit(); ask("code"); }, "Show the Python code for this"));
   const controls = () => {
     stop.disabled = !model.get("running");
     where.value = model.get("positions");
@@ -74,7 +74,7 @@ function steering({ body, model, on, ask, set }) {
       const text = model.get(name), at = name === "steered" ? same : text.length;
       h.replaceChildren(label);
       if (model.get("stale") && text) h.append(" ", make("small", "", "with earlier settings"));
-      if (!text && !running) { p.replaceChildren(make("span", "none", "Not written yet")); return; }
+      if (!text && !running) { p.replaceChildren(make("span", "none", "Not generated yet")); return; }
       p.replaceChildren(make("span", "given", model.get("begun_with")), make("span", "", text.slice(0, at)));
       if (text.length > at) p.append(make("mark", "", text.slice(at)));
       if (running) p.append(make("span", "caret"));
@@ -84,7 +84,7 @@ function steering({ body, model, on, ask, set }) {
   // The latents, each with a slider; and a search for more.
   const rows = make("div", "rows"), find = make("input"), hits = make("div", "hits"), rowOf = new Map();
   find.type = "search";
-  find.placeholder = model.get("facts").can_search ? "Add: a number, or a word it fires on" : "Add: a latent's number";
+  find.placeholder = model.get("facts").can_search ? "Add a latent: its number, or a word it fires on" : "Add a latent: its number";
   find.setAttribute("aria-label", "Find latents to add");
   find.addEventListener("input", settled(() => set({ query: find.value }), 250));
   find.addEventListener("keydown", (e) => {
@@ -117,7 +117,7 @@ function steering({ body, model, on, ask, set }) {
     const draw = (now, card) => {
       const m = Math.ceil(card.max || 20), [low, high] = RANGES[now.how](m);
       label.textContent = card.label;
-      label._tip = () => (card.label ? `Fires on ${card.label}` + (card.raises ? `\nMakes likelier: ${card.raises}` : "")
+      label._tip = () => (card.label ? `Fires on ${card.label}` + (card.raises ? `\nPromotes: ${card.raises}` : "")
         + `\nLargest activation: ${digits(card.max)}` : "");
       mode.value = now.how;
       mode.dataset.max = m;

@@ -84,7 +84,7 @@ function crowd(parts) {
   names.setAttribute("role", "group");
   names.setAttribute("aria-label", "Which is looked at");
   lists.append(list, near);
-  line.append(names, sides, make("span", "gap"), button("code", "", () => ask("code"), "The Python that gives this"));
+  line.append(names, sides, make("span", "gap"), button("code", "", () => ask("code"), "Show the Python code for this"));
   body.append(line, all, figures, hists, dots, lists);
 
   const card = (title, note) => { const e = make("section", "card"), h = make("h3", "", title);

@@ -132,4 +132,4 @@ def _densities(series: Sequence[dict[str, Any]]) -> str:
         f'<text x="{_LEFT}" y="{_H - 3}" {_TEXT}>silent, 1e-7</text>'
         f'<text x="{_W - 8}" y="{_H - 3}" text-anchor="end" {_TEXT}>on every token</text>'
     )
-    return _box("density", f"how many latents are how frequent: {silent}", lines + text)
+    return _box("density", f"number of latents by density: {silent}", lines + text)

@@ -47,10 +47,10 @@ function training({ body, model, on, set, ask }) {
     bar.setAttribute("role", "progressbar");
     bar.setAttribute("aria-label", `Progress of ${name}`);
     const act = (what, hint) => button(what, "", () => ask(what, { run: name }), hint);
-    const buttons = { pause: act("pause", `Pause ${name} after this step`), resume: act("resume", `Go on with ${name}`),
+    const buttons = { pause: act("pause", `Pause ${name} after this step`), resume: act("resume", `Resume ${name}`),
       stop: act("stop", `Stop ${name} after this step, with a checkpoint if it has a folder`),
-      again: button("look again", "", () => ask("refresh"), `See whether ${name} has gone on`) };
-    acts.append(...Object.values(buttons), act("code", `The Python that starts a run equal to ${name}`));
+      again: button("refresh", "", () => ask("refresh"), `Check whether ${name} has continued`) };
+    acts.append(...Object.values(buttons), act("code", `Show the Python code of a run equal to ${name}`));
     const more = make("div", "more");
     head.append(title, state, where, acts);
     e.append(head, bar, more);
@@ -81,7 +81,7 @@ function training({ body, model, on, set, ask }) {
       r.more.replaceChildren();
       if (s.error) r.more.append(make("pre", "bad", s.error));
       (s.notes || []).forEach((n) => r.more.append(make("p", "", n)));
-      if (s.resume) r.more.append(make("p", "", s.here ? "To go on with it:" : "Where it is not going on elsewhere, to go on with it:"),
+      if (s.resume) r.more.append(make("p", "", s.here ? "To resume it:" : "If it is not running elsewhere, to resume it:"),
         make("pre", "code", s.resume));
     });
   };
@@ -116,9 +116,9 @@ function training({ body, model, on, set, ask }) {
     card.dataset.figure = name;
     head.append(make("span", "last", last));
     head._tip = () => note;
-    svg.setAttribute("aria-label", `${title}: ${summary || "nothing yet"}`);
+    svg.setAttribute("aria-label", `${title}: ${summary || "no data yet"}`);
     card.append(head, svg);
-    if (!summary) svg.append(draw("text", { x: W / 2, y: H / 2, "text-anchor": "middle" }, "nothing yet"));
+    if (!summary) svg.append(draw("text", { x: W / 2, y: H / 2, "text-anchor": "middle" }, "no data yet"));
     return [card, svg];
   };
   const chart = ([name, title, note, may]) => {
@@ -172,7 +172,7 @@ function training({ body, model, on, set, ask }) {
     series.forEach((s) => { s.d = s.density.counts.reduce((a, b) => a + b, 0); s.shares = share(s); });
     const summary = series.map((s) => `${s.label} at ${count(s.density.at)} tokens, ${count(s.density.counts[0])} of ${count(s.d)} latents silent`).join("; ");
     const silent = series.length === 1 ? `${count(series[0].density.counts[0])} silent` : "";
-    const [card, svg] = cardOf("density", "density", "how many latents are how frequent: the share of the last tokens on which each is on; a quarter of a factor of ten to a bin", silent, summary);
+    const [card, svg] = cardOf("density", "density", "number of latents by density, the fraction of recent tokens on which a latent is active; four bins per factor of ten", silent, summary);
     if (!series.length) return card;
     const edges = series[0].density.edges.map(Math.log10), low = edges[0], wide = (W - LEFT - RIGHT) / (edges.length + 1.5);
     const most = Math.max(0.02, ...series.flatMap((s) => s.shares)), left = (i) => LEFT + (i === 0 ? 0 : (i + 0.5) * wide);
@@ -191,8 +191,8 @@ function training({ body, model, on, set, ask }) {
     });
     for (let i = 0; i <= edges.length; i++) {
       const hit = draw("rect", { x: left(i), y: 0, width: i === 0 ? 1.5 * wide : wide, height: H, class: "hit" });
-      const where = i === 0 ? `on less than ${rate(10 ** low)} of tokens, or never` : i === edges.length ? "on every token"
-        : `on ${rate(10 ** edges[i - 1])} to ${rate(10 ** edges[i])} of tokens`;
+      const where = i === 0 ? `active on less than ${rate(10 ** low)} of tokens, or never` : i === edges.length ? "active on every token"
+        : `active on ${rate(10 ** edges[i - 1])} to ${rate(10 ** edges[i])} of tokens`;
       hit._tip = () => [where, ...series.slice(0, 12).map((s) => `${series.length > 1 ? s.label + ": " : ""}${count(s.density.counts[i])} of ${count(s.d)} latents`)].join("\n");
       svg.append(hit);
     }
@@ -249,7 +249,7 @@ function training({ body, model, on, set, ask }) {
     const foot = make("div", "foot");
     turn.setAttribute("aria-expanded", String(open));
     if (open) { form.append(...f.groups.map(group)); foot.append(start, estimate, make("span", "gap"),
-      button("code", "", () => { set({ typed: { ...values } }); ask("code"); }, "The Python that starts this training")); }
+      button("code", "", () => { set({ typed: { ...values } }); ask("code"); }, "Show the Python code of this training")); }
     if (wide && form.querySelector("details")) form.querySelector("details").open = true;
     if (model.get("status").length) foot.append(turn);
     form.append(foot);
@@ -286,11 +286,11 @@ function training({ body, model, on, set, ask }) {
   };
 
   // -- updates
-  let asking = null, waiting = 0;
+  let timer = null, waiting = 0;
   const look = () => { if (waiting && Date.now() - waiting < 10000) return; waiting = Date.now(); ask("look"); };
   const poll = () => {
-    if (model.get("alive") && !asking) { waiting = 0; asking = setInterval(look, 1000); }
-    if (!model.get("alive") && asking) { clearInterval(asking); asking = null; }
+    if (model.get("alive") && !timer) { waiting = 0; timer = setInterval(look, 1000); }
+    if (!model.get("alive") && timer) { clearInterval(timer); timer = null; }
   };
   on("looked", () => { waiting = 0; });
   // The snapshot for readers without a kernel is renewed when the state of a run changes. Not at every update: each marks
@@ -307,6 +307,6 @@ function training({ body, model, on, set, ask }) {
   on("typed", fill);
   on("problems estimate", showProblems);
   for (const f of [statuses, legend, curves, build, poll]) f();
-  return () => { if (asking) clearInterval(asking); };
+  return () => { if (timer) clearInterval(timer); };
 }
 export default { render: (context) => framed(context, "train", training) };
