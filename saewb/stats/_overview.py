@@ -180,7 +180,10 @@ class Overview:
         return self._rows[window[0] : window[1]], self._cols[window[2] : window[3]]
 
     def _pool(self, window: Window, step: int, cells: str) -> View:
-        values = pool(self._entries, *self._features(window), step, cells)
+        if step > 1 and cells == "mean" and self._entries.n_terms is not None:
+            values = self._means(window, step).cpu()
+        else:
+            values = pool(self._entries, *self._features(window), step, cells)
         return View(values, window, step, "exact" if step == 1 else cells, True)
 
     def _level(self, window: Window, step: int, cells: str) -> View | None:
