@@ -12,9 +12,13 @@ import base64
 import json
 import sys
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from saewb._files import write_text
 from saewb.errors import explain
@@ -70,17 +74,19 @@ class _ContextTable:
     """Table of distinct tokens, and the concatenated token indices and activations of all contexts."""
 
     def __init__(self) -> None:
-        self.tokens: dict[tuple[str, int], int] = {}
+        self.tokens: dict[tuple[str, int], int] = defaultdict(count().__next__)
         self.indices: list[int] = []
         self.acts = array("h")
 
     def pack(self, page: dict[str, Any]) -> dict[str, Any]:
         """Move the tokens and activations of a latent's contexts into the table."""
+        acts: list[float] = []
         for context in (*page["top"], *(c for group in page["groups"] for c in group)):
             context["length"] = len(context["tokens"])
             tokens = zip(context.pop("tokens"), context.pop("ids"), strict=True)
-            self.indices += [self.tokens.setdefault(token, len(self.tokens)) for token in tokens]
-            self.acts.extend(_level(a / page["scale"]) for a in context.pop("acts"))
+            self.indices.extend(map(self.tokens.__getitem__, tokens))
+            acts += context.pop("acts")
+        self.acts.frombytes(_levels(np.array(acts) / page["scale"]).tobytes())
         return page
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +107,7 @@ def _base64(values: array) -> str:
     return base64.b64encode(values.tobytes()).decode()
 
 
-def _level(share: float) -> int:
-    level = max(-_FULL, min(_FULL, round(share * _FULL)))
-    return level or (0 if share == 0 else 1 if share > 0 else -1)  # a weak activation is not rounded to 0
+def _levels(share: np.ndarray) -> np.ndarray:
+    """Activations as fractions of the largest, as int16; a weak one is not rounded to 0."""
+    level = np.rint(share * _FULL).clip(-_FULL, _FULL)
+    return np.where(level == 0, np.sign(share), level).astype(np.int16)

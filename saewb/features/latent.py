@@ -200,8 +200,10 @@ def round_floats(value: Any, digits: int) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {k: round_floats(v, digits) for k, v in value.items()}
-    return [round_floats(v, digits) for v in value] if isinstance(value, list) else value
+        return {k: v if isinstance(v, int) else round_floats(v, digits) for k, v in value.items()}
+    if isinstance(value, list):
+        return [v if isinstance(v, int) else round_floats(v, digits) for v in value]
+    return value
 
 
 def read_latent(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, i: int) -> Latent:
@@ -243,17 +245,18 @@ def _contexts(
     losses = _losses(tensors, i, n) if name == "top" else [None] * n
     contexts = []
     for row, act, position, loss in zip(ids, acts, positions, losses, strict=True):
-        inside = [j for j, token in enumerate(row) if token >= 0]
-        tokens = tuple(row[j] for j in inside)
+        first = next(j for j, token in enumerate(row) if token >= 0)
+        inside = slice(first, first + len(row) - row.count(-1))
+        tokens = tuple(row[inside])
         contexts.append(
             Context(
                 tokens=tuple(texts.decode(tokens)),
                 ids=tokens,
-                acts=tuple(act[j] for j in inside),
-                at=info.before - inside[0],
+                acts=tuple(act[inside]),
+                at=info.before - first,
                 row=position // info.ctx_len,
                 position=position % info.ctx_len,
-                loss_effects=tuple(loss[j] for j in inside) if loss else None,
+                loss_effects=tuple(loss[inside]) if loss else None,
             )
         )
     return tuple(contexts)

@@ -35,7 +35,10 @@ class TokenTexts:
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """Decode consecutive tokens, each to its text."""
-        texts: list[str] = []
+        texts = list(map(self.decode_token, ids))
+        if _PARTIAL not in "".join(texts):
+            return texts
+        texts.clear()
         for is_partial, group in groupby(ids, key=lambda i: _PARTIAL in self.strings.get(i, "")):
             run = tuple(group)
             texts += self.runs.get(run, ()) if is_partial and run in self.runs else map(self.decode_token, run)

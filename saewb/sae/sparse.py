@@ -192,6 +192,8 @@ class SparseLatents:
 
     def to(self, target: torch.device | str | torch.dtype) -> SparseLatents:
         """Move to another device, or cast the activations to another dtype."""
+        if target == self.dtype:
+            return self
         index = None if isinstance(target, torch.dtype) else target
         if self.topk is not None:
             return SparseLatents.from_topk(self.topk.values.to(target), self.topk.indices.to(index), self.shape)

@@ -34,9 +34,7 @@ class Entries(ABC):
     """Kind of entry: correlation, phi, jaccard or cosine."""
     device: torch.device
     entry_cost: float
-    """Multiplications per entry, roughly."""
-    has_factors: bool = False
-    """Whether entries are products of stored vectors (`Factors`)."""
+    """Cost of computing and pooling an entry, in the unit of `INTERACTIVE_COST`: measured on one core with AVX-512."""
     n_terms: int | None = None
     """Length of the dot product behind an entry; None if there is no shortcut to means of cells."""
 
@@ -49,24 +47,13 @@ class Entries(ABC):
         """The matrix times `x`, with undefined entries as 0."""
 
     def block_cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        """Multiplications that `block` takes, roughly."""
+        """Cost of computing and pooling a block."""
         return self.entry_cost * len(rows) * len(cols)
 
     def means(
-        self,
-        rows: Int[Tensor, " rows"],
-        cols: Int[Tensor, " cols"],
-        step: int,
-        sums: Sequence[tuple[Tensor, Tensor]] | None = None,
+        self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int
     ) -> Float[Tensor, "cells_r cells_c"] | None:
-        """Means of cells of `step * step` entries off the diagonal, without computing entries; None if impossible.
-
-        Args:
-            rows: features of the rows.
-            cols: features of the columns.
-            step: entries per side of a cell.
-            sums: `Factors.block_sums` of the rows and of the columns, if at hand.
-        """
+        """Means of cells of `step * step` entries off the diagonal, without computing entries; None if impossible."""
         return None
 
     def stats(self) -> CorrelationStats | None:
@@ -91,7 +78,6 @@ class Factors(Entries):
     b: Float[Tensor, "m d"]
     same: bool
     what: str
-    has_factors: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,11 +93,7 @@ class Factors(Entries):
 
     @property
     def entry_cost(self) -> float:
-        return self.n_terms + 32.0
-
-    @cached_property
-    def _square(self) -> Float[Tensor, " n"]:
-        return self.a.square().sum(1).double()
+        return self.n_terms / 8 + 16
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
         entries = self.a[rows] @ self.b[cols].T
@@ -123,32 +105,54 @@ class Factors(Entries):
     def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
         return self.a.nan_to_num(0) @ (self.b.nan_to_num(0).T @ x)
 
-    def block_sums(self, index: Int[Tensor, " some"], axis: int, step: int) -> tuple[Tensor, Tensor]:
-        """Factors of the rows (axis 0) or columns, summed over `step` features each, and how many are defined."""
-        factor, sums, counts = self.b if axis else self.a, [], []
-        for part in index.split(step * max(1, 2**22 // (step * factor.shape[1]))):
-            x = factor[part]
-            defined = ~x[:, 0].isnan()
-            sums.append(add_rows(x.masked_fill_(~defined[:, None], 0), step))
-            counts.append(add_rows(defined.long(), step))
-        return torch.cat(sums), torch.cat(counts)
+    def cell_sums(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int) -> FactorSums:
+        """Sum the factors over cells of `step` features; if `same`, rows and columns must be in the same order."""
+        diag = [add_rows(x[rows], step) for x in self._diagonal] if self.same else None
+        return FactorSums(_sum_factors(self.a, rows, step), _sum_factors(self.b, cols, step), diag)
 
     def means(
-        self,
-        rows: Int[Tensor, " rows"],
-        cols: Int[Tensor, " cols"],
-        step: int,
-        sums: Sequence[tuple[Tensor, Tensor]] | None = None,
+        self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int
     ) -> Float[Tensor, "cells_r cells_c"]:
         """Means by sum_ij a_i . b_j = (sum_i a_i) . (sum_j b_j)."""
-        (a, n_a), (b, n_b) = sums or (self.block_sums(rows, 0, step), self.block_sums(cols, 1, step))
-        total, count = (a @ b.T).double(), n_a[:, None] * n_b
-        return _off_diagonal_means(total, count, self._square if self.same else None, rows, cols, step)
+        (a, n_a), (b, n_b) = _sum_factors(self.a, rows, step), _sum_factors(self.b, cols, step)
+        diag = self._diagonal if self.same else None
+        return _off_diagonal_means((a @ b.T).double(), n_a[:, None] * n_b, diag, rows, cols, step)
+
+    @cached_property
+    def _diagonal(self) -> tuple[Tensor, Tensor]:
+        """Products of each feature with itself, and whether it is defined."""
+        square = torch.linalg.vector_norm(self.a, dim=1).square().double()
+        return square.nan_to_num(0), (~square.isnan()).long()
 
     def stats(self) -> CorrelationStats | None:
         if not self.same or bool(self.a[:, 0].isnan().any()) or len(self.a) < 2:
             return None
         return correlation_stats(LowRankCorrelation(self.a, (1 - self.a.square().sum(1)).clamp(min=0)))
+
+
+@dataclass(frozen=True, eq=False)
+class FactorSums:
+    """Factors summed over cells of features, for means of larger cells in any window."""
+
+    rows: tuple[Float[Tensor, "cells_r d"], Int[Tensor, " cells_r"]]
+    """Sums of the defined factors of the rows, and their numbers."""
+    cols: tuple[Float[Tensor, "cells_c d"], Int[Tensor, " cells_c"]]
+    """The same of the columns."""
+    diag: Sequence[Tensor] | None
+    """Sums and numbers of the diagonal entries of each cell on the diagonal; None if rows and columns differ."""
+
+    def means(self, rows: slice, cols: slice, step: int) -> Float[Tensor, "larger_r larger_c"]:
+        """Means of entries over `step * step` cells each, both slices of cells starting at multiples of it."""
+        (a, n_a), (b, n_b) = (
+            [add_rows(x[part], step) for x in sums] for sums, part in ((self.rows, rows), (self.cols, cols))
+        )
+        total, count = (a @ b.T).double(), n_a[:, None] * n_b
+        if self.diag is not None:
+            offset = (rows.start - cols.start) // step
+            for table, x in zip((total, count), self.diag, strict=True):
+                line = table.diagonal(offset)
+                line -= add_rows(x[rows], step)[max(0, -offset) :][: len(line)]
+        return ratio(total, count).float()
 
 
 @final
@@ -159,7 +163,7 @@ class Dense(Entries):
     matrix: Float[Tensor, "n n"]
     same: bool = True
     what: str = "correlation"
-    entry_cost: float = 16.0
+    entry_cost: float = 32.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -184,7 +188,7 @@ class Counts(Entries):
 
     counts: Coactivation
     what: str
-    entry_cost: float = 512.0
+    entry_cost: float = 256.0
 
     @property
     def same(self) -> bool:
@@ -260,12 +264,14 @@ class Sparse(Entries):
         return self.by_token.shape[0]
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        z_rows = self.by_latent[:, rows.numpy()].T
-        if 2 * len(cols) < len(self.mean):
-            products = (z_rows @ self.by_latent[:, cols.numpy()]).toarray()
-        else:  # selecting most columns of the result is quicker than selecting and converting them
-            products = (z_rows @ self.by_token).toarray()[:, cols.numpy()]
-        products = torch.from_numpy(products).div_(self.n_terms)
+        z_rows, n = self.by_latent[:, rows.numpy()].T, len(self.mean)
+        # Selecting columns first saves the products of the others, but scipy converts what is selected. Measured: a
+        # conversion takes as long as four products.
+        if len(cols) * n * self.n_terms < 4 * len(rows) * (n - len(cols)) * self.by_token.nnz:
+            products = z_rows @ self.by_latent[:, cols.numpy()]
+        else:
+            products = (z_rows @ self.by_token)[:, cols.numpy()]
+        products = torch.from_numpy(products.toarray()).div_(self.n_terms)
         return products.addr_(self.mean[rows], self.mean[cols], alpha=-1).float()
 
     def matmul(self, x: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
@@ -274,17 +280,13 @@ class Sparse(Entries):
         return (product - mean[:, None] * (mean @ y)).to(x.dtype)
 
     def block_cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        """Multiplications if latents fired independently of one another."""
+        """Cost of entries, products (if latents fired independently of one another) and the selection of columns."""
         fires = self.firing_counts().double()
         a, b = float(fires[rows].sum()), float(fires[cols].sum())
-        return 16 * len(rows) * len(cols) + 50 * a * b / max(1, self.n_terms) + 20 * b
+        return 32.0 * len(rows) * len(cols) + 24 * a * b / max(1, self.n_terms) + 80 * b
 
     def means(
-        self,
-        rows: Int[Tensor, " rows"],
-        cols: Int[Tensor, " cols"],
-        step: int,
-        sums: Sequence[tuple[Tensor, Tensor]] | None = None,
+        self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"], step: int
     ) -> Float[Tensor, "cells_r cells_c"]:
         """Means of cells from sums over tokens.
 
@@ -293,20 +295,22 @@ class Sparse(Entries):
         for any s. Products are summed in float32, so s is `mean` for latents that mostly fire, where it is the largest
         part of z, and 0 for others, whose zeros stay zeros.
         """
-        variance = torch.where(self.mean.isnan(), torch.nan, 1.0).double()
-        defined, mean = variance.nan_to_num(0).numpy(), self.mean.nan_to_num(0).numpy()
+        diag = (~self.mean.isnan()).double()  # of a correlation 1, where it is defined
+        defined, mean = diag.numpy(), self.mean.nan_to_num(0).numpy()
         shift = np.where(2 * self.firing_counts().numpy() > self.n_terms, mean, 0)
-        in_r, in_c = (_membership(index, step, len(mean)) for index in (rows, cols))
-        (s_r, m_r, n_r), (s_c, m_c, n_c) = ([x @ cells for x in (shift, mean, defined)] for cells in (in_r, in_c))
+        sides = [_membership(x, step, len(mean)) for x in ([rows] if torch.equal(rows, cols) else [rows, cols])]
+        sums = [[x @ cells for x in (shift, mean, defined)] for cells in sides]
+        (s_r, m_r, n_r), (s_c, m_c, n_c) = sums[0], sums[-1]
         total = torch.zeros(len(s_r), len(s_c), dtype=torch.float64)
         n_tokens = max(1, _TOKEN_SUMS // max(total.shape))
         for first in range(0, self.n_terms, n_tokens):
             z = self.by_token[first : first + n_tokens]
-            a, b = (((z @ cells).toarray() - s).astype(np.float32) for cells, s in ((in_r, s_r), (in_c, s_c)))
-            total += (torch.from_numpy(a).T @ torch.from_numpy(b)).double()
+            shifted = [(z @ cells).toarray() - s for cells, (s, _, _) in zip(sides, sums, strict=True)]
+            parts = [torch.from_numpy(x).float() for x in shifted]
+            total += (parts[0].T @ parts[-1]).double()
         total = total / self.n_terms - torch.from_numpy(np.outer(m_r - s_r, m_c - s_c))
         count = torch.from_numpy(np.outer(n_r, n_c))
-        return _off_diagonal_means(total, count, variance, rows, cols, step)
+        return _off_diagonal_means(total, count, (diag, diag), rows, cols, step)
 
     def firing_counts(self) -> Int[Tensor, " n"]:
         return torch.from_numpy(np.diff(self.by_latent.indptr)).long()
@@ -350,7 +354,7 @@ class Selected(Entries):
         return torch.where(mask[:, None], self.base.matmul(y)[self.index.clamp(min=0)], 0)
 
     def block_cost(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> float:
-        return self.base.block_cost(*(self.index[x].clamp(min=0) for x in (rows, cols))) + 16.0 * len(rows) * len(cols)
+        return self.base.block_cost(*(self.index[x].clamp(min=0) for x in (rows, cols))) + 32.0 * len(rows) * len(cols)
 
     def firing_counts(self) -> Int[Tensor, " n"] | None:
         counts = self.base.firing_counts()
@@ -398,14 +402,29 @@ def _membership(index: Int[Tensor, " some"], step: int, n: int) -> Any:
     return csr_array((np.ones(len(index)), place), shape=(n, -(-len(index) // step)))
 
 
+def _sum_factors(factor: Float[Tensor, "n d"], index: Int[Tensor, " some"], step: int) -> tuple[Tensor, Tensor]:
+    """Sums of `step` features each of `index`, as far as they are defined, and their numbers; 16 MB at a time."""
+    sums, counts = [], []
+    for part in index.split(step * max(1, 2**22 // (step * factor.shape[1]))):
+        x = factor[part]
+        defined = ~x[:, 0].isnan()
+        sums.append(add_rows(x.masked_fill_(~defined[:, None], 0), step))
+        counts.append(add_rows(defined.long(), step))
+    return torch.cat(sums), torch.cat(counts)
+
+
 def _off_diagonal_means(
-    total: Tensor, count: Tensor, diag: Tensor | None, rows: Tensor, cols: Tensor, step: int
+    total: Tensor, count: Tensor, diag: Sequence[Tensor] | None, rows: Tensor, cols: Tensor, step: int
 ) -> Float[Tensor, "cells_r cells_c"]:
-    """Means of cells from sums and counts of their entries, without the diagonal entries `diag` (nan: undefined)."""
+    """Means of cells from sums and counts of their entries, less `diag`: sum and count of diagonal ones per feature."""
     if diag is not None:
-        i, j = diagonal(rows, cols, len(diag))
-        diag, cell = diag[rows[i]], (i // step) * total.shape[1] + j // step
-        diag, cell = diag[~diag.isnan()], cell[~diag.isnan()]
-        total.view(-1).index_add_(0, cell, -diag)
-        count.view(-1).index_add_(0, cell, torch.full_like(cell, -1, dtype=count.dtype))
-    return torch.where(count > 0, total / count, torch.nan).float()
+        i, j = diagonal(rows, cols, len(diag[0]))
+        cell = (i // step) * total.shape[1] + j // step
+        for table, x in zip((total, count), diag, strict=True):
+            table.view(-1).index_add_(0, cell, x[rows[i]], alpha=-1)
+    return ratio(total, count).float()
+
+
+def ratio(total: Tensor, n: Tensor) -> Tensor:
+    """Sums over numbers; nan for none."""
+    return torch.where(n > 0, total / n, torch.nan)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.stats._entries import Entries, add_rows, diagonal
+from saewb.stats._entries import Entries, Factors, FactorSums, diagonal, ratio
 from saewb.stats.correlation import CorrelationStats
 
 Window = tuple[int, int, int, int]
@@ -27,7 +27,7 @@ Window = tuple[int, int, int, int]
 Cells = Literal["strongest", "mean"]
 
 BAND_ENTRIES = 2**22  # entries computed at a time, unless one row of cells has more
-INTERACTIVE_COST = 2.0**29  # multiplications that `view` spends: under 100 ms on one free core
+INTERACTIVE_COST = 2.0**29  # that `view` spends: about 100 ms on one free core
 MAX_CELLS = 4096  # per side, that a scan keeps: 67 MB, and a third more for coarser ones
 
 
@@ -99,7 +99,6 @@ class Overview:
         self._cells: Tensor | None = None  # strongest entries of the cells scanned so far
         self._levels: dict[tuple[str, int], Tensor] = {}  # after the scan, by kind of cells and step
         self._sums = torch.zeros(3, dtype=torch.float64)  # of squares, of entries; number of entries
-        self._factor_sums: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def stats(self) -> CorrelationStats | None:
@@ -146,7 +145,7 @@ class Overview:
             return
         shape = -(-len(self.rows) // self.step), -(-len(self.cols) // self.step)
         self._cells = torch.full(shape, torch.nan)
-        means = () if entries.has_factors else (torch.zeros(shape), torch.zeros(shape))  # sums and counts
+        means = () if isinstance(entries, Factors) else (torch.zeros(shape), torch.zeros(shape))  # sums and counts
         self._sums.zero_()
         self._top = (torch.zeros(0), *torch.zeros(2, 0, dtype=torch.long))
         n_done, total = 0.0, len(self.rows) * len(self.cols) / (2 if half else 1)
@@ -181,7 +180,10 @@ class Overview:
         return self._rows[window[0] : window[1]], self._cols[window[2] : window[3]]
 
     def _pool(self, window: Window, step: int, cells: str) -> View:
-        values = pool(self._entries, *self._features(window), step, cells)
+        if step > 1 and cells == "mean" and self._entries.n_terms is not None:
+            values = self._means(window, step).cpu()
+        else:
+            values = pool(self._entries, *self._features(window), step, cells)
         return View(values, window, step, "exact" if step == 1 else cells, True)
 
     def _level(self, window: Window, step: int, cells: str) -> View | None:
@@ -200,23 +202,24 @@ class Overview:
                 step *= 2
             if step < span:
                 window = self._widen(window, step)
-                values = entries.means(*self._features(window), step, self._window_sums(window, step))
-                return View(values.cpu(), window, step, "mean", cells == "mean" and step == fine)
+                return View(self._means(window, step).cpu(), window, step, "mean", cells == "mean" and step == fine)
         step = max(fine, self.step)
         window = self._widen(window, step)
-        part = _cell_slices(window, self.step)
-        scanned = self._cells if self._cells is not None else torch.full((part[0].stop, part[1].stop), torch.nan)
-        return View(pool_strongest(scanned[part], step // self.step), window, step, "strongest", False)
+        if self._cells is None:
+            values = torch.full([part.stop - part.start for part in _cell_slices(window, step)], torch.nan)
+        else:
+            values = pool_strongest(self._cells[_cell_slices(window, self.step)], step // self.step)
+        return View(values, window, step, "strongest", False)
 
-    def _window_sums(self, window: Window, step: int) -> list[tuple[Tensor, Tensor]] | None:
-        """Sums of factors over the cells of a window, from cached sums over the cells of the scan."""
-        if step < self.step or not self._entries.has_factors:
-            return None
-        if self._factor_sums is None:
-            axes = (self._rows, self._cols)
-            self._factor_sums = [self._entries.block_sums(index, i, self.step) for i, index in enumerate(axes)]
-        parts = zip(self._factor_sums, _cell_slices(window, self.step), strict=True)
-        return [tuple(add_rows(x[part], step // self.step) for x in sums) for sums, part in parts]
+    def _means(self, window: Window, step: int) -> Tensor:
+        if step < self.step or not isinstance(self._entries, Factors):
+            return self._entries.means(*self._features(window), step)
+        return self._factor_sums.means(*_cell_slices(window, self.step), step // self.step)
+
+    @cached_property
+    def _factor_sums(self) -> FactorSums:
+        """Sums over the cells of the scan."""
+        return self._entries.cell_sums(self._rows, self._cols, self.step)
 
     # -- the scan ----------------------------------------------------------------------------------------------------
 
@@ -263,7 +266,7 @@ class Overview:
         while True:
             self._levels["strongest", step] = strongest
             if total is not None:
-                self._levels["mean", step] = _ratio(total, n)
+                self._levels["mean", step] = ratio(total, n)
             if max(strongest.shape) <= 64:
                 return
             step, strongest = 2 * step, pool_strongest(strongest, 2)
@@ -284,7 +287,7 @@ def pool(
         return means.cpu()
     bands = (band for _, _, band in _bands(entries, rows, cols, step))
     return torch.cat(
-        [pool_strongest(x, step) if cells == "strongest" else _ratio(*_pool_sums(x, step)) for x in bands]
+        [pool_strongest(x, step) if cells == "strongest" else ratio(*_pool_sums(x, step)) for x in bands]
     ).cpu()
 
 
@@ -363,7 +366,3 @@ def _power_of_2(span: int, cells: int) -> int:
 def _cell_slices(window: Window, step: int) -> tuple[slice, slice]:
     r0, r1, c0, c1 = window
     return slice(r0 // step, -(-r1 // step)), slice(c0 // step, -(-c1 // step))
-
-
-def _ratio(total: Tensor, n: Tensor) -> Tensor:
-    return torch.where(n > 0, total / n, torch.nan)

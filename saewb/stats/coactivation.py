@@ -499,7 +499,7 @@ def _active(latents: Tensor | SparseLatents, tokens: slice, device: torch.device
     """Active latents of some tokens, in float64 on `device`."""
     if isinstance(latents, Tensor):
         latents = SparseLatents.from_dense(latents[tokens])
-    else:
+    elif tokens.stop - tokens.start < latents.n_tokens:
         latents = latents.select(torch.arange(latents.n_tokens, device=latents.device)[tokens])
     return SparseLatents(latents.token, latents.latent.long(), latents.act, latents.shape).to(device).to(torch.float64)
 

@@ -191,7 +191,10 @@ class MatrixView:
         size = values.abs().nan_to_num(-1)
         if self.same:
             size[feature] = -1
-        best = [j for j in size.argsort(descending=True, stable=True)[:k].tolist() if size[j] >= 0]
+        # The k-th largest first: sorting all takes longer than computing the row.
+        largest = (size >= size.topk(min(max(1, k), len(size))).values[-1]).nonzero()[:, 0]
+        order = largest[size[largest].argsort(descending=True, stable=True)[:k]]
+        best = [j for j in order.tolist() if size[j] >= 0]
         return [Pair(*((feature, j) if axis == 0 else (j, feature)), values[j].item()) for j in best]
 
     def pair(self, row: int, col: int) -> PairFigures:

@@ -6,6 +6,7 @@ children of a node, one of the firing ones remains, each with equal probability.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,16 +233,17 @@ class _Level:
 
 def _levels(roots: Sequence[Node]) -> tuple[_Level, ...]:
     """Levels of the trees, roots first; within a level breadth first."""
-    levels: dict[int, _Level] = {}
+    levels: dict[int, _Level] = defaultdict(_Level)
     n_groups, row = 0, [(root, -1, 0, -1) for root in roots]
     while row:
         below = []
         for node, parent, depth, group in row:
             _check_exclusive(node)
             if node.feature is not None:
-                level = levels.setdefault(depth, _Level())
-                for values, value in zip(vars(level).values(), (node.feature, parent, group), strict=True):
-                    values.append(value)
+                level = levels[depth]
+                level.feature.append(node.feature)
+                level.parent.append(parent)
+                level.group.append(group)
                 parent, depth = node.feature, depth + 1
             n_groups += node.exclusive
             below += [(child, parent, depth, n_groups if node.exclusive else -1) for child in node.children]
