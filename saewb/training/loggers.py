@@ -137,7 +137,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder, self._writer = folder, None
+        self._folder, self._writer = absolute(folder), None
 
     def __call__(self, event: Event) -> None:
         """Log an event."""

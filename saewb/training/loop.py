@@ -171,20 +171,26 @@ class Training:
         Copies: training goes on undisturbed.
 
         Raises:
+            FloatingPointError: if weights of one are not finite; `export(name)` has the others.
             RuntimeError: if an SAE's output is not that of the training to 1e-5 of a row's length.
         """
         if not self._trainers:
             self.begin()
-        saes = {}
-        for name, trainer in self._trainers.items():
-            metadata = {
-                "objective": self._trainees[name].objective_fields(),
-                "n_training_tokens": self.n_tokens,
-                "normalization": self.config.normalization,
-                "trained_with": "saewb",
-            }
-            saes[name] = trainer.export(self._probe[self._points(name)[0]], metadata)
-        return saes
+        return {name: self.export(name) for name in self._trainers}
+
+    def export(self, name: str) -> AnySAE:
+        """One of the SAEs so far, see `saes`."""
+        trainer = self._trainers[name]
+        if not all(bool(p.isfinite().all()) for p in trainer.params.parameters()):
+            fix = f"lr={(self._trainees[name].lr or self.config.lr) / 10:g}"
+            raise FloatingPointError(explain(f"{name!r} diverged: its weights are not finite.", fix=fix))
+        metadata = {
+            "objective": self._trainees[name].objective_fields(),
+            "n_training_tokens": self.n_tokens,
+            "normalization": self.config.normalization,
+            "trained_with": "saewb",
+        }
+        return trainer.export(self._probe[self._points(name)[0]], metadata)
 
     def state(self) -> dict[str, Any]:
         """State from which training resumes: a dict of plain values and of tensors copied to the host.

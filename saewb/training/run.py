@@ -194,6 +194,8 @@ class Run:
     def saes(self) -> dict[str, Any]:
         """The current SAEs by name: copies in the model's units, checked against the outputs in training.
 
+        Of a run that failed because one of several diverged, the others.
+
         Raises a RuntimeError if the run stopped before its first step.
         """
         if self._saes is not None:
@@ -332,6 +334,23 @@ class Run:
             raise RuntimeError(explain(f"{self!r} has no SAE.", want="a run that came to its first step"))
         return {name: _with_model(sae, self.spec.model) for name, sae in self._training.saes.items()}
 
+    def _export_finite(self) -> dict[str, Any]:
+        """Export the SAEs that have not diverged; the notes name the others.
+
+        Raises:
+            FloatingPointError: if all have.
+        """
+        saes, failure = {}, None
+        for name in self.names:
+            try:
+                saes[name] = _with_model(self._training.export(name), self.spec.model)
+            except (FloatingPointError, RuntimeError, ValueError) as error:
+                failure = error
+                self.notes.append(f"no SAE {name!r}: {str(error).splitlines()[0]}")
+        if failure is not None and not saes:
+            raise failure
+        return saes
+
     def _write_checkpoint(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write a checkpoint; SAEs are exported first, so that a failed check leaves the last one in place."""
         saes = self._export()
@@ -372,7 +391,8 @@ class Run:
         if self._done[0] == 0 and self._training.ahead is not None:  # stopped before there were weights
             return
         if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
-            self._saes = self._export()  # an existing checkpoint remains
+            finite = isinstance(error, FloatingPointError) and len(self.names) > 1
+            self._saes = self._export_finite() if finite else self._export()  # an existing checkpoint remains
             return
         state = _state_before_failed_step(self._training, self._stream) if self._training.mid_step else None
         self._saes = self._write_checkpoint(state)

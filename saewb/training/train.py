@@ -78,9 +78,9 @@ def train(
         device: of the training; None means the model's.
         positions: positions of each row of tokens to train on.
         options: of the training (lr, batch_tokens, warmup_tokens, normalization, eval_every_tokens, seed, ...), the run
-            (checkpoint_every_tokens, checkpoint_every_s, keep_saes, log_every_steps) and the data (buffer_tokens, prefetch, ctx_len,
-            pass_tokens, skip_special_tokens, ...). `saewb.training_options()` lists all of them with their defaults and
-            descriptions.
+            (checkpoint_every_tokens, checkpoint_every_s, keep_saes, log_every_steps) and the data (buffer_tokens,
+            prefetch, ctx_len, pass_tokens, skip_special_tokens, ...). `saewb.training_options()` lists all of them with
+            their defaults and descriptions.
 
     Returns:
         A Run, which a notebook displays; `run.wait()`, `run.stop()`, `run.sae`.
