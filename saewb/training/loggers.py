@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
+from saewb._files import absolute
+
 
 @dataclass(frozen=True)
 class Event:
