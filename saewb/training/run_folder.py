@@ -30,6 +30,7 @@ from saewb._files import (
     finish_replacing,
     fresh_state,
     is_locked,
+    is_temporary,
     load_state,
     remove_orphans,
     replace_together,
@@ -78,7 +79,9 @@ class RunFolder:
         Raises:
             FileExistsError: if the folder holds a run with a checkpoint.
         """
-        if is_resumable(self.path) or (self.path / "saes").exists():
+        saes = self.path / "saes"
+        has_saes = saes.is_dir() and not all(is_temporary(path.name) for path in saes.iterdir())
+        if is_resumable(self.path) or has_saes:
             fix = f"saewb.resume_run({str(self.path)!r}, model=model, tokens=tokens)"
             raise FileExistsError(explain(f"{str(self.path)!r} holds a run already.", want="a new folder", fix=fix))
         for name in (END, HISTORY):
