@@ -9,6 +9,8 @@ import torch
 from helpers import faults, tiny_models
 
 import saewb
+from saewb._files import is_locked
+from saewb.errors import FormatError
 from saewb.training.run_folder import RunFolder
 
 AT = "blocks.1.hook_resid_post"
@@ -133,7 +135,7 @@ WRITERS = [Save, Index, Cache, Evaluations, Training]
 
 def _orphans(folder):
     temporary = (".new", ".old", ".replacing")
-    return [path for path in folder.rglob("*") if path.name.endswith(temporary) or path.name == ".lock"]
+    return [path for path in folder.rglob("*") if path.name.endswith(temporary) or is_locked(path.parent)]
 
 
 def _attack(writer, tmp_path, how, stride, start=0):
@@ -164,7 +166,7 @@ def _fail(writer, folder, n, how):
     with faults.failing(folder, n, fail, persistent=how == "full disk") as layer:
         try:
             writer.work(folder)
-        except (OSError, KeyboardInterrupt):
+        except (OSError, KeyboardInterrupt, FormatError):  # the last: an error while reading
             pass
         except RuntimeError as error:
             assert "cannot" in str(error) or "SAE" in str(error), error
