@@ -367,7 +367,9 @@ def _read_record(record: Path) -> list[tuple[Path, Path]]:
     """
     root = absolute(record.parent)
     try:
-        pairs = [(absolute(root / name), absolute(root / fresh)) for name, fresh in json.loads(record.read_text()).items()]
+        pairs = [
+            (absolute(root / name), absolute(root / fresh)) for name, fresh in json.loads(record.read_text()).items()
+        ]
     except (ValueError, TypeError, AttributeError) as error:
         raise FormatError(explain(f"{record} is no record of renames: {error!r}.", want="none, or ours")) from error
     for path, fresh in pairs:

@@ -94,7 +94,10 @@ class ActiveIntervention(ABC):
         with self._lock:
             try:
                 self._attached = True
-                _active[model] = [*_active.get(model, ()), self]  # before there is a hook, so that `detach_all` finds it
+                _active[model] = [
+                    *_active.get(model, ()),
+                    self,
+                ]  # before there is a hook, so that `detach_all` finds it
                 self._install()
                 self._watcher = forward.PassWatcher(
                     model, self._before_forward, self._at_first_block, self._after_forward

@@ -115,7 +115,10 @@ def _local(source: str | Path, id: str | None) -> Path | None:
         raise TypeError(explain(what, want=want, fix="saewb.load_sae('tiny')"))
     root = Path(source).expanduser()
     sae = absolute(root / (id or ""))
-    for anchor in (sae, sae.parent.parent / "checkpoint.pt"):  # a kill while it, or it and its run's checkpoint, changed
+    for anchor in (
+        sae,
+        sae.parent.parent / "checkpoint.pt",
+    ):  # a kill while it, or it and its run's checkpoint, changed
         finish_replacing(anchor)
     if root.is_file() and id is None:
         return root
