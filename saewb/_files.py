@@ -295,14 +295,14 @@ def replace_together(anchor: Path, fresh: Mapping[Path, Path]) -> None:
     finish_replacing(anchor)
     record, root = _record(anchor), anchor.parent
     renames = {os.path.relpath(path, root): os.path.relpath(new, root) for path, new in fresh.items()}
-    with fresh_file(record, lambda file: file.write_text(json.dumps(renames), encoding="utf-8")) as unnamed:
-        with _locked(unnamed):
-            os.replace(unnamed, record)  # from here on all of them are replaced, now or by whoever comes next
-            try:
-                _rename_all(record)
-            except BaseException:  # an interrupt: make the renames that are left, then pass it on
-                _rename_all(record)
-                raise
+    content = json.dumps(renames)
+    with fresh_file(record, lambda file: file.write_text(content, encoding="utf-8")) as unnamed, _locked(unnamed):
+        os.replace(unnamed, record)  # from here on all of them are replaced, now or by whoever comes next
+        try:
+            _rename_all(record)
+        except BaseException:  # an interrupt: make the renames that are left, then pass it on
+            _rename_all(record)
+            raise
 
 
 def discard(anchor: Path, fresh: Iterable[Path]) -> None:
@@ -345,7 +345,7 @@ def _locked(record: Path) -> Iterator[Callable[[], bool]]:
 
 
 def _rename_all(record: Path) -> None:
-    """Make the renames of a record that have not been made, in any state a kill may have left, and remove the record."""
+    """Make the renames of a record that are left, whatever state a kill left, and remove the record."""
     if not record.is_file():
         return
     for path, fresh in _read_record(record):

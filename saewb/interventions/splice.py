@@ -100,7 +100,7 @@ class Splice:
             hook.install()
 
     def uninstall(self) -> None:
-        """Remove the hooks; a splice that this one overrode is active again. Called again after an interrupt, the rest."""
+        """Remove the hooks; a splice that this one overrode is active again. Harmless a second time."""
         model, splices, points = self._model(), self._stack.splices, self._published
         for hook in reversed(self._hooks):
             hook.remove()

@@ -293,7 +293,7 @@ def has_no_hooks(model: nn.Module) -> bool:
 
 
 def mark_as_saewb_hook(function: Callable, *, passing: bool = True) -> Callable:
-    """Mark a function as a hook of saewb: `shared_copy` leaves it out, and `remove_all` removes it if it is `passing`."""
+    """Mark a function as a hook of saewb: `shared_copy` leaves it out, `remove_all` removes it if it is `passing`."""
     setattr(function, _SAEWB_HOOK, passing)
     return function
 

@@ -1,4 +1,4 @@
-"""Raise KeyboardInterrupt at the n-th event of a call: at a line, on the way into or out of a function, at a bytecode."""
+"""Raise KeyboardInterrupt at the n-th event of a call: a line, the way into or out of a function, a bytecode."""
 
 import random
 import signal
