@@ -1,15 +1,35 @@
-"""Atomic writes of files and folders, and state files (plain values and tensors)."""
+"""Atomic writes of files and folders, locks of folders, and state files (plain values and tensors).
+
+Whatever moment a process is killed at, and whichever write fails, a path holds its old content or its new one:
+
+- New content is written beside the path under a temporary name, flushed to disk, and renamed. The temporary name says
+  which process wrote it; the next writer removes those of processes that are gone.
+- Several paths, and folders, take more than one rename. A record of the renames is written first, and whoever opens one
+  of the paths after a kill makes the renames that are left (`finish_replacing`).
+- A lock of a folder (`FolderLock`) is the operating system's own, which releases it when the process ends.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from types import TracebackType
+from typing import IO, Any, final
+
+if os.name != "nt":
+    import fcntl
 
 import torch
 from torch import Tensor
@@ -32,6 +52,17 @@ def save_state(path: Path, state: Any) -> None:
         TypeError: for anything else.
         OSError: if the disk is full, or the folder cannot be written.
     """
+    with fresh_state(path, state) as fresh:
+        os.replace(fresh, path)
+    _flush(path.parent)
+
+
+def fresh_state(path: Path, state: Any) -> AbstractContextManager[Path]:
+    """A state for a file, written under a temporary name beside it and flushed to disk; removed after the block.
+
+    Raises:
+        TypeError, OSError: as `save_state`.
+    """
     content = {"saewb_state": _FORMAT, "state": _on_cpu(state)}
 
     def fill(fresh: Path) -> None:
@@ -40,7 +71,7 @@ def save_state(path: Path, state: Any) -> None:
         except RuntimeError as error:  # torch's error for a full disk
             raise OSError(f"{path.name} could not be written: {str(error).splitlines()[0]}") from error
 
-    atomic_write(path, fill)
+    return fresh_file(path, fill)
 
 
 def load_state(path: Path) -> Any:
@@ -82,6 +113,76 @@ def _on_cpu(value: Any) -> Any:
     )
 
 
+def absolute(path: str | Path) -> Path:
+    """The path with "~" expanded and without "..", independent of later changes of the working directory."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+# -- temporary names -------------------------------------------------------------------------------------------------
+
+_TEMPORARY = re.compile(r"\..+\.(?:(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-)?[0-9a-f]{8}\.(?:new|old)")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one that this module gives to content it has not renamed yet."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_orphans(folder: Path, target: str = "") -> None:
+    """Remove temporary files and folders of processes that are gone.
+
+    Args:
+        folder: where to look; not in its subfolders.
+        target: name of the file or folder they were to become; "" for any.
+    """
+    with os.scandir(folder) as entries:
+        orphans = [entry.path for entry in entries if entry.name.startswith(f".{target}") and _is_orphan(entry.name)]
+    for path in orphans:
+        _remove(Path(path))
+
+
+def temporary_path(path: Path) -> Path:
+    """A new temporary name beside a path."""
+    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.new")
+
+
+@lru_cache(1)
+def _machine() -> str:
+    """Name of what process numbers are unique in: a machine, or a container on it."""
+    import hashlib
+
+    namespace = os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else ""
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
+
+
+def _is_orphan(name: str) -> bool:
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and match["machine"] == _machine() and not _is_running(int(match["pid"]))
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # signal 0 would end it there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -- atomic writes ---------------------------------------------------------------------------------------------------
+
+
 def atomic_write(path: Path, fill: Callable[[Path], object]) -> None:
     """Write a file atomically: `fill` writes a temporary file beside it, which is flushed to disk and renamed.
 
@@ -89,19 +190,31 @@ def atomic_write(path: Path, fill: Callable[[Path], object]) -> None:
         FileNotFoundError: if the folder does not exist: one that was deleted is not created again.
         OSError: as `fill` does, also where safetensors has an error of its own for a full disk.
     """
+    with fresh_file(path, fill) as fresh:
+        os.replace(fresh, path)
+    _flush(path.parent)
+
+
+@contextmanager
+def fresh_file(path: Path, fill: Callable[[Path], object]) -> Iterator[Path]:
+    """Content for a file, written under a temporary name beside it and flushed to disk; removed after the block.
+
+    Raises:
+        OSError: as `atomic_write`.
+    """
     from safetensors import SafetensorError
 
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    remove_orphans(path.parent, path.name)
+    fresh = temporary_path(path)
     try:
         try:
             fill(fresh)
         except SafetensorError as error:
             raise OSError(f"{path.name} could not be written: {error}") from error
         _flush(fresh)
-        os.replace(fresh, path)
+        yield fresh
     finally:
         fresh.unlink(missing_ok=True)
-    _flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -118,7 +231,8 @@ def atomic_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[
     """Write a folder atomically: `fill` writes into a temporary one beside it, which is flushed to disk and renamed.
 
     The temporary folder is a hidden sibling until then, so a failure, an interrupt or a full disk leaves neither half a
-    folder nor a lost old one. Between moving the old one aside and the new one in, two renames, `target` is absent.
+    folder nor a lost old one. Replacing an old one takes two renames: killed between them, `finish_replacing` makes the
+    second.
 
     Args:
         target: the folder; its parent must exist.
@@ -129,33 +243,38 @@ def atomic_folder(target: Path, fill: Callable[[Path], None], *, ours: Iterable[
     Raises:
         FileExistsError: if the target is there and may not be replaced.
     """
-    target = Path(os.path.abspath(target.expanduser()))
-    _may_replace(target, set(ours), overwrite)
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
-    fresh.mkdir()
+    target = absolute(target)
+    finish_replacing(target)
+    check_replaceable(target, ours, overwrite)
+    remove_orphans(target.parent, target.name)
+    fresh = temporary_path(target)
     try:
+        fresh.mkdir()
         fill(fresh)
         for file in fresh.iterdir():
             _flush(file)
         _flush(fresh)
-        _swap(fresh, target)
+        if os.path.lexists(target):
+            replace_together(target, {target: fresh})
+        else:
+            fresh.rename(target)
+            _flush(target.parent)
     finally:
-        if fresh.exists():
-            shutil.rmtree(fresh)
-    _flush(target.parent)
+        discard(target, [fresh])
     return target
 
 
-def _may_replace(target: Path, ours: set[str], overwrite: bool) -> None:
+def check_replaceable(target: Path, ours: Iterable[str], overwrite: bool) -> None:
+    """Raise a FileExistsError if `target` is there and `atomic_folder` would not replace it."""
     if not os.path.lexists(target):
         return
     if not target.is_dir() or target.is_symlink():
         raise FileExistsError(explain(f"{target} is a file or a link.", want="a new folder"))
-    there = {entry.name for entry in target.iterdir()}
-    if there - ours:
+    there = {entry.name for entry in target.iterdir() if not is_temporary(entry.name)}
+    if strangers := there - set(ours):
         raise FileExistsError(
             explain(
-                f"{target} holds other things than an SAE: {', '.join(sorted(there - ours)[:8])}.",
+                f"{target} holds other things than an SAE: {', '.join(sorted(strangers)[:8])}.",
                 want="a new folder, since replacing this one would delete them",
             )
         )
@@ -165,18 +284,103 @@ def _may_replace(target: Path, ours: set[str], overwrite: bool) -> None:
         )
 
 
-def _swap(fresh: Path, target: Path) -> None:
-    if not target.exists():
-        fresh.rename(target)
+# -- several renames as one ------------------------------------------------------------------------------------------
+
+
+def replace_together(anchor: Path, fresh: Mapping[Path, Path]) -> None:
+    """Replace files and folders, all or none: killed in between, `finish_replacing(anchor)` replaces the others.
+
+    Args:
+        anchor: one of the paths, under whose name the record of the renames is written.
+        fresh: the new content of each path, flushed to disk, below the same folder as `anchor`.
+
+    Raises:
+        OSError: before the record is written: nothing is replaced then. After it the rest is left for later.
+    """
+    finish_replacing(anchor)
+    record, root = _record(anchor), anchor.parent
+    renames = {os.path.relpath(path, root): os.path.relpath(new, root) for path, new in fresh.items()}
+    content = json.dumps(renames)
+    with fresh_file(record, lambda file: file.write_text(content, encoding="utf-8")) as unnamed, _locked(unnamed):
+        os.replace(unnamed, record)  # from here on all of them are replaced, now or by whoever comes next
+        try:
+            _rename_all(record)
+        except BaseException:  # an interrupt: make the renames that are left, then pass it on
+            _rename_all(record)
+            raise
+
+
+def discard(anchor: Path, fresh: Iterable[Path]) -> None:
+    """Remove new content, unless a `replace_together` that failed half way is to use it yet."""
+    if not _record(anchor).is_file():
+        for path in fresh:
+            _remove(path)
+
+
+def finish_replacing(anchor: Path) -> None:
+    """Make the renames of a `replace_together` that was killed; one that is going on is waited for.
+
+    In a folder that may only be read, what is there stays: the content before, whole.
+    """
+    record = _record(anchor)
+    while record.is_file():
+        try:
+            with _locked(record) as is_same:
+                if is_same():
+                    _rename_all(record)
+        except FileNotFoundError:  # another process has finished it
+            continue
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            return
+
+
+def _record(anchor: Path) -> Path:
+    return anchor.with_name(f".{anchor.name}.replacing")
+
+
+@contextmanager
+def _locked(record: Path) -> Iterator[Callable[[], bool]]:
+    """Hold the lock of a record; yields a function that says whether that file is still the record."""
+    with record.open("r+b") as file:
+        if os.name != "nt":
+            _flock(file, fcntl.LOCK_EX)
+        yield lambda: record.is_file() and os.path.samestat(os.fstat(file.fileno()), record.stat())
+
+
+def _rename_all(record: Path) -> None:
+    """Make the renames of a record that are left, whatever state a kill left, and remove the record."""
+    if not record.is_file():
         return
-    old = fresh.with_suffix(".old")
-    target.rename(old)
+    for path, fresh in _read_record(record):
+        if os.path.lexists(fresh):
+            if fresh.is_dir() and os.path.lexists(path):
+                path.rename(fresh.with_suffix(".old"))
+            os.replace(fresh, path)
+            _flush(path.parent)
+        _remove(fresh.with_suffix(".old"))
+    record.unlink(missing_ok=True)
+    _flush(record.parent)
+
+
+def _read_record(record: Path) -> list[tuple[Path, Path]]:
+    """Pairs of a path and its new content.
+
+    Raises:
+        FormatError: if it is not a record, or would rename something outside of its folder: a stranger wrote it.
+    """
+    root = absolute(record.parent)
     try:
-        fresh.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+        pairs = [
+            (absolute(root / name), absolute(root / fresh)) for name, fresh in json.loads(record.read_text()).items()
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FormatError(explain(f"{record} is no record of renames: {error!r}.", want="none, or ours")) from error
+    for path, fresh in pairs:
+        if not (path.is_relative_to(root) and fresh.is_relative_to(root) and is_temporary(fresh.name)):
+            raise FormatError(explain(f"{record} renames {fresh} to {path}.", want="files inside its folder"))
+    return pairs
 
 
 def _flush(path: Path) -> None:
@@ -187,3 +391,110 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# -- locks of folders ------------------------------------------------------------------------------------------------
+
+_LOCK = ".lock"
+
+
+@final
+class FolderLock:
+    """Lock of a folder for one writer, of this process or another, until `release()` or the end of the process.
+
+    On Windows, and where the file system has no locks, it excludes nobody.
+
+    Args:
+        folder: exists.
+        what: what is going on while it is held, for the error: "a run is going on".
+        fix: what to do about it.
+        wait_s: how long to wait for it.
+
+    Raises:
+        RuntimeError: if another writer holds it.
+    """
+
+    def __init__(self, folder: Path, what: str, *, fix: str = "", wait_s: float = 0.1) -> None:
+        self._path, self._file = folder / _LOCK, None
+        if os.name == "nt":
+            return
+        until = time.monotonic() + wait_s
+        while (file := _open_lock(self._path)) is None:
+            if time.monotonic() > until:  # `is_locked` of another process holds it for a moment
+                want = "another folder, or the end of that"
+                raise RuntimeError(explain(f"{what} in {str(folder)!r}.", want=want, fix=fix))
+            time.sleep(0.01)
+        self._file: IO[bytes] | None = file
+        _held.add(self)
+
+    def release(self) -> None:
+        """Release it and remove its file; harmless a second time."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            if self._path.is_file() and os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                self._path.unlink(missing_ok=True)
+        except OSError as error:  # the folder cannot be written any more; the lock ends all the same
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
+                raise
+        finally:
+            file.close()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: else the lock would last until the child ends too."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+if os.name != "nt":
+    os.register_at_fork(after_in_child=lambda: [lock._leave_to_parent() for lock in list(_held)])
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a writer holds the lock of a folder; None where that is unknown."""
+    if os.name == "nt":
+        return None
+    try:
+        with (folder / _LOCK).open("rb") as file:
+            return not _flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+
+
+def _open_lock(path: Path) -> IO[bytes] | None:
+    """The locked file of a lock; None while another holds it."""
+    file = path.open("ab")
+    try:
+        # The holder before may have removed the file after it was opened here.
+        if _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except FileNotFoundError:
+        pass
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return None
+
+
+def _flock(file: IO[bytes], how: int) -> bool:
+    """Lock an open file; False if another holds it. True too where the file system has no locks."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK):
+            raise
+    return True

@@ -12,6 +12,7 @@ Every file is written atomically. A cache whose writing was interrupted, or kill
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -19,7 +20,16 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from saewb._files import atomic_write, load_state, save_state, write_json
+from saewb._files import (
+    FolderLock,
+    absolute,
+    atomic_write,
+    is_temporary,
+    load_state,
+    remove_orphans,
+    save_state,
+    write_json,
+)
 from saewb.data.documents import EpochCursor
 from saewb.data.shuffle_buffer import FifoBuffer
 from saewb.data.sources import ModelSource
@@ -30,6 +40,7 @@ from saewb.models.tokenizer import special_ids
 
 _IDS = "token_ids"
 _INDEX, _PROGRESS = "index.json", "progress.safetensors"
+_SHARD = re.compile(r"shard_\d{5,}\.safetensors")
 _VERSION = 1
 """Version of the format."""
 
@@ -74,6 +85,7 @@ def cache_activations(
     Raises:
         ValueError: if a row is longer than `n_tokens`; if the tokens end before; if the folder holds another cache.
         FileExistsError: if the folder holds other files.
+        RuntimeError: if another thread or process writes a cache to the folder.
         OSError: if the disk is full; complete shards stay, and a later call continues from them.
 
     Example:
@@ -83,7 +95,7 @@ def cache_activations(
         ...     cache_activations(model, texts, "blocks.1.hook_resid_post", folder, 200, ctx_len=16)
         ActivationCache(200 tokens: blocks.1.hook_resid_post 128)
     """
-    folder, names = Path(folder).expanduser(), [points] if isinstance(points, str) else list(points)
+    folder, names = absolute(folder), [points] if isinstance(points, str) else list(points)
     rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat)
     _check_sizes(n_tokens, shard_tokens, rows.ctx_len)
     skipped = special_ids(model, skip_special_tokens)
@@ -97,8 +109,11 @@ def cache_activations(
         "positions": [positions.start, positions.stop, positions.step],
     }
     if not _is_complete(folder, request):
+        folder.mkdir(parents=True, exist_ok=True)
         source = ModelSource(model, rows, names, positions=positions, skipped=skipped, device="cpu", dtype=dtype)
-        _write(folder, source, request)
+        with FolderLock(folder, "a cache is being written"):
+            if not _is_complete(folder, request):  # another process may have finished it meanwhile
+                _write(folder, source, request)
     return ActivationCache(folder)
 
 
@@ -123,7 +138,7 @@ def _is_complete(folder: Path, request: dict[str, Any]) -> bool:
         written = load_state(folder / _PROGRESS)["asked"]
     else:
         others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        others = sorted(name for name in others if not name.startswith((".shard_", ".progress", "shard_")))
+        others = sorted(n for n in others if n[:1] != "." and not _SHARD.fullmatch(n) and not is_temporary(n))
         if others:
             what = f"{str(folder)!r} holds other things: {', '.join(others[:5])}."
             raise FileExistsError(explain(what, want="a new folder"))
@@ -156,7 +171,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 def _write(folder: Path, source: ModelSource, request: dict[str, Any]) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
+    remove_orphans(folder)
     n_tokens, size = request["n_tokens"], request["shard_tokens"]
     batches, n_shards = FifoBuffer(source, size), 0
     if (folder / _PROGRESS).is_file():
@@ -207,7 +222,7 @@ class ActivationCache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = absolute(folder)
         if not (self.folder / _INDEX).is_file():
             interrupted = (self.folder / _PROGRESS).is_file()
             what = (

@@ -18,6 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from saewb._files import absolute
 from saewb.errors import explain
 
 COLUMNS = ("input_ids", "tokens", "messages", "conversations", "conversation", "text", "content", "problem")
@@ -89,7 +90,7 @@ class TextFiles:
     """
 
     def __init__(self, paths: str | Path | Iterable[str | Path], separator: str | None = "\n\n") -> None:
-        self.paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        self.paths = [absolute(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         self.separator = separator
         for path in self.paths:
             if not path.is_file():
@@ -203,8 +204,8 @@ def _kind(document: Any) -> str | None:
         return "text"
     if isinstance(document, Tensor) or hasattr(document, "__array__"):
         return "ids" if document.ndim == 1 and "int" in str(document.dtype) else None
-    if not isinstance(document, Sequence):
-        return None
+    if not isinstance(document, Sequence) or isinstance(document, (bytes, bytearray, memoryview)):
+        return None  # bytes are a sequence of integers, but no token ids
     if len(document) == 0 or isinstance(document[0], int):
         return "ids"
     return "chat" if isinstance(document[0], Mapping) and "role" in document[0] else None

@@ -56,8 +56,6 @@ class ActivationStream:
             what = f"got buffer_tokens={buffer_tokens}, prefetch={prefetch}."
             raise ValueError(explain(what, want="0 or more tokens, 0 or more batches"))
         self.source, self.batch_tokens = source, batch_tokens
-        self.failed = False
-        """Whether the last batch or fill failed in the stream itself, rather than in the step that used it."""
         self._buffer = (
             ShuffleBuffer(source, batch_tokens, buffer_tokens, seed)
             if buffer_tokens
@@ -74,9 +72,7 @@ class ActivationStream:
         if self._ahead:
             self._last = self._ahead.popleft()
         else:
-            self.failed = True
             self._last = next(self._prefetcher or self._buffer)
-            self.failed = False
         return self._last
 
     def put_back(self) -> None:
@@ -92,10 +88,7 @@ class ActivationStream:
         """
         if not isinstance(self._buffer, ShuffleBuffer) or self._in_a_thread:
             return False
-        self.failed = True
-        more = self._buffer.fill()
-        self.failed = False
-        return more
+        return self._buffer.fill()
 
     @property
     def filling(self) -> tuple[int, int] | None:

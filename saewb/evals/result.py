@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb._display import Row, html_table, text_table
-from saewb._files import write_text
+from saewb._files import absolute, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,7 +159,7 @@ class EvaluationStore:
     """
 
     def __init__(self, folder: str | Path | None, options: dict[str, Any]) -> None:
-        self._folder, self._options = None if folder is None else Path(folder), options
+        self._folder, self._options = None if folder is None else absolute(folder), options
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -170,12 +170,13 @@ class EvaluationStore:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["of"] != self._key(sae):
             return None
-        return {name: math.nan if value is None else value for name, value in stored["figures"].items()}
+        numbers = {f.name for f in fields(Evaluation) if f.type == "float"}
+        return {name: _number(value) if name in numbers else value for name, value in stored["figures"].items()}
 
     def write(self, name: str, sae: Any, figures: dict[str, Any]) -> None:
         """Write the figures of an SAE under a name."""
         if self._folder is not None:
-            strict = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in figures.items()}
+            strict = {k: _strict(v) for k, v in figures.items()}
             stored = {"name": name, "of": self._key(sae), "figures": strict}
             write_text(self._path(name), json.dumps(stored, indent=1, allow_nan=False))
 
@@ -191,6 +192,18 @@ class EvaluationStore:
     def _key(self, sae: Any) -> str:
         identity = _fingerprint(sae) if isinstance(sae, nn.Module) else source_name(sae)
         return hashlib.sha256(json.dumps([identity, self._options], sort_keys=True).encode()).hexdigest()
+
+
+def _strict(value: Any) -> Any:
+    """A figure for JSON, which has no nan and no infinity: None, "inf" or "-inf"."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
+
+
+def _number(value: float | str | None) -> float:
+    """The inverse of `_strict`."""
+    return math.nan if value is None else float(value)
 
 
 def source_name(source: Any) -> str:

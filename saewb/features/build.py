@@ -11,6 +11,7 @@ import inspect
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -18,6 +19,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from saewb._files import absolute
 from saewb.data.tokens import token_rows
 from saewb.errors import explain
 from saewb.features import storage
@@ -118,9 +120,11 @@ def build_index(
         A FeatureIndex; a list of them for a list of SAEs.
 
     Raises:
+        RuntimeError: if another thread or process writes an index to `folder`.
         ValueError: if all tokens are special, if a number is out of range, or for an SAE that does not fit the model,
             as `saewb.attach`; if `folder` has another index, or `extend` is of another SAE or row length.
         TypeError: if `tokens` are not integers.
+        FloatingPointError: if the model's activations are not finite; what was read before is in `folder`.
 
     Example:
         >>> import saewb
@@ -143,9 +147,12 @@ def build_index(
     sites = [Site.of(model, s, hook) for s in saes]
     infos = [_index_info(model, site, sizes, seed, special, neuronpedia) for site in sites]
     folders = _folders(folder, len(saes), several)
-    builds = [_Build.start(*parts) for parts in zip(sites, infos, folders, strict=True)]
-    _run(model, builds, text, batch_size, progress, save_every_s)
-    indexes = [_finish(model, b, text, n_logits, n_nearest, loss_effect_tokens) for b in builds]
+    with ExitStack() as locks:
+        for one in filter(None, folders):
+            locks.enter_context(storage.lock_index(one))
+        builds = [_Build.start(*parts) for parts in zip(sites, infos, folders, strict=True)]
+        _run(model, builds, text, batch_size, progress, save_every_s)
+        indexes = [_finish(model, b, text, n_logits, n_nearest, loss_effect_tokens) for b in builds]
     return indexes if several else indexes[0]
 
 
@@ -243,7 +250,7 @@ def _index_info(
 def _folders(folder: str | Path | None, n: int, several: bool) -> list[Path | None]:
     if folder is None:
         return [None] * n
-    root = Path(folder).expanduser()
+    root = absolute(folder)
     return [root / str(i) for i in range(n)] if several else [root]
 
 
@@ -264,8 +271,13 @@ def _run(
         try:
             for begin in range(first - text.first_row, len(text), batch_size):
                 rows = text[begin : begin + batch_size].to(device)
-                with torch.no_grad(), eval_mode(model):
-                    activations = capture(model, rows.ids, hooks)
+                try:
+                    with torch.no_grad(), eval_mode(model):
+                        activations = capture(model, rows.ids, hooks)
+                    _check_finite(model, activations, rows)
+                except Exception:
+                    thread.submit(_checkpoint, builds, text).result()  # what was read before this batch is not lost
+                    raise
                 pending = thread.submit(_accumulate, builds, encoders, text, activations, rows)
                 pending.result()  # no overlap with the model: the threads would compete for the CPU
                 bar.update(len(rows))
@@ -276,6 +288,19 @@ def _run(
         except KeyboardInterrupt:
             if pending is not None:
                 pending.result()  # finish the batch; the index is incomplete
+
+
+def _check_finite(model: nn.Module, activations: dict[str, Tensor], rows: TokenRows) -> None:
+    """Raise if an activation at a counted token is not finite, as of a model that overflows in float16."""
+    for hook, values in activations.items():
+        bad = ~values.flatten(2).isfinite().all(-1) & rows.mask.to(values.device)
+        if bool(bad.any()):
+            row, position = bad.nonzero()[0].tolist()
+            where = f"row {rows.first_row + row}, position {position}"
+            what = f"activations at {hook!r} are not finite, first in {where} of the text."
+            want = f"finite activations; the model computes in {values.dtype}"
+            fix = "model = saewb.load_model(..., dtype=torch.float32)"
+            raise FloatingPointError(explain(what, want=want, fix=fix))
 
 
 def _check_beginning(build: _Build, text: TokenRows) -> None:
@@ -329,7 +354,7 @@ def _finish(
         effects = loss_effects(model, build.site.sae, index.info, index.tensors, text.row, loss_effect_tokens)
         index = replace(index, tensors={**index.tensors, "loss_effects": effects})
     if build.folder is not None:
-        index.save(build.folder)
+        storage.write_index(build.folder, index.info, dict(index.tensors), index.token_texts)
     return index
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from saewb._files import absolute
 from saewb.errors import explain
 from saewb.features import search, storage
 from saewb.features.accumulate import LatentAccumulator
@@ -155,7 +156,9 @@ class FeatureIndex:
         Raises:
             FileExistsError: if the folder holds other files.
         """
-        return storage.write_index(Path(path).expanduser(), self.info, dict(self.tensors), self.token_texts)
+        folder = absolute(path)
+        with storage.lock_index(folder, wait_s=10.0):
+            return storage.write_index(folder, self.info, dict(self.tensors), self.token_texts)
 
     def save_html(self, path: str | Path, latents: Sequence[int] | None = None, title: str | None = None) -> Path:
         """Write one HTML file of latents, which needs neither network nor kernel.
@@ -222,4 +225,4 @@ def load_index(path: str | Path) -> FeatureIndex:
         FileNotFoundError: no index at 'nowhere'.
           want: a folder with index.json, as index.save(folder) writes it
     """
-    return FeatureIndex(*storage.read_index(Path(path).expanduser()))
+    return FeatureIndex(*storage.read_index(absolute(path)))

@@ -1,33 +1,46 @@
 """Read and write an index on disk: `index.json`, and tensors in one safetensors file that it names.
 
 `index.json` is renamed into place last, so a folder always holds the old index or the new one, and tensors that an open
-index has mapped are never overwritten.
+index has mapped are never overwritten. Tensors that no `index.json` names, of a process that was killed in between, are
+removed by the next one that writes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from pathlib import Path
 
 from torch import Tensor
 
-from saewb._files import atomic_write, write_text
+from saewb._files import FolderLock, atomic_write, remove_orphans, write_text
 from saewb.errors import FormatError, explain
 from saewb.features.config import IndexInfo
 from saewb.features.token_texts import TokenTexts
 
 FILE = "index.json"
-_PREFIX = "tensors-"
+_TENSORS = re.compile(r"tensors-[0-9a-f]{12}\.safetensors")
+
+
+def lock_index(folder: Path, wait_s: float = 0.1) -> FolderLock:
+    """Lock the folder of an index, created if it does not exist, for one writer.
+
+    Raises:
+        FileExistsError: if it holds other things than an index.
+        RuntimeError: if another thread or process writes there.
+    """
+    _check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return FolderLock(folder, "an index is being written", wait_s=wait_s)
 
 
 def write_index(folder: Path, info: IndexInfo, tensors: dict[str, Tensor], texts: TokenTexts) -> Path:
-    """Write an index to `folder`, atomically."""
+    """Write an index to `folder`, atomically; the caller holds its lock."""
     from safetensors.torch import save_file
 
-    _check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{_PREFIX}{secrets.token_hex(6)}.safetensors"
+    remove_orphans(folder)
+    name = f"tensors-{secrets.token_hex(6)}.safetensors"
     try:
         # Contiguous copies: safetensors refuses tensors that share storage.
         distinct = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
@@ -35,10 +48,11 @@ def write_index(folder: Path, info: IndexInfo, tensors: dict[str, Tensor], texts
         values = info.to_json() | {"tensors": name, "words": _texts_to_json(texts)}
         write_text(folder / FILE, json.dumps(values, ensure_ascii=False))
     except BaseException:
-        (folder / name).unlink(missing_ok=True)
+        if _tensors_named(folder) != name:  # else an interrupt came after the rename: the new index is in place
+            (folder / name).unlink(missing_ok=True)
         raise
-    for old in folder.glob(f"{_PREFIX}*.safetensors"):
-        if old.name != name:
+    for old in folder.iterdir():
+        if old.name != name and _TENSORS.fullmatch(old.name):
             old.unlink(missing_ok=True)
     return folder
 
@@ -52,6 +66,22 @@ def read_index(folder: Path) -> tuple[IndexInfo, dict[str, Tensor], TokenTexts]:
     """
     from safetensors import SafetensorError, safe_open
 
+    while True:
+        info, name, texts = _read_description(folder)
+        try:
+            with safe_open(folder / name, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            break
+        except FileNotFoundError as error:
+            if _tensors_named(folder) == name:  # else a writer has replaced the index meanwhile: read it anew
+                raise FormatError(explain(f"{folder / FILE} names tensors {name!r}, which are not there.")) from error
+        except SafetensorError as error:
+            raise FormatError(explain(f"{folder / name} is no safetensors file: {error}.")) from error
+    _check_shapes(info, tensors, folder)
+    return info, tensors, texts
+
+
+def _read_description(folder: Path) -> tuple[IndexInfo, str, TokenTexts]:
     if not (folder / FILE).is_file():
         want = f"a folder with {FILE}, as index.save(folder) writes it"
         raise FileNotFoundError(explain(f"no index at {str(folder)!r}.", want=want))
@@ -60,16 +90,17 @@ def read_index(folder: Path) -> tuple[IndexInfo, dict[str, Tensor], TokenTexts]:
         name, texts = values.pop("tensors"), _texts_from_json(values.pop("words"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(explain(f"{folder / FILE} is no index of saewb: {error!r}.")) from error
-    info = IndexInfo.from_json(values)
-    if Path(name).name != name or not (folder / name).is_file():
-        raise FormatError(explain(f"{folder / FILE} names tensors {name!r}, which are not there."))
+    if Path(name).name != name:
+        raise FormatError(explain(f"{folder / FILE} names tensors {name!r}.", want="a file in the same folder"))
+    return IndexInfo.from_json(values), name, texts
+
+
+def _tensors_named(folder: Path) -> str | None:
+    """Name of the tensors of the index in a folder; None if there is no index."""
     try:
-        with safe_open(folder / name, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise FormatError(explain(f"{folder / name} is no safetensors file: {error}.")) from error
-    _check_shapes(info, tensors, folder)
-    return info, tensors, texts
+        return json.loads((folder / FILE).read_text(encoding="utf-8")).get("tensors")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
 
 
 def _check_shapes(info: IndexInfo, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -84,9 +115,11 @@ def _check_shapes(info: IndexInfo, tensors: dict[str, Tensor], folder: Path) -> 
 def _check_writable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(explain(f"{str(folder)!r} is a file.", want="a folder, new or of an index"))
-    if folder.is_dir() and not (folder / FILE).exists() and any(p.name[:1] != "." for p in folder.iterdir()):
-        inside = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
-        raise FileExistsError(explain(f"{str(folder)!r} holds other things: {inside}.", want="a new folder"))
+    if folder.is_dir() and not (folder / FILE).exists():
+        names = sorted(p.name for p in folder.iterdir() if p.name[:1] != "." and not _TENSORS.fullmatch(p.name))
+        if names:
+            what = f"{str(folder)!r} holds other things: {', '.join(names[:5])}."
+            raise FileExistsError(explain(what, want="a new folder"))
 
 
 def _texts_to_json(texts: TokenTexts) -> dict:

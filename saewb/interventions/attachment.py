@@ -17,7 +17,7 @@ from saewb.interventions.base import ActiveIntervention, active_interventions, c
 from saewb.interventions.cross_layer import TranscoderLayer, transcoder_layers
 from saewb.interventions.site import Site, check_is_sae, check_reconstructs
 from saewb.interventions.splice import Splice
-from saewb.models import forward
+from saewb.models import forward, hook_points
 from saewb.models.tokenizer import special_ids
 from saewb.sae.cross_layer import CrossLayerTranscoder
 
@@ -101,6 +101,8 @@ def attachments(model: nn.Module) -> list[Attachment]:
 def detach_all(model: nn.Module) -> None:
     """Detach all attachments and steering from this model, newest first, also those whose variable is lost.
 
+    Hooks that saewb was adding or removing when an interrupt (Ctrl-C, the notebook's stop button) came are removed too.
+
     Args:
         model: any; one with nothing attached stays as it is.
 
@@ -112,8 +114,11 @@ def detach_all(model: nn.Module) -> None:
         >>> saewb.attachments(model)
         []
     """
-    for active in reversed(active_interventions(model)):
-        active.detach()
+    with hook_points.lock(model):
+        for active in reversed(active_interventions(model)):
+            active.detach()
+        if hasattr(model, "hook_dict"):
+            hook_points.remove_all(model)
 
 
 class Attachment(ActiveIntervention):
@@ -175,8 +180,9 @@ class Attachment(ActiveIntervention):
             splice.install()
 
     def _remove(self) -> None:
-        while self._installed:
-            self._installed.pop().uninstall()
+        for splice in reversed(self._installed):
+            splice.uninstall()
+        self._installed.clear()
 
     def _before_forward(self, tokens: Tensor | None) -> None:
         self._pending = (tokens,)

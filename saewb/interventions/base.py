@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import ClassVar, TypeVar
 
 from jaxtyping import Bool
@@ -18,6 +18,9 @@ from saewb.errors import explain
 from saewb.models import forward, hook_points
 from saewb.models.tokenizer import special_mask
 from saewb.sae.base import SparseCoder
+
+_TO_ENTER_S = 0.5
+"""Seconds after `attach` or `steer` in which a `with` block begins, if it is going to."""
 
 _active: weakref.WeakKeyDictionary[nn.Module, list[ActiveIntervention]] = weakref.WeakKeyDictionary()
 
@@ -41,49 +44,70 @@ class ActiveIntervention(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._lock = weakref.ref(model), hook_points.lock(model)
-        self._stop_watching: Callable[[], None] | None = None
+        self._watcher: forward.PassWatcher | None = None
+        self._attached = False
 
     @property
     def is_attached(self) -> bool:
         """False once detached."""
-        return self._stop_watching is not None
+        return self._attached
 
     def detach(self) -> None:
-        """Remove its hooks; the model, and every other hook on it, is as before. Harmless in any order, and twice."""
+        """Remove its hooks; the model, and every other hook on it, is as before. Harmless in any order, and twice.
+
+        Interrupted half way, it is still attached, and called again removes the rest.
+        """
         with self._lock:
-            if not self.is_attached:
-                return
-            self._stop_watching()
-            self._stop_watching = None
-            self._remove()
-            if (model := self._model()) is not None:
-                _active[model].remove(self)
+            if self._attached:
+                self._take_off()
+        self._lock.drop(self)
+
+    def _take_off(self) -> None:
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._remove()
+        if (model := self._model()) is not None:
+            _active[model] = [active for active in _active.get(model, ()) if active is not self]
+        self._watcher = None  # it refers to this object: break the cycle
+        self._attached = False
 
     def __enter__(self: Self) -> Self:
         if not self.is_attached:
             raise ValueError(explain(f"{self!r} is over.", fix=self._how_to_repeat))
-        self._lock.acquire()
+        self._lock.enter(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
         try:
             self.detach()
-        finally:
-            self._lock.release()
+        except KeyboardInterrupt:
+            self.detach()
+            raise
 
     def _activate(self) -> None:
-        """Install all hooks, or none."""
+        """Install all hooks, or none.
+
+        For a moment more the model's lock stays with this thread: `with saewb.attach(...)` enters its block after the
+        call, and no other thread is to come in between.
+        """
         model = self._model()
         with self._lock:
             try:
+                self._attached = True
+                _active[model] = [
+                    *_active.get(model, ()),
+                    self,
+                ]  # before there is a hook, so that `detach_all` finds it
                 self._install()
-                self._stop_watching = forward.watch(
+                self._watcher = forward.PassWatcher(
                     model, self._before_forward, self._at_first_block, self._after_forward
                 )
+                self._watcher.start()
+                self._lock.reserve(self, _TO_ENTER_S)
             except BaseException:
-                self._remove()
+                self._take_off()
+                self._lock.drop(self)
                 raise
-            _active.setdefault(model, []).append(self)
 
     @abstractmethod
     def _install(self) -> None:

@@ -76,6 +76,8 @@ class Splice:
         self._edited = False  # whether a hook may have changed something inside in this pass
         self._is_layer = isinstance(site.sae, TranscoderLayer)  # later layers of the same transcoder need its latents
         self._hooks: list[hook_points.Hook] = []
+        self._published: InnerPoints | None = None
+        self._inner: dict[str, nn.Module] = {}
         self._stack = _stacks.get(self.write.module) or _stacks.setdefault(self.write.module, _SpliceStack())
 
     # -- on and off --------------------------------------------------------------------------------------------------
@@ -88,31 +90,36 @@ class Splice:
             points = hook_points.inner_points(model, self.write, _INNER_KEYS)
         self._published, self._inner = points, points.by_key
         if not self.site.is_one_point:
-            self._hooks.append(self.read.add(self._on_read))
-        self._hooks.append(self.write.add(self._on_write))
+            self._hooks.append(hook_points.Hook(self.read, self._on_read))
+        self._hooks.append(hook_points.Hook(self.write, self._on_write))
         if (overridden := self._stack.active) is not None:
             hook_points.unpublish(model, self.write, overridden._published)
         self._stack.splices.append(weakref.ref(self))
-        hook_points.publish(model, self.write, self._published)
+        hook_points.publish(model, self.write, points)
+        for hook in self._hooks:
+            hook.install()
 
     def uninstall(self) -> None:
-        """Remove the hooks; a splice that this one overrode is active again."""
-        model, splices = self._model(), self._stack.splices
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Remove the hooks; a splice that this one overrode is active again. Harmless a second time."""
+        model, splices, points = self._model(), self._stack.splices, self._published
+        for hook in reversed(self._hooks):
+            hook.remove()
+        self._hooks.clear()
         self.on_fire, self.special_mask = _no_op, None  # they refer to the attachment: break the cycle
-        was_active = self.is_active
         splices[:] = [ref for ref in splices if ref() not in (None, self)]
-        if model is not None and was_active:
-            hook_points.unpublish(model, self.write, self._published)
-            if (overridden := self._stack.active) is not None:
-                hook_points.publish(model, self.write, overridden._published)
+        if points is None:
+            return
+        if model is not None:
+            hook_points.unpublish(model, self.write, points)
+            if (active := self._stack.active) is not None:
+                hook_points.publish(model, self.write, active._published)
         hooked = [point for point in self._inner.values() if _has_hooks(point)]
         for point in hooked:
             point.remove_hooks(dir="both", including_permanent=True)
-        if not any(_has_hooks(point) for point in hooked):  # a torch hook stays: that point is not used again
-            self._stack.spare_points.append(self._published)
         self.clear()
+        self._published = None
+        if not any(_has_hooks(point) for point in hooked):
+            self._stack.spare_points.append(points)  # else a torch hook stays: that point is not used again
 
     @property
     def is_active(self) -> bool:
@@ -130,7 +137,7 @@ class Splice:
         """Put hooks back that `reset_hooks(including_permanent=True)` removed."""
         for hook in self._hooks:
             if not hook.is_on:
-                hook.restore()
+                hook.install()
 
     def clear(self) -> None:
         """Clear the state of the last forward pass."""

@@ -174,11 +174,14 @@ class Steering(ActiveIntervention):
 
     def _install(self) -> None:
         for change in self._changes:
-            self._hooks += change.install(self._mask)
+            self._hooks += change.hooks(self._mask)
+        for hook in self._hooks:
+            hook.install()
 
     def _remove(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        for hook in reversed(self._hooks):
+            hook.remove()
+        self._hooks.clear()
         for change in self._changes:
             change.mask = None  # it refers to this object: break the cycle
 
@@ -187,7 +190,7 @@ class Steering(ActiveIntervention):
         first_layer = forward.first_layer(self._model())
         for hook in self._hooks:
             if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
-                hook.restore()
+                hook.install()
         for change in self._changes:
             change.before_forward(first_layer)
 
@@ -239,11 +242,12 @@ class LatentChange:
         """Whether the change depends on what the SAE reads."""
         return self.how != "add" or self.sae.cfg.normalization != "none"
 
-    def install(self, mask: Callable[[Tensor], Tensor | None]) -> list[hook_points.Hook]:
-        """Add the hooks, and return them for removal."""
-        self.mask = mask
-        reading = [self.site.read.add(self._on_read)] if self.needs_input and not self.site.is_one_point else []
-        return [*reading, self.site.write.add(self._on_write)]
+    def hooks(self, mask: Callable[[Tensor], Tensor | None]) -> list[hook_points.Hook]:
+        """Its hooks, not installed yet."""
+        self.mask, writing = mask, hook_points.Hook(self.site.write, self._on_write)
+        if not self.needs_input or self.site.is_one_point:
+            return [writing]
+        return [hook_points.Hook(self.site.read, self._on_read), writing]
 
     def before_forward(self, first_layer: int) -> None:
         """Forget the last pass."""

@@ -30,6 +30,7 @@ batch for which 8 or 16 bits are too coarse costs time, not latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -354,6 +355,8 @@ def top_of_batch(x: Float[Tensor, "batch d_in"], readout: Readout, n: int, limit
         if listed is None:
             return None
         pairs, off = listed
+        if not math.isfinite(off):
+            return None
         scores = readout.score(pairs.pre, pairs.latents)
         best, least = _best(scores, n)
         if least >= _reach(threshold, off):  # upper bound of the scores of unlisted pairs
@@ -365,7 +368,7 @@ def top_of_batch(x: Float[Tensor, "batch d_in"], readout: Readout, n: int, limit
 
 
 def above_zero(x: Float[Tensor, "batch d_in"], readout: Readout, limit: int) -> Pairs | None:
-    """All pairs with a pre-activation > 0; None if more than `limit`. Thresholds belong into the bias.
+    """All pairs with a pre-activation > 0; None if more than `limit`, or not finite. Thresholds belong into the bias.
 
     Args:
         x: centered inputs.
@@ -380,6 +383,8 @@ def above_zero(x: Float[Tensor, "batch d_in"], readout: Readout, limit: int) -> 
         if listed is None:
             return None
         pairs, off = listed
+        if not math.isfinite(off):  # nothing bounds what was not listed, and no slack ever will
+            return None
         if off <= slack:  # unlisted pre-activations are at most off - slack
             pairs = pairs if readout.precision == "full" else pairs.where(pairs.pre > 0)
             return pairs if len(pairs) <= limit else None

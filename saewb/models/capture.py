@@ -144,10 +144,17 @@ def stop_layer(model: nn.Module, points: Iterable[str]) -> int | None:
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Put modules into eval mode (no dropout); every submodule returns to its previous mode afterwards."""
     training = [part for module in modules for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
     try:
+        _set_training(training, False)
         yield
     finally:
-        for part in training:
-            part.training = True
+        try:
+            _set_training(training, True)
+        except BaseException:  # an interrupt on the way
+            _set_training(training, True)
+            raise
+
+
+def _set_training(parts: Iterable[nn.Module], training: bool) -> None:
+    for part in parts:
+        part.training = training

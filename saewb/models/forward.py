@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,55 +57,69 @@ class KVCachedText:
         return self._model(tokens, past_kv_cache=self._kv_cache, attention_mask=torch.ones_like(tokens))
 
 
-def watch(
-    model: nn.Module,
-    before_forward: Callable[[Tensor | None], None],
-    at_first_block: Callable[[int], None],
-    after_forward: Callable[[], None],
-) -> Callable[[], None]:
-    """Register callbacks before, in and after each forward pass.
+class PassWatcher:
+    """Callbacks before, in and after each forward pass, from `start` until `stop`."""
 
-    Args:
-        model: any kind. `model.forward` itself is not watched: run_with_cache and run_with_hooks call it past the hooks
-            of the module.
-        before_forward: gets the token ids `[batch, pos]` of the pass to come, or None if the model was given
-            embeddings. For a HookedTransformer it is called when it embeds, also outside of a pass, and not for a pass
-            that starts at a later layer.
-        at_first_block: gets the KV-cache offset, how many earlier tokens are in the cache, when the first block is
-            reached; the embedding points of a HookedTransformer have fired by then.
-        after_forward: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
+    def __init__(
+        self,
+        model: nn.Module,
+        before_forward: Callable[[Tensor | None], None],
+        at_first_block: Callable[[int], None],
+        after_forward: Callable[[], None],
+    ) -> None:
+        """Prepare.
 
-    Returns:
-        A function that removes the callbacks.
-    """
+        Args:
+            model: any kind. `model.forward` itself is not watched: run_with_cache and run_with_hooks call it past the
+                hooks of the module.
+            before_forward: gets the token ids `[batch, pos]` of the pass to come, or None if the model was given
+                embeddings. For a HookedTransformer it is called when it embeds, also outside of a pass, and not for a
+                pass that starts at a later layer.
+            at_first_block: gets the KV-cache offset, how many earlier tokens are in the cache, when the first block is
+                reached; the embedding points of a HookedTransformer have fired by then.
+            after_forward: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
+        """
 
-    @hook_points.mark_as_saewb_hook
-    def on_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        ids = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
-        before_forward(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
+        @hook_points.mark_as_saewb_hook
+        def on_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            ids = kwargs.get("input_ids", kwargs.get("input", args[0] if args else None))
+            before_forward(ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None)
 
-    @hook_points.mark_as_saewb_hook
-    def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        at_first_block(kv_cache_offset(kwargs))
+        @hook_points.mark_as_saewb_hook
+        def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            at_first_block(kv_cache_offset(kwargs))
 
-    @hook_points.mark_as_saewb_hook
-    def on_end(module: nn.Module, args: tuple, output: object) -> None:
-        after_forward()
+        @hook_points.mark_as_saewb_hook
+        def on_end(module: nn.Module, args: tuple, output: object) -> None:
+            after_forward()
 
-    if hook_points.is_bridge(model):
-        first = second = last = model.original_model
-    else:
-        first, last = getattr(model, "embed", None), getattr(model, "unembed", None)
-        second = model.blocks[0] if len(getattr(model, "blocks", ())) else None
-    handles = [] if first is None else [first.register_forward_pre_hook(on_tokens, with_kwargs=True)]
-    handles += [] if second is None else [second.register_forward_pre_hook(on_begin, with_kwargs=True)]
-    handles += [] if last is None else [last.register_forward_hook(on_end)]
+        self._functions = (on_tokens, on_begin, on_end)
+        self._model = weakref.ref(model)
 
-    def stop() -> None:
-        for handle in handles:
-            handle.remove()
+    def _modules(self) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None]:
+        """Where the pass begins, reaches the first block, and ends."""
+        model = self._model()
+        if model is None:
+            return None, None, None
+        if hook_points.is_bridge(model):
+            return (model.original_model,) * 3
+        first_block = model.blocks[0] if len(getattr(model, "blocks", ())) else None
+        return getattr(model, "embed", None), first_block, getattr(model, "unembed", None)
 
-    return stop
+    def start(self) -> None:
+        """Add the callbacks."""
+        (first, second, last), (on_tokens, on_begin, on_end) = self._modules(), self._functions
+        if first is not None:
+            first.register_forward_pre_hook(on_tokens, with_kwargs=True)
+        if second is not None:
+            second.register_forward_pre_hook(on_begin, with_kwargs=True)
+        if last is not None:
+            last.register_forward_hook(on_end)
+
+    def stop(self) -> None:
+        """Remove the callbacks; harmless a second time."""
+        for module in {module for module in self._modules() if module is not None}:
+            hook_points.remove_from(module, lambda function: function in self._functions)
 
 
 def first_layer(model: nn.Module) -> int:

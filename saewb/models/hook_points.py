@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import FrameType
 
 from torch import Tensor, nn
 
 from saewb.errors import explain, near
+from saewb.models.model_lock import ModelLock, calling_function, running_functions
 
 Edit = Callable[[Tensor], "Tensor | None"]
 """Function of an activation; a tensor that it returns replaces the activation."""
@@ -29,10 +31,11 @@ Edit = Callable[[Tensor], "Tensor | None"]
 INNER = ".hook_sae_"
 """Part of the name of every point that an attachment adds."""
 _SAEWB_HOOK = "_saewb_hook"
-"""Attribute of the functions that saewb registers as torch hooks."""
+"""Attribute of the functions that saewb registers as hooks: whether `remove_all` removes them."""
 
 _tables: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = weakref.WeakKeyDictionary()
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[nn.Module, ModelLock] = weakref.WeakKeyDictionary()
+_blocks: weakref.WeakKeyDictionary[nn.Module, list[_Block]] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 
 
@@ -64,7 +67,9 @@ class HookPoint:
 
     def add(self, edit: Edit) -> Hook:
         """Apply `edit` to the activation whenever it is computed, after the hooks already on the point."""
-        return Hook(self, edit)
+        hook = Hook(self, edit, passing=False)
+        hook.install()
+        return hook
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,49 +86,83 @@ class InnerPoints:
 
 
 class Hook:
-    """An `Edit` on a `HookPoint`, until `remove`. Survives `model.reset_hooks()`."""
+    """An `Edit` on a `HookPoint`, from `install` until `remove`. Survives `model.reset_hooks()`.
 
-    def __init__(self, point: HookPoint, edit: Edit) -> None:
-        self._point, self._edit = point, edit
-        self.restore()
+    It is recorded nowhere: whoever makes one keeps it before it is installed, so that an interrupt at any moment leaves
+    a hook that is known, and `remove`, which looks at the point itself, removes whatever part of it is there.
+    """
 
-    def restore(self) -> None:
+    def __init__(self, point: HookPoint, edit: Edit, *, passing: bool = True) -> None:
+        """Prepare.
+
+        Args:
+            point: where.
+            edit: function of the activation.
+            passing: whether it belongs to an attachment or a block, so that `remove_all` removes it.
+        """
+        self._point = point
+        if point.is_module_input:
+
+            def function(module: nn.Module, args: tuple) -> tuple | None:
+                edited = edit(args[0])
+                return None if edited is None else (edited, *args[1:])
+        else:
+
+            def function(activation: Tensor, hook: nn.Module) -> Tensor | None:
+                return edit(activation)
+
+        self._function = mark_as_saewb_hook(function, passing=passing)
+
+    def install(self) -> None:
         """Add the hook (again) after all others on the point."""
         if self._point.is_module_input:
-            on_input = mark_as_saewb_hook(lambda module, args: self._on_input(args))
-            self._handle = self._point.module.register_forward_pre_hook(on_input)
-            return
-        self._point.module.add_hook(lambda activation, hook: self._edit(activation), is_permanent=True)
-        self._handle = self._point.module.fwd_hooks[-1]  # transformer-lens 3.x returns nothing
-
-    def _on_input(self, args: tuple) -> tuple | None:
-        edited = self._edit(args[0])
-        return None if edited is None else (edited, *args[1:])
+            self._point.module.register_forward_pre_hook(self._function)
+        else:
+            self._point.module.add_hook(self._function, is_permanent=True)
 
     @property
     def is_on(self) -> bool:
         """Whether the hook is on the point: not after `remove` or `model.reset_hooks(including_permanent=True)`."""
-        if self._point.is_module_input:
-            return self._handle is not None and self._handle.id in self._point.module._forward_pre_hooks
-        return any(handle is self._handle for handle in self._point.module.fwd_hooks)
+        module = self._point.module
+        hooks = module._forward_pre_hooks if self._point.is_module_input else module._forward_hooks
+        return any(_marked(hook) is self._function for hook in list(hooks.values()))
 
     def remove(self) -> None:
         """Remove this hook and no other; harmless if it was removed already."""
-        removed, self._handle = self._handle, None  # the handle refers to this object: break the cycle
-        if removed is None:
-            return
-        if self._point.is_module_input:
-            removed.remove()
-            return
-        removed.hook.remove()
-        handles = self._point.module.fwd_hooks
-        handles[:] = [handle for handle in handles if handle is not removed]
+        remove_from(self._point.module, lambda function: function is self._function)
 
 
-def lock(model: nn.Module) -> threading.RLock:
+def remove_from(module: nn.Module, is_meant: Callable[[Callable], bool]) -> None:
+    """Remove hooks of saewb from a module: those whose marked function is meant."""
+    removed = False
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, function in list(hooks.items()):
+            if (marked := _marked(function)) is not None and is_meant(marked):
+                hooks.pop(key, None)  # torch's call options for it stay behind and have no effect
+                removed = True
+    handles = getattr(module, "fwd_hooks", None)
+    if handles and (removed or any(handle.hook.id not in module._forward_hooks for handle in handles)):
+        handles[:] = [handle for handle in handles if handle.hook.id in module._forward_hooks]
+
+
+def remove_all(model: nn.Module) -> None:
+    """Remove every hook of attachments and blocks, also those of which an interrupt left no record.
+
+    Blocks that are going on, of this thread, keep theirs.
+    """
+    running = running_functions(threading.get_ident()) or set()
+    blocks = [block for block in _blocks.get(model, ()) if block.function in running]
+    going_on = {hook._function for block in blocks for hook in block.hooks}
+    modules = {*model.modules(), *(model.original_model.modules() if is_bridge(model) else ())}
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks:
+            remove_from(module, lambda function: getattr(function, _SAEWB_HOOK) and function not in going_on)
+
+
+def lock(model: nn.Module) -> ModelLock:
     """Re-entrant lock of the model: hold it to add hooks, run the model and remove them."""
     with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
+        return _locks.setdefault(model, ModelLock())
 
 
 def resolve(model: nn.Module, name: str) -> HookPoint:
@@ -217,14 +256,35 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
         ValueError: for a name that does not exist or cannot fire.
     """
     with lock(model):
-        added: list[Hook] = []
+        block = _Block([Hook(resolve(model, name), edit) for name, edit in edits.items()], calling_function())
         try:
-            for name, edit in edits.items():
-                added.append(resolve(model, name).add(edit))
+            block.begin(model)
             yield
         finally:
-            for hook in reversed(added):
-                hook.remove()
+            try:
+                block.end(model)
+            except BaseException:  # an interrupt on the way
+                block.end(model)
+                raise
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """The hooks of one `editing`."""
+
+    hooks: list[Hook]
+    function: FrameType | None
+    """Function in which the block is."""
+
+    def begin(self, model: nn.Module) -> None:
+        _blocks[model] = [*_blocks.get(model, ()), self]
+        for hook in self.hooks:
+            hook.install()
+
+    def end(self, model: nn.Module) -> None:
+        for hook in reversed(self.hooks):
+            hook.remove()
+        _blocks[model] = [block for block in _blocks.get(model, ()) if block is not self]
 
 
 def has_no_hooks(model: nn.Module) -> bool:
@@ -232,10 +292,24 @@ def has_no_hooks(model: nn.Module) -> bool:
     return not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-def mark_as_saewb_hook(function: Callable) -> Callable:
-    """Mark a function as a torch hook of saewb, so that `shared_copy` leaves it out."""
-    setattr(function, _SAEWB_HOOK, True)
+def mark_as_saewb_hook(function: Callable, *, passing: bool = True) -> Callable:
+    """Mark a function as a hook of saewb: `shared_copy` leaves it out, `remove_all` removes it if it is `passing`."""
+    setattr(function, _SAEWB_HOOK, passing)
     return function
+
+
+def _marked(function: Callable) -> Callable | None:
+    """The marked function that a torch hook is, or calls (transformer-lens wraps it); None if there is none."""
+    if hasattr(function, _SAEWB_HOOK):
+        return function
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+        if hasattr(content, _SAEWB_HOOK) and callable(content):
+            return content
+    return None
 
 
 def is_bridge(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from saewb._files import absolute, finish_replacing
 from saewb.errors import explain, near
 from saewb.pretrained import catalogue
 from saewb.pretrained.formats import Provenance, is_readable
@@ -122,6 +123,12 @@ def _local(source: str | Path, id: str | None) -> Path | None:
         want = "a name, a folder, or a repository on the hub"
         raise TypeError(explain(what, want=want, fix="saewb.load_sae('tiny')"))
     root = Path(source).expanduser()
+    sae = absolute(root / (id or ""))
+    for anchor in (
+        sae,
+        sae.parent.parent / "checkpoint.pt",
+    ):  # a kill while it, or it and its run's checkpoint, changed
+        finish_replacing(anchor)
     if root.is_file() and id is None:
         return root
     if root.is_dir():

@@ -194,7 +194,10 @@ class RunConfig:
     """Checkpoints and logging of a run."""
 
     checkpoint_every_tokens: PositiveInt | None = None
-    """Tokens between checkpoints; None writes one at the end only."""
+    """Tokens between checkpoints; None writes them by the clock, see `checkpoint_every_s`."""
+    checkpoint_every_s: PositiveFloat | None = 600.0
+    """Seconds between checkpoints, if `checkpoint_every_tokens` is None; at least 20 times as long as one takes to be
+    written. None for both writes one at the end only."""
     keep_saes: bool = False
     """Whether the SAEs of every checkpoint are kept, not only those of the last."""
     log_every_steps: PositiveInt = 10

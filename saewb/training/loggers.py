@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
+from saewb._files import absolute
+
 
 @dataclass(frozen=True)
 class Event:
@@ -137,7 +139,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder, self._writer = folder, None
+        self._folder, self._writer = absolute(folder), None
 
     def __call__(self, event: Event) -> None:
         """Log an event."""

@@ -116,6 +116,8 @@ class Training:
         self._iterator: Iterator[Batch] | None = None  # of the stream, one for the whole training
         self._pending: deque[Batch] = deque()  # read for estimates, to be trained on next
         self._stream_state: dict[str, Any] = {}  # before the first batch that was pending
+        self.mid_step = False
+        """Whether a batch was taken from the stream that has not been trained on to the end of its step."""
         self._n_taken = 0  # pending batches trained on since then
         self._n_skip = self._skipped = 0  # batches to skip after a restore; those skipped so far
         self._normalizers: dict[str, ActivationNormalizer] = {}
@@ -133,10 +135,13 @@ class Training:
             yield self._step(batch)
 
     def _next(self) -> Batch | None:
-        if not self._pending:
-            return next(self._iterator, None)
-        self._n_taken += 1
-        return self._pending.popleft()
+        if self._pending:
+            self._n_taken += 1
+            batch = self._pending.popleft()
+        else:
+            batch = next(self._iterator, None)
+        self.mid_step = batch is not None
+        return batch
 
     def _step(self, batch: Batch) -> TrainStep:
         values = self._check_batch(batch)
@@ -147,6 +152,7 @@ class Training:
             metrics[name] = trainer.step(inputs[read], inputs[write], self.n_tokens)
         before, self.n_tokens = self.n_tokens, self.n_tokens + self.config.batch_tokens
         self.n_steps += 1
+        self.mid_step = False
         self._probe = {point: values[point][:PROBE_ROWS].clone() for point in self._normalizers}
         every = self.config.eval_every_tokens
         is_due = every is not None and before // every != self.n_tokens // every
@@ -165,20 +171,26 @@ class Training:
         Copies: training goes on undisturbed.
 
         Raises:
+            FloatingPointError: if weights of one are not finite; `export(name)` has the others.
             RuntimeError: if an SAE's output is not that of the training to 1e-5 of a row's length.
         """
         if not self._trainers:
             self.begin()
-        saes = {}
-        for name, trainer in self._trainers.items():
-            metadata = {
-                "objective": self._trainees[name].objective_fields(),
-                "n_training_tokens": self.n_tokens,
-                "normalization": self.config.normalization,
-                "trained_with": "saewb",
-            }
-            saes[name] = trainer.export(self._probe[self._points(name)[0]], metadata)
-        return saes
+        return {name: self.export(name) for name in self._trainers}
+
+    def export(self, name: str) -> AnySAE:
+        """One of the SAEs so far, see `saes`."""
+        trainer = self._trainers[name]
+        if not all(bool(p.isfinite().all()) for p in trainer.params.parameters()):
+            fix = f"lr={(self._trainees[name].lr or self.config.lr) / 10:g}"
+            raise FloatingPointError(explain(f"{name!r} diverged: its weights are not finite.", fix=fix))
+        metadata = {
+            "objective": self._trainees[name].objective_fields(),
+            "n_training_tokens": self.n_tokens,
+            "normalization": self.config.normalization,
+            "trained_with": "saewb",
+        }
+        return trainer.export(self._probe[self._points(name)[0]], metadata)
 
     def state(self) -> dict[str, Any]:
         """State from which training resumes: a dict of plain values and of tensors copied to the host.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saewb._files import absolute, finish_replacing
 from saewb.errors import FormatError, explain
 from saewb.training.config import RunSpec
 from saewb.training.run_display import RunRecord
@@ -83,7 +84,9 @@ def read_run(folder: str | Path) -> PastRun:
         FileNotFoundError: no run in 'nowhere'.
           want: a folder with run.json
     """
-    return _read(Path(folder).expanduser())
+    path = absolute(folder)
+    finish_replacing(path / CHECKPOINT)
+    return _read(path)
 
 
 def _read(path: Path, before: PastRun | None = None) -> PastRun:

@@ -88,6 +88,7 @@ class Run(RunRecord):
         self._run_up = self._reading()
         self._seconds = seconds  # spent training, without pauses, over all sessions
         self._pace = Pace()
+        self._checkpoint_after = time.monotonic() + self._checkpoint_every_s  # of those that are due by the clock
         self._thread = threading.Thread(target=self._work, name="saewb-train", daemon=True)
         atexit.unregister(_stop_all)
         atexit.register(_stop_all)
@@ -177,6 +178,8 @@ class Run(RunRecord):
     def saes(self) -> dict[str, Any]:
         """The current SAEs by name: copies in the model's units, checked against the outputs in training.
 
+        Of a run that failed because one of several diverged, the others.
+
         Raises a RuntimeError if the run stopped before its first step.
         """
         if self._saes is not None:
@@ -249,7 +252,13 @@ class Run(RunRecord):
                 self._log_and_checkpoint(step)
         except BaseException as caught:  # a dead thread must not look like a running one
             error = out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
-        self._end(error)
+        try:
+            self._end(error)
+        except BaseException as caught:  # nobody waits for ever, whatever fails here
+            self.error, self._final = self.error or error or caught, "failed"
+        finally:
+            _live.discard(self)
+            self._ended.set()
 
     @contextmanager
     def _step_turn(self) -> Iterator[None]:
@@ -288,19 +297,47 @@ class Run(RunRecord):
         measured = any(metrics.held_out is not None for metrics in step.saes.values())
         if step.step == 1 or last or measured or step.step % self.spec.run.log_every_steps == 0:
             self._log.add_step(step, self._seconds, self._config.lr)
+        if self._folder is None or last or not self._is_checkpoint_due(step.n_tokens):
+            return
+        with self._lock:
+            began = time.monotonic()
+            try:
+                self._write_checkpoint()
+            except OSError as error:  # e.g. a full disk: the last checkpoint is intact, so training goes on
+                self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
+            self._checkpoint_after = time.monotonic() + max(self._checkpoint_every_s, 20 * (time.monotonic() - began))
+
+    @property
+    def _checkpoint_every_s(self) -> float:
+        return math.inf if self.spec.run.checkpoint_every_s is None else self.spec.run.checkpoint_every_s
+
+    def _is_checkpoint_due(self, n_tokens: int) -> bool:
         every = self.spec.run.checkpoint_every_tokens
-        due = every is not None and step.n_tokens // every > (step.n_tokens - self._config.batch_tokens) // every
-        if due and not last and self._parallel.is_main:
-            with self._lock:
-                try:
-                    self._write_checkpoint()
-                except OSError as error:  # e.g. a full disk: the last checkpoint is intact, so training goes on
-                    self.notes.append(f"no checkpoint at {step.n_tokens:,} tokens: {type(error).__name__}: {error}")
+        if every is None:
+            return time.monotonic() >= self._checkpoint_after
+        return n_tokens // every > (n_tokens - self._config.batch_tokens) // every
 
     def _export(self) -> dict[str, Any]:
         if self._training is None:
             raise RuntimeError(explain(f"{self!r} has no SAE.", want="a run that came to its first step"))
         return {name: _with_model(sae, self.spec.model) for name, sae in self._training.saes.items()}
+
+    def _export_finite(self) -> dict[str, Any]:
+        """Export the SAEs that have not diverged; the notes name the others.
+
+        Raises:
+            FloatingPointError: if all have.
+        """
+        saes, failure = {}, None
+        for name in self.names:
+            try:
+                saes[name] = _with_model(self._training.export(name), self.spec.model)
+            except (FloatingPointError, RuntimeError, ValueError) as error:
+                failure = error
+                self.notes.append(f"no SAE {name!r}: {str(error).splitlines()[0]}")
+        if failure is not None and not saes:
+            raise failure
+        return saes
 
     def _write_checkpoint(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write a checkpoint; SAEs are exported first, so that a failed check leaves the last one in place."""
@@ -322,29 +359,31 @@ class Run(RunRecord):
                 error = error or out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
                 if error is not caught:
                     self.notes.append(f"no last checkpoint: {type(caught).__name__}: {caught}")
+            if error is not None:
+                self._done = (self._training.n_steps, self._training.n_tokens)  # a step may have ended, then failed
             self.error, finished = error, self._done[0] >= self._config.n_steps
             final: RunState = "failed" if error is not None else "finished" if finished else "stopped"
             self._log.end(final, self._done, self._seconds, error)
             self._final = final  # after the folder is written, which others then read
         self._log.notify("end", self._done)
-        if self._folder is not None:
-            self._folder.close()
-        self._stream.close()
+        try:
+            if self._folder is not None:
+                self._folder.close()
+            self._stream.close()
+        except BaseException as caught:
+            self.notes.append(f"not closed: {type(caught).__name__}: {caught}")
         if self._saes is not None or error is None:
             self._training = self._stream = None  # free weights, moments and buffers; the SAEs remain
-        _live.discard(self)
-        self._ended.set()
 
     def _export_last(self, error: BaseException | None) -> None:
         if self._done[0] == 0 and self._training.ahead is not None:  # stopped before there were weights
             return
         if self._folder is None or self._done == self._from or isinstance(error, FloatingPointError):
-            self._saes = self._export()  # an existing checkpoint remains
+            finite = isinstance(error, FloatingPointError) and len(self.names) > 1
+            self._saes = self._export_finite() if finite else self._export()  # an existing checkpoint remains
             return
-        mid_step = error is not None and not self._stream.failed
-        self._saes = self._write_checkpoint(
-            _state_before_failed_step(self._training, self._stream) if mid_step else None
-        )
+        state = _state_before_failed_step(self._training, self._stream) if self._training.mid_step else None
+        self._saes = self._write_checkpoint(state)
 
 
 @final
@@ -389,8 +428,17 @@ class _RunLog:
         row = row_of(step, seconds)
         self.rows.append(row)
         if self._folder is not None:
-            self._folder.append_row(row)
+            self._append(row)
         self.notify("step", (step.step, step.n_tokens), row)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        """Append a row to the folder's history; a disk that is full delays it to the next row."""
+        try:
+            self._folder.append_row(row)
+        except OSError as error:
+            note = f"the history could not be written: {type(error).__name__}: {error}"
+            if note not in self.notes:
+                self.notes.append(note)
 
     def end(self, state: str, done: tuple[int, int], seconds: float, error: BaseException | None) -> None:
         """Write the end record to the folder."""

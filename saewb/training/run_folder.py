@@ -4,33 +4,48 @@
     history.jsonl            a line per logged step
     end.json                 how it ended; absent while it is running, or if it was interrupted (`kill -9`)
     checkpoint.pt            the state that a resumed run continues from, see `RunFolder.write_checkpoint`
-    saes/<name>/             the SAEs of that checkpoint, in the SAELens layout
+    saes/<name>/             the SAEs of that checkpoint, in the SAELens layout; both are replaced as one
     saes_at/<tokens>/<name>/ those of every checkpoint, with `keep_saes`
     init/<name>/             the trained SAE that training continued from, if there was one
 
 All but the history is written atomically: a full disk or a kill leaves the old files intact. The history is appended
-to; an incomplete last line is dropped when it is read.
+to; an incomplete last line is dropped when it is read. Rows that could not be written follow with the next one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, final
+from typing import Any, final
 
-from saewb._files import load_state, save_state, write_json, write_text
+from saewb._files import (
+    FolderLock,
+    absolute,
+    check_replaceable,
+    discard,
+    finish_replacing,
+    fresh_state,
+    is_locked,
+    is_temporary,
+    load_state,
+    remove_orphans,
+    replace_together,
+    temporary_path,
+    write_json,
+    write_text,
+)
 from saewb.errors import FormatError, explain
 from saewb.pretrained.formats import saelens
 from saewb.pretrained.load import load_sae
 from saewb.training.config import FORMAT, RunSpec
 
+_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 SPEC, HISTORY, END, CHECKPOINT = "run.json", "history.jsonl", "end.json", "checkpoint.pt"
 _CHECKPOINT_0_1_0 = "checkpoint.safetensors"
-_LOCK = ".lock"
 
 
 @final
@@ -46,35 +61,48 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
-        self.path, self._writes = Path(path).expanduser(), writes
-        self._lock: IO[str] | None = None
+        self.path, self._writes = absolute(path), writes
+        self._lock: FolderLock | None = None
+        self._history: int | None = None  # file descriptor: what is written is written, nothing waits for `close`
+        self._unwritten: list[bytes] = []
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _acquire_lock(self.path)
-        self._history: IO[str] | None = None
+            self._lock = FolderLock(self.path, "a run is going on", fix="run.stop()")
+            finish_replacing(self.path / CHECKPOINT)
+            for folder in filter(Path.is_dir, (self.path, *(self.path / name for name in ("saes", "saes_at", "init")))):
+                remove_orphans(folder)
 
     @classmethod
     def create(cls, path: str | Path, spec: RunSpec) -> RunFolder:
         """Create the folder of a new run, with its spec and the trained SAEs that it continues from.
 
+        It replaces a run that ended, or was killed, before its first checkpoint: there is nothing to resume.
+
         Raises:
-            FileExistsError: if the folder holds a run.
+            FileExistsError: if the folder holds a run with a checkpoint.
             RuntimeError: if a run is going on in it.
         """
         folder = cls(path)
         try:
-            if (folder.path / SPEC).exists():
-                fix = f"saewb.resume_run({str(folder.path)!r}, model=model, tokens=tokens)"
-                what = f"{str(folder.path)!r} holds a run already."
-                raise FileExistsError(explain(what, want="a new folder", fix=fix))
-            inits = {name: sae.init for name, sae in spec.saes.items() if sae.init is not None}
-            if inits:
-                folder._write_saes(inits, "init")
-            write_json(folder.path / SPEC, spec.to_dict())
+            folder._begin(spec)
         except BaseException:
             folder.close()
             raise
         return folder
+
+    def _begin(self, spec: RunSpec) -> None:
+        """Write the spec and the SAEs that the run continues from, in place of a run without a checkpoint."""
+        saes = self.path / "saes"
+        has_saes = saes.is_dir() and not all(is_temporary(path.name) for path in saes.iterdir())
+        if is_resumable(self.path) or has_saes:
+            fix = f"saewb.resume_run({str(self.path)!r}, model=model, tokens=tokens)"
+            raise FileExistsError(explain(f"{str(self.path)!r} holds a run already.", want="a new folder", fix=fix))
+        for name in (END, HISTORY):
+            (self.path / name).unlink(missing_ok=True)
+        for name, sae in spec.saes.items():
+            if sae.init is not None:
+                saelens.write(sae.init, self._subfolder("init") / name, overwrite=True)
+        write_json(self.path / SPEC, spec.to_dict())
 
     def read_spec(self) -> RunSpec:
         """Read the spec with the SAEs that it continues from; see the function `read_spec`."""
@@ -84,11 +112,21 @@ class RunFolder:
         return replace(spec, saes=saes)
 
     def append_row(self, row: Mapping[str, Any]) -> None:
-        """Append a row to the history."""
+        """Append a row to the history.
+
+        Raises:
+            OSError: if the disk is full: the row is appended together with the next one.
+        """
+        self._unwritten.append(json.dumps(row).encode() + b"\n")
+        self._append_unwritten()
+
+    def _append_unwritten(self) -> None:
         if self._history is None:
-            self._history = (self.path / HISTORY).open("a", encoding="utf-8")
-        self._history.write(json.dumps(row) + "\n")
-        self._history.flush()
+            self._history = os.open(self.path / HISTORY, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _BINARY, 0o666)
+        while self._unwritten:
+            n_written = os.write(self._history, self._unwritten[0])
+            rest = self._unwritten[0][n_written:]  # of a line that had no room: the rest of it comes first, later on
+            self._unwritten[:1] = [rest] if rest else []
 
     def rewind(self, spec: RunSpec, n_tokens: int) -> list[dict[str, Any]]:
         """Go back to a checkpoint: remove later rows and the end record from the disk.
@@ -135,10 +173,11 @@ class RunFolder:
             OSError: if the disk is full, or the folder is gone.
         """
         try:
-            save_state(self.path / CHECKPOINT, {"training": dict(training), "seconds": seconds})
-            self._write_saes(saes, "saes")
             if at_tokens is not None:
-                self._write_saes(saes, "saes_at", f"{at_tokens:012d}")
+                kept = self._subfolder("saes_at", f"{at_tokens:012d}")
+                for name, sae in saes.items():
+                    saelens.write(sae, kept / name, overwrite=True)
+            self._replace_checkpoint({"training": dict(training), "seconds": seconds}, saes)
         except OSError as error:
             if self.path.is_dir():
                 raise
@@ -163,20 +202,38 @@ class RunFolder:
         raise FileNotFoundError(explain(what, want="a run with a checkpoint", fix="saewb.train(...), anew"))
 
     def close(self) -> None:
-        """Release the folder."""
-        for file in (self._history, self._lock):
-            if file is not None:
-                file.close()
-        self._history = self._lock = None
+        """Release the folder; rows that still cannot be written are left out of the history."""
+        try:
+            if self._unwritten and self.path.is_dir():
+                with suppress(OSError):
+                    self._append_unwritten()
+        finally:
+            history, self._history = self._history, None
+            if history is not None:
+                os.close(history)
+            if self._lock is not None:
+                self._lock.release()
 
-    def _write_saes(self, saes: Mapping[str, Any], *below: str) -> None:
-        """Write SAEs into a subfolder; never creates the run's folder itself, which may have been deleted."""
+    def _replace_checkpoint(self, state: Mapping[str, Any], saes: Mapping[str, Any]) -> None:
+        """Replace the checkpoint and its SAEs, all or none."""
+        folder, anchor = self._subfolder("saes"), self.path / CHECKPOINT
+        fresh = {folder / name: temporary_path(folder / name) for name in saes}
+        try:
+            for (path, new), sae in zip(fresh.items(), saes.values(), strict=True):
+                check_replaceable(path, saelens.FILES, overwrite=True)
+                saelens.write(sae, new)
+            with fresh_state(anchor, state) as checkpoint:
+                replace_together(anchor, {anchor: checkpoint, **fresh})
+        finally:
+            discard(anchor, fresh.values())
+
+    def _subfolder(self, *names: str) -> Path:
+        """A folder inside, created if needed; never the run's folder itself, which may have been deleted."""
         folder = self.path
-        for name in below:
+        for name in names:
             folder = folder / name
             folder.mkdir(exist_ok=True)
-        for name, sae in saes.items():
-            saelens.write(sae, folder / name, overwrite=True)
+        return folder
 
 
 def _missing_folder(path: Path) -> str:
@@ -193,41 +250,9 @@ def _parse_row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "n_tokens" in row else None
 
 
-def _acquire_lock(folder: Path) -> IO[str] | None:
-    """Open and lock a file of the folder; the system releases the lock when the process ends."""
-    if os.name == "nt":
-        return None
-    import fcntl
-
-    file = (folder / _LOCK).open("a")
-    for retries in range(9, -1, -1):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if retries:  # `is_locked` of another process holds it for a moment
-                time.sleep(0.01)
-                continue
-            file.close()
-            what = f"a run is going on in {str(folder)!r}."
-            want = "another folder, or the end of that run"
-            raise RuntimeError(explain(what, want=want, fix="run.stop()")) from error
-    return file
-
-
-def is_locked(folder: Path) -> bool | None:
-    """Whether a process holds a run's folder; None where that is unknown."""
-    lock = folder / _LOCK
-    if os.name == "nt" or not lock.is_file():
-        return None if os.name == "nt" else False
-    import fcntl
-
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+def is_resumable(folder: Path) -> bool:
+    """Whether a run's folder has a checkpoint, of this version or of 0.1.0."""
+    return any((folder / name).is_file() for name in (CHECKPOINT, _CHECKPOINT_0_1_0))
 
 
 def read_end(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saewb._files import absolute
 from saewb.data.cache import ActivationCache
 from saewb.data.documents import TextFiles
 from saewb.data.sources import ModelSource
@@ -28,7 +29,7 @@ from saewb.training.config import RunSpec, Trainee
 from saewb.training.loggers import Logger
 from saewb.training.memory import MemoryEstimate, run_memory
 from saewb.training.run import Run
-from saewb.training.run_folder import SPEC, RunFolder, read_spec
+from saewb.training.run_folder import RunFolder, is_resumable, read_spec
 
 FEW_STEPS = 200
 """A run of fewer steps gets a note: its SAE has hardly left its random initialization."""
@@ -70,15 +71,16 @@ def train(
             An SAE needs thousands of steps; `run.notes` warns if there are very few.
         hook: hook point read by SAEs that name none; "blocks.0.attn.hook_z[3]" is one head.
         hook_out: hook point predicted; None or `hook` makes SAEs, another one transcoders.
-        folder: new folder for history, checkpoints and SAEs. None keeps all in memory.
+        folder: new folder for history, checkpoints and SAEs; or one whose run ended before its first checkpoint, which
+            is replaced. None keeps all in memory.
         held_out: tokens or texts that are not trained on, or activations by point, for evaluation.
         loggers: called with each `saewb.training.loggers.Event`.
         device: of the training; None means the model's.
         positions: positions of each row of tokens to train on.
         options: of the training (lr, batch_tokens, warmup_tokens, normalization, eval_every_tokens, seed, ...), the run
-            (checkpoint_every_tokens, keep_saes, log_every_steps) and the data (buffer_tokens, prefetch, ctx_len,
-            pass_tokens, skip_special_tokens, ...). `saewb.training_options()` lists all of them with their defaults and
-            descriptions.
+            (checkpoint_every_tokens, checkpoint_every_s, keep_saes, log_every_steps) and the data (buffer_tokens,
+            prefetch, ctx_len, pass_tokens, skip_special_tokens, ...). `saewb.training_options()` lists all of them with
+            their defaults and descriptions.
 
     Returns:
         A Run, which a notebook displays; `run.wait()`, `run.stop()`, `run.sae`.
@@ -143,7 +145,7 @@ def resume_run(
     """
     parallel = ParallelContext.from_environment()
     with parallel.raise_together():
-        read_spec(Path(folder).expanduser())  # raises if there is none, before a lock file is made
+        read_spec(absolute(folder))  # raises if there is none, before a lock file is made
         run_folder = RunFolder(folder, writes=parallel.is_main)
     try:
         spec, checkpoint = run_folder.read_spec(), run_folder.read_checkpoint()
@@ -172,7 +174,7 @@ def resume_run(
 
 
 def train_file(path: Path) -> Run:
-    """Start the run that a YAML file describes, or resume it if its folder holds one.
+    """Start the run that a YAML file describes, or resume it if its folder has a checkpoint of it.
 
         model: tiny                              # as for saewb.load_model
         tokens: {files: [corpus.txt.gz]}         # or {embedded: true}, {cache: folder}; separator: between documents
@@ -192,13 +194,13 @@ def train_file(path: Path) -> Run:
     for name in ("tokens", "saes", "n_tokens", "folder"):
         if name not in options:
             raise ValueError(explain(f"{path} has no {name!r}.", want="model, tokens, saes, n_tokens, folder"))
-    folder = Path(options.pop("folder")).expanduser()
+    folder = absolute(options.pop("folder"))
     device, dtype = options.pop("device", None), options.pop("dtype", None)
     has_model = "model" in options or "cache" not in options["tokens"]
     model = load_model(options.pop("model", "tiny"), dtype) if has_model else None
     tokens = _documents(options.pop("tokens"), "tokens")
     held_out = _documents(options.pop("held_out"), "held_out") if "held_out" in options else None
-    if ParallelContext.from_environment().broadcast_object((folder / SPEC).exists()):
+    if ParallelContext.from_environment().broadcast_object(is_resumable(folder)):
         return resume_run(folder, model=model, tokens=tokens, held_out=held_out, n_tokens=options["n_tokens"])
     saes = {name: Trainee.from_dict(sae) for name, sae in options.pop("saes").items()}
     spec = RunSpec.from_options(saes, strict=False, **options)

@@ -401,13 +401,3 @@ def test_a_batch_that_is_put_back_comes_again_also_after_a_restore(prefetch):
     again = filled_by_pieces()
     again.restore(old)
     assert order(again) == order(stream) == order(plain[1:])
-
-
-def test_a_stream_tells_its_own_failure_from_that_of_its_consumer():
-    stream = stream_iterable(chunks_that_fail(2), batch_tokens=10)
-    next(stream)
-    assert not stream.failed
-    next(stream)
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(stream)
-    assert stream.failed

@@ -50,6 +50,8 @@ from saewb.sae.sae import SAE, SAEConfig
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+FILES = (CONFIG, WEIGHTS, SPARSITY)
+"""Files of an SAE in this layout."""
 
 
 class SAELens(Layout):
@@ -140,7 +142,7 @@ def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool 
         (new / CONFIG).write_text(text, encoding="utf-8")
         save_file(separate_memory(tensors), new / WEIGHTS)
 
-    return atomic_folder(Path(folder), fill, ours=(CONFIG, WEIGHTS, SPARSITY), overwrite=overwrite)
+    return atomic_folder(Path(folder), fill, ours=FILES, overwrite=overwrite)
 
 
 def read_log_sparsity(folder: Path) -> Float[Tensor, " d_sae"]:
