@@ -202,12 +202,12 @@ class Coactivation:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(str(Path(path).expanduser()), framework="pt", device=str(device)) as file:
+            with safe_open(str(Path(path).expanduser()), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise FormatError(explain(f"{path} is not a coactivation file.", want=_FORMAT))
                 facts = json.loads(metadata["json"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118  (no mapping)
         except SafetensorError as error:
             raise FormatError(explain(f"{path} is not a safetensors file: {error}.", want=_FORMAT)) from error
         return _from_tensors(cls, path, facts, tensors)

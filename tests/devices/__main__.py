@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_embedding_bag", "_embedding_bag_forward_only", "topk"}
 PRODUCTS |= {"sort", "_softmax", "_log_softmax", "native_layer_norm", "cumsum", "linalg_eigh", "searchsorted"}
-MANY = 64  # elements of an operand from which an operation is work that belongs on the device
+PRODUCTS |= {"sum", "mean", "amax", "pow", "cumsum", "index_select", "gather"}
+MANY = 256  # elements of an operand from which an operation is work that belongs on the device
 
 
 class HostProducts(TorchDispatchMode):

@@ -242,7 +242,7 @@ def generate_tokens(world):
 def evaluate(world):
     sae, results = world.sae(), {}
     result = saewb.evaluate(world.model, sae, world.tokens, batch_size=2)
-    results["figures"] = result.figures(), result.latents.to_frame(), result.latents.density_histogram(5)
+    results["host figures"] = result.figures(), result.latents.to_frame(), result.latents.density_histogram(5)
     many = saewb.evaluate_many(world.model, {"a": sae, "b": world.topk}, world.texts, ctx_len=12, batch_size=4)
     results["many"] = many.drop(columns=[c for c in many.columns if many[c].dtype == object])
     clt = saewb.evaluate(world.model, sae, world.tokens, losses=False)
@@ -265,7 +265,7 @@ def build_index(world):
         "ranking": index.ranking(5),
         "find": index.find(world.model, world.topk, "w1 w2"),
         "latent": [(context.text, context.value) for context in index.latent(3).top],
-        "matrix": index.matrix(1).block([0, 1], [2, 3]),
+        "host matrix": index.matrix(1).block([0, 1], [2, 3]),
     }
 
 
@@ -279,7 +279,7 @@ def latent_matrix(world):
         "decoder": saewb.matrix_view(world.sae()),
     }
     return {
-        name: (v.block([0, 1, 2], [2, 3]), v.pooled((0, 8), (0, 8), 2), v.order("clusters"), v.partners(1, 3), v.stats())
+        f"host {name}": (v.block([0, 1, 2], [2, 3]), v.pooled((0, 8), (0, 8), 2), v.order("clusters"), v.partners(1, 3), v.stats())
         for name, v in views.items()
     }
 
@@ -296,7 +296,7 @@ def enrich(world):
 @case("superposition")
 def superposition(world):
     overlap = saewb.superposition(world.randn(50, 16), neighbors=3)
-    return {name: value for name, value in vars(overlap).items()}
+    return {f"host {name}": value for name, value in vars(overlap).items()}
 
 
 @case("coactivation", "CoactivationStream", "Coactivation")
@@ -460,7 +460,7 @@ def normalizations(world):
 @case("train", "Run", "resume_run", "run_curves", "run_densities")
 def train(world):
     how = {"hook": HOOK, "batch_tokens": 24, "buffer_tokens": 48, "ctx_len": 12, "log_every_steps": 2}
-    how["step"] = "plain"  # of both devices: Adam enlarges the rounding in which the sparse step differs
+    how["look_every_steps"] = 1  # the default depends on the device
     folder = world.folder / "run"
     objective = saewb.TopK(30, k=4)
     run = saewb.train(
