@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 import saewb
@@ -148,3 +149,41 @@ def test_on_the_command_line(monkeypatch, capsys):
     assert capsys.readouterr().out == "ok a  fine\n!! b  bad\n      fix:  mend b\n\n1 to mend: marked !!\n"
     monkeypatch.setattr(saewb, "doctor", lambda network: diagnostics.Checkup(lines[:1]))
     assert cli.main(["doctor"]) == 0
+
+
+def checks(**how):
+    return {f.name.removeprefix("check: "): f for f in saewb.doctor(**how).findings if f.name.startswith("check: ")}
+
+
+def test_a_device_is_checked_on_request():
+    """This CPU in float32 against float64, dense products and its own counts; a device that does not exist raises."""
+    assert checks() == {}
+    found = checks(check="cpu")
+    assert list(found) == ["attach", "train", "index"]
+    assert {f.state for f in found.values()} == {"ok"}, found
+    with pytest.raises(ValueError, match="no device 'cpuu'"):
+        saewb.doctor(check="cpuu")
+
+
+def test_a_device_that_computes_something_else_is_found(monkeypatch, capsys):
+    from saewb.sae.sae import SAE
+
+    encode, losses = SAE.encode, diagnostics._losses
+
+    def inexact(sae, x, *rest, **how):
+        acts = encode(sae, x, *rest, **how)
+        return acts if acts.dtype == torch.float64 else acts * 1.5
+
+    def fails(model, tokens, device, step):
+        if step == "auto":
+            raise RuntimeError("no kernel image is available")
+        return losses(model, tokens, device, step)
+
+    monkeypatch.setattr(SAE, "encode", inexact)
+    monkeypatch.setattr(diagnostics, "_losses", fails)
+    found = checks(check="cpu")
+    assert [f.state for f in found.values()] == ["wrong", "wrong", "ok"], found
+    assert "differ from the CPU's by" in found["attach"].detail and found["attach"].fix
+    assert "no kernel image" in found["train"].detail
+    assert cli.main(["doctor", "--check", "cpu"]) == 1
+    assert "check: train" in capsys.readouterr().out

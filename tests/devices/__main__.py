@@ -1,6 +1,7 @@
 """Run the cases on a device and compare with the CPU: python -m devices [--device second] [--repeat 20] [names].
 
 In `tests/`. Prints a line of JSON for each case: {"case", "problems", "seconds"}; problems are empty if all is well.
+With `--transfers` also how often the host waits for the device (`transfers`), and a check of the second device itself.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def main():
     parser.add_argument("names", nargs="*")
     parser.add_argument("--device", default="second")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--transfers", action="store_true", help="of the second device only")
     parser.add_argument("--tolerance", type=float, default=1e-5)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -108,12 +110,23 @@ def main():
     from devices.cases import CASES
 
     for name in options.names or CASES:
-        start = time.perf_counter()
-        try:
-            lines = problems(CASES[name], device, options.tolerance, options.repeat)
-        except Exception as error:
-            lines = [f"{type(error).__name__}: {error}", traceback.format_exc()[-1500:]]
-        print(json.dumps({"case": name, "problems": lines, "seconds": round(time.perf_counter() - start, 2)}), flush=True)
+        report(name, lambda name=name: {"problems": problems(CASES[name], device, options.tolerance, options.repeat)})
+    if options.transfers:
+        from devices import self_check, transfers
+        from devices.world import World
+
+        report("device", lambda: {"problems": list(self_check.problems())})
+        with tempfile.TemporaryDirectory() as folder:
+            report("transfers", lambda: {"counts": transfers.counts(World(device, Path(folder)))})
+
+
+def report(name, run):
+    start = time.perf_counter()
+    try:
+        result = run()
+    except Exception as error:
+        result = {"problems": [f"{type(error).__name__}: {error}", traceback.format_exc()[-1500:]]}
+    print(json.dumps({"case": name, **result, "seconds": round(time.perf_counter() - start, 2)}), flush=True)
 
 
 if __name__ == "__main__":

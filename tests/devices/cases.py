@@ -64,7 +64,6 @@ NO_TENSORS: dict[str, str] = {
         "probabilities and trees, on the CPU; moved where they are used",
     ),
     "synthetic.Node": VALUES,
-    "doctor": "test_diagnostics: its device check",
 }
 
 
@@ -470,3 +469,9 @@ def train(world):
     history = resumed.history
     keep = [c for c in history.columns if "second" not in c and "per_s" not in c and history[c].dtype != object]
     return {"sae": run.sae, "resumed": resumed.sae, "history": history[keep], "state": resumed.state}
+
+
+@case("doctor", host_products="it compares with the CPU")
+def doctor(world):
+    checks = [f for f in saewb.doctor(check=str(world.device)).findings if f.name.startswith("check: ")]
+    return {"states": [(f.name, f.state, f.detail if f.state == "wrong" else "") for f in checks]}

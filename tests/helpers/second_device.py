@@ -19,7 +19,6 @@ import threading
 from collections import Counter
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "second"
@@ -193,7 +192,7 @@ def _as_index(key):
 
 def _run(func, args, kwargs):
     name = func._schema.name.removeprefix("aten::")
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+    tensors = list(_tensors((*args, *kwargs.values())))
     ours = [t for t in tensors if isinstance(t, SecondTensor)]
     others = [t for t in tensors if not isinstance(t, SecondTensor)]
     if ours and name not in _COPIES:
@@ -205,7 +204,7 @@ def _run(func, args, kwargs):
     generators = [a for a in (*args, *kwargs.values()) if isinstance(a, torch._C.Generator)]
     if on_device and any(g._cdata not in _generators for g in generators):
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu' ({name})")
-    raw_args, raw_kwargs = tree_map(_to_raw, args), tree_map(_to_raw, kwargs)
+    raw_args, raw_kwargs = _map(_to_raw, args), {key: _map(_to_raw, value) for key, value in kwargs.items()}
     if name == "_to_copy" and kwargs.get("pin_memory"):
         raw_kwargs["pin_memory"] = None
     out = func(*raw_args, **raw_kwargs)
@@ -224,7 +223,21 @@ def _wrap(out, arguments):
             return o
         return arguments[id(o)] if id(o) in arguments else SecondTensor(o)
 
-    return tree_map(wrapped, out)
+    return _map(wrapped, out)
+
+
+def _map(function, value):
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(function, v) for v in value])
+    return function(value)
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 _below_python = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(torch._C.DispatchKey.PythonTLSSnapshot)
@@ -323,7 +336,7 @@ def _is_ours(device):
 def tensor(data, *, dtype=None, device=None, requires_grad=False, pin_memory=False):
     """`torch.tensor`, which makes its result below the dispatcher: here it is made on the CPU and moved."""
     if isinstance(data, SecondTensor) or (isinstance(data, (list, tuple)) and any(map(_is_tensor, data))):
-        data = tree_map(lambda value: value.tolist() if _is_tensor(value) else value, data)
+        data = _map(lambda value: value.tolist() if _is_tensor(value) else value, data)
     if _is_ours(device):
         return _tensor(data, dtype=dtype).to(DEVICE).requires_grad_(requires_grad)
     return _tensor(data, dtype=dtype, device=device, requires_grad=requires_grad, pin_memory=pin_memory)

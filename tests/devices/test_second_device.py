@@ -1,0 +1,80 @@
+"""Every public function that computes gives on a second device what it gives on the CPU, and stays on that device.
+
+The device is made of the CPU (`helpers/second_device.py`); registering it is for a whole process, so that the cases run
+in one of their own, once for all tests of this file. By hand, twenty times over: `python -m devices --repeat 20` in
+`tests/`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from devices import cases
+
+TESTS = Path(__file__).parents[1]
+
+# How often the host waits for the device, by unit of work; no entry: never. An index reads from the device how many
+# latents are active and which contexts enter it; an evaluation which tokens count. A look at the dead latents is every
+# 16th step. A pursuit asks in each of its rounds which tokens go on.
+WAITS = {
+    **dict.fromkeys(
+        (f"training step, {name}" for name in ("topk", "topk_free", "abstopk", "batchtopk", "batchtopk_free")),
+        {"nonzero": 1 / 16},
+    ),
+    **dict.fromkeys(
+        (f"training step, {name}" for name in ("matryoshka", "matryoshka_by_level", "jumprelu_tanh", "sparse topk")),
+        {"nonzero": 1 / 16},
+    ),
+    "training step, topk, dead latents looked at each time": {"nonzero": 1},
+    "training step, pursuit": {"nonzero": 4},
+    "log of a step": {"copy": 1},
+    "index batch, topk": {"mask": 1, "nonzero": 8, "number": 1, "size": 1},
+    "index batch, relu": {"mask": 1, "nonzero": 8, "number": 1, "size": 1},
+    "generated token": {"copy": 1},
+    "generated token, steered": {"copy": 1},
+    "generated token, attached": {"copy": 1},
+    "evaluation batch": {"mask": 1, "size": 2},
+}
+
+
+def run_devices(*arguments):
+    """Run `python -m devices` in a process of its own; a dictionary of its lines of JSON."""
+    env = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "devices", *arguments]
+    done = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["case"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_devices("--transfers")
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_results_are_those_of_the_cpu(results, name):
+    assert results[name]["problems"] == []
+
+
+@pytest.mark.long
+def test_results_are_the_same_each_time():
+    lines = run_devices("--repeat", "3")
+    assert {name: line["problems"] for name, line in lines.items() if line["problems"]} == {}
+
+
+def test_the_host_waits_for_the_device_as_often_as_recorded(results):
+    assert results["transfers"]["counts"] == {**dict.fromkeys(results["transfers"]["counts"], {}), **WAITS}
+
+
+def test_every_public_name_has_a_case_or_a_reason():
+    without, unknown = cases.missing()
+    assert not without, f"new public names need a case in tests/devices/cases.py: {sorted(without)}"
+    assert not unknown, f"no public names any more: {sorted(unknown)}"
+
+
+def test_the_second_device_finds_what_a_gpu_would_refuse(results):
+    """The device itself: mixing is an error, a number of the CPU is not, memory and sizes stay one."""
+    assert results["device"]["problems"] == []
