@@ -166,24 +166,22 @@ def test_a_device_is_checked_on_request():
 
 
 def test_a_device_that_computes_something_else_is_found(monkeypatch, capsys):
-    from saewb.sae.sae import SAE
+    attach, losses = diagnostics._attach, diagnostics._losses
 
-    encode, losses = SAE.encode, diagnostics._losses
-
-    def inexact(sae, x, *rest, **how):
-        acts = encode(sae, x, *rest, **how)
-        return acts if acts.dtype == torch.float64 else acts * 1.5
+    def inexact(model, tokens, device):
+        latents, logits = attach(model, tokens, device)
+        return (latents, logits) if model.cfg.dtype == torch.float64 else (latents, logits * 1.01)
 
     def fails(model, tokens, device, step):
         if step == "auto":
             raise RuntimeError("no kernel image is available")
         return losses(model, tokens, device, step)
 
-    monkeypatch.setattr(SAE, "encode", inexact)
+    monkeypatch.setattr(diagnostics, "_attach", inexact)
     monkeypatch.setattr(diagnostics, "_losses", fails)
     found = checks(check="cpu")
     assert [f.state for f in found.values()] == ["wrong", "wrong", "ok"], found
-    assert "differ from the CPU's by" in found["attach"].detail and found["attach"].fix
+    assert "differ from the CPU's by 1e-02" in found["attach"].detail and found["attach"].fix
     assert "no kernel image" in found["train"].detail
     assert cli.main(["doctor", "--check", "cpu"]) == 1
     assert "check: train" in capsys.readouterr().out

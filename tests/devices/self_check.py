@@ -59,6 +59,12 @@ def problems():
     (parameter[0] @ x.T).sum().backward()
     if not torch.equal(parameter.grad.cpu()[0], X.sum(0)) or parameter.grad.device != DEVICE:
         yield f"a gradient is {parameter.grad}"
+    with torch.device("meta"):
+        if torch.tensor([1.0]).device.type != "meta":
+            yield "torch.tensor does not follow `with torch.device(...)`"
+    with DEVICE:
+        if {torch.tensor([1.0]).device, torch.zeros(2).device} != {DEVICE}:
+            yield "factories do not follow `with torch.device(...)`"
     mask = x > 4
     reads = {
         "number": lambda: (x.sum().item(), bool(mask.any())),

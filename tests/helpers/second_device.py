@@ -19,6 +19,7 @@ import threading
 from collections import Counter
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "second"
@@ -323,10 +324,18 @@ for _name in ("mm", "addmm", "bmm", "baddbmm"):
     _factories.impl(_name, _rounded(getattr(torch.ops.aten, _name).default), "AutocastPrivateUse1")
 
 _tensor, _as_tensor = torch.tensor, torch.as_tensor
+# `with torch.device("meta"):` knows the factories by identity. Listed after `torch.tensor` is replaced, they would lack
+# it, and transformers, which creates models so, would leave rotary frequencies as uninitialized memory.
+_device_constructors()
 
 
 def _is_tensor(value):
     return isinstance(value, torch.Tensor)
+
+
+def _default():
+    """The device of `with torch.device(...)`, if any."""
+    return torch.empty(0).device
 
 
 def _is_ours(device):
@@ -337,8 +346,8 @@ def tensor(data, *, dtype=None, device=None, requires_grad=False, pin_memory=Fal
     """`torch.tensor`, which makes its result below the dispatcher: here it is made on the CPU and moved."""
     if isinstance(data, SecondTensor) or (isinstance(data, (list, tuple)) and any(map(_is_tensor, data))):
         data = _map(lambda value: value.tolist() if _is_tensor(value) else value, data)
-    if _is_ours(device):
-        return _tensor(data, dtype=dtype).to(DEVICE).requires_grad_(requires_grad)
+    if _is_ours(_default() if device is None else device):
+        return _tensor(data, dtype=dtype, device="cpu").to(DEVICE).requires_grad_(requires_grad)
     return _tensor(data, dtype=dtype, device=device, requires_grad=requires_grad, pin_memory=pin_memory)
 
 
@@ -346,8 +355,8 @@ def as_tensor(data, dtype=None, device=None):
     """`torch.as_tensor`, likewise."""
     if isinstance(data, torch.Tensor):
         return data.to(data.device if device is None else device, data.dtype if dtype is None else dtype)
-    if _is_ours(device):
-        return _as_tensor(data, dtype=dtype).to(DEVICE)
+    if _is_ours(_default() if device is None else device):
+        return _as_tensor(data, dtype=dtype, device="cpu").to(DEVICE)
     return _as_tensor(data, dtype=dtype, device=device)
 
 
