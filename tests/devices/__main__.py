@@ -112,10 +112,12 @@ def main():
     for name in options.names or CASES:
         report(name, lambda name=name: {"problems": problems(CASES[name], device, options.tolerance, options.repeat)})
     if options.transfers:
-        from devices import self_check, transfers
+        from devices import mixed, self_check, transfers
         from devices.world import World
 
         report("device", lambda: {"problems": list(self_check.problems())})
+        report("spread", lambda: {"problems": list(mixed.of_a_spread_model())})
+        report("elsewhere", lambda: {"problems": list(mixed.of_saes_elsewhere())})
         with tempfile.TemporaryDirectory() as folder:
             report("transfers", lambda: {"counts": transfers.counts(World(device, Path(folder)))})
 
