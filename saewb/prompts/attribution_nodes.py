@@ -205,7 +205,9 @@ def split_into_nodes(run: AttributionRun, site: Site, at_site: SiteActivations) 
         error = (target - recons)[0, position]
         effect = (error * gradient[0, position]).sum(-1)
         parts.append(Nodes(position + tile.start, torch.full_like(position, ERROR), error.norm(dim=-1), effect))
-    return Nodes(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Nodes)))
+    nodes = Nodes(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Nodes)))
+    wide = torch.promote_types(nodes.effect.dtype, torch.float32)  # tables have no bfloat16
+    return replace(nodes, activation=nodes.activation.to(wide), effect=nodes.effect.to(wide))
 
 
 @torch.no_grad()

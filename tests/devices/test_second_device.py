@@ -31,8 +31,8 @@ WAITS = {
     "training step, topk, dead latents looked at each time": {"nonzero": 1},
     "training step, pursuit": {"nonzero": 4},
     "log of a step": {"copy": 1},
-    "index batch, topk": {"mask": 1, "nonzero": 8, "number": 1, "size": 1},
-    "index batch, relu": {"mask": 1, "nonzero": 8, "number": 1, "size": 1},
+    "index batch, topk": {"mask": 1, "nonzero": 8, "size": 1},
+    "index batch, relu": {"mask": 1, "nonzero": 8, "size": 1},
     "generated token": {"copy": 1},
     "generated token, steered": {"copy": 1},
     "generated token, attached": {"copy": 1},
@@ -73,6 +73,15 @@ def test_every_public_name_has_a_case_or_a_reason():
     without, unknown = cases.missing()
     assert not without, f"new public names need a case in tests/devices/cases.py: {sorted(without)}"
     assert not unknown, f"no public names any more: {sorted(unknown)}"
+
+
+def test_a_model_spread_over_two_devices_gives_the_same(results):
+    """Everything follows the device of the hook point, also a training, which is where its first SAE reads."""
+    assert results["spread"]["problems"] == []
+
+
+def test_an_sae_on_another_device_is_refused_with_the_line_to_type(results):
+    assert results["elsewhere"]["problems"] == []
 
 
 def test_the_second_device_finds_what_a_gpu_would_refuse(results):
