@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("doctor", help="versions, devices, folders: what is missing, and how to mend it")
     command.add_argument("--network", action="store_true", help="ask the hub whether it answers")
-    how = "run the bundled model and SAE on a device for ten seconds, and compare with the CPU; default: a GPU, else cpu"
+    how = (
+        "run the bundled model and SAE on a device for ten seconds, and compare with the CPU; default: a GPU, else cpu"
+    )
     command.add_argument("--check", nargs="?", const=True, default=False, metavar="DEVICE", help=how)
     command.set_defaults(run=_doctor)
     return parser

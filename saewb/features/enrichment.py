@@ -79,7 +79,9 @@ def enrich(
     scores = enrichment_scores(effects, list(members.values()))
     sizes = [len(ids) for ids in members.values()]
     distinct = sorted(set(sizes))
-    null = dict(zip(distinct, _null_scores(distinct, effects.shape[1], n_permutations, seed, effects.device), strict=True))
+    null = dict(
+        zip(distinct, _null_scores(distinct, effects.shape[1], n_permutations, seed, effects.device), strict=True)
+    )
     p = torch.stack([_p_values(scores[:, i], null[size]) for i, size in enumerate(sizes)], 1)
     columns = {
         "latent": [name for name in names for _ in members],

@@ -56,7 +56,7 @@ def in_threads(seen):
     return lambda: setattr(threading.Thread, "run", run)
 
 
-def on(device, case, watch=False):
+def on(device, case, draws_alike, watch=False):
     from devices.world import World
 
     seen = []
@@ -64,7 +64,7 @@ def on(device, case, watch=False):
     torch.manual_seed(0)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            world = World(device, Path(folder))
+            world = World(device, Path(folder), draws_alike)
             world.model, world.topk, world.activations  # noqa: B018  built before it is watched
             if not watch:
                 return case.run(world), seen
@@ -77,10 +77,11 @@ def on(device, case, watch=False):
 def problems(case, device, tolerance, repeat):
     from devices.compare import differences, misplaced
 
-    expected, _ = on(torch.device("cpu"), case)
+    draws_alike = device.type in ("cpu", "second")
+    expected, _ = on(torch.device("cpu"), case, draws_alike)
     lines, first = [], None
     for i in range(repeat):
-        result, host = on(device, case, watch=device.type != "cpu")
+        result, host = on(device, case, draws_alike, watch=device.type != "cpu")
         lines += list(differences(expected, result, tolerance))
         if i == 0:
             lines += [] if device.type == "cpu" else list(misplaced(result, device))

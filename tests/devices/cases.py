@@ -41,7 +41,11 @@ def case(*covers: str, host_products: str = ""):
     return add
 
 
-FILES, TEXT, VALUES = "reads or writes files and names", "texts and token ids", "holds results or settings, computes nothing"
+FILES, TEXT, VALUES = (
+    "reads or writes files and names",
+    "texts and token ids",
+    "holds results or settings, computes nothing",
+)
 NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("catalogue", "load_config", "push_to_hub", "read_run", "TextFiles", "PastRun"), FILES),
     **dict.fromkeys(("tiny.Document", "tiny.texts", "tiny.held_out_texts", "tiny.folder", "token_strings"), TEXT),
@@ -53,14 +57,20 @@ NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("training.loggers.Event", "training.loggers.saelens_keys"), VALUES),
     **dict.fromkeys(("training.loggers.Wandb", "training.loggers.TensorBoard"), "gets numbers of the host"),
     **dict.fromkeys(
-        (f"features.neuronpedia.{name}" for name in ("NeuronpediaPage", "page", "source_of", "Explanation"))
-        , "addresses of pages"
+        (f"features.neuronpedia.{name}" for name in ("NeuronpediaPage", "page", "source_of", "Explanation")),
+        "addresses of pages",
     ),
     **dict.fromkeys(
         (f"features.neuronpedia.{name}" for name in ("explanations", "quick_list", "make_list")), "asks a server"
     ),
     **dict.fromkeys(
-        ("synthetic.constant", "synthetic.linear", "synthetic.random", "synthetic.zipfian", "synthetic.random_hierarchy"),
+        (
+            "synthetic.constant",
+            "synthetic.linear",
+            "synthetic.random",
+            "synthetic.zipfian",
+            "synthetic.random_hierarchy",
+        ),
         "probabilities and trees, on the CPU; moved where they are used",
     ),
     "synthetic.Node": VALUES,
@@ -142,7 +152,11 @@ def load_model(world):
 
     ids = special_ids(model, True)
     rows = token_rows(model, world.texts, 12)
-    return {"logits": model(world.to(world.tokens)), "special": special_mask(world.to(world.tokens), ids), "host rows": rows}
+    return {
+        "logits": model(world.to(world.tokens)),
+        "special": special_mask(world.to(world.tokens), ids),
+        "host rows": rows,
+    }
 
 
 @case("attach", "Attachment", "data.tokens.prompt_ids")
@@ -175,7 +189,9 @@ def steer(world):
     transcoder = world.sae("blocks.1.hook_resid_mid", hook_out="blocks.1.hook_mlp_out", d_out=16)
     for name, sae in {"relu": world.sae(), "norm": world.sae(normalization="layer_norm"), "tc": transcoder}.items():
         for how in ("add", "clamp", "scale"):
-            with saewb.steer(model, sae, {3: 2.0, 7: -1.0}, how=how, positions=slice(2, None), skip_special_tokens=True):
+            with saewb.steer(
+                model, sae, {3: 2.0, 7: -1.0}, how=how, positions=slice(2, None), skip_special_tokens=True
+            ):
                 results[f"{name} {how}"] = model(tokens)
     mask = tokens > 9
     with saewb.ablate(model, world.topk, [1, 2, 3], positions=mask):
@@ -193,7 +209,9 @@ def attribute(world):
     saes, results = [world.sae(), world.sae(LATER, seed=1)], {}
     for method in ("gradient", "integrated", "ablation"):
         how = {"n_steps": 3, "n_nodes": 12} if method != "gradient" else {}
-        results[method] = saewb.attribute(world.model, "w1 w2 w3", saes, (" w4", " w5"), method=method, **how).to_frame(9)
+        results[method] = saewb.attribute(world.model, "w1 w2 w3", saes, (" w4", " w5"), method=method, **how).to_frame(
+            9
+        )
     results["totals"] = saewb.attribute(world.model, "w1 w2 w3", saes, "w4").totals()
     results["edges"] = saewb.attribute_edges(world.model, "w1 w2 w3", *saes, n_targets=3)
     return results
@@ -214,7 +232,9 @@ def read_prompt(world):
 
 @case("next_tokens", "NextTokens", "next_token_changes")
 def next_tokens(world):
-    change = saewb.next_token_changes(world.model, "w1 w2", lambda: saewb.steer(world.model, world.sae(), {3: 4.0}), n=6)
+    change = saewb.next_token_changes(
+        world.model, "w1 w2", lambda: saewb.steer(world.model, world.sae(), {3: 4.0}), n=6
+    )
     return {"table": saewb.next_tokens(world.model, "w1 w2 w3", world.sae(), n=5).to_frame(), "change": change}
 
 
@@ -249,11 +269,24 @@ def evaluate(world):
     return results
 
 
-@case("build_index", "FeatureIndex", "load_index", "features.neuronpedia.export_json", host_products="an index is on the host")
+@case(
+    "build_index",
+    "FeatureIndex",
+    "load_index",
+    "features.neuronpedia.export_json",
+    host_products="an index is on the host",
+)
 def build_index(world):
     index = world.index
     wide = saewb.build_index(
-        world.model, world.sae(), world.texts, ctx_len=12, coactive_tokens=16, n_top=3, loss_effect_tokens=20, batch_size=2
+        world.model,
+        world.sae(),
+        world.texts,
+        ctx_len=12,
+        coactive_tokens=16,
+        n_top=3,
+        loss_effect_tokens=20,
+        batch_size=2,
     )
     index.save(world.folder / "an.index")
     longer = saewb.build_index(world.model, world.topk, world.texts, extend=saewb.load_index(world.folder / "an.index"))
@@ -273,12 +306,18 @@ def latent_matrix(world):
     view = saewb.latent_matrix(world.model, world.topk, world.tokens, min_fires=1)
     views = {
         "latents": view,
-        "dense": saewb.matrix_view(saewb.random_correlation(12, device=world.device, max_strength=0.1)),
-        "low rank": saewb.matrix_view(saewb.random_low_rank_correlation(12, 3, device=world.device)),
+        "dense": saewb.matrix_view(world.to(saewb.random_correlation(12, max_strength=0.1))),
+        "low rank": saewb.matrix_view(saewb.LowRankCorrelation.of(world.randn(12, 3) * 0.2)),
         "decoder": saewb.matrix_view(world.sae()),
     }
     return {
-        f"host {name}": (v.block([0, 1, 2], [2, 3]), v.pooled((0, 8), (0, 8), 2), v.order("clusters"), v.partners(1, 3), v.stats())
+        f"host {name}": (
+            v.block([0, 1, 2], [2, 3]),
+            v.pooled((0, 8), (0, 8), 2),
+            v.order("clusters"),
+            v.partners(1, 3),
+            v.stats(),
+        )
         for name, v in views.items()
     }
 
@@ -318,16 +357,19 @@ def coactivation(world):
     }
 
 
-@case("correlation_stats", "random_correlation", "random_low_rank_correlation", "LowRankCorrelation", "CorrelatedNormals")
+@case(
+    "correlation_stats", "random_correlation", "random_low_rank_correlation", "LowRankCorrelation", "CorrelatedNormals"
+)
 def correlation(world):
     full = saewb.random_correlation(30, max_strength=0.1, device=world.device)
     low = saewb.random_low_rank_correlation(30, 4, device=world.device)
     normals = [saewb.CorrelatedNormals(c) for c in (full, low)]
+    given = saewb.LowRankCorrelation.of(world.randn(30, 4) * 0.2)
     return {
-        "matrices": (full, low.dense()),
-        "stats": (saewb.correlation_stats(full), saewb.correlation_stats(low)),
-        "samples": [n.sample(20, world.generator()) for n in normals],
-        "fires": [n.fires(20, world.to(torch.full((30,), 0.1)), world.generator()) for n in normals],
+        "matrices": world.drawn([full, low.dense()]),
+        "stats": (saewb.correlation_stats(given), saewb.correlation_stats(given.dense())),
+        "samples": world.drawn([n.sample(20, world.generator()) for n in normals]),
+        "fires": world.drawn([n.fires(20, world.to(torch.full((30,), 0.1)), world.generator()) for n in normals]),
     }
 
 
@@ -346,11 +388,25 @@ def reconstruction(world):
     return {"values": values, "latents": (metrics.l0(acts), metrics.density(acts)), "stream": stream.result()}
 
 
-SYNTHETIC = (
-    "FeatureDictionary Hierarchy Magnitudes Recovery RecoveryStream Sample SyntheticData best_matches best_ordering "
-    "load_synthetic matched_sae mean_correlation_coefficient ordered_cosines orthogonalized random_dictionary recovery "
-    "uniqueness"
-).split()
+SYNTHETIC = [
+    "FeatureDictionary",
+    "Hierarchy",
+    "Magnitudes",
+    "Recovery",
+    "RecoveryStream",
+    "Sample",
+    "SyntheticData",
+    "best_matches",
+    "best_ordering",
+    "load_synthetic",
+    "matched_sae",
+    "mean_correlation_coefficient",
+    "ordered_cosines",
+    "orthogonalized",
+    "random_dictionary",
+    "recovery",
+    "uniqueness",
+]
 
 
 @case(*(f"synthetic.{name}" for name in SYNTHETIC), host_products="the Hungarian algorithm is scipy's, documented")
@@ -361,7 +417,7 @@ def synthetic_data(world):
         dictionary,
         synthetic.linear(24),
         synthetic.Magnitudes("folded_normal", 1.0, 0.2),
-        saewb.random_low_rank_correlation(24, 3, device=world.device),
+        saewb.LowRankCorrelation.of(world.randn(24, 3) * 0.2),
         hierarchy,
         noise=0.01,
     )
@@ -371,8 +427,8 @@ def synthetic_data(world):
     rows = synthetic.orthogonalized(world.randn(24, 16)), dictionary.directions
     return {
         "dictionary": dictionary.directions,
-        "sample": (sample.activations, sample.firings.dense()),
-        "recovery": synthetic.recovery(sae, data, 200, batch_size=100).to_frame(),
+        "sample": world.drawn([sample.activations, sample.firings.dense()]),
+        "recovery": world.drawn([synthetic.recovery(sae, data, 200, batch_size=100).to_frame()]),
         "loaded": synthetic.load_synthetic(world.folder / "synthetic").dictionary.directions.cpu().sum().item(),
         "matches": synthetic.best_matches(*rows),
         "numbers": (synthetic.uniqueness(*rows), synthetic.mean_correlation_coefficient(*rows)),
@@ -443,7 +499,8 @@ def sparse_steps(world):
 def transcoders(world):
     values = {"hook": world.activations, "out": world.activations[:, :6] * 2 + 1}
     return {
-        name: trained(world, objective, write="out", values=values) for name, objective in objective_registry.SKIPS.items()
+        name: trained(world, objective, write="out", values=values)
+        for name, objective in objective_registry.SKIPS.items()
     }
 
 
@@ -465,7 +522,9 @@ def train(world):
     run = saewb.train(
         world.model, world.texts, objective, n_tokens=240, folder=folder, held_out=world.texts[:3], **how
     ).wait()
-    resumed = saewb.resume_run(folder, model=world.model, tokens=world.texts, held_out=world.texts[:3], n_tokens=288).wait()
+    resumed = saewb.resume_run(
+        folder, model=world.model, tokens=world.texts, held_out=world.texts[:3], n_tokens=288
+    ).wait()
     history = resumed.history
     keep = [c for c in history.columns if "second" not in c and "per_s" not in c and history[c].dtype != object]
     return {"sae": run.sae, "resumed": resumed.sae, "history": history[keep], "state": resumed.state}

@@ -60,10 +60,21 @@ def of_saes_elsewhere():
         except RuntimeError as error:
             yield f"{name}: RuntimeError: {error}"
     how = {"n_tokens": 96, "batch_tokens": 24, "ctx_len": 12, "device": "cpu"}
-    sae = saewb.train(model, ["w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11"] * 12, saewb.TopK(20, k=3), hook=LATE, **how).wait().sae
+    sae = (
+        saewb.train(model, ["w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11"] * 12, saewb.TopK(20, k=3), hook=LATE, **how)
+        .wait()
+        .sae
+    )
     if sae.device != torch.device("cpu"):
         yield f"a training with device='cpu' gave an SAE on {sae.device}"
 
 
 NEEDS_SAES = ("attach", "attach with error", "gradients", "steer", "evaluate", "index", "edges", "read_prompt")
-NEEDS_SAES += ("attribute, gradient", "attribute, integrated", "attribute, ablation", "next_tokens", "matrix", "generate")
+NEEDS_SAES += (
+    "attribute, gradient",
+    "attribute, integrated",
+    "attribute, ablation",
+    "next_tokens",
+    "matrix",
+    "generate",
+)

@@ -48,7 +48,10 @@ def runs(model, a, b):
         return saewb.attribute(model, prompt, both, "w4", method=method, **options).to_frame()
 
     def train():
-        points = {"early": saewb.Trainee(saewb.TopK(20, k=3), read=EARLY), "late": saewb.Trainee(saewb.Gated(20), read=LATE)}
+        points = {
+            "early": saewb.Trainee(saewb.TopK(20, k=3), read=EARLY),
+            "late": saewb.Trainee(saewb.Gated(20), read=LATE),
+        }
         run = saewb.train(model, TEXTS, points, held_out=TEXTS[:2], **training).wait()
         return {"saes": run.saes, "losses": run.history[[c for c in run.history if c.endswith(("loss", "fvu"))]]}
 
@@ -81,7 +84,11 @@ def runs(model, a, b):
         "generate": lambda: list(
             saewb.generate_tokens(model, "w1 w2", lambda: saewb.attach(model, both), max_new_tokens=5)
         ),
-        "stream": lambda: dict(next(saewb.stream_activations(model, TEXTS, [EARLY, LATE], buffer_tokens=48, **how)).values),
+        "stream": lambda: dict(
+            next(saewb.stream_activations(model, TEXTS, [EARLY, LATE], buffer_tokens=48, **how)).values
+        ),
         "cache": cache,
-        "memory": lambda: saewb.training_memory(model, saewb.TopK(20, k=3), hook=LATE, n_tokens=96, batch_tokens=24).weights,
+        "memory": lambda: (
+            saewb.training_memory(model, saewb.TopK(20, k=3), hook=LATE, n_tokens=96, batch_tokens=24).weights
+        ),
     }

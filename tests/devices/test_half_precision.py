@@ -31,7 +31,9 @@ def pair(model_dtype, sae_dtype):
     model = tiny_models.new_bridge(model_dtype)
     expected = tiny_models.new_bridge(model_dtype).to(torch.float32, print_details=False)
     a, b = (sae.to(sae_dtype) for sae in saes())
-    exact = [type(sae).from_tensors(sae.cfg, {n: t.detach().float() for n, t in sae.tensors().items()}) for sae in (a, b)]
+    exact = [
+        type(sae).from_tensors(sae.cfg, {n: t.detach().float() for n, t in sae.tensors().items()}) for sae in (a, b)
+    ]
     return runs(model, a, b), runs(expected, *exact), model, (a, b)
 
 
@@ -67,14 +69,20 @@ def test_activations_keep_the_models_dtype_and_latents_the_saes(model_dtype, sae
     for got, want, sae in zip(half["gradients"](), full["gradients"](), (a, b), strict=True):
         assert got.dtype == sae.dtype and off(got, want) < 5 * most
     for got, want in zip(half["evaluate"](), full["evaluate"](), strict=True):
-        numbers = pd.DataFrame({"got": got.iloc[0], "want": want.iloc[0]}).loc[["l0", "fvu", "ce_with_sae", "kl"]].astype(float)
+        numbers = (
+            pd.DataFrame({"got": got.iloc[0], "want": want.iloc[0]})
+            .loc[["l0", "fvu", "ce_with_sae", "kl"]]
+            .astype(float)
+        )
         assert (numbers.got - numbers.want).abs().max() < 10 * most * numbers.want.abs().max()
     point = saewb.stream_activations(model, tiny_models.tokens(8, 8), [EARLY, LATE], batch_tokens=16)
     assert {value.dtype for value in next(point).values.values()} == {model_dtype}
 
 
 @pytest.mark.parametrize(("model_dtype", "sae_dtype"), PAIRS[:3], ids=str)
-@pytest.mark.parametrize("name", [name for name in runs(None, None, None) if name not in ("attach", "evaluate", "steer")])
+@pytest.mark.parametrize(
+    "name", [name for name in runs(None, None, None) if name not in ("attach", "evaluate", "steer")]
+)
 def test_everything_else_runs_and_is_finite(model_dtype, sae_dtype, name):
     half, *_ = pair(model_dtype, sae_dtype)
     result = half[name]()

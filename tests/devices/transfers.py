@@ -105,8 +105,9 @@ def scenarios(world):
     """Name and counts of every scenario."""
     for name, objective in objective_registry.OBJECTIVES.items():
         yield f"training step, {name}", lambda o=objective: training(world, o)
-    yield "training step, topk, dead latents looked at each time", lambda: training(
-        world, objective_registry.OBJECTIVES["topk"], look_every_steps=1
+    yield (
+        "training step, topk, dead latents looked at each time",
+        lambda: training(world, objective_registry.OBJECTIVES["topk"], look_every_steps=1),
     )
     yield "training step, sparse topk", lambda: training(world, objective_registry.OBJECTIVES["topk"], step="sparse")
     yield "log of a step", lambda: logged(world, objective_registry.OBJECTIVES["topk"])
@@ -120,7 +121,10 @@ def scenarios(world):
     yield "forward pass, attached", lambda: attached(world)
     yield "forward pass, attached, special tokens", lambda: attached(world, skip_special_tokens=True, error_term=True)
     yield "forward pass, steered", lambda: steered(world)
-    yield "forward pass, steered at positions", lambda: steered(world, positions=slice(2, None), skip_special_tokens=True)
+    yield (
+        "forward pass, steered at positions",
+        lambda: steered(world, positions=slice(2, None), skip_special_tokens=True),
+    )
     yield "evaluation batch", lambda: evaluation(world)
 
 

@@ -13,10 +13,17 @@ SIZES = {"d_in": tiny_models.D_MODEL, "d_sae": 40}
 
 
 class World:
-    """Everything on `device`; what is drawn is drawn on the CPU, and so the same on every device."""
+    """Everything on `device`; what is drawn here is drawn on the CPU, and so the same on every device.
 
-    def __init__(self, device, folder):
-        self.device, self.folder = torch.device(device), folder
+    `draws_alike` says whether what saewb itself draws on the devices that are compared is the same: not on a GPU.
+    """
+
+    def __init__(self, device, folder, draws_alike=True):
+        self.device, self.folder, self.draws_alike = torch.device(device), folder, draws_alike
+
+    def drawn(self, results):
+        """Results that depend on draws; only their shapes where devices draw differently."""
+        return results if self.draws_alike else [tuple(getattr(result, "shape", ())) for result in results]
 
     def to(self, value):
         """A tensor or module on the device."""

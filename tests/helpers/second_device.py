@@ -147,7 +147,9 @@ class SecondTensor(torch.Tensor):
         return self.detach().cpu().tolist()
 
     def numpy(self, *args, **kwargs):
-        message = "can't convert second:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory"
+        message = (
+            "can't convert second:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory"
+        )
         raise TypeError(message)
 
     def __array__(self, *args, **kwargs):
@@ -288,7 +290,9 @@ def _register_factories():
         arguments = {a.name: str(a.type) for a in schema.arguments}
         if not schema.name.startswith("aten::") or "Device" not in arguments.get("device", ""):
             continue
-        if any("Tensor" in kind for kind in arguments.values()) or not any("Tensor" in str(r.type) for r in schema.returns):
+        if any("Tensor" in kind for kind in arguments.values()) or not any(
+            "Tensor" in str(r.type) for r in schema.returns
+        ):
             continue
         packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::"))
         op = getattr(packet, schema.overload_name or "default")
