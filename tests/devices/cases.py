@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from devices.compare import differences
 from devices.world import HOOK, LATER, World
 from helpers import objective_registry
 from helpers.public_names import public
@@ -174,7 +175,7 @@ def attach(world):
     for name, sae in kinds.items():
         for error_term in (False, True):
             with saewb.attach(model, sae, error_term=error_term, skip_special_tokens=True) as attached:
-                logits, cache = model.run_with_cache(tokens)
+                logits, _cache = model.run_with_cache(tokens)
                 results[f"{name} {error_term}"] = logits, attached.latents[sae]
     with saewb.attach(model, [world.sae(), world.sae(LATER, seed=1)]):
         loss = model(tokens).square().sum()
@@ -511,6 +512,26 @@ def normalizations(world):
     results = {kind: trained(world, objective, normalization=kind) for kind in kinds}
     fitted = saewb.JumpReLU(24, target_l0=4.0)
     return {**results, "b_dec": trained(world, objective, b_dec="mean"), "fitted": trained(world, fitted)}
+
+
+@case()
+def resumed(world):
+    """Between two looks at the dead latents, whose counts are used later than on a CPU: the same bits."""
+
+    def fresh():
+        config = saewb.TrainConfig(24 * 60, batch_tokens=60, dead_after_tokens=60, look_every_steps=4)
+        stream = saewb.stream_tensors(world.activations, batch_tokens=60, repeat=True)
+        return saewb.Training(stream, saewb.TopK(200, k=2, aux=1.0), config)
+
+    def states(training, n):
+        return [training.state()["learners"] for _ in itertools.islice(training, n)]
+
+    whole, again = fresh(), fresh()
+    states(whole, 14)
+    again.restore(whole.state())
+    differ = list(differences(states(whole, 10), states(again, 10), 0.0))
+    looked = whole.state()["learners"]["sae"]["looked"]
+    return {"differ": differ, "some are dead": bool(looked.any())}
 
 
 @case("train", "Run", "resume_run", "run_curves", "run_densities")

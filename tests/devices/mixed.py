@@ -26,7 +26,7 @@ def spread_model():
 
 
 def of_a_spread_model():
-    """Lines that say what differs from the model on the CPU, and where an SAE or activation is not at its hook point."""
+    """Lines that say what differs from the model on the CPU, and which SAE or activation is not at its hook point."""
     a, b = saes()
     model, expected = spread_model(), runs(tiny_models.new_bridge(), a, b)
     for name, run in runs(model, a, b.to(DEVICE)).items():

@@ -17,17 +17,9 @@ from devices import cases
 TESTS = Path(__file__).parents[1]
 
 # How often the host waits for the device, by unit of work; no entry: never. An index reads from the device how many
-# latents are active and which contexts enter it; an evaluation which tokens count. A look at the dead latents is every
-# 16th step. A pursuit asks in each of its rounds which tokens go on.
+# latents are active and which contexts enter it; an evaluation which tokens count. A pursuit asks in each of its rounds
+# which tokens go on.
 WAITS = {
-    **dict.fromkeys(
-        (f"training step, {name}" for name in ("topk", "topk_free", "abstopk", "batchtopk", "batchtopk_free")),
-        {"nonzero": 1 / 16},
-    ),
-    **dict.fromkeys(
-        (f"training step, {name}" for name in ("matryoshka", "matryoshka_by_level", "jumprelu_tanh", "sparse topk")),
-        {"nonzero": 1 / 16},
-    ),
     "training step, topk, dead latents looked at each time": {"nonzero": 1},
     "training step, pursuit": {"nonzero": 4},
     "log of a step": {"copy": 1},
@@ -66,7 +58,7 @@ def test_results_are_the_same_each_time():
 
 
 def test_the_host_waits_for_the_device_as_often_as_recorded(results):
-    assert results["transfers"]["counts"] == {**dict.fromkeys(results["transfers"]["counts"], {}), **WAITS}
+    assert results["transfers"]["counts"] == {**{key: {} for key in results["transfers"]["counts"]}, **WAITS}
 
 
 def test_every_public_name_has_a_case_or_a_reason():

@@ -2,14 +2,15 @@
 
 From the root of a clone, after `pip install -e ".[test]"`; no network. In this order, until the time is up:
 
-1. Every case of `tests/devices` on the device, compared with the CPU; training steps that must not wait for the device;
-   the tests marked `gpu`.
-2. Benchmarks at the sizes of a GPU: training steps, attached SAEs, an index, training end to end. Sizes are halved until
-   they fit into the free memory.
+1. Every case of `tests/devices` on the device, compared with the CPU; training steps that must not wait for the
+   device; the tests marked `gpu`.
+2. Benchmarks at the sizes of a GPU: training steps, attached SAEs, an index, training end to end. Sizes are halved
+   until they fit into the free memory.
 
 Prints one table. "limit" is the least time that the work can take: the bytes that any implementation has to move at
-the bandwidth of a copy, or the one product that has to be dense at the speed of a product, as measured here; "of it" is
-how many times as long it takes. The exit status is 1 if a test fails. `--device cpu --small` shows that the script runs.
+the bandwidth of a copy, or the one product that has to be dense at the speed of a product, as measured here; "of it"
+is how many times as long it takes. The exit status is 1 if a test fails. `--device cpu --small` shows that the script
+runs.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-import torch
-from gpu import bench
-from gpu.table import Clock, Table
+import torch  # noqa: E402
+from gpu import bench  # noqa: E402
+from gpu.table import Clock, Table  # noqa: E402
 
 
 def main() -> int:

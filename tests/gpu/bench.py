@@ -280,6 +280,6 @@ def end_to_end(model, device, sizes, clock, table):
         )
         config = saewb.TrainConfig(10 * n * sizes.batch, batch_tokens=sizes.batch, normalization="none")
         training = iter(saewb.Training(stream, objective_of(name, d_sae, sizes.k), config))
-        seconds, peak = clock.timed(lambda steps=training: [next(steps) for _ in range(n)], 2)
+        seconds, peak = clock.timed(lambda steps=training, n=n: [next(steps) for _ in range(n)], 2)
         title = f"training end to end, {name}, {d_sae:,} latents: {n} steps"
         table.add(title, seconds, per_second=f"{n * sizes.batch / seconds:,.0f} tokens", peak=peak)

@@ -90,6 +90,8 @@ def _count(name, args, kwargs):
     if name in _COPIES:
         target = args[0].device if name == "copy_" else args[1].device if name == "_copy_from" else kwargs.get("device")
         kind = "copy" if target is not None and torch.device(target).type == "cpu" else None
+        if kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)):
+            kind = None  # whoever asks for that waits later, with an event
     if kind:
         with _lock:
             _counts[kind] += 1

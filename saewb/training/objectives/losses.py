@@ -22,14 +22,14 @@ class ObjectiveState:
     """State of an objective beyond weights and activations. Replaced after each step, never modified.
 
     Two fields describe dead latents, since reading a number from a GPU makes it wait: `dead` is exact and stays on the
-    device; `dead_rows` are the latents that were dead at the host's last check, to which work is limited. A latent
-    counts as dead if it is silent now and was at the last check.
+    device; `dead_rows` are the latents that were dead at a look (`saewb.training.dead_latents`), to which work is
+    limited. A latent counts as dead if it is silent now and was at that look.
     """
 
     dead: Bool[Tensor, " d_sae"]
     """Latents in the auxiliary loss; may be true at `dead_rows` only."""
     dead_rows: Int[Tensor, " n_dead"]
-    """Latents dead at the last check, ascending; if empty, there is no auxiliary loss."""
+    """Latents dead at a look, ascending; if empty, there is no auxiliary loss."""
     coefficients: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
     """Weights of loss terms, by term."""
     threshold: Float[Tensor, ""] | None = None
