@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.metrics import has_float64
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,7 +129,7 @@ def _scores(order: Int[Tensor, "n d_vocab"], members: Sequence[Bool[Tensor, " d_
 
 def _extreme(ranks: Int[Tensor, "n hits"], d_vocab: int) -> Float[Tensor, " n"]:
     """The running sum farthest from 0; its maximum is at a hit, its minimum just before one."""
-    hits = ranks.shape[1]
+    ranks, hits = ranks if has_float64(ranks.device) else ranks.cpu(), ranks.shape[1]
     so_far = torch.arange(hits, dtype=torch.float64, device=ranks.device)
     below = (ranks - so_far) / (d_vocab - hits)  # fraction of misses before each hit
     top, bottom = ((so_far + 1) / hits - below).amax(1), (so_far / hits - below).amin(1)
@@ -148,7 +149,7 @@ def _null_scores(
     for start in range(0, n, step):
         # float64, so that there are no ties
         numbers = torch.rand(min(step, n - start), d_vocab, generator=rng, dtype=torch.float64)
-        scores.append(_scores(numbers.to(device).argsort(dim=1), members))
+        scores.append(_scores(numbers.to(device if has_float64(device) else "cpu").argsort(dim=1), members))
     return torch.cat(scores).abs().T.contiguous().sort(dim=1).values.cpu()
 
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saewb.metrics import widest_float
 from saewb.sae.sparse import SparseLatents
 from saewb.stats.cooccurrence import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation, correlation_stats
@@ -111,7 +112,7 @@ class Factors(Entries):
 
     @cached_property
     def _square(self) -> Float[Tensor, " n"]:
-        return self.a.square().sum(1).double()
+        return self.a.square().sum(1).to(widest_float(self.a.device))
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
         entries = self.a[rows] @ self.b[cols].T
@@ -142,7 +143,7 @@ class Factors(Entries):
     ) -> Float[Tensor, "cells_r cells_c"]:
         """Means by sum_ij a_i . b_j = (sum_i a_i) . (sum_j b_j)."""
         (a, n_a), (b, n_b) = sums or (self.block_sums(rows, 0, step), self.block_sums(cols, 1, step))
-        total, count = (a @ b.T).double(), n_a[:, None] * n_b
+        total, count = (a @ b.T).to(widest_float(a.device)), n_a[:, None] * n_b
         return _off_diagonal_means(total, count, self._square if self.same else None, rows, cols, step)
 
     def stats(self) -> CorrelationStats | None:

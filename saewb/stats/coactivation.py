@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.metrics import has_float64
 from saewb.sae.sparse import SparseLatents
 from saewb.stats.cooccurrence import Coactivation, Side, triangle
 
@@ -98,6 +99,7 @@ class CoactivationStream:
         device: torch.device | str = "cpu",
     ) -> None:
         _check_fits(d_sae, d_sae_b, products, max_bytes)
+        device = device if has_float64(torch.device(device)) else "cpu"
         self.n_tokens = 0
         self._a = Side.empty(d_sae, device)
         self._b = self._a if d_sae_b is None else Side.empty(d_sae_b, device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saewb._files import atomic_write
 from saewb.errors import FormatError, explain, near
+from saewb.metrics import has_float64
 from saewb.stats.correlation import CorrelationStats
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ class Coactivation:
         """
         from safetensors import SafetensorError, safe_open
 
+        device = device if has_float64(torch.device(device)) else "cpu"
         try:
             with safe_open(str(Path(path).expanduser()), framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -92,11 +92,28 @@ def problems(case, device, tolerance, repeat):
     return lines
 
 
+def without_float64(case, device, tolerance, repeat):
+    """Problems but for float32 in place of float64, and work that is on the CPU for that reason."""
+    from helpers import second_device
+
+    import saewb.metrics
+
+    saewb.metrics.NO_FLOAT64.add(device.type)
+    second_device.has_float64 = False
+    lines = problems(case, device, tolerance, repeat)
+    return [
+        line
+        for line in lines
+        if not ("float64" in line and "float32" in line) and "on the CPU" not in line and "is on cpu" not in line
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--device", default="second")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--no-float64", action="store_true", help="of a second device that has none, as an Apple GPU")
     parser.add_argument("--transfers", action="store_true", help="of the second device only")
     parser.add_argument("--tolerance", type=float, default=1e-5)
     options = parser.parse_args()
@@ -110,8 +127,9 @@ def main():
         device = torch.device(options.device)
     from devices.cases import CASES
 
+    run = without_float64 if options.no_float64 else problems
     for name in options.names or CASES:
-        report(name, lambda name=name: {"problems": problems(CASES[name], device, options.tolerance, options.repeat)})
+        report(name, lambda name=name: {"problems": run(CASES[name], device, options.tolerance, options.repeat)})
     if options.transfers:
         from devices import mixed, self_check, transfers
         from devices.world import World

@@ -52,6 +52,13 @@ def test_results_are_those_of_the_cpu(results, name):
 
 
 @pytest.mark.long
+def test_a_device_without_float64_gives_the_same():
+    """As an Apple GPU: sums are in float32 there, or in float64 on the CPU."""
+    lines = run_devices("--no-float64", "--tolerance", "1e-4")
+    assert {name: line["problems"] for name, line in lines.items() if line["problems"]} == {}
+
+
+@pytest.mark.long
 def test_results_are_the_same_each_time():
     lines = run_devices("--repeat", "3")
     assert {name: line["problems"] for name, line in lines.items() if line["problems"]} == {}

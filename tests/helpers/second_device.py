@@ -54,6 +54,9 @@ _WAITS = {
     "multinomial": "number",
 }
 
+has_float64 = True
+"""Set to False to be refused float64, as by an Apple GPU."""
+
 _counts: Counter[str] = Counter()
 _lock = threading.Lock()
 _counting = 0
@@ -213,6 +216,8 @@ def _run(func, args, kwargs):
     if name == "_to_copy" and kwargs.get("pin_memory"):
         raw_kwargs["pin_memory"] = None
     out = func(*raw_args, **raw_kwargs)
+    if on_device and not has_float64:
+        _refuse_float64(out, name, target)
     if func._schema.is_mutable:
         for tensor in ours:
             _resize_like_raw(tensor)
@@ -220,6 +225,12 @@ def _run(func, args, kwargs):
         return out
     arguments = {id(t._raw): t for t in ours} | {id(t): t for t in others}  # in-place operations return one of them
     return _wrap(out, arguments)
+
+
+def _refuse_float64(out, name, target):
+    stays = target is None or _is_ours(target)
+    if stays and any(t.dtype == torch.float64 for t in _tensors([out])):
+        raise TypeError(f"Cannot convert a {NAME} Tensor to float64 dtype, which it doesn't support ({name})")
 
 
 def _wrap(out, arguments):

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
+from saewb.metrics import widest_float
 from saewb.training.objectives.params import Params
 
 
@@ -53,8 +54,7 @@ class ObjectiveState:
             kept_min: smallest length that an active latent wrote in the batch.
             rate: share of the newest batch.
         """
-        wide = torch.float32 if kept_min.device.type == "mps" else torch.float64
-        kept_min = kept_min.to(wide)
+        kept_min = kept_min.to(widest_float(kept_min.device))
         old = torch.zeros_like(kept_min) if self.threshold is None else self.threshold
         share = max(rate, 1 / (self.n_thresholds + 1))
         new = torch.where(torch.isfinite(kept_min), old + share * (kept_min - old), old)
