@@ -497,6 +497,29 @@ def sparse_steps(world):
 
 
 @case()
+def selection_in_bf16(world):
+    """The sparse step as CUDA devices take it: a product in bf16 selects, float32 decides."""
+    from saewb.training.sparse_step import sparse_step
+
+    results, x = {}, world.activations[:200]
+    kinds = {
+        "topk": saewb.TopK(600, k=4, aux=0.0),
+        "abstopk": saewb.AbsTopK(600, k=4, aux=0.0),
+        "batchtopk": saewb.BatchTopK(600, k=4, aux=0.0),
+        "matryoshka": saewb.Matryoshka(600, k=4, widths=(50, 200), aux=0.0),
+        "standard": saewb.Standard(600, l1=0.1),
+        "jumprelu": saewb.JumpReLU(600, l0=0.1, init_threshold=1.2, bandwidth=0.2),
+    }
+    for name, objective in kinds.items():
+        params = objective.init_params(x.shape[1], device=world.device)
+        state = objective.initial_state(world.device)
+        losses = sparse_step(objective, params, x, x, state, "bf16", max_density=1.0)
+        gradients = {key: parameter.grad for key, parameter in params.named_parameters()}
+        results[name] = losses.terms, losses.l0, losses.fvu, losses.fired, gradients
+    return results
+
+
+@case()
 def transcoders(world):
     values = {"hook": world.activations, "out": world.activations[:, :6] * 2 + 1}
     return {

@@ -12,9 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.utils.backend_registration
 from devices import cases
 
 TESTS = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices written in Python",
+)
 
 # How often the host waits for the device, by unit of work; no entry: never. An index reads from the device how many
 # latents are active and which contexts enter it; an evaluation which tokens count. A pursuit asks in each of its rounds
