@@ -158,14 +158,14 @@ def checks(**how):
 def test_a_device_is_checked_on_request():
     """This CPU in float32 against float64, dense products and its own counts; a device that does not exist raises."""
     assert checks() == {}
-    found = checks(check="cpu")
-    assert list(found) == ["attach", "train", "index"]
-    assert {f.state for f in found.values()} == {"ok"}, found
+    results = checks(check="cpu")
+    assert list(results) == ["attach", "train", "index"]
+    assert {f.state for f in results.values()} == {"ok"}, results
     with pytest.raises(ValueError, match="no device 'cpuu'"):
         saewb.doctor(check="cpuu")
 
 
-def test_a_device_that_computes_something_else_is_found(monkeypatch, capsys):
+def test_a_device_that_computes_something_else_is_seen(monkeypatch, capsys):
     attach, losses = diagnostics._attach, diagnostics._losses
 
     def inexact(model, tokens, device):
@@ -179,10 +179,10 @@ def test_a_device_that_computes_something_else_is_found(monkeypatch, capsys):
 
     monkeypatch.setattr(diagnostics, "_attach", inexact)
     monkeypatch.setattr(diagnostics, "_losses", fails)
-    found = checks(check="cpu")
-    assert [f.state for f in found.values()] == ["wrong", "wrong", "ok"], found
-    assert "differ from the CPU's by 1e-02" in found["attach"].detail
-    assert found["attach"].fix
-    assert "no kernel image" in found["train"].detail
+    results = checks(check="cpu")
+    assert [f.state for f in results.values()] == ["wrong", "wrong", "ok"], results
+    assert "differ from the CPU's by 1e-02" in results["attach"].detail
+    assert results["attach"].fix
+    assert "no kernel image" in results["train"].detail
     assert cli.main(["doctor", "--check", "cpu"]) == 1
     assert "check: train" in capsys.readouterr().out

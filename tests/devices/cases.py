@@ -365,10 +365,10 @@ def correlation(world):
     full = saewb.random_correlation(30, max_strength=0.1, device=world.device)
     low = saewb.random_low_rank_correlation(30, 4, device=world.device)
     normals = [saewb.CorrelatedNormals(c) for c in (full, low)]
-    given = saewb.LowRankCorrelation.of(world.randn(30, 4) * 0.2)
+    fixed = saewb.LowRankCorrelation.of(world.randn(30, 4) * 0.2)
     return {
         "matrices": world.drawn([full, low.dense()]),
-        "stats": (saewb.correlation_stats(given), saewb.correlation_stats(given.dense())),
+        "stats": (saewb.correlation_stats(fixed), saewb.correlation_stats(fixed.dense())),
         "samples": world.drawn([n.sample(20, world.generator()) for n in normals]),
         "fires": world.drawn([n.fires(20, world.to(torch.full((30,), 0.1)), world.generator()) for n in normals]),
     }
@@ -463,8 +463,8 @@ def streams(world):
 @case("cache_activations", "ActivationCache")
 def cache(world):
     folder = world.folder / "cache"
-    made = saewb.cache_activations(world.model, world.texts, HOOK, folder, 60, ctx_len=12, shard_tokens=32)
-    return {"host batch": next(made.stream(batch_tokens=20)).values, "half": str(made)}
+    stored = saewb.cache_activations(world.model, world.texts, HOOK, folder, 60, ctx_len=12, shard_tokens=32)
+    return {"host batch": next(stored.stream(batch_tokens=20)).values, "text": str(stored)}
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

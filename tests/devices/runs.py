@@ -57,8 +57,8 @@ def runs(model, a, b):
 
     def cache():
         with tempfile.TemporaryDirectory() as folder:
-            made = saewb.cache_activations(model, TEXTS, [EARLY, LATE], Path(folder) / "c", 60, ctx_len=12)
-            return dict(next(made.stream(batch_tokens=20)).values)
+            stored = saewb.cache_activations(model, TEXTS, [EARLY, LATE], Path(folder) / "c", 60, ctx_len=12)
+            return dict(next(stored.stream(batch_tokens=20)).values)
 
     def index():
         options = {"n_logits": 3, "coactive_tokens": 10, "loss_effect_tokens": 14}

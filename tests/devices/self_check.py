@@ -69,6 +69,7 @@ def problems():
     reads = {
         "number": lambda: (x.sum().item(), bool(mask.any())),
         "copy": lambda: (x.cpu(), x.tolist(), X.clone().copy_(x)),
+        "upload": lambda: (X.to(DEVICE), x.clone().copy_(X), torch.tensor([1], device=DEVICE), x[torch.tensor([1])]),
         "nonzero": lambda: mask.nonzero(),
         "mask": lambda: x[mask],
         "size": lambda: (torch.bincount(ids), ids.unique()),

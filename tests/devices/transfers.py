@@ -15,10 +15,13 @@ from helpers.second_device import transfers
 
 import saewb
 
+PASS = {"ctx_len": 13, "pass_tokens": 26}  # a pass is two rows: the 24 tokens of a batch, and two BOS
+
 
 def per_unit(run, few, more):
     """Counts of one unit of work, by kind: `run(n)` does n units."""
     counts = []
+    run(few)  # what is done once in a process
     for n in (few, more):
         with transfers() as counted:
             run(n)
@@ -52,17 +55,17 @@ def logged(world, objective):
 
 
 def from_a_model(world):
-    """A step of a run over a model's activations, through a shuffle buffer; logged every 8 steps."""
+    """A step of a run over a model's activations, through a shuffle buffer, with its pass over the model."""
 
     def run(n):
-        how = {"batch_tokens": 24, "buffer_tokens": 48, "ctx_len": 12, "log_every_steps": 10**6}
+        how = {"batch_tokens": 24, "buffer_tokens": 48, **PASS, "log_every_steps": 10**6, "prefetch": 0}
         saewb.train(world.model, world.texts, saewb.Standard(30), hook=HOOK, n_tokens=24 * n, **how).wait()
 
-    return per_unit(run, 4, 20)
+    return per_unit(run, 8, 24)
 
 
 def stream(world):
-    batches = saewb.stream_activations(world.model, world.texts, HOOK, batch_tokens=24, ctx_len=12, repeat=True)
+    batches = saewb.stream_activations(world.model, world.texts, HOOK, batch_tokens=24, **PASS, repeat=True)
     next(batches)
     return per_unit(lambda n: [next(batches) for _ in range(n)], 0, 8)
 
@@ -80,6 +83,12 @@ def generation(world, intervene=None):
         list(saewb.generate_tokens(world.model, "w1 w2 w3", intervene, max_new_tokens=n))
 
     return per_unit(run, 4, 12)
+
+
+def bare(world):
+    """The model's own pass, without saewb."""
+    tokens = world.to(world.tokens)
+    return per_unit(lambda n: [world.model(tokens) for _ in range(n)], 1, 5)
 
 
 def attached(world, **how):
@@ -118,6 +127,7 @@ def scenarios(world):
     yield "generated token", lambda: generation(world)
     yield "generated token, steered", lambda: generation(world, lambda: saewb.steer(world.model, world.topk, {3: 2.0}))
     yield "generated token, attached", lambda: generation(world, lambda: saewb.attach(world.model, world.topk))
+    yield "forward pass, bare", lambda: bare(world)
     yield "forward pass, attached", lambda: attached(world)
     yield "forward pass, attached, special tokens", lambda: attached(world, skip_special_tokens=True, error_term=True)
     yield "forward pass, steered", lambda: steered(world)

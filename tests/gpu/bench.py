@@ -141,9 +141,9 @@ def step_of(objective, params, how, x):
     return step
 
 
-def steps(device, sizes, asked, name, speeds, clock, table):
+def steps(device, sizes, largest, name, speeds, clock, table):
     """Dense, sparse, and sparse with a bfloat16 selection; and sae-lens where it is installed."""
-    d_sae = fitting(device, sizes, asked)
+    d_sae = fitting(device, sizes, largest)
     x = activations(sizes.batch, sizes.d_in, device)
     weights = sizes.d_in * d_sae
     # Both matrices are read by the forward pass, their gradients written, and Adam reads four and writes three numbers
@@ -160,7 +160,7 @@ def steps(device, sizes, asked, name, speeds, clock, table):
         )
     from benchmarks.measure import has
 
-    if has("sae_lens") and name != "jumprelu" and asked == sizes.d_sae[0]:
+    if has("sae_lens") and name != "jumprelu" and largest == sizes.d_sae[0]:
         _timed_step(f"{title}: sae-lens", lambda: _peer(name, x, d_sae, sizes.k), limit, sizes, clock, table)
 
 

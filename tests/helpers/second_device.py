@@ -66,8 +66,9 @@ _counting = 0
 def transfers():
     """Count what makes the host wait for the device inside the block, in all threads, by kind.
 
-    "number" (`item`, `if tensor:`), "copy" (to the CPU), "nonzero", "mask" (indexing by a bool tensor) and "size"
-    (`bincount`, `unique`, `repeat_interleave`).
+    "number" (`item`, `if tensor:`), "copy" (to the CPU), "upload" (from it, also of an index), "nonzero", "mask"
+    (indexing by a bool tensor) and "size" (`bincount`, `unique`, `repeat_interleave`). Copies with `non_blocking=True`
+    do not count: whoever makes one waits for it later.
     """
     global _counting
     counts: Counter[str] = Counter()
@@ -87,14 +88,19 @@ def _count(name, args, kwargs):
     if name in _INDEX:
         masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
         fills = name != "index" and len(args[1]) == 1 and args[2].numel() == 1  # becomes `masked_fill`
-        kind = "mask" if masks and not fills else None
+        uploads = [i for i in args[1] if i is not None and i.device.type == "cpu"]
+        kind = "mask" if masks and not fills else "upload" if uploads else None
     if name == "repeat_interleave":
         kind = "size" if kwargs.get("output_size") is None else None
     if name in _COPIES:
-        target = args[0].device if name == "copy_" else args[1].device if name == "_copy_from" else kwargs.get("device")
-        kind = "copy" if target is not None and torch.device(target).type == "cpu" else None
-        if kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)):
-            kind = None  # whoever asks for that waits later, with an event
+        source, target = args[0].device, kwargs.get("device")
+        if name == "copy_":
+            target, source = source, args[1].device
+        elif name == "_copy_from":
+            target = args[1].device
+        target = source if target is None else torch.device(target)
+        waits = source.type != target.type and not (kwargs.get("non_blocking") or args[2:] == (True,))
+        kind = ("copy" if target.type == "cpu" else "upload") if waits else None
     if kind:
         with _lock:
             _counts[kind] += 1
@@ -105,7 +111,7 @@ class SecondTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw):
-        made = torch.Tensor._make_wrapper_subclass(
+        wrapper = torch.Tensor._make_wrapper_subclass(
             cls,
             raw.size(),
             strides=raw.stride(),
@@ -116,8 +122,8 @@ class SecondTensor(torch.Tensor):
             requires_grad=False,
             storage_size=_UNBOUNDED,
         )
-        made._raw = raw
-        return made
+        wrapper._raw = raw
+        return wrapper
 
     def __init__(self, raw):
         pass
@@ -384,10 +390,10 @@ class Generator(torch._C.Generator):
     """`torch.Generator`, which draws on the CPU, but says that it is of the device."""
 
     def __new__(cls, device="cpu"):
-        made = super().__new__(cls, "cpu" if _is_ours(device) else device)
+        generator = super().__new__(cls, "cpu" if _is_ours(device) else device)
         if _is_ours(device):
-            _generators[made._cdata] = made
-        return made
+            _generators[generator._cdata] = generator
+        return generator
 
     @property
     def device(self):
