@@ -67,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("doctor", help="check versions, devices and folders, and suggest fixes")
     command.add_argument("--network", action="store_true", help="check whether the hub answers")
+    how = (
+        "run the bundled model and SAE on a device for ten seconds, and compare with the CPU; default: a GPU, else cpu"
+    )
+    command.add_argument("--check", nargs="?", const=True, default=False, metavar="DEVICE", help=how)
     command.set_defaults(run=_doctor)
     return parser
 
@@ -132,7 +136,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    checkup = saewb.doctor(options.network)
+    checkup = saewb.doctor(options.network, check=options.check)
     print(checkup)
     return 0 if checkup.ok else 1
 

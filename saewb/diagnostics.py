@@ -5,6 +5,7 @@
 3. Cache folders of the hub and of saewb: whether they are writable, and their free space.
 4. The notebook: the kernel that Jupyter starts, and the front-end half of the widgets.
 5. The bundled model and SAE; and the hub, on request.
+6. On request, a self-check of a device: attaching, training and indexing there give what the CPU gives.
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from saewb._display import html_table
-from saewb.errors import explain
+from saewb.errors import check_device, explain
 
 if TYPE_CHECKING:
+    import torch
     from packaging.requirements import Requirement
+    from torch import Tensor, nn
 
 State = Literal["ok", "absent", "wrong"]
 
 _MARKS = {"ok": "ok", "absent": "-", "wrong": "!!"}
 _MIN_FREE_BYTES = 5 * 2**30
+_ROWS, _CTX_LEN, _STEPS = 8, 64, 4  # of the self-check: rows of text, their tokens, training steps
+_HOOK = "blocks.2.hook_resid_post"
+_TOLERANCE = 1e-3  # relative error from which a device's result is wrong: above float32's, below TF32's after layers
+_MISCOUNTED = 1e-3  # fraction of firings that may differ: latents within rounding of a threshold
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Checkup:
         return f"{n_wrong} to mend: marked !!" if n_wrong else "nothing is wrong"
 
 
-def doctor(network: bool = False, timeout: float = 5.0) -> Checkup:
+def doctor(network: bool = False, timeout: float = 5.0, check: bool | str = False) -> Checkup:
     """Check versions, devices, folders and the notebook, and suggest a line that fixes what is wrong.
 
     Nothing is changed, and no network is used unless requested. On the command line `saewb doctor` exits with 1 if
@@ -86,12 +94,15 @@ def doctor(network: bool = False, timeout: float = 5.0) -> Checkup:
     Args:
         network: check whether the hub (HF_ENDPOINT, else huggingface.co) answers.
         timeout: seconds to wait for it.
+        check: also run the bundled model and SAE on a device for about ten seconds, and compare with the CPU: a forward
+            pass with the SAE attached, training steps, an index. "cuda", "mps", "cpu", ...; True is the device that
+            `load_model` uses.
 
     Returns:
         A Checkup; `.ok` if nothing is wrong.
 
     Raises:
-        ValueError: if `timeout` is not above 0.
+        ValueError: if `timeout` is not above 0, or if there is no such device.
 
     Example:
         >>> checkup = doctor()
@@ -101,8 +112,11 @@ def doctor(network: bool = False, timeout: float = 5.0) -> Checkup:
     if timeout <= 0:
         raise ValueError(explain(f"timeout is {timeout!r}.", want="seconds above 0"))
     checks = (_python, _packages, _devices, _folders, _notebook, _bundled)
-    findings = [finding for check in checks for finding in check()]
-    return Checkup((*findings, _hub(timeout)) if network else tuple(findings))
+    device = _check_device(check) if check else None
+    findings = [finding for look in checks for finding in look()]
+    findings += [_hub(timeout)] if network else []
+    findings += _self_check(device) if device is not None else []
+    return Checkup(tuple(findings))
 
 
 def _python() -> Iterator[Finding]:
@@ -260,3 +274,121 @@ def _hub(timeout: float) -> Finding:
     except OSError as error:
         detail = f"{url} does not answer: {getattr(error, 'reason', error)}"
         return Finding("hub", detail, "wrong", 'saewb.load_model("tiny") and folders work without it')
+
+
+# -- self-check of a device ------------------------------------------------------------------------------------------
+
+
+def _check_device(check: bool | str) -> torch.device:
+    import torch
+
+    return check_device(check if isinstance(check, str) else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _self_check(device: torch.device) -> Iterator[Finding]:
+    """Compare attaching, training and indexing on a device with the same on the CPU, in float64 where it can be."""
+    import torch
+
+    from saewb import tiny
+    from saewb.data.tokens import token_rows
+    from saewb.models.load import load_model
+
+    model = load_model("tiny", torch.float64, "cpu")
+    text = [document.text for document in tiny.held_out_texts()[:_ROWS]]
+    tokens = token_rows(model, text, _CTX_LEN)[:_ROWS]
+    latents, logits = _attach(model, tokens, torch.device("cpu"))
+    device_model, results = None, {}
+
+    def attach() -> tuple[float, str]:
+        nonlocal device_model
+        device_model = load_model("tiny", torch.float32, device)
+        results["latents"], results["logits"] = _attach(device_model, tokens, device)
+        return _relative_error(results["logits"], logits), "logits of the model with the SAE attached"
+
+    def train() -> tuple[float, str]:
+        expected = _losses(model, tokens, torch.device("cpu"), "plain")
+        return _relative_error(_losses(model, tokens, device, "auto"), expected), f"losses of {_STEPS} training steps"
+
+    def index() -> tuple[float, str]:
+        expected = (latents[_content(model, tokens)] != 0).double().sum(0)
+        return _miscounted(_firings(device_model, tokens, device), expected), "firings in an index"
+
+    for name, run in (("attach", attach), ("train", train), ("index", index)):
+        yield _compared(f"check: {name}", device, run, _MISCOUNTED if name == "index" else _TOLERANCE)
+
+
+def _compared(name: str, device: torch.device, run: Callable[[], tuple[float, str]], tolerance: float) -> Finding:
+    start = time.perf_counter()
+    try:
+        error, what = run()
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as problem:  # what torch raises on a device
+        detail = f"fails on {device}: {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
+        return Finding(name, detail, "wrong", _device_fix(device))
+    detail = f"{what} on {device} differ from the CPU's by {error:.0e}"
+    if error <= tolerance:  # not so for nan
+        return Finding(name, f"{detail}, {time.perf_counter() - start:.1f} s")
+    return Finding(name, f"{detail}; {tolerance:.0e} are normal", "wrong", _device_fix(device))
+
+
+def _device_fix(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return 'torch.set_float32_matmul_precision("highest")    # then: saewb doctor --check'
+    if device.type == "cpu":
+        return "pip install --force-reinstall torch    # then: saewb doctor --check"
+    return 'saewb.load_model(..., device="cpu")    # and another version of torch: pip install -U torch'
+
+
+def _attach(model: nn.Module, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents and logits of a pass with the bundled SAE attached, on the CPU in float64."""
+    import torch
+
+    from saewb.interventions.attachment import attach
+    from saewb.pretrained.load import load_sae
+
+    sae = load_sae("tiny", dtype=model.cfg.dtype, device=device)
+    with torch.no_grad(), attach(model, sae) as attached:
+        logits = model(tokens.to(device))
+        return attached.latents[sae].cpu().double(), logits.cpu().double()
+
+
+def _losses(model: nn.Module, tokens: Tensor, device: torch.device, step: Literal["auto", "plain"]) -> Tensor:
+    """Losses of a few training steps on the model's activations."""
+    import torch
+
+    from saewb.data.stream import stream_tensors
+    from saewb.models.capture import capture
+    from saewb.training.config import TrainConfig
+    from saewb.training.loop import Training
+    from saewb.training.objectives import TopK
+
+    with torch.no_grad():
+        x = capture(model, tokens, [_HOOK])[_HOOK].float()[:, 1:].flatten(0, 1).to(device)
+    config = TrainConfig(_STEPS * len(x), batch_tokens=len(x), lr=1e-3, step=step, look_every_steps=1)
+    training = Training(stream_tensors({_HOOK: x}, batch_tokens=len(x), repeat=True), TopK(d_sae=512, k=16), config)
+    return torch.tensor([done.only.numbers()["loss"] for done in training], dtype=torch.float64)
+
+
+def _firings(model: nn.Module, tokens: Tensor, device: torch.device) -> Tensor:
+    """Tokens on which each latent is active, according to an index."""
+    from saewb.features.build import build_index
+    from saewb.pretrained.load import load_sae
+
+    index = build_index(model, load_sae("tiny", device=device), tokens, n_logits=0, n_nearest=0)
+    return index.density.cpu() * index.n_tokens
+
+
+def _content(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mask of the tokens that are not special."""
+    from saewb.models.tokenizer import special_ids, special_mask
+
+    return ~special_mask(tokens, special_ids(model, True))
+
+
+def _relative_error(values: Tensor, expected: Tensor) -> float:
+    return float((values - expected).norm() / expected.norm())
+
+
+def _miscounted(counts: Tensor, expected: Tensor) -> float:
+    return float((counts - expected).abs().sum() / expected.sum())

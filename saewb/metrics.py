@@ -17,6 +17,9 @@ from saewb.errors import explain
 
 __all__ = ["Reconstruction", "ReconstructionStream", "cosine", "density", "explained_variance", "fvu", "l0", "mse"]
 
+NO_FLOAT64 = {"mps"}
+"""Types of device without floats of 64 bits."""
+
 
 def l0(latents: Float[Tensor, "tokens d_sae"]) -> Float[Tensor, ""]:
     """Mean number of active latents per token, 0..d_sae.
@@ -276,9 +279,19 @@ class ReconstructionStream:
         self.n_tokens, self._mean = self.n_tokens + n, self._mean + shift * share
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has floats of 64 bits; an Apple GPU has none."""
+    return device.type not in NO_FLOAT64
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none: for sums that stay on the device."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
 def float64(x: Tensor) -> Tensor:
     """`x` in float64, on the CPU where its device has none."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    return (x if has_float64(x.device) else x.cpu()).double()
 
 
 def _pair(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor]:

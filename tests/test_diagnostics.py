@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 import saewb
@@ -143,8 +144,45 @@ def test_the_hub(monkeypatch):
 
 def test_on_the_command_line(monkeypatch, capsys):
     lines = (diagnostics.Finding("a", "fine"), diagnostics.Finding("b", "bad", "wrong", "mend b"))
-    monkeypatch.setattr(saewb, "doctor", lambda network: diagnostics.Checkup(lines))
+    monkeypatch.setattr(saewb, "doctor", lambda network, check: diagnostics.Checkup(lines))
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().out == "ok a  fine\n!! b  bad\n      fix:  mend b\n\n1 to mend: marked !!\n"
-    monkeypatch.setattr(saewb, "doctor", lambda network: diagnostics.Checkup(lines[:1]))
+    monkeypatch.setattr(saewb, "doctor", lambda network, check: diagnostics.Checkup(lines[:1]))
     assert cli.main(["doctor"]) == 0
+
+
+def checks(**how):
+    return {f.name.removeprefix("check: "): f for f in saewb.doctor(**how).findings if f.name.startswith("check: ")}
+
+
+def test_a_device_is_checked_on_request():
+    """This CPU in float32 against float64, dense products and its own counts; a device that does not exist raises."""
+    assert checks() == {}
+    results = checks(check="cpu")
+    assert list(results) == ["attach", "train", "index"]
+    assert {f.state for f in results.values()} == {"ok"}, results
+    with pytest.raises(ValueError, match="no device 'cpuu'"):
+        saewb.doctor(check="cpuu")
+
+
+def test_a_device_that_computes_something_else_is_seen(monkeypatch, capsys):
+    attach, losses = diagnostics._attach, diagnostics._losses
+
+    def inexact(model, tokens, device):
+        latents, logits = attach(model, tokens, device)
+        return (latents, logits) if model.cfg.dtype == torch.float64 else (latents, logits * 1.01)
+
+    def fails(model, tokens, device, step):
+        if step == "auto":
+            raise RuntimeError("no kernel image is available")
+        return losses(model, tokens, device, step)
+
+    monkeypatch.setattr(diagnostics, "_attach", inexact)
+    monkeypatch.setattr(diagnostics, "_losses", fails)
+    results = checks(check="cpu")
+    assert [f.state for f in results.values()] == ["wrong", "wrong", "ok"], results
+    assert "differ from the CPU's by 1e-02" in results["attach"].detail
+    assert results["attach"].fix
+    assert "no kernel image" in results["train"].detail
+    assert cli.main(["doctor", "--check", "cpu"]) == 1
+    assert "check: train" in capsys.readouterr().out

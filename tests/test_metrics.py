@@ -313,6 +313,7 @@ def test_nan_stays_nan():
     assert math.isnan(figure("mse", x, NOISY))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_from_several_devices_and_no_wait_for_them():
     stream, fired = ReconstructionStream(), FiringStream()

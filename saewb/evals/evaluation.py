@@ -29,6 +29,7 @@ from saewb.evals.model_losses import (
 )
 from saewb.evals.result import Evaluation, EvaluationStore, LatentFigures, source_name
 from saewb.interventions.site import Site
+from saewb.metrics import float64
 from saewb.models.capture import eval_mode
 from saewb.models.tokenizer import special_ids
 from saewb.sae.sae import SAE
@@ -249,15 +250,15 @@ def _evaluation(
 
 def _weight_figures(sae: nn.Module) -> dict[str, Tensor]:
     """Figures per latent that need no activations; nan where the architecture does not define them."""
-    W_dec = sae.W_dec.detach().double().cpu()
+    W_dec = float64(sae.W_dec.detach())
     none = torch.full((sae.cfg.d_sae,), math.nan, dtype=torch.float64)
     figures = dict.fromkeys(("encoder_norm", "encoder_bias", "encoder_decoder_cosine"), none)
-    figures["decoder_norm"] = W_dec.norm(dim=1)
+    figures["decoder_norm"] = W_dec.norm(dim=1).cpu()
     if isinstance(sae, SAE):
-        W_enc = sae.W_enc.detach().double().cpu().T
-        figures |= {"encoder_norm": W_enc.norm(dim=1), "encoder_bias": sae.b_enc.detach().double().cpu()}
+        W_enc = float64(sae.W_enc.detach()).T
+        figures |= {"encoder_norm": W_enc.norm(dim=1).cpu(), "encoder_bias": float64(sae.b_enc.detach()).cpu()}
         if not sae.cfg.is_transcoder:
-            figures["encoder_decoder_cosine"] = nn.functional.cosine_similarity(W_enc, W_dec, dim=1)
+            figures["encoder_decoder_cosine"] = nn.functional.cosine_similarity(W_enc, W_dec, dim=1).cpu()
     return figures
 
 

@@ -11,7 +11,7 @@ Memory is bounded by one batch: the latents of one SAE in the first, two logits 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -68,6 +68,13 @@ class Batch:
     """Next token; 0 at the end of a row."""
     predicts: Bool[Tensor, "batch pos"]
     """True where neither the token nor its target is special."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device: a model may be spread over several."""
+        if self.ids.device == device:
+            return self
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
 
     def select(self, per_token: Float[Tensor, "batch pos d"]) -> Float[Tensor, "plain d"]:
         """Rows of the tokens that count."""
@@ -130,8 +137,9 @@ def evaluate_at_hooks(model: nn.Module, sites: Sequence[Site], batches: Batches,
             x = site.read_input(activations[site.read.name])
             target = site.read_target(activations[site.write.name])
             acts = _encode(site.sae, x)  # at special tokens too: a temporal SAE looks back at them
-            streams.reconstruction.update(batch.select(target), batch.select(site.sae.decode(acts, x)))
-            streams.firing.update(batch.select_latents(acts), batch.lengths)
+            here = batch.to(target.device)
+            streams.reconstruction.update(here.select(target), here.select(site.sae.decode(acts, x)))
+            streams.firing.update(here.select_latents(acts), here.lengths)
         bar.update()
     return metrics
 
@@ -205,7 +213,8 @@ def _run_ablated(
     def ablate(activation: Tensor) -> Tensor:
         new = activation.clone(memory_format=torch.contiguous_format)  # flattened heads are then a view of it
         site.read_target(new)[:] = value
-        return torch.where(batch.plain.view(*batch.plain.shape, *[1] * (new.ndim - 2)), new, activation)
+        plain = batch.plain.to(new.device)
+        return torch.where(plain.view(*plain.shape, *[1] * (new.ndim - 2)), new, activation)
 
     with hook_points.editing(model, {site.write.name: ablate}):
         return model(batch.ids)
@@ -213,7 +222,7 @@ def _run_ablated(
 
 def _loss_and_kl(clean: Tensor, logits: Tensor, batch: Batch) -> Float[Tensor, "2"]:
     """Sums of the loss over counted predictions and of KL(p_clean || p) over plain tokens."""
-    parts = []
+    parts, batch = [], batch.to(logits.device)
     for p, q, targets, predicts, plain in _tiles(clean, logits, batch.targets, batch.predicts, batch.plain):
         q = q.float().log_softmax(-1)
         loss = torch.where(predicts, -q.gather(1, targets[:, None])[:, 0], 0)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saewb.features.config import CANDIDATES, PENDING_TOKENS, IndexConfig
 from saewb.features.top_contexts import EMPTY, Candidates, TopContexts
+from saewb.metrics import float64, widest_float
 from saewb.sae.sparse import SparseLatents
 
 N_BINS = 64
@@ -271,7 +272,7 @@ class CountAccumulator:
 
     def __init__(self, d_sae: int, ctx_len: int, device: torch.device | str = "cpu") -> None:
         self.histograms = Histograms(d_sae, device)
-        self.total = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self.total = torch.zeros(d_sae, dtype=widest_float(torch.device(device)), device=device)
         self.group = position_group(torch.arange(ctx_len, device=device))
         self.n_groups = int(self.group[-1]) + 1
         self.by_position = torch.zeros(d_sae, self.n_groups, dtype=torch.int64, device=device)
@@ -282,7 +283,7 @@ class CountAccumulator:
         self.n_by_position.index_add_(0, self.group, mask.sum(0))
         if len(latent):
             self.histograms.update(latent, value)
-            self.total.index_add_(0, latent, value.double())
+            self.total.index_add_(0, latent, value.to(self.total.dtype))
             cell = latent * self.n_groups + self.group[position]
             self.by_position.view(-1).index_add_(0, cell, torch.ones_like(cell))
 
@@ -291,25 +292,26 @@ class CountAccumulator:
         return {
             "exponent": self.histograms.exponent,
             "counts": self.histograms.counts,
-            "total": self.total,
+            "total": float64(self.total),
             "by_position": self.by_position,
             "n_by_position": self.n_by_position,
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Load a state given by `tensors`; copied."""
-        state = {k: t.to(self.total.device, copy=True) for k, t in tensors.items()}
+        state = {k: t.to(self.total.device, copy=True) for k, t in tensors.items() if k != "total"}
+        state["total"] = tensors["total"].to(self.total.device, self.total.dtype, copy=True)
         self.histograms.exponent, self.histograms.counts = state["exponent"], state["counts"]
         self.total, self.by_position, self.n_by_position = state["total"], state["by_position"], state["n_by_position"]
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
         """Add the counts of another state."""
         self.histograms.merge(tensors["exponent"], tensors["counts"])
-        self.total = self.total + tensors["total"]
+        self.total = self.total + tensors["total"].to(self.total)
         self.by_position = self.by_position + tensors["by_position"]
         self.n_by_position = self.n_by_position + tensors["n_by_position"]
 
 
 def position_group(position: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Group of each position: 0 for 0, 1 for 1, 2 for 2-3, 3 for 4-7, ..."""
-    return torch.frexp(position.double()).exponent.long()
+    return torch.frexp(position.float()).exponent.long()

@@ -333,9 +333,12 @@ def _accumulate(
         if rows.first_row < build.next_row(text):
             continue
         x = build.site.read_input(activations[build.info.hook])
-        for part, latents in encoder.tiles(x, rows.mask):
-            build.accumulator.update(rows[part], latents.to(torch.float32))
-        build.info = build.info.with_rows([(rows.first_row, rows.end)], int(rows.mask.sum()))
+        here = rows.to(x.device)  # of the hook point: a model may be spread over several
+        for part, latents in encoder.tiles(x, here.mask):
+            build.accumulator.update(here[part], latents.to(torch.float32))
+        of_text = slice(rows.first_row - text.first_row, rows.end - text.first_row)
+        n_tokens = int(text.mask[of_text].sum())  # on the CPU, so that nothing waits for a device
+        build.info = build.info.with_rows([(rows.first_row, rows.end)], n_tokens)
 
 
 def _checkpoint(builds: list[_Build], text: TokenRows) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.metrics import has_float64
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +80,9 @@ def enrich(
     scores = enrichment_scores(effects, list(members.values()))
     sizes = [len(ids) for ids in members.values()]
     distinct = sorted(set(sizes))
-    null = dict(zip(distinct, _null_scores(distinct, effects.shape[1], n_permutations, seed), strict=True))
+    null = dict(
+        zip(distinct, _null_scores(distinct, effects.shape[1], n_permutations, seed, effects.device), strict=True)
+    )
     p = torch.stack([_p_values(scores[:, i], null[size]) for i, size in enumerate(sizes)], 1)
     columns = {
         "latent": [name for name in names for _ in members],
@@ -126,23 +129,28 @@ def _scores(order: Int[Tensor, "n d_vocab"], members: Sequence[Bool[Tensor, " d_
 
 def _extreme(ranks: Int[Tensor, "n hits"], d_vocab: int) -> Float[Tensor, " n"]:
     """The running sum farthest from 0; its maximum is at a hit, its minimum just before one."""
-    hits = ranks.shape[1]
+    ranks, hits = ranks if has_float64(ranks.device) else ranks.cpu(), ranks.shape[1]
     so_far = torch.arange(hits, dtype=torch.float64, device=ranks.device)
     below = (ranks - so_far) / (d_vocab - hits)  # fraction of misses before each hit
     top, bottom = ((so_far + 1) / hits - below).amax(1), (so_far / hits - below).amin(1)
     return torch.where(top >= -bottom, top, bottom)
 
 
-def _null_scores(sizes: Sequence[int], d_vocab: int, n: int, seed: int) -> Float[Tensor, "sizes n"]:
-    """Sorted |score| of `n` random sets of each size: the first tokens of a random order of the vocabulary."""
+def _null_scores(
+    sizes: Sequence[int], d_vocab: int, n: int, seed: int, device: torch.device
+) -> Float[Tensor, "sizes n"]:
+    """Sorted |score| of `n` random sets of each size: the first tokens of a random order of the vocabulary.
+
+    Drawn on the CPU, so that they are the same on every device; ordered and scored on `device`.
+    """
     rng = torch.Generator().manual_seed(seed)
     members = [torch.arange(d_vocab) < size for size in sizes]
     scores, step = [], max(1, _TILE // d_vocab)
     for start in range(0, n, step):
         # float64, so that there are no ties
         numbers = torch.rand(min(step, n - start), d_vocab, generator=rng, dtype=torch.float64)
-        scores.append(_scores(numbers.argsort(dim=1), members))
-    return torch.cat(scores).abs().T.contiguous().sort(dim=1).values
+        scores.append(_scores(numbers.to(device if has_float64(device) else "cpu").argsort(dim=1), members))
+    return torch.cat(scores).abs().T.contiguous().sort(dim=1).values.cpu()
 
 
 def _p_values(scores: Float[Tensor, " latents"], null: Float[Tensor, " n"]) -> Float[Tensor, " latents"]:

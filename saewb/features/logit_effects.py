@@ -153,6 +153,7 @@ def _ablate(
 
 
 def _token_losses(logits: Tensor, ids: Tensor) -> Float[Tensor, "rows ctx"]:
+    ids = ids.to(logits.device)
     losses = torch.zeros(ids.shape, device=ids.device)
     log_probs = logits[:, :-1].float().log_softmax(-1)
     losses[:, 1:] = -log_probs.gather(2, ids[:, 1:, None])[:, :, 0]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
 
+import torch
 from torch import Tensor, nn
 
 from saewb.errors import explain, near
@@ -196,6 +197,23 @@ def split_head(name: str) -> tuple[str, int | None]:
     """
     match = re.fullmatch(r"(.+)\[(\d+)\]", name)
     return (match[1], int(match[2])) if match else (name, None)
+
+
+def device_at(model: nn.Module, name: str) -> torch.device:
+    """Device of the activation at a hook point: that of its block's weights, where a model is spread over several.
+
+    Args:
+        model: any kind.
+        name: of a hook point, also with a head, "name[3]".
+
+    Example:
+        >>> import saewb
+        >>> device_at(saewb.load_model("tiny", device="cpu"), "blocks.0.attn.hook_z[3]")
+        device(type='cpu')
+    """
+    layer = resolve(model, split_head(name)[0]).layer
+    module = model if layer is None else model.blocks[layer]
+    return next(module.parameters()).device
 
 
 def resolve_writable(model: nn.Module, name: str) -> HookPoint:

@@ -14,16 +14,18 @@ def norm_gain(
 ) -> tuple[Float[Tensor, " d_model"], bool]:
     """Per-coordinate gain of a norm after it divides by the RMS, and whether it centers first.
 
-    Measured on a probe, so it is right for weights stored as w, as 1 + w, or folded away: for x of +-1000,
-    `(norm(x) - norm(-x)) / 2 = gain * (x - mean) / rms`.
+    Measured on a probe, so it is right for weights stored as w, as 1 + w, or folded away: for x of +-100,
+    `(norm(x) - norm(-x)) / 2 = gain * (x - mean) / rms`. 100: its square is a number of float16, and large against eps.
     """
+    wide = torch.promote_types(like.dtype, torch.float32)
     if norm is None:
-        return torch.ones_like(like), False
-    x = torch.full_like(like, 1000.0)
+        return torch.ones_like(like, dtype=wide), False
+    x = torch.full_like(like, 100.0)
     x[::2] *= -1
     with torch.no_grad():
-        plus, minus, shifted = (norm(v.view(1, 1, -1))[0, 0].to(like.dtype) for v in (x, -x, x + 500))
+        plus, minus, shifted = (norm(v.view(1, 1, -1))[0, 0].to(wide) for v in (x, -x, x + 50))
     centers = bool(torch.allclose(plus, shifted, rtol=1e-2, atol=1e-2))
+    x = x.to(wide)
     v = x - x.mean() if centers else x
     return (plus - minus) / 2 * v.square().mean().sqrt() / v, centers
 

@@ -187,7 +187,7 @@ def attribute(
             nodes_of.append(nodes)
             estimates.append(estimate)
             baselines.append(baseline)
-    fields = {f.name: torch.cat([getattr(nodes, f.name) for nodes in nodes_of]).cpu() for f in dataclass_fields(Nodes)}
+    fields = {f.name: torch.cat([getattr(nodes, f.name).cpu() for nodes in nodes_of]) for f in dataclass_fields(Nodes)}
     return Attribution(
         method=method,
         metric=value,
@@ -195,7 +195,7 @@ def attribute(
         tokens=_token_texts(run),
         saes=tuple(site.hook_name_out for site in run.sites),
         sae=torch.cat([torch.full((len(nodes.latent),), i) for i, nodes in enumerate(nodes_of)]),
-        estimate=torch.cat(estimates).cpu(),
+        estimate=torch.cat([estimate.cpu() for estimate in estimates]),
         **fields,
     )
 

@@ -197,7 +197,7 @@ def split_into_nodes(run: AttributionRun, site: Site, at_site: SiteActivations) 
     for tile in _tiles(site.sae, run.tokens.shape[1]):
         x, target, gradient = (t[:, tile] for t in (at_site.x, at_site.target, at_site.gradient))
         acts, recons, slope = slopes(site.sae, x, gradient)
-        plain = run.plain[0, tile]
+        plain = run.plain[0, tile].to(acts.device)
         position, latent = (acts[0] * plain[:, None]).nonzero(as_tuple=True)
         effect = (acts * slope)[0, position, latent]
         parts.append(Nodes(position + tile.start, latent, acts[0, position, latent], effect))
@@ -205,7 +205,9 @@ def split_into_nodes(run: AttributionRun, site: Site, at_site: SiteActivations) 
         error = (target - recons)[0, position]
         effect = (error * gradient[0, position]).sum(-1)
         parts.append(Nodes(position + tile.start, torch.full_like(position, ERROR), error.norm(dim=-1), effect))
-    return Nodes(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Nodes)))
+    nodes = Nodes(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Nodes)))
+    wide = torch.promote_types(nodes.effect.dtype, torch.float32)  # tables have no bfloat16
+    return replace(nodes, activation=nodes.activation.to(wide), effect=nodes.effect.to(wide))
 
 
 @torch.no_grad()
@@ -247,7 +249,8 @@ def integrate_gradients(
     # it is there for its metric.
     t = (points + 1) / 2
     alphas, weights = (torch.tensor([0.0, *v]).to(at_site.target) for v in (t**2, weights * t))
-    base = torch.where(run.plain[..., None], _decode_zero(site, at_site.x), at_site.target)
+    plain = run.plain.to(at_site.x.device)
+    base = torch.where(plain[..., None], _decode_zero(site, at_site.x), at_site.target)
     mean, baseline = torch.zeros_like(at_site.gradient), float("nan")
     for alpha, weight in zip(alphas.split(batch_size), weights.split(batch_size), strict=True):
         values, gradients = _gradients_at(run, site, base + alpha[:, None, None] * (at_site.target - base))

@@ -28,6 +28,7 @@ _ROWS = 4096
 @torch.no_grad()
 def active_latents(site: Site, x: Float[Tensor, "1 pos d_in"], plain: Bool[Tensor, " pos"]) -> SparseLatents:
     """Encode the active latents at plain positions, float32 on the CPU; 64 MiB of dense ones at a time."""
+    plain = plain.to(x.device)
     tiles = (torch.where(plain[tile, None], site.encode(x[:, tile])[0], 0) for tile in _tiles(site, x.shape[1]))
     latents = SparseLatents.cat([SparseLatents.from_dense(tile) for tile in tiles])
     return SparseLatents(latents.token.cpu(), latents.latent.cpu(), latents.act.float().cpu(), latents.shape)

@@ -210,7 +210,8 @@ class PursuitSAE(SparseCoder):
             residual = residual - value[:, None] * rows
             unfinished = self._is_unfinished(residual.detach(), value.detach(), is_active[token, latent])
             is_active[token, latent] = True
-            token, residual = token[unfinished], residual[unfinished]
+            rest = unfinished.nonzero()[:, 0]  # one wait for the device in each round
+            token, residual = token.index_select(0, rest), residual.index_select(0, rest)
         if not choices:
             return acts
         tokens, latents, values = (torch.cat(parts) for parts in zip(*choices, strict=True))

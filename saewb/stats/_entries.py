@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saewb.metrics import widest_float
 from saewb.sae.sparse import SparseLatents
 from saewb.stats.coactivation import Coactivation
 from saewb.stats.correlation import CorrelationStats, LowRankCorrelation, correlation_stats
@@ -116,12 +117,12 @@ class Factors(Entries):
         """Means by sum_ij a_i . b_j = (sum_i a_i) . (sum_j b_j)."""
         (a, n_a), (b, n_b) = _sum_factors(self.a, rows, step), _sum_factors(self.b, cols, step)
         diag = self._diagonal if self.same else None
-        return _off_diagonal_means((a @ b.T).double(), n_a[:, None] * n_b, diag, rows, cols, step)
+        return _off_diagonal_means((a @ b.T).to(widest_float(a.device)), n_a[:, None] * n_b, diag, rows, cols, step)
 
     @cached_property
     def _diagonal(self) -> tuple[Tensor, Tensor]:
         """Products of each feature with itself, and whether it is defined."""
-        square = torch.linalg.vector_norm(self.a, dim=1).square().double()
+        square = torch.linalg.vector_norm(self.a, dim=1).square().to(widest_float(self.a.device))
         return square.nan_to_num(0), (~square.isnan()).long()
 
     def stats(self) -> CorrelationStats | None:
@@ -146,7 +147,7 @@ class FactorSums:
         (a, n_a), (b, n_b) = (
             [add_rows(x[part], step) for x in sums] for sums, part in ((self.rows, rows), (self.cols, cols))
         )
-        total, count = (a @ b.T).double(), n_a[:, None] * n_b
+        total, count = (a @ b.T).to(widest_float(a.device)), n_a[:, None] * n_b
         if self.diag is not None:
             offset = (rows.start - cols.start) // step
             for table, x in zip((total, count), self.diag, strict=True):

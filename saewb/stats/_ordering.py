@@ -78,7 +78,7 @@ def _leaf_order(similarity: Float[Tensor, "n n"], optimal: bool = False) -> Int[
 
     if len(similarity) < 3:
         return torch.arange(len(similarity))
-    r = similarity.double().nan_to_num(0).clamp(-1, 1).cpu()
+    r = similarity.cpu().double().nan_to_num(0).clamp(-1, 1)
     distance = squareform((1 - (r + r.T) / 2).fill_diagonal_(0).numpy(), checks=False)
     tree = linkage(distance, "average")
     return torch.from_numpy(leaves_list(optimal_leaf_ordering(tree, distance) if optimal else tree)).long()

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saewb.metrics import float64
 from saewb.stats._entries import Entries, Factors, FactorSums, diagonal, ratio
 from saewb.stats.correlation import CorrelationStats
 
@@ -257,7 +258,7 @@ class Overview:
             if bool(total.isnan().any()):
                 n, part = n - float(part.isnan().sum()), part.nan_to_num(0)
                 norm, total = torch.linalg.vector_norm(part, dim=1), part.sum(1)
-            sums = norm.double().square().sum().item(), total.double().sum().item(), n
+            sums = float64(norm).square().sum().item(), float64(total).sum().item(), n
             self._sums += weight * torch.tensor(sums, dtype=torch.float64)
 
     def _set_levels(self, total: Tensor | None = None, n: Tensor | None = None) -> None:

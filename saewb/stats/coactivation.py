@@ -24,6 +24,7 @@ from torch import Tensor
 
 from saewb._files import atomic_write
 from saewb.errors import FormatError, explain, near
+from saewb.metrics import has_float64
 from saewb.sae.sparse import SparseLatents
 from saewb.stats.correlation import CorrelationStats
 
@@ -108,6 +109,7 @@ class CoactivationStream:
         device: torch.device | str = "cpu",
     ) -> None:
         _check_fits(d_sae, d_sae_b, products, max_bytes)
+        device = device if has_float64(torch.device(device)) else "cpu"
         self.n_tokens = 0
         self._a = Side.empty(d_sae, device)
         self._b = self._a if d_sae_b is None else Side.empty(d_sae_b, device)
@@ -397,13 +399,14 @@ class Coactivation:
         """
         from safetensors import SafetensorError, safe_open
 
+        device = device if has_float64(torch.device(device)) else "cpu"
         try:
-            with safe_open(str(Path(path).expanduser()), framework="pt", device=str(device)) as file:
+            with safe_open(str(Path(path).expanduser()), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise FormatError(explain(f"{path} is not a coactivation file.", want=_FORMAT))
                 facts = json.loads(metadata["json"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118  (no mapping)
         except SafetensorError as error:
             raise FormatError(explain(f"{path} is not a safetensors file: {error}.", want=_FORMAT)) from error
         n, m = facts["latents"]

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.metrics import float64, widest_float
 
 _BLOCK = 2**21  # entries read at a time: they are read twice, the second time from the cache
 _LONGEST = 0.99  # squared length of a row of a random factor
@@ -227,10 +228,11 @@ def _at_least_two(n: int) -> int:
 def _low_rank_stats(factor: Float[Tensor, "n rank"]) -> CorrelationStats:
     n, rank = factor.shape
     _at_least_two(n)
-    inner = torch.zeros(rank, rank, dtype=torch.float64, device=factor.device)
-    column, square, fourth = (torch.zeros(k, dtype=torch.float64, device=factor.device) for k in (rank, 1, 1))
+    like = {"dtype": widest_float(factor.device), "device": factor.device}
+    inner = torch.zeros(rank, rank, **like)
+    column, square, fourth = (torch.zeros(k, **like) for k in (rank, 1, 1))
     for block in factor.split(max(1, _BLOCK // rank)):
-        block = block.double()
+        block = block.to(inner.dtype)
         inner.addmm_(block.T, block)
         column += block.sum(0)
         length_sq = block.square().sum(1)
@@ -249,8 +251,8 @@ def _block_sums(rows: Float[Tensor, "rows n"], first: int) -> Float[Tensor, "2"]
     parts = [part for part in (rows[:, :first], square, rows[:, first + m :]) if part.shape[1]]
     # Per row in the matrix' precision, rows in float64. The diagonal is left out rather than subtracted: small
     # correlations would vanish beside it.
-    norms = sum(torch.linalg.vector_norm(part, dim=1).double().square().sum() for part in parts)
-    return torch.stack([norms, sum(part.sum(1).double().sum() for part in parts)])
+    norms = sum(float64(torch.linalg.vector_norm(part, dim=1)).square().sum() for part in parts)
+    return torch.stack([norms, sum(float64(part.sum(1)).sum() for part in parts)])
 
 
 # -- random matrices -------------------------------------------------------------------------------------------------
@@ -268,13 +270,13 @@ def _is_positive_definite(matrix: Tensor) -> bool:
 
 def _make_positive_definite(matrix: Tensor) -> Tensor:
     """Raise eigenvalues to a floor, as high as a Cholesky factor in the matrix' precision needs."""
-    values, vectors = torch.linalg.eigh(matrix.double())
+    values, vectors = torch.linalg.eigh(float64(matrix))
     floor = 1e-6
     while True:
         raised = (vectors * values.clamp(min=floor)) @ vectors.T
         scale = raised.diagonal().rsqrt()
         raised.mul_(scale[:, None]).mul_(scale)
-        raised = ((raised + raised.T) / 2).to(matrix.dtype).fill_diagonal_(1.0)
+        raised = ((raised + raised.T) / 2).to(matrix).fill_diagonal_(1.0)
         if _is_positive_definite(raised):
             return raised
         floor *= 10  # ends: from the largest eigenvalue on, it is the identity

@@ -165,6 +165,7 @@ def _sum_sparse(latents: SparseLatents, lengths: list[int]) -> tuple[Tensor, Ten
         values, indices = (tensor.flatten() for tensor in latents.topk)
         row = rows.repeat_interleave(latents.topk.values.shape[1])
     values = float64(values.abs())
+    indices, row = indices.to(values.device), row.to(values.device)
     active, none = (values != 0).long(), values.new_zeros(d_sae)
     once = (row * d_sae + indices)[active.bool()].unique() % d_sae  # each (row, latent) once
     return (

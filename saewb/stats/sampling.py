@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.metrics import widest_float
 from saewb.stats.correlation import LowRankCorrelation
 
 
@@ -79,7 +80,8 @@ class CorrelatedNormals:
         References:
             Gaussian copula: Sklar 1959; the thresholds are the normal quantiles of 1 - p.
         """
-        p = torch.as_tensor(probability, dtype=torch.float64, device=self._factor.device)
+        device = self._factor.device
+        p = torch.as_tensor(probability, dtype=widest_float(device), device=device)
         if not bool(((p >= 0) & (p <= 1)).all()):
             raise ValueError(explain("a probability is not in 0..1.", want="0..1, for each feature or for all"))
         threshold = math.sqrt(2) * torch.erfinv(1 - 2 * p)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saewb._display import html_table, text_table
 from saewb.errors import explain
 from saewb.kernels.precision import multiply_into
+from saewb.metrics import float64, widest_float
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -344,7 +345,7 @@ def _by_sorting(unit: Tensor, start: int, stop: int, options: _Options) -> _RowS
     counts.index_add_(0, bin_of.flatten(), later.flatten().long())
     ordered = cosines.abs()
     ordered.diagonal(start).fill_(-1.0)
-    total = ordered.sum(1, dtype=torch.float64) + 1
+    total = float64(ordered.sum(1, dtype=widest_float(unit.device))) + 1
     # Stable and descending, so that of equal ones the lowest index comes first.
     ordered, places = ordered.sort(dim=1, descending=True, stable=True)
     k, last = options.neighbors, options.n - 1
@@ -427,12 +428,13 @@ def _moments(unit: Float[Tensor, "n d"]) -> tuple[float, float, float, int]:
     # (Welch), so that nothing cancels in the difference below and blocks need not be float64: that product would take
     # a tenth of the whole time at 16,384 directions.
     crowded = n > 4 * d
-    trace, fourth, n_zero = (torch.zeros((), dtype=torch.float64, device=unit.device) for _ in range(3))
-    inner = torch.zeros(d, d, dtype=torch.float64, device=unit.device)
+    like = {"dtype": widest_float(unit.device), "device": unit.device}
+    trace, fourth, n_zero = (torch.zeros((), **like) for _ in range(3))
+    inner = torch.zeros(d, d, **like)
     for block in unit.split(max(1, 2**19 // d)):
         if crowded:
-            inner += (block.T @ block).double()
-        block = block.double()
+            inner += (block.T @ block).to(inner.dtype)
+        block = block.to(inner.dtype)
         if not crowded:
             inner.addmm_(block.T, block)
         length_sq = block.square().sum(1)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.metrics import float64
 
 # -- probabilities ---------------------------------------------------------------------------------------------------
 
@@ -216,4 +217,4 @@ def _draw_rare(probability: Tensor, rare: Tensor, n_samples: int, generator: tor
 
 def normal_threshold(probability: Float[Tensor, " features"]) -> Float[Tensor, " features"]:
     """Threshold that a standard normal number exceeds with this probability: sqrt(2) erfinv(1 - 2 p)."""
-    return (math.sqrt(2) * torch.erfinv(1 - 2 * probability.double())).float()
+    return (math.sqrt(2) * torch.erfinv(1 - 2 * float64(probability))).float().to(probability.device)

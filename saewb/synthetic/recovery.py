@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saewb.errors import explain
-from saewb.metrics import ReconstructionStream
+from saewb.metrics import ReconstructionStream, float64
 from saewb.synthetic.data import Sample, SyntheticData
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class RecoveryStream:
     def result(self) -> Recovery:
         """Figures of all samples so far. ValueError if there were none."""
         recons, n = self._recons.result(), self._recons.n_tokens
-        active, true, both = (t.double() for t in (self._active, self._true, self._both))
+        active, true, both = (float64(t) for t in (self._active, self._true, self._both))
         precision, recall = (torch.where(n_on > 0, both / n_on, 0.0) for n_on in (active, true))
         f1 = torch.where(active + true > 0, 2 * both / (active + true), 0.0)
         W_dec = self.sae.W_dec.detach()

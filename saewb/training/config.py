@@ -105,7 +105,7 @@ class TrainConfig:
     dead_after_tokens: PositiveInt | None = None
     """Tokens after which a silent latent is dead; None means a tenth of n_tokens, at most 10,000,000."""
     look_every_steps: PositiveInt | None = None
-    """Steps between counts of dead latents on the host; None means 1 on a CPU, 16 elsewhere."""
+    """Steps between looks at the dead latents, for the auxiliary losses; None means 1 on a CPU, 16 elsewhere."""
     dense_above: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Fraction of tokens; a latent that is active on more counts as dense."""
     density_tokens: PositiveInt = 100_000

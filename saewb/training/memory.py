@@ -16,6 +16,7 @@ from saewb.data.cache import ActivationCache
 from saewb.data.packing import stream_tokens
 from saewb.data.sources import ModelSource
 from saewb.errors import explain
+from saewb.models.hook_points import device_at
 from saewb.models.shared_copy import shared_copy
 from saewb.training.config import OBJECTIVES, DataConfig, RunConfig, RunSpec, TrainConfig
 
@@ -177,7 +178,7 @@ def training_memory(
         rows = stream_tokens(torch.zeros(1, 2, dtype=torch.int64))
         widths = ModelSource(shared_copy(model), rows, spec.points).widths()
     if device is None and model is not None:
-        device = next(model.parameters()).device
+        device = device_at(model, next(iter(spec.saes.values())).read)
     return run_memory(spec.with_widths(widths), model, device)
 
 

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saewb.errors import explain
+from saewb.metrics import float64
 from saewb.sae.activation_functions import denormalized, normalized
 from saewb.sae.config import TokenNormalization
 from saewb.sae.matching_pursuit import PursuitSAE
@@ -121,14 +122,14 @@ def estimate_factor_and_mean(
     """
     batches = list(batches)
     n = sum(map(len, batches))
-    mean = sum(x.double().sum(0) for x in batches) / n
-    lengths = sum(((x - mean.to(x.dtype)) if centered else x).norm(dim=1).double().sum() for x in batches) / n
+    mean = sum(float64(x).sum(0) for x in batches) / n
+    lengths = sum(float64((x - mean.to(x) if centered else x).norm(dim=1)).sum() for x in batches) / n
     if not math.isfinite(lengths):
         fix = "load_model(..., torch.bfloat16), where the model ran in float16"
         raise FloatingPointError(explain(f"activations at {point!r} are not finite.", want="finite numbers", fix=fix))
     if not float(lengths) > 0:
         raise ValueError(explain(f"no length to normalize by at {point!r}: all {n} tokens are the same.", want="data"))
-    return batches[0].shape[1] ** 0.5 / float(lengths), mean.float()
+    return batches[0].shape[1] ** 0.5 / float(lengths), mean.float().to(batches[0].device)
 
 
 def estimate_whitening(
@@ -153,8 +154,8 @@ def estimate_whitening(
     """
     products, n = torch.zeros((), dtype=torch.float64), 0
     for x in batches:
-        centered = x.double() - mean.double()
-        products, n = products.to(x.device) + centered.T @ centered, n + len(x)
+        centered = float64(x) - float64(mean)
+        products, n = products.to(centered.device) + centered.T @ centered, n + len(x)
     covariance = products / n
     d = len(covariance)
     values, axes = torch.linalg.eigh(covariance)
@@ -165,7 +166,7 @@ def estimate_whitening(
         fix = "TrainConfig(..., normalization='whitened', shrinkage=1e-3)"
         raise ValueError(explain(what, want=f"more than {d} tokens, or a shrinkage above 0", fix=fix))
     root = values.sqrt()
-    return Whitening(((axes / root) @ axes.T).float(), ((axes * root) @ axes.T).float())
+    return Whitening(*((scaled @ axes.T).float().to(mean.device) for scaled in (axes / root, axes * root)))
 
 
 @torch.no_grad()
@@ -272,11 +273,11 @@ def _whiten(sae: SAE, read: Whitening, write: Whitening) -> SAE:
 def _change_basis(sae: SAE, reads: Tensor, back: Tensor, writes: Tensor) -> SAE:
     """Multiply W_enc by `reads`, b_pre by `back`, decoder side by `writes`."""
     old = {name: p.detach() for name, p in sae.named_parameters()}
-    reads, back, writes = (m.to(sae.device, torch.float64) for m in (reads, back, writes))
-    new = {"W_enc": reads @ old["W_enc"].double(), "W_dec": old["W_dec"].double() @ writes}
-    new["b_dec"] = old["b_dec"].double() @ writes
+    reads, back, writes = (float64(m.to(sae.device)) for m in (reads, back, writes))
+    new = {"W_enc": reads @ float64(old["W_enc"]), "W_dec": float64(old["W_dec"]) @ writes}
+    new["b_dec"] = float64(old["b_dec"]) @ writes
     if "b_pre" in old:
-        new["b_pre"] = old["b_pre"].double() @ back
+        new["b_pre"] = float64(old["b_pre"]) @ back
     if "W_skip" in old:
-        new["W_skip"] = reads @ old["W_skip"].double() @ writes
-    return SAE.from_tensors(sae.cfg, {**old, **{name: t.to(sae.dtype) for name, t in new.items()}})
+        new["W_skip"] = reads @ float64(old["W_skip"]) @ writes
+    return SAE.from_tensors(sae.cfg, {**old, **{name: t.to(sae.device, sae.dtype) for name, t in new.items()}})

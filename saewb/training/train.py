@@ -21,6 +21,7 @@ from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import check_device, explain
 from saewb.interventions.attachment import attachments
 from saewb.models.capture import Activations, concatenate
+from saewb.models.hook_points import device_at
 from saewb.models.load import load_model
 from saewb.models.shared_copy import shared_copy
 from saewb.models.tokenizer import special_ids
@@ -75,7 +76,7 @@ def train(
             is replaced. None keeps all in memory.
         held_out: tokens or texts that are not trained on, or activations by point, for evaluation.
         loggers: called with each `saewb.training.loggers.Event`.
-        device: of the training; None means the model's.
+        device: of the training; None means the model's, at the hook that the first SAE reads.
         positions: positions of each row of tokens to train on.
         options: of the training (lr, batch_tokens, warmup_tokens, normalization, eval_every_tokens, seed, ...), the run
             (checkpoint_every_tokens, checkpoint_every_s, keep_saes, log_every_steps) and the data (buffer_tokens,
@@ -283,7 +284,8 @@ def _prepare(
     if device is not None:
         device = check_device(device)
     elif model is not None:
-        device = next(model.parameters()).device
+        read = next(iter(spec.saes.values())).read
+        device = device_at(model, read) if read else next(model.parameters()).device
     memory = run_memory(spec, model, device)
     if not memory.weights_fit:
         what = f"the weights alone need {memory.weights / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"

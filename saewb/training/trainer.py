@@ -25,6 +25,7 @@ from saewb.errors import explain
 from saewb.metrics import ReconstructionStream
 from saewb.stats.firing import FiringStream
 from saewb.training.config import TrainConfig, Trainee
+from saewb.training.dead_latents import DeadRows
 from saewb.training.normalization import ActivationNormalizer, AnySAE, to_model, to_training
 from saewb.training.objectives import (
     Losses,
@@ -89,7 +90,7 @@ class SAETrainer:
         self._coefficients = dict(self.objective_state.coefficients)  # as controlled, before the warm-up factor
         d_sae = trainee.objective.d_sae
         self._silent = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens since each latent fired
-        self._dead_at_last_check = torch.zeros(d_sae, dtype=torch.bool, device=device)  # counted on the host
+        self._listed = DeadRows(d_sae, device, waits=device.type == "cpu" or config.look_every(device) == 1)
         self._density = torch.zeros(d_sae, device=device)
         self._l0 = torch.zeros((), device=device)  # of about the last ten batches
         self._n_batches = 0
@@ -151,12 +152,11 @@ class SAETrainer:
         ):  # no latent can be dead yet, or no loss uses them
             self.objective_state = replace(state, coefficients=coefficients)
             return
-        rows = state.dead_rows
-        if self._n_batches % self.config.look_every(self._silent.device) == 0:
-            self._dead_at_last_check = self._silent > after
-            rows = self._dead_at_last_check.nonzero()[:, 0]  # waits for the device
-        dead = self._dead_at_last_check & (self._silent > after)
-        self.objective_state = replace(state, coefficients=coefficients, dead=dead, dead_rows=rows)
+        silent = self._silent > after
+        if self._n_batches % self.config.look_every(silent.device) == 0:
+            self._listed.look(silent)
+        dead = self._listed.mask & silent
+        self.objective_state = replace(state, coefficients=coefficients, dead=dead, dead_rows=self._listed.rows)
 
     def _optimize(self, rate: float) -> None:
         rows = self.trainee.objective.rows
@@ -245,7 +245,7 @@ class SAETrainer:
             "threshold": None if threshold is None else _to_host(threshold),
             "n_thresholds": self.objective_state.n_thresholds,
             "silent": _to_host(self._silent),
-            "looked": _to_host(self._dead_at_last_check),
+            **{name: None if t is None else _to_host(t) for name, t in self._listed.state().items()},
             "density": _to_host(self._density),
             "l0": _to_host(self._l0),
             "n_batches": self._n_batches,
@@ -259,16 +259,18 @@ class SAETrainer:
             p.copy_(saved["params"][name])
             self._optimizer.state[p] = {k: _like(p, v) for k, v in saved["optimizer"][name].items()}
         self._coefficients = {name: value.to(device) for name, value in saved["weights"].items()}
-        self._silent, self._dead_at_last_check, self._density, self._l0 = (
+        self._silent, looked, self._density, self._l0 = (
             saved[name].to(device, copy=True) for name in ("silent", "looked", "density", "l0")
         )
+        counted = saved.get("counted")  # not in older checkpoints
+        self._listed.restore(looked, None if counted is None else counted.to(device, copy=True))
         self._n_batches = saved["n_batches"]
         threshold = saved["threshold"]
         self.objective_state = replace(
             self.objective_state,
             threshold=None if threshold is None else threshold.to(device, copy=True),
             n_thresholds=saved["n_thresholds"],
-            dead_rows=self._dead_at_last_check.nonzero()[:, 0],
+            dead_rows=self._listed.rows,
         )
 
 

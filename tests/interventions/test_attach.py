@@ -546,6 +546,7 @@ def test_a_point_the_model_never_reaches(model):
         del (model._hook_registry if hasattr(model, "_hook_registry") else model.hook_dict)["blocks.1.hook_dead"]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.backends.mps.is_available() and not torch.cuda.is_available(), reason="needs two devices")
 def test_sae_on_another_device(model):
     device = "cuda" if torch.cuda.is_available() else "mps"

@@ -324,6 +324,7 @@ def test_numbers_that_are_none_are_named(bad):
         superposition(x)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda():
     check(superposition(RANDOM.cuda(), max_bytes=10_000), RANDOM)

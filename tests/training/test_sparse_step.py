@@ -500,6 +500,7 @@ def test_best_precision_is_what_the_processor_says(monkeypatch):
     assert precision.next_higher_precision("bf16", cpu) == best_precision(torch.device("meta")) == "full"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: there the sparse step is not the default")
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "standard", "jumprelu step", "gated"])
 def test_equals_autograd_on_cuda(name):

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import saewb
 from saewb.training import DENSITY_EDGES, TrainConfig, Trainee, Training
+from saewb.training.dead_latents import DeadRows
 from saewb.training.sparse_step import has_sparse_step
 from saewb.training.step_metrics import RunUp
 
@@ -340,6 +341,23 @@ def test_a_step_does_not_wait_for_the_device(name):
     looking = [i for i, n in enumerate(waits) if n and i]  # the first step also estimates the factor
     assert looking == ([8, 12, 16] if OBJECTIVES[name].revives_dead else [])
     assert max(waits[1:]) <= 1
+
+
+def test_dead_latents_are_listed_at_the_next_look_where_counting_would_wait():
+    """Each look lists those of the look before, also after a resume; where nothing waits, those of now."""
+    masks = [torch.tensor(mask).bool() for mask in ([0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1])]
+    late, now = (DeadRows(4, torch.device("cpu"), waits=waits) for waits in (False, True))
+    listed = []
+    for mask in masks:
+        resumed = DeadRows(4, torch.device("cpu"), waits=False)
+        resumed.restore(**late.state())
+        for one in (late, resumed, now):
+            one.look(mask)
+        assert now.rows.tolist() == mask.nonzero()[:, 0].tolist()
+        assert (resumed.rows.tolist(), resumed.mask.tolist()) == (late.rows.tolist(), late.mask.tolist())
+        assert late.rows.tolist() == late.mask.nonzero()[:, 0].tolist()
+        listed.append(late.rows.tolist())
+    assert listed == [[], [1, 2], [0, 3], []]
 
 
 SPARSE = {name: Trainee(o, "x") for name, o in OBJECTIVES.items() if has_sparse_step(o)}

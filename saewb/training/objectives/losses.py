@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
+from saewb.metrics import widest_float
 from saewb.training.objectives.params import Params
 
 
@@ -22,14 +23,14 @@ class ObjectiveState:
     """State of an objective beyond weights and activations. Replaced after each step, never modified.
 
     Two fields describe dead latents, since reading a number from a GPU makes it wait: `dead` is exact and stays on the
-    device; `dead_rows` are the latents that were dead at the host's last check, to which work is limited. A latent
-    counts as dead if it is silent now and was at the last check.
+    device; `dead_rows` are the latents that were dead at a look (`saewb.training.dead_latents`), to which work is
+    limited. A latent counts as dead if it is silent now and was at that look.
     """
 
     dead: Bool[Tensor, " d_sae"]
     """Latents in the auxiliary loss; may be true at `dead_rows` only."""
     dead_rows: Int[Tensor, " n_dead"]
-    """Latents dead at the last check, ascending; if empty, there is no auxiliary loss."""
+    """Latents dead at a look, ascending; if empty, there is no auxiliary loss."""
     coefficients: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
     """Weights of loss terms, by term."""
     threshold: Float[Tensor, ""] | None = None
@@ -53,8 +54,7 @@ class ObjectiveState:
             kept_min: smallest length that an active latent wrote in the batch.
             rate: share of the newest batch.
         """
-        wide = torch.float32 if kept_min.device.type == "mps" else torch.float64
-        kept_min = kept_min.to(wide)
+        kept_min = kept_min.to(widest_float(kept_min.device))
         old = torch.zeros_like(kept_min) if self.threshold is None else self.threshold
         share = max(rate, 1 / (self.n_thresholds + 1))
         new = torch.where(torch.isfinite(kept_min), old + share * (kept_min - old), old)
