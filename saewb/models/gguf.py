@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from saewb._files import atomic_folder
 from saewb.errors import FormatError, explain
+from saewb.models.checkpoint import check_loading_info
 
 # Metadata that transformers ignores, although other values than these change what the model computes.
 _IGNORED_BY_TRANSFORMERS = {"rope.scaling.type": (None, "none"), "attention.clamp_kqv": (None, 0.0)}
@@ -74,7 +73,7 @@ def _convert(path: Path, folder: Path) -> None:
         raise FormatError(
             explain(f"{path.name} cannot be read: {reason}", want="a whole GGUF file", fix=fix)
         ) from error
-    _check_keys(path, keys)
+    check_loading_info(path.name, keys)
     # All weights are dense now; save_pretrained refuses a model with quantization settings.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
@@ -98,11 +97,3 @@ def _check_metadata(path: Path) -> None:
     if "rope_freqs.weight" in {tensor.name for tensor in reader.tensors}:
         what = f"{path.name} scales its rotary frequencies ('rope_freqs.weight'), which transformers leaves out."
         raise FormatError(explain(what, want="the model's own folder in Hugging Face layout"))
-
-
-def _check_keys(path: Path, keys: Mapping[str, Any]) -> None:
-    """Refuse a file that lacks tensors of the model, which transformers would initialize at random."""
-    for role in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if keys[role]:
-            what = f"{path.name}: {role.removesuffix('_keys')} {sorted(map(str, keys[role]))[:5]}."
-            raise FormatError(explain(what, want="exactly the tensors of its architecture"))

@@ -29,6 +29,7 @@ from torch import nn
 
 from saewb.errors import check_device, explain, near
 from saewb.hub import HubAnswer, ask_hub, cached_models, first_line, hub_offline, is_cached
+from saewb.models.checkpoint import CheckedClass, check_dense, check_tokenizer
 from saewb.models.gguf import gguf_folder
 from saewb.models.tokenizer import prepend_bos, token_strings
 
@@ -75,7 +76,8 @@ def load_model(
         PermissionError: the model is gated or private, and this machine's token has no access.
         ValueError: no tokenizer for a Hugging Face model; an unknown dtype; a device that does not exist.
         TypeError: `source` is none of the above.
-        FormatError: a GGUF file that cannot be read.
+        FormatError: a GGUF file that cannot be read; a checkpoint in which tensors are missing or left over, or whose
+            tokenizer has tokens that the model has no embedding for; an adapter; weights that are not plain floats.
 
     Example:
         >>> model = load_model("tiny", device="cpu")
@@ -233,11 +235,26 @@ def _boot(name: str, *, tokenizer: Any = None, hf_model: Any = None, **options: 
     from transformer_lens.model_bridge import TransformerBridge
 
     if hf_model is not None:
+        check_dense(hf_model)
         options = {"hf_model": hf_model, "dtype": hf_model.dtype, "device": hf_model.device}
+    else:
+        options["model_class"] = CheckedClass(_model_class(name))
     if tokenizer is not None:
         tokenizer = copy.deepcopy(tokenizer)
         prepend_bos(tokenizer, name)
-    return TransformerBridge.boot_transformers(name, tokenizer=tokenizer, **options).eval()
+    model = TransformerBridge.boot_transformers(name, tokenizer=tokenizer, **options).eval()
+    check_dense(model)
+    check_tokenizer(name, model)
+    return model
+
+
+def _model_class(name: str) -> Any:
+    """The class that transformer-lens loads a checkpoint with."""
+    from transformer_lens.model_bridge.sources import transformers as source
+    from transformers import AutoConfig
+
+    architecture = source.determine_architecture_from_hf_config(AutoConfig.from_pretrained(name))
+    return source.get_hf_model_class_for_architecture(architecture)
 
 
 def _checkpoint_dtype(name: str) -> torch.dtype:

@@ -87,7 +87,7 @@ def test_wrong_magic_and_missing_file(tmp_path):
     [
         ({"general.architecture": "nothing"}, "cannot be read"),
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn'"),
-        ({"llama.block_count": 3}, r"missing \['model.layers.2"),
+        ({"llama.block_count": 3}, r"missing model\.layers\.2"),
     ],
 )
 def test_what_would_be_another_model_is_refused(tmp_path, changes, message):
