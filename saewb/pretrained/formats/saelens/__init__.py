@@ -45,6 +45,7 @@ from saewb.pretrained.formats.saelens.folding import (
     token_normalization,
 )
 from saewb.pretrained.formats.saelens.write import compose, separate_memory, to_file
+from saewb.sae.config import TOP_K
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.sae import SAE, SAEConfig
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
@@ -245,7 +246,7 @@ def _activation(architecture: str) -> str:
     if architecture in ("gated", *UNFINISHED) or architecture.startswith("jumprelu"):
         return "jumprelu"
     first = architecture.split("_")[0]
-    return first if first in ("topk", "abstopk", "groupmax") else "relu"
+    return first if first in TOP_K else "relu"
 
 
 def _to_int(k: object) -> object:
