@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, final
 
-from saewb._files import load_state, save_state, write_text
+from saewb._files import load_state, read_json, refuse_damage, save_state, write_text
 from saewb.errors import FormatError, explain
 from saewb.pretrained.formats import saelens
 from saewb.pretrained.load import load_sae, save_sae
@@ -43,6 +43,7 @@ class RunFolder:
 
     Raises:
         RuntimeError: if a run is going on in it, in this process or another.
+        FormatError: if it has links inside, through which a run would write elsewhere.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
@@ -50,6 +51,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
+            _refuse_links(self.path)
             self._lock = _acquire_lock(self.path)
         self._history: IO[str] | None = None
 
@@ -144,7 +146,12 @@ class RunFolder:
         """
         path = self.path / CHECKPOINT
         if path.is_file():
-            return load_state(path)
+            state = load_state(path)
+            seconds = state.get("seconds") if isinstance(state, dict) else None
+            if not isinstance(seconds, (int, float)) or not isinstance(state.get("training"), dict):
+                what = f"{path} is not the checkpoint of a run."
+                raise FormatError(explain(what, want="training and seconds, as saewb writes them"))
+            return state
         if (self.path / _CHECKPOINT_0_1_0).is_file():
             what = f"the run in {str(self.path)!r} is of saewb 0.1.0, whose checkpoints this version cannot continue."
             sae = next(iter(read_spec(self.path).saes))
@@ -173,6 +180,18 @@ class RunFolder:
             saelens.write(sae, folder / name, overwrite=True)
 
 
+def _refuse_links(path: Path) -> None:
+    """Raise for a symbolic link in a run's folder: the folder may come from somebody else, and a run writes there."""
+    folders = [path]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            if entry.is_symlink():
+                what = f"{entry.path} is a symbolic link; a run writes into its own folder only."
+                raise FormatError(explain(what, want="files and folders", fix=f"unlink {entry.path!r}    # in a shell"))
+            if entry.is_dir():
+                folders.append(Path(entry.path))
+
+
 def _missing_folder(path: Path) -> str:
     want = "the folder back in its place; or the SAEs, which are in run.saes, kept elsewhere"
     fix = "saewb.save_sae(run.sae, 'saes/a')"
@@ -182,9 +201,14 @@ def _missing_folder(path: Path) -> str:
 def _parse_row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "n_tokens" in row else None
+    return row if is_row(row) else None
+
+
+def is_row(row: object) -> bool:
+    """Whether a value is a row of a history."""
+    return isinstance(row, dict) and all(type(row.get(name)) is int and row[name] >= 0 for name in ("step", "n_tokens"))
 
 
 def _acquire_lock(folder: Path) -> IO[str] | None:
@@ -237,11 +261,9 @@ def read_end(folder: Path) -> dict[str, Any]:
     if not path.is_file():  # it is written before the lock is released
         state = "unfinished" if locked is None else "running" if locked else "interrupted"
         return {"state": state, "error": "", "notes": []}
-    try:
-        end = json.loads(path.read_text(encoding="utf-8"))
+    end = read_json(path)
+    with refuse_damage(f"{END} in {str(folder)!r}", "state, error and notes, as saewb writes them"):
         return {"state": str(end["state"]), "error": str(end["error"]), "notes": list(map(str, end["notes"]))}
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(explain(f"{END} in {str(folder)!r} cannot be read: {error!r}.", want="ours")) from error
 
 
 def read_spec(path: Path) -> RunSpec:
@@ -253,13 +275,10 @@ def read_spec(path: Path) -> RunSpec:
     """
     if not (path / SPEC).is_file():
         raise FileNotFoundError(explain(f"no run in {str(path)!r}.", want=f"a folder with {SPEC}"))
-    try:
-        content = json.loads((path / SPEC).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(explain(f"{SPEC} in {str(path)!r} is no JSON: {error}.", want="ours")) from error
+    content = read_json(path / SPEC)
     if not isinstance(content, dict) or content.get("saewb_run") not in (1, FORMAT):
         raise FormatError(explain(f"{SPEC} in {str(path)!r} is not a run of saewb's.", want=f'"saewb_run": {FORMAT}'))
     try:
         return RunSpec.from_dict(content)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise FormatError(f"{SPEC} in {str(path)!r}: {error}") from error

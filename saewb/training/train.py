@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saewb._files import read_yaml, refuse_damage
 from saewb.data.cache import ActivationCache
 from saewb.data.documents import TextFiles
 from saewb.data.sources import ModelSource
@@ -201,17 +203,19 @@ def train_file(path: Path) -> Run:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(explain(f"no file {str(path)!r}.", want="a YAML file", fix="saewb train config.yaml"))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(explain(f"{path} is no YAML: {error}.", want="name: value, a line each")) from error
+    content = read_yaml(path)
     for name, value in [(str(path), content), *((content or {}).items() if isinstance(content, dict) else ())]:
         if name in (str(path), "tokens", "held_out", "saes") and not isinstance(value, dict):
-            raise ValueError(explain(f"{name} is {value!r}.", want="names with values"))
+            raise ValueError(explain(f"{name} is {reprlib.repr(value)}.", want="names with values"))
+    for name in content:
+        if not isinstance(name, str):
+            raise ValueError(explain(f"{path} has a name {reprlib.repr(name)}.", want="text"))
+    for name, sae in content.get("saes", {}).items():
+        if not isinstance(sae, dict) or not all(isinstance(key, str) for key in sae):
+            what = f"saes has {name}: {reprlib.repr(sae)}."
+            raise ValueError(explain(what, want="objective, d_sae, hook, ... with values"))
     return content
 
 
@@ -292,7 +296,8 @@ def _launch(
         if state is None and folder is not None and parallel.is_main:
             folder = _create_folder(folder, spec)
     if state is not None:
-        training.restore(state["training"])
+        with refuse_damage("the checkpoint of this run", "the one that saewb wrote, and the data of that run"):
+            training.restore(state["training"])
         rows = folder.rewind(spec, training.n_tokens)
     if parallel.size > 1:
         training.begin()

@@ -113,11 +113,17 @@ def test_a_stated_activation_that_the_weights_do_not_have(threshold, config, mat
 
 
 def test_null_is_as_a_missing_key(tmp_path):
-    nulls = "model_name: null\nmodel_kind: null\nfeature_input_hook: null\nfeature_output_hook: null\nactivation: null\n"
+    nulls = (
+        "model_name: null\nmodel_kind: null\nfeature_input_hook: null\nfeature_output_hook: null\nactivation: null\n"
+    )
     written = mwhanna(tmp_path, config=nulls + "k: null\n")
     sae = read(written.place, Provenance(model="mine"), dtype=torch.float32)
     assert_formula(sae, written)
-    assert (sae.cfg.model, sae.cfg.hook, sae.cfg.hook_out) == ("mine", "blocks.12.mlp.hook_in", "blocks.12.hook_mlp_out")
+    assert (sae.cfg.model, sae.cfg.hook, sae.cfg.hook_out) == (
+        "mine",
+        "blocks.12.mlp.hook_in",
+        "blocks.12.hook_mlp_out",
+    )
 
 
 def test_every_tensor_is_accounted_for(tmp_path):

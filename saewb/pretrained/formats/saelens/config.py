@@ -66,7 +66,9 @@ _NAMES, _INDICES = (
 )
 _ALIASES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 # Keys about the file, not the SAE; `write` sets them.
-_FILE_KEYS = ("sae_lens_version", "saewb_version", "dtype", "device")
+SHA256 = "weights_sha256"
+"""Key of the hash of the weights, in the metadata of files that saewb writes."""
+_FILE_KEYS = ("sae_lens_version", "saewb_version", "dtype", "device", SHA256)
 # Training options at the top level of 6.x checkpoints; none affects inference.
 _TRAINING_KEYS = frozenset(
     (
@@ -143,6 +145,8 @@ class Description:
     """hook, hook_out, head and model, as in the configuration classes."""
     metadata: Mapping[str, Any]
     """All other keys."""
+    sha256: str | None = None
+    """Hash of the weights, if saewb wrote the file."""
 
     @property
     def is_transcoder(self) -> bool:
@@ -182,6 +186,7 @@ def describe(raw: Mapping[str, Any]) -> Description:
         finetuned=bool(values["finetuning_scaling_factor"]),
         options=options,
         site=site,
+        sha256=metadata.get(SHA256),
         metadata=_clean_metadata(metadata, values.get("reshape_activations"), reshape),
         **widths,
     )
