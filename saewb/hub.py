@@ -300,7 +300,9 @@ def _explain_refusals(repo: str, revision: str | None, call: str) -> Iterator[No
         if _status(error) not in (401, 403):
             raise
         what = f"the hub does not let us read {repo} (HTTP {_status(error)})."
-        raise FileNotFoundError(explain(what, want="the token of a login that may, or token=...", fix=_LOGIN)) from error
+        raise FileNotFoundError(
+            explain(what, want="the token of a login that may, or token=...", fix=_LOGIN)
+        ) from error
 
 
 @contextlib.contextmanager

@@ -68,9 +68,9 @@ def load_model(
             with a name or a folder it replaces the tokenizer that belongs to them.
 
     Returns:
-        A TransformerBridge; `cfg.model_name` of one from a folder is the folder's name, without the path to it. A Hugging
-        Face model is not copied: booting wraps its submodules in place (the keys of its
-        state_dict change) and switches it to eager attention, and `dtype` and `device` change it too. Save or compare
+        A TransformerBridge; `cfg.model_name` of one from a folder is the folder's name, without the path to it. A
+        Hugging Face model is not copied: booting wraps its submodules in place (the keys of its state_dict change) and
+        switches it to eager attention, and `dtype` and `device` change it too. Save or compare
         it before. Quantization entries that a checkpoint left in its config are kept.
 
     Raises:

@@ -335,6 +335,11 @@ def _open_stream(
     options = {"batch_tokens": spec.train.batch_tokens, "seed": spec.train.seed, "prefetch": spec.data.prefetch}
     options["buffer_tokens"] = spec.buffer_tokens
     if isinstance(tokens, ActivationStream):
+        if tokens.batch_tokens != spec.train.batch_tokens:
+            what = f"the stream's batches have {tokens.batch_tokens} tokens, those of this training "
+            what += f"batch_tokens={spec.train.batch_tokens}."
+            fix = f"saewb.train(..., batch_tokens={tokens.batch_tokens})"
+            raise ValueError(explain(what, want="the same, which the stream decides", fix=fix))
         return tokens, spec.widths or _stream_widths(tokens, spec.points)
     if isinstance(tokens, ActivationCache):
         points = spec.points or list(tokens.points)
