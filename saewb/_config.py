@@ -14,6 +14,7 @@ inherited fields.
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Sequence
 from dataclasses import field, fields
 from functools import wraps
@@ -32,7 +33,9 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 
-_CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, arbitrary_types_allowed=True)
+_CONFIG = ConfigDict(
+    extra="forbid", strict=True, use_attribute_docstrings=True, arbitrary_types_allowed=True, allow_inf_nan=False
+)
 _ARGUMENT_ERRORS = {
     "missing": "needs a {}",
     "unexpected_keyword_argument": "has no {}",
@@ -132,6 +135,19 @@ def parse(owner: type[T], values: Any) -> T:
 def dump(options: Any) -> Any:
     """A config class, or a type that holds some, as plain values for JSON: what `parse` reads."""
     return TypeAdapter(type(options)).dump_python(options, mode="json")
+
+
+def parse_value(kind: Any, value: Any, name: str) -> Any:
+    """As `parse`, for a single value.
+
+    Raises:
+        ValueError: for a wrong value; `name` is that of the value in the message.
+    """
+    try:
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value, strict=False)
+    except ValidationError as error:
+        want = error.errors(include_url=False)[0]["msg"].removeprefix("Input should be ")
+        raise ValueError(explain(f"got {name}={reprlib.repr(value)}.", want=want)) from None
 
 
 def parse_field(owner: type, name: str, value: Any) -> Any:

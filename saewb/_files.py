@@ -12,12 +12,14 @@ Whatever moment a process is killed at, and whichever write fails, a path holds 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -384,8 +386,11 @@ def _read_record(record: Path) -> list[tuple[Path, Path]]:
 
 
 def _flush(path: Path) -> None:
+    """Flush a file or folder to disk; a file that its writer kept from everybody else gets the mode of new files."""
     if path.is_dir() and os.name == "nt":
         return  # a folder cannot be opened there
+    if os.name != "nt" and path.is_file() and stat.S_IMODE(path.stat().st_mode) == 0o600:
+        path.chmod(_mode_of_new_files(path.parent))  # safetensors writes a temporary file of its own
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -498,3 +503,121 @@ def _flock(file: IO[bytes], how: int) -> bool:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK):
             raise
     return True
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """Mode that the umask (or the folder's default access list) gives to a new file; os.umask would change it."""
+    probe = folder / f".{secrets.token_hex(8)}.new"
+    handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+MAX_TEXT = 16 << 20
+"""Bytes of a JSON file of settings, at most."""
+# Python's YAML parser takes a second for this many bytes; the configuration of a training run has about 5 kB.
+_MAX_YAML, _MAX_YAML_DEPTH = 1 << 17, 32
+HASHED_BYTES = 64 << 20
+"""Bytes up to which a file of numbers is hashed when it is opened, in about 50 ms; larger ones only on request."""
+
+
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """Read a text file of settings, which may come from anybody.
+
+    Raises:
+        FormatError: if it cannot be read, is not UTF-8, or has more bytes than `limit`.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or size > limit:
+            raise FormatError(explain(f"{path.name} has {size} bytes.", want=f"a file of at most {limit}"))
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FormatError(explain(f"{path.name} cannot be read in {path.parent}.")) from error
+    except UnicodeDecodeError as error:
+        raise FormatError(explain(f"{path.name} in {path.parent} is no text: {error}.")) from error
+
+
+def read_json(path: Path, limit: int = MAX_TEXT) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FormatError: as `read_text`, or if it is not JSON, or is nested too deep.
+    """
+    text = read_text(path, limit)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            explain(f"{path.name} is not JSON: {error}.", want=f"the file whole, in {path.parent}")
+        ) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain values; tags that create objects are refused.
+
+    Raises:
+        FormatError: if it does not exist, is not such YAML, has references, is nested deep, or has more than 128 KiB.
+    """
+    import yaml
+
+    try:
+        text, depth = read_text(path, _MAX_YAML), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # refuses depth before any content is built
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_YAML_DEPTH or isinstance(event, yaml.AliasEvent):
+                # Nested references are short, and exhaust memory when expanded.
+                raise FormatError(explain(f"{path.name} has references, or is nested {_MAX_YAML_DEPTH} deep."))
+        return yaml.safe_load(text)
+    except FormatError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FormatError(explain(f"{path.name} is not YAML of plain values: {error}.")) from error
+
+
+@contextmanager
+def refuse_damage(what: str, want: str) -> Iterator[None]:
+    """Convert errors that damaged or hostile content causes to a FormatError; those of saewb and the system pass.
+
+    Args:
+        what: that is read, the subject of the message.
+        want: for the message.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise FormatError(explain(f"{what} is damaged, or not from saewb ({reason}).", want=want)) from error
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, about 1 s per GB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: object, *, fix: str, verify: bool | None = None) -> None:
+    """Check a file against the hash that was written with it.
+
+    Args:
+        path: the file.
+        expected: its sha256; None for a file of before hashes were written.
+        fix: for the message.
+        verify: whether to check; None checks files of up to `HASHED_BYTES`.
+
+    Raises:
+        FormatError: if the file has another hash.
+    """
+    if expected is None or not (path.stat().st_size <= HASHED_BYTES if verify is None else verify):
+        return
+    if (got := sha256_of(path)) != expected:
+        what = f"{path} is damaged: its sha256 is {got[:12]}..., not {str(expected)[:12]}..., as it was written."
+        raise FormatError(explain(what, want="the file as it was written", fix=fix))

@@ -25,6 +25,7 @@ from saewb.errors import explain
 
 Progress = Callable[[int, int], None]
 """Called with (bytes downloaded, bytes in all); raises to cancel."""
+_LOGIN = "hf auth login    # in a shell"
 LARGE = 50_000_000
 """Bytes from which on a download prints its size before it begins."""
 
@@ -84,9 +85,15 @@ def ask_hub(repo: str, file: str = "config.json", timeout: float = 10.0) -> HubA
 
 def is_cached(repo: str, file: str = "config.json") -> bool:
     """Whether the local hub cache has this file of a model repository."""
+    return cached_file(repo, file) is not None
+
+
+def cached_file(repo: str, file: str) -> Path | None:
+    """Path of a file of a model repository in the local hub cache; None if it is not there."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo, file, cache_dir=constants.HF_HUB_CACHE), str)
+    path = try_to_load_from_cache(repo, file, cache_dir=constants.HF_HUB_CACHE)
+    return Path(path) if isinstance(path, str) else None
 
 
 def cached_models() -> list[str]:
@@ -172,7 +179,7 @@ def snapshot(
                     f"{what} is not in the hub's cache on this machine, and the hub cannot be reached "
                     f"({_reason(error)}).",
                     want=f"a network connection once{size} (and no HF_HUB_OFFLINE); 'tiny' and folders need none",
-                    fix=call,
+                    fix="saewb.load_sae('tiny')",
                 )
             ) from error
         cached = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*")) if file.is_file()]
@@ -281,8 +288,8 @@ def _explain_refusals(repo: str, revision: str | None, call: str) -> Iterator[No
         yield
     except GatedRepoError as error:  # before its base class RepositoryNotFoundError
         what = f"{repo} on the hub is there for those only who accepted its terms."
-        want = f"accept them at the repository's page, then log in: hf auth login ({type(error).__name__})"
-        raise FileNotFoundError(explain(what, want=want, fix=call)) from error
+        want = f"accept them at the repository's page, log in, and call it again ({type(error).__name__})"
+        raise FileNotFoundError(explain(what, want=want, fix=_LOGIN)) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(explain(f"{repo} on the hub has no revision {revision!r}.", fix=call)) from error
     except RepositoryNotFoundError as error:
@@ -293,8 +300,9 @@ def _explain_refusals(repo: str, revision: str | None, call: str) -> Iterator[No
         if _status(error) not in (401, 403):
             raise
         what = f"the hub does not let us read {repo} (HTTP {_status(error)})."
-        want = "a token that may: hf auth login, or token=..."
-        raise FileNotFoundError(explain(what, want=want, fix=call)) from error
+        raise FileNotFoundError(
+            explain(what, want="the token of a login that may, or token=...", fix=_LOGIN)
+        ) from error
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ Every file is written atomically. A cache whose writing was interrupted, or kill
 
 from __future__ import annotations
 
-import json
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, final
 
@@ -24,10 +25,14 @@ from saewb._files import (
     FolderLock,
     absolute,
     atomic_write,
+    check_sha256,
     is_temporary,
     load_state,
+    read_json,
+    refuse_damage,
     remove_orphans,
     save_state,
+    sha256_of,
     write_json,
 )
 from saewb.data.documents import EpochCursor
@@ -135,7 +140,7 @@ def _is_complete(folder: Path, request: dict[str, Any]) -> bool:
     if complete:
         written = _read_index(folder).get("asked", {})
     elif (folder / _PROGRESS).is_file():
-        written = load_state(folder / _PROGRESS)["asked"]
+        written = _read_progress(folder)["asked"]
     else:
         others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         others = sorted(n for n in others if n[:1] != "." and not _SHARD.fullmatch(n) and not is_temporary(n))
@@ -155,17 +160,44 @@ def _read_index(folder: Path) -> dict[str, Any]:
     Raises:
         FormatError: if it is not an index, or of an unknown version.
     """
-    try:
-        index = json.loads((folder / _INDEX).read_text())
-        if (version := int(index["saewb_cache"])) != _VERSION:
-            what = f"the cache in {str(folder)!r} has format {version}; this saewb reads {_VERSION}."
-            raise FormatError(explain(what, fix="saewb.cache_activations(...) into a new folder"))
-    except FormatError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{_INDEX} in {str(folder)!r} is no index: {error!r}."
-        raise FormatError(explain(what, want="a cache that saewb wrote")) from error
+    index = read_json(folder / _INDEX)
+    where = f"{_INDEX} in {str(folder)!r}"
+    version = index.get("saewb_cache") if isinstance(index, dict) else None
+    if version is None:
+        raise FormatError(explain(f"{where} is no index.", want="a cache that saewb wrote"))
+    if version != _VERSION:
+        what = f"the cache in {str(folder)!r} has format {reprlib.repr(version)}; this saewb reads {_VERSION}."
+        raise FormatError(explain(what, fix="saewb.cache_activations(...) into a new folder"))
+    if not isinstance(index.get("points"), dict):
+        raise FormatError(explain(f"{where} is no index: it has no points.", want="a cache that saewb wrote"))
+    with refuse_damage(where, "a cache that saewb wrote"):
+        sizes = [index["n_tokens"], index["shard_tokens"], *(point["d"] for point in index["points"].values())]
+        hashes = index.get("sha256")
+        wrong = [n for n in sizes if type(n) is not int or not 0 < n < 2**62]
+        dtypes = [point["dtype"] for point in index["points"].values()]
+        wrong += [name for name in dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
+        n_shards = -(-sizes[0] // sizes[1]) if not wrong else 0
+        if not (hashes is None or (isinstance(hashes, list) and len(hashes) == n_shards)):
+            wrong.append(hashes)
+        if wrong or not index["points"] or not isinstance(index.get("asked", {}), dict):
+            what = f"{where} has {', '.join(map(reprlib.repr, wrong)) or 'no points'}."
+            raise FormatError(explain(what, want="sizes, dtypes, and a hash of each shard"))
     return index
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    """The progress of a cache that was interrupted.
+
+    Raises:
+        FormatError: if it cannot be read.
+    """
+    progress = load_state(folder / _PROGRESS)
+    with refuse_damage(f"{_PROGRESS} in {str(folder)!r}", "a cache that saewb began"):
+        if not isinstance(progress["asked"], dict) or type(progress["n_shards"]) is not int or progress["n_shards"] < 1:
+            raise TypeError("asked, n_shards")
+        if "sha256" not in progress:  # of before hashes were written
+            progress["sha256"] = [sha256_of(_shard(folder, i)) for i in range(progress["n_shards"])]
+    return progress
 
 
 def _write(folder: Path, source: ModelSource, request: dict[str, Any]) -> None:
@@ -173,16 +205,19 @@ def _write(folder: Path, source: ModelSource, request: dict[str, Any]) -> None:
 
     remove_orphans(folder)
     n_tokens, size = request["n_tokens"], request["shard_tokens"]
-    batches, n_shards = FifoBuffer(source, size), 0
+    batches, n_shards, hashes = FifoBuffer(source, size), 0, []
     if (folder / _PROGRESS).is_file():
-        progress = load_state(folder / _PROGRESS)
-        n_shards = progress["n_shards"]
-        batches.restore(progress["stream"])
+        progress = _read_progress(folder)
+        n_shards, hashes = progress["n_shards"], list(progress["sha256"])
+        with refuse_damage(f"{_PROGRESS} in {str(folder)!r}", "a cache that saewb began"):
+            batches.restore(progress["stream"])
     columns: dict[str, Tensor] = {}
     for shard in range(n_shards, -(-n_tokens // size)):
         columns = _take_columns(batches, min(size, n_tokens - shard * size), shard * size, n_tokens)
         atomic_write(_shard(folder, shard), lambda path, tensors=columns: save_file(tensors, str(path)))
-        save_state(folder / _PROGRESS, {"asked": request, "n_shards": shard + 1, "stream": batches.state()})
+        hashes.append(sha256_of(_shard(folder, shard)))
+        progress = {"asked": request, "n_shards": shard + 1, "sha256": hashes, "stream": batches.state()}
+        save_state(folder / _PROGRESS, progress)
     columns = columns or load_file(str(_shard(folder, n_shards - 1)))  # interrupted between last shard and index
     points = {
         name: {"d": column.shape[1], "dtype": str(column.dtype).removeprefix("torch.")}
@@ -190,7 +225,7 @@ def _write(folder: Path, source: ModelSource, request: dict[str, Any]) -> None:
         if name != _IDS
     }
     sizes = {"n_tokens": n_tokens, "shard_tokens": size}
-    index = {"saewb_cache": _VERSION, **sizes, "points": points, "asked": request}
+    index = {"saewb_cache": _VERSION, **sizes, "points": points, "asked": request, "sha256": hashes}
     write_json(folder / _INDEX, index)
     (folder / _PROGRESS).unlink(missing_ok=True)
 
@@ -233,15 +268,14 @@ class ActivationCache:
             fix = "saewb.cache_activations(...) with the same arguments" + (" goes on" if interrupted else "")
             raise FileNotFoundError(explain(what, want="a folder with index.json", fix=fix))
         index = _read_index(self.folder)
-        try:
-            self.n_tokens, self.shard_tokens = int(index["n_tokens"]), int(index["shard_tokens"])
-            self.points = {name: int(point["d"]) for name, point in index["points"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"{_INDEX} in {str(self.folder)!r} is no index: {error!r}."
-            raise FormatError(explain(what, want="a cache that saewb wrote")) from error
+        self.n_tokens, self.shard_tokens = index["n_tokens"], index["shard_tokens"]
+        self.points = {name: point["d"] for name, point in index["points"].items()}
+        self._dtypes = {name: getattr(torch, point["dtype"]) for name, point in index["points"].items()}
+        self._sha256, self._checked = index.get("sha256"), set()
         n = -(-self.n_tokens // self.shard_tokens)
-        if missing := [_shard(self.folder, i).name for i in range(n) if not _shard(self.folder, i).is_file()]:
-            raise FormatError(explain(f"{str(self.folder)!r} lacks {', '.join(missing[:3])}.", want=f"{n} shards"))
+        missing = (_shard(self.folder, i).name for i in range(n) if not _shard(self.folder, i).is_file())
+        if missing := list(islice(missing, 3)):
+            raise FormatError(explain(f"{str(self.folder)!r} lacks {', '.join(missing)}.", want=f"{n} shards"))
 
     def __len__(self) -> int:
         return self.n_tokens
@@ -263,11 +297,52 @@ class ActivationCache:
         return Activations(columns, ids)
 
     def _read(self, shard: int, start: int, stop: int, parts: dict[str, list[Tensor]]) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(str(_shard(self.folder, shard)), framework="pt") as file:
-            for name, pieces in parts.items():
-                pieces.append(file.get_slice(name)[max(0, start) : min(stop, self.shard_tokens)])
+        path = _shard(self.folder, shard)
+        self._check_shard(shard)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for name, pieces in parts.items():
+                    pieces.append(file.get_slice(name)[max(0, start) : min(stop, self.shard_tokens)])
+        except SafetensorError as error:
+            raise FormatError(explain(f"{path} is damaged: {error}.", want="the shard as it was written")) from error
+
+    def verify(self) -> None:
+        """Compare every shard with the hash of when it was written, about 1 s per GB.
+
+        Without it, a shard of up to 64 MiB is compared when it is first read, and larger ones are not.
+
+        Raises:
+            FormatError: naming the first shard that is damaged.
+        """
+        for shard in range(-(-self.n_tokens // self.shard_tokens)):
+            self._checked.discard(shard)
+            self._check_shard(shard, verify=True)
+
+    def _check_shard(self, shard: int, verify: bool | None = None) -> None:
+        """Check the header of a shard, and its hash, at the first access."""
+        from safetensors import SafetensorError, safe_open
+
+        if shard in self._checked:
+            return
+        path, rows = _shard(self.folder, shard), min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
+        expected = {name: ([rows, d], self._dtypes[name]) for name, d in self.points.items()}
+        expected[_IDS] = [rows], torch.int32
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                names = set(file.keys())
+                columns = {name: file.get_slice(name) for name in names & set(expected)}
+                headers = {name: (column.get_shape(), column[:0].dtype) for name, column in columns.items()}
+        except (SafetensorError, OSError) as error:
+            raise FormatError(explain(f"{path} is damaged: {error}.", want="the shard as it was written")) from error
+        if headers != expected or names != set(expected):
+            wrong = sorted(names ^ set(expected)) or [name for name in expected if headers[name] != expected[name]]
+            what = f"{path} does not have the tensors that {_INDEX} says: {', '.join(wrong[:3])}."
+            raise FormatError(explain(what, want="the shard as it was written"))
+        digest = None if self._sha256 is None else self._sha256[shard]
+        check_sha256(path, digest, fix="saewb.cache_activations(...) into a new folder", verify=verify)
+        self._checked.add(shard)
 
     def stream(
         self,

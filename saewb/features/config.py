@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -168,4 +169,38 @@ class IndexInfo:
         if wrong := sorted((set(values) - names) | (required - set(values))):
             raise FormatError(explain(f"index.json has unknown or missing {wrong}.", want=", ".join(sorted(names))))
         values["special"], values["rows"] = tuple(values["special"]), tuple((a, b) for a, b in values["rows"])
-        return IndexInfo(**values)
+        try:
+            info = IndexInfo(**values)
+        except TypeError as error:
+            raise FormatError(
+                explain(f"index.json does not say all: {error}.", want=", ".join(sorted(names)))
+            ) from error
+        _check_info(info)
+        return info
+
+
+def _check_info(info: IndexInfo) -> None:
+    """Check types and ranges of what index.json says.
+
+    Raises:
+        FormatError: for the first wrong value.
+    """
+    counts = [name for name, f in IndexInfo.__dataclass_fields__.items() if f.type == "int" and name != "seed"]
+    for name in counts:
+        value = getattr(info, name)
+        if type(value) is not int or not (name in ("d_sae", "ctx_len")) <= value < 2**62:
+            raise FormatError(explain(f"index.json has {name}={reprlib.repr(value)}.", want="a number of 0 or more"))
+    texts = {name: f.type for name, f in IndexInfo.__dataclass_fields__.items() if f.type in ("str", "str | None")}
+    for name, kind in texts.items():
+        value = getattr(info, name)
+        if not isinstance(value, str) and not (kind == "str | None" and value is None):
+            raise FormatError(explain(f"index.json has {name}={reprlib.repr(value)}.", want="text"))
+    planned = info.n_planned is None or (type(info.n_planned) is int and info.n_planned >= 0)
+    numbers = (*info.special, *(n for pair in info.rows for n in pair), info.seed)
+    if not planned or any(type(n) is not int or abs(n) >= 2**62 for n in numbers):
+        what = f"index.json has special={reprlib.repr(info.special)}, rows={reprlib.repr(info.rows)}, "
+        what += f"seed={reprlib.repr(info.seed)}, n_planned={reprlib.repr(info.n_planned)}."
+        raise FormatError(explain(what, want="integers"))
+    if any(not 0 <= a <= b for a, b in info.rows) or min(info.n_quantiles, info.config.window) < 1:
+        what = f"index.json has rows={reprlib.repr(info.rows)} and n_quantiles={info.n_quantiles}."
+        raise FormatError(explain(what, want="rows from first to last, one quantile or more"))

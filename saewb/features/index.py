@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from saewb._files import absolute
+from saewb._files import absolute, refuse_damage
 from saewb.errors import explain
 from saewb.features import search, storage
 from saewb.features.accumulate import LatentAccumulator
@@ -84,10 +84,12 @@ class FeatureIndex:
 
         Raises:
             ValueError: if there is no such latent.
+            FormatError: if its part of the index is damaged.
         """
         if not -len(self) <= int(i) < len(self):
             raise ValueError(explain(f"latent {i} of {self!r}.", want=f"0 to {len(self) - 1}", fix="index.latent(0)"))
-        return read_latent(self.info, self.tensors, self.token_texts, int(i) % len(self))
+        with refuse_damage(f"latent {i} of this index", "the index as it was written"):
+            return read_latent(self.info, self.tensors, self.token_texts, int(i) % len(self))
 
     @property
     def density(self) -> Tensor:
@@ -205,11 +207,13 @@ class FeatureIndex:
         return replace(self, info=info, tensors=weights | accumulated | together, token_texts=texts)
 
 
-def load_index(path: str | Path) -> FeatureIndex:
+def load_index(path: str | Path, verify: bool | None = None) -> FeatureIndex:
     """Open an index that `index.save` wrote, in milliseconds at any size: latents are read on access.
 
     Args:
         path: the folder.
+        verify: whether to compare the hash of its tensors with that of when it was written, about 1 s per GB; None does
+            if they have up to 64 MiB.
 
     Returns:
         A FeatureIndex.
@@ -225,4 +229,4 @@ def load_index(path: str | Path) -> FeatureIndex:
         FileNotFoundError: no index at 'nowhere'.
           want: a folder with index.json, as index.save(folder) writes it
     """
-    return FeatureIndex(*storage.read_index(absolute(path)))
+    return FeatureIndex(*storage.read_index(absolute(path), verify))

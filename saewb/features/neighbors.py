@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb.errors import explain
+from saewb.errors import FormatError, explain
 from saewb.features.config import PAIRS, IndexInfo
 from saewb.kernels.select import ApproximateTopK
 from saewb.kernels.topk import BLOCK, top_of_product
@@ -123,6 +123,9 @@ def firing_matrix(info: IndexInfo, tensors: Mapping[str, Tensor], min_fires: int
     if len(active) == 0:
         what = "this index has no sampled tokens to learn from which latents are active together."
         raise ValueError(explain(what, fix="saewb.build_index(..., coactive_tokens=65_536)"))
+    if int(active.max()) >= info.d_sae:
+        what = f"this index has latent {int(active.max())} on a sampled token."
+        raise FormatError(explain(what, want=f"0 to {info.d_sae - 1}", fix="saewb.build_index(...) anew"))
     token, rank = (active >= 0).nonzero(as_tuple=True)
     latents = SparseLatents(token, active[token, rank].long(), torch.ones(len(token)), (len(active), info.d_sae))
     entries = Sparse.of(latents, "phi", min_fires)

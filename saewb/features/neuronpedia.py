@@ -1,14 +1,18 @@
 """Features on Neuronpedia: links, embedded pages, explanations, lists, and export in its JSON format.
 
-Nothing is sent except the request for a page or list, and answers are cached on disk.
+Nothing is sent except the request for a page or list, and answers are cached on disk. A redirect to another host is not
+followed, so that an API key reaches only the site it is meant for.
 """
 
 from __future__ import annotations
 
 import html
+import http.client
 import json
 import os
 import re
+import reprlib
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -25,7 +29,8 @@ from saewb.features.index import FeatureIndex
 from saewb.features.latent import Latent
 
 SITE = "https://www.neuronpedia.org"
-_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ID = re.compile(r"(?!\.+/)[\w.-]+/(?!\.+$)[\w.-]+")  # names of folders too: neither of them is "..", or "."
+_MAX_QUICK = 150  # latents that the site's quick-list page shows; it answers "not found" to more
 _MAX_BYTES = 32 * 2**20  # of an answer
 _EMBED_OPTIONS = "embed=true&embedexplanation=true&embedplots=true&embedtest=false"
 
@@ -138,15 +143,16 @@ def explanations(
         latents: indices of the latents.
         source: "model/source", instead of the one in the SAE's metadata.
         site: address of the site.
-        timeout: seconds for each request.
+        timeout: seconds for each request, from its start to the end of the answer.
         cache: folder; None is `neuronpedia` in saewb's cache folder (SAEWB_CACHE, else XDG_CACHE_HOME/saewb).
         max_age_days: older answers in the cache are requested again, and used only if the site cannot be reached.
 
     Returns:
-        Explanations by latent; empty for a latent without any.
+        Explanations by latent; empty for a latent without any, or without a page.
 
     Raises:
-        ConnectionError: in one line, if the site cannot be reached and the cache has no answer.
+        ConnectionError: in one line, if the site cannot be reached or refuses, and the cache has no answer. Answers
+            that came before are in the cache.
         FormatError: if the answer is not in the format of the site's API.
         ValueError: as `page`.
 
@@ -175,7 +181,7 @@ def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None
         The address; no request is sent.
 
     Raises:
-        ValueError: as `page`; if there are no latents.
+        ValueError: as `page`; if there are no latents, or more than the 150 that the page shows.
 
     Example:
         >>> quick_list(None, [7, 9], "two", source="gpt2-small/6-res-jb").split("?")[0]
@@ -185,6 +191,10 @@ def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None
     features = [{"modelId": model, "layer": layer, "index": str(_check_latent(i))} for i in latents]
     if not features:
         raise ValueError(explain("quick_list got no latents.", want="at least one"))
+    if len(features) > _MAX_QUICK:
+        fix = "saewb.features.neuronpedia.make_list(sae, latents, name, api_key)"
+        what = f"quick_list got {len(features)} latents."
+        raise ValueError(explain(what, want=f"{_MAX_QUICK} at most: the site shows no more at an address", fix=fix))
     query = urllib.parse.urlencode({"name": name, "features": json.dumps(features)}, quote_via=urllib.parse.quote)
     return f"{site.rstrip('/')}/quick-list/?{query}"
 
@@ -238,9 +248,11 @@ def make_list(
     body = {"name": name, "description": description, "features": features}
     url = f"{site.rstrip('/')}/api/list/new-with-features"
     answer = _request(url, timeout, body, {"x-api-key": api_key})
-    if not isinstance(answer.get("url"), str):
-        raise FormatError(explain(f"{url} answered without an address: {answer.get('message', answer)!r}."))
-    return answer["url"]
+    address = answer.get("url")
+    if not isinstance(address, str) or not address.startswith(("https://", "http://")):
+        words = answer.get("message", reprlib.repr(answer))
+        raise FormatError(explain(f"{url} answered without an address: {words!r}."))
+    return address
 
 
 def export_json(
@@ -250,8 +262,9 @@ def export_json(
 
     Each feature has `modelId, layer, index, maxActApprox, frac_nonzero, freq_hist_data_bar_heights/_values,
     logits_hist_data_bar_heights/_values, pos_str, pos_values, neg_str, neg_values, topkCosSimIndices/Values` and
-    `activations`, a list of `tokens, values, maxValue, maxValueTokenIndex, binMin, binMax, binContains`. Bins are those
-    of the index: top contexts have binContains -1, sampled ones the range and fraction of their group.
+    `activations`, a list of `tokens, values, maxValue, maxValueTokenIndex, minValue, binMin, binMax, binContains`. Bins
+    are those of the index: top contexts have binMin and binContains -1, by which the site's page finds them, sampled
+    ones the range and fraction of their group.
 
     Args:
         index: index of the features.
@@ -294,7 +307,7 @@ def export_json(
 def _feature_json(latent: Latent) -> dict[str, Any]:
     """Convert a latent to the keys of `export_json`, except model and layer."""
     page = latent.to_dict()
-    activations = [_activation(c, 0.0, latent.max, -1.0) for c in page["top"]]
+    activations = [_activation(c, -1.0, latent.max, -1.0) for c in page["top"]]
     for group in reversed(page["groups"]):
         values = [abs(c["acts"][c["at"]]) for c in group]
         activations += [_activation(c, min(values), max(values), 1 / len(page["groups"])) for c in reversed(group)]
@@ -321,6 +334,7 @@ def _activation(context: Mapping[str, Any], low: float, high: float, share: floa
         "values": acts,
         "maxValue": acts[largest],
         "maxValueTokenIndex": largest,
+        "minValue": min(acts),
         "binMin": low,
         "binMax": high,
         "binContains": share,
@@ -346,39 +360,105 @@ def _fetch(
 ) -> dict[str, Any]:
     # A folder per site, so that answers of different sites are not confused.
     host = re.sub(r"\W+", "-", urllib.parse.urlsplit(site).netloc)
-    cached = _cache_folder(cache) / host / source / f"{latent}.json"
-    if cached.is_file() and time.time() - cached.stat().st_mtime < max_age_days * 86400:
-        return json.loads(cached.read_text(encoding="utf-8"))
+    file = _cache_folder(cache) / host / source / f"{latent}.json"
+    cached = _read_cached(file)
+    if cached is not None and time.time() - file.stat().st_mtime < max_age_days * 86400:
+        return cached
     try:
         answer = _request(f"{site.rstrip('/')}/api/feature/{source}/{latent}", timeout)
+    except _NoPage:
+        answer = {}
     except ConnectionError:
-        if cached.is_file():
-            return json.loads(cached.read_text(encoding="utf-8"))
+        if cached is not None:
+            return cached
         raise
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_text(cached, json.dumps({"explanations": answer.get("explanations")}))
+    _parse_explanations(latent, answer)  # an answer of another form is not cached
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps({"explanations": answer.get("explanations")}))
     return answer
+
+
+def _read_cached(file: Path) -> dict[str, Any] | None:
+    """A cached answer; None if there is none, or the file is damaged."""
+    try:
+        answer = json.loads(file.read_text(encoding="utf-8"))
+        _parse_explanations(0, answer)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return answer
+
+
+class _NoPage(ConnectionError):
+    """The site answered in its own words that there is no such page."""
 
 
 def _request(
     url: str, timeout: float, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
+    """One request; `timeout` is for all of it, however slowly the answer comes."""
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError(explain(f"{url!r} is no address of a site.", want="https://...", fix=f"site={SITE!r}"))
     all_headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "saewb", **headers}
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers=all_headers)
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            content = response.read(_MAX_BYTES + 1)
-    except (urllib.error.HTTPError, urllib.error.URLError, TimeoutError, OSError) as error:
-        why = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-        raise ConnectionError(f"Neuronpedia did not answer ({why}): {url}") from error
+    outcome: list[bytes | BaseException] = []
+    deadline = time.monotonic() + timeout
+    # A socket's timeout is for each read, and a server may send a byte at a time: the caller waits no longer.
+    thread = threading.Thread(target=lambda: outcome.append(_read_answer(request, deadline)), daemon=True)
+    thread.start()
+    thread.join(timeout)
+    content = outcome[0] if outcome else TimeoutError("timed out")
+    if isinstance(content, urllib.error.HTTPError):
+        words = _words(content)
+        missing = content.code == 404 and words
+        why = f"HTTP {content.code}" + (f": {words}" if words else "")
+        raise (_NoPage if missing else ConnectionError)(f"Neuronpedia did not answer ({why}): {url}") from content
+    if isinstance(content, BaseException):
+        why = getattr(content, "reason", content)
+        raise ConnectionError(f"Neuronpedia did not answer ({why}): {url}") from content
     try:
         answer = json.loads(content) if len(content) <= _MAX_BYTES else None
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         raise FormatError(explain(f"{url} answered something that is no feature.", want="a JSON object"))
     return answer
+
+
+def _read_answer(request: urllib.request.Request, deadline: float) -> bytes | BaseException:
+    """The body of an answer, at most a byte more than the limit; or the error."""
+    parts: list[bytes] = []
+    try:
+        opener = urllib.request.build_opener(_SameSite)
+        with opener.open(request, timeout=max(0.001, deadline - time.monotonic())) as response:
+            while sum(map(len, parts)) <= _MAX_BYTES and (part := response.read1(2**16)):
+                parts.append(part)
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a damaged address in a redirect
+        return error
+    return b"".join(parts)
+
+
+def _words(error: urllib.error.HTTPError) -> str:
+    """What the site says about a refusal, on one line; empty if it is not in its format."""
+    try:
+        answer = json.loads(error.read(2**16))
+    except (OSError, ValueError, RecursionError, http.client.HTTPException):
+        return ""
+    words = answer.get("error") or answer.get("message") if isinstance(answer, dict) else None
+    return " ".join(words.split())[:200] if isinstance(words, str) else ""
+
+
+class _SameSite(urllib.request.HTTPRedirectHandler):
+    """Follows redirects within a site, or from its http to its https; urllib would send all headers to any host."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        before, after = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+        is_same = (after.scheme, after.netloc) == (before.scheme, before.netloc)
+        if not is_same and (after.scheme, after.netloc) != ("https", before.hostname):
+            raise urllib.error.URLError(f"it redirects to {after.scheme}://{after.netloc}, another site")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _cache_folder(folder: str | Path | None) -> Path:

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saewb.errors import FormatError, explain
 from saewb.features.config import IndexInfo
-from saewb.features.token_texts import TokenTexts
+from saewb.features.token_texts import MAX_TOKEN_ID, TokenTexts
 from saewb.features.top_contexts import EMPTY
 
 if TYPE_CHECKING:
@@ -92,9 +93,9 @@ def interpretability_score(
     frequency = _token_frequency(ids)
     shared = torch.cat([shared_token(part, frequency) for part in ids.split(_BLOCK)])
     peaks = _peaks(info, tensors, "top")
-    is_word = torch.zeros(len(frequency) + 1)
+    is_word = torch.zeros(len(frequency) + 1)  # the last entry, for no token, stays 0
     is_word[[t for t, text in texts.strings.items() if t < len(frequency) and sum(map(str.isalpha, text)) >= 3]] = 1
-    words = is_word[peaks.long()].sum(1) / (peaks >= 0).sum(1).clamp_min(1)  # entry -1, the last one, is 0
+    words = is_word[peaks.long().clamp_min(-1)].sum(1) / (peaks >= 0).sum(1).clamp_min(1)
     tokens = peak_tokens(info, tensors)
     single, single_of_top = modal_token(tokens)[1], modal_token(peaks)[1]
     return shared * token_coherence(tokens) * (1 - single) * (1 - single_of_top).square() * words
@@ -147,11 +148,14 @@ def _occurrences(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _token_frequency(ids: Tensor) -> Float[Tensor, " d_vocab"]:
     """Fraction of all contexts that have each token."""
-    size = int(ids.max().clamp_min(0)) + 1
+    size = int(ids.max().clamp_min(0)) + 1 if ids.numel() else 1
+    if size > MAX_TOKEN_ID:
+        what = f"this index has the token id {size - 1} in a context."
+        raise FormatError(explain(what, want=f"0 to {MAX_TOKEN_ID - 1}", fix="saewb.build_index(...) anew"))
     counts = torch.zeros(size, dtype=torch.long)
     for part in ids.split(_BLOCK):
         counts += torch.bincount(_occurrences(part, size)[1], minlength=size)
-    return counts.float() / (ids.shape[0] * ids.shape[1])
+    return counts.float() / max(1, ids.shape[0] * ids.shape[1])
 
 
 def shared_token(ids: Tensor, frequency: Float[Tensor, " d_vocab"]) -> Float[Tensor, " latents"]:

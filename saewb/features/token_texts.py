@@ -12,6 +12,8 @@ from torch import Tensor
 
 from saewb.models.tokenizer import token_strings
 
+MAX_TOKEN_ID = 2**22
+"""No vocabulary has so many tokens; tables by token id take 8 bytes for each up to the largest."""
 _ROWS = 2**14  # contexts decoded at a time
 _PARTIAL = "\ufffd"  # text of a token that is part of a character
 

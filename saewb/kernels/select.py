@@ -144,7 +144,7 @@ class ApproximateTopK:
 
     @torch.no_grad()
     def top(self, h: Float[Tensor, "tokens d_in"], k: int, activation: str) -> tuple[Tensor, Tensor]:
-        """`topk.top(h @ W + b, k, activation)` for "topk" and "abstopk"; values in float32. No gradients.
+        """`topk.top(h @ W + b, k, activation)` except for "groupmax"; values in float32. No gradients.
 
         Holds 32 MiB of approximate values (or those of a token), and 24 bytes per candidate of a tile.
         """
@@ -224,6 +224,8 @@ class ApproximateTopK:
         proven = (worst > reach) & worst.isfinite()
         if signed:
             return full.gather(1, index), latents.gather(1, index), proven
+        if activation == "lineartopk":
+            return best, latents.gather(1, index), proven
         return torch.relu(best), latents.gather(1, index), proven | (reach <= 0)
 
 

@@ -117,10 +117,10 @@ def _maxima(grouped: Tensor, signed: bool) -> Tensor:
 
 
 def top(pre: Tensor, k: int, activation: str) -> tuple[Tensor, Tensor]:
-    """Top-k values and indices along the last axis; values <= 0 become 0 ("abstopk": values keep their sign).
+    """Top-k values and indices along the last axis; values <= 0 become 0 (except "abstopk", "lineartopk").
 
-    "topk" keeps the k largest, "abstopk" the k largest in magnitude, "groupmax" the largest of each of k equal groups
-    of neighbors.
+    "topk" and "lineartopk" keep the k largest, "abstopk" the k largest in magnitude, "groupmax" the largest of each of
+    k equal groups of neighbors.
     """
     if activation == "groupmax":
         values, within = pre.unflatten(-1, (k, -1)).max(dim=-1)
@@ -129,14 +129,14 @@ def top(pre: Tensor, k: int, activation: str) -> tuple[Tensor, Tensor]:
         indices = pre.abs().topk(k, dim=-1, sorted=False).indices
         return pre.gather(-1, indices), indices
     values, indices = pre.topk(k, dim=-1, sorted=False)
-    return torch.relu(values), indices
+    return (values if activation == "lineartopk" else torch.relu(values)), indices
 
 
 @torch.no_grad()
 def top_of_product(
     h: Float[Tensor, "tokens d_in"], W: Float[Tensor, "d_in d_sae"], b: Float[Tensor, " d_sae"], k: int, activation: str
 ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
-    """`top(h @ W + b, k, activation)` for "topk" and "abstopk", a block of latents at a time; no gradients.
+    """`top(h @ W + b, k, activation)` except for "groupmax", a block of latents at a time; no gradients.
 
     Holds at most 32 MiB of pre-activations (or those of 1,024 latents), in one buffer: allocating memory for each
     product would take as long as the product of a wide SAE.

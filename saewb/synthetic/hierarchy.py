@@ -6,18 +6,21 @@ children of a node, one of the firing ones remains, each with equal probability.
 
 from __future__ import annotations
 
+import reprlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
 from saewb.sae.sparse import SparseLatents
+
+Scaling = Literal["relative", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Node:
     """Nodes that fire only where this one does."""
     exclusive: bool = False
     """Whether at most one of the children fires."""
+    scales: bool = True
+    """Whether the hierarchy's `scale_by_parent` applies to the children."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Node:
@@ -38,17 +43,20 @@ class Node:
         Raises:
             ValueError: for an unknown key.
         """
-        if wrong := set(tree) - {"feature", "children", "exclusive"}:
-            raise ValueError(explain(f"a node has {sorted(wrong)}.", want="feature, children, exclusive"))
+        if wrong := set(tree) - {"feature", "children", "exclusive", "scales"}:
+            raise ValueError(explain(f"a node has {sorted(wrong)}.", want="feature, children, exclusive, scales"))
+        feature = tree.get("feature")
+        if feature is not None and type(feature) is not int:
+            raise ValueError(explain(f"a node has feature={reprlib.repr(feature)}.", want="an index, or None"))
         children = tuple(cls.of(child) for child in tree.get("children", ()))
-        return cls(tree.get("feature"), children, bool(tree.get("exclusive", False)))
+        return cls(feature, children, bool(tree.get("exclusive", False)), bool(tree.get("scales", True)))
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as nested dictionaries, which `Node.of` reads."""
         tree: dict[str, Any] = {"feature": self.feature}
         if self.children:
             tree |= {"exclusive": self.exclusive, "children": [child.to_dict() for child in self.children]}
-        return tree
+        return tree if self.scales else tree | {"scales": False}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,13 +76,17 @@ class Hierarchy:
 
     roots: Sequence[Node]
     """Roots of the trees. Features in no tree are unrestricted."""
-    scale_by_parent: bool = False
-    """Whether the magnitude of each child is multiplied with that of its parent."""
+    scale_by_parent: Scaling | None = None
+    """Factor of the magnitude of each child: "relative" is its parent's magnitude divided by the parent's mean, as in
+    SAELens; "magnitude" is its parent's magnitude; None is 1."""
     features: tuple[int, ...] = field(init=False)
     """All features of the trees, roots first."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roots", tuple(self.roots))
+        if self.scale_by_parent not in (None, *get_args(Scaling)):
+            what = f"Hierarchy got scale_by_parent={self.scale_by_parent!r}."
+            raise ValueError(explain(what, want="'relative', 'magnitude' or None", fix="scale_by_parent='relative'"))
         levels = _levels(self.roots)
         object.__setattr__(self, "features", tuple(feature for level in levels for feature in level.feature))
         earlier: set[int] = set()
@@ -86,16 +98,26 @@ class Hierarchy:
         object.__setattr__(self, "_levels", levels)
 
     @torch.no_grad()
-    def apply(self, firings: SparseLatents, generator: torch.Generator) -> SparseLatents:
+    def apply(
+        self,
+        firings: SparseLatents,
+        generator: torch.Generator,
+        mean: float | Float[Tensor, " features"] | None = None,
+    ) -> SparseLatents:
         """Remove the firings that the trees forbid.
 
         Args:
             firings: drawn without regard to the trees.
             generator: for the choice among siblings; on the device of `firings`.
+            mean: mean magnitude of all features or of each, for `scale_by_parent="relative"`.
 
         Raises:
-            ValueError: if the trees have features that `firings` lacks.
+            ValueError: if the trees have features that `firings` lacks, or there is no `mean` to scale by.
         """
+        if self.scale_by_parent == "relative" and mean is None:
+            raise ValueError(
+                explain("scale_by_parent='relative' without a mean.", fix="hierarchy.apply(..., mean=1.0)")
+            )
         n_features = firings.shape[1]
         if self.features and max(self.features) >= n_features:
             what = f"the hierarchy has feature {max(self.features)}, the data {n_features} features."
@@ -110,8 +132,13 @@ class Hierarchy:
             parent = torch.searchsorted(key, parent_key).clamp_max(max(len(key) - 1, 0))
             fires = (key[parent] == parent_key) & mask[parent]
             mask[child] = fires
-            if self.scale_by_parent:
-                act[child] = torch.where(fires, act[child] * act[parent], act[child])
+            if self.scale_by_parent is not None:
+                scales = fires & level.scales_of(n_features).to(key.device)[feature[child]]
+                factor = act[parent]
+                if self.scale_by_parent == "relative":
+                    means = torch.as_tensor(mean, dtype=act.dtype, device=act.device).expand(n_features)
+                    factor = factor / means[feature[parent]]
+                act[child] = torch.where(scales, act[child] * factor, act[child])
             _exclude_siblings(mask, in_level, token, group_of[feature], generator)
         return SparseLatents(token[mask], feature[mask], act[mask], firings.shape)
 
@@ -158,7 +185,7 @@ def random_hierarchy(
     branching: tuple[int, int] = (2, 4),
     depth: int = 2,
     exclusive_frac: float = 0.5,
-    scale_by_parent: bool = False,
+    scale_by_parent: Scaling | None = None,
     seed: int = 0,
 ) -> Hierarchy:
     """Random trees over features 0, 1, ...: all roots, then level by level, until no features are left.
@@ -223,6 +250,8 @@ class _Level:
     """Nearest ancestor that is a feature; -1: none."""
     group: list[int] = field(default_factory=list)
     """Index of the group of exclusive siblings; -1: none."""
+    scaled: list[bool] = field(default_factory=list)
+    """Whether the parent scales it."""
 
     def tables(self, n_features: int) -> tuple[Int[Tensor, " features"], Int[Tensor, " features"]]:
         """Parent and group by feature."""
@@ -230,23 +259,29 @@ class _Level:
         parent[self.feature], group[self.feature] = torch.tensor(self.parent), torch.tensor(self.group)
         return parent, group
 
+    def scales_of(self, n_features: int) -> Bool[Tensor, " features"]:
+        """Whether the parent scales it, by feature."""
+        scaled = torch.zeros(n_features, dtype=torch.bool)
+        scaled[self.feature] = torch.tensor(self.scaled, dtype=torch.bool)
+        return scaled
+
 
 def _levels(roots: Sequence[Node]) -> tuple[_Level, ...]:
     """Levels of the trees, roots first; within a level breadth first."""
     levels: dict[int, _Level] = defaultdict(_Level)
-    n_groups, row = 0, [(root, -1, 0, -1) for root in roots]
+    n_groups, row = 0, [(root, -1, 0, -1, False) for root in roots]
     while row:
         below = []
-        for node, parent, depth, group in row:
+        for node, parent, depth, group, scaled in row:
             _check_exclusive(node)
             if node.feature is not None:
                 level = levels[depth]
-                level.feature.append(node.feature)
-                level.parent.append(parent)
-                level.group.append(group)
+                for values, value in zip(vars(level).values(), (node.feature, parent, group, scaled), strict=True):
+                    values.append(value)
                 parent, depth = node.feature, depth + 1
             n_groups += node.exclusive
-            below += [(child, parent, depth, n_groups if node.exclusive else -1) for child in node.children]
+            group = n_groups if node.exclusive else -1
+            below += [(child, parent, depth, group, node.scales) for child in node.children]
         row = below
     return tuple(levels[depth] for depth in sorted(levels))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+
+from saewb.errors import explain
 from saewb.training.config import RunSpec, Trainee
 
 
@@ -73,7 +78,7 @@ def train_code(spec: RunSpec, *, folder: str | None = None, held_out: bool = Fal
     hooks = {name: point for name, point in (("hook", read), ("hook_out", write)) if point is not None}
     saes = {name: replace(sae, read=None, write=None) if shared else sae for name, sae in spec.saes.items()}
     arguments = {**hooks, "n_tokens": arguments.pop("n_tokens"), **arguments}
-    model = f"  # {spec.model}" if spec.model else ""
+    model = f"  # {_one_line(spec.model)}" if spec.model else ""
     by_name = ", ".join(f"{name!r}: {_trainee_code(sae)}" for name, sae in saes.items())
     code = _trainee_code(saes["sae"]) if list(saes) == ["sae"] else f"{{{by_name}}}"
     lines = [f"model,{model}", "tokens,", f"{code},"]
@@ -84,10 +89,12 @@ def train_code(spec: RunSpec, *, folder: str | None = None, held_out: bool = Fal
 
 def _trainee_code(sae: Trainee) -> str:
     objective = sae.objective
-    options = ", ".join(f"{name}={value!r}" for name, value in _changed(objective).items())
+    options = ", ".join(f"{name}={_plain_literal(value)}" for name, value in _changed(objective).items())
     code = f"saewb.{type(objective).__name__}({options})"
     fields = [
-        f"{name}={value!r}" for name in ("read", "write", "lr", "seed") if (value := getattr(sae, name)) is not None
+        f"{name}={_plain_literal(value)}"
+        for name in ("read", "write", "lr", "seed")
+        if (value := getattr(sae, name)) is not None
     ]
     return f"saewb.Trainee({', '.join([code, *fields])})" if fields else code
 
@@ -99,4 +106,24 @@ def _changed(config: Any) -> dict[str, Any]:
 
 
 def _literal(value: Any) -> str:
-    return f"{value:_}" if type(value) is int and value >= 10_000 else repr(value)
+    return f"{value:_}" if type(value) is int and value >= 10_000 else _plain_literal(value)
+
+
+def _plain_literal(value: Any) -> str:
+    """Source of a value, which a run's folder may have from a stranger: of plain types only, and nothing is called."""
+    if isinstance(value, torch.dtype):
+        return repr(str(value).removeprefix("torch."))  # which saewb.train takes too, and needs no import
+    if isinstance(value, slice):
+        return f"slice({', '.join(map(_plain_literal, (value.start, value.stop, value.step)))})"
+    if isinstance(value, (list, tuple)):
+        items = ", ".join(map(_plain_literal, value)) + "," * (isinstance(value, tuple) and len(value) == 1)
+        return f"[{items}]" if isinstance(value, list) else f"({items})"
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+        return repr(value)
+    what = f"there is no source for a {type(value).__name__}, {reprlib.repr(value)}."
+    raise ValueError(explain(what, want="numbers, texts, lists of them"))
+
+
+def _one_line(text: str) -> str:
+    """A text that cannot end the comment it stands in."""
+    return "".join(c if c.isprintable() else " " for c in text)

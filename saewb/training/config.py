@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BeforeValidator, InstanceOf, PlainSerializer, Strict
+from pydantic import AfterValidator, BeforeValidator, InstanceOf, PlainSerializer, Strict
 
 from saewb._config import (
     NonNegativeFloat,
@@ -26,6 +27,7 @@ from saewb._config import (
     descriptions,
     dump,
     parse,
+    parse_value,
     require,
 )
 from saewb.data.stream import PASS_TOKENS
@@ -254,15 +256,31 @@ class Trainee:
             TypeError: for an unknown field.
         """
         values = {{"hook": "read", "hook_out": "write"}.get(name, name): value for name, value in values.items()}
+        for point in ("read", "write"):
+            if not isinstance(values.get(point), str | None):
+                raise ValueError(explain(f"got {point}={reprlib.repr(values[point])}.", want="a hook's name"))
         name = str(values.pop("objective", None))
         if name not in OBJECTIVES:
             names = list(OBJECTIVES)
             raise ValueError(explain(f"got objective {name!r}.", near=near(name, names), want=", ".join(names)))
         fields = {key: values.pop(key) for key in ("read", "write", "lr", "seed") if key in values}
-        fields |= {
-            key: kind(fields[key]) for key, kind in (("lr", float), ("seed", int)) if fields.get(key) is not None
-        }
+        for key, kind in (("lr", PositiveFloat), ("seed", int)):
+            if fields.get(key) is not None:
+                fields[key] = parse_value(kind, fields[key], key)
         return cls(parse(OBJECTIVES[name], values), **fields)
+
+
+def check_name(name: Any) -> str:
+    """Check that a name of an SAE is also one of a folder, inside the run's.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    is_text = isinstance(name, str) and 0 < len(name) <= 128
+    if not (is_text and all(c.isalnum() or c in "._-" for c in name)) or name.startswith("."):
+        what = f"got an SAE named {reprlib.repr(name)}."
+        raise ValueError(explain(what, want="letters, digits, '_', '-', '.'", fix="'sae_1'"))
+    return name
 
 
 def _sae(value: Any) -> Any:
@@ -277,7 +295,7 @@ SAESpec = Annotated[InstanceOf[Trainee], BeforeValidator(_sae), PlainSerializer(
 class RunSpec:
     """A training run as data: the arguments of `saewb.train` without model, tokens, folder, loggers and device."""
 
-    saes: dict[str, SAESpec]
+    saes: dict[Annotated[str, AfterValidator(check_name)], SAESpec]
     """The SAEs by name."""
     train: TrainConfig
     """Training hyperparameters."""
@@ -338,7 +356,10 @@ class RunSpec:
             ValueError, TypeError: if it is not a spec.
         """
         content = {name: value for name, value in values.items() if name != "saewb_run"}
-        return parse(cls, _upgraded(content) if values["saewb_run"] == 1 else content)
+        spec = parse(cls, _upgraded(content) if values["saewb_run"] == 1 else content)
+        if not spec.saes:
+            raise ValueError(explain("it trains no SAE.", want="one or more, by name"))
+        return spec
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as run.json holds them."""
@@ -392,9 +413,7 @@ def trainees(saes: Any, hook: str | None = None, hook_out: str | None = None) ->
         raise ValueError(explain("train got no SAE.", want="an objective", fix="saewb.TopK(d_sae=4096, k=32)"))
     specs = {}
     for name, sae in by_name.items():
-        if not (name and all(c.isalnum() or c in "._-" for c in name)) or name.startswith("."):
-            what = f"got an SAE named {name!r}."
-            raise ValueError(explain(what, want="letters, digits, '_', '-', '.'", fix="'sae_1'"))
+        check_name(name)
         trainee = sae if isinstance(sae, Trainee) else Trainee(sae)
         objective = trainee.objective
         if isinstance(objective, type):

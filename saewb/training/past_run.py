@@ -13,7 +13,7 @@ from saewb._files import absolute, finish_replacing
 from saewb.errors import FormatError, explain
 from saewb.training.config import RunSpec
 from saewb.training.run_display import RunRecord
-from saewb.training.run_folder import CHECKPOINT, HISTORY, read_end, read_spec
+from saewb.training.run_folder import CHECKPOINT, HISTORY, is_row, read_end, read_spec
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,7 +110,11 @@ def _read_rows(history: Path, before: PastRun | None) -> tuple[tuple[Mapping[str
     new_rows = []
     for number, line in enumerate(added.splitlines(), len(rows) + 1):
         try:
-            new_rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise FormatError(explain(f"line {number} of {history} is no JSON.", want="a row of a history")) from error
+        if not is_row(row):
+            what = f"line {number} of {history} has no step and number of tokens."
+            raise FormatError(explain(what, want="a row of a history"))
+        new_rows.append(row)
     return (*rows, *new_rows), (status.st_ino, n_bytes + len(added))

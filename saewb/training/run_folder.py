@@ -32,6 +32,8 @@ from saewb._files import (
     is_locked,
     is_temporary,
     load_state,
+    read_json,
+    refuse_damage,
     remove_orphans,
     replace_together,
     temporary_path,
@@ -58,6 +60,7 @@ class RunFolder:
 
     Raises:
         RuntimeError: if a run is going on in it, in this process or another.
+        FormatError: if it has links inside, through which a run would write elsewhere.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True) -> None:
@@ -67,6 +70,7 @@ class RunFolder:
         self._unwritten: list[bytes] = []
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
+            _refuse_links(self.path)
             self._lock = FolderLock(self.path, "a run is going on", fix="run.stop()")
             finish_replacing(self.path / CHECKPOINT)
             for folder in filter(Path.is_dir, (self.path, *(self.path / name for name in ("saes", "saes_at", "init")))):
@@ -192,7 +196,12 @@ class RunFolder:
         """
         path = self.path / CHECKPOINT
         if path.is_file():
-            return load_state(path)
+            state = load_state(path)
+            seconds = state.get("seconds") if isinstance(state, dict) else None
+            if not isinstance(seconds, (int, float)) or not isinstance(state.get("training"), dict):
+                what = f"{path} is not the checkpoint of a run."
+                raise FormatError(explain(what, want="training and seconds, as saewb writes them"))
+            return state
         if (self.path / _CHECKPOINT_0_1_0).is_file():
             what = f"the run in {str(self.path)!r} is of saewb 0.1.0, whose checkpoints this version cannot continue."
             sae = next(iter(read_spec(self.path).saes))
@@ -236,6 +245,18 @@ class RunFolder:
         return folder
 
 
+def _refuse_links(path: Path) -> None:
+    """Raise for a symbolic link in a run's folder: the folder may come from somebody else, and a run writes there."""
+    folders = [path]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            if entry.is_symlink():
+                what = f"{entry.path} is a symbolic link; a run writes into its own folder only."
+                raise FormatError(explain(what, want="files and folders", fix=f"unlink {entry.path!r}    # in a shell"))
+            if entry.is_dir():
+                folders.append(Path(entry.path))
+
+
 def _missing_folder(path: Path) -> str:
     want = "the folder back in its place; or the SAEs, which are in run.saes, kept elsewhere"
     fix = "saewb.save_sae(run.sae, 'saes/a')"
@@ -245,9 +266,14 @@ def _missing_folder(path: Path) -> str:
 def _parse_row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "n_tokens" in row else None
+    return row if is_row(row) else None
+
+
+def is_row(row: object) -> bool:
+    """Whether a value is a row of a history."""
+    return isinstance(row, dict) and all(type(row.get(name)) is int and row[name] >= 0 for name in ("step", "n_tokens"))
 
 
 def is_resumable(folder: Path) -> bool:
@@ -268,11 +294,9 @@ def read_end(folder: Path) -> dict[str, Any]:
     if not path.is_file():  # it is written before the lock is released
         state = "unfinished" if locked is None else "running" if locked else "interrupted"
         return {"state": state, "error": "", "notes": []}
-    try:
-        end = json.loads(path.read_text(encoding="utf-8"))
+    end = read_json(path)
+    with refuse_damage(f"{END} in {str(folder)!r}", "state, error and notes, as saewb writes them"):
         return {"state": str(end["state"]), "error": str(end["error"]), "notes": list(map(str, end["notes"]))}
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(explain(f"{END} in {str(folder)!r} cannot be read: {error!r}.", want="ours")) from error
 
 
 def read_spec(path: Path) -> RunSpec:
@@ -284,13 +308,10 @@ def read_spec(path: Path) -> RunSpec:
     """
     if not (path / SPEC).is_file():
         raise FileNotFoundError(explain(f"no run in {str(path)!r}.", want=f"a folder with {SPEC}"))
-    try:
-        content = json.loads((path / SPEC).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(explain(f"{SPEC} in {str(path)!r} is no JSON: {error}.", want="ours")) from error
+    content = read_json(path / SPEC)
     if not isinstance(content, dict) or content.get("saewb_run") not in (1, FORMAT):
         raise FormatError(explain(f"{SPEC} in {str(path)!r} is not a run of saewb's.", want=f'"saewb_run": {FORMAT}'))
     try:
         return RunSpec.from_dict(content)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise FormatError(f"{SPEC} in {str(path)!r}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saewb._files import absolute
+from saewb._files import absolute, read_yaml, refuse_damage
 from saewb.data.cache import ActivationCache
 from saewb.data.documents import TextFiles
 from saewb.data.sources import ModelSource
@@ -155,7 +156,8 @@ def resume_run(
         with parallel.raise_together():
             stream = _open_stream(spec, model, tokens, parallel)
             training, memory = _prepare(spec, stream, model, held_out, device, parallel)
-        training.restore(checkpoint["training"])
+        with refuse_damage("the checkpoint of this run", "the one that saewb wrote, and the data of that run"):
+            training.restore(checkpoint["training"])
         rows = run_folder.rewind(spec, training.n_tokens)
         return Run(
             training,
@@ -209,17 +211,19 @@ def train_file(path: Path) -> Run:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(explain(f"no file {str(path)!r}.", want="a YAML file", fix="saewb train config.yaml"))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(explain(f"{path} is no YAML: {error}.", want="name: value, a line each")) from error
+    content = read_yaml(path)
     for name, value in [(str(path), content), *((content or {}).items() if isinstance(content, dict) else ())]:
         if name in (str(path), "tokens", "held_out", "saes") and not isinstance(value, dict):
-            raise ValueError(explain(f"{name} is {value!r}.", want="names with values"))
+            raise ValueError(explain(f"{name} is {reprlib.repr(value)}.", want="names with values"))
+    for name in content:
+        if not isinstance(name, str):
+            raise ValueError(explain(f"{path} has a name {reprlib.repr(name)}.", want="text"))
+    for name, sae in content.get("saes", {}).items():
+        if not isinstance(sae, dict) or not all(isinstance(key, str) for key in sae):
+            what = f"saes has {name}: {reprlib.repr(sae)}."
+            raise ValueError(explain(what, want="objective, d_sae, hook, ... with values"))
     return content
 
 
@@ -304,6 +308,11 @@ def _open_stream(spec: RunSpec, model: nn.Module | None, tokens: Any, parallel: 
     options = {"batch_tokens": spec.train.batch_tokens, "seed": spec.train.seed, "prefetch": spec.data.prefetch}
     options["buffer_tokens"] = spec.buffer_tokens
     if isinstance(tokens, ActivationStream):
+        if tokens.batch_tokens != spec.train.batch_tokens:
+            what = f"the stream's batches have {tokens.batch_tokens} tokens, those of this training "
+            what += f"batch_tokens={spec.train.batch_tokens}."
+            fix = f"saewb.train(..., batch_tokens={tokens.batch_tokens})"
+            raise ValueError(explain(what, want="the same, which the stream decides", fix=fix))
         return tokens
     if isinstance(tokens, ActivationCache):
         return tokens.stream(**options, points=spec.points or None)

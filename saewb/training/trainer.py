@@ -11,7 +11,8 @@ A step on one batch in training units:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -255,6 +256,8 @@ class SAETrainer:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Load a `state()` onto this trainer's device; training continues bit for bit."""
         device = self._silent.device
+        if difference := next(_differences(self.state(), saved), None):
+            raise ValueError(explain(f"the state of an SAE does not fit: {difference}.", want="one of this training"))
         for name, p in self.params.named_parameters():
             p.copy_(saved["params"][name])
             self._optimizer.state[p] = {k: _like(p, v) for k, v in saved["optimizer"][name].items()}
@@ -415,6 +418,22 @@ def _optimizer(params: Params, config: TrainConfig) -> torch.optim.Optimizer:
 
 def _to_host(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
+
+
+def _differences(current: Any, saved: Any, name: str = "it") -> Iterator[str]:
+    """Differences in keys, kinds and shapes between two states; a value that is not there yet may have any."""
+    if isinstance(current, Mapping):
+        keys = set(saved) if isinstance(saved, Mapping) else None
+        if keys != set(current):
+            yield f"{name} has {reprlib.repr(saved) if keys is None else sorted(map(str, keys ^ set(current)))}"
+            return
+        for key, value in current.items():
+            yield from _differences(value, saved[key], key)
+    elif isinstance(current, Tensor):
+        if not isinstance(saved, Tensor) or saved.shape != current.shape or saved.dtype != current.dtype:
+            yield f"{name} is {reprlib.repr(saved)}"
+    elif current is not None and not isinstance(saved, type(current)) and saved is not None:
+        yield f"{name} is {reprlib.repr(saved)}"
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:

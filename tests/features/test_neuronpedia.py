@@ -26,6 +26,22 @@ class StandIn(BaseHTTPRequestHandler):
         if latent == "404":
             self.send_error(404)
             return
+        if latent == "12":
+            self.answer(b'{"error": "The feature you specified is not available."}', 404)
+            return
+        if latent == "13":
+            self.answer(b'{"error": "slow\\n down"}', 429)
+            return
+        if latent in ("14", "15"):
+            self.redirect(self.server.elsewhere if latent == "14" else f"/api/feature/{SOURCE}/1")
+            return
+        if latent == "16":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(40):
+                self.wfile.write(b" ")
+                time.sleep(0.05)
+            return
         result = {"index": latent, "explanations": [{"description": f"about {latent}", "explanationModelName": "m"}]}
         answers = {"6": b"<html>", "7": b"[]", "8": b'{"explanations": 3}', "9": b'{"index": "9"}'}
         self.answer(answers.get(latent, json.dumps(result).encode()))
@@ -33,11 +49,20 @@ class StandIn(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, self.headers["x-api-key"], body))
+        if self.headers["x-api-key"] == "redirected":
+            self.redirect(self.server.elsewhere)
+            return
         result = {"url": "https://there/list/1"} if self.headers["x-api-key"] == "mine" else {"message": "wrong key"}
         self.answer(json.dumps(result).encode())
 
-    def answer(self, body):
-        self.send_response(200)
+    def redirect(self, address):
+        self.send_response(302)
+        self.send_header("Location", address)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def answer(self, body, code=200):
+        self.send_response(code)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -76,7 +101,7 @@ def test_an_sae_without_a_page_says_what_to_type():
     with pytest.raises(ValueError, match=r"names no page(.|\n)*source='gpt2-small/6-res-jb'"):
         neuronpedia.page(sae(), 7)
     assert neuronpedia.page(sae(), 7, source=SOURCE).latent == 7
-    for wrong in ("x", 'a/b"><script>', "a/b/c"):
+    for wrong in ("x", 'a/b"><script>', "a/b/c", "../..", "a/..", "./b", "a/b\n"):
         with pytest.raises(ValueError, match="no source of Neuronpedia"):
             neuronpedia.page(None, 7, source=wrong)
     for wrong in (-1, 1.5):
@@ -117,6 +142,53 @@ def test_answers_late_absent_or_strange(site, tmp_path, latent, error):
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_a_latent_without_a_page_does_not_lose_the_others(site, tmp_path):
+    how = {"source": SOURCE, "site": site.url, "cache": tmp_path}
+    found = neuronpedia.explanations(None, [12, 1], **how)
+    assert found == {12: (), 1: (neuronpedia.Explanation(1, "about 1", "m"),)}
+    assert neuronpedia.explanations(None, [12], **how) == {12: ()}
+    assert len(site.asked) == 2
+    with pytest.raises(ConnectionError, match=r"HTTP 429: slow down\)"):  # in the site's own words, on one line
+        neuronpedia.explanations(None, [13], **how)
+
+
+def test_a_redirect_to_another_site_is_not_followed(site, tmp_path):
+    thief = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    thief.asked, site.elsewhere = [], f"http://localhost:{thief.server_port}/1"
+    thread = threading.Thread(target=thief.serve_forever)
+    thread.start()
+    try:
+        with pytest.raises(ConnectionError, match="redirects to http://localhost"):
+            neuronpedia.make_list(None, {7: "seven"}, "mine", "redirected", source=SOURCE, site=site.url)
+        with pytest.raises(ConnectionError, match="another site"):
+            neuronpedia.explanations(None, [14], source=SOURCE, site=site.url, cache=tmp_path)
+        assert thief.asked == []
+    finally:
+        thief.shutdown()
+        thief.server_close()
+        thread.join()
+    assert neuronpedia.explanations(None, [15], source=SOURCE, site=site.url, cache=tmp_path)[15][0].text == "about 1"
+    with pytest.raises(ValueError, match="no address of a site"):
+        neuronpedia.explanations(None, [1], source=SOURCE, site="file:///etc", cache=tmp_path)
+
+
+def test_the_timeout_is_for_the_whole_answer(site, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match="timed out"):
+        neuronpedia.explanations(None, [16], source=SOURCE, site=site.url, cache=tmp_path, timeout=0.3)
+    assert time.monotonic() - started < 1.2
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"explanations": 3}', "[" * 5000, "\x00"])
+def test_a_damaged_answer_in_the_cache_is_requested_again(damage, site, tmp_path):
+    how = {"source": SOURCE, "site": site.url, "cache": tmp_path}
+    found = neuronpedia.explanations(None, [1], **how)
+    (kept,) = tmp_path.rglob("1.json")
+    kept.write_text(damage)
+    assert neuronpedia.explanations(None, [1], **how) == found
+    assert len(site.asked) == 2
+
+
 @pytest.mark.parametrize("latent", [7, 8])
 def test_answers_that_are_no_feature(site, tmp_path, latent):
     with pytest.raises(saewb.FormatError, match="no feature|not a feature"):
@@ -136,6 +208,8 @@ def test_quick_lists_and_lists(site):
     assert body["features"] == [{"modelId": "gpt2-small", "layer": "6-res-jb", "index": 7, "description": "seven"}]
     with pytest.raises(saewb.FormatError, match="wrong key"):
         neuronpedia.make_list(None, [7], "mine", "yours", source=SOURCE, site=site.url)
+    with pytest.raises(ValueError, match=r"got 151 latents[\s\S]*fix: .*make_list"):
+        neuronpedia.quick_list(None, range(151), "many", source=SOURCE)
     for call in (neuronpedia.quick_list, neuronpedia.make_list):
         with pytest.raises(ValueError, match="no latents"):
             call(None, [], "x", *(["k"] if call is neuronpedia.make_list else []), source=SOURCE)
@@ -157,6 +231,9 @@ def test_an_index_in_the_layout_of_the_site(model, tmp_path):
     assert activation["tokens"] == list(context.tokens)
     assert activation["maxValue"] == max(activation["values"]) == context.value
     assert activation["values"][activation["maxValueTokenIndex"]] == activation["maxValue"]
+    assert [a["binMin"] for a in first["activations"]].count(-1) == len(latent.top)
+    assert all((a["binContains"] == -1) == (a["binMin"] == -1) for a in first["activations"])
+    assert all(a["minValue"] == min(a["values"]) for a in first["activations"])
     assert len(first["activations"]) == len(latent.top) + sum(map(len, latent.quantiles))
     assert len(json.loads(neuronpedia.export_json(index, tmp_path / "all.json").read_text())) == len(index)
     assert json.loads(neuronpedia.export_json(index, tmp_path / "none.json", []).read_text()) == []

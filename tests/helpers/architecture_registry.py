@@ -72,6 +72,8 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "topk": lambda: feed_forward(activation="topk", k=5, pre_bias="tied"),
     "topk_layer_norm": lambda: feed_forward(activation="topk", k=5, normalization="layer_norm", pre_bias="tied"),
     "abstopk": lambda: feed_forward(activation="abstopk", k=5, pre_bias="tied"),
+    "lineartopk": lambda: feed_forward(activation="lineartopk", k=15),
+    "lineartopk_transcoder": lambda: transcoder(activation="lineartopk", k=5),
     "groupmax": lambda: feed_forward(activation="groupmax", k=6, pre_bias="tied"),
     "abstopk_own_b_pre": lambda: feed_forward(activation="abstopk", k=5, pre_bias="own", normalization="constant_norm"),
     "hook_z_head": lambda: feed_forward(hook="blocks.1.attn.hook_z", head=2),

@@ -12,6 +12,7 @@ from saewb.synthetic import (
     SyntheticData,
     constant,
     linear,
+    load_synthetic,
     mean_correlation_coefficient,
     random_dictionary,
     uniqueness,
@@ -20,7 +21,9 @@ from saewb.synthetic import (
 
 pytest.importorskip("sae_lens", reason="the oracle is installed in the second environment only")
 from sae_lens.synthetic import evals as theirs
-from sae_lens.synthetic import firing_probabilities
+from sae_lens.synthetic import firing_probabilities, synthetic_model
+from sae_lens.synthetic.firing_magnitudes import FoldedNormalMagnitudeConfig, LinearMagnitudeConfig
+from sae_lens.synthetic.hierarchy import HierarchyConfig
 
 
 def test_firing_probabilities():
@@ -54,3 +57,45 @@ def test_a_row_of_zeros_agrees_with_nothing():
     a[1] = 0
     assert mean_correlation_coefficient(a, torch.eye(3)) == pytest.approx(2 / 3)
     assert uniqueness(a, torch.eye(3)) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_a_saved_synthetic_model(correlated, tmp_path):
+    """Directions, bias and magnitudes are theirs to the bit; rates, means and joint rates within 4 standard errors."""
+    config = synthetic_model.SyntheticModelConfig(
+        num_features=60,
+        hidden_dim=16,
+        hierarchy=HierarchyConfig(
+            total_root_nodes=4,
+            branching_factor=3,
+            max_depth=2,
+            mutually_exclusive_portion=0.5,
+            compensate_probabilities=True,
+            scale_children_by_parent=True,
+        ),
+        correlation=synthetic_model.LowRankCorrelationConfig(rank=4, correlation_scale=0.2) if correlated else None,
+        mean_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=2.0, std=0.5, min_value=0.5),
+        std_firing_magnitudes=LinearMagnitudeConfig(start=0.2, end=0.9),
+        seed=5,
+    )
+    their = synthetic_model.SyntheticModel(config)
+    their.save(tmp_path)
+    ours, n = load_synthetic(tmp_path), 100_000
+    assert torch.equal(ours.dictionary.directions, their.feature_dict.feature_vectors.data)
+    assert torch.equal(ours.probability, their.activation_generator.firing_probabilities)
+    assert torch.equal(ours.magnitudes.mean, their.activation_generator.mean_firing_magnitudes)
+    assert torch.equal(ours.magnitudes.std, their.activation_generator.std_firing_magnitudes)
+    z = torch.rand(7, 60)
+    torch.testing.assert_close(ours.dictionary.embed(z), their.feature_dict(z).detach(), rtol=0, atol=1e-6)
+    torch.manual_seed(1)
+    want = their.sample_with_features(n)[1].double()
+    got = ours.sample(n, torch.Generator().manual_seed(2)).firings.dense().double()
+
+    def within(a, b):
+        error = (a.var(0) / n + b.var(0) / n).sqrt()
+        return bool(((a.mean(0) - b.mean(0)).abs() <= 4 * error + 1e-12).all())
+
+    assert within(got, want)  # mean activations, with scaling by parents
+    assert within((got > 0).double(), (want > 0).double())
+    i, j = torch.combinations(torch.arange(20), 2).unbind(1)
+    assert within(*(((z[:, i] > 0) & (z[:, j] > 0)).double() for z in (got, want)))  # joint rates

@@ -367,7 +367,7 @@ print(json.dumps([first, again, others]))
     assert "It was thrown away" in first["wrong"]
     assert first["gone"].startswith("ConnectionError: some-one/their-saes: the download of")
     assert "files that came whole are kept" in first["gone"]
-    assert first["short"].startswith("OSError: some-one/their-saes: the download of 2.4 kB failed: Consistency check")
+    assert first["short"].startswith("OSError: some-one/their-saes: the download of 2.5 kB failed: Consistency check")
     assert "too many requests for now (HTTP 429); try again in 1 s" in others[0]
     assert others[1].startswith("FileNotFoundError")
     assert "some-one/secret" in others[1]

@@ -345,6 +345,7 @@ def _by_hand_feed_forward(cfg, w, x):
         "relu": lambda: np.maximum(p, 0),
         "jumprelu": lambda: np.where((p > w["threshold"]) & (p > 0), p, 0),
         "topk": lambda: np.maximum(_keep_largest(p, p, cfg.k), 0),
+        "lineartopk": lambda: _keep_largest(p, p, cfg.k),
         "abstopk": lambda: _keep_largest(np.abs(p), p, cfg.k),
         "groupmax": lambda: np.maximum(_keep_largest_of_groups(p, cfg.k), 0),
     }[cfg.activation]()

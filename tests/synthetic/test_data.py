@@ -3,6 +3,7 @@
 Seeds are fixed: a test that passes passes again.
 """
 
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from helpers.examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from saewb.errors import FormatError
 from saewb.sae.sparse import SparseLatents
@@ -215,10 +217,104 @@ def test_exclusive_siblings_that_fill_their_parent_nearly():
 
 
 def test_children_scaled_by_their_parents():
-    trees = Hierarchy([Node(0, (Node(1, (Node(2),)),))], scale_by_parent=True)
+    trees = Hierarchy([Node(0, (Node(1, (Node(2),)),))], scale_by_parent="magnitude")
     values = torch.tensor([[2.0, 3.0, 5.0], [0.0, 3.0, 5.0], [2.0, 0.0, 5.0]])
     out = trees.apply(SparseLatents.from_dense(values), rng()).dense()
     assert out.tolist() == [[2, 6, 30], [0, 0, 0], [2, 0, 0]]
+
+
+def test_children_scaled_by_how_strong_their_parents_are_for_them():
+    trees = Hierarchy([Node(0, (Node(1, (Node(2),)),))], scale_by_parent="relative")
+    values = torch.tensor([[2.0, 3.0, 5.0], [0.0, 3.0, 5.0], [4.0, 0.0, 5.0]])
+    out = trees.apply(SparseLatents.from_dense(values), rng(), mean=torch.tensor([4.0, 2.0, 9.0])).dense()
+    assert out.tolist() == [[2, 1.5, 3.75], [0, 0, 0], [4, 0, 0]]  # 3 * 2/4, then 5 * 1.5/2
+    with pytest.raises(ValueError, match="without a mean"):
+        trees.apply(SparseLatents.from_dense(values), rng())
+    with pytest.raises(ValueError, match="'relative', 'magnitude' or None"):
+        Hierarchy([Node(0)], scale_by_parent=True)
+    some = Hierarchy([Node(0, (Node(1, (Node(2),)),), scales=False)], scale_by_parent="magnitude")
+    assert some.apply(SparseLatents.from_dense(values), rng()).dense()[0].tolist() == [2, 3, 15]
+
+
+def test_a_parent_of_magnitude_0_does_not_fire_nor_do_its_children():
+    magnitudes = Magnitudes("rectified_normal", mean=torch.tensor([1.0, 5.0]), std=torch.tensor([1.0, 0.0]))
+    data = SyntheticData(
+        eye(2), torch.ones(2), magnitudes, hierarchy=Hierarchy([Node(0, (Node(1),))]), compensate=False
+    )
+    fired = data.sample(50_000, rng()).firings.dense() > 0
+    assert torch.equal(fired[:, 0], fired[:, 1])
+    p = 0.5 * (1 + math.erf(1 / math.sqrt(2)))  # of a normal number above -1
+    assert abs(fired[:, 0].double().mean() - p) < 4 * math.sqrt(p * (1 - p) / 50_000)
+
+
+def saelens_model(folder, **changes):
+    """A synthetic model as sae-lens 6.54.12 writes it: 5 features of 3, three of them in a tree."""
+    folder.mkdir()
+    facts = {
+        "num_features": 5,
+        "hidden_dim": 3,
+        "firing_probability": {"generator_name": "zipfian", "exponent": 1.0, "max_prob": 0.3, "min_prob": 0.01},
+        "hierarchy": {"total_root_nodes": 1, "branching_factor": 2, "max_depth": 1, "scale_children_by_parent": True},
+        "orthogonalization": None,
+        "correlation": None,
+        "std_firing_magnitudes": 0.5,
+        "mean_firing_magnitudes": {"start": 1.0, "end": 5.0, "generator_name": "linear"},
+        "bias": 1.0,
+        "dtype": "float32",
+        "seed": 7,
+    }
+    (folder / "synthetic_model_config.json").write_text(json.dumps(facts | changes))
+    node = {"mutually_exclusive_children": False, "scale_children_by_parent": False, "feature_id": None, "children": []}
+    children = [{**node, "feature_index": 1}, {**node, "feature_index": 2}]
+    root = {"feature_index": 0, "mutually_exclusive_children": True, "scale_children_by_parent": True}
+    (folder / "hierarchy.json").write_text(json.dumps({"roots": [{**root, "feature_id": None, "children": children}]}))
+    tensors = {
+        "feature_vectors": torch.randn(5, 3, generator=rng()),
+        "bias": torch.tensor([0.1, 0.2, 0.3]),
+        "firing_probabilities": torch.tensor([0.5, 0.6, 0.4, 0.2, 0.1]),
+    }
+    save_file(tensors, folder / "synthetic_model.safetensors")
+    return folder, tensors
+
+
+def test_a_synthetic_model_of_saelens(tmp_path):
+    folder, tensors = saelens_model(tmp_path / "model")
+    data, n = load_synthetic(folder), 200_000
+    assert torch.equal(data.dictionary.directions, tensors["feature_vectors"])
+    features = torch.rand(4, 5, generator=rng())
+    expected = features @ tensors["feature_vectors"] + tensors["bias"]
+    assert torch.equal(data.dictionary.embed(features), expected)
+    z = data.sample(n, rng()).firings.dense()
+    # 1 and 2 exclude one another under 0; both drawn: each stays in half of the samples
+    p = torch.tensor([0.5, 0.5 * 0.6 * (1 - 0.4 / 2), 0.5 * 0.4 * (1 - 0.6 / 2), 0.2, 0.1])
+    above = 0.5 * (1 + torch.erf(torch.arange(1.0, 6.0) / 0.5 / math.sqrt(2)))  # of a magnitude above 0
+    p = p * above * torch.tensor([1.0, above[0], above[0], 1.0, 1.0])
+    assert within((z > 0).double().mean(0), p, n)
+    assert not bool(((z[:, 1] > 0) & (z[:, 2] > 0)).any())
+    child = z[z[:, 1] > 0, 1]  # 2 * parent / 1, both of std 0.5: mean 2 (but for parents below 0), std about sqrt(1.31)
+    assert abs(child.mean() - 2.0) < 0.1
+    parent = z[z[:, 1] > 0, 0]
+    ratio = child / parent
+    assert abs(ratio.mean() - 2.0) < 4 * 0.5 / math.sqrt(len(ratio))
+    again = load_synthetic(data.save(tmp_path / "ours"))
+    assert torch.equal(again.sample(100, rng()).activations, data.sample(100, rng()).activations)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_features": 6}, "6 features of 3"),
+        ({"mean_firing_magnitudes": {"generator_name": "cauchy"}}, "of kind 'cauchy'"),
+        ({"mean_firing_magnitudes": {"generator_name": "folded_normal", "mean": 1, "std": 1}, "seed": None}, "no seed"),
+        ({"mean_firing_magnitudes": {"generator_name": "linear"}}, "lacks .start"),
+        ({"correlation": {"rank": 2}}, "correlation is"),
+        ({"num_features": None}, "cannot read"),
+    ],
+)
+def test_a_model_of_saelens_that_does_not_fit(changes, says, tmp_path):
+    folder, _ = saelens_model(tmp_path / "model", **changes)
+    with pytest.raises(FormatError, match=says):
+        load_synthetic(folder)
 
 
 def test_each_sibling_has_the_same_chance():
@@ -353,7 +449,7 @@ def test_what_is_no_synthetic_data_is_said(tmp_path):
     folder = SyntheticData(eye(2), constant(2)).save(tmp_path / "x")
     facts = folder / "synthetic.json"
     text = facts.read_text()
-    facts.write_text(text.replace('"version": 1', '"version": 9'))
+    facts.write_text(text.replace('"version": 2', '"version": 9'))
     with pytest.raises(FormatError, match="version 9"):
         load_synthetic(folder)
     facts.write_text(text.replace('"noise"', '"noisy"'))

@@ -377,7 +377,8 @@ def test_warnings_on_coefficients():
         (lambda: saewb.BatchTopK(64, k=65), "k=65"),
         (lambda: saewb.Matryoshka(64), r"widths=\(\)"),
         (lambda: saewb.Matryoshka(64, widths=(8, 8)), "rising widths from 1 to 63"),
-        (lambda: saewb.Matryoshka(64, widths=(8, 64)), "below d_sae"),
+        (lambda: saewb.Matryoshka(64, widths=(8, 65)), "below d_sae"),
+        (lambda: saewb.Matryoshka(64, widths=(64,)), "below d_sae"),
         (lambda: saewb.Standard(64, l1=0), "Standard got l1=0"),
         (lambda: saewb.Standard(64, p=0), "p=0"),
         (lambda: saewb.Gated(64, target_l0=-1), "target_l0=-1"),
@@ -441,3 +442,8 @@ def test_where_thresholds_start():
     params = below.init_params(4)
     below.fit_thresholds(params, [torch.randn(100, 4, generator=torch.Generator().manual_seed(0))])
     assert params.threshold.tolist() == [0.0] * 4
+
+
+def test_widths_may_end_with_d_sae_as_in_sae_lens():
+    assert saewb.Matryoshka(64, k=4, widths=(8, 64)) == saewb.Matryoshka(64, k=4, widths=(8,))
+    assert saewb.Matryoshka(64, k=4, widths=(8, 16, 64)).widths == (8, 16)

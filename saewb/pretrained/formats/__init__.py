@@ -29,6 +29,9 @@ from saewb.pretrained.formats.temporal import Temporal
 
 __all__ = ["LAYOUTS", "Layout", "Provenance", "TensorFile", "absence", "detect", "is_readable", "patterns", "read"]
 
+# Libraries whose files saewb does not read, by names of their tensors.
+_UNREADABLE = {"lm_saes 2 (llamascopium)": {"W_E", "b_E", "W_D", "b_D"}}
+
 # In order of precedence: `detect` returns the first that matches.
 LAYOUTS: list[Layout] = [
     SAELens(),
@@ -65,15 +68,45 @@ def detect(path: Path) -> Layout:
     path = Path(path)
     if (layout := _first_match(path)) is not None:
         return layout
-    what, inner = f"the file {path}", None
+    raise FormatError(_unknown_layout(path))
+
+
+def _unknown_layout(path: Path) -> str:
+    """Message about a folder or file of no known layout: an SAE inside, or the tensors there are, or all layouts."""
+    what, inner = f"the file {path}", []
+    names: list[str] = []
     if path.is_dir():
         names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+        inner = [name.rstrip("/") for name in names if is_readable(path / name)]
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
         what = f"{path} has {', '.join(names[:12]) or 'no files'}{more}"
-        inner = next((name.rstrip("/") for name in names if is_readable(path / name)), None)
-    fix = f"saewb.load_sae({str(path)!r}, {inner!r})" if inner else ""
-    want = "; ".join(layout.description for layout in LAYOUTS)
-    raise FormatError(explain(f"no layout that saewb knows: {what}.", want=want, fix=fix))
+    if inner:
+        want = f"one of its {len(inner)} SAEs: {', '.join(inner[:6])}" + (", ..." if len(inner) > 6 else "")
+        fix = f"saewb.load_sae({str(path)!r}, {inner[0]!r})"
+        return explain(f"no layout that saewb knows: {what}.", want=want, fix=fix)
+    file = next(filter(None, map(_open, [path, *(path / name for name in names)])), None)
+    if file is None:
+        want = "; ".join(layout.description for layout in LAYOUTS)
+        return explain(f"no layout that saewb knows: {what}.", want=want)
+    sizes = [f"{name} {list(file.shape(name))}" for name in file.names]
+    tensors = ", ".join(sizes[:8]) + (f" and {len(sizes) - 8} more" if len(sizes) > 8 else "")
+    library = next((name for name, marks in _UNREADABLE.items() if marks <= set(file.names)), None)
+    is_of = f", which is of {library}" if library else ""
+    return explain(
+        f"no layout that saewb knows: {what}{is_of}. {file.path.name} holds {tensors}.",
+        want="a published layout, or an SAE made of these tensors",
+        fix="saewb.SAE.from_tensors(saewb.SAEConfig(d_in=..., d_sae=...), {'W_enc': ..., 'b_enc': ..., 'W_dec': ..., "
+        "'b_dec': ...})",
+    )
+
+
+def _open(path: Path) -> TensorFile | None:
+    """A file with tensors; None for any other."""
+    try:
+        file = TensorFile(path)
+    except (FormatError, OSError):
+        return None
+    return file if file.names else None
 
 
 def is_readable(path: Path) -> bool:

@@ -426,14 +426,14 @@ def sum_over_targets(W_dec: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def get_typed(config: object, name: str, kind: type[Kind], where: str, default: Kind | None = None) -> Kind:
-    """Get a value of a configuration, which must be exactly of this type.
+    """Get a value of a configuration, which must be exactly of this type; null counts as missing.
 
     Raises:
         FormatError: if it is of another type, or missing and there is no default.
     """
     if not isinstance(config, Mapping):
         raise FormatError(explain(f"{where} holds a {type(config).__name__}.", want=f"a mapping with {name!r}"))
-    value = config.get(name, default)
+    value = default if config.get(name) is None else config[name]
     if type(value) is not kind:
         got = f"{name}={reprlib.repr(value)}" if name in config else f"no {name!r}"
         raise FormatError(explain(f"{where} has {got}.", want=f"{name} as {kind.__name__}"))

@@ -35,6 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from saewb._files import read_json, read_yaml
 from saewb.errors import FormatError, explain, near
 
 _MAX_HEADER = 8 << 20  # bytes of a safetensors header; 700 tensors need 80 kB
@@ -42,9 +43,7 @@ _MAX_NESTING = 4  # dictionaries inside dictionaries of a .pt file
 # Weights compress to about half at best: a file that declares much more is meant to exhaust memory.
 _MAX_EXPANSION, _SMALL_ARCHIVE = 20, 16 << 20
 _CHECKED_WHOLE, _CHECKED_ENDS = 1 << 20, 4096  # numbers
-_MAX_TEXT = 16 << 20  # bytes
-# Python's YAML parser takes a second for this many bytes; the configuration of a training run has about 5 kB.
-_MAX_YAML, _MAX_YAML_DEPTH = 1 << 17, 32
+
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -211,40 +210,6 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             raise FormatError(explain(f"there is NaN or infinity in {name}.", want="finite weights"))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FormatError: if it does not exist, is not JSON, is nested too deep, or has more than 16 MiB.
-    """
-    try:
-        return json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(explain(f"{path.name} is not JSON: {error}.")) from error
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file of plain values; tags that create objects are refused.
-
-    Raises:
-        FormatError: if it does not exist, is not such YAML, has references, is nested deep, or has more than 128 KiB.
-    """
-    import yaml
-
-    try:
-        text, depth = _read_text(path, _MAX_YAML), 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # refuses depth before any content is built
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_YAML_DEPTH or isinstance(event, yaml.AliasEvent):
-                # Nested references are short, and exhaust memory when expanded.
-                raise FormatError(explain(f"{path.name} has references, or is nested {_MAX_YAML_DEPTH} deep."))
-        return yaml.safe_load(text)
-    except FormatError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FormatError(explain(f"{path.name} is not YAML of plain values: {error}.")) from error
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Read the object in a JSON or YAML file.
 
@@ -266,16 +231,6 @@ def positive(value: object, name: str) -> float:
     if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise FormatError(explain(f"{name} is {value!r}.", want="a positive number"))
     return float(value)
-
-
-def _read_text(path: Path, limit: int = _MAX_TEXT) -> str:
-    try:
-        size = path.stat().st_size
-        if not path.is_file() or size > limit:
-            raise FormatError(explain(f"{path.name} has {size} bytes.", want=f"a file of at most {limit}"))
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FormatError(explain(f"{path.name} cannot be read in {path.parent}.")) from error
 
 
 def _ends_are_finite(tensor: Tensor) -> bool:

@@ -5,6 +5,8 @@ Per layer, `layer_<i>.safetensors`; x is the input of the MLP, after its norm an
     z = relu(x @ W_enc.T + b_enc)  (with `activation_function.threshold`: where it is strictly greater)
     y = z @ W_dec + b_dec (+ x @ W_skip.T)
 
+With `activation: topk` in config.yaml, z keeps the k largest of x @ W_enc.T + b_enc as they are, of either sign.
+
 Cross-layer, `W_enc_<i>.safetensors` and `W_dec_<i>.safetensors`:
 
     z_i = relu(x_i @ W_enc_i.T + b_enc_i)  (with `threshold_i`: where it is strictly greater)
@@ -45,6 +47,8 @@ from saewb.sae.sae import SAE
 _CONFIG = "config.yaml"
 _THRESHOLDS = {"activation_function.threshold", "threshold"}
 _UNFOLDED = {"model_from_pretrained_kwargs": {"fold_ln": False}}
+_KINDS = {"transcoder_set": "circuit-tracer transcoders", "cross_layer_transcoder": "a cross-layer transcoder"}
+_K = {"facebook/crv-8b-instruct-transcoders": 128}  # which circuit-tracer knows: its config.yaml says none
 
 
 class CircuitTracerTranscoder(TableLayout):
@@ -67,8 +71,20 @@ class CircuitTracerTranscoder(TableLayout):
         table |= {"W_skip": "?W_skip OD"} | ({"threshold": f"{stored} F"} if stored else {})
         return table
 
-    def side_tensors(self, files: OpenFiles) -> dict[str, None]:
-        """K of a training with batch top-k, which the threshold replaces."""
+    def read_config(self, path: Path) -> dict[str, Any]:
+        """Read the configuration, and check its kind and activation."""
+        config = super().read_config(path)
+        _check_kind(config, "transcoder_set")
+        activation = get_typed(config, "activation", str, _CONFIG, "")
+        if activation not in ("", "relu", "jumprelu", "topk"):
+            what = f"{_CONFIG} has activation {activation!r}."
+            raise FormatError(explain(what, want="'relu', 'jumprelu', 'topk' or none"))
+        return config
+
+    def side_tensors(self, files: OpenFiles) -> dict[str, str | None]:
+        """K of a top-k; beside a threshold that of a training with batch top-k, which the threshold replaces."""
+        if files.config.get("activation") == "topk":
+            return {"k": ""}
         return {"k": None} if _THRESHOLDS & set(files.weights.names) else {}
 
     def widths(self, files: OpenFiles) -> dict[str, int]:
@@ -86,15 +102,48 @@ class CircuitTracerTranscoder(TableLayout):
         config, block = files.config, f"blocks.{self.file_name.fullmatch(files.path.name)[1]}"
         size = re.search(r"qwen3-(\d+(?:\.\d+)?)b", files.address, re.IGNORECASE)
         model = files.provenance.model or (f"Qwen/Qwen3-{size[1]}B" if size else None)
-        stored = set(files.weights.names)
+        activation = _activation(files)
         return {
-            "activation": "jumprelu" if stored & _THRESHOLDS else "relu",
-            "skip": "W_skip" in stored,
-            "model": get_typed(config, "model_name", str, _CONFIG) if "model_name" in config else model,
+            "activation": activation,
+            "k": _k(files) if activation == "lineartopk" else None,
+            "skip": "W_skip" in files.weights,
+            "model": get_typed(config, "model_name", str, _CONFIG, model or "") or None,
             "hook": f"{block}.{get_typed(config, 'feature_input_hook', str, _CONFIG, 'mlp.hook_in')}",
             "hook_out": f"{block}.{get_typed(config, 'feature_output_hook', str, _CONFIG, 'hook_mlp_out')}",
             "metadata": {**_UNFOLDED, "dataset_path": "monology/pile-uncopyrighted"},
         }
+
+
+def _check_kind(config: Mapping[str, Any], expected: str) -> None:
+    kind = get_typed(config, "model_kind", str, _CONFIG, expected)
+    if kind != expected:
+        what = f"{_CONFIG} has model_kind {kind!r}, and the files are of {_KINDS[expected]}."
+        raise FormatError(explain(what, want=repr(expected)))
+
+
+def _activation(files: OpenFiles) -> str:
+    """Activation function, by the configuration and by whether there are thresholds."""
+    stated = get_typed(files.config, "activation", str, _CONFIG, "")
+    stored = "jumprelu" if _THRESHOLDS & set(files.weights.names) else "relu"
+    if stated == "topk" and stored == "relu":
+        return "lineartopk"
+    if stated not in ("", stored):
+        what = f"{_CONFIG} has activation {stated!r}, and there are {'no ' * (stored == 'relu')}thresholds."
+        raise FormatError(explain(what, want=f"activation {stored!r}, or weights that fit"))
+    return stored
+
+
+def _k(files: OpenFiles) -> int:
+    values = {
+        _CONFIG: files.config.get("k"),
+        "the weights": int(files.weights.tensor("k")) if "k" in files.weights else None,
+        "circuit-tracer itself": _K.get(files.provenance.repo or ""),
+    }
+    sizes = {place: k for place, k in values.items() if k is not None}
+    if not sizes or any(type(k) is not int for k in sizes.values()) or len(set(sizes.values())) > 1:
+        what = f"activation 'topk' with k {sizes or 'not said'}."
+        raise FormatError(explain(what, want=f"one integer, as `k: 32` in {_CONFIG}"))
+    return next(iter(sizes.values()))
 
 
 class CircuitTracerCrossLayer(Layout):
@@ -123,6 +172,10 @@ class CircuitTracerCrossLayer(Layout):
     ) -> CrossLayerTranscoder | SAE:
         folder, layer = _split(path)
         config = read_object(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+        _check_kind(config, "cross_layer_transcoder")
+        if config.get("activation") not in (None, "relu", "jumprelu"):
+            what = f"{_CONFIG} of a cross-layer transcoder has activation {config['activation']!r}."
+            raise FormatError(explain(what, want="'relu', 'jumprelu' or none"))
         hook = get_typed(config, "feature_input_hook", str, _CONFIG, "hook_resid_mid")
         hook_out = get_typed(config, "feature_output_hook", str, _CONFIG, "hook_mlp_out")
         model = get_typed(config, "model_name", str, _CONFIG, provenance.model or "") or None

@@ -77,7 +77,7 @@ class DictionaryLearning(TableLayout):
             "k": _k(files.weights, trainer) if kind == "AutoEncoderTopK" else None,
             "pre_bias": "none" if kind in _UNTIED else "tied",
             "model": get_typed(trainer, "lm_name", str, _TRAINER, files.provenance.model or "").split("/")[-1],
-            "hook": _hook(trainer, buffer.get("io", "out")),
+            "hook": _hook(trainer, get_typed(buffer, "io", str, "its buffer", "out")),
             "metadata": {**metadata, "context_size": buffer.get("ctx_len"), "dictionary_learning": dict(trainer)},
         }
 
@@ -122,14 +122,17 @@ def _group_sizes(file: TensorFile, d_sae: int) -> list[int]:
 
 def _k(file: TensorFile, trainer: Mapping[str, Any]) -> int:
     values = file.tensor("k").reshape(-1).tolist() if "k" in file else []
-    values += [source["k"] for source in (file.values, trainer) if "k" in source]
+    values += [source["k"] for source in (file.values, trainer) if source.get("k") is not None]
     if not values or any(type(k) is not int for k in values) or len(set(values)) > 1:
         raise FormatError(explain(f"k is {values or 'not said'} in ae.pt and config.json.", want="one integer"))
     return values[0]
 
 
 def _hook(trainer: Mapping[str, Any], side: object) -> str | None:
-    """Hook from the layer and submodule; None for a submodule that the library's examples do not use."""
+    """Hook from the layer and submodule, the residual stream where none is named, as in sae-lens.
+
+    None for a submodule that the library's examples do not use.
+    """
     layer = get_typed(trainer, "layer", int, _TRAINER)
     part = get_typed(trainer, "submodule_name", str, _TRAINER, "resid_post")
     site = next((hook for name, hook in _SITES.items() if re.search(rf"(?<![a-z]){name}", part)), None)

@@ -39,7 +39,7 @@ class QwenScope(TableLayout):
 
     def read_config(self, path: Path) -> dict[str, Any]:
         """Read the configuration in the same folder, and check the types of its values."""
-        config = super().read_config(path)
+        config = {name: value for name, value in super().read_config(path).items() if value is not None}
         for name in set(_TYPES) & set(config):
             get_typed(config, name, _TYPES[name], "config.json")
         if config.get("hook_point", "resid_post") != "resid_post":

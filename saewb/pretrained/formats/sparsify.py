@@ -44,13 +44,9 @@ class Sparsify(TableLayout):
     extra_files = ("{parent}/config.json",)  # of the training run
 
     def read_config(self, path: Path) -> dict[str, Any]:
-        """Read the configuration, and check its keys and the types of its values."""
-        config = super().read_config(path)
-        unknown = sorted(set(config) - set(_TYPES))
-        if unknown:
-            what = f"cfg.json has keys that saewb does not know: {unknown}."
-            raise FormatError(explain(what, want=", ".join(_TYPES)))
-        for name in config:
+        """Read the configuration, and check the types of its values; as in the library, keys it has not are ignored."""
+        config = {name: value for name, value in super().read_config(path).items() if value is not None}
+        for name in set(config) & set(_TYPES):
             get_typed(config, name, _TYPES[name], _CONFIG)
         return config
 

@@ -272,15 +272,18 @@ class Matryoshka(BatchTopKObjective):
     """
 
     widths: Annotated[tuple[int, ...], Field(strict=False)] = ()
-    """Inner widths, ascending, each below d_sae."""
+    """Inner widths, ascending; a last one of d_sae, which is always there, may be listed too, as in SAELens."""
     aux_by_level: bool = False
     """Whether each level has its own auxiliary loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        limits = (0, *self.widths, self.d_sae)
+        inner = self.widths[:-1] if self.widths[-1:] == (self.d_sae,) else self.widths
+        limits = (0, *inner, self.d_sae)
         rising = len(limits) > 2 and all(low < high for low, high in pairwise(limits))
-        require(self, rising, "widths", f"one or more rising widths from 1 to {self.d_sae - 1}, below d_sae")
+        want = f"one or more rising widths from 1 to {self.d_sae - 1}, below d_sae, and d_sae after them if you like"
+        require(self, rising, "widths", want)
+        object.__setattr__(self, "widths", inner)
 
 
 def topk_per_token(

@@ -187,7 +187,6 @@ def test_what_writes_backwards_is_refused(tmp_path):
         {"hf_hook_point_in": "model.layers.{a,b,c}.output"},
         {"hf_hook_point_in": "model.layers.{all}.self_attn.output"},
         {"hf_hook_point_in": "model.layers.3.output"},
-        {"hf_hook_point_in": None},
         {"model_name": []},
         {"type": 1},
     ],

@@ -126,6 +126,15 @@ def test_another_config(config, tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("trainer", [{"submodule_name": None}, {"submodule_name": None, "lm_name": None, "k": None}])
+def test_null_is_as_a_missing_key(trainer, tmp_path):
+    written = dictionary_learning(tmp_path, "AutoEncoder", trainer=trainer, buffer={"io": None, "ctx_len": None})
+    sae = read(written.place, Provenance(model="mine/gpt2"))
+    assert_formula(sae, written)
+    assert sae.cfg.hook == "blocks.3.hook_resid_post"
+    assert sae.cfg.model == ("gpt2" if "lm_name" in trainer else "Llama-3.1-8B-Instruct")
+
+
 def test_recognized_by_its_two_files(tmp_path):
     dictionary_learning(tmp_path, "AutoEncoder")
     assert type(detect(tmp_path)) is DictionaryLearning

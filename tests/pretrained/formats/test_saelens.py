@@ -358,16 +358,22 @@ def test_gated_by_hand(tmp_path):
     np.testing.assert_allclose(sae.encode(activations(50)).detach().numpy(), on * magnitude, atol=1e-5)
 
 
-@pytest.mark.parametrize("rescale", [True, False, None])
-def test_a_batchtopk_checkpoint_by_hand(rescale, tmp_path):
+@pytest.mark.parametrize(
+    ("rescale", "version", "rescales"),
+    [(True, None, True), (False, None, False), (None, None, True), (None, "6.14.0", True), (None, "6.13.1", False)],
+)
+def test_a_batchtopk_checkpoint_by_hand(rescale, version, rescales, tmp_path):
+    """A training before sae-lens 6.14 had no such option, and did not rescale."""
     tensors = {**drawn(PLAIN), "topk_threshold": torch.tensor(0.5, dtype=torch.float64)}
     cfg = {**TIED, "architecture": "batchtopk", "k": 3.0, "topk_threshold_lr": 0.01, "aux_loss_coefficient": 1.0}
     if rescale is not None:
         cfg["rescale_acts_by_decoder_norm"] = rescale
+    if version is not None:
+        cfg["metadata"] = {**cfg["metadata"], "sae_lens_version": version}
     sae = load_sae(written(tmp_path / "sae", cfg, tensors))
     w, x = numbers(tensors), activations(50).double().numpy()
     p = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-    norm = np.linalg.norm(w["W_dec"], axis=1) if rescale in (True, None) else 1.0
+    norm = np.linalg.norm(w["W_dec"], axis=1) if rescales else 1.0
     latents = np.where(p * norm > 0.5, p * norm, 0)
     np.testing.assert_allclose(sae.encode(activations(50)).detach().numpy(), latents, atol=1e-5)
     out = (latents / norm) @ w["W_dec"] + w["b_dec"]
@@ -535,7 +541,7 @@ def test_log_sparsity(tmp_path):
 
 def test_recognize(tmp_path):
     assert type(detect(save_sae(feed_forward(), tmp_path / "a" / "sae"))) is SAELens
-    with pytest.raises(FormatError, match=r"sae/[\s\S]*SAELens \(cfg.json \+ sae_weights.safetensors\)[\s\S]*'sae'\)"):
+    with pytest.raises(FormatError, match=r"a has sae/[\s\S]*one of its 1 SAEs: sae\n[\s\S]*'sae'\)"):
         detect(tmp_path / "a")
     (tmp_path / "b").mkdir()
     with pytest.raises(FormatError, match="no files"):

@@ -25,11 +25,11 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saewb._files import atomic_folder
+from saewb._files import atomic_folder, check_sha256, read_json, sha256_of
 from saewb.errors import FormatError, explain
 from saewb.pretrained.formats._layout import Layout, Provenance
-from saewb.pretrained.formats._tensors import FLOATS, TensorFile, check_shapes, read_json
-from saewb.pretrained.formats.saelens.config import UNFINISHED, Description, describe
+from saewb.pretrained.formats._tensors import FLOATS, TensorFile, check_shapes
+from saewb.pretrained.formats.saelens.config import SHA256, UNFINISHED, Description, describe
 from saewb.pretrained.formats.saelens.folding import (
     SCALER,
     WHITENING,
@@ -45,6 +45,7 @@ from saewb.pretrained.formats.saelens.folding import (
     token_normalization,
 )
 from saewb.pretrained.formats.saelens.write import compose, separate_memory, to_file
+from saewb.sae.config import TOP_K
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.sae import SAE, SAEConfig
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
@@ -79,6 +80,8 @@ class SAELens(Layout):
         self, path: Path, provenance: Provenance, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> SAE | PursuitSAE | TemporalSAE:
         description = _describe(path, provenance)
+        fix = f"remove {SHA256!r} from {CONFIG} if the weights were changed on purpose"
+        check_sha256(Path(self.weights_path(path)), description.sha256, fix=fix)
         transform = input_transform(path, description, provenance.scaling_factor)
         tensors = self.open_weights(path).tensors()
         dtype = dtype or (tensors["W_dec"].dtype if "W_dec" in tensors else torch.float32)
@@ -132,15 +135,17 @@ def write(sae: SAE | PursuitSAE | TemporalSAE, folder: Path, *, overwrite: bool 
         TypeError: if `cfg.metadata` holds values that JSON does not have.
     """
     architecture, tied, options, tensors = to_file(sae)
+    config = compose(sae, architecture, tied, options)
     try:
-        text = json.dumps(compose(sae, architecture, tied, options), indent=1)
+        json.dumps(config)  # before anything is written
     except TypeError as error:
         what = f"cfg.metadata of {sae!r} cannot be written: {error}."
         raise TypeError(explain(what, want="numbers, strings, lists, dictionaries")) from error
 
     def fill(new: Path) -> None:
-        (new / CONFIG).write_text(text, encoding="utf-8")
         save_file(separate_memory(tensors), new / WEIGHTS)
+        config["metadata"][SHA256] = sha256_of(new / WEIGHTS)
+        (new / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
     return atomic_folder(Path(folder), fill, ours=FILES, overwrite=overwrite)
 
@@ -247,7 +252,7 @@ def _activation(architecture: str) -> str:
     if architecture in ("gated", *UNFINISHED) or architecture.startswith("jumprelu"):
         return "jumprelu"
     first = architecture.split("_")[0]
-    return first if first in ("topk", "abstopk", "groupmax") else "relu"
+    return first if first in TOP_K else "relu"
 
 
 def _to_int(k: object) -> object:

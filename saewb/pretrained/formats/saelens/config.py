@@ -7,23 +7,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from saewb.errors import FormatError, explain, near
+from saewb.sae.config import TOP_K
 
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
-# sae-lens has no top-k transcoder and no groupmax, and refuses these names; saewb writes them since such weights are
-# published.
-_EXTENSIONS = (
-    *("topk_transcoder", "topk_skip_transcoder", "abstopk_transcoder", "abstopk_skip_transcoder"),
-    *("groupmax", "groupmax_transcoder", "groupmax_skip_transcoder"),
+# sae-lens has no top-k transcoder, no groupmax and no top-k without a ReLU, and refuses these names; saewb writes them
+# since such weights are published.
+EXTENSIONS = (
+    *("groupmax", "lineartopk"),
+    *(f"{activation}_{kind}" for activation in TOP_K for kind in ("transcoder", "skip_transcoder")),
 )
+_RESCALES_SINCE = (6, 14)
+"""Version of sae-lens since which a training with batch top-k multiplies pre-activations by decoder norms."""
 UNFINISHED = ("batchtopk", "matryoshka_batchtopk")  # of training checkpoints only; published as jumprelu
 ARCHITECTURES = (
     *("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal"),
-    *(_TRANSCODERS + _EXTENSIONS + UNFINISHED),
+    *(_TRANSCODERS + EXTENSIONS + UNFINISHED),
 )
 _NORMALIZATIONS = (
     "none",
@@ -62,7 +66,9 @@ _NAMES, _INDICES = (
 )
 _ALIASES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 # Keys about the file, not the SAE; `write` sets them.
-_FILE_KEYS = ("sae_lens_version", "saewb_version", "dtype", "device")
+SHA256 = "weights_sha256"
+"""Key of the hash of the weights, in the metadata of files that saewb writes."""
+_FILE_KEYS = ("sae_lens_version", "saewb_version", "dtype", "device", SHA256)
 # Training options at the top level of 6.x checkpoints; none affects inference.
 _TRAINING_KEYS = frozenset(
     (
@@ -139,6 +145,8 @@ class Description:
     """hook, hook_out, head and model, as in the configuration classes."""
     metadata: Mapping[str, Any]
     """All other keys."""
+    sha256: str | None = None
+    """Hash of the weights, if saewb wrote the file."""
 
     @property
     def is_transcoder(self) -> bool:
@@ -157,15 +165,15 @@ def describe(raw: Mapping[str, Any]) -> Description:
     _check_types(raw)
     values, metadata = _split_version_6(raw) if _is_version_6(raw) else _flatten_older(raw)
     architecture = values.pop("architecture")
-    if architecture not in ARCHITECTURES:
-        close = near(str(architecture), ARCHITECTURES)
-        what = f"unknown architecture {architecture!r}."
-        raise FormatError(explain(what, near=close, want=", ".join(ARCHITECTURES)))
+    _check_architecture(architecture)
     widths = {name: values.pop(name, None) for name in ("d_in", "d_sae")}
     for name, width in widths.items():
         if type(width) is not int:
             raise FormatError(explain(f"cfg.json has {name}={width!r}.", want="an integer"))
-    options = {name: values.pop(name, default) for name, default in options_of(architecture).items()}
+    defaults = options_of(architecture)
+    if architecture in UNFINISHED and _version(raw) < _RESCALES_SINCE:
+        defaults["rescale_acts_by_decoder_norm"] = False
+    options = {name: values.pop(name, default) for name, default in defaults.items()}
     normalize = _normalization(values.pop("normalize_activations"))
     metadata |= {key: value for key, value in values.items() if key not in (*_DEFAULTS, "reshape_activations")}
     site = {name: metadata.pop(key, None) for key, name in SITE_KEYS.items()}
@@ -178,6 +186,7 @@ def describe(raw: Mapping[str, Any]) -> Description:
         finetuned=bool(values["finetuning_scaling_factor"]),
         options=options,
         site=site,
+        sha256=metadata.get(SHA256),
         metadata=_clean_metadata(metadata, values.get("reshape_activations"), reshape),
         **widths,
     )
@@ -190,7 +199,7 @@ def options_of(architecture: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if architecture.endswith("transcoder"):
         options |= _OPTIONS["transcoder"]
-    if architecture.startswith(("topk", "abstopk", "groupmax")):
+    if architecture.startswith(TOP_K):
         options |= _OPTIONS["topk"]
     if architecture in UNFINISHED:
         options |= _OPTIONS["batchtopk"]
@@ -221,18 +230,33 @@ def _check_types(raw: Mapping[str, Any]) -> None:
                 raise FormatError(explain(f"cfg.json has {name}={value!r}.", want=f"{kind.__name__} or null"))
 
 
-def _is_version_6(raw: Mapping[str, Any]) -> bool:
+def _check_architecture(architecture: object) -> None:
+    if architecture not in ARCHITECTURES:
+        close = near(str(architecture), ARCHITECTURES)
+        what = f"unknown architecture {architecture!r}."
+        raise FormatError(explain(what, near=close, want=", ".join(ARCHITECTURES)))
+
+
+def _version(raw: Mapping[str, Any]) -> tuple[int, int]:
+    """Major and minor version of sae-lens; (0, 0) if the file names none."""
     version = raw.get("sae_lens_version") or (raw.get("metadata") or {}).get("sae_lens_version")
     if not version:
-        return False
-    major = str(version).split(".")[0]
-    if not major.isdecimal():
+        return 0, 0
+    numbers = re.match(r"(\d{1,6})(?:\.(\d{1,6}))?(?!\d)", str(version))
+    if not numbers:
         raise FormatError(explain(f"cfg.json has sae_lens_version={version!r}.", want="a version such as '6.54.12'"))
-    return int(major) >= 6
+    return int(numbers[1]), int(numbers[2] or 0)
+
+
+def _is_version_6(raw: Mapping[str, Any]) -> bool:
+    return _version(raw)[0] >= 6
 
 
 def _split_version_6(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split into keys that affect the computation, and metadata, which may have another `k` or `d_out`."""
+    if "architecture" not in raw:
+        raise FormatError(explain("cfg.json of version 6 has no architecture.", want=", ".join(ARCHITECTURES)))
+    _check_architecture(raw["architecture"])  # before its keys, which other architectures do not have
     deciding = {"d_in", "d_sae", "reshape_activations", *_DEFAULTS, *_FILE_KEYS}
     deciding |= {name for options in _OPTIONS.values() for name in options}
     unknown = sorted(set(raw) - deciding - {"metadata"} - _TRAINING_KEYS - _METADATA_KEYS)
@@ -240,8 +264,6 @@ def _split_version_6(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
         what = f"cfg.json has keys that saewb does not know: {', '.join(unknown)}."
         want = "only keys whose effect on the result is known; what has none belongs in `metadata`"
         raise FormatError(explain(what, want=want))
-    if "architecture" not in raw:
-        raise FormatError(explain("cfg.json of version 6 has no architecture.", want=", ".join(ARCHITECTURES)))
     metadata = {**(raw.get("metadata") or {}), **{key: raw[key] for key in raw if key in _METADATA_KEYS}}
     if training := {key: raw[key] for key in raw if key in _TRAINING_KEYS}:
         metadata.setdefault("training_architecture", raw["architecture"])
