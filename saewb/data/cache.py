@@ -30,6 +30,7 @@ from saewb._files import (
     save_state,
     write_json,
 )
+from saewb._indices import index_slice
 from saewb.data.documents import EpochCursor
 from saewb.data.shuffle_buffer import FifoBuffer
 from saewb.data.sources import ModelSource
@@ -98,7 +99,7 @@ def cache_activations(
     folder, names = absolute(folder), [points] if isinstance(points, str) else list(points)
     rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat)
     _check_sizes(n_tokens, shard_tokens, rows.ctx_len)
-    skipped = special_ids(model, skip_special_tokens)
+    skipped, positions = special_ids(model, skip_special_tokens), index_slice(positions, "positions")
     request = {
         "points": names,
         "n_tokens": n_tokens,

@@ -13,6 +13,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from saewb._indices import index_slice
 from saewb.data.documents import EpochCursor
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
@@ -79,7 +80,8 @@ class ModelSource:
         self._names = list(dict.fromkeys(name for name, _ in self.points.values()))
         for name in self._names:
             hook_points.resolve(model, name)
-        self._positions, self._skipped, self._device, self._dtype = positions, tuple(skipped), device, dtype
+        self._positions, self._skipped = index_slice(positions, "positions"), tuple(skipped)
+        self._device, self._dtype = device, dtype
         self._rows: Tensor | None = None  # taken from the tokens and not computed yet
 
     @property

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from saewb._indices import index_of
 from saewb.errors import explain
 from saewb.features.config import IndexInfo
 from saewb.features.token_texts import TokenTexts
@@ -34,6 +35,7 @@ def search(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, wh
     """Find latents by text, token id or pattern; see `FeatureIndex.search`."""
     import pandas as pd
 
+    what = what if isinstance(what, (str, re.Pattern)) else index_of(what, "what")
     rows: dict[int, dict[str, Any]] = {}
     prefilter = TokenPairFilter(what, texts) if isinstance(what, str) else None
     for name in ("top", "sample"):
@@ -101,7 +103,7 @@ def _matches(
     ids: Tensor, texts: TokenTexts, what: Any, prefilter: TokenPairFilter | None
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Yield (latent, slot, positions) of contexts that match, `ids` being `[latents, slots, window]`."""
-    if isinstance(what, int) and not isinstance(what, bool):
+    if isinstance(what, int):
         equal = ids == what
         for latent, slot in equal.any(2).nonzero().tolist():
             yield latent, slot, equal[latent, slot].nonzero()[:, 0].tolist()
@@ -130,9 +132,6 @@ def _covered(tokens: list[str], spans: list[tuple[int, int]]) -> list[int]:
 def _pattern(what: Any) -> re.Pattern[str]:
     if isinstance(what, re.Pattern):
         return what
-    if not isinstance(what, str):
-        want = "a text, a token id, or re.compile(...)"
-        raise TypeError(explain(f"search got a {type(what).__name__}.", want=want, fix="index.search('Paris')"))
     if not what:
         raise ValueError(explain("search got an empty text.", fix="index.search('Paris')"))
     return re.compile(re.escape(what), re.IGNORECASE)

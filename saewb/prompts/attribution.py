@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saewb._indices import index_of
 from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.capture import eval_mode, stop_layer
@@ -166,6 +167,7 @@ def attribute(
     if method not in get_args(Method):
         want = "one of " + ", ".join(map(repr, get_args(Method)))
         raise ValueError(explain(f"attribute got method={method!r}.", want=want))
+    n_steps, n_nodes = index_of(n_steps, "n_steps"), index_of(n_nodes, "n_nodes")
     if min(n_steps, n_nodes, batch_size) < 1:
         what = f"attribute got n_steps={n_steps}, n_nodes={n_nodes}, batch_size={batch_size}."
         raise ValueError(explain(what, want="1 or more of each"))
@@ -286,6 +288,8 @@ def _select_targets(
         return nodes.select(size.abs().argsort(descending=True, stable=True)[:n_targets])
     indices = []
     for position, latent in targets:
+        position = index_of(position, "position", run.tokens.shape[1], from_end=True)
+        latent = index_of(latent, "latent", run.sites[1].d_sae)
         index = ((nodes.position == position) & (nodes.latent == latent)).nonzero()[:, 0]
         if len(index) == 0:
             active = nodes.latent[nodes.position == position].tolist()

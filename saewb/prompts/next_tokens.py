@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saewb._indices import index_of
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.interventions.attachment import attach
@@ -49,9 +50,7 @@ class NextTokens:
         """
         import pandas as pd
 
-        n = len(self.tokens)
-        if not -n <= position < n:
-            raise ValueError(explain(f"position {position} of a prompt of {n} tokens.", want=f"0 to {n - 1}"))
+        position = index_of(position, "position", len(self.tokens), from_end=True)
         ids = self.ids[position].tolist()
         columns = {
             "token": [self.words[i] for i in ids],
@@ -109,7 +108,7 @@ def next_tokens(
         >>> table.columns.tolist(), table.token[0]
         (['token', 'id', 'probability', 'with_saes'], ' States')
     """
-    if type(n) is not int or n < 1:
+    if (n := index_of(n, "n")) < 1:
         raise ValueError(explain(f"next_tokens got n={n!r}.", want="a number of words, 1 or more"))
     with hook_points.lock(model):
         options = {"error_term": error_term, "skip_special_tokens": skip_special_tokens}

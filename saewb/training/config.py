@@ -28,6 +28,7 @@ from saewb._config import (
     parse,
     require,
 )
+from saewb._indices import index_slice
 from saewb.data.stream import PASS_TOKENS
 from saewb.errors import explain, near
 from saewb.sae.matching_pursuit import PursuitSAE
@@ -323,6 +324,7 @@ class RunSpec:
                 close = [_ALIASES[name]] if name in _ALIASES else near(name, owners)
                 fix = f"train(..., {close[0]}=...)" if close else 'print(*saewb.training_options(), sep="\\n")'
                 raise TypeError(explain(f"train has no option {name!r}.", near=close, fix=fix))
+        positions = index_slice(positions, "positions")
         options |= {"n_tokens": n_tokens, "positions": (positions.start, positions.stop, positions.step)}
         parts = []
         for owner in (TrainConfig, DataConfig, RunConfig):
