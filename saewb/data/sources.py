@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saewb._indices import index_slice
 from saewb.data.documents import EpochCursor
+from saewb.data.tokens import check_vocabulary
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.models import hook_points
@@ -163,6 +164,7 @@ class ModelSource:
         tokens = self._kept_tokens(ids)
         if len(tokens) == 0:
             return None
+        check_vocabulary(self.model, ids)
         cache = capture(self.model, ids.to(next(self.model.parameters()).device), self._names)
         values = {key: self._select(cache[name], head, ids, tokens, key) for key, (name, head) in self.points.items()}
         return Activations(values, ids.flatten()[tokens].to(torch.int32))

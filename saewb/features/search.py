@@ -16,11 +16,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from saewb._indices import index_of
+from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.features.config import IndexInfo
 from saewb.features.token_texts import TokenTexts
 from saewb.interventions.site import flatten_heads
-from saewb.models.capture import capture
+from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_mask, token_strings
 
 if TYPE_CHECKING:
@@ -165,10 +166,8 @@ def find(
     if sae.cfg.d_sae != info.d_sae:
         what = f"this index is of {info.d_sae} latents, {sae!r} has {sae.cfg.d_sae}."
         raise ValueError(explain(what, want=info.sae))
-    device = next(model.parameters()).device
-    ids = model.to_tokens(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt).reshape(1, -1)
-    ids = ids.to(device)
-    with torch.no_grad():
+    ids = prompt_ids(model, prompt)
+    with torch.no_grad(), eval_mode(model, sae):
         x = flatten_heads(sae, capture(model, ids, [info.hook])[info.hook], sae.cfg.d_in, info.hook)
         acts = sae.encode(x)[0].float().cpu()
     acts[special_mask(ids[0].cpu(), info.special)] = 0

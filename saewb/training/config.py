@@ -29,7 +29,7 @@ from saewb._config import (
     require,
 )
 from saewb._indices import index_slice
-from saewb.data.stream import PASS_TOKENS
+from saewb.data.tokens import PASS_TOKENS
 from saewb.errors import explain, near
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
@@ -186,6 +186,8 @@ class DataConfig:
     """Whether special tokens (BOS, EOS, padding) are left out; or the token ids to leave out."""
     positions: Annotated[tuple[int | None, int | None, int | None], Strict(False)] = (None, None, None)
     """Start, stop and step of the positions of each row that are kept."""
+    column: str | None = None
+    """Column of a dataset with the texts, tokens or messages; None means the first known one."""
     held_out_tokens: PositiveInt = 16_384
     """Tokens of held-out texts, at most."""
 

@@ -16,7 +16,8 @@ from saewb._files import absolute
 from saewb.data.cache import ActivationCache
 from saewb.data.documents import TextFiles
 from saewb.data.sources import ModelSource
-from saewb.data.stream import ActivationStream, model_tokens, stream_widths
+from saewb.data.stream import ActivationStream, stream_widths
+from saewb.data.tokens import model_tokens
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import check_device, explain
 from saewb.interventions.attachment import attachments
@@ -331,7 +332,8 @@ def _model_source(
     parallel: ParallelContext = SINGLE_PROCESS,
 ) -> ModelSource:
     data = spec.data
-    rows = model_tokens(model, tokens, ctx_len=data.ctx_len, pass_tokens=data.pass_tokens, repeat=repeat)
+    sizes = {"ctx_len": data.ctx_len, "pass_tokens": data.pass_tokens}
+    rows = model_tokens(model, tokens, repeat=repeat, column=data.column, **sizes)
     skipped = special_ids(model, data.skip_special_tokens)
     return ModelSource(model, rows, points, positions=slice(*data.positions), skipped=skipped, parallel=parallel)
 
