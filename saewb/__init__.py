@@ -26,7 +26,8 @@ nothing else. Each folder below is one room; a room imports only from the lines 
     sae/                            SAE architectures, their configurations, SparseLatents
     kernels/                        fast exact products: top-k, selection in low precision; knows no SAE
     metrics, hub, distributed       reconstruction metrics; Hugging Face Hub; torch.distributed
-    _files, _display, _indices      atomic files; tables; index arguments and masks as integers
+    _files, _display                atomic files; tables
+    _indices, _finite               index arguments and masks as integers; checks for infinities and NaN
     errors                          error messages that say what to type
 """
 

@@ -79,7 +79,9 @@ def indices_of(values: Any, name: str, n: int | None = None, *, repeats: bool = 
         raise ValueError(explain(f"got {name} {outside}, of {n:,}.", want=f"0 to {n - 1}"))
     if not repeats and len(index) > 2 and bool((index.clamp(0, 1) == index).all()):
         what = f"got {len(index)} {name} that are all 0 or 1."
-        raise ValueError(explain(what, want="indices, or a mask of booleans", fix=f"{name}=torch.as_tensor(mask).bool()"))
+        raise ValueError(
+            explain(what, want="indices, or a mask of booleans", fix=f"{name}=torch.as_tensor(mask).bool()")
+        )
     return index
 
 
@@ -115,7 +117,9 @@ def as_tensor(values: Any, name: str) -> Int[Tensor, "*any"] | Bool[Tensor, "*an
         array = _from_items(list(values), name)
     else:
         array = torch.tensor(_whole(values, name))
-    if array.is_complex() or (array.is_floating_point() and not bool((array == array.trunc()).logical_and(array.isfinite()).all())):
+    if array.is_complex() or (
+        array.is_floating_point() and not bool((array == array.trunc()).logical_and(array.isfinite()).all())
+    ):
         raise ValueError(explain(f"got {name} of {array.dtype} that are not whole.", want="whole numbers"))
     if array.ndim == 0 and array.dtype == torch.bool:
         raise TypeError(explain(f"got {name}={array.item()}.", want=_WANT))

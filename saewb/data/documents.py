@@ -202,7 +202,9 @@ def _check_source(source: Any) -> Any:
     """Documents as something to iterate over; a Series as the list of its values."""
     if isinstance(source, (str, bytes, Path)):
         is_file = len(str(source)) < 1000 and Path(str(source)).expanduser().is_file()
-        what = "got one string." if isinstance(source, (str, bytes)) and not is_file else f"got the path {str(source)!r}."
+        what = (
+            "got one string." if isinstance(source, (str, bytes)) and not is_file else f"got the path {str(source)!r}."
+        )
         fix = f"saewb.TextFiles({str(source)!r})" if is_file or isinstance(source, Path) else "[text]"
         raise TypeError(explain(what, want="a list of documents", fix=fix))
     if hasattr(source, "columns") and hasattr(source, "dtypes"):  # of pandas or polars
@@ -293,5 +295,7 @@ def _column(row: Mapping[str, Any], column: str | None) -> str:
         what = f"no column {column!r}" if column is not None else "no known column of texts, tokens or messages"
         columns = ", ".join(map(repr, row))
         fix = f"[row[{next((c for c, value in row.items() if isinstance(value, str)), next(iter(row), 'text'))!r}] for row in documents]"
-        raise ValueError(explain(f"{what} in a dataset with {columns}.", want=f"one of these, or column={columns}", fix=fix))
+        raise ValueError(
+            explain(f"{what} in a dataset with {columns}.", want=f"one of these, or column={columns}", fix=fix)
+        )
     return names[0]

@@ -28,6 +28,7 @@ from saewb.errors import explain
 from saewb.models.capture import Activations
 from saewb.models.tokenizer import special_ids
 
+
 @final
 class ActivationStream:
     """Batches of `batch_tokens` tokens from a source; iterate once, from where it stands.

@@ -155,7 +155,9 @@ def _extreme(
     after = before + 1
     if bool((first[:, 1:] == first[:, :-1]).any()):  # hits of equal effect
         before, after = torch.searchsorted(first, first), torch.searchsorted(first, first, right=True)
-    top, bottom = (n / hits - (rank - n) / (d_vocab - hits) for n, rank in ((after.double(), end), (before.double(), first)))
+    top, bottom = (
+        n / hits - (rank - n) / (d_vocab - hits) for n, rank in ((after.double(), end), (before.double(), first))
+    )
     top, bottom = top.amax(1), bottom.amin(1)
     return torch.where(top >= -bottom, top, bottom)
 

@@ -157,8 +157,7 @@ def explanations(
     """
     source = source_of(of, source)
     return {
-        i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days))
-        for i in _latents(of, latents)
+        i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in _latents(of, latents)
     }
 
 
@@ -234,10 +233,7 @@ def make_list(
     descriptions = dict(zip(numbers, latents.values() if is_described else [""] * len(numbers), strict=True))
     if not descriptions:
         raise ValueError(explain("make_list got no latents.", want="at least one"))
-    features = [
-        {"modelId": model, "layer": layer, "index": i, "description": text}
-        for i, text in descriptions.items()
-    ]
+    features = [{"modelId": model, "layer": layer, "index": i, "description": text} for i, text in descriptions.items()]
     body = {"name": name, "description": description, "features": features}
     url = f"{site.rstrip('/')}/api/list/new-with-features"
     answer = _request(url, timeout, body, {"x-api-key": api_key})

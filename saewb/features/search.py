@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
 from saewb._indices import index_of
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
@@ -169,6 +170,7 @@ def find(
     ids = prompt_ids(model, prompt)
     with torch.no_grad(), eval_mode(model, sae):
         x = flatten_heads(sae, capture(model, ids, [info.hook])[info.hook], sae.cfg.d_in, info.hook)
+        check_finite(f"activations at {info.hook!r}", x[0, ~special_mask(ids[0], info.special)])
         acts = sae.encode(x)[0].float().cpu()
     acts[special_mask(ids[0].cpu(), info.special)] = 0
     position, latent = acts.nonzero(as_tuple=True)

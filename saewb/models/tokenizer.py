@@ -18,7 +18,15 @@ from saewb.sae.base import SparseCoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["end_ids", "single_texts", "special_ids", "special_mask", "special_token_ids", "token_strings", "tokenizer_of"]
+__all__ = [
+    "end_ids",
+    "single_texts",
+    "special_ids",
+    "special_mask",
+    "special_token_ids",
+    "token_strings",
+    "tokenizer_of",
+]
 
 
 def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[int]) -> list[str]:
@@ -54,7 +62,9 @@ def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[i
     tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     ids = indices_of(ids, "ids", repeats=True).tolist()
     strings: list[str] = []
-    for is_known, group in groupby(zip(ids, _raw_tokens(tokenizer, ids), strict=True), lambda pair: pair[1] is not None):
+    for is_known, group in groupby(
+        zip(ids, _raw_tokens(tokenizer, ids), strict=True), lambda pair: pair[1] is not None
+    ):
         run, raw = zip(*group, strict=True)
         strings += _run_strings(tokenizer, list(run), raw[0]) if is_known else [f"<{i}>" for i in run]
     return strings

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
 from saewb._indices import index_of
 from saewb.errors import explain
 from saewb.models import hook_points
@@ -177,6 +178,7 @@ def attribute(
     with hook_points.lock(model), eval_mode(model, *(site.sae for site in run.sites)):
         value, clean = differentiate(run)
         for site, at_site in zip(run.sites, clean, strict=True):
+            check_finite(f"activations at {site.hook_name!r}", at_site.x[run.plain])
             nodes, baseline = split_into_nodes(run, site, at_site), math.nan
             estimate = nodes.effect
             if method == "integrated":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.models import hook_points
@@ -159,7 +160,9 @@ def _generate(
 def _next_logits(model: nn.Module, text: KVCachedText, intervene: Intervene | None) -> Tensor:
     """Logits of the next token, `[d_vocab]`, float32 on the CPU."""
     with hook_points.lock(model), eval_mode(model), torch.no_grad(), (intervene or contextlib.nullcontext)():
-        return text.logits().float().cpu()
+        logits = text.logits().float().cpu()
+    check_finite("logits", logits)
+    return logits
 
 
 def _choose(logits: Tensor, temperature: float, rng: torch.Generator) -> int:

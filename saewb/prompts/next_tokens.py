@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
 from saewb._indices import index_of
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
@@ -152,6 +153,8 @@ def prompt_strings(model: nn.Module, ids: Sequence[int]) -> list[str]:
 
 def _likeliest(model: nn.Module, ids: Tensor, clean: Tensor, spliced: Tensor | None, n: int) -> NextTokens:
     """Collect the likeliest next tokens from logits `[pos, d_vocab]`, some positions at a time."""
+    for logits in (clean, *([] if spliced is None else [spliced])):
+        check_finite("logits", logits)
     n_positions, n = max(1, _TILE // clean.shape[-1]), min(n, clean.shape[-1])
     clean_tiles = clean.split(n_positions)
     tiles = zip(clean_tiles, [None] * len(clean_tiles) if spliced is None else spliced.split(n_positions), strict=True)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
 from saewb._indices import index_of
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain, near
@@ -409,6 +410,8 @@ class _Request:
         """Encode the activations of a pass at `hook_names`."""
         sites, ids = self.sites, tuple(self.ids[0].tolist())
         inputs = tuple(site.read_input(activations[site.hook_name]) for site in sites)
+        for site, x in zip(sites, inputs, strict=True):
+            check_finite(f"activations at {site.hook_name!r}", x[:, ~self.special])
         latents = [active_latents(site, x, ~self.special) for site, x in zip(sites, inputs, strict=True)]
         final = activations[self.final_hook][0]
         return PromptReading(

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
 from saewb.errors import FormatError, explain
 from saewb.kernels.select import ApproximateTopK
 from saewb.sae.activation_functions import Latents, Tap, denormalized, normalized
@@ -343,6 +344,7 @@ class SparseEncoder:
         rows, d_sae = x.flatten(0, -2), self.sae.d_sae
         token = None if mask is None else mask.flatten().nonzero()[:, 0]
         rows = rows if token is None or len(token) == len(rows) else rows[token]
+        check_finite(f"activations that {self.sae!r} reads", rows)
         if not self._prepared and len(rows):
             self._approximate, self._prepared = self.sae._approximation(rows), True
         latents = self.sae._encode_tokens(rows, self._approximate)
