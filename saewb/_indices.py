@@ -19,7 +19,7 @@ from torch import Tensor
 from saewb.errors import explain
 
 
-def index_of(value: object, name: str, n: int | None = None, *, from_end: bool = False) -> int:
+def index_of(value: object, name: str, n: int | None = None, *, from_end: bool = False, of: object = None) -> int:
     """Resolve one index.
 
     Args:
@@ -27,6 +27,7 @@ def index_of(value: object, name: str, n: int | None = None, *, from_end: bool =
         name: of the argument, for the error message.
         n: how many there are; None does not check the range.
         from_end: take -1 for the last one, and so on.
+        of: what it is an index of, for the error message.
 
     Raises:
         TypeError: for a boolean, a text, or several values.
@@ -39,11 +40,14 @@ def index_of(value: object, name: str, n: int | None = None, *, from_end: bool =
     """
     index = _whole(value, name)
     if n is not None and not (-n if from_end else 0) <= index < n:
-        raise ValueError(explain(f"got {name}={index}, of {n:,}.", want=f"0 to {n - 1}"))
+        what = f"no {name} {index}." if of is None else f"{of!r} has no {name} {index}."
+        raise ValueError(explain(what, want=f"0 to {n - 1}"))
     return index % n if n is not None and from_end else index
 
 
-def indices_of(values: Any, name: str, n: int | None = None, *, repeats: bool = False) -> Int[Tensor, " some"]:
+def indices_of(
+    values: Any, name: str, n: int | None = None, *, repeats: bool = False, of: object = None
+) -> Int[Tensor, " some"]:
     """Resolve one or several indices, or a mask of them.
 
     Args:
@@ -52,6 +56,7 @@ def indices_of(values: Any, name: str, n: int | None = None, *, repeats: bool = 
         n: how many there are to select from; None does not check the range, and takes no mask.
         repeats: whether an index may be there more than once. Without it 0s and 1s that repeat are refused: they are a
             mask of integers, such as an attention mask.
+        of: what they are indices of, for the error message.
 
     Returns:
         int64 on the CPU, in the order of `values`; of a mask ascending.
@@ -67,7 +72,8 @@ def indices_of(values: Any, name: str, n: int | None = None, *, repeats: bool = 
     array = as_tensor(values, name)
     if array.ndim != 1:
         what = f"got {name} of shape {tuple(array.shape)}."
-        raise ValueError(explain(what, want="one axis: indices, or a mask", fix=f"{name}={name}.flatten()"))
+        fix = f"{name}[0]" if array.shape[0] == 1 else f"{name}.flatten()"
+        raise ValueError(explain(what, want="one axis: indices, or a mask", fix=fix))
     if array.dtype == torch.bool:
         if n is None or len(array) != n:
             what, want = f"got a mask of {len(array):,} for {name}.", "indices" if n is None else f"a mask of {n:,}"
@@ -76,7 +82,8 @@ def indices_of(values: Any, name: str, n: int | None = None, *, repeats: bool = 
     index = array.long()
     if n is not None and len(index) and not 0 <= int(index.min()) <= int(index.max()) < n:
         outside = index[(index < 0) | (index >= n)][:5].tolist()
-        raise ValueError(explain(f"got {name} {outside}, of {n:,}.", want=f"0 to {n - 1}"))
+        what = f"no {name} {outside}." if of is None else f"no {name} {outside} in {of!r}."
+        raise ValueError(explain(what, want=f"0 to {n - 1}"))
     if not repeats and len(index) > 2 and bool((index.clamp(0, 1) == index).all()):
         what = f"got {len(index)} {name} that are all 0 or 1."
         raise ValueError(

@@ -294,7 +294,8 @@ def _column(row: Mapping[str, Any], column: str | None) -> str:
     if not names or names[0] not in row:
         what = f"no column {column!r}" if column is not None else "no known column of texts, tokens or messages"
         columns = ", ".join(map(repr, row))
-        fix = f"[row[{next((c for c, value in row.items() if isinstance(value, str)), next(iter(row), 'text'))!r}] for row in documents]"
+        text = next((c for c, value in row.items() if isinstance(value, str)), next(iter(row), "text"))
+        fix = f"[row[{text!r}] for row in documents]"
         raise ValueError(
             explain(f"{what} in a dataset with {columns}.", want=f"one of these, or column={columns}", fix=fix)
         )

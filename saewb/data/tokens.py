@@ -144,9 +144,10 @@ def check_context(model: nn.Module, n: int, what: str, fix: str) -> None:
     Raises:
         ValueError: if it does not fit.
     """
-    n_ctx = getattr(model.cfg, "n_ctx", None)
-    if n_ctx is not None and n > n_ctx and not getattr(model.cfg, "is_stateful", False):
-        got = f"got {what}; {model.cfg.model_name} takes {n_ctx:,} at most."
+    cfg = getattr(model, "cfg", None)
+    n_ctx = getattr(cfg, "n_ctx", None)
+    if n_ctx is not None and n > n_ctx and not getattr(cfg, "is_stateful", False):
+        got = f"got {what}; {cfg.model_name} takes {n_ctx:,} at most."
         raise ValueError(explain(got, want="shorter ones", fix=fix.format(n_ctx=n_ctx)))
 
 
@@ -214,7 +215,8 @@ def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
 def _prompt_tensor(prompt: object) -> Int[Tensor, "*any"]:
     """Token ids of one prompt, of any library."""
     is_float = "float" in str(getattr(prompt, "dtype", ""))
-    if is_float or isinstance(prompt, Mapping) or not hasattr(prompt, "__len__"):
+    is_text = isinstance(prompt, (list, tuple)) and any(isinstance(part, (str, Mapping)) for part in prompt)
+    if is_float or is_text or isinstance(prompt, Mapping) or not hasattr(prompt, "__len__"):
         raise TypeError(explain(f"got a {type(prompt).__name__} as prompt.", want="one text, or token ids [pos]"))
     ids = as_tensor(prompt, "prompt") if len(prompt) else torch.zeros(0, dtype=torch.long)
     if ids.dtype == torch.bool:

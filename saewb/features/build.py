@@ -43,6 +43,7 @@ def build_index(model: nn.Module, sae: nn.Module, tokens: Tensor | Sequence[str]
 def build_index(
     model: nn.Module, sae: Sequence[nn.Module], tokens: Tensor | Sequence[str], **how: object
 ) -> list[FeatureIndex]: ...
+@torch.inference_mode(False)
 def build_index(
     model: nn.Module,
     sae: nn.Module | Sequence[nn.Module],

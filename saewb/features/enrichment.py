@@ -41,13 +41,15 @@ def enrich(
         p     = (1 + #{random sets of that size with |score| at least as large}) / (1 + n_permutations)
         q     = smallest false discovery rate, among all tests, at which this one is significant (Benjamini-Hochberg)
 
-    1 is the whole set at the top, 0 the expectation of a random large set. Tokens of equal effect count at
-    once, so that their order does not matter: a latent of no effect scores 0. A random set's score depends on its size only, so sets of one size share their permutations,
-    and so do latents; p is never 0, and never below 1 / (1 + n_permutations).
+    1 is the whole set at the top, 0 the expectation of a random large set. Tokens of equal effect count at once, so
+    that their order does not matter: a latent of no effect scores 0. A random set's score depends on its size only, so
+    sets of one size share their permutations, and so do latents; p is never 0, and never below
+    1 / (1 + n_permutations).
 
     Args:
-        effects: logit effects of each latent, `sae.W_dec @ saewb.models.unembed.unembedding(model)`, at any scale: only their order matters.
-        sets: token ids by name, as from `token_sets`, or masks of the vocabulary; each with some tokens of the vocabulary, but not all.
+        effects: logit effects of each latent, `sae.W_dec @ saewb.models.unembed.unembedding(model)` for an SAE on the
+            residual stream, at any scale: only their order matters.
+        sets: token ids by name, as from `token_sets`, or masks of the vocabulary; each with some tokens, but not all.
         latents: indices of the rows of `effects`; None is 0, 1, ...
         n_permutations: random sets for each size.
         seed: of the random sets.
@@ -187,7 +189,7 @@ def _q_values(p: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
 
 
 def _members(name: str, ids: Sequence[int] | Tensor, d_vocab: int) -> Int[Tensor, " tokens"]:
-    members = indices_of(ids, f"sets[{name!r}]", d_vocab).unique()
+    members = indices_of(ids, f"ids of the set {name!r}", d_vocab).unique()
     if len(members) == 0 or len(members) >= d_vocab:
         what = f"the set {name!r} has {len(members)} of {d_vocab} tokens."
         raise ValueError(explain(what, want="some tokens, and not all"))

@@ -85,7 +85,9 @@ class FeatureIndex:
         Raises:
             ValueError: if there is no such latent.
         """
-        return read_latent(self.info, self.tensors, self.token_texts, index_of(i, "latent", len(self), from_end=True))
+        return read_latent(
+            self.info, self.tensors, self.token_texts, index_of(i, "latent", len(self), from_end=True, of=self)
+        )
 
     @property
     def density(self) -> Tensor:
@@ -173,7 +175,11 @@ class FeatureIndex:
             IsADirectoryError: if `path` is a folder.
         """
         info = self.info
-        shown = self.ranking(MAX_LATENTS) if latents is None else indices_of(latents, "latents", len(self)).tolist()
+        shown = (
+            self.ranking(MAX_LATENTS)
+            if latents is None
+            else indices_of(latents, "latents", len(self), of=self).tolist()
+        )
         return write_page(
             map(self.latent, shown),
             Path(path).expanduser(),

@@ -59,7 +59,7 @@ def collect_token_texts(tokenizer: Any, contexts: Iterable[Tensor], single: Iter
     used = torch.cat([_unique_ids(t) for t in (*contexts, *single)] or [torch.zeros(0, dtype=torch.long)]).unique()
     if tokenizer is None:
         return TokenTexts()
-    strings = single_texts(tokenizer, used[used >= 0].tolist())
+    strings = single_texts(tokenizer, used[used >= 0].tolist(), inside=True)
     partial = torch.tensor([i for i, text in strings.items() if _PARTIAL in text], dtype=torch.int32)
     runs: dict[tuple[int, ...], tuple[str, ...]] = {}
     for windows in (part for c in contexts for part in c.split(_ROWS)) if len(partial) else ():

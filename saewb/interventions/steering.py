@@ -145,10 +145,10 @@ def ablate(
     zeros = {}
     for one, indices in latents_of.items():
         check_is_sae(one)
-        zeros[one] = dict.fromkeys(indices_of(indices, "latents", one.cfg.d_sae).tolist(), 0.0)
+        zeros[one] = dict.fromkeys(indices_of(indices, "latents", one.cfg.d_sae, of=one).tolist(), 0.0)
         if not zeros[one]:
             fix = "saewb.ablate(model, sae, [12, 40])"
-            raise ValueError(explain("ablate got no latents.", want="at least one", fix=fix))
+            raise ValueError(explain(f"ablate got latents={indices!r}.", want="at least one", fix=fix))
     several = isinstance(sae, Mapping)
     return steer(
         model,
@@ -411,7 +411,7 @@ def _check_values(sae: nn.Module, latents: object) -> tuple[list[int], list[floa
         what = f"steer got latents={latents!r}."
         want = "{latent: value}, with at least one"
         raise TypeError(explain(what, want=want, fix="saewb.steer(model, sae, {12: 8.0})"))
-    indices = [index_of(latent, "latent", sae.cfg.d_sae) for latent in latents]
+    indices = [index_of(latent, "latent", sae.cfg.d_sae, of=sae) for latent in latents]
     if len(set(indices)) < len(indices):
         raise ValueError(explain(f"steer got latents={list(latents)!r}.", want="each latent once"))
     values = [float(value) for value in latents.values()]

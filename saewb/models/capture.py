@@ -149,8 +149,6 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """
     wrapped = [module.original_model for module in modules if hook_points.is_bridge(module)]
     training = [part for module in (*modules, *wrapped) for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
     try:
         _set_training(training, False)
         yield

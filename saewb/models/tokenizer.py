@@ -79,7 +79,7 @@ def _run_strings(tokenizer: Any, ids: list[int], first: str) -> list[str]:
     return strings
 
 
-def single_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict[int, str]:
+def single_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, inside: bool = False) -> dict[int, str]:
     """Text of each token by itself, including the space before a word; ids that the tokenizer lacks are left out.
 
     A token that is only part of a character's bytes is U+FFFD.
@@ -87,6 +87,7 @@ def single_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict
     Args:
         tokenizer: of the vocabulary.
         ids: token ids.
+        inside: as they read after another token, where tokenizers of whole words write a space.
 
     Returns:
         Text by id.
@@ -97,8 +98,13 @@ def single_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict
         {281: ' the'}
     """
     raw = {i: token for i, token in zip(ids, _raw_tokens(tokenizer, ids), strict=True) if token is not None}
-    decoded = tokenizer.batch_decode([[i] for i in raw], clean_up_tokenization_spaces=False)
-    return {i: _with_space(token, text) for (i, token), text in zip(raw.items(), decoded, strict=True)}
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"] if inside else []
+    before = _decode(tokenizer, anchor)
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    decoded = tokenizer.batch_decode([[*anchor, i] for i in raw], **options)
+    each = zip(raw, decoded, strict=True)
+    texts = (t[len(before) :] if t.startswith(before) else _decode(tokenizer, [i]) for i, t in each)
+    return {i: _with_space(token, text) for (i, token), text in zip(raw.items(), texts, strict=True)}
 
 
 def _raw_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str | None]:

@@ -27,8 +27,9 @@ def norm_gain(
         return torch.ones_like(like), False
     x = torch.full_like(like, 1000.0)
     x[::2] *= -1
-    with torch.no_grad():
-        plus, minus, shifted = (norm(v.view(1, 1, -1))[0, 0].to(like.dtype) for v in (x, -x, x + 500))
+    with torch.no_grad():  # the norm itself in the model's dtype; squares of 1000 are beyond float16
+        plus, minus, shifted = (norm(v.view(1, 1, -1))[0, 0].float() for v in (x, -x, x + 500))
+    x = x.float()
     centers = bool(torch.allclose(plus, shifted, rtol=1e-2, atol=1e-2))
     v = x - x.mean() if centers else x
     return (plus - minus) / 2 * v.square().mean().sqrt() / v, centers

@@ -108,6 +108,7 @@ class Attribution:
         return self.to_frame(20)._repr_html_()
 
 
+@torch.inference_mode(False)  # gradients are needed, wherever it is called
 def attribute(
     model: nn.Module,
     prompt: str | Tensor,
@@ -191,7 +192,7 @@ def attribute(
             nodes_of.append(nodes)
             estimates.append(estimate)
             baselines.append(baseline)
-    fields = {f.name: torch.cat([getattr(nodes, f.name) for nodes in nodes_of]).cpu() for f in dataclass_fields(Nodes)}
+    fields = {f.name: _joined([getattr(nodes, f.name) for nodes in nodes_of]) for f in dataclass_fields(Nodes)}
     return Attribution(
         method=method,
         metric=value,
@@ -199,11 +200,12 @@ def attribute(
         tokens=_token_texts(run),
         saes=tuple(site.hook_name_out for site in run.sites),
         sae=torch.cat([torch.full((len(nodes.latent),), i) for i, nodes in enumerate(nodes_of)]),
-        estimate=torch.cat(estimates).cpu(),
+        estimate=_joined(estimates),
         **fields,
     )
 
 
+@torch.inference_mode(False)
 def attribute_edges(
     model: nn.Module,
     prompt: str | Tensor,
@@ -270,7 +272,7 @@ def attribute_edges(
             "to_position": to,
             "to_token": token_texts[to],
             "to_latent": int(later.latent[j]),
-            "effect": edge.effect.cpu().numpy(),
+            "effect": _joined([edge.effect]).numpy(),
         }
         if metric is not None:
             columns["metric_effect"] = columns["effect"] * float(later.effect[j] / later.activation[j])
@@ -278,6 +280,12 @@ def attribute_edges(
     key = "effect" if metric is None else "metric_effect"
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values(key, key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenated on the CPU; half precision, for which numpy has no type or few digits, as float32."""
+    joined = torch.cat([part.detach() for part in parts]).cpu()
+    return joined.float() if joined.dtype in (torch.bfloat16, torch.float16) else joined
 
 
 def _select_targets(

@@ -122,7 +122,7 @@ def token_id(model: nn.Module, word: str | int) -> int:
     if len(ids) != 1:
         # Sentencepiece writes a space before a text by itself: " was" is one token only inside of a text.
         before, inside = encode("a")["input_ids"], encode("a" + word)["input_ids"]
-        if inside[:-1] == before:
+        if inside[:-1] == before and token_strings(model, inside[-1:]) == [word]:
             return inside[-1]
         pieces = token_strings(model, ids)
         spaced = f"{' ' + word!r}, with the space before it, if it stands inside a text; "

@@ -42,6 +42,7 @@ Weight = Literal["activation", "logit_effect", "attribution", "of_max"]
 _WEIGHTS: tuple[Weight, ...] = ("activation", "logit_effect", "attribution", "of_max")
 
 
+@torch.inference_mode(False)  # the activations that it keeps are differentiated later
 def read_prompt(
     model: nn.Module,
     prompt: str | Sequence[int] | Tensor,
@@ -211,6 +212,7 @@ class PromptReading:
         """Text of the token that effects are on."""
         return None if self.target is None else prompt_strings(self.clean_run.model, [self.target])[0]
 
+    @torch.inference_mode(False)
     def toward(self, target: str | int) -> PromptReading:
         """Add `logit_effect` to the rows: the direct effect of each on this token's logit at its own position.
 

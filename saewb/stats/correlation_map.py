@@ -214,7 +214,7 @@ class MatrixView:
         return f"MatrixView({self.what}, {n:,} features)" if self.same else f"MatrixView({self.what}, {n:,} x {m:,})"
 
     def _index(self, features: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " some"]:
-        return indices_of(features, "features", self.shape[axis], repeats=True).to(self.entries.device)
+        return indices_of(features, "features", self.shape[axis], repeats=True, of=self).to(self.entries.device)
 
     def _matched(self) -> Tensor:
         n, m = self.shape

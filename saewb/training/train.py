@@ -36,6 +36,7 @@ FEW_STEPS = 200
 """A run of fewer steps gets a note: its SAE has hardly left its random initialization."""
 
 
+@torch.inference_mode(False)
 def train(
     model: nn.Module | None,
     tokens: Any,
@@ -102,9 +103,32 @@ def train(
         (256, 2)
     """
     spec = RunSpec.from_options(saes, n_tokens=n_tokens, hook=hook, hook_out=hook_out, positions=positions, **options)
+    _check_used(spec, folder, held_out, loggers)
     return _start(spec, model, tokens, folder=folder, held_out=held_out, loggers=loggers, device=device)
 
 
+def _check_used(spec: RunSpec, folder: str | Path | None, held_out: Any, loggers: Sequence[Logger]) -> None:
+    """Check that what options need is there, rather than at the first checkpoint, evaluation or log."""
+    run = spec.run
+    for name, value in (("checkpoint_every_tokens", run.checkpoint_every_tokens), ("keep_saes", run.keep_saes or None)):
+        if value is not None and folder is None:
+            what = f"train got {name}={value!r} and no folder to write to."
+            raise ValueError(explain(what, want="a new folder", fix='train(..., folder="runs/first")'))
+    if folder is not None and not str(folder):
+        what = "train got folder=''."
+        raise ValueError(explain(what, want="a new folder, or None to keep all in memory", fix='folder="runs/first"'))
+    if spec.train.eval_every_tokens is not None and held_out is None:
+        what = f"train got eval_every_tokens={spec.train.eval_every_tokens} and nothing to evaluate on."
+        raise ValueError(
+            explain(what, want="tokens or texts that are not trained on", fix="train(..., held_out=texts)")
+        )
+    for logger in loggers:
+        if not callable(logger):
+            what = f"train got a {type(logger).__name__} among the loggers."
+            raise TypeError(explain(what, want="functions of an Event", fix="loggers=[print]"))
+
+
+@torch.inference_mode(False)
 def resume_run(
     folder: str | Path,
     *,
@@ -205,6 +229,7 @@ def train_file(path: Path) -> Run:
         return resume_run(folder, model=model, tokens=tokens, held_out=held_out, n_tokens=options["n_tokens"])
     saes = {name: Trainee.from_dict(sae) for name, sae in options.pop("saes").items()}
     spec = RunSpec.from_options(saes, strict=False, **options)
+    _check_used(spec, folder, held_out, ())
     return _start(spec, model, tokens, folder=folder, held_out=held_out, device=device)
 
 

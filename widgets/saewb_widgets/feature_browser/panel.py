@@ -11,7 +11,6 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb.data.tokens import prompt_ids
 from saewb_widgets.feature_browser import bookmarks, table_filter
 from saewb_widgets.html import latent_html, latent_rows
 from saewb_widgets.panel import LATENT_JS, Panel, catch_errors, on_change, report_errors, source
@@ -330,7 +329,7 @@ class FeatureBrowser(Panel):
             fix = "FeatureBrowser(index, model, sae)"
             raise ValueError(errors.explain("a prompt needs the model and the SAE.", fix=fix))
         with self.working("running the model"):
-            ids = prompt_ids(self.model, self.prompt)[0].tolist()
+            ids = saewb.data.tokens.prompt_ids(self.model, self.prompt)[0].tolist()
             active = self.index.find(self.model, self.sae, ids)
             marks = [position for position, i in enumerate(ids) if i in self.index.info.special]
             self.tried = tried(saewb.token_strings(self.model, ids), marks, active)
