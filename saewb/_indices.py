@@ -18,6 +18,9 @@ from torch import Tensor
 
 from saewb.errors import explain
 
+Indices = Any
+"""Type of an argument that `indices_of` resolves: it is checked there, with an error that says what to type."""
+
 
 def index_of(value: object, name: str, n: int | None = None, *, from_end: bool = False, of: object = None) -> int:
     """Resolve one index.

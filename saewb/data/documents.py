@@ -157,7 +157,9 @@ class Documents:
         """
         if isinstance(self._source, (list, tuple)):
             if not set(map(type, self._source)) <= {str} or tokenizer is None:
-                _resolve(self._source, tokenizer, column)
+                kind, documents = _resolve(self._source, tokenizer, column)
+                for document in documents if kind == "ids" else ():
+                    _whole_ids(document)
             return
         first = list(itertools.islice(self._documents, 1))
         if iter(self._source) is self._source:

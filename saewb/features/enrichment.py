@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saewb._indices import indices_of
+from saewb._indices import Indices, indices_of
 from saewb.errors import explain
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ _TILE = 2**23  # effects sorted at a time, random numbers drawn at a time
 @torch.no_grad()
 def enrich(
     effects: Float[Tensor, "latents d_vocab"],
-    sets: Mapping[str, Sequence[int] | Tensor],
+    sets: Mapping[str, Indices],
     *,
-    latents: Sequence[int] | None = None,
+    latents: Indices = None,
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -188,7 +188,7 @@ def _q_values(p: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
     return torch.empty_like(p).scatter_(0, order, scaled.flip(0).cummin(0).values.flip(0).clamp(max=1))
 
 
-def _members(name: str, ids: Sequence[int] | Tensor, d_vocab: int) -> Int[Tensor, " tokens"]:
+def _members(name: str, ids: Indices, d_vocab: int) -> Int[Tensor, " tokens"]:
     members = indices_of(ids, f"ids of the set {name!r}", d_vocab).unique()
     if len(members) == 0 or len(members) >= d_vocab:
         what = f"the set {name!r} has {len(members)} of {d_vocab} tokens."

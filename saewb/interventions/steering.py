@@ -324,7 +324,8 @@ def decode_change(
         In the model's units.
     """
     if isinstance(sae, SAE):
-        shift = change @ sae.W_dec[latents]
+        with torch.autocast(sae.device.type, enabled=False):
+            shift = change @ sae.W_dec[latents]
         if sae.cfg.normalization == "none":
             return shift
         return sae.denormalize(shift, x) - sae.denormalize(torch.zeros_like(shift), x)

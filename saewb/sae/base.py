@@ -6,6 +6,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import wraps
 from typing import Any, ClassVar, Union
 
 import torch
@@ -20,6 +21,18 @@ from saewb.sae.config import CoderConfig
 from saewb.sae.sparse import SparseLatents
 
 _TILE = 2**23  # latents computed at a time (32 MiB in float32), unless one row of tokens has more
+
+
+def _without_autocast(method: Any) -> Any:
+    @wraps(method)
+    def in_own_dtype(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return in_own_dtype
 
 
 class SparseCoder(nn.Module, ABC):
@@ -45,6 +58,12 @@ class SparseCoder(nn.Module, ABC):
     """Decoder directions, one row per latent."""
     b_dec: nn.Parameter
     """Decoder bias."""
+
+    def __init_subclass__(cls) -> None:
+        """Encoding and decoding are in the SAE's own dtype, also inside of `torch.autocast`, which is the model's."""
+        for name in ("encode", "encode_topk", "encode_layer", "decode", "decode_layer", "_encode_tokens"):
+            if name in cls.__dict__:
+                setattr(cls, name, _without_autocast(cls.__dict__[name]))
 
     @classmethod
     def from_tensors(

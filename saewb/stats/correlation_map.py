@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saewb._indices import as_tensor, index_of, indices_of
+from saewb._indices import Indices, as_tensor, index_of, indices_of
 from saewb.errors import explain, near
 from saewb.stats._entries import Counts, Dense, Entries, Factors, Selected, unit
 from saewb.stats._ordering import by_clusters
@@ -74,7 +73,7 @@ class MatrixView:
         return ("clusters" if self.same else "matched", *by_density, "index")
 
     @torch.no_grad()
-    def block(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
+    def block(self, rows: Indices, cols: Indices) -> Float[Tensor, "rows cols"]:
         """Exact entries of some features, float32, on the CPU.
 
         Raises:
@@ -82,7 +81,7 @@ class MatrixView:
         """
         return self.entries.block(self._index(rows, 0), self._index(cols, 1)).cpu()
 
-    def picked(self, features: Sequence[int] | Tensor) -> MatrixView:
+    def picked(self, features: Indices) -> MatrixView:
         """The matrix between selected features, repeated or not; entries of feature -1 are nan.
 
         With the feature of each latent, the matrix of true features compares with that of the learned latents.
@@ -110,7 +109,7 @@ class MatrixView:
 
     @torch.no_grad()
     def pooled(
-        self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor, step: int, cells: str = "strongest"
+        self, rows: Indices, cols: Indices, step: int, cells: str = "strongest"
     ) -> Float[Tensor, "cells_r cells_c"]:
         """Pool a block into cells of `step * step` entries: the strongest entry, with its sign, or the mean.
 
@@ -213,7 +212,7 @@ class MatrixView:
         n, m = self.shape
         return f"MatrixView({self.what}, {n:,} features)" if self.same else f"MatrixView({self.what}, {n:,} x {m:,})"
 
-    def _index(self, features: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " some"]:
+    def _index(self, features: Indices, axis: int) -> Int[Tensor, " some"]:
         return indices_of(features, "features", self.shape[axis], repeats=True, of=self).to(self.entries.device)
 
     def _matched(self) -> Tensor:
