@@ -17,6 +17,9 @@ from saewb.errors import explain
 class FiniteCheck:
     """Checks many tensors; on the CPU each at once, elsewhere all together at `look`.
 
+    Args:
+        deferred: wait for `look` on the CPU too.
+
     Example:
         >>> finite = FiniteCheck()
         >>> finite.add("logits", torch.ones(3))
@@ -28,7 +31,8 @@ class FiniteCheck:
           fix:  model = saewb.load_model(..., dtype=torch.bfloat16)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, deferred: bool = False) -> None:
+        self._deferred = deferred
         self._flags: dict[str, Tensor] = {}  # on the device, by name: whether all were finite
 
     def add(self, name: str, x: Tensor, where: str = "") -> None:
@@ -43,7 +47,7 @@ class FiniteCheck:
             FloatingPointError: if a number in it is not finite, and it is on the CPU.
         """
         x = x.detach()
-        if x.device.type != "cpu":
+        if self._deferred or x.device.type != "cpu":
             flag = x.isfinite().all()
             self._flags[name] = flag if name not in self._flags else self._flags[name] & flag
             return
@@ -60,7 +64,7 @@ class FiniteCheck:
         flags, self._flags = self._flags, {}
         for name, flag in flags.items():
             if not bool(flag):
-                raise _not_finite(f"{name} are not all finite.")
+                raise _not_finite(f"{name} are not finite.")
 
 
 def check_finite(name: str, x: Tensor) -> None:

@@ -119,8 +119,25 @@ def model_tokens(
 ) -> TokenStream:
     """Stream token rows for a model: a TokenStream as it is, anything else packed with the model's tokenizer.
 
+    Args:
+        model: as for `token_rows`.
+        tokens: as for `token_rows`; a TokenStream may be without end.
+        ctx_len: tokens per row, if they are packed here.
+        pass_tokens: approximate tokens per batch of rows.
+        repeat: begin the next epoch at the end, if tokens are packed here and are no iterator.
+        column: of a dataset; None takes the first known one.
+
+    Returns:
+        The stream.
+
     Raises:
         TypeError, ValueError: as `token_rows`, before anything is computed; ids of documents are checked as they come.
+
+    Example:
+        >>> import saewb
+        >>> model = saewb.load_model("tiny", device="cpu")
+        >>> next(model_tokens(model, ["The river flows."] * 9, ctx_len=16)).shape
+        torch.Size([2, 16])
     """
     if not isinstance(tokens, TokenStream):
         tokenizer = getattr(model, "tokenizer", None)
@@ -141,8 +158,23 @@ def check_context(model: nn.Module, n: int, what: str, fix: str) -> None:
 
     Rotary models run beyond it without an error, on positions that they were not trained on.
 
+    Args:
+        model: its configuration has the length of the context.
+        n: tokens of the text.
+        what: what has that many, for the error message.
+        fix: line to type, with `{n_ctx}` for the length of the context.
+
     Raises:
         ValueError: if it does not fit.
+
+    Example:
+        >>> import saewb
+        >>> check_context(saewb.load_model("tiny", device="cpu"), 600, "600 tokens", "ctx_len={n_ctx}")
+        Traceback (most recent call last):
+        ...
+        ValueError: got 600 tokens; tiny takes 512 at most.
+          want: shorter ones
+          fix:  ctx_len=512
     """
     cfg = getattr(model, "cfg", None)
     n_ctx = getattr(cfg, "n_ctx", None)
@@ -154,8 +186,16 @@ def check_context(model: nn.Module, n: int, what: str, fix: str) -> None:
 def check_vocabulary(model: nn.Module, ids: Int[Tensor, "*any"]) -> None:
     """Check that ids are in the model's vocabulary; on the CPU this waits for nothing.
 
+    Args:
+        model: its configuration has the size of the vocabulary.
+        ids: token ids, of any shape.
+
     Raises:
         ValueError: if one is not.
+
+    Example:
+        >>> import saewb
+        >>> check_vocabulary(saewb.load_model("tiny", device="cpu"), torch.tensor([0, 4095]))
     """
     d_vocab = getattr(getattr(model, "cfg", None), "d_vocab", None)
     if d_vocab is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab:

@@ -95,7 +95,7 @@ def single_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, insi
     Example:
         >>> from saewb.models.load import load_model
         >>> single_texts(load_model("tiny", device="cpu").tokenizer, [281, 99_999])
-        {281: ' the'}
+        {281: ' and'}
     """
     raw = {i: token for i, token in zip(ids, _raw_tokens(tokenizer, ids), strict=True) if token is not None}
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"] if inside else []
