@@ -61,7 +61,15 @@ class SparseCoder(nn.Module, ABC):
 
     def __init_subclass__(cls) -> None:
         """Encoding and decoding are in the SAE's own dtype, also inside of `torch.autocast`, which is the model's."""
-        for name in ("encode", "encode_topk", "encode_layer", "decode", "decode_layer", "_encode_tokens"):
+        for name in (
+            "encode",
+            "encode_topk",
+            "encode_layer",
+            "decode",
+            "decode_layer",
+            "_encode_tokens",
+            "_approximation",
+        ):
             if name in cls.__dict__:
                 setattr(cls, name, _without_autocast(cls.__dict__[name]))
 
