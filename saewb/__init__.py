@@ -26,7 +26,9 @@ nothing else. Each folder below is one room; a room imports only from the lines 
     sae/                            SAE architectures, their configurations, SparseLatents
     kernels/                        fast exact products: top-k, selection in low precision; knows no SAE
     metrics, hub, distributed       reconstruction metrics; Hugging Face Hub; torch.distributed
-    _files, _display, errors        atomic files; tables; error messages that say what to type
+    _files, _display                atomic files; tables
+    _indices, _finite               index arguments and masks as integers; checks for infinities and NaN
+    errors                          error messages that say what to type
 """
 
 from __future__ import annotations

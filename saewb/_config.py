@@ -81,7 +81,7 @@ def config(owner: type[T]) -> type[T]:
     @wraps(init)
     def __init__(self: Any, /, *args: Any, **kwargs: Any) -> None:
         try:
-            init(self, *args, **kwargs)
+            init(self, *map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
         except ValidationError as error:
             raise _translated(type(self), error) from None
 
@@ -89,6 +89,11 @@ def config(owner: type[T]) -> type[T]:
     lines = [f"    {name}: {text}{_choices_note(checked, name)}" for name, text in descriptions(checked).items()]
     checked.__doc__ = "\n".join([inspect.cleandoc(owner.__doc__ or ""), "", "Fields:", *lines, ""])
     return checked
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as the number of Python that it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
 
 
 def descriptions(owner: type) -> dict[str, str]:

@@ -18,6 +18,8 @@ LAYERS = [  # a room imports rooms of earlier lines and its own files; the first
         "errors",
         "_config",
         "_files",
+        "_finite",
+        "_indices",
         "_display",
         "hub",
         "distributed",

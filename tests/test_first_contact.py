@@ -196,7 +196,7 @@ def test_tokens_of_another_model(model, sae):
 
 
 def test_texts_that_are_too_short(model, sae):
-    with pytest.raises(ValueError, match="1 texts of 2 tokens do not fill one row.[\\s\\S]*fix:  ctx_len="):
+    with pytest.raises(ValueError, match="do not fill one row: 3 tokens for rows of 128.[\\s\\S]*fix:  ctx_len="):
         saewb.evaluate(model, sae, ["A cat"])
 
 
@@ -245,7 +245,7 @@ for call in (
 """
     text = subprocess.run([sys.executable, "-c", tries], capture_output=True, text=True, check=True).stdout
     assert "enrich got SAE for effects" in text
-    assert "fix:  saewb.enrich(sae.W_dec @ model.W_U, sets)" in text
+    assert "fix:  saewb.enrich(sae.W_dec @ saewb.models.unembed.unembedding(model), sets)" in text
     assert "coactivation got a str for a batch" in text
     assert "fix:  coactivation([sae.encode(x)])" in text
 

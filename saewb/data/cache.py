@@ -35,10 +35,12 @@ from saewb._files import (
     sha256_of,
     write_json,
 )
+from saewb._indices import index_slice
 from saewb.data.documents import EpochCursor
 from saewb.data.shuffle_buffer import FifoBuffer
 from saewb.data.sources import ModelSource
-from saewb.data.stream import PASS_TOKENS, ActivationStream, model_tokens
+from saewb.data.stream import ActivationStream
+from saewb.data.tokens import PASS_TOKENS, model_tokens
 from saewb.errors import FormatError, explain
 from saewb.models.capture import Activations
 from saewb.models.tokenizer import special_ids
@@ -64,6 +66,7 @@ def cache_activations(
     skip_special_tokens: bool | Sequence[int] = True,
     positions: slice = slice(None),
     repeat: bool = False,
+    column: str | None = None,
 ) -> ActivationCache:
     """Write a model's activations to a folder: exactly `n_tokens` tokens, with their ids.
 
@@ -83,6 +86,7 @@ def cache_activations(
         skip_special_tokens: leave out BOS, EOS, padding, ...: True, False, or the ids.
         positions: of each row, those kept.
         repeat: begin the next epoch where the tokens are fewer.
+        column: of a dataset; None takes the first known one.
 
     Returns:
         The cache, opened.
@@ -101,9 +105,9 @@ def cache_activations(
         ActivationCache(200 tokens: blocks.1.hook_resid_post 128)
     """
     folder, names = absolute(folder), [points] if isinstance(points, str) else list(points)
-    rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat)
+    rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat, column=column)
     _check_sizes(n_tokens, shard_tokens, rows.ctx_len)
-    skipped = special_ids(model, skip_special_tokens)
+    skipped, positions = special_ids(model, skip_special_tokens), index_slice(positions, "positions")
     request = {
         "points": names,
         "n_tokens": n_tokens,

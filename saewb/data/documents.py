@@ -11,7 +11,9 @@ All documents are of the kind of the first one:
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, final
 
@@ -80,6 +82,7 @@ class TextFiles:
 
     Raises:
         FileNotFoundError: for a path that is not a file.
+        ValueError: for an empty separator.
 
     Example:
         >>> import pathlib, tempfile
@@ -92,6 +95,9 @@ class TextFiles:
     def __init__(self, paths: str | Path | Iterable[str | Path], separator: str | None = "\n\n") -> None:
         self.paths = [absolute(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         self.separator = separator
+        if separator == "":
+            what = "TextFiles got separator=''."
+            raise ValueError(explain(what, want="text between two documents, or None for a document per file"))
         for path in self.paths:
             if not path.is_file():
                 raise FileNotFoundError(explain(f"{str(path)!r} is not a file.", want="text files, UTF-8 or gzipped"))
@@ -108,11 +114,19 @@ class TextFiles:
             if self.separator is None:
                 yield file.read()
                 return
-            rest = ""
+            pieces: list[str] = []  # of the document so far, joined once: it may be the whole file
+            tail = ""  # the last letters read, which may begin a separator
             while block := file.read(2**20):
-                *whole, rest = (rest + block).split(self.separator)
-                yield from whole
-            yield rest
+                first, *others = (tail + block).split(self.separator)
+                if others:
+                    yield "".join((*pieces, first))
+                    yield from others[:-1]
+                    pieces = []
+                rest = others[-1] if others else first
+                cut = max(0, len(rest) - len(self.separator) + 1)
+                pieces.append(rest[:cut])
+                tail = rest[cut:]
+            yield "".join((*pieces, tail))
 
 
 @final
@@ -126,20 +140,35 @@ class Documents:
     """
 
     def __init__(self, source: Any, *, repeat: bool, seed: int | None) -> None:
-        if isinstance(source, (str, bytes)):
-            raise TypeError(explain("got one string.", want="a list of documents", fix="[text]"))
-        if isinstance(source, Mapping) or not hasattr(source, "__iter__"):
-            what = f"got a {type(source).__name__} for documents."
-            raise TypeError(explain(what, want="texts, token ids or chats: a list, a dataset or any iterable"))
-        if hasattr(source, "__len__") and len(source) == 0:
-            raise ValueError(explain("got no documents.", want="at least one"))
-        self._source, self._repeat, self._seed = source, repeat, seed
+        source = _check_source(source)
+        self._source, self.repeats, self._seed = source, repeat, seed
         self._indexable = hasattr(source, "__getitem__") and hasattr(source, "__len__")
         if seed is not None and not self._indexable:
             what = f"a {type(source).__name__} cannot be shuffled: its documents have no index."
             raise ValueError(explain(what, want="a list, or an iterable that shuffles itself", fix="shuffle_seed=None"))
         self.epoch = self.n_yielded = 0  # complete epochs; documents of the current one
         self._open(0)
+
+    def check(self, tokenizer: Any, column: str | None) -> None:
+        """Check the documents in memory, or else the first one, before anything is computed; none is taken.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        if isinstance(self._source, (list, tuple)):
+            if not set(map(type, self._source)) <= {str} or tokenizer is None:
+                kind, documents = _resolve(self._source, tokenizer, column)
+                for document in documents if kind == "ids" else ():
+                    _whole_ids(document)
+            return
+        first = list(itertools.islice(self._documents, 1))
+        if iter(self._source) is self._source:
+            self._source = itertools.chain(first, self._source)
+            self._open(0)
+        else:
+            self._documents = itertools.chain(first, self._documents)
+        if first:
+            _resolve(first, tokenizer, column)
 
     def take(self, n: int) -> list[Any]:
         """The next documents of one epoch, at most `n`; an empty list at the end."""
@@ -155,7 +184,7 @@ class Documents:
         self._open(n_yielded)
 
     def _begin_epoch(self) -> bool:
-        if not self._repeat or iter(self._source) is self._source or self.n_yielded == 0:
+        if not self.repeats or iter(self._source) is self._source or self.n_yielded == 0:
             return False
         self.seek(self.epoch + 1, 0)
         return True
@@ -171,6 +200,31 @@ class Documents:
             self._documents = itertools.islice(self._source, skip, None)
 
 
+def _check_source(source: Any) -> Any:
+    """Documents as something to iterate over; a Series as the list of its values."""
+    if isinstance(source, (str, bytes, Path)):
+        is_file = len(str(source)) < 1000 and Path(str(source)).expanduser().is_file()
+        what = (
+            "got one string." if isinstance(source, (str, bytes)) and not is_file else f"got the path {str(source)!r}."
+        )
+        fix = f"saewb.TextFiles({str(source)!r})" if is_file or isinstance(source, Path) else "[text]"
+        raise TypeError(explain(what, want="a list of documents", fix=fix))
+    if hasattr(source, "columns") and hasattr(source, "dtypes"):  # of pandas or polars
+        columns = [str(column) for column in source.columns]
+        known = next((column for column in COLUMNS if column in columns), columns[0] if columns else "text")
+        raise TypeError(explain("got a DataFrame for documents.", want="one column of it", fix=f"table[{known!r}]"))
+    if isinstance(source, Mapping) or not hasattr(source, "__iter__"):
+        what = f"got a {type(source).__name__} for documents."
+        split = next(iter(source), None) if isinstance(source, Mapping) else None
+        fix = f"documents[{split!r}]" if isinstance(split, str) else ""
+        raise TypeError(explain(what, want="texts, token ids or chats: a list, a dataset or any iterable", fix=fix))
+    if hasattr(source, "iloc"):  # would be indexed by label
+        source = source.tolist()
+    if hasattr(source, "__len__") and len(source) == 0:
+        raise ValueError(explain("got no documents.", want="at least one"))
+    return source
+
+
 def encode(documents: Sequence[Any], tokenizer: Any, column: str | None = None) -> list[list[int]]:
     """Token ids of documents of one kind, without the special tokens that a tokenizer adds to a text.
 
@@ -180,33 +234,59 @@ def encode(documents: Sequence[Any], tokenizer: Any, column: str | None = None) 
     """
     if not documents:
         return []
+    kind, documents = _resolve(documents, tokenizer, column)
+    if kind == "ids":
+        return [_whole_ids(document) for document in documents]
+    if kind == "text":
+        return tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) for chat in documents]
+
+
+def _resolve(documents: Sequence[Any], tokenizer: Any, column: str | None) -> tuple[str, list[Any]]:
+    """Kind of these documents, and they themselves, out of the rows of a dataset."""
+    documents = list(documents)
     if isinstance(documents[0], Mapping):
         name = _column(documents[0], column)
+        if others := [d for d in documents if not isinstance(d, Mapping) or name not in d]:
+            raise TypeError(explain(f"got {_short(others[0])} among rows with a column {name!r}.", want="such rows"))
         documents = [document[name] for document in documents]
     kinds = {_kind(document) for document in documents}
     if len(kinds) > 1 or None in kinds:
-        other = next(d for d in documents if _kind(d) is None or _kind(d) != _kind(documents[0]))
-        fix = "[document.text for document in documents]" if type(other).__name__ == "Document" else ""
-        what = f"got a {type(other).__name__} among the documents."
+        odd = next(d for d in documents if _kind(d) is None or _kind(d) != _kind(documents[0]))
+        fix = "[document.text for document in documents]" if type(odd).__name__ == "Document" else ""
+        fix = f"saewb.TextFiles([{str(odd)!r}, ...])" if isinstance(odd, Path) else fix
+        what = f"got {_short(odd)} among the documents."
         raise TypeError(explain(what, want="all texts, all token ids, or all chats", fix=fix))
     kind = kinds.pop()
     if kind != "ids" and tokenizer is None:
         raise ValueError(explain(f"no tokenizer for a {kind}.", want="token ids, or a tokenizer", fix="tokenizer=..."))
-    if kind == "ids":
-        return [[int(i) for i in document] for document in documents]
-    if kind == "text":
-        return tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) for chat in documents]
+    if kind == "chat" and getattr(tokenizer, "chat_template", None) is None:
+        what, fix = "this tokenizer has no chat template.", "tokenizer.chat_template = ..."
+        raise ValueError(explain(what, want="texts, or a tokenizer of a chat model", fix=fix))
+    return kind, documents
+
+
+def _short(document: Any) -> str:
+    text = repr(document)
+    return f"a {type(document).__name__}" + (f", {text}," if document is not None and len(text) <= 40 else "")
+
+
+def _whole_ids(document: Any) -> list[int]:
+    ids = document.tolist() if hasattr(document, "tolist") else document
+    try:
+        return list(map(operator.index, ids))
+    except TypeError:
+        raise TypeError(explain(f"got {_short(ids)} for token ids.", want="whole numbers")) from None
 
 
 def _kind(document: Any) -> str | None:
     if isinstance(document, str):
         return "text"
     if isinstance(document, Tensor) or hasattr(document, "__array__"):
-        return "ids" if document.ndim == 1 and "int" in str(document.dtype) else None
+        return "ids" if document.ndim == 1 and "int" in str(document.dtype).lower() else None
     if not isinstance(document, Sequence) or isinstance(document, (bytes, bytearray, memoryview)):
         return None  # bytes are a sequence of integers, but no token ids
-    if len(document) == 0 or isinstance(document[0], int):
+    if len(document) == 0 or (isinstance(document[0], Integral) and not isinstance(document[0], bool)):
         return "ids"
     return "chat" if isinstance(document[0], Mapping) and "role" in document[0] else None
 
@@ -215,6 +295,10 @@ def _column(row: Mapping[str, Any], column: str | None) -> str:
     names = [column] if column is not None else [name for name in COLUMNS if name in row]
     if not names or names[0] not in row:
         what = f"no column {column!r}" if column is not None else "no known column of texts, tokens or messages"
-        want = "column= one of " + ", ".join(map(repr, row))
-        raise ValueError(explain(f"{what} in a dataset with {', '.join(map(repr, row))}.", want=want))
+        columns = ", ".join(map(repr, row))
+        text = next((c for c, value in row.items() if isinstance(value, str)), next(iter(row), "text"))
+        fix = f"[row[{text!r}] for row in documents]"
+        raise ValueError(
+            explain(f"{what} in a dataset with {columns}.", want=f"one of these, or column={columns}", fix=fix)
+        )
     return names[0]

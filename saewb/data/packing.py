@@ -106,9 +106,9 @@ def stream_tokens(
     BOS, with EOS between documents where there is one. A matrix of token ids is taken as packed rows.
 
     Args:
-        documents: texts, chats (lists of messages with "role" and "content"), or token ids; as a list, a dataset, any
-            iterable, or `saewb.TextFiles`. Or packed rows: int ids `[rows, ctx_len]`. A dataset's rows are
-            dictionaries; `saewb.data.documents.COLUMNS` lists the columns looked for.
+        documents: texts, chats (lists of messages with "role" and "content"), or token ids; as a list, a Series, a
+            dataset, any iterable, or `saewb.TextFiles`. Or packed rows: int ids `[rows, ctx_len]`, of torch or numpy. A
+            dataset's rows are dictionaries; `saewb.data.documents.COLUMNS` lists the columns looked for.
         tokenizer: of the model; not needed for token ids, unless for their markers.
         ctx_len: tokens in a row, markers included, at least 2. Packed rows keep their own length.
         rows: rows per batch.
@@ -138,9 +138,12 @@ def stream_tokens(
     """
     if rows < 1:
         raise ValueError(explain(f"got rows={rows}.", want="1 or more rows in a batch", fix="rows=32"))
-    if isinstance(documents, Tensor) and documents.ndim == 2:
-        check_token_ids(documents, min_length=1)
-        return TokenStream(_MatrixRows(documents.detach().cpu(), repeat, shuffle_seed), rows, documents.shape[1])
+    if isinstance(documents, TokenStream):
+        fix = "tokens=documents, without ctx_len and the like"
+        raise TypeError(explain("stream_tokens got a TokenStream.", want="documents", fix=fix))
+    if (matrix := token_matrix(documents)) is not None:
+        check_token_ids(matrix, min_length=1)
+        return TokenStream(_MatrixRows(matrix, repeat, shuffle_seed), rows, matrix.shape[1])
     row_start = _marker_id("bos", tokenizer, "bos=False") if bos else None
     if separator == "auto":
         separator = row_start if bos else getattr(tokenizer, "eos_token_id", None)
@@ -148,6 +151,7 @@ def stream_tokens(
     start = _marker_id(document_start, tokenizer, "document_start=None")
     packer = Packer(ctx_len, row_start, between, start, whole_documents)
     cursor = Documents(documents, repeat=repeat, seed=shuffle_seed)
+    cursor.check(tokenizer, column)
     return TokenStream(_PackedRows(cursor, packer, tokenizer, column), rows, ctx_len)
 
 
@@ -167,6 +171,21 @@ class TokenStream:
 
     def __next__(self) -> Int[Tensor, "rows ctx"]:
         return self._source.batch(self.rows)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it begins again at the end, without limit."""
+        return self._source.repeats
+
+    @property
+    def matrix(self) -> Int[Tensor, "rows ctx"] | None:
+        """All its rows, if it was made from packed ones."""
+        return self._source.ids if isinstance(self._source, _MatrixRows) else None
+
+    @property
+    def n_unfinished(self) -> int:
+        """Tokens of the row that is being filled."""
+        return 0 if isinstance(self._source, _MatrixRows) else self._source.n_unfinished
 
     @property
     def epoch(self) -> int:
@@ -204,6 +223,14 @@ class _PackedRows:
         self._position = StreamPosition()
         self._rows: Iterator[list[int]] = iter(())
         self._n_rows, self._size_at_epoch = 0, (-1, -1)
+
+    @property
+    def repeats(self) -> bool:
+        return self._documents.repeats
+
+    @property
+    def n_unfinished(self) -> int:
+        return len(self._packer.unfinished)
 
     @property
     def epoch(self) -> int:
@@ -254,7 +281,7 @@ class _MatrixRows:
     """Rows of a matrix of token ids."""
 
     def __init__(self, ids: Tensor, repeat: bool, seed: int | None) -> None:
-        self._ids, self._repeat = ids, repeat
+        self.ids, self.repeats = ids, repeat
         self._cursor = EpochCursor(len(ids), seed)
 
     @property
@@ -262,7 +289,7 @@ class _MatrixRows:
         return self._cursor.epoch
 
     def batch(self, n: int) -> Tensor:
-        return self._ids[self._cursor.take(n, repeat=self._repeat)].long()
+        return self.ids[self._cursor.take(n, repeat=self.repeats)].long()
 
     def state(self) -> dict[str, Any]:
         return self._cursor.state()
@@ -281,6 +308,15 @@ def _marker_id(marker: Marker, tokenizer: Any, fix: str) -> int | None:
         what = f"this tokenizer has no {marker.upper()} token." if tokenizer is not None else "there is no tokenizer."
         raise ValueError(explain(what, want=f"an id for {marker!r}, or none", fix=fix))
     return token_id
+
+
+def token_matrix(tokens: Any) -> Tensor | None:
+    """Packed rows of torch or numpy as a tensor on the CPU; None for documents."""
+    if isinstance(tokens, Tensor):
+        return tokens.detach().cpu()
+    if type(tokens).__module__ == "numpy" and tokens.ndim == 2:
+        return torch.from_numpy(tokens.copy())
+    return None
 
 
 def check_token_ids(ids: Tensor, *, min_length: int) -> None:

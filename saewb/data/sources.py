@@ -13,7 +13,10 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from saewb._finite import FiniteCheck
+from saewb._indices import index_slice
 from saewb.data.documents import EpochCursor
+from saewb.data.tokens import check_vocabulary
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.models import hook_points
@@ -79,7 +82,9 @@ class ModelSource:
         self._names = list(dict.fromkeys(name for name, _ in self.points.values()))
         for name in self._names:
             hook_points.resolve(model, name)
-        self._positions, self._skipped, self._device, self._dtype = positions, tuple(skipped), device, dtype
+        self._positions, self._skipped = index_slice(positions, "positions"), tuple(skipped)
+        self._device, self._dtype = device, dtype
+        self._finite = FiniteCheck()  # on an accelerator, whoever trains on the activations looks
         self._rows: Tensor | None = None  # taken from the tokens and not computed yet
 
     @property
@@ -161,8 +166,11 @@ class ModelSource:
         tokens = self._kept_tokens(ids)
         if len(tokens) == 0:
             return None
+        check_vocabulary(self.model, ids)
         cache = capture(self.model, ids.to(next(self.model.parameters()).device), self._names)
         values = {key: self._select(cache[name], head, ids, tokens, key) for key, (name, head) in self.points.items()}
+        for name, x in values.items():
+            self._finite.add(f"activations at {name!r}", x)
         return Activations(values, ids.flatten()[tokens].to(torch.int32))
 
     def _kept_tokens(self, ids: Tensor) -> Tensor:

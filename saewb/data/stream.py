@@ -21,15 +21,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from saewb.data.packing import TokenStream, stream_tokens
 from saewb.data.shuffle_buffer import FifoBuffer, ShuffleBuffer, Source, batch_from_state, batch_state
 from saewb.data.sources import IterableSource, ModelSource, SyntheticSource, TensorSource
+from saewb.data.tokens import PASS_TOKENS, model_tokens
 from saewb.errors import explain
 from saewb.models.capture import Activations
 from saewb.models.tokenizer import special_ids
-
-PASS_TOKENS = 4096
-"""Tokens per forward pass, about."""
 
 
 @final
@@ -265,6 +262,7 @@ def stream_activations(
     skip_special_tokens: bool | Sequence[int] = True,
     positions: slice = slice(None),
     repeat: bool = False,
+    column: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ActivationStream:
@@ -292,6 +290,7 @@ def stream_activations(
         skip_special_tokens: leave out BOS, EOS, padding, ...: True, False, or the ids.
         positions: of each row, those kept.
         repeat: begin the next epoch at the end, if tokens are packed here and are no iterator.
+        column: of a dataset; None takes the first known one.
         device: of the activations; None leaves them on the model's.
         dtype: of the activations; None keeps the model's.
 
@@ -309,7 +308,7 @@ def stream_activations(
         >>> batch
         Activations(100 tokens: blocks.2.hook_resid_post 128)
     """
-    rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat)
+    rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat, column=column)
     names = [points] if isinstance(points, str) else list(points)
     skipped = special_ids(model, skip_special_tokens)
     source = ModelSource(model, rows, names, positions=positions, skipped=skipped, device=device, dtype=dtype)
@@ -333,19 +332,6 @@ def stream_widths(stream: ActivationStream) -> dict[str, int]:
     if first is None:
         raise ValueError(explain("the stream is empty.", want="one batch or more"))
     return {name: value.shape[1] for name, value in first.values.items()}
-
-
-def model_tokens(
-    model: nn.Module, tokens: Any, *, ctx_len: int, pass_tokens: int = PASS_TOKENS, repeat: bool = False
-) -> TokenStream:
-    """Token rows for a model: a TokenStream as it is, anything else packed with the model's tokenizer."""
-    if isinstance(tokens, TokenStream):
-        return tokens
-    row_len = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim == 2 else ctx_len
-    rows = max(1, pass_tokens // row_len)
-    tokenizer = getattr(model, "tokenizer", None)
-    bos = getattr(tokenizer, "bos_token_id", None) is not None and model.cfg.default_prepend_bos is not False
-    return stream_tokens(tokens, tokenizer, ctx_len=ctx_len, rows=rows, bos=bos, repeat=repeat)
 
 
 def stream_tensors(

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from saewb._finite import FiniteCheck
 from saewb.errors import explain
 from saewb.interventions.attachment import attach, attachments
 from saewb.interventions.site import Site, check_reconstructs
@@ -130,17 +131,21 @@ class HookMetrics:
 def evaluate_at_hooks(model: nn.Module, sites: Sequence[Site], batches: Batches, bar: tqdm) -> list[HookMetrics]:
     """Metrics of all SAEs on the activations of one pass over the model."""
     metrics = [HookMetrics(ReconstructionStream(), FiringStream()) for _ in sites]
-    names = {name for site in sites for name in (site.read.name, site.write.name)}
+    names, finite = {name for site in sites for name in (site.read.name, site.write.name)}, FiniteCheck()
     for batch in batches:
         activations = capture(model, batch.ids, names)
         for site, streams in zip(sites, metrics, strict=True):
             x = site.read_input(activations[site.read.name])
             target = site.read_target(activations[site.write.name])
+            finite.add(f"activations at {site.hook_name!r}", batch.select(x))
+            if not site.is_one_point:
+                finite.add(f"activations at {site.hook_name_out!r}", batch.select(target))
             acts = _encode(site.sae, x)  # at special tokens too: a temporal SAE looks back at them
             here = batch.to(target.device)
             streams.reconstruction.update(here.select(target), here.select(site.sae.decode(acts, x)))
             streams.firing.update(here.select_latents(acts), here.lengths)
         bar.update()
+    finite.look()
     return metrics
 
 

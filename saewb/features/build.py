@@ -43,6 +43,7 @@ def build_index(model: nn.Module, sae: nn.Module, tokens: Tensor | Sequence[str]
 def build_index(
     model: nn.Module, sae: Sequence[nn.Module], tokens: Tensor | Sequence[str], **how: object
 ) -> list[FeatureIndex]: ...
+@torch.inference_mode(False)
 def build_index(
     model: nn.Module,
     sae: nn.Module | Sequence[nn.Module],
@@ -136,7 +137,7 @@ def build_index(
     if extend is not None:
         _check_only_extends(locals())
         return _extend(extend, model, sae, tokens, batch_size, progress)
-    several = not isinstance(sae, nn.Module)
+    several = isinstance(sae, (list, tuple))
     saes = list(sae) if several else [sae]
     before, after = (window, window) if isinstance(window, int) else window
     positive = {"n_top": n_top, "n_quantiles": n_quantiles, "per_quantile": per_quantile, "batch_size": batch_size}

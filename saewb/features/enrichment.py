@@ -1,6 +1,6 @@
 """Token-set enrichment analysis (TSEA): which sets of tokens a latent promotes.
 
-1. Sort the vocabulary by the latent's logit effects, the most promoted token first.
+1. Sort the vocabulary by the latent's logit effects, the most promoted token first; equal ones count at once.
 2. Compute a running sum along it: plus 1 / hits at a token of the set, minus 1 / misses at any other.
 3. The score is the sum farthest from 0: near 1 if the set is at the top, near -1 if at the bottom.
 4. Random sets of the same size give the null distribution.
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saewb._indices import Indices, indices_of
 from saewb.errors import explain
 from saewb.metrics import has_float64
 
@@ -29,9 +30,9 @@ _TILE = 2**23  # effects sorted at a time, random numbers drawn at a time
 @torch.no_grad()
 def enrich(
     effects: Float[Tensor, "latents d_vocab"],
-    sets: Mapping[str, Sequence[int] | Tensor],
+    sets: Mapping[str, Indices],
     *,
-    latents: Sequence[int] | None = None,
+    latents: Indices = None,
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -41,13 +42,15 @@ def enrich(
         p     = (1 + #{random sets of that size with |score| at least as large}) / (1 + n_permutations)
         q     = smallest false discovery rate, among all tests, at which this one is significant (Benjamini-Hochberg)
 
-    1 is the whole set at the top, 0 the expectation of a random large set. Tokens of equal effect are in the order of
-    their ids. A random set's score depends on its size only, so sets of one size share their permutations,
-    and so do latents; p is never 0, and never below 1 / (1 + n_permutations).
+    1 is the whole set at the top, 0 the expectation of a random large set. Tokens of equal effect count at once, so
+    that their order does not matter: a latent of no effect scores 0. A random set's score depends on its size only, so
+    sets of one size share their permutations, and so do latents; p is never 0, and never below
+    1 / (1 + n_permutations).
 
     Args:
-        effects: logit effects of each latent, `sae.W_dec @ model.W_U`, at any scale: only their order matters.
-        sets: token ids by name, as from `token_sets`; each with some tokens of the vocabulary, but not all.
+        effects: logit effects of each latent, `sae.W_dec @ saewb.models.unembed.unembedding(model)` for an SAE on the
+            residual stream, at any scale: only their order matters.
+        sets: token ids by name, as from `token_sets`, or masks of the vocabulary; each with some tokens, but not all.
         latents: indices of the rows of `effects`; None is 0, 1, ...
         n_permutations: random sets for each size.
         seed: of the random sets.
@@ -72,9 +75,9 @@ def enrich(
 
     if not isinstance(effects, Tensor) or effects.ndim != 2:
         what = f"enrich got {type(effects).__name__}{list(getattr(effects, 'shape', [])) or ''} for effects."
-        fix = "saewb.enrich(sae.W_dec @ model.W_U, sets)"
+        fix = "saewb.enrich(sae.W_dec @ saewb.models.unembed.unembedding(model), sets)"
         raise TypeError(explain(what, want="a tensor [latents, d_vocab]", fix=fix))
-    names = list(range(len(effects))) if latents is None else [int(i) for i in latents]
+    names = list(range(len(effects))) if latents is None else indices_of(latents, "latents", repeats=True).tolist()
     members = {name: _members(name, ids, effects.shape[1]) for name, ids in sets.items()}
     _check(effects, names, members, n_permutations)
     scores = enrichment_scores(effects, list(members.values()))
@@ -116,23 +119,53 @@ def enrichment_scores(
         [[0.5]]
     """
     members = [torch.zeros(effects.shape[1], dtype=torch.bool).index_fill_(0, ids, True) for ids in sets]
-    tiles = effects.split(max(1, _TILE // effects.shape[1]))
-    return torch.cat([_scores(tile.argsort(dim=1, descending=True, stable=True), members) for tile in tiles]).cpu()
+    tiles = (tile.sort(dim=1, descending=True) for tile in effects.split(max(1, _TILE // effects.shape[1])))
+    return torch.cat([_scores(order, members, values) for values, order in tiles]).cpu()
 
 
-def _scores(order: Int[Tensor, "n d_vocab"], members: Sequence[Bool[Tensor, " d_vocab"]]) -> Float[Tensor, "n sets"]:
-    """Score each set along each row, an order of all tokens."""
+def _scores(
+    order: Int[Tensor, "n d_vocab"],
+    members: Sequence[Bool[Tensor, " d_vocab"]],
+    values: Float[Tensor, "n d_vocab"] | None = None,
+) -> Float[Tensor, "n sets"]:
+    """Score each set along each row, an order of all tokens; None for `values` if no two of a row are equal."""
     flat = order.flatten()
     hits = (member.to(order.device).index_select(0, flat).view(order.shape) for member in members)
-    return torch.stack([_extreme(hit.nonzero()[:, 1].view(len(order), -1), order.shape[1]) for hit in hits], 1)
+    ranks = [hit.nonzero()[:, 1].view(len(order), -1) for hit in hits]
+    if values is None or not bool((is_equal := values[:, 1:] == values[:, :-1]).any()):
+        return torch.stack([_extreme(of_set, of_set, of_set + 1, order.shape[1]) for of_set in ranks], 1)
+    # Of equal effects the running sum counts before the first and after the last only.
+    place = torch.arange(order.shape[1], device=order.device)
+    first, last = place.repeat(len(order), 1), place.repeat(len(order), 1)
+    first[:, 1:].masked_fill_(is_equal, 0)
+    last[:, :-1].masked_fill_(is_equal, len(place))
+    first, last = first.cummax(1).values, last.flip(1).cummin(1).values.flip(1)
+    ends = ((of_set, first.gather(1, of_set), last.gather(1, of_set) + 1) for of_set in ranks)
+    return torch.stack([_extreme(*of_set, order.shape[1]) for of_set in ends], 1)
 
 
-def _extreme(ranks: Int[Tensor, "n hits"], d_vocab: int) -> Float[Tensor, " n"]:
-    """The running sum farthest from 0; its maximum is at a hit, its minimum just before one."""
-    ranks, hits = ranks if has_float64(ranks.device) else ranks.cpu(), ranks.shape[1]
-    so_far = torch.arange(hits, dtype=torch.float64, device=ranks.device)
-    below = (ranks - so_far) / (d_vocab - hits)  # fraction of misses before each hit
-    top, bottom = ((so_far + 1) / hits - below).amax(1), (so_far / hits - below).amin(1)
+def _extreme(
+    ranks: Int[Tensor, "n hits"], first: Int[Tensor, "n hits"], end: Int[Tensor, "n hits"], d_vocab: int
+) -> Float[Tensor, " n"]:
+    """The running sum farthest from 0: its maximum is after the tokens equal to a hit, its minimum before them.
+
+    Args:
+        ranks: of the hits, ascending.
+        first: rank of the first token of equal effect.
+        end: rank after the last one.
+        d_vocab: number of tokens.
+    """
+    if not has_float64(ranks.device):
+        ranks, first, end = ranks.cpu(), first.cpu(), end.cpu()
+    hits = ranks.shape[1]
+    before = torch.arange(hits, device=ranks.device).expand_as(ranks)
+    after = before + 1
+    if bool((first[:, 1:] == first[:, :-1]).any()):  # hits of equal effect
+        before, after = torch.searchsorted(first, first), torch.searchsorted(first, first, right=True)
+    top, bottom = (
+        n / hits - (rank - n) / (d_vocab - hits) for n, rank in ((after.double(), end), (before.double(), first))
+    )
+    top, bottom = top.amax(1), bottom.amin(1)
     return torch.where(top >= -bottom, top, bottom)
 
 
@@ -165,14 +198,11 @@ def _q_values(p: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
     return torch.empty_like(p).scatter_(0, order, scaled.flip(0).cummin(0).values.flip(0).clamp(max=1))
 
 
-def _members(name: str, ids: Sequence[int] | Tensor, d_vocab: int) -> Int[Tensor, " tokens"]:
-    members = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids)).long().unique()
+def _members(name: str, ids: Indices, d_vocab: int) -> Int[Tensor, " tokens"]:
+    members = indices_of(ids, f"ids of the set {name!r}", d_vocab).unique()
     if len(members) == 0 or len(members) >= d_vocab:
         what = f"the set {name!r} has {len(members)} of {d_vocab} tokens."
         raise ValueError(explain(what, want="some tokens, and not all"))
-    if members[0] < 0 or members[-1] >= d_vocab:
-        far = int(members[0] if members[0] < 0 else members[-1])
-        raise ValueError(explain(f"the set {name!r} has id {far}, of {d_vocab} tokens.", want=f"0..{d_vocab - 1}"))
     return members
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from saewb._files import absolute, refuse_damage
-from saewb.errors import explain
+from saewb._indices import index_of, indices_of
 from saewb.features import search, storage
 from saewb.features.accumulate import LatentAccumulator
 from saewb.features.config import N_COACTIVE, IndexInfo
@@ -86,10 +86,9 @@ class FeatureIndex:
             ValueError: if there is no such latent.
             FormatError: if its part of the index is damaged.
         """
-        if not -len(self) <= int(i) < len(self):
-            raise ValueError(explain(f"latent {i} of {self!r}.", want=f"0 to {len(self) - 1}", fix="index.latent(0)"))
+        latent = index_of(i, "latent", len(self), from_end=True, of=self)
         with refuse_damage(f"latent {i} of this index", "the index as it was written"):
-            return read_latent(self.info, self.tensors, self.token_texts, int(i) % len(self))
+            return read_latent(self.info, self.tensors, self.token_texts, latent)
 
     @property
     def density(self) -> Tensor:
@@ -162,12 +161,14 @@ class FeatureIndex:
         with storage.lock_index(folder, wait_s=10.0):
             return storage.write_index(folder, self.info, dict(self.tensors), self.token_texts)
 
-    def save_html(self, path: str | Path, latents: Sequence[int] | None = None, title: str | None = None) -> Path:
+    def save_html(
+        self, path: str | Path, latents: Sequence[int] | Tensor | None = None, title: str | None = None
+    ) -> Path:
         """Write one HTML file of latents, which needs neither network nor kernel.
 
         Args:
             path: of the file.
-            latents: in the order of the page; None means the first 500 of `ranking()`.
+            latents: in the order of the page, or a mask of all; None means the first 500 of `ranking()`.
             title: of the page; None means model and hook.
 
         Raises:
@@ -175,7 +176,11 @@ class FeatureIndex:
             IsADirectoryError: if `path` is a folder.
         """
         info = self.info
-        shown = self.ranking(MAX_LATENTS) if latents is None else [int(i) for i in latents]
+        shown = (
+            self.ranking(MAX_LATENTS)
+            if latents is None
+            else indices_of(latents, "latents", len(self), of=self).tolist()
+        )
         return write_page(
             map(self.latent, shown),
             Path(path).expanduser(),

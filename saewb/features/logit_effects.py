@@ -18,26 +18,41 @@ N_LOGIT_BINS = 40
 TILE = 2**24  # maximum of effects [latents, d_vocab] computed at a time (64 MiB in float32)
 _IN_CACHE = 2**19  # effects binned at a time
 _ENDS = ("top", "bottom")
+_ADDED = {"hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_embed"}
+_ADDED |= {"hook_pos_embed"}  # points of the residual stream, or added to it
 _ABLATED_ROWS = 8  # rows run at a time, one latent ablated in each
 
 
 def project_to_residual(
     model: nn.Module, directions: Float[Tensor, "n d_out"], hook_name: str, head: int | None = None
 ) -> Float[Tensor, "n d_model"] | None:
-    """Project directions at a hook point to the residual stream; None if the point does not write to it.
+    """Project directions at a hook point to the residual stream; None if the point does not add to it linearly.
 
-    Unchanged at points as wide as the model; times `W_O` at `hook_z` (of one head, if `head` is set), times `W_out` at
-    `mlp.hook_post`. A norm between the point and the residual stream (Gemma) is ignored.
+    Unchanged at points of the stream (`hook_resid_pre`, `hook_resid_mid`, `hook_resid_post`), and at those that are
+    added to it as they are (`hook_attn_out`, `hook_mlp_out`, `hook_embed`, `hook_pos_embed`); times `W_O` at `hook_z`
+    (of one head, if `head` is set), times `W_out` at `mlp.hook_post`, and times the factor with which a model adds them
+    (Granite). None for everything else: what a norm or a sublayer reads, queries, keys, values; and where a norm
+    follows, as that of Gemma 2 after attention and MLP, or those between the blocks of a post-norm model (OPT-350m).
     """
     point, directions = hook_points.resolve(model, hook_name), directions.detach()
     endings = {name.rpartition(".")[2] for name in point.names}
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    is_last = point.layer == model.cfg.n_layers - 1 and "hook_resid_post" in endings
+    if getattr(config, "do_layer_norm_before", True) is False and not is_last:
+        return None
+    if endings & _ADDED:
+        return directions if directions.shape[1] == model.cfg.d_model else None
+    block = None if point.layer is None else model.blocks[point.layer]
+    if block is None or getattr(block, "ln1_post", None) is not None or getattr(block, "ln2_post", None) is not None:
+        return None
+    factor = getattr(config, "residual_multiplier", None) or 1.0
     if "hook_z" in endings:
-        w_o = model.blocks[point.layer].attn.W_O.detach().to(directions)
-        return directions @ (w_o.flatten(0, 1) if head is None else w_o[head])
-    if any(name.endswith("mlp.hook_post") for name in point.names):
-        return directions @ model.blocks[point.layer].mlp.W_out.detach().to(directions)
-    inside = endings & {"hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_pre", "hook_pattern"}
-    return directions if directions.shape[1] == model.cfg.d_model and not inside else None
+        w_o = block.attn.W_O.detach().to(directions)
+        return directions @ (w_o.flatten(0, 1) if head is None else w_o[head]) * factor
+    w_out = getattr(block.mlp, "W_out", None) if any(n.endswith("mlp.hook_post") for n in point.names) else None
+    if not isinstance(w_out, Tensor) or tuple(w_out.shape) != (directions.shape[1], model.cfg.d_model):
+        return None
+    return directions @ w_out.detach().to(directions) * factor
 
 
 def logit_effects(

@@ -48,6 +48,7 @@ def nearest_bytes(d_sae: int, d: int) -> int:
 
 
 def _normalize(rows: Tensor) -> Float[Tensor, "d_sae d"]:
+    rows = rows.float() if rows.dtype == torch.float64 else rows
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
     return torch.div(rows, norm, out=torch.empty(rows.shape, device=rows.device))
 

@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from saewb._files import atomic_write, write_text
+from saewb._indices import indices_of
 from saewb.errors import FormatError, explain
 from saewb.features.index import FeatureIndex
 from saewb.features.latent import Latent
@@ -82,7 +83,7 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
         >>> page(None, 7, source="gpt2-small/6-res-jb").url
         'https://www.neuronpedia.org/gpt2-small/6-res-jb/7'
     """
-    return NeuronpediaPage(source_of(of, source), _check_latent(latent), site.rstrip("/"))
+    return NeuronpediaPage(source_of(of, source), _latents(of, [latent])[0], site.rstrip("/"))
 
 
 def source_of(of: Any, source: str | None = None) -> str:
@@ -162,8 +163,7 @@ def explanations(
     """
     source = source_of(of, source)
     return {
-        i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days))
-        for i in map(_check_latent, latents)
+        i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in _latents(of, latents)
     }
 
 
@@ -188,7 +188,7 @@ def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None
         'https://www.neuronpedia.org/quick-list/'
     """
     model, _, layer = source_of(of, source).partition("/")
-    features = [{"modelId": model, "layer": layer, "index": str(_check_latent(i))} for i in latents]
+    features = [{"modelId": model, "layer": layer, "index": str(i)} for i in _latents(of, latents)]
     if not features:
         raise ValueError(explain("quick_list got no latents.", want="at least one"))
     if len(features) > _MAX_QUICK:
@@ -238,13 +238,12 @@ def make_list(
           want: at least one
     """
     model, _, layer = source_of(of, source).partition("/")
-    descriptions = dict(latents) if isinstance(latents, Mapping) else dict.fromkeys(latents, "")
+    is_described = isinstance(latents, Mapping)
+    numbers = _latents(of, list(latents) if is_described else latents)
+    descriptions = dict(zip(numbers, latents.values() if is_described else [""] * len(numbers), strict=True))
     if not descriptions:
         raise ValueError(explain("make_list got no latents.", want="at least one"))
-    features = [
-        {"modelId": model, "layer": layer, "index": _check_latent(i), "description": text}
-        for i, text in descriptions.items()
-    ]
+    features = [{"modelId": model, "layer": layer, "index": i, "description": text} for i, text in descriptions.items()]
     body = {"name": name, "description": description, "features": features}
     url = f"{site.rstrip('/')}/api/list/new-with-features"
     answer = _request(url, timeout, body, {"x-api-key": api_key})
@@ -290,7 +289,7 @@ def export_json(
     target = Path(path).expanduser()
     source = source or index.info.neuronpedia
     model, layer = source_of(None, source).split("/") if source else (index.info.model, index.info.hook)
-    exported = range(len(index)) if latents is None else latents
+    exported = range(len(index)) if latents is None else _latents(index, latents)
 
     def fill(path: Path) -> None:
         with path.open("w", encoding="utf-8") as out:  # one feature at a time: the file may be larger than memory
@@ -341,10 +340,18 @@ def _activation(context: Mapping[str, Any], low: float, high: float, share: floa
     }
 
 
-def _check_latent(latent: int) -> int:
-    if int(latent) != latent or latent < 0:
-        raise ValueError(explain(f"got latent {latent!r}.", want="an index, 0 or more"))
-    return int(latent)
+def _latents(of: Any, latents: Any) -> list[int]:
+    """Indices of latents, or a mask of those of the SAE or index, as a list."""
+    indices = indices_of(latents, "latents", _d_sae(of)).tolist()
+    if min(indices, default=0) < 0:
+        raise ValueError(explain(f"got latent {min(indices)}.", want="an index, 0 or more"))
+    return indices
+
+
+def _d_sae(of: Any) -> int | None:
+    """Number of latents of an SAE or index; None where there is neither, or an SAE of several layers."""
+    d_sae = of.info.d_sae if isinstance(of, FeatureIndex) else None if of is None else of.cfg.d_sae
+    return d_sae if isinstance(d_sae, int) else None
 
 
 def _parse_explanations(latent: int, answer: Any) -> tuple[Explanation, ...]:

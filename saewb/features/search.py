@@ -15,11 +15,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
+from saewb._indices import index_of
+from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.features.config import IndexInfo
 from saewb.features.token_texts import TokenTexts
 from saewb.interventions.site import flatten_heads
-from saewb.models.capture import capture
+from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_mask, token_strings
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ def search(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, wh
     """Find latents by text, token id or pattern; see `FeatureIndex.search`."""
     import pandas as pd
 
+    what = what if isinstance(what, (str, re.Pattern)) else index_of(what, "what")
     rows: dict[int, dict[str, Any]] = {}
     prefilter = TokenPairFilter(what, texts) if isinstance(what, str) else None
     for name in ("top", "sample"):
@@ -101,7 +105,7 @@ def _matches(
     ids: Tensor, texts: TokenTexts, what: Any, prefilter: TokenPairFilter | None
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Yield (latent, slot, positions) of contexts that match, `ids` being `[latents, slots, window]`."""
-    if isinstance(what, int) and not isinstance(what, bool):
+    if isinstance(what, int):
         equal = ids == what
         for latent, slot in equal.any(2).nonzero().tolist():
             yield latent, slot, equal[latent, slot].nonzero()[:, 0].tolist()
@@ -130,9 +134,6 @@ def _covered(tokens: list[str], spans: list[tuple[int, int]]) -> list[int]:
 def _pattern(what: Any) -> re.Pattern[str]:
     if isinstance(what, re.Pattern):
         return what
-    if not isinstance(what, str):
-        want = "a text, a token id, or re.compile(...)"
-        raise TypeError(explain(f"search got a {type(what).__name__}.", want=want, fix="index.search('Paris')"))
     if not what:
         raise ValueError(explain("search got an empty text.", fix="index.search('Paris')"))
     return re.compile(re.escape(what), re.IGNORECASE)
@@ -166,11 +167,10 @@ def find(
     if sae.cfg.d_sae != info.d_sae:
         what = f"this index is of {info.d_sae} latents, {sae!r} has {sae.cfg.d_sae}."
         raise ValueError(explain(what, want=info.sae))
-    device = next(model.parameters()).device
-    ids = model.to_tokens(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt).reshape(1, -1)
-    ids = ids.to(device)
-    with torch.no_grad():
+    ids = prompt_ids(model, prompt)
+    with torch.no_grad(), eval_mode(model, sae):
         x = flatten_heads(sae, capture(model, ids, [info.hook])[info.hook], sae.cfg.d_in, info.hook)
+        check_finite(f"activations at {info.hook!r}", x[0, ~special_mask(ids[0], info.special)])
         acts = sae.encode(x)[0].float().cpu()
     acts[special_mask(ids[0].cpu(), info.special)] = 0
     position, latent = acts.nonzero(as_tuple=True)

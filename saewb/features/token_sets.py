@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from saewb.errors import explain
+from saewb.models.tokenizer import single_texts
 
 _SCRIPTS = (
     "LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "ARABIC", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI",
@@ -114,16 +115,7 @@ def token_texts(tokenizer: Any) -> dict[int, str]:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     ids = [i for i in range(len(tokenizer)) if i not in special]
-    raw = tokenizer.convert_ids_to_tokens(ids)
-    decoded = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
-    return {i: _text(token, text) for i, token, text in zip(ids, raw, decoded, strict=True) if token is not None}
-
-
-def _text(token: str, decoded: str) -> str:
-    # A sentencepiece decoder drops the space of a text's first token, which each token is here.
-    if token.startswith("▁"):
-        return " " + decoded.removeprefix(" ")
-    return decoded
+    return single_texts(tokenizer, ids)
 
 
 def _ids_of_words(words: Mapping[int, str], members: Iterable[str]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saewb.models.tokenizer import token_strings
+from saewb.models.tokenizer import single_texts, token_strings
 
 MAX_TOKEN_ID = 2**22
 """No vocabulary has so many tokens; tables by token id take 8 bytes for each up to the largest."""
@@ -61,7 +61,7 @@ def collect_token_texts(tokenizer: Any, contexts: Iterable[Tensor], single: Iter
     used = torch.cat([_unique_ids(t) for t in (*contexts, *single)] or [torch.zeros(0, dtype=torch.long)]).unique()
     if tokenizer is None:
         return TokenTexts()
-    strings = _decode_each(tokenizer, used[used >= 0].tolist())
+    strings = single_texts(tokenizer, used[used >= 0].tolist(), inside=True)
     partial = torch.tensor([i for i, text in strings.items() if _PARTIAL in text], dtype=torch.int32)
     runs: dict[tuple[int, ...], tuple[str, ...]] = {}
     for windows in (part for c in contexts for part in c.split(_ROWS)) if len(partial) else ():
@@ -77,14 +77,3 @@ def _unique_ids(ids: Tensor) -> Tensor:
     # A tile at a time: `unique` of 40 million ids at once would copy them to int64.
     parts = [part.unique().long().cpu() for part in ids.flatten().split(2**20)]
     return torch.cat(parts or [torch.zeros(0, dtype=torch.long)])
-
-
-def _decode_each(tokenizer: Any, ids: list[int]) -> dict[int, str]:
-    def decode(*tokens: int) -> str:
-        return tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    # After another token: some decoders drop the space before a text's first token.
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
-    before = decode(*anchor)
-    texts = {i: decode(*anchor, i) for i in ids}
-    return {i: text[len(before) :] if text.startswith(before) else decode(i) for i, text in texts.items()}

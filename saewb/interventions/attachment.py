@@ -191,7 +191,7 @@ class Attachment(ActiveIntervention):
             splice.restore_hooks()
             splice.first_layer = first_layer
 
-    def _at_first_block(self, kv_cache_offset: int) -> None:
+    def _at_first_block(self, kv_cache_offset: int, n_padding: Tensor | None) -> None:
         self._on_fire()
         for splice in self._splices:
             if splice.is_active:

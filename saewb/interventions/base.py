@@ -122,8 +122,8 @@ class ActiveIntervention(ABC):
         """Prepare for a pass over these token ids, `[batch, pos]`; None if the model was given embeddings."""
 
     @abstractmethod
-    def _at_first_block(self, kv_cache_offset: int) -> None:
-        """Handle the start of the first block, with so many earlier tokens in the KV cache."""
+    def _at_first_block(self, kv_cache_offset: int, n_padding: Tensor | None) -> None:
+        """Handle the start of the first block: tokens in the KV cache, and padding before each row's text if any."""
 
     @abstractmethod
     def _after_forward(self) -> None:

@@ -8,8 +8,8 @@ so the SAE's error stays in place, and a change of 0 is the model itself.
 
 1. The read point gives x, the write point the activation (the same tensor for an SAE).
 2. Only the latents to change are encoded from x, none at all to add; where the SAE is attached, its latents are taken.
-3. The activation moves where the mask of token positions is True. In generation with a KV cache, positions count from
-   the start of the text: a pass begins at the cache's offset.
+3. The activation moves where the mask of token positions is True. Positions count from the start of each text: in
+   generation with a KV cache a pass begins at the cache's offset, in a batch a text begins after its padding.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from dataclasses import dataclass
 from typing import Literal, Union, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saewb._indices import as_tensor, index_of, index_slice, indices_of
 from saewb.errors import explain
 from saewb.interventions.base import ActiveIntervention, check_kv_cache, mask_special_tokens
-from saewb.interventions.site import Site
+from saewb.interventions.site import Site, check_is_sae
 from saewb.interventions.splice import active_splice
 from saewb.models import forward, hook_points
 from saewb.models.tokenizer import special_ids
 from saewb.sae.sae import SAE
 
 How = Literal["add", "clamp", "scale"]
-Positions = Union[int, slice, Sequence[int], Tensor, None]
+Positions = Union[int, slice, Sequence[int], Sequence[bool], Tensor, None]
 
 
 def steer(
@@ -65,7 +66,8 @@ def steer(
             (the bundled SAE's strongest latents reach about 5 to 30).
         how: meaning of the values, see above; the same for all of them.
         positions: where: None everywhere; a position, a slice or a list of positions, counted from the start of the
-            text, generated tokens included; or a mask, `[pos]` or `[batch, pos]`, of the one pass it is meant for.
+            text, generated tokens included, padding before it not; or a mask of booleans, `[pos]` or `[batch, pos]`, of
+            the one pass it is meant for.
         skip_special_tokens: leave these tokens alone: True for the tokenizer's BOS, EOS, PAD and the like, or ids.
         hook: read point, instead of `sae.cfg.hook`; for one SAE.
         hook_out: write point, instead of `sae.cfg.hook_out`; for one SAE.
@@ -106,8 +108,8 @@ def steer(
 
 def ablate(
     model: nn.Module,
-    sae: nn.Module | Mapping[nn.Module, Sequence[int]],
-    latents: int | Sequence[int] | None = None,
+    sae: nn.Module | Mapping[nn.Module, int | Sequence[int] | Tensor],
+    latents: int | Sequence[int] | Tensor | None = None,
     *,
     positions: Positions = None,
     skip_special_tokens: bool | Sequence[int] = False,
@@ -121,7 +123,7 @@ def ablate(
     Args:
         model: as for `steer`.
         sae: SAE whose latents are ablated; or several with the latents of each, `{sae: [latents]}`.
-        latents: indices of latents, one or several.
+        latents: indices of latents, one or several; or a mask of all latents, as `index.density > 0.3`.
         positions: as for `steer`.
         skip_special_tokens: as for `steer`.
         hook: as for `steer`.
@@ -140,7 +142,13 @@ def ablate(
         ...     logits = model("The family is found in Brazil")
     """
     latents_of = sae if isinstance(sae, Mapping) else {sae: latents}
-    zeros = {one: dict.fromkeys(_latent_list(indices), 0.0) for one, indices in latents_of.items()}
+    zeros = {}
+    for one, indices in latents_of.items():
+        check_is_sae(one)
+        zeros[one] = dict.fromkeys(indices_of(indices, "latents", one.cfg.d_sae, of=one).tolist(), 0.0)
+        if not zeros[one]:
+            fix = "saewb.ablate(model, sae, [12, 40])"
+            raise ValueError(explain(f"ablate got latents={indices!r}.", want="at least one", fix=fix))
     several = isinstance(sae, Mapping)
     return steer(
         model,
@@ -167,6 +175,7 @@ class Steering(ActiveIntervention):
         self._hooks: list[hook_points.Hook] = []
         self._tokens: Tensor | None = None
         self._kv_cache_offset: int | None = None  # tokens of the text before this pass; None until the first block
+        self._n_padding: Tensor | None = None  # of each row, before its text
 
     def __repr__(self) -> str:
         state = "attached" if self.is_attached else "detached"
@@ -186,7 +195,7 @@ class Steering(ActiveIntervention):
             change.mask = None  # it refers to this object: break the cycle
 
     def _before_forward(self, tokens: Tensor | None) -> None:
-        self._tokens, self._kv_cache_offset = tokens, None
+        self._tokens, self._kv_cache_offset, self._n_padding = tokens, None, None
         first_layer = forward.first_layer(self._model())
         for hook in self._hooks:
             if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
@@ -194,8 +203,8 @@ class Steering(ActiveIntervention):
         for change in self._changes:
             change.before_forward(first_layer)
 
-    def _at_first_block(self, kv_cache_offset: int) -> None:
-        self._kv_cache_offset = kv_cache_offset
+    def _at_first_block(self, kv_cache_offset: int, n_padding: Tensor | None) -> None:
+        self._kv_cache_offset, self._n_padding = kv_cache_offset, n_padding
         for change in self._changes:
             if change.how != "add":
                 check_kv_cache(change.sae, kv_cache_offset)
@@ -206,7 +215,7 @@ class Steering(ActiveIntervention):
 
     def _mask(self, activation: Tensor) -> Bool[Tensor, "_ pos 1"] | None:
         """Where latents change, `[batch or 1, pos, 1]`; None everywhere."""
-        mask = self._positions.mask(activation.shape[:2], self._kv_cache_offset)
+        mask = self._positions.mask(activation.shape[:2], self._kv_cache_offset, self._n_padding)
         mask = None if mask is None else mask.to(activation.device)
         if self._special:
             plain = ~mask_special_tokens(activation, self._tokens, self._special)
@@ -315,7 +324,8 @@ def decode_change(
         In the model's units.
     """
     if isinstance(sae, SAE):
-        shift = change @ sae.W_dec[latents]
+        with torch.autocast(sae.device.type, enabled=False):
+            shift = change @ sae.W_dec[latents]
         if sae.cfg.normalization == "none":
             return shift
         return sae.denormalize(shift, x) - sae.denormalize(torch.zeros_like(shift), x)
@@ -337,33 +347,38 @@ class TokenPositions:
         """Resolve the `positions` argument of a caller.
 
         Raises:
-            ValueError: for positions counted from the end.
+            ValueError: for positions counted from the end, or that are not whole.
+            TypeError: for anything that is no position.
         """
-        if isinstance(positions, Tensor) and positions.dtype != torch.bool:
-            positions = positions.flatten().tolist()
-        if positions is None or isinstance(positions, Tensor):
-            return cls(positions)
+        if positions is None:
+            return cls(None)
         if isinstance(positions, slice):
-            step = positions.step
-            negative = any(end is not None and end < 0 for end in (positions.start, positions.stop))
-            resolved = positions if not (negative or (step is not None and step < 1)) else None
+            resolved = index_slice(positions, "positions")
+            start, stop, step = resolved.start, resolved.stop, resolved.step
+            is_ahead = min(start or 0, stop or 0) >= 0 and (step is None or step >= 1)
         else:
-            indices = [positions] if isinstance(positions, int) else [int(i) for i in positions]
-            resolved = indices if all(i >= 0 for i in indices) else None
-        if resolved is None:
+            array = as_tensor(positions, "positions")
+            if array.dtype == torch.bool:
+                return cls(array)
+            resolved = indices_of(array, "positions").tolist()
+            is_ahead = min(resolved, default=0) >= 0
+        if not is_ahead:
             want = "0 or more, counted from the start of the text: generation moves its end"
             raise ValueError(explain(f"got positions={positions!r}.", want=want))
         return cls(resolved)
 
-    def mask(self, shape: torch.Size, kv_cache_offset: int | None) -> Bool[Tensor, "_ pos"] | None:
+    def mask(
+        self, shape: torch.Size, kv_cache_offset: int | None, n_padding: Int[Tensor, " batch"] | None = None
+    ) -> Bool[Tensor, "_ pos"] | None:
         """Mask of a pass over `shape` = (batch, pos) tokens.
 
         Args:
             shape: of the activation.
             kv_cache_offset: how many tokens of the text came before this pass; None if not known yet.
+            n_padding: tokens before the text of each row; positions count from the text.
 
         Returns:
-            `[batch or 1, pos]`, True at the positions, on the CPU; None for all of them.
+            `[batch or 1, pos]`, True at the positions; None for all of them.
 
         Raises:
             ValueError: if a mask does not fit the pass; if the KV-cache offset is needed and not known yet.
@@ -381,12 +396,14 @@ class TokenPositions:
         if kv_cache_offset is None:
             what = "positions= at a point that fires before the model tells where in the text it is."
             raise ValueError(explain(what, want="positions=None, or a mask of the pass"))
-        position = torch.arange(kv_cache_offset, kv_cache_offset + shape[1])
+        device = None if n_padding is None else n_padding.device
+        position = torch.arange(kv_cache_offset, kv_cache_offset + shape[1], device=device)[None]
+        position = position if n_padding is None else position - n_padding[:, None]
         if isinstance(self.positions, slice):
             start, step = self.positions.start or 0, self.positions.step or 1
             stop = kv_cache_offset + shape[1] if self.positions.stop is None else self.positions.stop
-            return ((position >= start) & (position < stop) & ((position - start) % step == 0))[None]
-        return torch.isin(position, torch.tensor(self.positions))[None]
+            return (position >= start) & (position < stop) & ((position - start) % step == 0)
+        return torch.isin(position, torch.tensor(self.positions, dtype=torch.int64, device=device))
 
 
 def _check_values(sae: nn.Module, latents: object) -> tuple[list[int], list[float]]:
@@ -395,19 +412,10 @@ def _check_values(sae: nn.Module, latents: object) -> tuple[list[int], list[floa
         what = f"steer got latents={latents!r}."
         want = "{latent: value}, with at least one"
         raise TypeError(explain(what, want=want, fix="saewb.steer(model, sae, {12: 8.0})"))
-    for latent in latents:
-        if isinstance(latent, bool) or int(latent) != latent or not 0 <= int(latent) < sae.cfg.d_sae:
-            raise ValueError(explain(f"{sae!r} has no latent {latent!r}.", want=f"0 to {sae.cfg.d_sae - 1}"))
+    indices = [index_of(latent, "latent", sae.cfg.d_sae, of=sae) for latent in latents]
+    if len(set(indices)) < len(indices):
+        raise ValueError(explain(f"steer got latents={list(latents)!r}.", want="each latent once"))
     values = [float(value) for value in latents.values()]
     if wrong := [value for value in values if not math.isfinite(value)]:
         raise ValueError(explain(f"steer got the value {wrong[0]}.", want="finite numbers"))
-    return [int(latent) for latent in latents], values
-
-
-def _latent_list(latents: object) -> list[int]:
-    if isinstance(latents, int):
-        return [latents]
-    if latents is None or isinstance(latents, (str, bytes)) or len(latents) == 0:
-        what = f"ablate got latents={latents!r}."
-        raise TypeError(explain(what, want="a latent, or a list of them", fix="saewb.ablate(model, sae, [12, 40])"))
-    return [int(i) for i in latents]
+    return indices, values

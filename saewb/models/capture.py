@@ -142,8 +142,13 @@ def stop_layer(model: nn.Module, points: Iterable[str]) -> int | None:
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into eval mode (no dropout); every submodule returns to its previous mode afterwards."""
-    training = [part for module in modules for part in module.modules() if part.training]
+    """Put modules into eval mode (no dropout); every submodule returns to its previous mode afterwards.
+
+    The Hugging Face model that a TransformerBridge wraps is no submodule of it: its parts that the bridge has no
+    component for, such as a dropout after the embedding, are put into eval mode too.
+    """
+    wrapped = [module.original_model for module in modules if hook_points.is_bridge(module)]
+    training = [part for module in (*modules, *wrapped) for part in module.modules() if part.training]
     try:
         _set_training(training, False)
         yield

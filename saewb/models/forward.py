@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from saewb.models import hook_points
@@ -64,7 +65,7 @@ class PassWatcher:
         self,
         model: nn.Module,
         before_forward: Callable[[Tensor | None], None],
-        at_first_block: Callable[[int], None],
+        at_first_block: Callable[[int, Tensor | None], None],
         after_forward: Callable[[], None],
     ) -> None:
         """Prepare.
@@ -75,8 +76,8 @@ class PassWatcher:
             before_forward: gets the token ids `[batch, pos]` of the pass to come, or None if the model was given
                 embeddings. For a HookedTransformer it is called when it embeds, also outside of a pass, and not for a
                 pass that starts at a later layer.
-            at_first_block: gets the KV-cache offset, how many earlier tokens are in the cache, when the first block is
-                reached; the embedding points of a HookedTransformer have fired by then.
+            at_first_block: gets the KV-cache offset, how many earlier tokens are in the cache, and `left_padding` of
+                the rows, when the first block is reached; the embedding points of a HookedTransformer have fired by then.
             after_forward: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
         """
 
@@ -87,7 +88,7 @@ class PassWatcher:
 
         @hook_points.mark_as_saewb_hook
         def on_begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            at_first_block(kv_cache_offset(kwargs))
+            at_first_block(kv_cache_offset(kwargs), left_padding(kwargs))
 
         @hook_points.mark_as_saewb_hook
         def on_end(module: nn.Module, args: tuple, output: object) -> None:
@@ -138,3 +139,11 @@ def kv_cache_offset(kwargs: Mapping[str, Any]) -> int:
     if cache is not None:
         return int(cache.get_seq_length())
     return 0 if entry is None else entry.past_keys.shape[1]
+
+
+def left_padding(kwargs: Mapping[str, Any]) -> Int[Tensor, " batch"] | None:
+    """Padding tokens before each row's text, by the attention mask of a pass and its cache; None without a mask."""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # four axes: which token looks at which
+        return None
+    return (mask.cumsum(1) == 0).sum(1)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from saewb._indices import indices_of
 from saewb.errors import explain
 from saewb.sae.base import SparseCoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["special_ids", "special_mask", "special_token_ids", "token_strings", "tokenizer_of"]
+__all__ = [
+    "end_ids",
+    "single_texts",
+    "special_ids",
+    "special_mask",
+    "special_token_ids",
+    "token_strings",
+    "tokenizer_of",
+]
 
 
 def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[int]) -> list[str]:
@@ -28,6 +38,9 @@ def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[i
 
         "".join(token_strings(t, ids)) == t.decode(ids, clean_up_tokenization_spaces=False)
 
+    but for two things that decoding hides: the space of a first token that has one ("▁was" of SentencePiece is " was",
+    wherever it stands), and ids beyond the tokenizer, which models with a padded vocabulary have: "<4000>".
+
     Args:
         model_or_tokenizer: a model from `load_model`, or a tokenizer.
         ids: token ids of one text.
@@ -36,7 +49,8 @@ def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[i
         As many strings as ids.
 
     Raises:
-        ValueError: if ids have more than one axis.
+        ValueError: if ids have more than one axis, or are not whole.
+        TypeError: if they are no numbers.
 
     Example:
         >>> from saewb.models.load import load_model
@@ -46,14 +60,62 @@ def token_strings(model_or_tokenizer: Any, ids: Int[Tensor, " pos"] | Sequence[i
         ('A 🙂 sun', ['🙂'])
     """
     tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
-    if isinstance(ids, Tensor):
-        if ids.ndim != 1:
-            raise ValueError(explain(f"token_strings got ids of shape {tuple(ids.shape)}.", want="[pos]", fix="ids[0]"))
-        ids = ids.tolist()
-    ids = [int(i) for i in ids]
+    ids = indices_of(ids, "ids", repeats=True).tolist()
+    strings: list[str] = []
+    for is_known, group in groupby(
+        zip(ids, _raw_tokens(tokenizer, ids), strict=True), lambda pair: pair[1] is not None
+    ):
+        run, raw = zip(*group, strict=True)
+        strings += _run_strings(tokenizer, list(run), raw[0]) if is_known else [f"<{i}>" for i in run]
+    return strings
+
+
+def _run_strings(tokenizer: Any, ids: list[int], first: str) -> list[str]:
+    """Strings of ids that the tokenizer has, the first of which is spelled `first` in its vocabulary."""
     strings, text = _decode_windows(tokenizer, ids), _decode(tokenizer, ids)
     # A decoder that rewrites earlier text when more follows (no byte-level one does) needs the slow, exact way.
-    return strings if "".join(strings) == text else _decode_prefixes(tokenizer, ids, text)
+    strings = strings if "".join(strings) == text else _decode_prefixes(tokenizer, ids, text)
+    strings[0] = _with_space(first, strings[0])
+    return strings
+
+
+def single_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, inside: bool = False) -> dict[int, str]:
+    """Text of each token by itself, including the space before a word; ids that the tokenizer lacks are left out.
+
+    A token that is only part of a character's bytes is U+FFFD.
+
+    Args:
+        tokenizer: of the vocabulary.
+        ids: token ids.
+        inside: as they read after another token, where tokenizers of whole words write a space.
+
+    Returns:
+        Text by id.
+
+    Example:
+        >>> from saewb.models.load import load_model
+        >>> single_texts(load_model("tiny", device="cpu").tokenizer, [281, 99_999])
+        {281: ' and'}
+    """
+    raw = {i: token for i, token in zip(ids, _raw_tokens(tokenizer, ids), strict=True) if token is not None}
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"] if inside else []
+    before = _decode(tokenizer, anchor)
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    decoded = tokenizer.batch_decode([[*anchor, i] for i in raw], **options)
+    each = zip(raw, decoded, strict=True)
+    texts = (t[len(before) :] if t.startswith(before) else _decode(tokenizer, [i]) for i, t in each)
+    return {i: _with_space(token, text) for (i, token), text in zip(raw.items(), texts, strict=True)}
+
+
+def _raw_tokens(tokenizer: Any, ids: Sequence[int]) -> list[str | None]:
+    """Each token as the vocabulary spells it; None for ids that the tokenizer lacks."""
+    spelled = tokenizer.convert_ids_to_tokens([max(0, i) for i in ids])
+    return [token if i >= 0 else None for i, token in zip(ids, spelled, strict=True)]
+
+
+def _with_space(token: str, text: str) -> str:
+    # A sentencepiece decoder drops the space of a text's first token.
+    return " " + text if token.startswith("▁") and not text.startswith(" ") else text
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
@@ -107,8 +169,38 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         (0,)
     """
     # Most tokenizers have no decoder start of their own, hence the default.
-    ids = (getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL)
-    return tuple(sorted({i for i in ids if i is not None}))
+    ids = (_ids(getattr(tokenizer, f"{name}_token_id", None)) for name in _SPECIAL)
+    return tuple(sorted({i for several in ids for i in several}))
+
+
+def end_ids(model: nn.Module) -> tuple[int, ...]:
+    """Ids of the tokens that end a text: the tokenizer's EOS, and those that the model's generation config adds.
+
+    Chat models have several (Llama 3: `<|end_of_text|>`, `<|eot_id|>`). Ids of a config count only if they are special
+    tokens of the tokenizer: a model made in memory has those of another one.
+
+    Args:
+        model: with a tokenizer.
+
+    Returns:
+        Unique ids, ascending; empty if there are none.
+
+    Example:
+        >>> from saewb.models.load import load_model
+        >>> end_ids(load_model("tiny", device="cpu"))
+        (0,)
+    """
+    tokenizer, hf = tokenizer_of(model), getattr(model, "original_model", None)
+    configs = (getattr(hf, "generation_config", None), getattr(hf, "config", None))
+    configured = {i for config in configs for i in _ids(getattr(config, "eos_token_id", None))}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+    return tuple(sorted({*_ids(tokenizer.eos_token_id), *(configured & special)}))
+
+
+def _ids(token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One id, several, or none."""
+    return () if token_id is None else tuple(token_id) if isinstance(token_id, (list, tuple)) else (token_id,)
 
 
 def special_mask(tokens: Int[Tensor, "*batch"], ids: Iterable[int]) -> Bool[Tensor, "*batch"]:
@@ -133,13 +225,14 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
 
     Args:
         model: its tokenizer is used.
-        skip_special_tokens: True, False, or a list of token ids.
+        skip_special_tokens: True, False, or token ids.
 
     Returns:
-        Token ids, ascending where they are the tokenizer's.
+        Token ids, ascending where they are the tokenizer's; these include every token that ends a text.
 
     Raises:
-        ValueError: for True on a model without a tokenizer.
+        ValueError: for True on a model without a tokenizer; for a fraction.
+        TypeError: for anything that is no id.
 
     Example:
         >>> import saewb
@@ -148,8 +241,36 @@ def special_ids(model: nn.Module, skip_special_tokens: bool | Sequence[int]) -> 
         ((0,), (), (3, 1))
     """
     if isinstance(skip_special_tokens, bool):
-        return special_token_ids(tokenizer_of(model)) if skip_special_tokens else ()
-    return tuple(int(i) for i in skip_special_tokens)
+        return _special_ids(model) if skip_special_tokens else ()
+    return tuple(indices_of(skip_special_tokens, "skip_special_tokens", repeats=True).tolist())
+
+
+def _special_ids(model: nn.Module) -> tuple[int, ...]:
+    return tuple(sorted({*special_token_ids(tokenizer_of(model)), *end_ids(model)}))
+
+
+def text_ids(model: nn.Module, text: str) -> Int[Tensor, "1 pos"]:
+    """Token ids of a text, with the special tokens the model's tokenizer adds; BOS that is in the text is not doubled.
+
+    Chat templates write it themselves: `tokenizer.apply_chat_template(messages, tokenize=False)`.
+
+    Args:
+        model: with a tokenizer.
+        text: may begin with the tokenizer's BOS.
+
+    Example:
+        >>> from saewb.models.load import load_model
+        >>> model = load_model("tiny", device="cpu")
+        >>> text_ids(model, "<|endoftext|>A cat").tolist() == text_ids(model, "A cat").tolist()
+        True
+    """
+    tokenizer = tokenizer_of(model)
+    ids, bos = model.to_tokens(text, truncate=False), tokenizer.bos_token  # too long a text is for the caller to refuse
+    if not bos or not text.startswith(bos):
+        return ids
+    n_in_text = len(re.match(f"(?:{re.escape(bos)})*", text)[0]) // len(bos)
+    n = int((ids[0] == tokenizer.bos_token_id).cumprod(0).sum())
+    return ids[:, 1:] if n > n_in_text else ids
 
 
 def prepend_bos(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

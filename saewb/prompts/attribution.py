@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
+from saewb._indices import index_of
 from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.capture import eval_mode, stop_layer
@@ -106,6 +108,7 @@ class Attribution:
         return self.to_frame(20)._repr_html_()
 
 
+@torch.inference_mode(False)  # gradients are needed, wherever it is called
 def attribute(
     model: nn.Module,
     prompt: str | Tensor,
@@ -166,6 +169,7 @@ def attribute(
     if method not in get_args(Method):
         want = "one of " + ", ".join(map(repr, get_args(Method)))
         raise ValueError(explain(f"attribute got method={method!r}.", want=want))
+    n_steps, n_nodes = index_of(n_steps, "n_steps"), index_of(n_nodes, "n_nodes")
     if min(n_steps, n_nodes, batch_size) < 1:
         what = f"attribute got n_steps={n_steps}, n_nodes={n_nodes}, batch_size={batch_size}."
         raise ValueError(explain(what, want="1 or more of each"))
@@ -175,6 +179,7 @@ def attribute(
     with hook_points.lock(model), eval_mode(model, *(site.sae for site in run.sites)):
         value, clean = differentiate(run)
         for site, at_site in zip(run.sites, clean, strict=True):
+            check_finite(f"activations at {site.hook_name!r}", at_site.x[run.plain])
             nodes, baseline = split_into_nodes(run, site, at_site), math.nan
             estimate = nodes.effect
             if method == "integrated":
@@ -187,7 +192,7 @@ def attribute(
             nodes_of.append(nodes)
             estimates.append(estimate)
             baselines.append(baseline)
-    fields = {f.name: torch.cat([getattr(nodes, f.name).cpu() for nodes in nodes_of]) for f in dataclass_fields(Nodes)}
+    fields = {f.name: _joined([getattr(nodes, f.name) for nodes in nodes_of]) for f in dataclass_fields(Nodes)}
     return Attribution(
         method=method,
         metric=value,
@@ -195,11 +200,12 @@ def attribute(
         tokens=_token_texts(run),
         saes=tuple(site.hook_name_out for site in run.sites),
         sae=torch.cat([torch.full((len(nodes.latent),), i) for i, nodes in enumerate(nodes_of)]),
-        estimate=torch.cat([estimate.cpu() for estimate in estimates]),
+        estimate=_joined(estimates),
         **fields,
     )
 
 
+@torch.inference_mode(False)
 def attribute_edges(
     model: nn.Module,
     prompt: str | Tensor,
@@ -266,7 +272,7 @@ def attribute_edges(
             "to_position": to,
             "to_token": token_texts[to],
             "to_latent": int(later.latent[j]),
-            "effect": edge.effect.cpu().numpy(),
+            "effect": _joined([edge.effect]).numpy(),
         }
         if metric is not None:
             columns["metric_effect"] = columns["effect"] * float(later.effect[j] / later.activation[j])
@@ -274,6 +280,12 @@ def attribute_edges(
     key = "effect" if metric is None else "metric_effect"
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values(key, key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenated on the CPU; half precision, for which numpy has no type or few digits, as float32."""
+    joined = torch.cat([part.detach().cpu() for part in parts])
+    return joined.float() if joined.dtype in (torch.bfloat16, torch.float16) else joined
 
 
 def _select_targets(
@@ -286,6 +298,8 @@ def _select_targets(
         return nodes.select(size.abs().argsort(descending=True, stable=True)[:n_targets])
     indices = []
     for position, latent in targets:
+        position = index_of(position, "position", run.tokens.shape[1], from_end=True)
+        latent = index_of(latent, "latent", run.sites[1].d_sae)
         index = ((nodes.position == position) & (nodes.latent == latent)).nonzero()[:, 0]
         if len(index) == 0:
             active = nodes.latent[nodes.position == position].tolist()

@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Union
 
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saewb._indices import index_of
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.interventions.site import Site
 from saewb.kernels.topk import TILE
 from saewb.models import hook_points
-from saewb.models.tokenizer import special_ids, special_mask
+from saewb.models.tokenizer import special_ids, special_mask, token_strings, tokenizer_of
 from saewb.sae.base import SparseCoder
 from saewb.sae.sae import SAE
 
@@ -96,10 +98,10 @@ def prepare_attribution(
 def _metric(model: nn.Module, metric: Metric) -> Callable[[Tensor], Tensor]:
     if callable(metric):
         return metric
-    if isinstance(metric, (str, int)):
+    if isinstance(metric, (str, int)) or getattr(metric, "ndim", None) == 0:
         token = token_id(model, metric)
         return lambda logits: logits[0, -1].float().log_softmax(-1)[token]
-    if isinstance(metric, (tuple, list)) and len(metric) == 2:
+    if hasattr(metric, "__len__") and not isinstance(metric, Mapping) and len(metric) == 2:
         a, b = (token_id(model, word) for word in metric)
         return lambda logits: logits[0, -1, a].float() - logits[0, -1, b].float()
     want = "a function of the logits [1, pos, d_vocab], a token, or a pair of tokens"
@@ -111,14 +113,18 @@ def token_id(model: nn.Module, word: str | int) -> int:
 
     Raises:
         ValueError: for a text of several tokens, or none; for an id outside of the vocabulary.
+        TypeError: for anything else.
     """
-    if isinstance(word, int):
-        if not 0 <= word < model.cfg.d_vocab:
-            raise ValueError(explain(f"token {word} is not in the vocabulary.", want=f"0 to {model.cfg.d_vocab - 1}"))
-        return word
-    ids = model.tokenizer(word, add_special_tokens=False)["input_ids"]
+    if not isinstance(word, str):
+        return index_of(word, "token", model.cfg.d_vocab)
+    encode = partial(tokenizer_of(model), add_special_tokens=False)
+    ids = encode(word)["input_ids"]
     if len(ids) != 1:
-        pieces = [model.tokenizer.decode([i]) for i in ids]
+        # Sentencepiece writes a space before a text by itself: " was" is one token only inside of a text.
+        before, inside = encode("a")["input_ids"], encode("a" + word)["input_ids"]
+        if inside[:-1] == before and token_strings(model, inside[-1:]) == [word]:
+            return inside[-1]
+        pieces = token_strings(model, ids)
         spaced = f"{' ' + word!r}, with the space before it, if it stands inside a text; "
         spaced = "" if word.startswith(" ") else spaced
         what = f"{word!r} is {len(ids)} tokens of this model: {pieces}."

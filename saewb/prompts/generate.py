@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.models import hook_points
+from saewb.models.capture import eval_mode
 from saewb.models.forward import KVCachedText
+from saewb.models.tokenizer import end_ids, token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +49,7 @@ class NewToken:
 
 def generate_tokens(
     model: nn.Module,
-    prompt: str | Tensor,
+    prompt: str | Sequence[int] | Tensor,
     intervene: Intervene | None = None,
     *,
     max_new_tokens: int = 30,
@@ -56,7 +59,8 @@ def generate_tokens(
 ) -> Iterator[NewToken]:
     """Generate the continuation of a prompt one token at a time; at temperature 0 it equals that of `model.generate`.
 
-    Ends after `max_new_tokens`, after the tokenizer's EOS token, or when the model's context is full.
+    Ends after `max_new_tokens`, after a token that ends a text (the tokenizer's EOS, and others that the model's
+    generation config names), or when the model's context is full.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
@@ -92,7 +96,9 @@ def generate_tokens(
     return _generate(model, text, intervene, max_new_tokens, temperature, torch.Generator().manual_seed(seed))
 
 
-def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Intervene, n: int = 20) -> pd.DataFrame:
+def next_token_changes(
+    model: nn.Module, prompt: str | Sequence[int] | Tensor, intervene: Intervene, n: int = 20
+) -> pd.DataFrame:
     """List the `n` next tokens whose probability an intervention changes most.
 
         change = p(token | prompt, intervention) - p(token | prompt)      (softmax at temperature 1)
@@ -125,7 +131,7 @@ def next_token_changes(model: nn.Module, prompt: str | Tensor, intervene: Interv
     )
     change = changed - clean
     top = change.abs().topk(min(n, change.numel())).indices
-    tokens = [model.tokenizer.decode([i]) for i in top.tolist()]
+    tokens = [token_strings(model, [i])[0] for i in top.tolist()]
     columns = {"token_id": top, "clean": clean[top], "changed": changed[top], "change": change[top]}
     table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
     table.insert(1, "token", tokens)
@@ -140,21 +146,23 @@ def _generate(
     temperature: float,
     rng: torch.Generator,
 ) -> Iterator[NewToken]:
-    new_ids: list[int] = []
+    new_ids, ends = [], end_ids(model)
     for _ in range(n):
         logits = _next_logits(model, text, intervene)
         token = _choose(logits, temperature, rng)
         new_ids.append(token)
-        yield NewToken(token, model.tokenizer.decode(new_ids), logits.softmax(-1)[token].item())
-        if token == model.tokenizer.eos_token_id or text.ids.shape[1] == model.cfg.n_ctx:
+        yield NewToken(token, "".join(token_strings(model, new_ids)), logits.softmax(-1)[token].item())
+        if token in ends or text.ids.shape[1] == model.cfg.n_ctx:
             return
         text.append(token)
 
 
 def _next_logits(model: nn.Module, text: KVCachedText, intervene: Intervene | None) -> Tensor:
     """Logits of the next token, `[d_vocab]`, float32 on the CPU."""
-    with hook_points.lock(model), torch.no_grad(), intervene() if intervene is not None else contextlib.nullcontext():
-        return text.logits().float().cpu()
+    with hook_points.lock(model), eval_mode(model), torch.no_grad(), (intervene or contextlib.nullcontext)():
+        logits = text.logits().float().cpu()
+    check_finite("logits", logits)
+    return logits
 
 
 def _choose(logits: Tensor, temperature: float, rng: torch.Generator) -> int:

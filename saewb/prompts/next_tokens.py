@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
+from saewb._indices import index_of
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.interventions.attachment import attach
@@ -49,9 +51,7 @@ class NextTokens:
         """
         import pandas as pd
 
-        n = len(self.tokens)
-        if not -n <= position < n:
-            raise ValueError(explain(f"position {position} of a prompt of {n} tokens.", want=f"0 to {n - 1}"))
+        position = index_of(position, "position", len(self.tokens), from_end=True)
         ids = self.ids[position].tolist()
         columns = {
             "token": [self.words[i] for i in ids],
@@ -109,7 +109,7 @@ def next_tokens(
         >>> table.columns.tolist(), table.token[0]
         (['token', 'id', 'probability', 'with_saes'], ' States')
     """
-    if type(n) is not int or n < 1:
+    if (n := index_of(n, "n")) < 1:
         raise ValueError(explain(f"next_tokens got n={n!r}.", want="a number of words, 1 or more"))
     with hook_points.lock(model):
         options = {"error_term": error_term, "skip_special_tokens": skip_special_tokens}
@@ -153,6 +153,8 @@ def prompt_strings(model: nn.Module, ids: Sequence[int]) -> list[str]:
 
 def _likeliest(model: nn.Module, ids: Tensor, clean: Tensor, spliced: Tensor | None, n: int) -> NextTokens:
     """Collect the likeliest next tokens from logits `[pos, d_vocab]`, some positions at a time."""
+    for logits in (clean, *([] if spliced is None else [spliced])):
+        check_finite("logits", logits)
     n_positions, n = max(1, _TILE // clean.shape[-1]), min(n, clean.shape[-1])
     clean_tiles = clean.split(n_positions)
     tiles = zip(clean_tiles, [None] * len(clean_tiles) if spliced is None else spliced.split(n_positions), strict=True)

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
+from saewb._indices import index_of
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain, near
 from saewb.interventions.site import Site, check_is_sae
@@ -40,6 +42,7 @@ Weight = Literal["activation", "logit_effect", "attribution", "of_max"]
 _WEIGHTS: tuple[Weight, ...] = ("activation", "logit_effect", "attribution", "of_max")
 
 
+@torch.inference_mode(False)  # the activations that it keeps are differentiated later
 def read_prompt(
     model: nn.Module,
     prompt: str | Sequence[int] | Tensor,
@@ -209,6 +212,7 @@ class PromptReading:
         """Text of the token that effects are on."""
         return None if self.target is None else prompt_strings(self.clean_run.model, [self.target])[0]
 
+    @torch.inference_mode(False)
     def toward(self, target: str | int) -> PromptReading:
         """Add `logit_effect` to the rows: the direct effect of each on this token's logit at its own position.
 
@@ -264,8 +268,7 @@ class PromptReading:
     def activations(self, sae: int | str, latent: int) -> Float[Tensor, " pos"]:
         """Activations of one latent at every position of the prompt; 0 at positions left out."""
         k = self._sae_index(sae)
-        if not 0 <= latent < self.d_sae[k]:
-            raise ValueError(explain(f"latent {latent} of {self.saes[k]}.", want=f"0 to {self.d_sae[k] - 1}"))
+        latent = index_of(latent, f"latent of {self.saes[k]}", self.d_sae[k])
         rows = ((self.sae == k) & (self.latent == latent)).nonzero()[:, 0]
         return torch.zeros(len(self.tokens)).index_put((self.position[rows],), self.activation[rows])
 
@@ -340,18 +343,15 @@ class PromptReading:
         return (sae * len(self.tokens) + position) * max(self.d_sae) + latent
 
     def _position(self, at: int) -> int:
-        n = len(self.tokens)
-        if not -n <= at < n:
-            raise ValueError(explain(f"position {at} of a prompt of {n} tokens.", want=f"0 to {n - 1}"))
-        return at % n
+        return index_of(at, "position", len(self.tokens), from_end=True)
 
     def _sae_index(self, sae: int | str) -> int:
-        if isinstance(sae, str) and sae in self.saes:
-            return self.saes.index(sae)
-        if isinstance(sae, int) and 0 <= sae < len(self.saes):
-            return sae
-        close = near(sae, self.saes) if isinstance(sae, str) else ()
-        raise ValueError(explain(f"no SAE {sae!r} here.", near=close, want=f"0 to {len(self.saes) - 1}, or a name"))
+        if not isinstance(sae, str):
+            return index_of(sae, "sae", len(self.saes))
+        if sae not in self.saes:
+            close, want = near(sae, self.saes), f"0 to {len(self.saes) - 1}, or a name"
+            raise ValueError(explain(f"no SAE {sae!r} here.", near=close, want=want))
+        return self.saes.index(sae)
 
     def _look_up(self, index: FeatureIndex | Sequence[FeatureIndex | None]) -> tuple[Tensor, Tensor]:
         """Density of each row's latent, and activation divided by the largest one; nan without an index."""
@@ -412,6 +412,8 @@ class _Request:
         """Encode the activations of a pass at `hook_names`."""
         sites, ids = self.sites, tuple(self.ids[0].tolist())
         inputs = tuple(site.read_input(activations[site.hook_name]) for site in sites)
+        for site, x in zip(sites, inputs, strict=True):
+            check_finite(f"activations at {site.hook_name!r}", x[:, ~self.special])
         latents = [active_latents(site, x, ~self.special) for site, x in zip(sites, inputs, strict=True)]
         final = activations[self.final_hook][0]
         return PromptReading(

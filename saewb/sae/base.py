@@ -6,12 +6,14 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import wraps
 from typing import Any, ClassVar, Union
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from saewb._finite import check_finite
 from saewb.errors import FormatError, explain
 from saewb.kernels.select import ApproximateTopK
 from saewb.sae.activation_functions import Latents, Tap, denormalized, normalized
@@ -19,6 +21,18 @@ from saewb.sae.config import CoderConfig
 from saewb.sae.sparse import SparseLatents
 
 _TILE = 2**23  # latents computed at a time (32 MiB in float32), unless one row of tokens has more
+
+
+def _without_autocast(method: Any) -> Any:
+    @wraps(method)
+    def in_own_dtype(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return in_own_dtype
 
 
 class SparseCoder(nn.Module, ABC):
@@ -44,6 +58,20 @@ class SparseCoder(nn.Module, ABC):
     """Decoder directions, one row per latent."""
     b_dec: nn.Parameter
     """Decoder bias."""
+
+    def __init_subclass__(cls) -> None:
+        """Encoding and decoding are in the SAE's own dtype, also inside of `torch.autocast`, which is the model's."""
+        for name in (
+            "encode",
+            "encode_topk",
+            "encode_layer",
+            "decode",
+            "decode_layer",
+            "_encode_tokens",
+            "_approximation",
+        ):
+            if name in cls.__dict__:
+                setattr(cls, name, _without_autocast(cls.__dict__[name]))
 
     @classmethod
     def from_tensors(
@@ -343,6 +371,7 @@ class SparseEncoder:
         rows, d_sae = x.flatten(0, -2), self.sae.d_sae
         token = None if mask is None else mask.flatten().nonzero()[:, 0]
         rows = rows if token is None or len(token) == len(rows) else rows[token]
+        check_finite(f"activations that {self.sae!r} reads", rows)
         if not self._prepared and len(rows):
             self._approximate, self._prepared = self.sae._approximation(rows), True
         latents = self.sae._encode_tokens(rows, self._approximate)

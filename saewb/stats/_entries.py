@@ -97,7 +97,8 @@ class Factors(Entries):
         return self.n_terms / 8 + 16
 
     def block(self, rows: Int[Tensor, " rows"], cols: Int[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
-        entries = self.a[rows] @ self.b[cols].T
+        with torch.autocast(self.device.type, enabled=False):
+            entries = self.a[rows] @ self.b[cols].T
         if self.same:
             i, j = diagonal(rows, cols, self.shape[1])
             entries[i, j] = torch.where(entries[i, j].isnan(), torch.nan, 1.0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb._files import atomic_write
+from saewb._indices import Indices, indices_of
 from saewb.errors import FormatError, explain, near
 from saewb.metrics import has_float64
 from saewb.sae.sparse import SparseLatents
@@ -271,7 +272,7 @@ class Coactivation:
         """Latents of the first SAE, latents of the second (or of the same) SAE."""
         return len(self.a.fired), len(self._second.fired)
 
-    def counts(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Int[Tensor, "rows cols"]:
+    def counts(self, rows: Indices, cols: Indices) -> Int[Tensor, "rows cols"]:
         """Tokens on which both latents fire; on the diagonal of one SAE, tokens on which the latent fires.
 
         Args:
@@ -283,7 +284,7 @@ class Coactivation:
         """
         return self._block(self.together, self.a.fired, *self._indices(rows, cols)).long()
 
-    def phi(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
+    def phi(self, rows: Indices, cols: Indices) -> Float[Tensor, "rows cols"]:
         """Correlation of firing: 1 always together, 0 as by chance, -1 each exactly where the other does not fire.
 
         (N n_ij - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j))
@@ -294,7 +295,7 @@ class Coactivation:
         spread_i, spread_j = (fired * (n - fired) for fired in (fired_i, fired_j))
         return _ratio(n * both - fired_i[:, None] * fired_j, spread_i.sqrt()[:, None] * spread_j.sqrt())
 
-    def jaccard(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
+    def jaccard(self, rows: Indices, cols: Indices) -> Float[Tensor, "rows cols"]:
         """Fraction of the tokens on which either fires on which both fire: 1 always, 0 never together.
 
         n_ij / (n_i + n_j - n_ij)
@@ -303,7 +304,7 @@ class Coactivation:
         both = self._block(self.together, self.a.fired, i, j).double()
         return _ratio(both, self.a.fired[i].double()[:, None] + self._second.fired[j].double() - both)
 
-    def correlation(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
+    def correlation(self, rows: Indices, cols: Indices) -> Float[Tensor, "rows cols"]:
         """Pearson correlation of activations over all tokens, zeros included: -1..1.
 
             (N sum a_i a_j - sum a_i sum a_j) / sqrt((N sum a_i² - (sum a_i)²) (N sum a_j² - (sum a_j)²))
@@ -321,7 +322,7 @@ class Coactivation:
         return _ratio(n * both - a.total[i][:, None] * b.total[j], spread_a.sqrt()[:, None] * spread_b.sqrt())
 
     def partners(
-        self, latents: Sequence[int] | Tensor, k: int = 10, *, by: str = "phi", min_together: int = 1
+        self, latents: Indices, k: int = 10, *, by: str = "phi", min_together: int = 1
     ) -> tuple[Int[Tensor, "latents k"], Float[Tensor, "latents k"]]:
         """The k latents with the largest figure for each of some latents.
 
@@ -430,14 +431,11 @@ class Coactivation:
     def _second(self) -> Side:
         return self.a if self.b is None else self.b
 
-    def _indices(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def _indices(self, rows: Indices, cols: Indices) -> tuple[Tensor, Tensor]:
         return self._index(rows, 0), self._index(cols, 1)
 
-    def _index(self, latents: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " n"]:
-        index, n = torch.as_tensor(latents, device=self.together.device).long().reshape(-1), self.shape[axis]
-        if bool((bad := (index < 0) | (index >= n)).any()):
-            raise ValueError(explain(f"no latents {index[bad][:5].tolist()}.", want=f"0..{n - 1}"))
-        return index
+    def _index(self, latents: Indices, axis: int) -> Int[Tensor, " n"]:
+        return indices_of(latents, "latents", self.shape[axis], repeats=True, of=self).to(self.together.device)
 
     def _block(self, table: Tensor, diagonal: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Rows and columns of a table of pairs, with `diagonal` for a latent and itself."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saewb._indices import Indices, as_tensor, index_of, indices_of
 from saewb.errors import explain, near
 from saewb.stats._entries import Counts, Dense, Entries, Factors, Selected, unit
 from saewb.stats._ordering import by_clusters
@@ -73,7 +73,7 @@ class MatrixView:
         return ("clusters" if self.same else "matched", *by_density, "index")
 
     @torch.no_grad()
-    def block(self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor) -> Float[Tensor, "rows cols"]:
+    def block(self, rows: Indices, cols: Indices) -> Float[Tensor, "rows cols"]:
         """Exact entries of some features, float32, on the CPU.
 
         Raises:
@@ -81,7 +81,7 @@ class MatrixView:
         """
         return self.entries.block(self._index(rows, 0), self._index(cols, 1)).cpu()
 
-    def picked(self, features: Sequence[int] | Tensor) -> MatrixView:
+    def picked(self, features: Indices) -> MatrixView:
         """The matrix between selected features, repeated or not; entries of feature -1 are nan.
 
         With the feature of each latent, the matrix of true features compares with that of the learned latents.
@@ -96,7 +96,9 @@ class MatrixView:
         """
         if not self.same:
             raise ValueError(explain(f"{self!r} is of two sets.", want="one of correlations within a set"))
-        index = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
+        index = as_tensor(features, "features")
+        index = indices_of(index, "features", self.shape[0] if index.dtype == torch.bool else None, repeats=True)
+        index = index.to(self.entries.device)
         self._index(index[index >= 0], 0)
         if bool((index < -1).any()) or not len(index):
             raise ValueError(explain(f"picked got {index[:5].tolist()}.", want="features, or -1 for none"))
@@ -107,7 +109,7 @@ class MatrixView:
 
     @torch.no_grad()
     def pooled(
-        self, rows: Sequence[int] | Tensor, cols: Sequence[int] | Tensor, step: int, cells: str = "strongest"
+        self, rows: Indices, cols: Indices, step: int, cells: str = "strongest"
     ) -> Float[Tensor, "cells_r cells_c"]:
         """Pool a block into cells of `step * step` entries: the strongest entry, with its sign, or the mean.
 
@@ -186,6 +188,7 @@ class MatrixView:
     def partners(self, feature: int, k: int = 8, axis: int = 0) -> list[Pair]:
         """The k strongest entries of a feature's row (axis=0) or column (axis=1), without the diagonal."""
         this = self._index([feature], axis)
+        feature = int(this)
         others = torch.arange(self.shape[1 - axis], device=self.entries.device)
         values = self.entries.block(*((this, others) if axis == 0 else (others, this))).flatten().cpu()
         size = values.abs().nan_to_num(-1)
@@ -199,6 +202,7 @@ class MatrixView:
 
     def pair(self, row: int, col: int) -> PairFigures:
         """Entry, firing counts and joint count of two features."""
+        row, col = index_of(row, "row", self.shape[0]), index_of(col, "col", self.shape[1])
         value, fires = self.block([row], [col]).item(), self.entries.firing_counts()
         fires_row = None if fires is None else int(fires[row])
         fires_col = None if fires is None or not self.same else int(fires[col])
@@ -208,12 +212,8 @@ class MatrixView:
         n, m = self.shape
         return f"MatrixView({self.what}, {n:,} features)" if self.same else f"MatrixView({self.what}, {n:,} x {m:,})"
 
-    def _index(self, features: Sequence[int] | Tensor, axis: int) -> Int[Tensor, " some"]:
-        index = torch.as_tensor(features, device=self.entries.device).long().reshape(-1)
-        n = self.shape[axis]
-        if bool((bad := (index < 0) | (index >= n)).any()):
-            raise ValueError(explain(f"no features {index[bad][:5].tolist()} in {self!r}.", want=f"0..{n - 1}"))
-        return index
+    def _index(self, features: Indices, axis: int) -> Int[Tensor, " some"]:
+        return indices_of(features, "features", self.shape[axis], repeats=True, of=self).to(self.entries.device)
 
     def _matched(self) -> Tensor:
         n, m = self.shape

@@ -295,6 +295,7 @@ def ordered_cosines(
     return order, _cosines(latents[order], features)
 
 
+@torch.no_grad()
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
     return nn.functional.normalize(a, dim=1) @ nn.functional.normalize(b.to(a), dim=1).T
 

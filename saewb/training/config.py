@@ -30,7 +30,8 @@ from saewb._config import (
     parse_value,
     require,
 )
-from saewb.data.stream import PASS_TOKENS
+from saewb._indices import index_slice
+from saewb.data.tokens import PASS_TOKENS
 from saewb.errors import explain, near
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
@@ -187,6 +188,8 @@ class DataConfig:
     """Whether special tokens (BOS, EOS, padding) are left out; or the token ids to leave out."""
     positions: Annotated[tuple[int | None, int | None, int | None], Strict(False)] = (None, None, None)
     """Start, stop and step of the positions of each row that are kept."""
+    column: str | None = None
+    """Column of a dataset with the texts, tokens or messages; None means the first known one."""
     held_out_tokens: PositiveInt = 16_384
     """Tokens of held-out texts, at most."""
 
@@ -341,6 +344,7 @@ class RunSpec:
                 close = [_ALIASES[name]] if name in _ALIASES else near(name, owners)
                 fix = f"train(..., {close[0]}=...)" if close else 'print(*saewb.training_options(), sep="\\n")'
                 raise TypeError(explain(f"train has no option {name!r}.", near=close, fix=fix))
+        positions = index_slice(positions, "positions")
         options |= {"n_tokens": n_tokens, "positions": (positions.start, positions.stop, positions.step)}
         parts = []
         for owner in (TrainConfig, DataConfig, RunConfig):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saewb._config import dump
+from saewb._finite import FiniteCheck, check_finite
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain, near
 from saewb.training.config import TrainConfig, Trainee
@@ -120,6 +121,8 @@ class Training:
         """Whether a batch was taken from the stream that has not been trained on to the end of its step."""
         self._n_taken = 0  # pending batches trained on since then
         self._n_skip = self._skipped = 0  # batches to skip after a restore; those skipped so far
+        # Of the batches. On a CPU each is checked before its step, unless there is to be no look at each.
+        self._finite = FiniteCheck(deferred=config.look_every_steps not in (None, 1))
         self._normalizers: dict[str, ActivationNormalizer] = {}
         self._trainers: dict[str, SAETrainer] = {}
         self._probe: dict[str, Tensor] = {}
@@ -145,6 +148,8 @@ class Training:
 
     def _step(self, batch: Batch) -> TrainStep:
         values = self._check_batch(batch)
+        for point in self._normalizers:
+            self._finite.add(f"activations at {point!r}", values[point], f" in batch {self.n_steps + 1:,}")
         inputs = {p: n.normalize(self._to_device(values[p][self._rows])) for p, n in self._normalizers.items()}
         metrics = {}
         for name, trainer in self._trainers.items():
@@ -159,6 +164,14 @@ class Training:
         if self._held_out is not None and (is_due or self.n_steps == self.config.n_steps):
             metrics = {name: replace(m, held_out=self._evaluate(name)) for name, m in metrics.items()}
         return TrainStep(self.n_steps, self.n_tokens, metrics)
+
+    def check_finite(self) -> None:
+        """Check the batches since the last call; waits for the device, unless each was checked before its step.
+
+        Raises:
+            FloatingPointError: if activations in one were not finite.
+        """
+        self._finite.look()
 
     def _evaluate(self, name: str) -> HeldOut:
         read, write = self._points(name)
@@ -261,6 +274,8 @@ class Training:
         if self._trainers:
             return False
         if len(self._pending) < self._n_estimate_batches and (batch := next(self._iterator, None)) is not None:
+            for point, x in batch.values.items():
+                check_finite(f"activations at {point!r}", x)
             self._pending.append(batch)
             return True
         self._initialize()

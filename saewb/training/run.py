@@ -296,6 +296,7 @@ class Run(RunRecord):
         last = step.step == self._config.n_steps
         measured = any(metrics.held_out is not None for metrics in step.saes.values())
         if step.step == 1 or last or measured or step.step % self.spec.run.log_every_steps == 0:
+            self._training.check_finite()
             self._log.add_step(step, self._seconds, self._config.lr)
         if self._folder is None or last or not self._is_checkpoint_due(step.n_tokens):
             return

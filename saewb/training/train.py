@@ -17,7 +17,8 @@ from saewb._files import absolute, read_yaml, refuse_damage
 from saewb.data.cache import ActivationCache
 from saewb.data.documents import TextFiles
 from saewb.data.sources import ModelSource
-from saewb.data.stream import ActivationStream, model_tokens, stream_widths
+from saewb.data.stream import ActivationStream, stream_widths
+from saewb.data.tokens import model_tokens
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import check_device, explain
 from saewb.interventions.attachment import attachments
@@ -37,6 +38,7 @@ FEW_STEPS = 200
 """A run of fewer steps gets a note: its SAE has hardly left its random initialization."""
 
 
+@torch.inference_mode(False)
 def train(
     model: nn.Module | None,
     tokens: Any,
@@ -103,9 +105,32 @@ def train(
         (256, 2)
     """
     spec = RunSpec.from_options(saes, n_tokens=n_tokens, hook=hook, hook_out=hook_out, positions=positions, **options)
+    _check_used(spec, folder, held_out, loggers)
     return _start(spec, model, tokens, folder=folder, held_out=held_out, loggers=loggers, device=device)
 
 
+def _check_used(spec: RunSpec, folder: str | Path | None, held_out: Any, loggers: Sequence[Logger]) -> None:
+    """Check that what options need is there, rather than at the first checkpoint, evaluation or log."""
+    run = spec.run
+    for name, value in (("checkpoint_every_tokens", run.checkpoint_every_tokens), ("keep_saes", run.keep_saes or None)):
+        if value is not None and folder is None:
+            what = f"train got {name}={value!r} and no folder to write to."
+            raise ValueError(explain(what, want="a new folder", fix='train(..., folder="runs/first")'))
+    if folder is not None and not str(folder):
+        what = "train got folder=''."
+        raise ValueError(explain(what, want="a new folder, or None to keep all in memory", fix='folder="runs/first"'))
+    if spec.train.eval_every_tokens is not None and held_out is None:
+        what = f"train got eval_every_tokens={spec.train.eval_every_tokens} and nothing to evaluate on."
+        raise ValueError(
+            explain(what, want="tokens or texts that are not trained on", fix="train(..., held_out=texts)")
+        )
+    for logger in loggers:
+        if not callable(logger):
+            what = f"train got a {type(logger).__name__} among the loggers."
+            raise TypeError(explain(what, want="functions of an Event", fix="loggers=[print]"))
+
+
+@torch.inference_mode(False)
 def resume_run(
     folder: str | Path,
     *,
@@ -207,6 +232,7 @@ def train_file(path: Path) -> Run:
         return resume_run(folder, model=model, tokens=tokens, held_out=held_out, n_tokens=options["n_tokens"])
     saes = {name: Trainee.from_dict(sae) for name, sae in options.pop("saes").items()}
     spec = RunSpec.from_options(saes, strict=False, **options)
+    _check_used(spec, folder, held_out, ())
     return _start(spec, model, tokens, folder=folder, held_out=held_out, device=device)
 
 
@@ -342,7 +368,8 @@ def _model_source(
     parallel: ParallelContext = SINGLE_PROCESS,
 ) -> ModelSource:
     data = spec.data
-    rows = model_tokens(model, tokens, ctx_len=data.ctx_len, pass_tokens=data.pass_tokens, repeat=repeat)
+    sizes = {"ctx_len": data.ctx_len, "pass_tokens": data.pass_tokens}
+    rows = model_tokens(model, tokens, repeat=repeat, column=data.column, **sizes)
     skipped = special_ids(model, data.skip_special_tokens)
     return ModelSource(model, rows, points, positions=slice(*data.positions), skipped=skipped, parallel=parallel)
 

@@ -61,7 +61,7 @@ def test_special_tokens_that_the_tokenizer_would_add_are_not_added_twice():
 @pytest.mark.parametrize(
     ("texts", "ctx_len", "roles", "error", "says"),
     [
-        ([], 4, FRAMED, ValueError, "no texts"),
+        ([], 4, FRAMED, ValueError, "no documents"),
         (["a b"], 1, FRAMED, ValueError, "ctx_len=1"),
         (["a b c d"], 4, {}, ValueError, "bos=False"),
         (["a b"], 4, FRAMED, ValueError, "do not fill one row"),
@@ -98,5 +98,5 @@ def test_special_mask_by_hand_for_any_shape_and_for_no_ids():
 @pytest.mark.parametrize("text", [1, None, SimpleNamespace(text="a b")])
 def test_texts_that_are_no_strings(text):
     unchecked = inspect.unwrap(pack)  # as a user has it: without the types checked first
-    with pytest.raises(TypeError, match=r"got a (int|NoneType|SimpleNamespace) among the texts"):
+    with pytest.raises(TypeError, match=r"got a (int|NoneType|SimpleNamespace).* among the documents"):
         unchecked(["a b", text], words(**FRAMED), 4)

@@ -16,9 +16,11 @@ from saewb.features.token_sets import token_sets, token_texts, tokens_where
 
 def running_sum(effects, ids):
     """The definition, step by step, for one latent."""
-    order = np.argsort(-np.asarray(effects, dtype=np.float64), kind="stable")
+    effects = np.asarray(effects, dtype=np.float64)
+    order = np.argsort(-effects, kind="stable")
     hit = np.isin(order, ids)
     total = np.cumsum(np.where(hit, 1 / hit.sum(), -1 / (~hit).sum()))
+    total = total[np.append(np.diff(effects[order]) != 0, True)]  # equal effects count at once
     return total[np.abs(total).argmax()], np.abs(total).max()
 
 
@@ -61,6 +63,13 @@ def test_by_hand():
     assert enrichment_scores(effects, [torch.tensor([0, 1])]).item() == pytest.approx(1 / 3)
     assert enrichment_scores(effects, [torch.tensor([4])]).item() == -1
     assert enrichment_scores(effects, [torch.tensor([3, 4])]).item() == pytest.approx(0.5)
+
+
+def test_the_order_of_tokens_of_equal_effect_does_not_matter():
+    sets = [torch.tensor([0, 1]), torch.tensor([4, 5]), torch.tensor([0, 5])]
+    assert enrichment_scores(torch.zeros(1, 6), sets).tolist() == [[0.0, 0.0, 0.0]]
+    effects = torch.tensor([[2.0, 0.0, 0.0, 2.0, 0.0, 0.0]])  # set {0, 1}: 1/2 - 1/4 after the two, 0 at the end
+    assert enrichment_scores(effects, sets).tolist() == [[0.25, -0.5, 0.25]]
 
 
 @examples(50)
@@ -115,8 +124,8 @@ def test_seed_order_names_and_q():
 @pytest.mark.parametrize(("sets", "kwargs", "text"), [
     ({"none": []}, {}, "'none' has 0 of 60"),
     ({"all": range(60)}, {}, "'all' has 60 of 60"),
-    ({"far": [3, 60]}, {}, "'far' has id 60"),
-    ({"far": [3, -1]}, {}, "'far' has id -1"),
+    ({"far": [3, 60]}, {}, "set 'far' .60"),
+    ({"far": [3, -1]}, {}, "set 'far' .-1"),
     ({}, {}, "no sets"),
     ({"a": [1]}, {"n_permutations": 0}, "n_permutations=0"),
     ({"a": [1]}, {"latents": [1, 2]}, "2 latents for 20 rows"),

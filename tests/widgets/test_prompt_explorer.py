@@ -340,7 +340,7 @@ def test_wrong_values(index):
         changed(panel, target="two words")
     assert panel.target == ""
     check_code(panel)
-    with pytest.raises(ValueError, match="not in the vocabulary"):
+    with pytest.raises(ValueError, match="no token 999999"):
         changed(panel, target="id:999999")
     with pytest.raises(ValueError, match="asked to 'explode'"):
         press(panel, "explode")

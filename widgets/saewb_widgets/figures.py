@@ -29,7 +29,7 @@ def feature_similarity(latents: Any, features: Any, *, title: str = "Cosine of l
     """
     import plotly.graph_objects as go
 
-    rows = getattr(latents, "W_dec", latents).detach()
+    rows = getattr(latents, "W_dec", latents)
     if max(len(rows), len(features)) > LARGEST:
         what = f"feature_similarity got {len(rows)} latents and {len(features)} features."
         fix = "feature_similarity(sae.W_dec[:500], features[:500])"

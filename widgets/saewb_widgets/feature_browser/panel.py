@@ -329,7 +329,7 @@ class FeatureBrowser(Panel):
             fix = "FeatureBrowser(index, model, sae)"
             raise ValueError(errors.explain("a prompt needs the model and the SAE.", fix=fix))
         with self.working("running the model"):
-            ids = self.model.to_tokens(self.prompt)[0].tolist()
+            ids = saewb.data.tokens.prompt_ids(self.model, self.prompt)[0].tolist()
             active = self.index.find(self.model, self.sae, ids)
             marks = [position for position, i in enumerate(ids) if i in self.index.info.special]
             self.tried = tried(saewb.token_strings(self.model, ids), marks, active)
