@@ -77,7 +77,7 @@ class PassWatcher:
                 embeddings. For a HookedTransformer it is called when it embeds, also outside of a pass, and not for a
                 pass that starts at a later layer.
             at_first_block: gets the KV-cache offset, how many earlier tokens are in the cache, and `left_padding` of
-                the rows, when the first block is reached; the embedding points of a HookedTransformer have fired by then.
+                the rows, when the first block is reached; a HookedTransformer's embedding points have fired by then.
             after_forward: called after each pass that ran to its end: without `stop_at_layer`, without an exception.
         """
 
