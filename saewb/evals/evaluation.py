@@ -29,6 +29,7 @@ from saewb.evals.model_losses import (
 )
 from saewb.evals.result import Evaluation, EvaluationStore, LatentFigures, source_name
 from saewb.interventions.site import Site
+from saewb.kernels.threads import sleep_while_contended
 from saewb.metrics import float64
 from saewb.models.capture import eval_mode
 from saewb.models.tokenizer import special_ids
@@ -204,7 +205,7 @@ def _evaluate(
     """Evaluate SAEs at these sites, with shared passes over the model."""
     batches = Batches(ids, special, batch_size, next(model.parameters()).device)
     bar = tqdm(total=(1 + losses) * len(batches), desc="evaluate", unit="batch", leave=False, disable=not progress)
-    with torch.no_grad(), eval_mode(model, *(site.sae for site in sites)), bar:
+    with torch.no_grad(), eval_mode(model, *(site.sae for site in sites)), bar, sleep_while_contended():
         metrics = evaluate_at_hooks(model, sites, batches, bar)
         model_losses = [Losses(*[math.nan] * 7)] * len(sites)
         if losses:

@@ -30,6 +30,7 @@ from saewb.features.logit_effects import logit_effects, loss_effects, project_to
 from saewb.features.neighbors import nearest
 from saewb.features.token_texts import TokenTexts, collect_token_texts
 from saewb.interventions.site import Site, check_reconstructs
+from saewb.kernels.threads import sleep_while_contended
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.models.unembed import unembedding
@@ -267,7 +268,7 @@ def _run(
     hooks, device, saved = [build.info.hook for build in builds], next(model.parameters()).device, time.monotonic()
     bar = tqdm(total=text.end - first, desc="index", unit="row", leave=False, disable=not progress)
     # Accumulate on another thread: an interrupt reaches the main thread only, so no batch is half counted.
-    with bar, ThreadPoolExecutor(1) as thread:
+    with bar, sleep_while_contended(), ThreadPoolExecutor(1) as thread:
         pending: Future | None = None
         try:
             for begin in range(first - text.first_row, len(text), batch_size):

@@ -26,6 +26,7 @@ from typing import Any, Literal, final
 from saewb.data.stream import ActivationStream
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
+from saewb.kernels.threads import sleep_while_contended
 from saewb.models.hook_points import split_head
 from saewb.sae.sae import SAE
 from saewb.training import Diverged, Training, TrainStep
@@ -245,11 +246,12 @@ class Run(RunRecord):
         error: BaseException | None = None
         self._log.notify("begin", self._done, self.spec.to_dict())
         try:
-            steps = iter(self._training)
-            while self._read_ahead():
-                pass
-            while (step := self._next_step(steps)) is not None:
-                self._log_and_checkpoint(step)
+            with sleep_while_contended():
+                steps = iter(self._training)
+                while self._read_ahead():
+                    pass
+                while (step := self._next_step(steps)) is not None:
+                    self._log_and_checkpoint(step)
         except BaseException as caught:  # a dead thread must not look like a running one
             error = out_of_memory(caught, self._done[0] + 1, self._config.batch_tokens, self.memory)
         try:

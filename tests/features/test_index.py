@@ -335,7 +335,7 @@ def test_folders_that_are_no_index(model, tmp_path):
     for change, match in (
         ({"version": 99}, "version 99"),
         ({"color": 1}, "color"),
-        ({"tensors": "../x.safetensors"}, "not there"),
+        ({"tensors": "../x.safetensors"}, "a file in the same folder"),
         ({"n_top": 3}, r"top\.tokens has shape"),
     ):
         (tmp_path / "i/index.json").write_text(json.dumps(content | change))

@@ -398,7 +398,7 @@ def test_a_folder_tells_how_its_run_ended(tmp_path):
     past = saewb.read_run(tmp_path / "c")
     assert (past.state, past.error) == ("failed", "OSError: the stream is gone")
     (tmp_path / "c" / "end.json").write_text('{"state": "fini')
-    with pytest.raises(saewb.FormatError, match="end.json in"):
+    with pytest.raises(saewb.FormatError, match="end.json is not JSON"):
         saewb.read_run(tmp_path / "c")
 
 
@@ -726,7 +726,7 @@ def test_the_command_line_trains_from_a_file_and_goes_on(tmp_path, capsys, monke
         ("lr:", "learning_rate:", "no option 'learning_rate'"),
         ("n_tokens: 1024", "", "no 'n_tokens'"),
         ("embedded: true", "embeded: true", "one of files, embedded, cache"),
-        ("saes:", "saes: [", "no YAML"),
+        ("saes:", "saes: [", "not YAML"),
     ],
 )
 def test_files_that_are_wrong(tmp_path, capsys, monkeypatch, old, new, says):
