@@ -228,10 +228,10 @@ def load_index(path: str | Path, verify: bool | None = None) -> FeatureIndex:
         FormatError: if it is damaged or from a newer saewb.
 
     Example:
-        >>> load_index("nowhere")
+        >>> load_index("nowhere")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        FileNotFoundError: no index at 'nowhere'.
+        FileNotFoundError: no index at '...nowhere'.
           want: a folder with index.json, as index.save(folder) writes it
     """
     return FeatureIndex(*storage.read_index(absolute(path), verify))

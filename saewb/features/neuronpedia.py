@@ -83,7 +83,9 @@ def page(of: Any, latent: int, *, source: str | None = None, site: str = SITE) -
         >>> page(None, 7, source="gpt2-small/6-res-jb").url
         'https://www.neuronpedia.org/gpt2-small/6-res-jb/7'
     """
-    return NeuronpediaPage(source_of(of, source), _latents(of, [latent])[0], site.rstrip("/"))
+    return NeuronpediaPage(
+        source_of(of, source), _latents(of if source is None else None, [latent])[0], site.rstrip("/")
+    )
 
 
 def source_of(of: Any, source: str | None = None) -> str:
@@ -161,10 +163,8 @@ def explanations(
         >>> explanations(None, [], source="gpt2-small/6-res-jb")  # no request
         {}
     """
-    source = source_of(of, source)
-    return {
-        i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in _latents(of, latents)
-    }
+    indices, source = _latents(of if source is None else None, latents), source_of(of, source)
+    return {i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in indices}
 
 
 def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None = None, site: str = SITE) -> str:

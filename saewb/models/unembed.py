@@ -93,7 +93,7 @@ def logit_scale(model: nn.Module) -> float:
         clean, point = shared_copy(model), "unembed.hook_out"
         with eval_mode(clean), capturing(clean, [point]) as outputs:
             logits = clean(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
-        before, after = (t.float().flatten() for t in (outputs[point], logits))
+        before, after = (t.flatten().cpu().float() for t in (outputs[point], logits))  # a spread model's are apart
         usable = (before.abs() > 1e-3 * before.abs().max()).nonzero()[:, 0]
         smallest = usable[before[usable].abs().argsort()[:64]]
         _scales[model] = float((after[smallest] / before[smallest]).median()) if len(smallest) else 1.0

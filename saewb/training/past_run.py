@@ -78,10 +78,10 @@ def read_run(folder: str | Path) -> PastRun:
         FormatError: if its files are damaged, or not from saewb.
 
     Example:
-        >>> read_run("nowhere")
+        >>> read_run("nowhere")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        FileNotFoundError: no run in 'nowhere'.
+        FileNotFoundError: no run in '...nowhere'.
           want: a folder with run.json
     """
     path = absolute(folder)

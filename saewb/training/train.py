@@ -164,10 +164,10 @@ def resume_run(
         RuntimeError: if the run is still running.
 
     Example:
-        >>> resume_run("nowhere")
+        >>> resume_run("nowhere")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        FileNotFoundError: no run in 'nowhere'.
+        FileNotFoundError: no run in '...nowhere'.
           want: a folder with run.json
     """
     parallel = ParallelContext.from_environment()

@@ -51,6 +51,8 @@ NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("catalogue", "load_config", "push_to_hub", "read_run", "TextFiles", "PastRun"), FILES),
     **dict.fromkeys(("tiny.Document", "tiny.texts", "tiny.held_out_texts", "tiny.folder", "token_strings"), TEXT),
     **dict.fromkeys(("pack", "stream_tokens", "token_sets", "token_texts", "tokens_where"), TEXT),
+    **dict.fromkeys(("data.tokens.check_context", "data.tokens.check_vocabulary", "data.tokens.model_tokens"), TEXT),
+    **dict.fromkeys(("models.tokenizer.end_ids", "models.tokenizer.single_texts"), TEXT),
     **dict.fromkeys(("models.tokenizer.tokenizer_of", "models.tokenizer.special_token_ids"), TEXT),
     **dict.fromkeys(("SAEConfig", "PursuitConfig", "TemporalConfig", "CrossLayerConfig", "TrainConfig"), VALUES),
     **dict.fromkeys(("Trainee", "TrainOption", "training_options", "training_code", "FormatError"), VALUES),
@@ -460,7 +462,7 @@ def streams(world):
     }
 
 
-@case("cache_activations", "ActivationCache")
+@case("cache_activations", "ActivationCache", host_products="what is written is checked on the CPU")
 def cache(world):
     folder = world.folder / "cache"
     stored = saewb.cache_activations(world.model, world.texts, HOOK, folder, 60, ctx_len=12, shard_tokens=32)

@@ -33,8 +33,8 @@ WAITS = {
     "log of a step": {"copy": 1, "upload": 1},
     "training step, from a model": {"upload": 5 * 18 / 16},  # 18 passes for 16 steps: rows are fewer at a text's end
     "batch of a stream": {"upload": 5},
-    "index batch, topk": {"mask": 1, "nonzero": 8, "size": 1, "upload": 6},
-    "index batch, relu": {"mask": 1, "nonzero": 8, "size": 1, "upload": 6},
+    "index batch, topk": {"mask": 1, "nonzero": 8, "number": 2, "size": 1, "upload": 6},
+    "index batch, relu": {"mask": 1, "nonzero": 8, "number": 2, "size": 1, "upload": 6},
     "generated token": {"copy": 1, "upload": 1},
     "generated token, steered": {"copy": 1, "upload": 3},
     "generated token, attached": {"copy": 1, "upload": 1},

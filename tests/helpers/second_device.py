@@ -31,6 +31,15 @@ class _Backend(_DummyBackendModule):
     def get_amp_supported_dtype():
         return [torch.bfloat16, torch.float16]
 
+    @staticmethod
+    def get_rng_state(device=None):
+        """The CPU's: random numbers of the device are drawn there."""
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state, device=None):
+        torch.set_rng_state(state)
+
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 DEVICE = torch.device(NAME, 0)

@@ -33,7 +33,8 @@ def test_an_sae_reads_where_it_writes(model):
     assert tiny_models.snapshot(model) == before  # nothing is attached to learn it
     assert saewb.attachments(model) == []
     assert site.is_one_point
-    assert site.read is site.write is hook_points.resolve(model, RESID)
+    assert site.read is site.write
+    assert site.read == hook_points.resolve(model, RESID)
     assert (site.hook_name, site.hook_name_out, site.name) == (RESID, RESID, RESID)
     assert (site.layer, site.head, site.d_in, site.d_out, site.d_sae) == (1, None, 16, 16, 40)
     assert site.clt_layer is None

@@ -111,9 +111,8 @@ def test_a_folder_is_read_while_its_run_goes_on(tmp_path):
     assert 0 < past.frac < 1
     assert not past.resumable
     assert past.state == "running"
-    while len(run.rows) == len(past.rows):
+    while len((later := past.again()).rows) == len(past.rows):
         pass
-    later = past.again()
     assert len(later.rows) > len(past.rows)
     assert all(a is b for a, b in zip(past.rows, later.rows, strict=False))  # they are not read twice
     run.stop()

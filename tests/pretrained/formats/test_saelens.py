@@ -618,6 +618,8 @@ def test_a_failing_write_leaves_nothing_and_loses_nothing(there, where, tmp_path
         monkeypatch.setattr(
             type(target), "rename", lambda self, to: fail() if self.name.endswith(".new") else rename(self, to)
         )
+        replace = os.replace
+        monkeypatch.setattr("os.replace", lambda a, b: fail() if str(a).endswith(".new") else replace(a, b))
     with pytest.raises(OSError, match="No space left"):
         save_sae(feed_forward(seed=9), target, overwrite=True)
     assert calls
