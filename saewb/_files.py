@@ -89,8 +89,11 @@ def load_state(path: Path) -> Any:
     with path.open("rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, UnpicklingError, EOFError, ValueError) as error:  # all of them torch's own
-            why = str(error).splitlines()[0]
+        except (
+            *(RuntimeError, OSError, UnpicklingError, EOFError, ValueError),  # all of them torch's own
+            *(LookupError, TypeError, AttributeError, ArithmeticError, MemoryError),  # of damaged files
+        ) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise FormatError(explain(f"{path.name} cannot be read: {why}.", want=want)) from error
     if not isinstance(content, dict) or content.get("saewb_state") != _FORMAT:
         raise FormatError(explain(f"{path.name} is no state of saewb's.", want=want))
@@ -551,7 +554,10 @@ def read_json(path: Path, limit: int = MAX_TEXT) -> Any:
     """
     text = read_text(path, limit)
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # half of a character beyond U+FFFF, which no file can hold, may be escaped in JSON
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except (ValueError, RecursionError) as error:
         raise FormatError(
             explain(f"{path.name} is not JSON: {error}.", want=f"the file whole, in {path.parent}")
