@@ -559,9 +559,7 @@ def read_json(path: Path, limit: int = MAX_TEXT) -> Any:
             json.dumps(content, ensure_ascii=False).encode()
         return content
     except (ValueError, RecursionError) as error:
-        raise FormatError(
-            explain(f"{path.name} is not JSON: {error}.", want=f"the file whole, in {path.parent}")
-        ) from error
+        raise FormatError(explain(f"{path.name} in {str(path.parent)!r} is not JSON: {error}.")) from error
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,4 +1,7 @@
-"""Hostile tokens, names, labels and paths in everything that shows HTML or gives code: nothing of them runs."""
+"""Hostile tokens, names, labels and paths in everything that shows HTML or gives code: nothing of them runs.
+
+A few with the other tests; all: `pytest -m "attack or not attack" tests/attacks/test_surfaces.py`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ from saewb.training.config import RunSpec
 AT = "blocks.1.hook_resid_post"
 HOSTILE = (
     "</script><script>evil()</script>",
-    "<img src=x onerror=evil()>",
+    "\"'><img src=x onerror=evil()>",
+    "x\nevil()\r\n'; __import__('os').system('x'); '```{{ evil() }}",
     "\"'><svg onload=evil()>",
     "x\nevil()",
     "x\r\nevil()\n#",
@@ -47,6 +51,10 @@ HOSTILE = (
     "]]></style><style>*{background:url(//evil)}",
     "\x00\x1b[31m\ufffd",
 )
+
+
+_FEW = 3  # with the other tests
+TEXTS = [pytest.param(text, marks=[pytest.mark.attack] * (i >= _FEW), id=str(i)) for i, text in enumerate(HOSTILE)]
 
 
 class _Page(HTMLParser):
@@ -101,7 +109,7 @@ def hostile_index(index, text):
     return replace(index, info=info, token_texts=TokenTexts(strings))
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_the_page_of_an_index(text, index, tmp_path):
     plain = index.save_html(tmp_path / "plain.html", [0, 1, 2]).read_text()
     page = hostile_index(index, text).save_html(tmp_path / "page.html", [0, 1, 2], title=text).read_text()
@@ -111,7 +119,7 @@ def test_the_page_of_an_index(text, index, tmp_path):
     assert "evil()</script" not in page
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_feature_browser(text, index, tmp_path):
     panel, plain = FeatureBrowser(hostile_index(index, text)), FeatureBrowser(index)
     panel.query = text
@@ -122,7 +130,7 @@ def test_a_feature_browser(text, index, tmp_path):
     check_code(panel.code(), text)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_training(text):
     spec = RunSpec.from_options(
         {"a": saewb.Trainee(saewb.TopK(16, k=2), read=text, write=text + "2")},
@@ -135,7 +143,7 @@ def test_a_training(text):
     check_code(saewb.training_code(saewb.TopK(16, k=2), n_tokens=8192, hook=text, folder=text), text)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_run(text, tmp_path):
     x = {text: torch.randn(64, 8)}
     run = saewb.train(
@@ -154,7 +162,7 @@ def test_a_run(text, tmp_path):
     check_code(panel.code(), text)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_model_card(text):
     sae = SAE(SAEConfig(4, 8, hook=text, model=text, metadata={"dataset_path": text, "training_tokens": text}))
     lines = model_card({"a": sae}, "me/x", {"a": {text: 1.0}}).split("\n")
@@ -168,7 +176,7 @@ def test_a_model_card(text):
     )
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_catalogue_picker(text):
     panel = CataloguePicker()
     panel.query = text
@@ -176,7 +184,7 @@ def test_a_catalogue_picker(text):
     check_html(panel.static_html(), CataloguePicker().static_html())
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_superposition_panel(text):
     directions = {text: torch.eye(5), "b": torch.eye(5)}
     panel = SuperpositionPanel(directions)
@@ -184,7 +192,7 @@ def test_a_superposition_panel(text):
     check_html(panel.static_html(), SuperpositionPanel({"a": torch.eye(5), "b": torch.eye(5)}).static_html())
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_prompts_and_steering(text, index):
     model, sae = tiny_models.bridge(), tiny_models.sae(AT)
     panel = SteeringPanel(model, sae, index=hostile_index(index, text))
@@ -196,7 +204,7 @@ def test_prompts_and_steering(text, index):
     panel.close(), explorer.close()
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", TEXTS)
 def test_tables_and_pages(text):
     sae = tiny_models.sae(AT).with_config(model=text, metadata={})
     figures = saewb.evaluate(tiny_models.bridge(), sae, tiny_models.tokens(4, 8))
