@@ -383,9 +383,16 @@ def _read_record(record: Path) -> list[tuple[Path, Path]]:
     except (ValueError, TypeError, AttributeError) as error:
         raise FormatError(explain(f"{record} is no record of renames: {error!r}.", want="none, or ours")) from error
     for path, fresh in pairs:
-        if not (path.is_relative_to(root) and fresh.is_relative_to(root) and is_temporary(fresh.name)):
+        if not (_is_inside(path, root) and _is_inside(fresh, root) and is_temporary(fresh.name)):
             raise FormatError(explain(f"{record} renames {fresh} to {path}.", want="files inside its folder"))
     return pairs
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    """Whether a path is below a folder, and no link on the way leads out of it."""
+    if path == root or not path.is_relative_to(root):
+        return False
+    return Path(os.path.realpath(path.parent)) == Path(os.path.realpath(root)) / path.parent.relative_to(root)
 
 
 def _flush(path: Path) -> None:

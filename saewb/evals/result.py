@@ -184,7 +184,9 @@ class EvaluationStore:
         try:
             return {name: _number(value) if name in numbers else value for name, value in figures.items()}
         except (ValueError, OverflowError) as error:
-            raise FormatError(explain(f"{path} is damaged: {error}.", fix=f"rm {str(path)!r}    # in a shell")) from error
+            raise FormatError(
+                explain(f"{path} is damaged: {error}.", fix=f"rm {str(path)!r}    # in a shell")
+            ) from error
 
     def write(self, name: str, sae: Any, figures: dict[str, Any]) -> None:
         """Write the figures of an SAE under a name."""

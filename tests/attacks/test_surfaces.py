@@ -23,6 +23,7 @@ from saewb_widgets import (
 )
 
 import saewb
+from saewb._files import finish_replacing
 from saewb.features import neuronpedia
 from saewb.features.token_texts import TokenTexts
 from saewb.pretrained.share import model_card
@@ -214,3 +215,17 @@ def test_tables_and_pages(text):
         neuronpedia.page(None, 1, source=f"a/{text}")
     shown = neuronpedia.page(None, 1, source="a/b", site=text)._repr_html_()
     assert {tag for tag, _ in _Page(shown).elements} == {"iframe", "div", "a"}
+
+
+@pytest.mark.parametrize("names", [("../victim", ".x.0000.new"), ("inside/victim", ".x.0123abcd-1-89abcdef.new")])
+def test_a_record_of_renames_that_leads_elsewhere(names, tmp_path):
+    """A stranger's folder may hold one: neither ".." nor a link takes a rename out of the folder."""
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir(), victim.mkdir()
+    (victim / "victim").write_text("mine")
+    (run / "inside").symlink_to(victim)
+    (run / names[1]).write_text("theirs")
+    (run / ".checkpoint.pt.replacing").write_text(json.dumps(dict([names])))
+    with pytest.raises(saewb.FormatError, match="files inside its folder"):
+        finish_replacing(run / "checkpoint.pt")
+    assert (victim / "victim").read_text() == "mine"
