@@ -89,8 +89,11 @@ def load_state(path: Path) -> Any:
     with path.open("rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, UnpicklingError, EOFError, ValueError) as error:  # all of them torch's own
-            why = str(error).splitlines()[0]
+        except (
+            *(RuntimeError, OSError, UnpicklingError, EOFError, ValueError),  # all of them torch's own
+            *(LookupError, TypeError, AttributeError, ArithmeticError, MemoryError),  # of damaged files
+        ) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise FormatError(explain(f"{path.name} cannot be read: {why}.", want=want)) from error
     if not isinstance(content, dict) or content.get("saewb_state") != _FORMAT:
         raise FormatError(explain(f"{path.name} is no state of saewb's.", want=want))
@@ -380,9 +383,16 @@ def _read_record(record: Path) -> list[tuple[Path, Path]]:
     except (ValueError, TypeError, AttributeError) as error:
         raise FormatError(explain(f"{record} is no record of renames: {error!r}.", want="none, or ours")) from error
     for path, fresh in pairs:
-        if not (path.is_relative_to(root) and fresh.is_relative_to(root) and is_temporary(fresh.name)):
+        if not (_is_inside(path, root) and _is_inside(fresh, root) and is_temporary(fresh.name)):
             raise FormatError(explain(f"{record} renames {fresh} to {path}.", want="files inside its folder"))
     return pairs
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    """Whether a path is below a folder, and no link on the way leads out of it."""
+    if path == root or not path.is_relative_to(root):
+        return False
+    return Path(os.path.realpath(path.parent)) == Path(os.path.realpath(root)) / path.parent.relative_to(root)
 
 
 def _flush(path: Path) -> None:
@@ -551,11 +561,12 @@ def read_json(path: Path, limit: int = MAX_TEXT) -> Any:
     """
     text = read_text(path, limit)
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # half of a character beyond U+FFFF, which no file can hold, may be escaped in JSON
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except (ValueError, RecursionError) as error:
-        raise FormatError(
-            explain(f"{path.name} is not JSON: {error}.", want=f"the file whole, in {path.parent}")
-        ) from error
+        raise FormatError(explain(f"{path.name} in {str(path.parent)!r} is not JSON: {error}.")) from error
 
 
 def read_yaml(path: Path) -> Any:

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from unittest import mock
 
 import pytest
 
 import saewb
 from saewb import cli
+from saewb.training.train import train_file
 
 
 @pytest.mark.long
@@ -126,3 +128,11 @@ def test_eval_prints_a_table_and_keeps_it(tmp_path, capsys):
 def test_eval_says_what_is_wrong_in_one_breath(capsys):
     assert cli.main(["eval", "tiny", "./no_such_folder", "--n-rows", "2"]) == 1
     assert "no_such_folder does not exist" in capsys.readouterr().err
+
+
+def test_a_file_of_references_within_references_is_refused(tmp_path):
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghij")]
+    (tmp_path / "t.yaml").write_text("\n".join([*lines, "tokens: *j", "saes: {}", "n_tokens: 1", "folder: x", ""]))
+    with pytest.raises(saewb.FormatError, match="has references"):
+        train_file(tmp_path / "t.yaml")

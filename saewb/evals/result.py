@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saewb._display import Row, html_table, text_table
-from saewb._files import absolute, write_text
+from saewb._files import absolute, read_json, write_text
+from saewb.errors import FormatError, explain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,14 +165,28 @@ class EvaluationStore:
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, sae: Any) -> dict[str, Any] | None:
-        """Read the figures of an SAE; None if missing, or of other weights, tokens or options."""
+        """Read the figures of an SAE; None if missing, or of other weights, tokens or options.
+
+        Raises:
+            FormatError: if the file is damaged.
+        """
         if self._folder is None or not (path := self._path(name)).exists():
             return None
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["of"] != self._key(sae):
+        stored = read_json(path)
+        figures = stored.get("figures") if isinstance(stored, dict) else None
+        values = figures.values() if isinstance(figures, dict) else [()]
+        if not all(isinstance(value, (int, float, str, type(None))) for value in values):
+            what = f"{path} is damaged: it has no figures."
+            raise FormatError(explain(what, want="the file as it was written", fix=f"rm {str(path)!r}    # in a shell"))
+        if stored.get("of") != self._key(sae):
             return None
         numbers = {f.name for f in fields(Evaluation) if f.type == "float"}
-        return {name: _number(value) if name in numbers else value for name, value in stored["figures"].items()}
+        try:
+            return {name: _number(value) if name in numbers else value for name, value in figures.items()}
+        except (ValueError, OverflowError) as error:
+            raise FormatError(
+                explain(f"{path} is damaged: {error}.", fix=f"rm {str(path)!r}    # in a shell")
+            ) from error
 
     def write(self, name: str, sae: Any, figures: dict[str, Any]) -> None:
         """Write the figures of an SAE under a name."""

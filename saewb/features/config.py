@@ -168,7 +168,11 @@ class IndexInfo:
         required = {"d_sae", "ctx_len", "rows"}
         if wrong := sorted((set(values) - names) | (required - set(values))):
             raise FormatError(explain(f"index.json has unknown or missing {wrong}.", want=", ".join(sorted(names))))
-        values["special"], values["rows"] = tuple(values["special"]), tuple((a, b) for a, b in values["rows"])
+        special, rows = values.get("special"), values["rows"]
+        if not isinstance(special, list) or not isinstance(rows, list) or any(len(pair) != 2 for pair in rows):
+            what = f"index.json has special={reprlib.repr(special)}, rows={reprlib.repr(rows)}."
+            raise FormatError(explain(what, want="a list of ids, and a list of first and last row"))
+        values["special"], values["rows"] = tuple(special), tuple((a, b) for a, b in rows)
         try:
             info = IndexInfo(**values)
         except TypeError as error:

@@ -167,7 +167,7 @@ def model_card(saes: Mapping[str, AnySAE], repo_id: str, figures: Mapping[str, M
 
 def _one_line(text: str) -> str:
     """A text that ends neither its line nor a block of code."""
-    return " ".join(text.split()).replace("```", "` ` `")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("```", "` ` `")
 
 
 def _markdown_table(titles: list[str], rows: list[list[Any]]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saewb._files import atomic_write
+from saewb._files import atomic_write, refuse_damage
 from saewb._indices import Indices, indices_of
 from saewb.errors import FormatError, explain, near
 from saewb.metrics import has_float64
@@ -406,11 +407,23 @@ class Coactivation:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise FormatError(explain(f"{path} is not a coactivation file.", want=_FORMAT))
-                facts = json.loads(metadata["json"])
+                with refuse_damage(str(path), _FORMAT):
+                    facts = json.loads(metadata["json"])
                 tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        except SafetensorError as error:
-            raise FormatError(explain(f"{path} is not a safetensors file: {error}.", want=_FORMAT)) from error
-        n, m = facts["latents"]
+        except FormatError:
+            raise
+        except (SafetensorError, ValueError) as error:
+            raise FormatError(explain(f"{path} is not a safetensors file of ours: {error}.", want=_FORMAT)) from error
+        with refuse_damage(str(path), _FORMAT):
+            return cls._from_tensors(path, facts, tensors)
+
+    @classmethod
+    def _from_tensors(cls, path: str | Path, facts: dict, tensors: dict[str, Tensor]) -> Coactivation:
+        n_tokens, latents = facts["n_tokens"], facts["latents"]
+        if any(type(value) is not int or value < 0 for value in (n_tokens, *latents)) or len(latents) != 2:
+            what = f"{path} is of {reprlib.repr(n_tokens)} tokens and {reprlib.repr(latents)} latents."
+            raise FormatError(explain(what, want=_FORMAT))
+        n, m = latents
         widths = {"a": n} | ({"b": m} if facts["two"] else {})
         want = {f"{side}.{name}": (d,) for side, d in widths.items() for name in ("fired", "total", "square")}
         pairs = (n_pairs(n, widths.get("b")),)
@@ -419,7 +432,7 @@ class Coactivation:
             what = f"{path} holds {', '.join(sorted(tensors)) or 'nothing'} of sizes that do not fit {n} latents."
             raise FormatError(explain(what, want=", ".join(want)))
         sides = {side: Side(*(tensors[f"{side}.{name}"] for name in ("fired", "total", "square"))) for side in widths}
-        return cls(facts["n_tokens"], sides["a"], sides.get("b"), tensors["together"], tensors.get("products"))
+        return cls(n_tokens, sides["a"], sides.get("b"), tensors["together"], tensors.get("products"))
 
     def __repr__(self) -> str:
         n, m = self.shape

@@ -282,8 +282,8 @@ def _read_saved(folder: Path, facts: Mapping[str, Any], tensors: dict[str, Tenso
         correlation = LowRankCorrelation(tensors.pop("correlation_factor"), tensors.pop("correlation_diag"))
     magnitudes = dict(facts["magnitudes"])
     for name in ("mean", "std"):
-        if f"magnitude_{name}" in tensors:
-            magnitudes[name] = tensors.pop(f"magnitude_{name}")
+        tensor = tensors.pop(f"magnitude_{name}", None)
+        magnitudes[name] = float(magnitudes[name]) if tensor is None else tensor
     trees = facts["hierarchy"]
     scaling = trees and trees["scale_by_parent"]
     if facts["version"] == 1:
@@ -293,7 +293,7 @@ def _read_saved(folder: Path, facts: Mapping[str, Any], tensors: dict[str, Tenso
     probability = tensors.pop("probability")
     if tensors:
         raise FormatError(explain(f"{folder / _TENSORS} has {sorted(tensors)} left over.", want="what save wrote"))
-    compensate, noise = facts["compensate"], facts["noise"]
+    compensate, noise = bool(facts["compensate"]), float(facts["noise"])
     return SyntheticData(dictionary, probability, Magnitudes(**magnitudes), correlation, hierarchy, compensate, noise)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -151,6 +152,8 @@ class Magnitudes:
             want = "one of " + ", ".join(map(repr, get_args(Shape)))
             raise ValueError(explain(f"Magnitudes got shape={self.shape!r}.", want=want))
         for name in ("mean", "std"):
+            if not isinstance(value := getattr(self, name), (int, float, Tensor)):
+                raise ValueError(explain(f"Magnitudes got {name}={reprlib.repr(value)}.", want="a number, or a tensor"))
             if bool((torch.as_tensor(getattr(self, name)) < 0).any()):
                 raise ValueError(explain(f"Magnitudes got a {name} below 0.", want="0 or more"))
 

@@ -54,6 +54,7 @@ def _dtype(value: Any) -> Any:
 
 
 Autocast = Annotated[torch.dtype | None, BeforeValidator(_dtype), PlainSerializer(str, when_used="json-unless-none")]
+Seed = Annotated[int, Ge(-(2**63)), Lt(2**63)]
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
@@ -117,7 +118,7 @@ class TrainConfig:
     """Time constant of the target-L0 controller, in tokens; None means a twentieth of n_tokens."""
     eval_every_tokens: PositiveInt | None = None
     """Tokens between measurements on held-out activations; None means only after the last step."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights."""
 
     def __post_init__(self) -> None:
@@ -267,7 +268,7 @@ class Trainee:
             names = list(OBJECTIVES)
             raise ValueError(explain(f"got objective {name!r}.", near=near(name, names), want=", ".join(names)))
         fields = {key: values.pop(key) for key in ("read", "write", "lr", "seed") if key in values}
-        for key, kind in (("lr", PositiveFloat), ("seed", int)):
+        for key, kind in (("lr", PositiveFloat), ("seed", Seed)):
             if fields.get(key) is not None:
                 fields[key] = parse_value(kind, fields[key], key)
         return cls(parse(OBJECTIVES[name], values), **fields)

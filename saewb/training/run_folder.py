@@ -44,9 +44,11 @@ from saewb.errors import FormatError, explain
 from saewb.pretrained.formats import saelens
 from saewb.pretrained.load import load_sae
 from saewb.training.config import FORMAT, RunSpec
+from saewb.training.run_display import DENSITY_COUNTS
 
 _BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 SPEC, HISTORY, END, CHECKPOINT = "run.json", "history.jsonl", "end.json", "checkpoint.pt"
+_COUNTED = ("step", "n_tokens")
 _CHECKPOINT_0_1_0 = "checkpoint.safetensors"
 
 
@@ -143,7 +145,7 @@ class RunFolder:
             The history up to the checkpoint.
         """
         path = self.path / HISTORY
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         rows = [row for row in map(_parse_row, lines) if row is not None and row["n_tokens"] <= n_tokens]
         if self._writes:
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -249,12 +251,13 @@ def _refuse_links(path: Path) -> None:
     """Raise for a symbolic link in a run's folder: the folder may come from somebody else, and a run writes there."""
     folders = [path]
     while folders:
-        for entry in os.scandir(folders.pop()):
+        for entry in folders.pop().iterdir():
             if entry.is_symlink():
-                what = f"{entry.path} is a symbolic link; a run writes into its own folder only."
-                raise FormatError(explain(what, want="files and folders", fix=f"unlink {entry.path!r}    # in a shell"))
+                what = f"{entry} is a symbolic link; a run writes into its own folder only."
+                fix = f"unlink {str(entry)!r}    # in a shell"
+                raise FormatError(explain(what, want="files and folders", fix=fix))
             if entry.is_dir():
-                folders.append(Path(entry.path))
+                folders.append(entry)
 
 
 def _missing_folder(path: Path) -> str:
@@ -272,8 +275,18 @@ def _parse_row(line: str) -> dict[str, Any] | None:
 
 
 def is_row(row: object) -> bool:
-    """Whether a value is a row of a history."""
-    return isinstance(row, dict) and all(type(row.get(name)) is int and row[name] >= 0 for name in ("step", "n_tokens"))
+    """Whether a value is a row of a history: its step, and numbers, or lists of numbers for densities."""
+    if not isinstance(row, dict) or any(type(row.get(name)) is not int or row[name] < 0 for name in _COUNTED):
+        return False
+    densities = [value for name, value in row.items() if name.endswith(DENSITY_COUNTS)]
+    numbers = [value for name, value in row.items() if not name.endswith(DENSITY_COUNTS)]
+    if not all(isinstance(counts, list) for counts in densities):
+        return False
+    return all(map(_is_number, (*numbers, *(n for counts in densities for n in counts))))
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, float) or (type(value) in (bool, int) and abs(value) < 2**63)
 
 
 def is_resumable(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from helpers import tiny_models
 
 import saewb
 from saewb.data.cache import ActivationCache, cache_activations
+from saewb.data.shuffle_buffer import FifoBuffer
 from saewb.data.stream import stream_activations
 from saewb.errors import FormatError
 from saewb.models.capture import concatenate
@@ -212,3 +213,43 @@ def test_a_cache_of_a_later_version_is_refused_in_a_line(tmp_path, change, says)
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(FormatError, match=says):
         ActivationCache(folder)
+
+
+def test_a_shard_that_changed_on_disk_is_noticed(tmp_path, ids, monkeypatch):
+    cache = cached(tmp_path / "cache", ids)
+    shard = tmp_path / "cache" / "shard_00001.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-40] ^= 2
+    shard.write_bytes(raw)
+    opened = ActivationCache(cache.folder)
+    assert len(opened[0:300].ids) == 300
+    with pytest.raises(FormatError, match=r"shard_00001.safetensors is damaged: its sha256"):
+        opened[250:400]
+    monkeypatch.setattr("saewb._files.HASHED_BYTES", 10)
+    opened = ActivationCache(cache.folder)
+    assert len(opened[250:400].ids) == 150
+    with pytest.raises(FormatError, match=r"shard_00001.safetensors is damaged"):
+        opened.verify()
+    shard.write_bytes((tmp_path / "cache" / "shard_00003.safetensors").read_bytes())
+    with pytest.raises(FormatError, match="does not have the tensors"):
+        ActivationCache(cache.folder)[250:400]
+
+
+def test_a_cache_that_goes_on_after_an_interrupt_has_all_its_hashes(tmp_path, ids, monkeypatch):
+    whole = cached(tmp_path / "whole", ids)
+    take = FifoBuffer.take
+
+    def interrupted(self, n):
+        if (tmp_path / "part" / "shard_00001.safetensors").exists():
+            raise KeyboardInterrupt
+        return take(self, n)
+
+    monkeypatch.setattr(FifoBuffer, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "part", ids)
+    monkeypatch.undo()
+    again = cached(tmp_path / "part", ids)
+    again.verify()
+    hashes = [json.loads((cache.folder / "index.json").read_text())["sha256"] for cache in (whole, again)]
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0]) == 4

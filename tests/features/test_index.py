@@ -518,3 +518,53 @@ def test_rows_of_facts_join_up():
     assert facts.with_rows([(0, 2)], 4).rows == ((0, 2), (4, 6))
     assert facts.with_rows([(0, 4)], 4).rows == ((0, 6),)
     assert IndexInfo.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+
+
+def test_numbers_that_changed_on_disk_are_noticed(model, tmp_path, monkeypatch):
+    build(model, PLACES["relu"]()).save(tmp_path / "i")
+    (tensors,) = (tmp_path / "i").glob("tensors-*")
+    raw = bytearray(tensors.read_bytes())
+    raw[-3] ^= 4
+    tensors.write_bytes(raw)
+    with pytest.raises(saewb.FormatError, match="is damaged: its sha256"):
+        load_index(tmp_path / "i")
+    assert len(load_index(tmp_path / "i", verify=False)) == 40
+    monkeypatch.setattr("saewb._files.HASHED_BYTES", 10)  # a large index is hashed on request only
+    assert len(load_index(tmp_path / "i")) == 40
+    with pytest.raises(saewb.FormatError, match="is damaged: its sha256"):
+        load_index(tmp_path / "i", verify=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"d_sae": 10**12}, "has shape"),
+        ({"d_sae": -1}, "d_sae=-1"),
+        ({"n_tokens": None}, "n_tokens=None"),
+        ({"hook": 3}, "hook=3"),
+        ({"rows": [[0, 3], [5]]}, "rows="),
+        ({"rows": [[3, 0]]}, "rows="),
+        ({"special": [0.5]}, "special="),
+        ({"tensors": ["a"]}, "not there"),
+        ({"words": {"ids": [10**9], "strings": ["a"], "runs": []}}, "token id 1000000000"),
+        ({"words": {"ids": [1], "strings": [], "runs": []}}, "of different length"),
+        ({"words": []}, "is damaged"),
+    ],
+)
+def test_an_index_of_a_stranger_is_checked(change, match, model, tmp_path):
+    build(model, PLACES["relu"]()).save(tmp_path / "i")
+    path = tmp_path / "i/index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(saewb.FormatError, match=match):
+        load_index(tmp_path / "i")
+
+
+def test_token_ids_beyond_any_vocabulary_take_no_memory(model, tmp_path):
+    index = build(model, PLACES["relu"]())
+    index.tensors["top.tokens"][0, 0, 0] = 2**31 - 2
+    index.save(tmp_path / "i")
+    again = load_index(tmp_path / "i")
+    again.latent(0).to_dict()
+    for use in (lambda: again.ranking(3), again.table):
+        with pytest.raises(saewb.FormatError, match="token id 2147483646"):
+            use()

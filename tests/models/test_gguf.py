@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +102,14 @@ def test_rotary_frequencies_that_would_go_unused_are_refused(tmp_path):
     tensors = {**llama_tensors(hf_llama(True)), "rope_freqs.weight": np.ones(4, np.float32)}
     with pytest.raises(FormatError, match="rope_freqs"):
         load_model(write_gguf(tmp_path / "a.gguf", llama_metadata(), tensors))
+
+
+@pytest.mark.parametrize("name", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
+def test_sizes_that_no_tensor_has_are_refused_before_anything_is_made(name, tmp_path):
+    metadata = {**llama_metadata(), f"llama.{name}": 2**31 - 1}
+    tensors = llama_tensors(hf_llama(False))
+    path = write_gguf(tmp_path / "m.gguf", metadata, tensors)
+    began = time.monotonic()
+    with pytest.raises(FormatError, match=f"llama.{name} is 2147483647"):
+        gguf_folder(path, tmp_path / "cache")
+    assert time.monotonic() - began < 2

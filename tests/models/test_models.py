@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.server
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 import zipfile
 
 import numpy as np
@@ -21,8 +24,11 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import saewb
 from saewb import hub
+from saewb.models import hook_points
 from saewb.models.load import load_model, loadable_offline, smollm2_path, tiny_path, token_strings
+from saewb.models.shared_copy import shared_copy
 from saewb.models.tokenizer import single_texts
 from saewb.tiny import texts
 
@@ -423,3 +429,67 @@ def test_smollm2_reads_english_at_three_nats_per_token(smol):
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_smollm2_token_strings_join_to_the_text(smol, text):
     assert "".join(token_strings(smol, smol.to_tokens(text)[0])) == "<|im_start|>" + text
+
+
+def test_no_code_of_a_repository_runs_and_nobody_is_asked(tmp_path, monkeypatch):
+    folder, sign = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tiny_path(), folder)
+    code = f"import pathlib; pathlib.Path({str(sign)!r}).touch()\n"
+    code += "from transformers import PretrainedConfig, PreTrainedTokenizerFast\n"
+    code += "class C(PretrainedConfig): model_type = 'evil'\nclass T(PreTrainedTokenizerFast): pass\n"
+    (folder / "evil.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    config = json.loads((folder / "config.json").read_text())
+    evil = config | {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(evil))
+    with pytest.raises(saewb.FormatError, match=r"needs code of its own repository, and saewb runs none"):
+        load_model(folder, device="cpu")
+    (folder / "config.json").write_text(json.dumps(config))
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    other = names | {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "evil.T"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(other))
+    with contextlib.suppress(saewb.FormatError):
+        load_model(folder, device="cpu")
+    assert not sign.exists()
+    from transformers import dynamic_module_utils
+
+    assert dynamic_module_utils.TIME_OUT_REMOTE_CODE > 0  # as it was
+
+
+def test_what_is_cached_in_part_or_is_no_model_is_not_advised(no_cache, monkeypatch):
+    for name, files in {
+        "someone--sae": {"a/cfg.json": {"d_in": 768}},
+        "openai-community--gpt2": {"config.json": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}},
+        "someone--sharded": {
+            "config.json": {"architectures": ["GPT2LMHeadModel"]},
+            "tokenizer.json": {},
+            "model.safetensors.index.json": {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}},
+            "1.safetensors": {},
+        },
+    }.items():
+        snapshot = no_cache / f"models--{name}" / "snapshots" / ("a" * 40)
+        for file, content in files.items():
+            (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / file).write_text(json.dumps(content))
+        (no_cache / f"models--{name}" / "refs").mkdir()
+        (no_cache / f"models--{name}" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert set(loadable_offline()) <= {"tiny", "smollm2-135m"}
+    with pytest.raises(FileNotFoundError, match="no model 'openai-community/gpt2'") as caught:
+        load_model("openai-community/gpt2")
+    assert str(caught.value).splitlines()[-1] == "  fix:  saewb.load_model('tiny')"
+
+
+def test_the_table_of_points_does_not_keep_a_model():
+    model = shared_copy(load_model("tiny", device="cpu"))  # the copy's modules lead back to it
+    hook_points.resolve(model, "blocks.1.hook_resid_post")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_path_to_a_folder_is_not_in_the_models_name(tmp_path):
+    folder = tmp_path / "home" / "alice" / "secret" / "mine"
+    shutil.copytree(tiny_path(), folder)
+    assert load_model(folder, device="cpu").cfg.model_name == "mine"

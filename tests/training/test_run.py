@@ -1,11 +1,13 @@
 """Runs: in the background, controlled, kept on the disk whatever happens, resumed bit for bit."""
 
+import ast
 import errno
 import itertools
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -738,3 +740,54 @@ def test_files_that_are_wrong(tmp_path, capsys, monkeypatch, old, new, says):
     assert cli.main(["train", str(tmp_path / "a.yaml")]) == 1
     assert says in capsys.readouterr().err
     assert cli.main(["train", str(tmp_path / "missing.yaml")]) == 1
+
+
+def test_a_run_folder_of_a_stranger_writes_nowhere_else_and_gives_no_code(tmp_path):
+    folder = train(tmp_path / "a").wait().folder
+    spec = json.loads((folder / "run.json").read_text())
+    draws = stream_draws(lambda n, rng: torch.randn(n, 8, generator=rng), seed=0, batch_tokens=40)
+
+    def written(**changes):
+        (folder / "run.json").write_text(json.dumps(spec | changes))
+
+    for name in ("../../x", "/x", "", "a/b", ".", "x\n"):
+        written(saes={name: next(iter(spec["saes"].values()))})
+        for use in (saewb.read_run, lambda f: saewb.resume_run(f, tokens=draws)):
+            with pytest.raises(saewb.FormatError, match="got an SAE named"):
+                use(folder)
+    written(model="tiny\n    *[__import__('os')][:0],\r\x85\u2028x")
+    code = saewb.read_run(folder).code
+    assert [line for line in code.splitlines() if "__import__" in line] == [
+        "    model,  # tiny     *[__import__('os')][:0],   x"
+    ]
+    call = ast.parse(code).body[-1].value
+    assert [type(argument) for argument in call.args] == [ast.Name, ast.Name, ast.Call]
+    written(data=spec["data"] | {"positions": ["__import__('os')", None, None]})
+    with pytest.raises(saewb.FormatError, match=r"run\.json"):
+        saewb.read_run(folder)
+    written(train=spec["train"] | {"lr": 1e999})
+    with pytest.raises(saewb.FormatError, match="lr"):
+        saewb.read_run(folder)
+    written()
+    (tmp_path / "mine").mkdir()
+    shutil.move(folder / "saes", tmp_path / "mine" / "saes")
+    (folder / "saes").symlink_to(tmp_path / "mine" / "saes")
+    with pytest.raises(saewb.FormatError, match="saes is a symbolic link"):
+        saewb.resume_run(folder, tokens=draws)
+
+
+def test_a_stream_of_other_batches_is_refused_at_once():
+    stream = stream_draws(lambda n, rng: torch.zeros(n, 8), seed=0)
+    with pytest.raises(ValueError, match=r"batches have 4096 tokens[\s\S]*fix: .*train\(..., batch_tokens=4096\)"):
+        saewb.train(None, stream, TOPK, n_tokens=8192, batch_tokens=1000)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are those of POSIX")
+def test_files_of_a_run_have_the_mode_of_other_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = train(tmp_path / "a").wait().folder
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o640}, modes

@@ -676,3 +676,18 @@ def test_any_cfg_is_understood_or_refused_with_a_format_error(changes, older):
         assert described.architecture in SAVED
         assert type(described.d_in) is int
         assert isinstance(described.metadata, dict)
+
+
+def test_a_bit_that_flipped_in_the_weights_is_noticed(tmp_path):
+    target = save_sae(feed_forward(), tmp_path / "sae")
+    weights, config = target / "sae_weights.safetensors", target / "cfg.json"
+    assert "weights_sha256" not in load_sae(target).cfg.metadata
+    raw = bytearray(weights.read_bytes())
+    raw[-5] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"sae_weights.safetensors is damaged[\s\S]*remove 'weights_sha256'"):
+        load_sae(target)
+    said = json.loads(config.read_text())
+    del said["metadata"]["weights_sha256"]
+    config.write_text(json.dumps(said))
+    assert load_sae(target).cfg == feed_forward().cfg
