@@ -545,7 +545,7 @@ def test_numbers_that_changed_on_disk_are_noticed(model, tmp_path, monkeypatch):
         ({"rows": [[0, 3], [5]]}, "rows="),
         ({"rows": [[3, 0]]}, "rows="),
         ({"special": [0.5]}, "special="),
-        ({"tensors": ["a"]}, "not there"),
+        ({"tensors": ["a"]}, "names tensors"),
         ({"words": {"ids": [10**9], "strings": ["a"], "runs": []}}, "token id 1000000000"),
         ({"words": {"ids": [1], "strings": [], "runs": []}}, "of different length"),
         ({"words": []}, "is damaged"),
