@@ -18,7 +18,13 @@ from sae_lens.registry import get_sae_class, get_sae_training_class  # noqa: E40
 from sae_lens.training.activation_scaler import ActivationScaler  # noqa: E402
 
 NEAR = {"atol": 1e-5, "rtol": 1e-5}
-OWN = ("topk_transcoder", "abstopk_skip_transcoder", "groupmax")  # names that sae-lens does not have
+OWN = (
+    "topk_transcoder",
+    "abstopk_skip_transcoder",
+    "groupmax",
+    "lineartopk",
+    "lineartopk_transcoder",
+)  # names that sae-lens does not have
 WRITTEN = [name for name in ARCHITECTURES if name not in OWN]
 TRANSCODERS = ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
 PLAIN = ["standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "temporal"]
