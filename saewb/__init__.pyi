@@ -1,5 +1,6 @@
 """The public names of saewb, and where each is defined: read by type checkers, editors and `saewb/__init__.py`."""
 
+from . import circuits as circuits
 from . import data as data
 from . import errors as errors
 from . import evals as evals
@@ -14,6 +15,8 @@ from . import stats as stats
 from . import synthetic as synthetic
 from . import tiny as tiny
 from . import training as training
+from .circuits.frozen import FrozenModel as FrozenModel
+from .circuits.frozen import freeze as freeze
 from .data.cache import ActivationCache as ActivationCache
 from .data.cache import cache_activations as cache_activations
 from .data.documents import TextFiles as TextFiles

@@ -1,0 +1,8 @@
+"""How the model got to this token: the frozen model, attribution, attribution graphs, interventions on latents."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["frozen"],
+)
