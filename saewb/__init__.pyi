@@ -15,6 +15,9 @@ from . import stats as stats
 from . import synthetic as synthetic
 from . import tiny as tiny
 from . import training as training
+from .circuits.attribution import Attribution as Attribution
+from .circuits.attribution import attribute as attribute
+from .circuits.attribution import attribute_edges as attribute_edges
 from .circuits.frozen import FrozenModel as FrozenModel
 from .circuits.frozen import freeze as freeze
 from .data.cache import ActivationCache as ActivationCache
@@ -56,9 +59,6 @@ from .pretrained.load import load_config as load_config
 from .pretrained.load import load_sae as load_sae
 from .pretrained.load import save_sae as save_sae
 from .pretrained.share import push_to_hub as push_to_hub
-from .prompts.attribution import Attribution as Attribution
-from .prompts.attribution import attribute as attribute
-from .prompts.attribution import attribute_edges as attribute_edges
 from .prompts.generate import NewToken as NewToken
 from .prompts.generate import generate_tokens as generate_tokens
 from .prompts.generate import next_token_changes as next_token_changes

@@ -4,5 +4,5 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["frozen"],
+    submodules=["attribution", "attribution_nodes", "direct_logit", "frozen"],
 )

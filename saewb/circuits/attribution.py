@@ -1,7 +1,7 @@
 """Attribution: effects of latents at positions on a metric of the logits, and edges between latents of two SAEs.
 
 The error of an SAE is a node like its latents. Nothing is attached: effects are about the clean model. The formulas are
-in `attribute`, the steps in `saewb.prompts.attribution_nodes`.
+in `attribute`, the steps in `saewb.circuits.attribution_nodes`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from torch import Tensor, nn
 
 from saewb._finite import check_finite
 from saewb._indices import index_of
-from saewb.errors import explain
-from saewb.models import hook_points
-from saewb.models.capture import eval_mode, stop_layer
-from saewb.models.tokenizer import token_strings
-from saewb.prompts.attribution_nodes import (
+from saewb.circuits.attribution_nodes import (
     ERROR,
     AttributionRun,
     Metric,
@@ -33,6 +29,10 @@ from saewb.prompts.attribution_nodes import (
     prepare_attribution,
     split_into_nodes,
 )
+from saewb.errors import explain
+from saewb.models import hook_points
+from saewb.models.capture import eval_mode, stop_layer
+from saewb.models.tokenizer import token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
