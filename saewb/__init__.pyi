@@ -18,8 +18,11 @@ from . import training as training
 from .circuits.attribution import Attribution as Attribution
 from .circuits.attribution import attribute as attribute
 from .circuits.attribution import attribute_edges as attribute_edges
+from .circuits.attribution_graph import attribution_graph as attribution_graph
 from .circuits.frozen import FrozenModel as FrozenModel
 from .circuits.frozen import freeze as freeze
+from .circuits.graph import AttributionGraph as AttributionGraph
+from .circuits.graph_json import load_graph as load_graph
 from .data.cache import ActivationCache as ActivationCache
 from .data.cache import cache_activations as cache_activations
 from .data.documents import TextFiles as TextFiles

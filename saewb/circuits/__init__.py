@@ -4,5 +4,14 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["attribution", "attribution_nodes", "direct_logit", "frozen"],
+    submodules=[
+        "attribution",
+        "attribution_graph",
+        "attribution_nodes",
+        "direct_logit",
+        "frozen",
+        "graph",
+        "graph_json",
+        "replacement",
+    ],
 )

@@ -59,9 +59,7 @@ class FrozenModel:
     curvature: float
     """Second difference of the frozen model, relative to its first: 0 but for rounding."""
 
-    def edits(
-        self, *, attention: bool = True, norms: bool = True, mlps: bool = True
-    ) -> dict[str, hook_points.Edit]:
+    def edits(self, *, attention: bool = True, norms: bool = True, mlps: bool = True) -> dict[str, hook_points.Edit]:
         """Edits by hook point that put these values into a pass, for `saewb.models.hook_points.editing`.
 
         Args:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -128,7 +129,6 @@ class ReplacementModel:
             self._inputs.append(x)
             check_finite(f"activations at {layer.point!r}", targets[-1])
             dense.append(None if x is None else site.encode(x))
-        self._shapes = [clean[layer.point] for layer in self.layers]
         errors, kept = [], []
         for i, layer in enumerate(self.layers):
             recons = 0 if layer.site is None else _reconstruct(layer.site, dense, self.layers, i, self._inputs[i])
@@ -139,24 +139,19 @@ class ReplacementModel:
         self.errors: Float[Tensor, "layer pos d"] = torch.stack(errors).float()
         self.errors[:, : self.n_zero] = 0
         self._kept = kept
-        entries = [(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0))] if not dense else []
-        for acts in dense:
-            if acts is None:
-                entries.append((torch.zeros(0, 2, dtype=torch.long), torch.zeros(0)))
-                continue
-            acts = acts[0].clone()
-            acts[: self.n_zero] = 0
-            index = acts.nonzero()
-            entries.append((index, acts[index[:, 0], index[:, 1]].float()))
         device = self.errors.device
-        self.layer: Int[Tensor, " active"] = torch.cat(
-            [torch.full((len(index),), i, device=device) for i, (index, _) in enumerate(entries)]
-        )
-        self.position: Int[Tensor, " active"] = torch.cat([index[:, 0].to(device) for index, _ in entries])
-        self.latent: Int[Tensor, " active"] = torch.cat([index[:, 1].to(device) for index, _ in entries])
-        self.activation: Float[Tensor, " active"] = torch.cat([acts.to(device) for _, acts in entries])
-        counts = torch.tensor([len(index) for index, _ in entries])
-        self._starts = [0, *counts.cumsum(0).tolist()]
+        entries = []
+        for acts in dense:
+            acts = torch.zeros(self.n_pos, 0, device=device) if acts is None else acts[0].clone()
+            acts[: self.n_zero] = 0
+            position, latent = acts.nonzero(as_tuple=True)
+            entries.append((torch.full_like(position, len(entries)), position, latent, acts[position, latent].float()))
+        layer, position, latent, activation = (torch.cat(parts) for parts in zip(*entries, strict=True))
+        self.layer: Int[Tensor, " active"] = layer
+        self.position: Int[Tensor, " active"] = position
+        self.latent: Int[Tensor, " active"] = latent
+        self.activation: Float[Tensor, " active"] = activation
+        self._starts = [0, *accumulate(len(part[0]) for part in entries)]
 
     @property
     def n_active(self) -> int:
@@ -182,9 +177,10 @@ class ReplacementModel:
         columns = [torch.arange(first_error, first_error + self.n_pos, device=device)]
         positions, vectors = [torch.arange(self.n_pos, device=device)], [self.errors[i]]
         site = self.layers[i].site
-        for source in range(i + 1) if site is not None and site.clt_layer is not None else [i] * (site is not None):
+        writers = range(i + 1) if site is not None and site.clt_layer is not None else [i]
+        for source in (source for source in writers if self.layers[source].site is not None):
             part = slice(self._starts[source], self._starts[source + 1])
-            directions = self._directions(source, i, self.latent[part], self.position[part])
+            directions = self.directions(source, i, self.latent[part], self.position[part])
             columns.append(torch.arange(part.start, part.stop, device=device))
             positions.append(self.position[part])
             vectors.append(self.activation[part, None] * directions)
@@ -198,9 +194,6 @@ class ReplacementModel:
 
     def directions(self, source: int, write: int, latents: Tensor, positions: Tensor) -> Float[Tensor, "latents d"]:
         """What an activation of 1 of latents of one layer writes at another (for an SAE, the same), in model units."""
-        return self._directions(source, write, latents, positions)
-
-    def _directions(self, source: int, write: int, latents: Tensor, positions: Tensor) -> Tensor:
         site = self.layers[source].site
         sae = site.sae
         if isinstance(sae, CrossLayerTranscoder):
@@ -213,20 +206,18 @@ class ReplacementModel:
     # -- the frozen pass -----------------------------------------------------------------------------------------------
 
     def _record(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Zeros added at each source layer, and last at the start; and what each encoder, and the unembedding, reads."""
+        """Zeros added at each source layer and at the start; and what each encoder and the unembedding then read."""
         leaves = [torch.zeros_like(kept, requires_grad=True) for kept in self._kept]
         leaves.append(torch.zeros_like(self.frozen.stream, requires_grad=True))
         with torch.enable_grad():
             read = self.run(leaves)
         return leaves, read
 
-    def run(self, added: Sequence[Tensor], *, respond: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
+    def run(self, added: Sequence[Tensor]) -> list[Tensor | None]:
         """Run the frozen model with tensors added to what each source layer writes and, last, to the start.
 
         Args:
             added: `[1, pos, d]` for each source layer, and last for the stream's start.
-            respond: gets the index of a source layer and what its encoder reads, `[1, pos, d_in]`, and gives what is
-                added to what it writes, instead of `added`.
 
         Returns:
             What the encoder of each source layer reads, normalized and centered as it does, and last what the
@@ -252,8 +243,7 @@ class ReplacementModel:
             site = self.layers[i].site
 
             def edit(activation: Tensor) -> Tensor:
-                extra = added[i] if respond is None or site is None else respond(i, read[i])
-                out = self._kept[i] + extra
+                out = self._kept[i] + added[i]
                 if site is None:
                     return out.to(activation.dtype)
                 out = out + passthrough(site.sae, raw[i], site.clt_layer)
@@ -276,7 +266,8 @@ class ReplacementModel:
     @torch.no_grad()
     def without_sources(self) -> list[Tensor]:
         """What each encoder and the unembedding read where all sources are 0: the constants of the frozen model."""
-        return self.run([-vectors.vector.sum(1)[None].to(leaf) for vectors, leaf in zip(self.vectors, self._leaves)])
+        pairs = zip(self.vectors, self._leaves, strict=True)
+        return self.run([-vectors.vector.sum(1)[None].to(leaf) for vectors, leaf in pairs])
 
     # -- targets -------------------------------------------------------------------------------------------------------
 
@@ -314,9 +305,7 @@ class ReplacementModel:
         """How each target of some batches depends on each source: A[t, s], on the CPU."""
         n = sum(len(batch.position) for batch in batches)
         highest = max(batch.layer for batch in batches)
-        leaves = [*self._leaves[:highest], self._leaves[-1]]
-        if self.layers[min(highest, len(self.layers) - 1)].is_one_point and highest < len(self.layers):
-            leaves = [*self._leaves[:highest], self._leaves[-1]]  # its own latents are written after they are read
+        leaves = [*self._leaves[:highest], self._leaves[-1]]  # a layer is read before it is written
         begin, outputs, seeds = 0, [], []
         for batch in batches:
             read = self._read[batch.layer]
@@ -344,7 +333,9 @@ class ReplacementModel:
         """Factor between the unembedding's output and the logits."""
         return logit_scale(self.model)
 
-    def logit_directions(self, tokens: Int[Tensor, " tokens"]) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, " tokens"]]:
+    def logit_directions(
+        self, tokens: Int[Tensor, " tokens"]
+    ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, " tokens"]]:
         """Direction of each logit less the mean logit at what the unembedding reads, and its bias."""
         W_U = self.model.W_U.detach()
         directions = (W_U[:, tokens].float() - W_U.float().mean(1, keepdim=True)).T * self.logit_factor
@@ -387,9 +378,12 @@ def source_layers(model: nn.Module, coders: SparseCoder | Iterable[SparseCoder])
             what = f"{site.sae!r} writes to {site.hook_name_out!r}, which is no output of an MLP."
             want = "transcoders of MLPs (hook_out='blocks.4.hook_mlp_out'), or SAEs alone"
             raise ValueError(explain(what, want=want))
-    layers = range(model.cfg.n_layers)
-    points = {i: by_layer[i].write.name if i in by_layer else hook_points.resolve(model, mlp_point(i)).name for i in layers}
-    return [SourceLayer(i, points[i], by_layer.get(i)) for i in layers]
+    result = []
+    for layer in range(model.cfg.n_layers):
+        site = by_layer.get(layer)
+        write = hook_points.resolve(model, mlp_point(layer)) if site is None else site.write
+        result.append(SourceLayer(layer, write.name, site))
+    return result
 
 
 def encoder_input(sae: SparseCoder, x: Float[Tensor, "1 pos d_in"], clean: Tensor) -> Float[Tensor, "1 pos d_in"]:
@@ -426,7 +420,9 @@ def passthrough(sae: SparseCoder, x: Float[Tensor, "1 pos d_in"], clt_layer: int
     return total
 
 
-def _reconstruct(site: Site, dense: Sequence[Tensor | None], layers: Sequence[SourceLayer], i: int, x: Tensor) -> Tensor:
+def _reconstruct(
+    site: Site, dense: Sequence[Tensor | None], layers: Sequence[SourceLayer], i: int, x: Tensor
+) -> Tensor:
     if site.clt_layer is None:
         return site.sae.decode(dense[i], x).float()
     by_clt_layer = {layer.site.clt_layer: acts for layer, acts in zip(layers, dense, strict=True) if layer.site}

@@ -3,9 +3,9 @@
 import functools
 
 import torch
+
 from helpers import tiny_models
 from helpers.transformer_lens_3 import has_hooked_transformer
-
 from saewb.models.load import load_model
 
 COMMON = {"vocab_size": tiny_models.VOCAB, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}
@@ -21,7 +21,13 @@ BRIDGES = {
     "qwen3": ("Qwen3", GROUPED),
     "neox": ("GPTNeoX", {**{k: v for k, v in GROUPED.items() if k not in ("num_key_value_heads", "head_dim")}}),
 }
-ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 4, "gated_mlp": True, "act_fn": "silu", "final_rms": True}
+ROTARY = {
+    "positional_embedding_type": "rotary",
+    "rotary_dim": 4,
+    "gated_mlp": True,
+    "act_fn": "silu",
+    "final_rms": True,
+}
 HOOKED = {
     "gpt2": {"normalization_type": "LN", "act_fn": "gelu"},
     "llama": {"normalization_type": "RMS", **ROTARY, "n_key_value_heads": 2},
