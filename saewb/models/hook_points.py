@@ -380,8 +380,11 @@ def _table(model: nn.Module) -> dict[str, HookPoint]:
 
 
 def _module_inputs(model: nn.Module) -> dict[str, HookPoint]:
-    """Points of a Bridge that a HookedTransformer has no HookPoint for: the inputs of its MLPs, which published
-    transcoders read (`blocks.L.mlp.hook_in`), and `unembed.hook_in`, the output of the final norm."""
+    """Points of a Bridge that a HookedTransformer has no HookPoint for.
+
+    The inputs of its MLPs, which published transcoders read (`blocks.L.mlp.hook_in`), and `unembed.hook_in`, the output
+    of the final norm.
+    """
     meant = (name for name in model.mod_dict if name == "unembed" or name.endswith(".mlp"))
     inputs = {f"{name}.hook_in": model.mod_dict[name] for name in meant}
     return {name: HookPoint(name, (name,), module) for name, module in inputs.items()}
