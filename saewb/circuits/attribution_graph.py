@@ -300,10 +300,12 @@ def _values(replacement: ReplacementModel, logits: _Logits, chosen: Tensor) -> t
     last = torch.full((len(logits.token),), replacement.n_pos - 1, device=chosen.device)
     batches.append(Targets(len(replacement.layers), last, logits.direction))
     bias = torch.cat([bias, logits.bias.cpu()]).double()
-    value = torch.cat([replacement.values(batch) for batch in batches]).cpu().double() + bias
+    value = torch.cat([replacement.values(batch, replacement.read) for batch in batches]).cpu().double() + bias
     if not replacement.is_exact:
         return value, value
-    constant = torch.cat([replacement.values(batch, without_sources=True) for batch in batches]).cpu().double() + bias
+    constant = (
+        torch.cat([replacement.values(batch, replacement.without_sources) for batch in batches]).cpu().double() + bias
+    )
     return value, constant
 
 

@@ -81,7 +81,7 @@ class ReplacementModel:
         self.is_exact = not any(layer.is_one_point for layer in layers)
         with torch.no_grad():
             self._encode()
-        self._leaves, self._read = self._record()
+        self._leaves, self.read = self._record()
 
     @classmethod
     def of(
@@ -119,26 +119,26 @@ class ReplacementModel:
         names |= {layer.point for layer in self.layers}
         with capturing(self.model, names) as clean:
             self.model(self.frozen.tokens)
-        self._inputs: list[Tensor | None] = []
+        self.inputs: list[Tensor | None] = []
         dense, targets = [], []
         for layer in self.layers:
             site = layer.site
             activation = clean[layer.point].detach()
             x = None if site is None else site.read_input(clean[site.read.name].detach()).to(site.sae.dtype)
             targets.append(activation if site is None else site.read_target(activation))
-            self._inputs.append(x)
+            self.inputs.append(x)
             check_finite(f"activations at {layer.point!r}", targets[-1])
             dense.append(None if x is None else site.encode(x))
         errors, kept = [], []
         for i, layer in enumerate(self.layers):
-            recons = 0 if layer.site is None else _reconstruct(layer.site, dense, self.layers, i, self._inputs[i])
+            recons = 0 if layer.site is None else _reconstruct(layer.site, dense, self.layers, i, self.inputs[i])
             target = targets[i].float()
             errors.append((target - recons)[0])
-            passed = 0 if layer.site is None else passthrough(layer.site.sae, self._inputs[i], layer.site.clt_layer)
+            passed = 0 if layer.site is None else passthrough(layer.site.sae, self.inputs[i], layer.site.clt_layer)
             kept.append(target - passed)
         self.errors: Float[Tensor, "layer pos d"] = torch.stack(errors).float()
         self.errors[:, : self.n_zero] = 0
-        self._kept = kept
+        self.kept = kept
         device = self.errors.device
         entries = []
         for acts in dense:
@@ -171,14 +171,19 @@ class ReplacementModel:
         column = torch.arange(first_token, first_token + self.n_pos, device=self.latent.device)[:, None]
         return [*result, SourceVectors(column, self.frozen.stream[0][:, None].float())]
 
+    def written_by(self, source: int) -> list[int]:
+        """Indices of the source layers that latents of one write to: itself; of a cross-layer transcoder later ones."""
+        if self.layers[source].site.clt_layer is None:
+            return [source]
+        return [i for i in range(source, len(self.layers)) if self.layers[i].site is not None]
+
     def _vectors_at(self, i: int) -> SourceVectors:
         first_error = self.n_active + i * self.n_pos
         device = self.latent.device
         columns = [torch.arange(first_error, first_error + self.n_pos, device=device)]
         positions, vectors = [torch.arange(self.n_pos, device=device)], [self.errors[i]]
-        site = self.layers[i].site
-        writers = range(i + 1) if site is not None and site.clt_layer is not None else [i]
-        for source in (source for source in writers if self.layers[source].site is not None):
+        sources = [source for source in range(i + 1) if self.layers[source].site is not None]
+        for source in (source for source in sources if i in self.written_by(source)):
             part = slice(self._starts[source], self._starts[source + 1])
             directions = self.directions(source, i, self.latent[part], self.position[part])
             columns.append(torch.arange(part.start, part.stop, device=device))
@@ -201,13 +206,13 @@ class ReplacementModel:
             W_dec = sae.W_dec[first]
             return W_dec[latents.to(W_dec.device), last - first].to(sae.dtype).float()
         directions = sae.W_dec[latents].detach().float()
-        return directions * decoder_scale(sae, self._inputs[source])[0, positions].float()
+        return directions * decoder_scale(sae, self.inputs[source])[0, positions].float()
 
     # -- the frozen pass -----------------------------------------------------------------------------------------------
 
     def _record(self) -> tuple[list[Tensor], list[Tensor]]:
         """Zeros added at each source layer and at the start; and what each encoder and the unembedding then read."""
-        leaves = [torch.zeros_like(kept, requires_grad=True) for kept in self._kept]
+        leaves = [torch.zeros_like(kept, requires_grad=True) for kept in self.kept]
         leaves.append(torch.zeros_like(self.frozen.stream, requires_grad=True))
         with torch.enable_grad():
             read = self.run(leaves)
@@ -224,26 +229,22 @@ class ReplacementModel:
             unembedding reads: `[1, pos, d]`; None for layers without an encoder.
         """
         read: list[Tensor | None] = [None] * (len(self.layers) + 1)
-        raw: list[Tensor | None] = [None] * len(self.layers)
-        steps: dict[str, list[tuple[int, Callable[[Tensor], Tensor | None]]]] = {}
+        raw: dict[int, Tensor] = {}
 
-        def at(name: str, order: int, edit: Callable[[Tensor], Tensor | None]) -> None:
-            steps.setdefault(name, []).append((order, edit))
-
-        def reading(i: int) -> Callable[[Tensor], None]:
+        def reading(i: int) -> hook_points.Edit:
             site = self.layers[i].site
 
             def edit(activation: Tensor) -> None:
                 raw[i] = site.read_input(activation).to(site.sae.dtype)
-                read[i] = encoder_input(site.sae, raw[i], self._inputs[i])
+                read[i] = self.encoder_input(i, raw[i])
 
             return edit
 
-        def writing(i: int) -> Callable[[Tensor], Tensor]:
+        def writing(i: int) -> hook_points.Edit:
             site = self.layers[i].site
 
             def edit(activation: Tensor) -> Tensor:
-                out = self._kept[i] + added[i]
+                out = self.kept[i] + added[i]
                 if site is None:
                     return out.to(activation.dtype)
                 out = out + passthrough(site.sae, raw[i], site.clt_layer)
@@ -251,16 +252,48 @@ class ReplacementModel:
 
             return edit
 
+        def start(stream: Tensor) -> Tensor:
+            return (self.frozen.stream + added[-1]).to(stream.dtype)
+
+        def end(final: Tensor) -> None:
+            read[-1] = final
+
+        edits = self.frozen.edits(mlps=False) | self.edits(reading, writing, start, end)
+        with quiet(), eval_mode(self.model), hook_points.editing(self.model, edits):
+            self.model(self.frozen.tokens)
+        return read
+
+    def edits(
+        self,
+        reading: Callable[[int], hook_points.Edit],
+        writing: Callable[[int], hook_points.Edit],
+        start: hook_points.Edit,
+        end: hook_points.Edit,
+    ) -> dict[str, hook_points.Edit]:
+        """Edits of a pass by hook point: at each site, in the order in which they belong.
+
+        Args:
+            reading: the edit where the encoder of a source layer reads.
+            writing: the edit where a source layer writes.
+            start: the edit where the stream begins.
+            end: the edit where the unembedding reads.
+        """
+        steps: dict[str, list[tuple[int, hook_points.Edit]]] = {}
+
+        def at(name: str, order: int, edit: hook_points.Edit) -> None:
+            steps.setdefault(name, []).append((order, edit))
+
         for i, layer in enumerate(self.layers):
             if layer.site is not None:
                 at(layer.site.read.name, 0 if layer.is_one_point else 2, reading(i))
             at(layer.point, 1, writing(i))
-        at(hook_points.resolve(self.model, STREAM).name, -1, lambda x: (self.frozen.stream + added[-1]).to(x.dtype))
-        at(hook_points.resolve(self.model, FINAL).name, 2, lambda x: read.__setitem__(-1, x))
-        edits = self.frozen.edits(mlps=False) | {name: _in_order(edits) for name, edits in steps.items()}
-        with quiet(), eval_mode(self.model), hook_points.editing(self.model, edits):
-            self.model(self.frozen.tokens)
-        return read
+        at(hook_points.resolve(self.model, STREAM).name, -1, start)
+        at(hook_points.resolve(self.model, FINAL).name, 2, end)
+        return {name: _in_order(edits) for name, edits in steps.items()}
+
+    def encoder_input(self, i: int, x: Float[Tensor, "1 pos d_in"]) -> Float[Tensor, "1 pos d_in"]:
+        """What the encoder matrix of a source layer multiplies, for an input `x` beside the prompt's own."""
+        return encoder_input(self.layers[i].site.sae, x, self.inputs[i])
 
     @cached_property
     @torch.no_grad()
@@ -282,9 +315,9 @@ class ReplacementModel:
             result.append(Targets(i, self.position[some], direction))
         return result
 
-    def values(self, targets: Targets, *, without_sources: bool = False) -> Float[Tensor, " targets"]:
-        """Values of targets in the model, or where all sources are 0, less the encoder's bias."""
-        read = (self.without_sources if without_sources else self._read)[targets.layer].detach()
+    def values(self, targets: Targets, read: Sequence[Tensor | None]) -> Float[Tensor, " targets"]:
+        """Values of targets in a pass in which this was read (`read`, `without_sources`, `run`), less their biases."""
+        read = read[targets.layer].detach()
         return (read[0, targets.position].float() * targets.direction.float()).sum(-1)
 
     def latent_biases(self, nodes: Int[Tensor, " targets"]) -> Float[Tensor, " targets"]:
@@ -308,7 +341,7 @@ class ReplacementModel:
         leaves = [*self._leaves[:highest], self._leaves[-1]]  # a layer is read before it is written
         begin, outputs, seeds = 0, [], []
         for batch in batches:
-            read = self._read[batch.layer]
+            read = self.read[batch.layer]
             seed = torch.zeros(n, *read.shape, dtype=read.dtype, device=read.device)
             index = torch.arange(begin, begin + len(batch.position), device=read.device)
             seed[index, 0, batch.position] = batch.direction.to(seed)
@@ -430,7 +463,7 @@ def _reconstruct(
     return site.sae.decode_layer(below, site.clt_layer, x).float()
 
 
-def _in_order(edits: list[tuple[int, Callable[[Tensor], Tensor | None]]]) -> hook_points.Edit:
+def _in_order(edits: list[tuple[int, hook_points.Edit]]) -> hook_points.Edit:
     """Edits of one point as one: what is written there first, what is read there after; an SAE reads before."""
     ordered = [edit for _, edit in sorted(edits, key=lambda pair: pair[0])]
 
