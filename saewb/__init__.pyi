@@ -22,9 +22,9 @@ from .circuits.attribution_graph import attribution_graph as attribution_graph
 from .circuits.frozen import FrozenModel as FrozenModel
 from .circuits.frozen import freeze as freeze
 from .circuits.graph import AttributionGraph as AttributionGraph
-from .circuits.graph_json import load_graph as load_graph
 from .circuits.intervene import LatentIntervention as LatentIntervention
 from .circuits.intervene import intervene as intervene
+from .circuits.load_graph import load_graph as load_graph
 from .data.cache import ActivationCache as ActivationCache
 from .data.cache import cache_activations as cache_activations
 from .data.documents import TextFiles as TextFiles

@@ -12,7 +12,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "frozen",
         "graph",
         "graph_json",
+        "graph_page",
+        "influence",
         "intervene",
+        "load_graph",
         "replacement",
     ],
 )

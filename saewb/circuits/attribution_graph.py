@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from saewb._indices import index_of
 from saewb.circuits.attribution_nodes import token_id
-from saewb.circuits.graph import AttributionGraph, completed, influence, node_ids, row_totals
+from saewb.circuits.graph import AttributionGraph, completed, node_ids
+from saewb.circuits.influence import influence, row_totals
 from saewb.circuits.replacement import ReplacementModel, Targets
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain

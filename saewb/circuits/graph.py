@@ -5,7 +5,7 @@ Rows of the edge matrix are targets, columns sources: `edges[t, s]` is the direc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saewb.errors import explain
+from saewb.circuits.graph_json import graph_json
+from saewb.circuits.graph_page import write_graph_page
+from saewb.circuits.influence import influence, prune, row_chunks, row_totals
+from saewb.errors import explain, near
 
 if TYPE_CHECKING:
     import networkx
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
 
 KINDS = ("latent", "error", "token", "target")
 """Kinds of nodes, in the order in which they stand in a graph."""
-_CHUNK = 2**24
-"""Entries of the edge matrix that are copied at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ class AttributionGraph:
     @property
     def n_edges(self) -> int:
         """Number of edges: effects that are not 0."""
-        return sum(int(rows.count_nonzero()) for _, rows in _chunks(self.edges))
+        return sum(int(rows.count_nonzero()) for _, rows in row_chunks(self.edges))
 
     def pruned(self, nodes: float = 0.8, edges: float = 0.98) -> AttributionGraph:
         """The part of the graph with most influence on the targets.
@@ -96,12 +97,26 @@ class AttributionGraph:
         """
         if self.thresholds is not None:
             raise ValueError(explain("this graph is pruned already.", want="the whole graph", fix="graph.pruned(...)"))
-        node_mask, edge_mask = prune(self, nodes, edges)
+        node_mask, edge_mask = self.masks(nodes, edges)
         index = node_mask.nonzero()[:, 0]
         matrix = torch.where(edge_mask[index][:, index], self.edges[index][:, index], 0)
         frame = self.nodes.iloc[index.tolist()].reset_index(drop=True)
         frame["left_out"] = frame["value"] - frame["constant"] - matrix.double().sum(1).numpy()
         return replace(self, nodes=frame, edges=matrix, thresholds=(nodes, edges))
+
+    def masks(self, nodes: float = 0.8, edges: float = 0.98) -> tuple[Bool[Tensor, " nodes"], Tensor]:
+        """Which nodes and edges `pruned` keeps: masks of `nodes` and of `edges`.
+
+        Args:
+            nodes: share of the influence, 0 to 1.
+            edges: share of the edges' scores, 0 to 1.
+
+        Raises:
+            ValueError: if a share is not in 0 to 1.
+        """
+        reach = torch.tensor(self.nodes["influence"].to_numpy(), dtype=torch.float64)
+        fixed, latents = self.is_kind("token", "target"), self.is_kind("latent")
+        return prune(self.edges, reach, self.order, self.weights, fixed, latents, nodes=nodes, edges=edges)
 
     def edge_frame(self, n: int | None = None) -> pd.DataFrame:
         """The n strongest edges, by |effect|; None means all.
@@ -133,8 +148,6 @@ class AttributionGraph:
             KeyError: if there is none.
         """
         if node not in self._index:
-            from saewb.errors import near
-
             raise KeyError(explain(f"no node {node!r} in {self!r}.", near=near(node, self._index)))
         return self._index[node]
 
@@ -203,9 +216,25 @@ class AttributionGraph:
         Returns:
             The JSON text.
         """
-        from saewb.circuits.graph_json import graph_json
-
         return graph_json(self, path, slug, scan)
+
+    def save_html(self, path: str | Path, *, title: str | None = None) -> Path:
+        """Write a page that draws the graph by itself: no network, no kernel; whole or not at all.
+
+        Layers upwards, positions across; click a node for its incoming and outgoing effects. 500 nodes take about 1 MB.
+
+        Args:
+            path: file to write.
+            title: of the page.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            ValueError: for more than 2,000 nodes: prune the graph first.
+            IsADirectoryError: if `path` is a folder.
+        """
+        return write_graph_page(self, path, title)
 
     def __repr__(self) -> str:
         counts = self.nodes["kind"].value_counts()
@@ -233,7 +262,7 @@ def completed(graph: AttributionGraph) -> AttributionGraph:
     frame = graph.nodes.assign(influence=reach.numpy(), cumulative=cumulative.numpy())
     errors, tokens = graph.is_kind("error"), graph.is_kind("token")
     token_reach, error_reach = float(reach[tokens].sum()), float(reach[errors].sum())
-    from_errors = torch.cat([rows[:, errors].abs().sum(1, dtype=torch.float64) for _, rows in _chunks(graph.edges)])
+    from_errors = torch.cat([rows[:, errors].abs().sum(1, dtype=torch.float64) for _, rows in row_chunks(graph.edges)])
     output = reach + graph.weights
     clean = (1 - from_errors / totals.clamp_min(1e-10)) * output
     return replace(
@@ -242,84 +271,6 @@ def completed(graph: AttributionGraph) -> AttributionGraph:
         replacement_score=token_reach / max(token_reach + error_reach, 1e-30),
         completeness=float(clean.sum() / output.sum()),
     )
-
-
-def row_totals(edges: Float[Tensor, "rows nodes"]) -> Float[Tensor, " rows"]:
-    """Sum of |effect| of each row."""
-    return torch.cat([rows.abs().sum(1, dtype=torch.float64) for _, rows in _chunks(edges)])
-
-
-def influence(
-    edges: Float[Tensor, "rows nodes"],
-    row_node: Int[Tensor, " rows"],
-    order: Int[Tensor, " nodes"],
-    weights: Float[Tensor, " nodes"],
-    totals: Float[Tensor, " rows"],
-) -> Float[Tensor, " nodes"]:
-    """Influence of each node on the targets over all paths: w N + w N^2 + ..., N the rows of |edges| over their sums.
-
-    The graph has no circles, so one pass from the targets down gives the sum of all powers.
-
-    Args:
-        edges: effects on some nodes.
-        row_node: which node each row is of.
-        order: depth of each node.
-        weights: w, of the nodes.
-        totals: `row_totals(edges)`.
-
-    Returns:
-        float64.
-    """
-    reach = torch.zeros(edges.shape[1], dtype=torch.float64)
-    depth = order[row_node]
-    for level in depth.unique().flip(0).tolist():
-        rows = ((depth == level) & (totals > 0)).nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        share = (reach[row_node[rows]] + weights[row_node[rows]]) / totals[rows].clamp_min(1e-10)
-        step = max(1, _CHUNK // edges.shape[1])
-        for some, values in zip(rows.split(step), share.split(step), strict=True):
-            reach += (values.float() @ edges[some].abs()).double()
-    return reach
-
-
-def prune(graph: AttributionGraph, nodes: float, edges: float) -> tuple[Bool[Tensor, " nodes"], Tensor]:
-    """Masks of the nodes and edges that `AttributionGraph.pruned` keeps."""
-    for name, share in (("nodes", nodes), ("edges", edges)):
-        if not 0 <= share <= 1:
-            raise ValueError(explain(f"pruned got {name}={share!r}.", want="a share, 0 to 1", fix=f"{name}=0.8"))
-    reach = torch.tensor(graph.nodes["influence"].to_numpy(), dtype=torch.float64)
-    fixed, latents = graph.is_kind("token", "target"), graph.is_kind("latent")
-    keep = (reach >= _threshold(reach, nodes)) | fixed
-    matrix = graph.edges.abs() * keep[:, None] * keep
-    totals = row_totals(matrix)
-    inner = influence(matrix, torch.arange(len(graph)), graph.order, graph.weights, totals)
-    scores = matrix.mul_(((inner + graph.weights) / totals.clamp_min(1e-10)).float()[:, None])
-    edge_mask = (scores >= _threshold(scores[scores > 0], edges)) & (scores > 0)
-    while True:
-        before = int(keep.sum())
-        keep &= edge_mask.any(0) | fixed
-        keep &= edge_mask.any(1) | ~latents
-        edge_mask &= keep[:, None] & keep
-        if int(keep.sum()) == before:
-            return keep, edge_mask
-
-
-def _threshold(scores: Tensor, share: float) -> float:
-    """The score down to which the largest make up this share of the sum."""
-    if scores.numel() == 0:
-        return 0.0
-    ordered = scores.flatten().sort(descending=True, stable=True).values
-    cumulative = ordered.double().cumsum(0)
-    index = int(torch.searchsorted(cumulative / cumulative[-1].clamp_min(1e-30), share))
-    return float(ordered[min(index, len(ordered) - 1)])
-
-
-def _chunks(edges: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Rows of a matrix, some at a time."""
-    step = max(1, _CHUNK // max(1, edges.shape[1]))
-    for begin in range(0, len(edges), step):
-        yield begin, edges[begin : begin + step]
 
 
 def node_ids(frame: pd.DataFrame, n_layers: int) -> list[str]:

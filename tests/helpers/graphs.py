@@ -88,3 +88,23 @@ def by_hand(kinds, layers, edges, weights, n_pos=1, positions=None):
         completeness=0.0,
     )
     return completed(graph)
+
+
+def large(n_nodes=500, n_layers=12, n_pos=10, seed=0):
+    """A graph of many nodes and about 30 edges to each."""
+    rng = np.random.default_rng(seed)
+    n_latents = n_nodes - n_pos - 5 - 40
+    kinds = ["latent"] * n_latents + ["error"] * 40 + ["token"] * n_pos + ["target"] * 5
+    layers = [*rng.integers(0, n_layers, n_latents + 40).tolist(), *[None] * (n_pos + 5)]
+    places = [(layer, i % n_pos) for i, layer in enumerate(layers[n_latents : n_latents + 40])]
+    positions = [*rng.integers(1, n_pos, n_latents).tolist(), *[p for _, p in places], *range(n_pos), *[n_pos - 1] * 5]
+    depth = np.array(
+        [-1 if k == "token" else n_layers if k == "target" else i for k, i in zip(kinds, layers, strict=True)]
+    )
+    edges = {}
+    for target in [i for i, kind in enumerate(kinds) if kind in ("latent", "target")]:
+        below = np.flatnonzero(depth < depth[target])
+        for source in rng.choice(below, min(30, len(below)), replace=False):
+            edges[target, source] = float(rng.normal())
+    weights = dict.fromkeys(range(n_nodes - 5, n_nodes), 0.2)
+    return by_hand(kinds, layers, edges, weights, n_pos=n_pos, positions=positions)
