@@ -83,7 +83,10 @@ def transcoders(device: torch.device | str = "cpu") -> list[SAE]:
     """The bundled transcoders of the four MLPs of `load_model("tiny")`, for `saewb.attribution_graph`.
 
     Args:
-        device: where to.
+        device: of the parameters.
+
+    Returns:
+        Four SAEs, the first layer's first, float32.
 
     Example:
         >>> transcoders()[3]

@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformerConfig
 
 
-class Tokenizer:
-    """Ids as text."""
+def tokenizer():
+    """Words w0 ... and <bos>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
-    vocab_size = 32
-
-    def decode(self, ids):
-        return " ".join(f"w{int(i)}" for i in torch.as_tensor(ids).reshape(-1))
+    words = ["<unk>", "<bos>", "<eos>", "<pad>", *(f"w{i}" for i in range(28))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
 def per_layer(tensors, settings):
@@ -72,7 +75,7 @@ def main(folder):
     coders = (cross_layer if settings["kind"] == "clt" else per_layer)(tensors, settings)
     cfg = HookedTransformerConfig(**settings["cfg"])
     model = TransformerLensReplacementModel.from_config(cfg, coders)
-    model.tokenizer = Tokenizer()
+    model.tokenizer = tokenizer()
     weights = {}
     for name, value in load_file(folder / "model.safetensors").items():
         name = name.replace(".mlp.", ".mlp.old_mlp.")
