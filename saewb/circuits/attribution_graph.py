@@ -154,8 +154,8 @@ def _logit_targets(
     if not targets:
         raise ValueError(explain("attribution_graph got no targets.", fix='targets=[" Paris"]'))
     if all(isinstance(target, (str, int)) for target in targets):
-        ids = torch.tensor([token_id(model, target) for target in targets], device=probabilities.device)
-        return _token_targets(replacement, ids, probabilities)
+        ids = list(dict.fromkeys(token_id(model, target) for target in targets))
+        return _token_targets(replacement, torch.tensor(ids, device=probabilities.device), probabilities)
     d = replacement.frozen.final.shape[-1]
     for target in targets:
         fits = isinstance(target, (tuple, list)) and len(target) == 3 and isinstance(target[0], str)

@@ -274,16 +274,15 @@ def completed(graph: AttributionGraph) -> AttributionGraph:
 
 
 def node_ids(frame: pd.DataFrame, n_layers: int) -> list[str]:
-    """Ids of nodes, those of circuit-tracer but for errors; a target's last number is its rank.
+    """Ids of nodes, those of circuit-tracer but for errors.
 
     There an error is `0_{layer}_{position}`, which may also be a latent of layer 0.
     """
-    rank = (frame["kind"] == "target").cumsum() - 1
-    columns = zip(frame["kind"], frame["layer"], frame["position"], frame["latent"], rank, strict=True)
+    columns = zip(frame["kind"], frame["layer"], frame["position"], frame["latent"], strict=True)
     names = {
-        "latent": lambda layer, position, latent, rank: f"{layer}_{latent}_{position}",
-        "error": lambda layer, position, latent, rank: f"error_{layer}_{position}",
-        "token": lambda layer, position, latent, rank: f"E_{latent}_{position}",
-        "target": lambda layer, position, latent, rank: f"{n_layers + 1}_{latent}_{rank}",
+        "latent": lambda layer, position, latent: f"{layer}_{latent}_{position}",
+        "error": lambda layer, position, latent: f"error_{layer}_{position}",
+        "token": lambda layer, position, latent: f"E_{latent}_{position}",
+        "target": lambda layer, position, latent: f"{n_layers + 1}_{latent}_{position}",
     }
     return [names[kind](*rest) for kind, *rest in columns]

@@ -83,7 +83,7 @@ def _node(row: Mapping[str, Any], taken: Set[str]) -> dict[str, Any]:
         "latent": f"{layer}_{number}-0",
         "error": f"{layer}_{position}-0",
         "token": f"E_{number}-{position}",
-        "target": f"L_{number}-{node.rpartition('_')[2]}",
+        "target": f"L_{number}-{position}",
     }
     label = row["label"] or (f'Output "{row["token"]}" (p={row["probability"]:.3f})' if kind == "target" else "")
     return {

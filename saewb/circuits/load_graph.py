@@ -68,7 +68,9 @@ def _graph(document: Mapping[str, Any]) -> AttributionGraph:
     frame = _frame([known[i] for i in order], [str(token) for token in metadata["prompt_tokens"]])
     index = {known[i]["node_id"]: at for at, i in enumerate(order)}
     if len(index) < len(frame):
-        raise FormatError(explain("two nodes have one id.", want="ids that are unique"))
+        twice = next(node for node in index if [n["node_id"] for n in known].count(node) > 1)
+        want = "ids that are unique (circuit-tracer gives an error the id of a latent of layer 0, if both are there)"
+        raise FormatError(explain(f"two nodes have one id, {twice!r}.", want=want))
     edges = torch.zeros(len(frame), len(frame))
     links = document["links"]
     ends = [{link[end] for link in links} - set(index) for end in ("source", "target")]
@@ -123,7 +125,6 @@ def _frame(nodes: list[dict[str, Any]], tokens: list[str]) -> pd.DataFrame:
         if kind == "target":
             text = label.split('"')[1] if label.count('"') > 1 else label
             label = ""
-            position = len(tokens) - 1
         rows.append(
             {
                 "id": name,

@@ -114,8 +114,8 @@ def make(
     out: Path,
     model_recipe: ModelRecipe,
     sae_recipe: SAERecipe,
+    transcoder_recipe: TranscoderRecipe,
     only: Literal["model", "sae", "transcoders"] | None = None,
-    transcoder_recipe: TranscoderRecipe | None = None,
 ) -> None:
     """Write everything into `out`; or texts and model only; or SAE or transcoders only, for the model in `out`."""
     training = [document.text for document in documents if not document.held_out]
@@ -130,8 +130,7 @@ def make(
     if only in (None, "sae"):
         make_sae(out / "model", training, held_out, out / "sae", sae_recipe, source=source)
     if only in (None, "transcoders"):
-        recipe = transcoder_recipe or TranscoderRecipe()
-        make_transcoders(out / "model", training, held_out, out / "transcoders", recipe, source=source)
+        make_transcoders(out / "model", training, held_out, out / "transcoders", transcoder_recipe, source=source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -145,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # with more, sums have another order and results differ
     with tempfile.TemporaryDirectory() as scratch:
         documents = hold_out(read_corpus(options.corpus or fetch_corpus(Path(scratch))))
-    make(documents, options.out, ModelRecipe(), SAERecipe(), options.only)
+    make(documents, options.out, ModelRecipe(), SAERecipe(), TranscoderRecipe(), options.only)
     print(f"built {options.only or 'all'} in {(time.monotonic() - start) / 60:.1f} minutes")
 
 

@@ -34,7 +34,7 @@ class TranscoderRecipe:
     """Latents per token."""
     ctx_len: int = 128
     """Tokens per row, BOS included."""
-    n_tokens: int = 1_500_000
+    n_tokens: int = 3_000_000
     """Tokens to train on, in a new order every epoch."""
     batch: int = 2048
     """Tokens per step."""

@@ -43,6 +43,7 @@ JOBS = {
     "attach": Job("attach", SMOL, cuda=True),
     "loading": Job("loading"),
     "evaluate": Job("evaluate", SMOL, cuda=True),
+    "attribution_graph": Job("attribution_graph", SMOL, cuda=True),
     "stats": Job("stats"),
     "synthetic": Job("synthetic"),
     "train_step": Job("train_step", ("--objective", "all"), cuda=True),

@@ -192,7 +192,7 @@ def test_an_interrupt_keeps_the_rows_that_are_done(model, monkeypatch):
 def test_targets(model):
     graph = graph_of(model, transcoders(), targets=["w3", 7])
     targets = graph.nodes[graph.nodes["kind"] == "target"]
-    assert targets["latent"].tolist() == [7, 7]
+    assert targets["latent"].tolist() == [7]  # the same token twice
     assert targets["token"].iloc[0].strip() == "w3"
     direction = torch.arange(16.0)
     graph = graph_of(model, transcoders(), targets=[("up", 0.5, direction), ("down", 0.5, -direction)])

@@ -18,6 +18,7 @@ from helpers.transformer_lens_3 import has_hooked_transformer
 from safetensors.torch import load_file, save_file
 
 import saewb
+from saewb.errors import FormatError
 
 PEER = os.environ.get("SAEWB_CIRCUIT_TRACER")
 pytestmark = pytest.mark.skipif(
@@ -110,6 +111,11 @@ def test_each_reads_what_the_other_wrote(cases, name):
     accepted, ours = (json.loads((folder / f"{file}.json").read_text()) for file in ("accepted", "ours"))
     assert accepted["nodes"] == ours["nodes"]
     assert accepted["links"] == ours["links"]
+    ids = [node["node_id"] for node in json.loads((folder / "theirs.json").read_text())["nodes"]]
+    if len(set(ids)) < len(ids):  # an error and a latent of layer 0
+        with pytest.raises(FormatError, match="one id"):
+            saewb.load_graph(folder / "theirs.json")
+        return
     theirs = saewb.load_graph(folder / "theirs.json")
     pruned = graph.pruned()
     connected = (pruned.edges != 0).any(0) | (pruned.edges != 0).any(1) | pruned.is_kind("token", "target")
