@@ -83,6 +83,7 @@ class LatentIntervention:
         return self.next_tokens()._repr_html_()
 
 
+@torch.inference_mode(False)  # the frozen pass records gradients, wherever it is called
 @torch.no_grad()
 def intervene(
     model: nn.Module,
@@ -131,8 +132,7 @@ def intervene(
         True
     """
     tokens = prompt_ids(model, prompt)
-    with torch.inference_mode(False):
-        replacement = ReplacementModel.of(model, tokens, transcoders, 0)
+    replacement = ReplacementModel.of(model, tokens, transcoders, 0)
     steps = _steps(replacement, changes)
     written = _written(replacement, steps)
     added = [*written, torch.zeros_like(replacement.frozen.stream)]

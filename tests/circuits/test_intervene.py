@@ -106,6 +106,15 @@ def test_saes_of_the_stream(model):
     assert "probability" in result._repr_html_()
 
 
+def test_from_inside_of_inference_mode(model):
+    with torch.inference_mode():
+        result = saewb.intervene(
+            model, "w5 w6" if model.tokenizer else IDS, transcoders(), [(0, -1, 3, 1.0)], direct=True
+        )
+    want = result.latents["predicted"]
+    assert result.latents["measured"].to_numpy() == pytest.approx(want.to_numpy(), rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
