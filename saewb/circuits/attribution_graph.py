@@ -108,10 +108,11 @@ def attribution_graph(
 
     Example:
         >>> import saewb
-        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
-        >>> graph = saewb.attribution_graph(model, "Paris is the capital", sae, targets=[" of"], progress=False)
-        >>> graph.pruned().nodes.kind.iloc[-1]
-        'target'
+        >>> model, transcoders = saewb.load_model("tiny", device="cpu"), saewb.tiny.transcoders()
+        >>> graph = saewb.attribution_graph(model, "Paris is the capital", transcoders, progress=False)
+        >>> small = graph.pruned()
+        >>> small.nodes.kind.iloc[-1], len(small) < len(graph), 0 < graph.completeness < 1
+        ('target', True, True)
     """
     counts = {"max_targets": max_targets, "batch_size": batch_size, "rank_every": rank_every}
     for name, value in {**counts, "max_latents": max_latents}.items():

@@ -272,6 +272,15 @@ def test_wrong_arguments(options, text):
         graph_of(tiny_models.bridge(), transcoders(), **options)
 
 
+def test_a_prompt_of_one_token(model):
+    """Without latents: the first position has none."""
+    graph = graph_of(model, transcoders(), IDS[:, :1])
+    assert graph.n_active == 0
+    check_sums(graph, 1e-5)
+    assert graph.replacement_score == 1
+    assert len(graph.pruned()) == 1 + (graph.nodes["kind"] == "target").sum()
+
+
 def test_from_inside_of_inference_mode(model):
     with torch.inference_mode():
         check_sums(graph_of(model, transcoders(), targets=[5]), 1e-5)
