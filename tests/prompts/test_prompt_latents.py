@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_models
-from prompts.test_attribution import RESID, SAES, Z
+from circuits.test_attribution import RESID, SAES, Z
 from sae.test_cross_layer import formula, made
 
 import saewb
