@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import tiny_models
 from circuits.test_attribution import RESID, SAES, Z
+from helpers import tiny_models
 from sae.test_cross_layer import formula, made
 
 import saewb
