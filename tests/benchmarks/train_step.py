@@ -33,7 +33,6 @@ from saewb.training.sparse_step import best_precision, clipped_step, sparse_step
 from .measure import Report, Row, Table, arguments, busy_process, has, peak_mb, reset_peak, seconds
 
 OBJECTIVES = ("topk", "abstopk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated")
-LR = 1e-5
 
 
 def activations(n, d_in, seed=0):
@@ -87,7 +86,7 @@ def ours(name, options, how, x):
     if options.dead_frac:
         dead = torch.arange(objective.d_sae, device=x.device) % round(1 / options.dead_frac) == 0
         state = state.with_dead(dead)
-    optimizer = torch.optim.Adam(params.parameters(), lr=LR, fused=True)
+    optimizer = torch.optim.Adam(params.parameters(), lr=options.lr, fused=True)
 
     def step(batch):
         if how == "plain":
@@ -135,7 +134,11 @@ def peer(name, options, x):
     del params
     batches = itertools.repeat(x)
     config = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=len(x), lr=LR, lr_end=LR, device=str(x.device)
+        total_training_samples=10**9,
+        train_batch_size_samples=len(x),
+        lr=options.lr,
+        lr_end=options.lr,
+        device=str(x.device),
     )
     trainer = SAETrainer(config, sae, batches)
     dead = torch.arange(options.d_sae) % round(1 / options.dead_frac) == 0 if options.dead_frac else None
@@ -162,7 +165,7 @@ def sparsify(options, x):
     coder.encoder.bias.data.copy_(params["b_enc"])
     coder.W_dec.data.copy_(params["W_dec"])
     coder.b_dec.data.copy_(params["b_dec"])
-    optimizer = torch.optim.Adam(coder.parameters(), lr=LR)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=options.lr)
     fired = torch.zeros(options.d_sae, dtype=torch.bool, device=x.device)
 
     def step(batch):
@@ -231,8 +234,9 @@ def fresh(name, candidate, options, *more, busy=False):
 def measured_busy(name, candidate, options):
     """Median seconds of a step in fresh processes: on its own, beside a busy process, beside a busy cell."""
     calls = {"quiet": (), "process": (), "cell": ("--cell",)}
+    still = ("--pace", "--lr", "1e-9")  # after many steps on one batch, more latents are on
     return [
-        fresh(name, candidate, options, "--pace", *more, busy=by == "process")["seconds"] for by, more in calls.items()
+        fresh(name, candidate, options, *still, *more, busy=by == "process")["seconds"] for by, more in calls.items()
     ]
 
 
@@ -330,6 +334,7 @@ def main() -> None:
     parser.add_argument("--no-plain", action="store_true", help="without the autograd step")
     parser.add_argument("--no-peer", action="store_true", help="without sae-lens and sparsify")
     parser.add_argument("--busy", action="store_true", help="each candidate alone, beside a busy process and cell")
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--pace", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
