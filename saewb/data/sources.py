@@ -20,6 +20,7 @@ from saewb.data.tokens import check_vocabulary
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import Activations, capture, stop_layer
 from saewb.models.tokenizer import special_mask
 
@@ -42,8 +43,8 @@ class TokenRows(Protocol):
 class ModelSource:
     """A model's activations: one forward pass for all points, which stops after the last layer that is needed.
 
-    The model's lock is held for one pass at a time, so others can use the model in between; whatever is attached to it
-    during a pass affects what is read.
+    The model's lock is held for one pass at a time, so others can use the model in between. What is attached to it
+    elsewhere during a pass affects what is read; at one of the points, and steering, it is refused.
 
     Args:
         model: any kind.
@@ -58,7 +59,8 @@ class ModelSource:
             and sends it to the others. All yield the chunks of a single process, and have its `state()`.
 
     Raises:
-        ValueError: for a point that does not exist, is switched off, did not fire, or has no token axis.
+        ValueError: for a point that does not exist, is switched off, did not fire, or has no token axis; in a pass, if
+            an SAE is attached at one of the points or the model is steered: the rows are then the next ones again.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class ModelSource:
     def widths(self) -> dict[str, int]:
         """Width of the activations at each point, from a forward pass of two tokens."""
         ids = torch.zeros(1, 2, dtype=torch.int64, device=next(self.model.parameters()).device)
-        cache = capture(self.model, ids, self._names)
+        cache = self._capture(ids)
         both = torch.arange(2)
         return {key: self._select(cache[n], head, ids, both, key).shape[1] for key, (n, head) in self.points.items()}
 
@@ -167,11 +169,16 @@ class ModelSource:
         if len(tokens) == 0:
             return None
         check_vocabulary(self.model, ids)
-        cache = capture(self.model, ids.to(next(self.model.parameters()).device), self._names)
+        cache = self._capture(ids.to(next(self.model.parameters()).device))
         values = {key: self._select(cache[name], head, ids, tokens, key) for key, (name, head) in self.points.items()}
         for name, x in values.items():
             self._finite.add(f"activations at {name!r}", x)
         return Activations(values, ids.flatten()[tokens].to(torch.int32))
+
+    def _capture(self, ids: Tensor) -> dict[str, Tensor]:
+        with hook_points.lock(self.model):
+            check_unmodified(self.model, self._names)
+            return capture(self.model, ids, self._names)
 
     def _kept_tokens(self, ids: Tensor) -> Tensor:
         """Indices of the kept tokens in the flattened rows, computed on the CPU so that nothing waits for a GPU."""

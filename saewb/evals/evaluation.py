@@ -69,7 +69,7 @@ def evaluate(
 
     "Ablated" means that zeros, or the mean activation over counted tokens, replace the activation at the write point
     (of its head only, if the SAE has one). For a transcoder the figures compare its output with the activation at its
-    write point. Other hooks and SAEs on the model stay in force.
+    write point. Hooks, steering and SAEs at other points of the model stay in force.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode.
@@ -94,7 +94,7 @@ def evaluate(
 
     Raises:
         ValueError: if no tokens are left to evaluate, or rows have fewer than two; for a hook or SAE that does not fit,
-            as `saewb.attach`; if another SAE writes to the same point; if the activation never varies.
+            as `saewb.attach`; if another SAE writes to one of its points; if the activation never varies.
         TypeError: if `tokens` are not integers.
 
     References:

@@ -35,8 +35,8 @@ def active_interventions(model: nn.Module) -> tuple[ActiveIntervention, ...]:
 class ActiveIntervention(ABC):
     """Hooks on a model, until `detach` or the end of the `with` block.
 
-    Subclasses implement `_install` and `_remove`, what they change, and for each forward pass `_before_forward`, `_at_first_block` and
-    `_after_forward`. Whoever makes one calls `_activate`.
+    Subclasses implement `written` and `content`, `_install` and `_remove`, and for each forward pass `_before_forward`,
+    `_at_first_block` and `_after_forward`. Whoever makes one calls `_activate`.
     """
 
     steers: ClassVar[bool]

@@ -1,4 +1,4 @@
-"""What is attached to a model or steers it now: whether a measurement may run, and the fingerprint of the model with it.
+"""What is attached to a model or steers it now: whether it may be measured, and its fingerprint.
 
 The objects themselves are of `saewb.interventions`; they enter themselves in `registry`.
 """
@@ -112,10 +112,10 @@ def model_digest(model: nn.Module, *, reuse: bool = False, in_training: bool = F
         (False, True)
     """
     original = model.original_model if hook_points.is_bridge(model) else model
-    weights: dict[str, Any] = {f"original {name}": t for name, t in original.state_dict(keep_vars=True).items()}
-    if original is not model:  # of one version's names and another's, those that do not change are the Bridge's
-        named = {id(t) for t in (own := model.state_dict(keep_vars=True)).values()}
-        weights = {name: t for name, t in weights.items() if id(t) not in named} | own
+    weights: dict[str, Any] = dict(model.state_dict(keep_vars=True))  # a Bridge's own names are the same everywhere
+    named = {id(t) for t in weights.values()}
+    others = {} if original is model else original.state_dict(keep_vars=True)
+    weights |= {f"original {name}": t for name, t in others.items() if id(t) not in named}
     active = [[type(one).__name__, one.content()] for one in list(registry.get(model, []))]
     dropout = [name for name, module in original.named_modules() if _drops(module)] if in_training else []
     weights = {name: t for name, t in weights.items() if isinstance(t, Tensor)}  # quantized ones have other values too
@@ -146,12 +146,9 @@ def _hooks(model: nn.Module) -> Iterator[str]:
         if not (module._forward_hooks or module._forward_pre_hooks):
             continue
         for function in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]:
-            marked = hook_points._marked(function)
-            if marked is not None:
-                is_users = marked in blocks
-            else:
-                is_users = hasattr(module, "fwd_hooks") or str(getattr(function, '__module__', '')).partition(".")[0] not in _LIBRARIES
-            if is_users:
+            marked, library = hook_points._marked(function), str(getattr(function, "__module__", "")).partition(".")[0]
+            is_point = hasattr(module, "fwd_hooks")
+            if marked in blocks if marked is not None else is_point or library not in _LIBRARIES:
                 yield f"{getattr(module, 'name', type(module).__name__)} {_digest_of_hook(marked or function)}"
 
 
