@@ -206,10 +206,8 @@ def _is_of_another(written: IndexInfo, info: IndexInfo, folder: Path) -> bool:
         return False
     aside = storage.move_aside(folder)
     parts = [part for part in PARTS[:2] if written.digests[part] != (info.digests or {})[part]]
-    what = (
-        f"the index in {str(folder)!r} is of {listed(parts, 'another ')} (by content: {'; '.join(different)}): it is "
-    )
-    what += f"moved to {str(aside)!r}, and one of {info.sae}, {info.model} is built."
+    what = f"the index in {str(folder)!r} is of {listed(parts, 'another ')} (by content: {'; '.join(different)}): "
+    what += f"it is moved to {str(aside)!r}, and one of {info.sae}, {info.model} is built."
     fix = f"saewb.load_index({str(aside)!r})    # the old one"
     warnings.warn(explain(what, fix=fix), stacklevel=_frames_of_libraries())
     return True
