@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from saewb._finite import FiniteCheck
 from saewb._indices import index_slice
 from saewb.data.documents import EpochCursor
+from saewb.data.packing import TokenStream
 from saewb.data.tokens import check_vocabulary
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
+from saewb.fingerprint import tensors_digest, values_digest
 from saewb.models import hook_points
 from saewb.models.active import check_unmodified
 from saewb.models.capture import Activations, capture, stop_layer
@@ -199,6 +201,10 @@ class ModelSource:
         rows = rows.index_select(0, tokens.to(rows.device, non_blocking=True))
         return rows.to(device=self._device, dtype=self._dtype)
 
+    def digest(self) -> str | None:
+        """Digest of the tokens; None where they cannot be looked at."""
+        return self._tokens.digest() if isinstance(self._tokens, TokenStream) else None
+
     def state(self) -> dict[str, Any]:
         """Position in the tokens, with rows that were taken and not computed, as after a failed pass."""
         if self._round:
@@ -239,6 +245,11 @@ class TensorSource:
     def __next__(self) -> Activations:
         return self._values.rows(self._cursor.take(self._chunk, repeat=self._repeat))
 
+    def digest(self) -> str:
+        """Digest of the tensors, and of their order."""
+        ids = {} if self._values.ids is None else {"token ids": self._values.ids}
+        return values_digest([tensors_digest({**self._values.values, **ids}), self._cursor.seed])
+
     def state(self) -> dict[str, Any]:
         """Epoch and position; the tensors themselves are not part of it."""
         return self._cursor.state()
@@ -267,6 +278,10 @@ class IterableSource:
         chunk = next(self._chunks)
         self._n_taken += 1
         return _as_activations(chunk, self._point)
+
+    def digest(self) -> None:
+        """None: an iterable of chunks cannot be looked at."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """Number of chunks taken."""
@@ -308,6 +323,10 @@ class SyntheticSource:
 
     def __next__(self) -> Activations:
         return _as_activations(self._draw(self._chunk, self._rng), self._point)
+
+    def digest(self) -> None:
+        """None: a function that draws cannot be compared."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """State of the generator."""
