@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 from jaxtyping import Int
@@ -35,8 +35,8 @@ _SAMPLE = 1 << 16  # elements of a larger one that are compared before its last 
 _LABELS = ("metadata", "model")  # fields of an SAE's configuration that change no number
 _WHOLE_FILE = 1 << 30  # bytes up to which a file is hashed whole
 
-Digests = Mapping[str, str]
-"""Digests by part: "SAE", "model", "tokens", "settings"."""
+Digests = Mapping[str, Union[str, None]]
+"""Digests by part: "SAE", "model", "tokens"; None where a part cannot be looked at, such as an iterator."""
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ def test_wrong_values(made):
         SteeringPanel(model, tiny_models.sae(RESID))
     with pytest.raises(ValueError, match="no hook named"):
         SteeringPanel(model, tiny_models.sae("blocks.9.hook_resid_post"))
-    with pytest.raises(ValueError, match="the index is of 24"):
+    with pytest.raises(ValueError, match="FeatureIndex.24 latents.* is not of this SAE, which has 1,024"):
         SteeringPanel(model, sae, panel_driver.many(24))
     with pytest.raises(ValueError, match="1 SAEs and 2 indexes"):
         SteeringPanel(model, sae, [None, None])

@@ -102,6 +102,8 @@ class FeatureBrowser(Panel):
         if not isinstance(self.index, saewb.FeatureIndex):
             what = f"FeatureBrowser got a {type(index).__name__}."
             raise TypeError(errors.explain(what, want="a FeatureIndex or its folder", fix="saewb.load_index(folder)"))
+        if sae is not None:
+            self.index.check_sae(sae)
         self.model, self.sae = model, sae
         self._notes_file = None if notes_file is None else Path(notes_file).expanduser()
         self._table: pd.DataFrame | None = None
