@@ -1,4 +1,4 @@
-"""Digests: equal for equal content wherever it lies, different after any change of a bit, dtype, shape, name or token."""
+"""Digests: equal for equal content wherever it lies, different after a change of any bit, dtype, shape or token."""
 
 import hashlib
 

@@ -166,6 +166,7 @@ def find(
     """Active latents of a prompt; see `FeatureIndex.find`, which checks the SAE."""
     import pandas as pd
 
+    check_unmodified(model, [info.hook, info.hook_out])  # said before the digest, which is another one too
     info.check_content("this index", model=model_digest(model, reuse=True))
     ids = prompt_ids(model, prompt)
     with hook_points.lock(model), torch.no_grad(), eval_mode(model, sae):

@@ -17,6 +17,7 @@ from saewb.data.tokens import pack
 from saewb.evals.evaluation import evaluate, evaluate_many
 from saewb.evals.result import Evaluation
 from saewb.interventions.attachment import attach, attachments
+from saewb.interventions.steering import steer
 from saewb.models import hook_points
 from saewb.sae.base import SparseCoder
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
@@ -710,7 +711,7 @@ def test_stored_results_are_of_this_model_and_these_weights(tmp_path, monkeypatc
     assert (table(), table()) == (True, False)
     weight.data[0, 0] -= 1  # a write that torch does not count
     assert (table(), table()) == (True, False)
-    with saewb.steer(model, sae, {3: 5.0}):
+    with steer(model, sae, {3: 5.0}):
         assert (table(), table()) == (True, False)
     with attach(model, tiny_models.sae("blocks.0.hook_resid_post")):
         assert (table(), table()) == (True, False)

@@ -614,6 +614,7 @@ def test_all_that_goes_on_refuses_another_model(tmp_path):
     model, sae, ids = tiny_models.new_bridge(), tiny_models.sae(RESID, d_sae=12), text()
     index = build(model, sae, ids[:6], folder=tmp_path / "i")
     weight = model.blocks[0].mlp.out.weight
+    before = weight.detach().clone()
     with torch.no_grad():
         weight[0, 0] += 1
     says = r"another model \(by content: model \w{10}, not \w{10}\)(.|\n)*want: (.|\n)*fix: "
@@ -625,7 +626,7 @@ def test_all_that_goes_on_refuses_another_model(tmp_path):
         with pytest.raises(ValueError, match=says):
             call()
     with torch.no_grad():
-        weight[0, 0] -= 1
+        weight.copy_(before)
     with saewb.attach(model, tiny_models.sae("blocks.0.hook_resid_post")), pytest.raises(ValueError, match=says):
         build_index(model, sae, ids[6:], extend=index)
     with model.hooks([("blocks.0.hook_resid_post", lambda x, hook: 2 * x)]), pytest.raises(ValueError, match=says):

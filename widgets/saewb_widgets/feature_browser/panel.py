@@ -90,8 +90,8 @@ class FeatureBrowser(Panel):
 
         Raises:
             TypeError: if `index` is something else, or a trait unknown.
-            ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given, or
-                the index is of another SAE.
+            ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given;
+                if the index is of another SAE.
             FileNotFoundError: if there is no index in the folder.
         """
         self.check_names(traits)
