@@ -78,8 +78,10 @@ def tensors_digest(tensors: Mapping[str, Tensor], *, reuse: bool = False) -> str
     # All blocks of all tensors in one queue, so that one large tensor keeps every thread busy.
     blocks = [(place, block) for place, t in missing.items() for block in _blocks(t)]
     running = {place: hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode()) for place, t in missing.items()}
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
-        for (place, _), of_block in zip(blocks, threads.map(lambda item: _hash_block(*item[1]), blocks), strict=True):
+    is_small = sum(t.numel() * t.element_size() for t in missing.values()) <= _BLOCK
+    with ThreadPoolExecutor(1 if is_small else max(1, torch.get_num_threads())) as threads:
+        hashed = (map if is_small else threads.map)(lambda item: _hash_block(*item[1]), blocks)
+        for (place, _), of_block in zip(blocks, hashed, strict=True):
             running[place].update(of_block)
     for place, t in missing.items():
         digests[place] = running[place].hexdigest()

@@ -287,9 +287,7 @@ def test_parts_that_do_not_go_together(model):
         index.merge(build(model, sae, ids[:3]))
     with pytest.raises(ValueError, match="seed 0 and 1"):
         index.merge(build(model, sae, ids[6:], first_row=6, seed=1))
-    with pytest.raises(
-        ValueError, match=r"another SAE \\(by content(.|\n)*want: the SAE and the model of the index: SAE\\(topk"
-    ):
+    with pytest.raises(ValueError, match=r"another SAE \(by content(.|\n)*want: .* of the index: SAE\(topk"):
         build_index(model, tiny_models.sae(RESID), ids, extend=index)
     with pytest.raises(ValueError, match=r"another SAE \(by content(.|\n)*want: .* of the index: SAE\(topk"):
         build_index(model, tiny_models.sae(RESID), ids, extend=index)
@@ -673,7 +671,7 @@ def test_a_text_that_differs_in_one_token_is_another(model, tmp_path):
             ValueError, match=r"another text, by content of its first 12 rows: tokens \w{10}, not \w{10}"
         ):
             build(model, sae, other, folder=tmp_path / "i")
-    longer = torch.cat([ids, text(3, seed=9)])
+    longer = torch.cat([ids, text(4, seed=9)])
     same(build(model, sae, longer, folder=tmp_path / "i"), build(model, sae, longer))
 
 

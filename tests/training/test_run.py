@@ -810,7 +810,7 @@ def test_it_is_resumed_with_the_same_model_and_tokens_only(tmp_path):
         ({"tokens": other}, r"is of other tokens \(by content: tokens"),
         ({"model": model}, r"is of another model \(by content: model"),
         ({"held_out": held_out + (held_out == 5)}, "other held-out tokens"),
-        ({"tokens": ["w1 w2 w3"] * 90}, "other tokens"),
+        ({"tokens": tokens[:59]}, "other tokens"),
     ):
         with pytest.raises(ValueError, match=says + r"(.|\n)*want: .*started with(.|\n)*fix: "):
             saewb.resume_run(tmp_path / "r", **{**how, **wrong})
