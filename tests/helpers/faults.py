@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from contextlib import contextmanager
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.truncate")
@@ -84,8 +85,11 @@ def killed_at(root, n, call):
             with failing(root, n, kill):
                 call()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, 9), status
+    assert status in (0, 9), f"operation {n}: the process ended with status {status}; its traceback is above"
     return status == 9
