@@ -289,8 +289,6 @@ def test_parts_that_do_not_go_together(model):
         index.merge(build(model, sae, ids[6:], first_row=6, seed=1))
     with pytest.raises(ValueError, match=r"another SAE \(by content(.|\n)*want: .* of the index: SAE\(topk"):
         build_index(model, tiny_models.sae(RESID), ids, extend=index)
-    with pytest.raises(ValueError, match=r"another SAE \(by content(.|\n)*want: .* of the index: SAE\(topk"):
-        build_index(model, tiny_models.sae(RESID), ids, extend=index)
     with pytest.raises(ValueError, match="rows of 7 tokens"):
         build_index(model, sae, ids[:, :7], extend=index)
     with pytest.raises(ValueError, match="got extend and n_top, seed"):
