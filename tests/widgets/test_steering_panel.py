@@ -102,8 +102,10 @@ def test_it_is_what_generate_writes(made):
 
 def test_several_saes():
     model, sae = panel_driver.embedded()
-    saes = [sae, sae.__class__(sae.cfg)]
-    saes[1].load_state_dict({k: v.roll(1, 0) if k == "W_dec" else v for k, v in sae.state_dict().items()})
+    saes = [sae.__class__(sae.cfg), sae]
+    saes[0].load_state_dict({k: v.roll(1, 0) if k == "W_dec" else v for k, v in sae.state_dict().items()})
+    with pytest.raises(ValueError, match=r"is of another SAE \(by content"):
+        SteeringPanel(model, saes, [panel_driver.index()])
     panel = SteeringPanel(model, saes, [None, panel_driver.index()], latents={5: 9.0}, max_new_tokens=3)
     panel.add(7, 12.0, sae=1)
     panel.add(8, 2.0, "clamp", sae=1)
