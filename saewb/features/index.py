@@ -166,7 +166,7 @@ class FeatureIndex:
             Traceback (most recent call last):
             ...
             ValueError: FeatureIndex(1024 latents on ... of tiny) is of another SAE (by content: SAE ..., not ...).
-              want: that of the index: SAE(topk, 128 -> 1024 latents, blocks.2.hook_resid_post, tiny, float32 on cpu), tiny
+              want: that of the index: SAE(topk k=16, 128 -> 1024 latents, blocks.2.hook_resid_post, tiny, float32 on cpu), tiny
               fix:  index = saewb.build_index(model, sae, tokens)
         """  # noqa: E501
         rows = sae if isinstance(sae, Tensor) else sae.W_dec
