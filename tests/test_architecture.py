@@ -16,6 +16,7 @@ ROOT = Path(saewb.__file__).parent
 LAYERS = [  # a room imports rooms of earlier lines and its own files; the first line only `errors`; the last all
     {
         "errors",
+        "fingerprint",
         "_config",
         "_files",
         "_finite",

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from saewb._files import absolute, refuse_damage
 from saewb._indices import index_of, indices_of
+from saewb.errors import explain
 from saewb.features import search, storage
 from saewb.features.accumulate import LatentAccumulator
 from saewb.features.config import N_COACTIVE, IndexInfo
@@ -20,6 +22,7 @@ from saewb.features.latent import Latent, read_latent
 from saewb.features.neighbors import coactive, firing_matrix
 from saewb.features.ranking import interpretability_score, latent_table
 from saewb.features.token_texts import TokenTexts
+from saewb.fingerprint import sae_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,8 +136,57 @@ class FeatureIndex:
         return search.search(self.info, self.tensors, self.token_texts, what, n)
 
     def find(self, model: nn.Module, sae: nn.Module, prompt: str | Sequence[int] | Tensor) -> pd.DataFrame:
-        """Table of active latents of a prompt: token, position, latent, activation, of_max (activation / maximum)."""
+        """Table of active latents of a prompt: token, position, latent, activation, of_max (activation / maximum).
+
+        Raises:
+            ValueError: if the index is of another SAE or model, by content; if an SAE is attached where this one reads
+                or writes, or the model is steered.
+        """
+        self.check_sae(sae)
         return search.find(self.info, self.tensors, model, sae, prompt)
+
+    def check_sae(self, sae: nn.Module | Tensor) -> None:
+        """Check that the index is of this SAE: by the digest of all its weights.
+
+        An index of saewb 0.1.0 has no digest: then, as for a tensor, the number of latents counts, and the cosines of
+        eight pairs of decoder directions, within 0.05.
+
+        Args:
+            sae: an SAE or transcoder, or decoder directions `[d_sae, d_out]`.
+
+        Raises:
+            ValueError: if the index is of another one.
+
+        Example:
+            >>> import saewb
+            >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+            >>> index = saewb.build_index(model, sae, ["The river flows through the city."] * 20, ctx_len=16)
+            >>> index.check_sae(sae)
+            >>> index.check_sae(sae.double())  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            ValueError: FeatureIndex(1024 latents on ... of tiny) is of another SAE (by content: SAE ..., not ...).
+              want: that of the index: SAE(topk k=16, 128 -> 1024 latents, blocks.2.hook_resid_post, tiny, float32 on cpu), tiny
+              fix:  index = saewb.build_index(model, sae, tokens)
+        """  # noqa: E501
+        rows = sae if isinstance(sae, Tensor) else sae.W_dec
+        if len(rows) != len(self):
+            what = f"{self!r} is not of this SAE, which has {len(rows):,} latents."
+            raise ValueError(explain(what, want=self.info.sae, fix="index = saewb.build_index(model, sae, tokens)"))
+        if self.info.digests is not None and not isinstance(sae, Tensor):
+            self.info.check_content(repr(self), SAE=sae_digest(sae, reuse=True))
+        else:
+            self._check_directions(rows.detach())
+
+    def _check_directions(self, rows: Tensor) -> None:
+        for i in range(0, len(self), -(-len(self) // 8)):
+            for near in self.latent(i).nearest_by_decoder[:1]:
+                cosine = float(torch.cosine_similarity(rows[i].double(), rows[near.latent].double(), dim=0))
+                if abs(cosine - near.cosine) > 0.05:  # they may have another precision than those of the index
+                    what = f"{self!r} is of another SAE: latents {i} and {near.latent} have cosine {near.cosine:.2f} "
+                    what += f"there and {cosine:.2f} here."
+                    fix = "index = saewb.build_index(model, sae, tokens)"
+                    raise ValueError(explain(what, want=self.info.sae, fix=fix))
 
     def matrix(self, min_fires: int = 10) -> MatrixView:
         """Matrix view of the correlation phi of active latents, on the sampled tokens (`coactive_tokens`).
@@ -198,10 +250,11 @@ class FeatureIndex:
             ValueError: if they are of different SAEs or settings, or rows of text are in both.
         """
         self.info.check_mergeable(other.info, "merge")
+        tokens = None if other.info.digests is None else other.info.digests["tokens"]
         accumulator = LatentAccumulator(self.info.config)
         accumulator.restore(self.tensors)
         accumulator.merge(other.tensors)
-        info = self.info.with_rows(other.info.rows, other.info.n_tokens)
+        info = self.info.with_rows(other.info.rows, other.info.n_tokens, tokens)
         return self.with_accumulated(info, accumulator, self.token_texts.merge(other.token_texts))
 
     def with_accumulated(self, info: IndexInfo, accumulator: LatentAccumulator, texts: TokenTexts) -> FeatureIndex:

@@ -368,11 +368,12 @@ def _fetch(
     # A folder per site, so that answers of different sites are not confused.
     host = re.sub(r"\W+", "-", urllib.parse.urlsplit(site).netloc)
     file = _cache_folder(cache) / host / source / f"{latent}.json"
-    cached = _read_cached(file)
+    url = f"{site.rstrip('/')}/api/feature/{source}/{latent}"
+    cached = _read_cached(file, url)
     if cached is not None and time.time() - file.stat().st_mtime < max_age_days * 86400:
         return cached
     try:
-        answer = _request(f"{site.rstrip('/')}/api/feature/{source}/{latent}", timeout)
+        answer = _request(url, timeout)
     except _NoPage:
         answer = {}
     except ConnectionError:
@@ -381,18 +382,18 @@ def _fetch(
         raise
     _parse_explanations(latent, answer)  # an answer of another form is not cached
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({"explanations": answer.get("explanations")}))
+    write_text(file, json.dumps({"url": url, "explanations": answer.get("explanations")}))
     return answer
 
 
-def _read_cached(file: Path) -> dict[str, Any] | None:
-    """A cached answer; None if there is none, or the file is damaged."""
+def _read_cached(file: Path, url: str) -> dict[str, Any] | None:
+    """A cached answer of this address; None if there is none, it does not say of which it is, or it is damaged."""
     try:
         answer = json.loads(file.read_text(encoding="utf-8"))
         _parse_explanations(0, answer)
     except (OSError, ValueError, RecursionError):
         return None
-    return answer
+    return answer if answer.get("url") == url else None
 
 
 class _NoPage(ConnectionError):

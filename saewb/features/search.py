@@ -22,6 +22,8 @@ from saewb.errors import explain
 from saewb.features.config import IndexInfo
 from saewb.features.token_texts import TokenTexts
 from saewb.interventions.site import flatten_heads
+from saewb.models import hook_points
+from saewb.models.active import check_unmodified, model_digest
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_mask, token_strings
 
@@ -161,14 +163,14 @@ def find(
     sae: nn.Module,
     prompt: str | Sequence[int] | Tensor,
 ) -> pd.DataFrame:
-    """Active latents of a prompt; see `FeatureIndex.find`."""
+    """Active latents of a prompt; see `FeatureIndex.find`, which checks the SAE."""
     import pandas as pd
 
-    if sae.cfg.d_sae != info.d_sae:
-        what = f"this index is of {info.d_sae} latents, {sae!r} has {sae.cfg.d_sae}."
-        raise ValueError(explain(what, want=info.sae))
+    check_unmodified(model, [info.hook, info.hook_out])  # said before the digest, which is another one too
+    info.check_content("this index", model=model_digest(model, reuse=True))
     ids = prompt_ids(model, prompt)
-    with torch.no_grad(), eval_mode(model, sae):
+    with hook_points.lock(model), torch.no_grad(), eval_mode(model, sae):
+        check_unmodified(model, [info.hook, info.hook_out])
         x = flatten_heads(sae, capture(model, ids, [info.hook])[info.hook], sae.cfg.d_in, info.hook)
         check_finite(f"activations at {info.hook!r}", x[0, ~special_mask(ids[0], info.special)])
         acts = sae.encode(x)[0].float().cpu()

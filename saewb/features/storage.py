@@ -8,9 +8,11 @@ removed by the next one that writes.
 from __future__ import annotations
 
 import json
+import os
 import re
 import reprlib
 import secrets
+import shutil
 from pathlib import Path
 
 import torch
@@ -70,6 +72,23 @@ def write_index(folder: Path, info: IndexInfo, tensors: dict[str, Tensor], texts
         if old.name != name and _TENSORS.fullmatch(old.name):
             old.unlink(missing_ok=True)
     return folder
+
+
+def move_aside(folder: Path) -> Path:
+    """Move the index in a folder, whose lock the caller holds, to a new folder beside it, and return that.
+
+    The tensors get a second name first, so that a kill at any moment leaves a whole index in one of the folders.
+    """
+    name, n = _tensors_named(folder), 1
+    while (aside := folder.with_name(f"{folder.name}-earlier{n}")).exists():
+        n += 1
+    aside.mkdir()
+    try:
+        os.link(folder / name, aside / name)
+    except OSError:  # a file system without such names
+        shutil.copy2(folder / name, aside / name)
+    os.replace(folder / FILE, aside / FILE)
+    return aside
 
 
 def read_index(folder: Path, verify: bool | None = None) -> tuple[IndexInfo, dict[str, Tensor], TokenTexts]:

@@ -1,6 +1,7 @@
 """Attribution: effects of latents at positions on a metric of the logits, and edges between latents of two SAEs.
 
-The error of an SAE is a node like its latents. Nothing is attached: effects are about the clean model. The formulas are
+The error of an SAE is a node like its latents. Nothing is attached at their points: effects are about the model's own
+activations there. The formulas are
 in `attribute`, the steps in `saewb.prompts.attribution_nodes`.
 """
 
@@ -20,6 +21,7 @@ from saewb._finite import check_finite
 from saewb._indices import index_of
 from saewb.errors import explain
 from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import eval_mode, stop_layer
 from saewb.models.tokenizer import token_strings
 from saewb.prompts.attribution_nodes import (
@@ -151,8 +153,8 @@ def attribute(
         An Attribution: `.to_frame(n)`, `.totals()`.
 
     Raises:
-        ValueError: for a hook or SAE that does not fit, a prompt of several texts, a metric that is not one number or
-            not differentiable, a text of several tokens.
+        ValueError: for a hook or SAE that does not fit, or one attached at its points; a prompt of several texts, a
+            metric that is not one number or not differentiable, a text of several tokens.
         TypeError: for a metric or prompt of another kind.
 
     References:
@@ -177,6 +179,7 @@ def attribute(
     nodes_of: list[Nodes] = []
     estimates, baselines = [], []
     with hook_points.lock(model), eval_mode(model, *(site.sae for site in run.sites)):
+        _check_unmodified(run)
         value, clean = differentiate(run)
         for site, at_site in zip(run.sites, clean, strict=True):
             check_finite(f"activations at {site.hook_name!r}", at_site.x[run.plain])
@@ -258,6 +261,7 @@ def attribute_edges(
     metric_or_sum = metric if metric is not None else lambda logits: logits.sum()  # its value is not used
     run = prepare_attribution(model, prompt, [sae_from, sae_to], metric_or_sum, skip_special_tokens)
     with hook_points.lock(model), eval_mode(model, sae_from, sae_to):
+        _check_unmodified(run)
         _, (start, end) = differentiate(run)
         later = split_into_nodes(run, run.sites[1], end)
         later = _select_targets(run, later, targets, n_targets, by_effect=metric is not None)
@@ -280,6 +284,11 @@ def attribute_edges(
     key = "effect" if metric is None else "metric_effect"
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values(key, key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+def _check_unmodified(run: AttributionRun) -> None:
+    """Check that no SAE is attached at the points: effects are about the model's own activations."""
+    check_unmodified(run.model, [point for site in run.sites for point in site.points], steered=True)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -42,6 +42,7 @@ JOBS = {
     "imports": Job("imports"),
     "attach": Job("attach", SMOL, cuda=True),
     "loading": Job("loading"),
+    "fingerprint": Job("fingerprint", cuda=True),
     "evaluate": Job("evaluate", SMOL, cuda=True),
     "stats": Job("stats"),
     "synthetic": Job("synthetic"),

@@ -121,6 +121,21 @@ def test_explanations_are_fetched_once(site, tmp_path):
     assert neuronpedia.explanations(None, [9], **how) == {9: ()}
 
 
+def test_an_explanation_on_disk_is_of_the_address_asked_for(site, tmp_path):
+    how = {"source": SOURCE, "cache": tmp_path}
+    for n, address in enumerate([site.url, f"{site.url}/mirror"], 1):  # both are of one folder
+        neuronpedia.explanations(None, [1], site=address, **how)
+        assert len(site.asked) == n
+    (file,) = tmp_path.rglob("1.json")
+    before = json.loads(file.read_text())
+    assert before["url"] == f"{site.url}/mirror/api/feature/{SOURCE}/1"
+    for content in ({**before, "url": "https://elsewhere/1"}, {"explanations": [{"description": "of 0.1.0"}]}):
+        file.write_text(json.dumps(content))
+        n_asked = len(site.asked)
+        found = neuronpedia.explanations(None, [1], site=site.url, **how)
+        assert (found[1][0].text, len(site.asked)) == ("about 1", n_asked + 1)
+
+
 def test_offline_says_so_in_one_line_and_the_cache_still_answers(site, tmp_path):
     how = {"source": SOURCE, "cache": tmp_path}
     result = neuronpedia.explanations(None, [1], site=site.url, **how)

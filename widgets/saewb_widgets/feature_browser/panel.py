@@ -90,7 +90,8 @@ class FeatureBrowser(Panel):
 
         Raises:
             TypeError: if `index` is something else, or a trait unknown.
-            ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given.
+            ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given;
+                if the index is of another SAE.
             FileNotFoundError: if there is no index in the folder.
         """
         self.check_names(traits)
@@ -102,6 +103,8 @@ class FeatureBrowser(Panel):
         if not isinstance(self.index, saewb.FeatureIndex):
             what = f"FeatureBrowser got a {type(index).__name__}."
             raise TypeError(errors.explain(what, want="a FeatureIndex or its folder", fix="saewb.load_index(folder)"))
+        if sae is not None:
+            self.index.check_sae(sae)
         self.model, self.sae = model, sae
         self._notes_file = None if notes_file is None else Path(notes_file).expanduser()
         self._table: pd.DataFrame | None = None
