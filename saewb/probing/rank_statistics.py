@@ -96,8 +96,9 @@ class ColumnRanks:
         Returns:
             p per column; never 0.
         """
-        labels = np.tile(is_a.astype(np.float64)[:, None], (1, n_permutations + 1))
-        np.random.default_rng(seed).permuted(labels[:, 1:], axis=0, out=labels[:, 1:])
+        labels = np.tile(is_a.astype(np.float64), (n_permutations + 1, 1))
+        np.random.default_rng(seed).permuted(labels[1:], axis=1, out=labels[1:])
+        labels = np.ascontiguousarray(labels.T)
         n_a = int(is_a.sum())
         sigma = self.sigma(n_a)[columns]
         sigma = np.where(sigma > 0, sigma, np.inf)
