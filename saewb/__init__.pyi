@@ -59,6 +59,8 @@ from .probing.contrast import contrast as contrast
 from .probing.directions import difference_of_means as difference_of_means
 from .probing.directions import directions as directions
 from .probing.directions import neurons as neurons
+from .probing.probes import Probes as Probes
+from .probing.probes import sparse_probe as sparse_probe
 from .prompts.attribution import Attribution as Attribution
 from .prompts.attribution import attribute as attribute
 from .prompts.attribution import attribute_edges as attribute_edges
