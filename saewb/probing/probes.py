@@ -422,7 +422,7 @@ def probe_table(
             sizes = {"n_train": len(fit), "n_test": len(rest)}
             rows.append({"class": classes[positive], "features": name, "k": k} | scores | sizes)
     columns = ["class", "features", "k", "auc", "accuracy", "f1", "val_auc", "C", "n_train", "n_test", "indices"]
-    table = pd.DataFrame(rows)[columns].astype({"k": object})
+    table = pd.DataFrame(rows)[columns].astype({"k": "Int64"})
     order = table.features.map({"latents": 0}).fillna(1).argsort(kind="stable")
     return table.iloc[order].reset_index(drop=True)
 

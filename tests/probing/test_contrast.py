@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from helpers import panel_driver
 
 import saewb
 from saewb.probing.contrast import latent_statistics
@@ -22,13 +23,8 @@ def sets():
 
 
 @functools.cache
-def model_and_sae():
-    return saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
-
-
-@functools.cache
 def result(**options):
-    model, sae = model_and_sae()
+    model, sae = panel_driver.embedded()
     a, b = sets()
     return saewb.contrast(model, sae, a, [*b, b[0], b[0]], n_permutations=200, progress=False, **options)
 
@@ -83,7 +79,7 @@ def test_baselines_by_their_definitions():
 
 
 def test_direction_steers_by_the_difference():
-    found, (model, _) = result(), model_and_sae()
+    found, (model, _) = result(), panel_driver.embedded()
     direction, fit = found.direction(), torch.from_numpy(found.choosing)
     a = torch.from_numpy(found.is_a)
     difference = found.pooled.residual[fit & a].mean(0) - found.pooled.residual[fit & ~a].mean(0)
@@ -96,7 +92,7 @@ def test_direction_steers_by_the_difference():
 
 
 def test_maxima_are_the_texts_of_largest_value():
-    found, (model, _) = result(), model_and_sae()
+    found, (model, _) = result(), panel_driver.embedded()
     latent = found.index_filter("a")[0]
     texts = found.maxima(model, latent, n=3)
     assert [t.value for t in texts] == sorted(found.pooled.latents[:, [latent]].toarray()[:, 0].tolist())[::-1][:3]
@@ -111,7 +107,7 @@ def test_maxima_are_the_texts_of_largest_value():
 
 
 def test_small_sets_are_not_split_and_say_so():
-    model, sae = model_and_sae()
+    model, sae = panel_driver.embedded()
     a, b = sets()
     found = saewb.contrast(model, sae, a[:12], b[:20], n_permutations=20, progress=False)
     assert not found.has_held_out
@@ -123,7 +119,7 @@ def test_small_sets_are_not_split_and_say_so():
 
 
 def test_several_saes_in_one_pass():
-    model, sae = model_and_sae()
+    model, sae = panel_driver.embedded()
     a, b = sets()
     neurons = saewb.neurons(model, "blocks.1.mlp.hook_post")
     both = saewb.contrast(model, [sae, neurons], a, b, n_permutations=200, progress=False)
@@ -159,7 +155,7 @@ def test_shown_as_text_html_and_figure():
     ],
 )
 def test_refused(options, message):
-    model, sae = model_and_sae()
+    model, sae = panel_driver.embedded()
     a, b = options.pop("a", sets()[0]), options.pop("b", sets()[1])
     with pytest.raises(ValueError, match=message):
         saewb.contrast(model, sae, a, b, progress=False, **options)
