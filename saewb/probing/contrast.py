@@ -350,7 +350,7 @@ class Contrast:
         """
         from saewb.probing.volcano import volcano
 
-        return volcano(self, q, _MARKS)
+        return volcano(self.to_frame(), repr(self), q, _MARKS)
 
     def _summary(self) -> list[tuple[str, str, str, str]]:
         n_a, n_b = int((self.is_a & self.choosing).sum()), int((~self.is_a & self.choosing).sum())

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
-
-    from saewb.probing.contrast import Contrast
 
 COLORS = {"a": "#d95f02", "b": "#1f78b4", "": "#999999"}
 """Color-blind safe, on light and dark: latents of a, of b, and those beyond the limit."""
@@ -26,18 +25,24 @@ def minus_log10(q: np.ndarray) -> np.ndarray:
     return np.abs(np.log10(np.maximum(q, _FLOOR)))
 
 
-def volcano(result: Contrast, q: float, n_marks: int) -> go.Figure:
-    """Log odds against -log10 q, for the tested latents of smallest q."""
+def volcano(table: pd.DataFrame, title: str, q: float, n_marks: int) -> go.Figure:
+    """Log odds against -log10 q, for the tested latents of smallest q.
+
+    Args:
+        table: of a contrast, a row per latent.
+        title: of the figure.
+        q: false discovery rate of the dashed line.
+        n_marks: latents at most.
+    """
     import plotly.graph_objects as go
 
-    tested = result.to_frame()
-    tested = tested[tested.q.notna()]
+    tested = table[table.q.notna()]
     shown = tested.sort_values("q", kind="stable").head(n_marks)
     side = np.where(shown.q > q, "", np.where(shown.auc > 0.5, "a", "b"))
     figure = go.Figure()
     for name, color in COLORS.items():
         part = shown[side == name]
-        figure.add_scattergl(
+        figure.add_scatter(
             x=part.log_odds,
             y=minus_log10(part.q.to_numpy()),
             mode="markers",
@@ -51,4 +56,4 @@ def volcano(result: Contrast, q: float, n_marks: int) -> go.Figure:
     left_out = f", {len(shown):,} of {len(tested):,} latents" if len(shown) < len(tested) else ""
     layout = {"width": 700, "height": 440, "margin": {"l": 60, "r": 10, "t": 40, "b": 50}}
     titles = {"xaxis_title": "log odds of firing, a against b (nats)", "yaxis_title": "-log10 q"}
-    return figure.update_layout(title=f"{result!r}{left_out}", **titles, **layout)
+    return figure.update_layout(title=f"{title}{left_out}", **titles, **layout)

@@ -3,7 +3,7 @@ const tiny = (v) => (v === null || v === undefined ? "\u2013" : v === 0 ? "0" : 
 const HEADS = { auc: ["AUC", "On the texts that choose"], auc_held_out: ["held out", "AUC on the texts held out"], q: ["q", "False discovery rate"],
   p_family: ["p family", "Chance of one such latent anywhere, by permutations"], freq_a: ["in a", "Fraction of texts of a on which it fires"],
   freq_b: ["in b", "Fraction of texts of b on which it fires"], d: ["d", "Cohen's d"] };
-const shownAs = (name, v) => (name.startsWith("auc") || name.startsWith("ci") ? AUC(v) : name.startsWith("freq") ? percent(v) + " %" : tiny(v));
+const shownAs = (name, v) => (name.startsWith("auc") || name.startsWith("ci") ? AUC(v) : name.startsWith("freq") ? percent(v) : tiny(v));
 
 // Log odds against -log10 q: marks on a canvas, drawn anew when its size, its data or the theme changes.
 function volcano({ root, model, on, set }, box) {
