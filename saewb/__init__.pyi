@@ -8,6 +8,7 @@ from . import interventions as interventions
 from . import metrics as metrics
 from . import models as models
 from . import pretrained as pretrained
+from . import probing as probing
 from . import prompts as prompts
 from . import sae as sae
 from . import stats as stats
@@ -53,6 +54,13 @@ from .pretrained.load import load_config as load_config
 from .pretrained.load import load_sae as load_sae
 from .pretrained.load import save_sae as save_sae
 from .pretrained.share import push_to_hub as push_to_hub
+from .probing.contrast import Contrast as Contrast
+from .probing.contrast import contrast as contrast
+from .probing.directions import difference_of_means as difference_of_means
+from .probing.directions import directions as directions
+from .probing.directions import neurons as neurons
+from .probing.probes import Probes as Probes
+from .probing.probes import sparse_probe as sparse_probe
 from .prompts.attribution import Attribution as Attribution
 from .prompts.attribution import attribute as attribute
 from .prompts.attribution import attribute_edges as attribute_edges

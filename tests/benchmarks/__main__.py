@@ -45,6 +45,7 @@ JOBS = {
     "fingerprint": Job("fingerprint", cuda=True),
     "evaluate": Job("evaluate", SMOL, cuda=True),
     "stats": Job("stats"),
+    "contrast": Job("contrast", SMOL, cuda=True),
     "synthetic": Job("synthetic"),
     "train_step": Job("train_step", ("--objective", "all"), cuda=True),
     "train_step_wide": Job("train_step", ("--objective", "all", "--d-sae", "18432", "--repeats", "3"), cuda=True),

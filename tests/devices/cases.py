@@ -331,6 +331,35 @@ def enrich(world):
     return {"table": saewb.enrich(effects, {"a": [1, 2, 3, 4, 5], "b": list(range(20, 30))}, n_permutations=50)}
 
 
+@case("contrast", "Contrast", "sparse_probe", "Probes", host_products="pooled values are on the host: 8 bytes each")
+def contrast(world):
+    texts = [" ".join(f"w{(i * i + i * j + j) % 27}" for j in range(3 + i)) for i in range(12)]
+    a, b = texts[:6], texts[6:]
+    options = {"n_permutations": 20, "progress": False}
+    results = {}
+    for pool in ("max", "last", "any"):  # mean is in the probes
+        result = saewb.contrast(world.model, world.topk, a, b, pool=pool, **options)
+        results[f"host {pool}"] = result.table, result.pooled.residual
+    labels = [i % 2 for i in range(12)]
+    probes = saewb.sparse_probe(world.model, world.topk, a + b, labels, ks=[1, 3], C=1.0, train=0.5, progress=False)
+    results["host maxima"] = [(one.index, one.activations) for one in result.maxima(world.model, 3)]
+    results["host probes"] = probes.to_frame()
+    results["host direction"] = result.direction().W_dec
+    return results
+
+
+@case("directions", "neurons", "difference_of_means")
+def directions(world):
+    vectors = {"a": world.randn(16), "b": world.randn(16, seed=1)}
+    neurons = saewb.neurons(world.model, "blocks.1.mlp.hook_post")
+    means = saewb.difference_of_means(world.model, world.texts[:6], world.texts[6:], HOOK, progress=False)
+    return {
+        "neurons": (neurons(world.randn(3, neurons.d_in)), neurons.W_dec),
+        "host directions": saewb.directions(vectors, HOOK).W_dec,
+        "host means": (means.W_dec, means.b_enc),
+    }
+
+
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
