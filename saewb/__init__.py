@@ -26,7 +26,7 @@ nothing else. Each folder below is one room; a room imports only from the lines 
     sae/                            SAE architectures, their configurations, SparseLatents
     kernels/                        fast exact products: top-k, selection in low precision; knows no SAE
     metrics, hub, distributed       reconstruction metrics; Hugging Face Hub; torch.distributed
-    _files, _display                atomic files; tables
+    _files, _display, _http         atomic files; tables; JSON requests
     _indices, _finite               index arguments and masks as integers; checks for infinities and NaN
     errors                          error messages that say what to type
 """

@@ -191,7 +191,7 @@ def test_a_damaged_answer_in_the_cache_is_requested_again(damage, site, tmp_path
 
 @pytest.mark.parametrize("latent", [7, 8])
 def test_answers_that_are_no_feature(site, tmp_path, latent):
-    with pytest.raises(saewb.FormatError, match="no feature|not a feature"):
+    with pytest.raises(saewb.FormatError, match="no JSON object|not a feature"):
         neuronpedia.explanations(None, [latent], source=SOURCE, site=site.url, cache=tmp_path)
 
 
