@@ -35,6 +35,8 @@ from .features.correlation import latent_matrix as latent_matrix
 from .features.enrichment import enrich as enrich
 from .features.index import FeatureIndex as FeatureIndex
 from .features.index import load_index as load_index
+from .features.labels import Explanation as Explanation
+from .features.labels import Explanations as Explanations
 from .features.token_sets import token_sets as token_sets
 from .features.token_sets import token_texts as token_texts
 from .features.token_sets import tokens_where as tokens_where

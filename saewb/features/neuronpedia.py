@@ -22,6 +22,7 @@ from saewb._http import HTTPRefusal, request_json
 from saewb._indices import indices_of
 from saewb.errors import FormatError, explain
 from saewb.features.index import FeatureIndex
+from saewb.features.labels import Explanation, Explanations
 from saewb.features.latent import Latent
 from saewb.models.load import cache_folder
 
@@ -113,18 +114,6 @@ def source_of(of: Any, source: str | None = None) -> str:
     return str(source)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """An explanation of a latent, usually written by a language model."""
-
-    latent: int
-    """Index of the latent."""
-    text: str
-    """Text of the explanation."""
-    by: str
-    """Model that wrote it, "" if unknown."""
-
-
 def explanations(
     of: Any,
     latents: Iterable[int],
@@ -134,7 +123,7 @@ def explanations(
     timeout: float = 10.0,
     cache: str | Path | None = None,
     max_age_days: float = 30.0,
-) -> dict[int, tuple[Explanation, ...]]:
+) -> Explanations:
     """Get explanations of latents from the cache on disk, or else from Neuronpedia, by one request per latent.
 
     Args:
@@ -147,7 +136,8 @@ def explanations(
         max_age_days: older answers in the cache are requested again, and used only if the site cannot be reached.
 
     Returns:
-        Explanations by latent; empty for a latent without any, or without a page.
+        Explanations, by latent in their order: `method` is "neuronpedia:TYPE" of the site, `judge` the model that
+        wrote it. None of a latent without any, or without a page. `index.with_labels` shows them everywhere.
 
     Raises:
         ConnectionError: in one line, if the site cannot be reached or refuses, and the cache has no answer. Answers
@@ -157,10 +147,11 @@ def explanations(
 
     Example:
         >>> explanations(None, [], source="gpt2-small/6-res-jb")  # no request
-        {}
+        Explanations(0 of 0 latents)
     """
     indices, source = _latents(of if source is None else None, latents), source_of(of, source)
-    return {i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in indices}
+    answers = ((i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in indices)
+    return Explanations(record for i, answer in answers for record in _parse_explanations(i, answer))
 
 
 def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None = None, site: str = SITE) -> str:
@@ -312,8 +303,8 @@ def _feature_json(latent: Latent) -> dict[str, Any]:
         values[f"{name}_data_bar_values"] = _bin_centers(**histogram) if histogram else []
     for sign, words in (("pos", page["raised"]), ("neg", page["lowered"])):
         values[f"{sign}_str"], values[f"{sign}_values"] = [w[0] for w in words], [w[2] for w in words]
-    values["topkCosSimIndices"] = [latent for latent, _ in page["by_decoder"]]
-    values["topkCosSimValues"] = [cosine for _, cosine in page["by_decoder"]]
+    values["topkCosSimIndices"] = [latent for latent, *_ in page["by_decoder"]]
+    values["topkCosSimValues"] = [cosine for _, cosine, _ in page["by_decoder"]]
     return values | {"activations": activations}
 
 
@@ -354,8 +345,9 @@ def _parse_explanations(latent: int, answer: Any) -> tuple[Explanation, ...]:
     entries = answer.get("explanations") or [] if isinstance(answer, dict) else None
     if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
         raise FormatError(explain(f"the answer about latent {latent} is not a feature with explanations."))
-    pairs = [(x.get("description"), x.get("explanationModelName")) for x in entries]
-    return tuple(Explanation(latent, str(text), str(by or "")) for text, by in pairs if text)
+    names = ("description", "typeName", "explanationModelName")
+    triples = [[str(x.get(name) or "") for name in names] for x in entries]
+    return tuple(Explanation(latent, text, f"neuronpedia:{kind}".rstrip(":"), by) for text, kind, by in triples if text)
 
 
 def _fetch(

@@ -60,7 +60,7 @@ NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("training.loggers.Event", "training.loggers.saelens_keys"), VALUES),
     **dict.fromkeys(("training.loggers.Wandb", "training.loggers.TensorBoard"), "gets numbers of the host"),
     **dict.fromkeys(
-        (f"features.neuronpedia.{name}" for name in ("NeuronpediaPage", "page", "source_of", "Explanation")),
+        (f"features.neuronpedia.{name}" for name in ("NeuronpediaPage", "page", "source_of")),
         "addresses of pages",
     ),
     **dict.fromkeys(
@@ -77,6 +77,7 @@ NO_TENSORS: dict[str, str] = {
         "probabilities and trees, on the CPU; moved where they are used",
     ),
     "synthetic.Node": VALUES,
+    **dict.fromkeys(("Explanation", "Explanations"), VALUES),
 }
 
 
