@@ -13,6 +13,7 @@ nothing else. Each folder below is one room; a room imports only from the lines 
 
     cli, demo, diagnostics          the command line: saewb demo, eval, train, lab, doctor
     prompts/                        one prompt: active latents, next tokens, generation, attribution
+    explanations/                   latents in words: explain and score with a language model
     tiny/                           the bundled model, SAE and texts, and how they were made
     evals/                          how good an SAE is: losses with it in the model, reconstruction, firing
     features/                       the feature index: contexts, histograms, logit effects, search, HTML page
