@@ -344,8 +344,10 @@ def label_texts(
 
 def _peak_text(texts: TokenTexts, ids: list[int], at: int) -> str:
     """Text of the peak token of a context, without the spaces around it, or what stands for them."""
-    first = next(j for j, token in enumerate(ids) if token >= 0)
-    text = texts.decode([i for i in ids if i >= 0])[at - first] or texts.decode_token(ids[at])
+    text = texts.decode_token(ids[at])
+    if "\ufffd" in text:  # part of a character, whose text the tokens beside it decide
+        first = next(j for j, token in enumerate(ids) if token >= 0)
+        text = texts.decode([i for i in ids if i >= 0])[at - first] or text
     return text.strip() or re.sub(r"\s", lambda space: _SPACES.get(space[0], "␣"), text) or "∅"
 
 
