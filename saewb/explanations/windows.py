@@ -44,7 +44,7 @@ def index_sha(index: FeatureIndex) -> str:
     """Start of the sha256 of what an index is of: model, SAE, settings and how much text.
 
     Args:
-        index: any.
+        index: of any SAE; its labels do not matter.
 
     Returns:
         12 hexadecimal digits.

@@ -11,7 +11,6 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb.features.labels import MAX_LABEL
 from saewb_widgets.feature_browser import bookmarks, table_filter
 from saewb_widgets.html import latent_html, latent_rows
 from saewb_widgets.panel import LATENT_JS, Panel, catch_errors, on_change, report_errors, source
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 WINDOW = 48  # rows of the table sent at a time
 _AT_ONCE = 4096  # latents up to which tables and searches do not need a thread
+_LABEL = 2000  # characters of a note that are the latent's label, at most
 _CACHED_ROWS = 4096  # rows of the table cached, 300 bytes each
 
 
@@ -263,7 +263,7 @@ class FeatureBrowser(Panel):
     def _label(self, notes: Mapping[int, str]) -> bool:
         """Make notes the labels of `index`, and those that were deleted none; whether that changes any."""
         gone = {i: self._given.get(i, "") for i in self._noted if i not in notes}
-        labeled = self.index.with_labels({**gone, **{i: text[:MAX_LABEL] for i, text in notes.items()}})
+        labeled = self.index.with_labels({**gone, **{i: text[:_LABEL] for i, text in notes.items()}})
         self._noted = set(notes)
         if dict(labeled.labels) == dict(self.index.labels):
             return False
