@@ -3,6 +3,7 @@
 import doctest
 import threading
 
+import ipywidgets
 import pytest
 import torch
 from helpers import panel_driver
@@ -358,3 +359,15 @@ def test_only_some_have_an_index(sae, other):
         panel.which = names[0]
         assert (panel.scatter, panel.facts["scatters"]) == ("norm", ["norm"])
         assert executed(panel, directions=inputs, index=indexes)["points"].equals(panel.points)
+
+
+def test_closed_it_leaves_nothing_behind():
+    """Not even its layout, which ipywidgets keeps; one that was passed stays for others."""
+    layout, widgets = ipywidgets.Layout(width="50%"), ipywidgets.widgets.widget._instances
+    before = set(widgets)
+    for traits in ({}, {"layout": {"width": "50%"}}, {"layout": layout}):
+        panel = SuperpositionPanel(torch.eye(3), **traits)
+        panel.close()
+        panel.close()
+        assert set(widgets) == before
+    assert layout.comm is not None
