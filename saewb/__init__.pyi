@@ -3,6 +3,7 @@
 from . import data as data
 from . import errors as errors
 from . import evals as evals
+from . import explanations as explanations
 from . import features as features
 from . import interventions as interventions
 from . import metrics as metrics
@@ -31,11 +32,17 @@ from .evals.evaluation import evaluate as evaluate
 from .evals.evaluation import evaluate_many as evaluate_many
 from .evals.result import Evaluation as Evaluation
 from .evals.result import LatentFigures as LatentFigures
+from .explanations.explaining import explain as explain
+from .explanations.judge import Chat as Chat
+from .explanations.judge import LocalChat as LocalChat
+from .explanations.scoring import score as score
 from .features.build import build_index as build_index
 from .features.correlation import latent_matrix as latent_matrix
 from .features.enrichment import enrich as enrich
 from .features.index import FeatureIndex as FeatureIndex
 from .features.index import load_index as load_index
+from .features.labels import Explanation as Explanation
+from .features.labels import Explanations as Explanations
 from .features.token_sets import token_sets as token_sets
 from .features.token_sets import token_texts as token_texts
 from .features.token_sets import tokens_where as tokens_where

@@ -20,6 +20,7 @@ LAYERS = [  # a room imports rooms of earlier lines and its own files; the first
         "_config",
         "_files",
         "_finite",
+        "_http",
         "_indices",
         "_display",
         "hub",
@@ -31,7 +32,7 @@ LAYERS = [  # a room imports rooms of earlier lines and its own files; the first
     {"models", "stats", "pretrained"},
     {"interventions", "data", "synthetic"},
     {"evals", "features", "training"},
-    {"prompts", "tiny", "probing"},
+    {"explanations", "probing", "prompts", "tiny"},
     {"cli", "demo", "diagnostics", "__init__", "__main__"},
 ]
 NEVER = {"ipywidgets", "IPython", "wandb", "sae_lens", "saewb_widgets"}

@@ -397,7 +397,7 @@ def _finish(
         effects = loss_effects(model, build.site.sae, index.info, index.tensors, text.row, loss_effect_tokens)
         index = replace(index, tensors={**index.tensors, "loss_effects": effects})
     if build.folder is not None:
-        storage.write_index(build.folder, index.info, dict(index.tensors), index.token_texts)
+        storage.write_index(build.folder, index.info, dict(index.tensors), index.token_texts, index.labels)
     return index
 
 

@@ -8,7 +8,7 @@ in `attribute`, the steps in `saewb.prompts.attribution_nodes`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Literal, get_args
@@ -38,6 +38,8 @@ from saewb.prompts.attribution_nodes import (
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from saewb.features.index import FeatureIndex
 
 Method = Literal["gradient", "integrated", "ablation"]
 
@@ -72,8 +74,18 @@ class Attribution:
     def __len__(self) -> int:
         return len(self.effect)
 
-    def to_frame(self, n: int | None = None) -> pd.DataFrame:
-        """The n strongest nodes, by |effect|; None means all. The error's latent is missing (`<NA>`)."""
+    def to_frame(
+        self, n: int | None = None, *, index: FeatureIndex | Mapping[str, FeatureIndex] | None = None
+    ) -> pd.DataFrame:
+        """The n strongest nodes, by |effect|; None means all. The error's latent is missing (`<NA>`).
+
+        Args:
+            n: number of nodes, at most.
+            index: of the SAE, or of several by their names in `saes`: adds a column with the label of each latent.
+
+        Raises:
+            ValueError: for a latent that the index does not have.
+        """
         import pandas as pd
 
         order = self.effect.abs().argsort(descending=True, stable=True)[:n]
@@ -88,7 +100,13 @@ class Attribution:
         }
         if self.method != "gradient":
             columns["gradient_estimate"] = self.estimate[order].numpy()
-        return pd.DataFrame(columns)
+        table = pd.DataFrame(columns)
+        if index is not None:
+            by_name = index if isinstance(index, Mapping) else dict.fromkeys(self.saes, index)
+            nodes = zip(columns["sae"], self.latent[order].tolist(), strict=True)
+            known = ((by_name.get(sae), latent) for sae, latent in nodes)
+            table.insert(4, "label", ["" if x is None or i == ERROR else x.label(i) for x, i in known])
+        return table
 
     def totals(self) -> pd.DataFrame:
         """Sums per SAE over latents and over errors, and the metric difference that integrated gradients sum to."""

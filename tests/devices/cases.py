@@ -9,6 +9,7 @@ world's device, except under keys that begin with "host ": those are documented 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("training.loggers.Event", "training.loggers.saelens_keys"), VALUES),
     **dict.fromkeys(("training.loggers.Wandb", "training.loggers.TensorBoard"), "gets numbers of the host"),
     **dict.fromkeys(
-        (f"features.neuronpedia.{name}" for name in ("NeuronpediaPage", "page", "source_of", "Explanation")),
+        (f"features.neuronpedia.{name}" for name in ("NeuronpediaPage", "page", "source_of")),
         "addresses of pages",
     ),
     **dict.fromkeys(
@@ -77,6 +78,10 @@ NO_TENSORS: dict[str, str] = {
         "probabilities and trees, on the CPU; moved where they are used",
     ),
     "synthetic.Node": VALUES,
+    **dict.fromkeys(("Explanation", "Explanations"), VALUES),
+    **dict.fromkeys(("explain", "Chat", "explanations.Judge", "explanations.index_sha"), TEXT),
+    **dict.fromkeys((f"explanations.{name}" for name in ("Answer", "AnswerToken", "Cost", "Request")), TEXT),
+    "explanations.Scripted": TEXT,
 }
 
 
@@ -302,6 +307,26 @@ def build_index(world):
         "latent": [(context.text, context.value) for context in index.latent(3).top],
         "host matrix": index.matrix(1).block([0, 1], [2, 3]),
     }
+
+
+@case("score", "LocalChat", host_products="windows and figures are on the host")
+def score(world):
+    explained = saewb.Explanations.from_labels({3: "three", 5: "five"})
+    how = {"model": world.model, "sae": world.topk, "texts": world.tokens, "window": 6}
+    asked = []
+
+    def answer(request):
+        asked.append(request.prompt)
+        return str([1] * request.prompt.count("Text "))
+
+    scored = saewb.score(world.index, explained, saewb.explanations.Scripted(answer), by=["detection", "fuzz"], **how)
+    model = copy.copy(world.model)
+    model.tokenizer = copy.deepcopy(world.model.tokenizer)
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    request = saewb.explanations.Request((("user", "w1 w2"),), max_tokens=4, logprobs=True)
+    ((_, local),) = saewb.LocalChat(model).ask([request])
+    tops = torch.tensor([[logprob for _, logprob in token.top] for token in local.tokens])
+    return {"table": scored.to_frame(), "prompts": asked, "text": local.text, "host logprobs": tops}
 
 
 @case("latent_matrix", "matrix_view", "MatrixView", host_products="a view is on the host: it is drawn")
