@@ -13,6 +13,8 @@ nothing else. Each folder below is one room; a room imports only from the lines 
 
     cli, demo, diagnostics          the command line: saewb demo, eval, train, lab, doctor
     prompts/                        one prompt: active latents, next tokens, generation
+    probing/                        contrasts of two sets of texts, sparse probes, directions and neurons as latents
+    explanations/                   latents in words: explain and score with a language model
     circuits/                       how the model got to a token: attribution, frozen model, graphs, interventions
     tiny/                           the bundled model, SAE and texts, and how they were made
     evals/                          how good an SAE is: losses with it in the model, reconstruction, firing
@@ -27,7 +29,7 @@ nothing else. Each folder below is one room; a room imports only from the lines 
     sae/                            SAE architectures, their configurations, SparseLatents
     kernels/                        fast exact products: top-k, selection in low precision; knows no SAE
     metrics, hub, distributed       reconstruction metrics; Hugging Face Hub; torch.distributed
-    _files, _display                atomic files; tables
+    _files, _display, _http         atomic files; tables; JSON requests
     _indices, _finite               index arguments and masks as integers; checks for infinities and NaN
     errors                          error messages that say what to type
 """

@@ -119,7 +119,13 @@ def _on_cpu(value: Any) -> Any:
 
 
 def absolute(path: str | Path) -> Path:
-    """The path with "~" expanded and without "..", independent of later changes of the working directory."""
+    """The path with "~" expanded and without "..", independent of later changes of the working directory.
+
+    Raises:
+        ValueError: for an empty text, which would be the working directory.
+    """
+    if path == "":
+        raise ValueError(explain("got an empty path.", want="that of a folder", fix="'runs/first'"))
     return Path(os.path.abspath(Path(path).expanduser()))
 
 

@@ -26,6 +26,10 @@ import torch
 from helpers import tiny_models
 from hypothesis import HealthCheck, settings
 
+# These register a second device for the whole process, where autograd then fails after a fork; the cases of
+# tests/devices run in a process of their own.
+collect_ignore = ["helpers/second_device.py", *(f"devices/{name}.py" for name in ("mixed", "self_check", "transfers"))]
+
 LONG_NOTEBOOKS = ("08_compare_saes_and_transcoders.ipynb",)  # a minute or more
 
 torch.set_num_threads(1)  # models this small are slower on two, and much slower on a busy machine

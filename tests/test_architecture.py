@@ -16,9 +16,11 @@ ROOT = Path(saewb.__file__).parent
 LAYERS = [  # a room imports rooms of earlier lines and its own files; the first line only `errors`; the last all
     {
         "errors",
+        "fingerprint",
         "_config",
         "_files",
         "_finite",
+        "_http",
         "_indices",
         "_display",
         "hub",
@@ -31,11 +33,11 @@ LAYERS = [  # a room imports rooms of earlier lines and its own files; the first
     {"interventions", "data", "synthetic"},
     {"evals", "features", "training"},
     {"circuits"},
-    {"prompts", "tiny"},
+    {"explanations", "probing", "prompts", "tiny"},
     {"cli", "demo", "diagnostics", "__init__", "__main__"},
 ]
-NEVER = {"ipywidgets", "IPython", "plotly", "wandb", "sae_lens", "saewb_widgets"}
-LATE = {"transformer_lens", "transformers", "huggingface_hub", "pandas"}  # imported where they are used
+NEVER = {"ipywidgets", "IPython", "wandb", "sae_lens", "saewb_widgets"}
+LATE = {"transformer_lens", "transformers", "huggingface_hub", "pandas", "plotly"}  # imported where they are used
 FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES}
 

@@ -1,13 +1,13 @@
 """Attribution: effects of latents at positions on a metric of the logits, and edges between latents of two SAEs.
 
-The error of an SAE is a node like its latents. Nothing is attached: effects are about the clean model. The formulas are
-in `attribute`, the steps in `saewb.circuits.attribution_nodes`.
+The error of an SAE is a node like its latents. Nothing is attached at their points: effects are about the model's own
+activations there. The formulas are in `attribute`, the steps in `saewb.circuits.attribution_nodes`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Literal, get_args
@@ -31,11 +31,14 @@ from saewb.circuits.attribution_nodes import (
 )
 from saewb.errors import explain
 from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import eval_mode, stop_layer
 from saewb.models.tokenizer import token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from saewb.features.index import FeatureIndex
 
 Method = Literal["gradient", "integrated", "ablation"]
 
@@ -70,8 +73,18 @@ class Attribution:
     def __len__(self) -> int:
         return len(self.effect)
 
-    def to_frame(self, n: int | None = None) -> pd.DataFrame:
-        """The n strongest nodes, by |effect|; None means all. The error's latent is missing (`<NA>`)."""
+    def to_frame(
+        self, n: int | None = None, *, index: FeatureIndex | Mapping[str, FeatureIndex] | None = None
+    ) -> pd.DataFrame:
+        """The n strongest nodes, by |effect|; None means all. The error's latent is missing (`<NA>`).
+
+        Args:
+            n: number of nodes, at most.
+            index: of the SAE, or of several by their names in `saes`: adds a column with the label of each latent.
+
+        Raises:
+            ValueError: for a latent that the index does not have.
+        """
         import pandas as pd
 
         order = self.effect.abs().argsort(descending=True, stable=True)[:n]
@@ -86,7 +99,13 @@ class Attribution:
         }
         if self.method != "gradient":
             columns["gradient_estimate"] = self.estimate[order].numpy()
-        return pd.DataFrame(columns)
+        table = pd.DataFrame(columns)
+        if index is not None:
+            by_name = index if isinstance(index, Mapping) else dict.fromkeys(self.saes, index)
+            nodes = zip(columns["sae"], self.latent[order].tolist(), strict=True)
+            known = ((by_name.get(sae), latent) for sae, latent in nodes)
+            table.insert(4, "label", ["" if x is None or i == ERROR else x.label(i) for x, i in known])
+        return table
 
     def totals(self) -> pd.DataFrame:
         """Sums per SAE over latents and over errors, and the metric difference that integrated gradients sum to."""
@@ -151,8 +170,8 @@ def attribute(
         An Attribution: `.to_frame(n)`, `.totals()`.
 
     Raises:
-        ValueError: for a hook or SAE that does not fit, a prompt of several texts, a metric that is not one number or
-            not differentiable, a text of several tokens.
+        ValueError: for a hook or SAE that does not fit, or one attached at its points; a prompt of several texts, a
+            metric that is not one number or not differentiable, a text of several tokens.
         TypeError: for a metric or prompt of another kind.
 
     References:
@@ -177,6 +196,7 @@ def attribute(
     nodes_of: list[Nodes] = []
     estimates, baselines = [], []
     with hook_points.lock(model), eval_mode(model, *(site.sae for site in run.sites)):
+        _check_unmodified(run)
         value, clean = differentiate(run)
         for site, at_site in zip(run.sites, clean, strict=True):
             check_finite(f"activations at {site.hook_name!r}", at_site.x[run.plain])
@@ -258,6 +278,7 @@ def attribute_edges(
     metric_or_sum = metric if metric is not None else lambda logits: logits.sum()  # its value is not used
     run = prepare_attribution(model, prompt, [sae_from, sae_to], metric_or_sum, skip_special_tokens)
     with hook_points.lock(model), eval_mode(model, sae_from, sae_to):
+        _check_unmodified(run)
         _, (start, end) = differentiate(run)
         later = split_into_nodes(run, run.sites[1], end)
         later = _select_targets(run, later, targets, n_targets, by_effect=metric is not None)
@@ -280,6 +301,11 @@ def attribute_edges(
     key = "effect" if metric is None else "metric_effect"
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values(key, key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+def _check_unmodified(run: AttributionRun) -> None:
+    """Check that no SAE is attached at the points: effects are about the model's own activations."""
+    check_unmodified(run.model, [point for site in run.sites for point in site.points], steered=True)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

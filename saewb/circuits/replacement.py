@@ -25,6 +25,7 @@ from saewb.circuits.frozen import FINAL, STREAM, FrozenModel, mlp_point, quiet, 
 from saewb.errors import explain
 from saewb.interventions.site import Site
 from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import capturing, eval_mode
 from saewb.models.unembed import logit_scale
 from saewb.sae.base import SparseCoder
@@ -104,9 +105,12 @@ class ReplacementModel:
 
         Raises:
             TypeError: for SAEs whose pre-activations are no affine function of their input.
-            ValueError: for a mix of SAEs and transcoders, two at one layer, points that do not fit.
+            ValueError: for a mix of SAEs and transcoders, two at one layer, points that do not fit, or to which
+                something that is attached writes.
         """
         layers = source_layers(model, coders)
+        read = [layer.site.read for layer in layers if layer.site is not None]
+        check_unmodified(model, [*read, *(layer.point for layer in layers)])
         with eval_mode(model, *{layer.site.sae for layer in layers if layer.site}):
             return cls(frozen or record_frozen(model, tokens), layers, n_zero)
 

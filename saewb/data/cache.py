@@ -42,7 +42,10 @@ from saewb.data.sources import ModelSource
 from saewb.data.stream import ActivationStream
 from saewb.data.tokens import PASS_TOKENS, model_tokens
 from saewb.errors import FormatError, explain
+from saewb.fingerprint import check_same, listed, values_digest
+from saewb.models.active import check_unmodified, model_digest
 from saewb.models.capture import Activations
+from saewb.models.hook_points import split_head
 from saewb.models.tokenizer import special_ids
 
 _IDS = "token_ids"
@@ -70,8 +73,8 @@ def cache_activations(
 ) -> ActivationCache:
     """Write a model's activations to a folder: exactly `n_tokens` tokens, with their ids.
 
-    Called again with the same arguments it continues an interrupted cache, and opens a finished one. Memory: one shard
-    and one forward pass.
+    Called again with the same arguments it continues an interrupted cache, and opens a finished one; the model (all its
+    weights, and what is attached to it) and the tokens are compared by content. Memory: one shard and one forward pass.
 
     Args:
         model: any kind.
@@ -92,7 +95,8 @@ def cache_activations(
         The cache, opened.
 
     Raises:
-        ValueError: if a row is longer than `n_tokens`; if the tokens end before; if the folder holds another cache.
+        ValueError: if a row is longer than `n_tokens`; if the tokens end before; if the folder holds a cache of another
+            model, other tokens or settings; if an SAE is attached at one of the points, or the model is steered.
         FileExistsError: if the folder holds other files.
         RuntimeError: if another thread or process writes a cache to the folder.
         OSError: if the disk is full; complete shards stay, and a later call continues from them.
@@ -117,12 +121,14 @@ def cache_activations(
         "skipped": list(skipped),
         "positions": [positions.start, positions.stop, positions.step],
     }
-    if not _is_complete(folder, request):
+    check_unmodified(model, [split_head(name)[0] for name in names])
+    source = ModelSource(model, rows, names, positions=positions, skipped=skipped, device="cpu", dtype=dtype)
+    digests = {"model": model_digest(model, in_training=True), "tokens": rows.digest()}
+    if not _is_complete(folder, request, digests, source):
         folder.mkdir(parents=True, exist_ok=True)
-        source = ModelSource(model, rows, names, positions=positions, skipped=skipped, device="cpu", dtype=dtype)
         with FolderLock(folder, "a cache is being written"):
-            if not _is_complete(folder, request):  # another process may have finished it meanwhile
-                _write(folder, source, request)
+            if not _is_complete(folder, request, digests, source):  # another process may have finished it meanwhile
+                _write(folder, source, request | {"digests": digests})
     return ActivationCache(folder)
 
 
@@ -134,8 +140,14 @@ def _check_sizes(n_tokens: int, shard_tokens: int, ctx_len: int) -> None:
         raise ValueError(explain(what, want="at least one row", fix=f"n_tokens={ctx_len}"))
 
 
-def _is_complete(folder: Path, request: dict[str, Any]) -> bool:
+def _is_complete(folder: Path, request: dict[str, Any], digests: dict[str, str | None], source: ModelSource) -> bool:
     """Whether the folder holds the whole cache.
+
+    Args:
+        folder: of the cache.
+        request: settings.
+        digests: of model and tokens.
+        source: of the activations, to compare with a cache of saewb 0.1.0, which has no digests.
 
     Raises:
         FileExistsError, ValueError: if it holds something else.
@@ -152,10 +164,33 @@ def _is_complete(folder: Path, request: dict[str, Any]) -> bool:
             what = f"{str(folder)!r} holds other things: {', '.join(others[:5])}."
             raise FileExistsError(explain(what, want="a new folder"))
         return False
-    if written != request:
-        differs = ", ".join(f"{k}={written.get(k)!r}, not {v!r}" for k, v in request.items() if written.get(k) != v)
-        raise ValueError(explain(f"{str(folder)!r} holds a cache made with {differs}.", want="a new folder"))
+    fix = "saewb.cache_activations(...) into a new folder"
+    if differs := ", ".join(f"{k}={written.get(k)!r}, not {v!r}" for k, v in request.items() if written.get(k) != v):
+        what = f"{str(folder)!r} holds a cache made with other settings: {differs}."
+        raise ValueError(explain(what, want="the same settings, or a new folder", fix=fix))
+    if complete and "digests" not in written:
+        _compare_beginning(ActivationCache(folder), source, fix)
+    else:
+        check_same(f"the cache in {str(folder)!r}", written.get("digests"), digests, fix=fix)
     return complete
+
+
+def _compare_beginning(cache: ActivationCache, source: ModelSource, fix: str) -> None:
+    """Compare a finished cache of saewb 0.1.0, which has no digests, with the activations of a first pass.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    now = next(source)
+    now = now.rows(slice(0, min(len(now), len(cache))))
+    written = cache[0 : len(now)]
+    parts = [] if torch.equal(written.ids, now.ids) else ["tokens"]
+    for name, x in now.values.items():
+        close = torch.isclose(written.values[name].float(), x.float(), rtol=1e-2, atol=1e-3 * float(x.abs().max()))
+        parts += ["model"] if not parts and not close.all() else []
+    if parts:
+        what = f"the cache in {str(cache.folder)!r} is of {listed(parts, 'another ')}, by its first {len(now)} tokens."
+        raise ValueError(explain(what, want="the same model and tokens", fix=fix))
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -281,6 +316,10 @@ class ActivationCache:
         if missing := list(islice(missing, 3)):
             raise FormatError(explain(f"{str(self.folder)!r} lacks {', '.join(missing)}.", want=f"{n} shards"))
 
+    def digest(self) -> str:
+        """Digest of its content, from what was written with it: of each shard, and what it is of."""
+        return values_digest(_read_index(self.folder))
+
     def __len__(self) -> int:
         return self.n_tokens
 
@@ -402,6 +441,10 @@ class CacheSource:
         start = (block.start if isinstance(block, slice) else int(block)) * self._block
         chunk = self._cache[start : start + self._block]
         return Activations({name: chunk.values[name] for name in self._points}, chunk.ids)
+
+    def digest(self) -> str:
+        """Digest of the cache, and of the order it is read in."""
+        return values_digest([self._cache.digest(), self._points, self._block, self._cursor.seed])
 
     def state(self) -> dict[str, Any]:
         """Epoch and position; the cache itself is not part of it."""

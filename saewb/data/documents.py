@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saewb._files import absolute
 from saewb.errors import explain
+from saewb.fingerprint import files_digest, texts_digest, values_digest
 
 COLUMNS = ("input_ids", "tokens", "messages", "conversations", "conversation", "text", "content", "problem")
 
@@ -48,7 +49,7 @@ class EpochCursor:
     """
 
     def __init__(self, n: int, seed: int | None) -> None:
-        self._n, self._seed = n, seed
+        self._n, self.seed = n, seed
         self.restore({"epoch": 0, "at": 0})
 
     def take(self, size: int, *, repeat: bool) -> Tensor | slice:
@@ -68,7 +69,7 @@ class EpochCursor:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state()`."""
         self.epoch, self._position = state["epoch"], state["at"]
-        self._order = None if self._seed is None else epoch_order(self._n, self._seed, self.epoch)
+        self._order = None if self.seed is None else epoch_order(self._n, self.seed, self.epoch)
 
 
 @final
@@ -101,6 +102,11 @@ class TextFiles:
         for path in self.paths:
             if not path.is_file():
                 raise FileNotFoundError(explain(f"{str(path)!r} is not a file.", want="text files, UTF-8 or gzipped"))
+
+    def digest(self) -> str:
+        """Digest of the content of the files, in their order, and of the separator."""
+        suffixes = [path.suffix == ".gz" for path in self.paths]
+        return values_digest([files_digest(self.paths), suffixes, self.separator])
 
     def __iter__(self) -> Iterator[str]:
         for path in self.paths:
@@ -170,6 +176,32 @@ class Documents:
         if first:
             _resolve(first, tokenizer, column)
 
+    def digest(self) -> str | None:
+        """Digest of the documents: of all in memory or in files, of 64 of other ones; None for an iterator."""
+        source = self._source
+        if self._is_iterator:
+            return None
+        if isinstance(source, TextFiles):
+            content: Any = source.digest()
+        elif isinstance(source, (list, tuple)):
+            content = texts_digest(source)
+        elif isinstance(known := getattr(source, "_fingerprint", None), str):  # of Hugging Face's datasets
+            content = known
+        elif self._indexable:
+            n = len(source)
+            content = [n, texts_digest(source[i * (n - 1) // 63] for i in range(64))]
+        else:
+            content = texts_digest(self.first(64))
+        return values_digest([content, self._seed])
+
+    def first(self, n: int) -> list[Any]:
+        """The first documents in the order of the source; none is taken. Not of an iterator."""
+        return list(itertools.islice(self._source, n))
+
+    @property
+    def _is_iterator(self) -> bool:
+        return not self._indexable and iter(self._source) is self._source
+
     def take(self, n: int) -> list[Any]:
         """The next documents of one epoch, at most `n`; an empty list at the end."""
         batch = list(itertools.islice(self._documents, n))
@@ -184,7 +216,7 @@ class Documents:
         self._open(n_yielded)
 
     def _begin_epoch(self) -> bool:
-        if not self.repeats or iter(self._source) is self._source or self.n_yielded == 0:
+        if not self.repeats or self._is_iterator or self.n_yielded == 0:
             return False
         self.seek(self.epoch + 1, 0)
         return True

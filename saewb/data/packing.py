@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saewb.data.documents import Documents, EpochCursor, encode
 from saewb.errors import explain
+from saewb.fingerprint import tensor_digest, values_digest
 
 _GROUP = 64
 """Documents tokenized at once."""
@@ -192,6 +193,15 @@ class TokenStream:
         """Number of complete passes over the documents."""
         return self._source.epoch
 
+    def digest(self) -> str | None:
+        """Digest of its rows from where it stands on: of the documents, and how they are tokenized and packed.
+
+        None for an iterator over documents, which cannot be looked at; of an iterable that is no list, file or dataset,
+        64 documents count.
+        """
+        content = self._source.digest()
+        return None if content is None else values_digest([content, self.ctx_len, self._source.state()])
+
     def state(self) -> dict[str, Any]:
         """Position in the documents: numbers and a list of ids."""
         return self._source.state()
@@ -267,6 +277,15 @@ class _PackedRows:
             raise ValueError(explain(what, want=want))
         self._size_at_epoch = size
 
+    def digest(self) -> str | None:
+        if (of_documents := self._documents.digest()) is None:
+            return None
+        packer, first = self._packer, self._documents.first(_GROUP)
+        markers = [packer.row_start, packer.separator, packer.document_start, packer.whole, self._column]
+        vocabulary = getattr(self._tokenizer, "get_vocab", dict)()
+        ids = encode(first, self._tokenizer, self._column)  # by which tokenizers of one vocabulary differ
+        return values_digest([of_documents, markers, values_digest(vocabulary), ids])
+
     def state(self) -> dict[str, Any]:
         return {**asdict(self._position), "unfinished": list(self._position.unfinished)}
 
@@ -290,6 +309,9 @@ class _MatrixRows:
 
     def batch(self, n: int) -> Tensor:
         return self.ids[self._cursor.take(n, repeat=self.repeats)].long()
+
+    def digest(self) -> str:
+        return values_digest([tensor_digest(self.ids.long()), self._cursor.seed])
 
     def state(self) -> dict[str, Any]:
         return self._cursor.state()

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from saewb._finite import FiniteCheck
 from saewb._indices import index_slice
 from saewb.data.documents import EpochCursor
+from saewb.data.packing import TokenStream
 from saewb.data.tokens import check_vocabulary
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
+from saewb.fingerprint import tensors_digest, values_digest
 from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import Activations, capture, stop_layer
 from saewb.models.tokenizer import special_mask
 
@@ -42,8 +45,8 @@ class TokenRows(Protocol):
 class ModelSource:
     """A model's activations: one forward pass for all points, which stops after the last layer that is needed.
 
-    The model's lock is held for one pass at a time, so others can use the model in between; whatever is attached to it
-    during a pass affects what is read.
+    The model's lock is held for one pass at a time, so others can use the model in between. What is attached to it
+    elsewhere during a pass affects what is read; at one of the points, and steering, it is refused.
 
     Args:
         model: any kind.
@@ -58,7 +61,8 @@ class ModelSource:
             and sends it to the others. All yield the chunks of a single process, and have its `state()`.
 
     Raises:
-        ValueError: for a point that does not exist, is switched off, did not fire, or has no token axis.
+        ValueError: for a point that does not exist, is switched off, did not fire, or has no token axis; in a pass, if
+            an SAE is attached at one of the points or the model is steered: the rows are then the next ones again.
     """
 
     def __init__(
@@ -96,7 +100,7 @@ class ModelSource:
     def widths(self) -> dict[str, int]:
         """Width of the activations at each point, from a forward pass of two tokens."""
         ids = torch.zeros(1, 2, dtype=torch.int64, device=next(self.model.parameters()).device)
-        cache = capture(self.model, ids, self._names)
+        cache = self._capture(ids)
         both = torch.arange(2)
         return {key: self._select(cache[n], head, ids, both, key).shape[1] for key, (n, head) in self.points.items()}
 
@@ -167,11 +171,16 @@ class ModelSource:
         if len(tokens) == 0:
             return None
         check_vocabulary(self.model, ids)
-        cache = capture(self.model, ids.to(next(self.model.parameters()).device), self._names)
+        cache = self._capture(ids.to(next(self.model.parameters()).device))
         values = {key: self._select(cache[name], head, ids, tokens, key) for key, (name, head) in self.points.items()}
         for name, x in values.items():
             self._finite.add(f"activations at {name!r}", x)
         return Activations(values, ids.flatten()[tokens].to(torch.int32))
+
+    def _capture(self, ids: Tensor) -> dict[str, Tensor]:
+        with hook_points.lock(self.model):
+            check_unmodified(self.model, self._names)
+            return capture(self.model, ids, self._names)
 
     def _kept_tokens(self, ids: Tensor) -> Tensor:
         """Indices of the kept tokens in the flattened rows, computed on the CPU so that nothing waits for a GPU."""
@@ -191,6 +200,10 @@ class ModelSource:
         rows = activation.flatten(0, 1).flatten(1)
         rows = rows.index_select(0, tokens.to(rows.device, non_blocking=True))
         return rows.to(device=self._device, dtype=self._dtype)
+
+    def digest(self) -> str | None:
+        """Digest of the tokens; None where they cannot be looked at."""
+        return self._tokens.digest() if isinstance(self._tokens, TokenStream) else None
 
     def state(self) -> dict[str, Any]:
         """Position in the tokens, with rows that were taken and not computed, as after a failed pass."""
@@ -232,6 +245,11 @@ class TensorSource:
     def __next__(self) -> Activations:
         return self._values.rows(self._cursor.take(self._chunk, repeat=self._repeat))
 
+    def digest(self) -> str:
+        """Digest of the tensors, and of their order."""
+        ids = {} if self._values.ids is None else {"token ids": self._values.ids}
+        return values_digest([tensors_digest({**self._values.values, **ids}), self._cursor.seed])
+
     def state(self) -> dict[str, Any]:
         """Epoch and position; the tensors themselves are not part of it."""
         return self._cursor.state()
@@ -260,6 +278,10 @@ class IterableSource:
         chunk = next(self._chunks)
         self._n_taken += 1
         return _as_activations(chunk, self._point)
+
+    def digest(self) -> None:
+        """None: an iterable of chunks cannot be looked at."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """Number of chunks taken."""
@@ -301,6 +323,10 @@ class SyntheticSource:
 
     def __next__(self) -> Activations:
         return _as_activations(self._draw(self._chunk, self._rng), self._point)
+
+    def digest(self) -> None:
+        """None: a function that draws cannot be compared."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """State of the generator."""

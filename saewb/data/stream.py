@@ -108,6 +108,11 @@ class ActivationStream:
         """The first layer of the model that does not run; None if all do, or if there is no model."""
         return self.source.stop_layer if isinstance(self.source, ModelSource) else None
 
+    def digest(self) -> str | None:
+        """Digest of the tokens or tensors it reads, wherever it stands; None where they cannot be looked at."""
+        digest = getattr(self.source, "digest", None)  # a source of somebody else's may have none
+        return None if digest is None else digest()
+
     def state(self) -> dict[str, Any]:
         """Plain values, lists, dictionaries and tensors on the host, copied; the same with a thread as without."""
         if self._prefetcher is None:

@@ -5,7 +5,6 @@ The passes over the model are in `saewb.evals.model_losses`, the result types in
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,9 +27,11 @@ from saewb.evals.model_losses import (
     evaluate_in_model,
 )
 from saewb.evals.result import Evaluation, EvaluationStore, LatentFigures, source_name
+from saewb.fingerprint import rows_digest
 from saewb.interventions.site import Site
 from saewb.kernels.threads import sleep_while_contended
 from saewb.metrics import float64
+from saewb.models.active import model_digest
 from saewb.models.capture import eval_mode
 from saewb.models.tokenizer import special_ids
 from saewb.sae.sae import SAE
@@ -69,7 +70,7 @@ def evaluate(
 
     "Ablated" means that zeros, or the mean activation over counted tokens, replace the activation at the write point
     (of its head only, if the SAE has one). For a transcoder the figures compare its output with the activation at its
-    write point. Other hooks and SAEs on the model stay in force.
+    write point. Hooks, steering and SAEs at other points of the model stay in force.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode.
@@ -94,7 +95,7 @@ def evaluate(
 
     Raises:
         ValueError: if no tokens are left to evaluate, or rows have fewer than two; for a hook or SAE that does not fit,
-            as `saewb.attach`; if another SAE writes to the same point; if the activation never varies.
+            as `saewb.attach`; if another SAE writes to one of its points; if the activation never varies.
         TypeError: if `tokens` are not integers.
 
     References:
@@ -139,7 +140,8 @@ def evaluate_many(
             loaded when their turn comes and released afterwards.
         tokens: as for `evaluate`.
         folder: store each result in a file there as soon as it is computed, and all of them in `evaluations.csv`;
-            stored results of the same SAE, tokens and options are not computed again. None stores nothing.
+            stored results of the same SAE, model (with what is attached to it or steers it), tokens and options, all
+            by content, are not computed again; SAEs are loaded to compare them. None stores nothing.
         at_once: SAEs held in memory at a time.
         batch_size: as for `evaluate`.
         ctx_len: as for `evaluate`.
@@ -172,16 +174,23 @@ def evaluate_many(
     ids = token_rows(model, tokens, ctx_len)
     special = special_ids(model, skip_special_tokens)
     options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses}
-    data = {"model": str(model.cfg.model_name), "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
-    store = EvaluationStore(folder, {"special": special, **options, **data})
-    figures = {name: stored for name, sae in named.items() if (stored := store.read(name, sae)) is not None}
-    missing = [name for name in named if name not in figures]
-    for names in (missing[i : i + at_once] for i in range(0, len(missing), at_once)):
-        sites = [clean_site(model, _load(named[name]), None, None) for name in names]
-        evaluations = _evaluate(model, sites, ids, special, batch_size, progress, **options)
-        for name, evaluation in zip(names, evaluations, strict=True):
-            figures[name] = evaluation.figures()
-            store.write(name, named[name], figures[name])
+    content = {} if folder is None else {"model": model_digest(model), "tokens": rows_digest(ids)}
+    store = EvaluationStore(folder, {"special": special, **options, **content})
+    figures: dict[str, dict[str, Any]] = {}
+    missing: dict[str, Site] = {}
+    for n_left, name in zip(reversed(range(len(named))), named, strict=True):
+        sae = _load(named[name])
+        site = clean_site(model, sae, None, None)
+        if (stored := store.read(name, sae)) is not None:
+            figures[name] = stored
+        else:
+            missing[name] = site
+        if missing and (len(missing) == at_once or n_left == 0):
+            evaluations = _evaluate(model, list(missing.values()), ids, special, batch_size, progress, **options)
+            for (missed, of), evaluation in zip(missing.items(), evaluations, strict=True):
+                figures[missed] = evaluation.figures()
+                store.write(missed, of.sae, figures[missed])
+            missing.clear()
     table = pd.DataFrame([figures[name] for name in named], index=pd.Index(list(named), name="name"))
     store.write_table(table)
     return table

@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 
 from saewb._finite import FiniteCheck
 from saewb.errors import explain
-from saewb.interventions.attachment import attach, attachments
+from saewb.interventions.attachment import attach
 from saewb.interventions.site import Site, check_reconstructs
 from saewb.metrics import ReconstructionStream, float64
 from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_mask
 from saewb.sae.sae import SAE
@@ -39,18 +40,15 @@ _TILE = 2**24
 
 
 def clean_site(model: nn.Module, sae: nn.Module, hook: str | None, hook_out: str | None) -> Site:
-    """Resolve the SAE's site, and check that nothing attached writes there.
+    """Resolve the SAE's site, and check that nothing attached writes to its points.
 
     Raises:
-        ValueError: if the SAE does not fit the model, or something attached writes to the same point.
+        ValueError: if the SAE does not fit the model, or something attached writes to one of its points.
         TypeError: as `Site.of`.
     """
     site = Site.of(model, sae, hook, hook_out)
     check_reconstructs(sae)
-    for attachment in attachments(model):
-        if site.write.name in attachment.latents:
-            what = f"{attachment!r} writes to {site.write.name!r} already, so the model there is not as it is."
-            raise ValueError(explain(what, fix="saewb.detach_all(model)"))
+    check_unmodified(model, site.points, steered=True)
     return site
 
 

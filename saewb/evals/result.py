@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saewb._display import Row, html_table, text_table
 from saewb._files import absolute, read_json, write_text
 from saewb.errors import FormatError, explain
+from saewb.fingerprint import sae_digest, values_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +166,7 @@ class EvaluationStore:
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, name: str, sae: Any) -> dict[str, Any] | None:
-        """Read the figures of an SAE; None if missing, or of other weights, tokens or options.
+        """Read the figures of an SAE; None if missing, or of other weights or options, by content.
 
         Raises:
             FormatError: if the file is damaged.
@@ -205,8 +206,7 @@ class EvaluationStore:
         return self._folder / f"{readable}.{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
 
     def _key(self, sae: Any) -> str:
-        identity = _fingerprint(sae) if isinstance(sae, nn.Module) else source_name(sae)
-        return hashlib.sha256(json.dumps([identity, self._options], sort_keys=True).encode()).hexdigest()
+        return values_digest([sae_digest(sae) if isinstance(sae, nn.Module) else source_name(sae), self._options])
 
 
 def _strict(value: Any) -> Any:
@@ -224,9 +224,3 @@ def _number(value: float | str | None) -> float:
 def source_name(source: Any) -> str:
     """Name of a source that `load_sae` takes."""
     return "/".join(map(str, source)) if isinstance(source, tuple) else str(source)
-
-
-def _fingerprint(sae: nn.Module) -> str:
-    """Configuration and two sums of each tensor, which identify an SAE without hashing gigabytes."""
-    parts = [f"{name} {t.double().sum():.17g} {t.double().norm():.17g}" for name, t in sae.state_dict().items()]
-    return "\n".join([repr(sae.cfg), *parts])

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,13 +26,16 @@ from saewb.data.tokens import token_rows
 from saewb.errors import explain
 from saewb.features import storage
 from saewb.features.accumulate import LatentAccumulator, TokenRows
-from saewb.features.config import IndexInfo
+from saewb.features.config import PARTS, IndexInfo
 from saewb.features.index import FeatureIndex, load_index
 from saewb.features.logit_effects import logit_effects, loss_effects, project_to_residual
 from saewb.features.neighbors import nearest
 from saewb.features.token_texts import TokenTexts, collect_token_texts
+from saewb.fingerprint import check_same, differences, listed, rows_digest, sae_digest
 from saewb.interventions.site import Site, check_reconstructs
 from saewb.kernels.threads import sleep_while_contended
+from saewb.models import hook_points
+from saewb.models.active import check_unmodified, model_digest
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.models.unembed import unembedding
@@ -109,7 +114,8 @@ def build_index(
         skip_special_tokens: True for the tokenizer's BOS, EOS, PAD and the like, False to treat all tokens alike, or a
             list of ids. Activations at special tokens are neither counted nor shown.
         folder: where to save the index: at the end, when stopped, and every `save_every_s`; an unfinished index of the
-            same model, SAE and settings in it is continued. With several SAEs, in subfolders named by number.
+            same model, SAE, text and settings in it, by content, is continued. One of another SAE or model (as after a
+            training) is moved to a folder beside it, with a warning. With several SAEs, in subfolders named by number.
         save_every_s: seconds between saves.
         first_row: number of the first row of `tokens`, for a part of a text that will be merged with others.
         seed: of the samples.
@@ -124,7 +130,9 @@ def build_index(
     Raises:
         RuntimeError: if another thread or process writes an index to `folder`.
         ValueError: if all tokens are special, if a number is out of range, or for an SAE that does not fit the model,
-            as `saewb.attach`; if `folder` has another index, or `extend` is of another SAE or row length.
+            as `saewb.attach`; if `folder` has an index of other text or settings, or `extend` is of another SAE, model
+            or row length, or either of saewb 0.1.0; if an SAE is attached where one reads or writes, or the model is
+            steered.
         TypeError: if `tokens` are not integers.
         FloatingPointError: if the model's activations are not finite; what was read before is in `folder`.
 
@@ -147,7 +155,9 @@ def build_index(
     text = _tokenize(model, tokens, ctx_len, special, first_row)
     sizes = (text.ids.shape[1], n_top, n_quantiles, per_quantile, before, after, coactive_tokens)
     sites = [Site.of(model, s, hook) for s in saes]
-    infos = [_index_info(model, site, sizes, seed, special, neuronpedia) for site in sites]
+    check_unmodified(model, [point for site in sites for point in site.points])
+    of_model = model_digest(model)
+    infos = [_index_info(model, site, sizes, seed, special, neuronpedia, of_model) for site in sites]
     folders = _folders(folder, len(saes), several)
     with ExitStack() as locks:
         for one in filter(None, folders):
@@ -177,6 +187,8 @@ class _Build:
         build = cls(site, info, LatentAccumulator(info.config, site.sae.device), folder)
         if folder is not None and (folder / storage.FILE).exists():
             unfinished = load_index(folder)
+            if _is_of_another(unfinished.info, info, folder):
+                return build
             what = f"folder={str(folder)!r} has an index already"
             replace(unfinished.info, rows=()).check_mergeable(info, what)
             build.accumulator.restore(unfinished.tensors)
@@ -186,6 +198,27 @@ class _Build:
     def next_row(self, text: TokenRows) -> int:
         """Number of the first row of the text not yet read."""
         return max(text.first_row, self.info.next_row)
+
+
+def _is_of_another(written: IndexInfo, info: IndexInfo, folder: Path) -> bool:
+    """Whether the index in a folder is of another SAE or model, as after a training: then it is moved aside."""
+    if written.digests is None or not (different := differences(written.digests, info.digests or {}, PARTS[:2])):
+        return False
+    aside = storage.move_aside(folder)
+    parts = [part for part in PARTS[:2] if written.digests[part] != (info.digests or {})[part]]
+    what = f"the index in {str(folder)!r} is of {listed(parts, 'another ')} (by content: {'; '.join(different)}): "
+    what += f"it is moved to {str(aside)!r}, and one of {info.sae}, {info.model} is built."
+    fix = f"saewb.load_index({str(aside)!r})    # the old one"
+    warnings.warn(explain(what, fix=fix), stacklevel=_frames_of_libraries())
+    return True
+
+
+def _frames_of_libraries() -> int:
+    """Number of frames from the caller of this function up to the user's code, for a warning."""
+    n, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("saewb", "torch"):
+        n, frame = n + 1, frame.f_back
+    return n
 
 
 def _check_only_extends(arguments: dict[str, Any]) -> None:
@@ -207,9 +240,12 @@ def _extend(
     if text.ids.shape[1] != info.ctx_len:
         what = f"rows of {text.ids.shape[1]} tokens for {index!r}."
         raise ValueError(explain(what, want=f"rows of {info.ctx_len}, as those before"))
-    if not isinstance(sae, nn.Module) or sae.cfg.d_sae != info.d_sae or repr(sae) != info.sae:
-        raise ValueError(explain(f"{index!r} cannot go on with {sae!r}.", want=info.sae))
-    build = _Build.start(Site.of(model, sae, info.hook, info.hook_out), info)
+    site = Site.of(model, sae, info.hook, info.hook_out)
+    check_unmodified(model, site.points)
+    now = {"SAE": sae_digest(sae), "model": model_digest(model)}
+    want = f"the SAE and the model of the index: {info.sae}, {info.model}"
+    check_same(repr(index), info.digests, now, want=want, fix="saewb.build_index(model, sae, tokens)    # anew")
+    build = _Build.start(site, info)
     build.accumulator.restore(index.tensors)
     _run(model, [build], text, batch_size, progress, float("inf"))
     return _to_index(model, build, index, text)
@@ -240,13 +276,15 @@ def _index_info(
     seed: int,
     special: Sequence[int],
     neuronpedia: str | None,
+    of_model: str,
 ) -> IndexInfo:
     sae, metadata = site.sae, site.sae.cfg.metadata
     check_reconstructs(sae)
     page = neuronpedia or metadata.get("neuronpedia_id") or metadata.get("neuronpedia")
     l0_most = sae.cfg.k if isinstance(sae, SAE) and sae.cfg.k is not None else sae.cfg.d_sae
     values = (sae.cfg.d_sae, *sizes, l0_most, seed, tuple(special), (), 0, repr(sae), str(model.cfg.model_name))
-    return IndexInfo(*values, site.hook_name, site.hook_name_out, None, page or None)
+    digests = {"SAE": sae_digest(sae), "model": of_model, "tokens": "0"}
+    return IndexInfo(*values, site.hook_name, site.hook_name_out, None, page or None, digests)
 
 
 def _folders(folder: str | Path | None, n: int, several: bool) -> list[Path | None]:
@@ -266,6 +304,7 @@ def _run(
         _check_beginning(build, text)
     first, encoders = min(build.next_row(text) for build in builds), [SparseEncoder(b.site.sae) for b in builds]
     hooks, device, saved = [build.info.hook for build in builds], next(model.parameters()).device, time.monotonic()
+    points = [point for build in builds for point in build.site.points]
     bar = tqdm(total=text.end - first, desc="index", unit="row", leave=False, disable=not progress)
     # Accumulate on another thread: an interrupt reaches the main thread only, so no batch is half counted.
     with bar, sleep_while_contended(), ThreadPoolExecutor(1) as thread:
@@ -274,7 +313,8 @@ def _run(
             for begin in range(first - text.first_row, len(text), batch_size):
                 rows = text[begin : begin + batch_size].to(device)
                 try:
-                    with torch.no_grad(), eval_mode(model):
+                    with hook_points.lock(model), torch.no_grad(), eval_mode(model):
+                        check_unmodified(model, points)
                         activations = capture(model, rows.ids, hooks)
                     _check_finite(model, activations, rows)
                 except Exception:
@@ -313,13 +353,10 @@ def _check_beginning(build: _Build, text: TokenRows) -> None:
     if len(rows) > 1 or rows[0][0] != text.first_row:
         what = f"{build.folder} has rows {rows}, which is no beginning of this text ({text.first_row} on)."
         raise ValueError(explain(what, fix=fix))
-    # Compare the peak tokens of all contexts with this text.
-    top = build.accumulator.top
-    used = top.position >= 0
-    position = (top.position[used] - text.first_row * build.info.ctx_len).cpu()
-    peaks = top.tokens[..., build.info.before][used].long().cpu()
-    if not (position < text.ids.numel()).all() or not torch.equal(text.ids.flatten()[position], peaks):
-        what = f"{build.folder} has an index of another text."
+    n_read = rows[0][1] - text.first_row
+    now = {"tokens": rows_digest(text.ids[:n_read], text.first_row)}
+    if different := differences(build.info.digests or {}, now, ["tokens"]):
+        what = f"{build.folder} has an index of another text, by content of its first {n_read} rows: {different[0]}."
         raise ValueError(explain(what, want="the same text, or a new folder", fix=fix))
 
 
@@ -331,6 +368,7 @@ def _accumulate(
     activations: dict[str, Tensor],
     rows: TokenRows,
 ) -> None:
+    of_rows = rows_digest(text.ids[rows.first_row - text.first_row : rows.end - text.first_row], rows.first_row)
     for build, encoder in zip(builds, encoders, strict=True):
         if rows.first_row < build.next_row(text):
             continue
@@ -340,7 +378,7 @@ def _accumulate(
             build.accumulator.update(here[part], latents.to(torch.float32))
         of_text = slice(rows.first_row - text.first_row, rows.end - text.first_row)
         n_tokens = int(text.mask[of_text].sum())  # on the CPU, so that nothing waits for a device
-        build.info = build.info.with_rows([(rows.first_row, rows.end)], n_tokens)
+        build.info = build.info.with_rows([(rows.first_row, rows.end)], n_tokens, of_rows)
 
 
 def _checkpoint(builds: list[_Build], text: TokenRows) -> None:
@@ -359,7 +397,7 @@ def _finish(
         effects = loss_effects(model, build.site.sae, index.info, index.tensors, text.row, loss_effect_tokens)
         index = replace(index, tensors={**index.tensors, "loss_effects": effects})
     if build.folder is not None:
-        storage.write_index(build.folder, index.info, dict(index.tensors), index.token_texts)
+        storage.write_index(build.folder, index.info, dict(index.tensors), index.token_texts, index.labels)
     return index
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from saewb.errors import FormatError, explain
 from saewb.features.top_contexts import BLOCK, PENDING
+from saewb.fingerprint import check_same, joined_rows
 
 VERSION = 1
+PARTS = ("SAE", "model", "tokens")
+"""Parts of an index's digests: what it is of, by content."""
 MAX_ACTIVE = 128  # active latents recorded per sampled token
 N_COACTIVE = 10  # coactive latents per latent
 PAIRS = 2**18  # pairs of coactive latents sorted at a time (2 MiB in int64, up to 32 times over)
@@ -112,6 +115,8 @@ class IndexInfo:
     """Rows to read in all; None once all are read."""
     neuronpedia: str | None = None
     """"model/source" of its pages on Neuronpedia, e.g. "gpt2-small/6-res-jb"."""
+    digests: Mapping[str, str] | None = None
+    """By content: "SAE", "model", and "tokens" of the rows read so far; None in an index of saewb 0.1.0."""
 
     @property
     def config(self) -> IndexConfig:
@@ -131,19 +136,39 @@ class IndexInfo:
         return max((b for _, b in self.rows), default=0)
 
     def check_mergeable(self, other: IndexInfo, what: str) -> None:
-        """Raise unless both have the same SAE and settings, and no row of text in common."""
+        """Raise unless both are of the same SAE and model, with the same settings, and no row of text in common."""
+        fix = "saewb.build_index(model, sae, tokens)    # anew"
+        for written, now in ((self.digests, {}), (other.digests, self.digests or {})):
+            parts = PARTS[:2] if written is None or now else ()
+            check_same(f"{what}: one index", written, now, parts=parts, fix=fix)
         values, others = asdict(self), asdict(other)
-        for name in ("rows", "n_tokens", "n_planned", "neuronpedia"):
+        for name in ("rows", "n_tokens", "n_planned", "neuronpedia", "digests", "sae", "model"):
             del values[name]
         if got := ", ".join(f"{name} {v!r} and {others[name]!r}" for name, v in values.items() if v != others[name]):
-            raise ValueError(explain(f"{what}: two indexes differ in {got}.", want="the same model, SAE and settings"))
+            raise ValueError(explain(f"{what}: two indexes differ in settings: {got}.", want="the same settings"))
         for a, b in self.rows:
             if any(a < d and c < b for c, d in other.rows):
                 fix = f"saewb.build_index(..., first_row={self.next_row})    # for the second part"
                 raise ValueError(explain(f"{what}: both have row {max(a, other.rows[0][0])} of the text.", fix=fix))
 
-    def with_rows(self, rows: Sequence[tuple[int, int]], n_tokens: int, **changes: Any) -> IndexInfo:
-        """Add rows and tokens; adjacent ranges of rows are joined."""
+    def check_content(self, what: str, **now: str) -> None:
+        """Raise unless the index is of the SAE or the model with this digest; one of 0.1.0 does not know.
+
+        Args:
+            what: the index, for the message.
+            now: `SAE=` and `model=`.
+        """
+        if self.digests is not None:
+            fix = "index = saewb.build_index(model, sae, tokens)"
+            check_same(what, self.digests, now, fix=fix, want=f"that of the index: {self.sae}, {self.model}")
+
+    def with_rows(
+        self, rows: Sequence[tuple[int, int]], n_tokens: int, tokens: str | None = None, **changes: Any
+    ) -> IndexInfo:
+        """Add rows and tokens, and the digest of the rows; adjacent ranges of rows are joined."""
+        if tokens is not None:
+            digests = dict(self.digests or {})
+            changes["digests"] = digests | {"tokens": joined_rows(digests.get("tokens", "0"), tokens)}
         ranges: list[tuple[int, int]] = []
         for a, b in sorted((*self.rows, *rows)):
             ranges[-1:] = [(ranges[-1][0], b)] if ranges and ranges[-1][1] == a else [*ranges[-1:], (a, b)]
@@ -205,6 +230,12 @@ def _check_info(info: IndexInfo) -> None:
         what = f"index.json has special={reprlib.repr(info.special)}, rows={reprlib.repr(info.rows)}, "
         what += f"seed={reprlib.repr(info.seed)}, n_planned={reprlib.repr(info.n_planned)}."
         raise FormatError(explain(what, want="integers"))
+    digests = info.digests
+    if digests is not None and not (
+        isinstance(digests, dict) and all(isinstance(digests.get(part), str) for part in PARTS)
+    ):
+        what = f"index.json has digests={reprlib.repr(digests)}."
+        raise FormatError(explain(what, want=f"texts for {', '.join(PARTS)}"))
     if any(not 0 <= a <= b for a, b in info.rows) or min(info.n_quantiles, info.config.window) < 1:
         what = f"index.json has rows={reprlib.repr(info.rows)} and n_quantiles={info.n_quantiles}."
         raise FormatError(explain(what, want="rows from first to last, one quantile or more"))

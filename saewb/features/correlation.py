@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from saewb.data.tokens import token_rows
 from saewb.errors import explain, near
 from saewb.interventions.site import flatten_heads
+from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.sae.base import SparseEncoder
@@ -59,7 +61,8 @@ def latent_matrix(
         A MatrixView over all latents of the SAE.
 
     Raises:
-        ValueError: for another `by`, if there are no tokens, or for an SAE without a hook.
+        ValueError: for another `by`, if there are no tokens, or for an SAE without a hook; if an SAE is attached there,
+            or the model is steered.
 
     Example:
         >>> import saewb
@@ -96,5 +99,7 @@ def latent_matrix(
 def _read(model: nn.Module, sae: nn.Module, ids: Tensor, mask: Tensor, hook_name: str) -> Tensor:
     """Input of the SAE at tokens that are not special, `[tokens, d_in]`."""
     device = next(model.parameters()).device
-    activation = capture(model, ids.to(device), [hook_name])[hook_name]
+    with hook_points.lock(model):
+        check_unmodified(model, [hook_name])
+        activation = capture(model, ids.to(device), [hook_name])[hook_name]
     return flatten_heads(sae, activation, sae.cfg.d_in, hook_name)[mask.to(device)]

@@ -93,7 +93,7 @@ def enrich(
         "size": sizes * len(names),
         "score": scores.flatten().tolist(),
         "p": p.flatten().tolist(),
-        "q": _q_values(p.flatten()).tolist(),
+        "q": q_values(p.flatten()).tolist(),
     }
     table = pd.DataFrame(columns)
     order = (
@@ -192,7 +192,16 @@ def _p_values(scores: Float[Tensor, " latents"], null: Float[Tensor, " n"]) -> F
     return (1 + at_least).double() / (1 + len(null))
 
 
-def _q_values(p: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
+def q_values(p: Float[Tensor, " tests"]) -> Float[Tensor, " tests"]:
+    """Smallest false discovery rate at which each test is significant, by Benjamini and Hochberg.
+
+    Args:
+        p: of all tests, float64.
+
+    Example:
+        >>> q_values(torch.tensor([0.01, 0.9, 0.02, 0.03], dtype=torch.float64)).tolist()
+        [0.04, 0.9, 0.04, 0.04]
+    """
     value, order = p.sort(stable=True)
     scaled = value * len(p) / torch.arange(1, len(p) + 1)
     return torch.empty_like(p).scatter_(0, order, scaled.flip(0).cummin(0).values.flip(0).clamp(max=1))

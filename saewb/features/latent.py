@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saewb.features.accumulate import N_BINS
 from saewb.features.config import IndexInfo
+from saewb.features.labels import label_texts
 from saewb.features.token_texts import TokenTexts
 from saewb.features.top_contexts import EMPTY
 
@@ -83,6 +84,8 @@ class Neighbor:
     """Index of the latent."""
     cosine: float
     """Cosine of the two directions, -1..1."""
+    label: str = ""
+    """Label of the latent; see `FeatureIndex.label`."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Coactive:
     """Fraction of this latent's sampled tokens on which the other is active too."""
     phi: float
     """Correlation phi of their activity, -1..1."""
+    label: str = ""
+    """Label of the latent; see `FeatureIndex.label`."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +166,17 @@ class Latent:
     """Latents active on the same tokens, largest phi first."""
     decoder_norm: float
     """Norm of the decoder direction; nan if unknown."""
+    label: str = ""
+    """Label of the latent; see `FeatureIndex.label`."""
+    is_explained: bool = field(default=False, repr=False)
+    """Whether the label is an explanation, and not the strongest token."""
 
     def to_dict(self, digits: int | None = None) -> dict[str, Any]:
         """Plain JSON values, the source of the HTML page, the panels and Neuronpedia's JSON.
 
         Groups and their contexts come strongest first; `scale` is the largest |activation| in any context; `raised` and
-        `lowered` are `[token, id, effect]`, `by_decoder` and `by_encoder` `[latent, cosine]`, `coactive` `[latent,
-        share, phi, together]`.
+        `lowered` are `[token, id, effect]`, `by_decoder` and `by_encoder` `[latent, cosine, label]`, `coactive`
+        `[latent, share, phi, together, label]`.
 
         Args:
             digits: significant digits of all floats; None does not round.
@@ -175,6 +184,8 @@ class Latent:
         contexts = [*self.top, *(c for group in self.quantiles for c in group)]
         values = {
             "latent": self.index,
+            "label": self.label,
+            "explained": self.is_explained,
             "n_active": self.n_active,
             "density": self.density,
             "max": self.max,
@@ -186,9 +197,9 @@ class Latent:
             "logits": self.logit_histogram and self.logit_histogram.to_dict(),
             "raised": [[x.token, x.id, x.effect] for x in self.logits_top],
             "lowered": [[x.token, x.id, x.effect] for x in self.logits_bottom],
-            "by_decoder": [[x.latent, x.cosine] for x in self.nearest_by_decoder],
-            "by_encoder": [[x.latent, x.cosine] for x in self.nearest_by_encoder],
-            "coactive": [[x.latent, x.share, x.phi, x.together] for x in self.coactive],
+            "by_decoder": [[x.latent, x.cosine, x.label] for x in self.nearest_by_decoder],
+            "by_encoder": [[x.latent, x.cosine, x.label] for x in self.nearest_by_encoder],
+            "coactive": [[x.latent, x.share, x.phi, x.together, x.label] for x in self.coactive],
             "top": [c.to_dict() for c in self.top],
             "groups": [[c.to_dict() for c in group[::-1]] for group in self.quantiles[::-1]],
         }
@@ -206,10 +217,16 @@ def round_floats(value: Any, digits: int) -> Any:
     return value
 
 
-def read_latent(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, i: int) -> Latent:
-    """Read latent `i` of an index, from its rows of the tensors only."""
+def read_latent(
+    info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, i: int, labels: Mapping[int, str]
+) -> Latent:
+    """Read latent `i` of an index, from its rows of the tensors only, and one token of each of its neighbors."""
     n_active = int(tensors["counts.by_position"][i].sum())
     top = _contexts(info, tensors, texts, "top", i)
+    by_decoder, by_encoder = (_neighbors(tensors, side, i) for side in ("decoder", "encoder"))
+    together = _coactive(tensors, i)
+    named = list({i, *(x.latent for x in (*by_decoder, *by_encoder, *together))})
+    names = dict(zip(named, label_texts(labels, info, tensors, texts, named), strict=True))
     return Latent(
         index=i,
         n_active=n_active,
@@ -223,10 +240,12 @@ def read_latent(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenText
         logits_top=_logits(tensors, texts, "top", i),
         logits_bottom=_logits(tensors, texts, "bottom", i),
         logit_histogram=_logit_histogram(tensors, i),
-        nearest_by_decoder=_neighbors(tensors, "decoder", i),
-        nearest_by_encoder=_neighbors(tensors, "encoder", i),
-        coactive=_coactive(tensors, i),
+        nearest_by_decoder=tuple(replace(x, label=names[x.latent]) for x in by_decoder),
+        nearest_by_encoder=tuple(replace(x, label=names[x.latent]) for x in by_encoder),
+        coactive=tuple(replace(x, label=names[x.latent]) for x in together),
         decoder_norm=float(tensors["decoder_norm"][i]) if "decoder_norm" in tensors else float("nan"),
+        label=names[i],
+        is_explained=i in labels,
     )
 
 

@@ -7,27 +7,24 @@ followed, so that an API key reaches only the site it is meant for.
 from __future__ import annotations
 
 import html
-import http.client
 import json
-import os
 import re
 import reprlib
-import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from saewb._files import atomic_write, write_text
+from saewb._http import HTTPRefusal, request_json
 from saewb._indices import indices_of
 from saewb.errors import FormatError, explain
 from saewb.features.index import FeatureIndex
+from saewb.features.labels import Explanation, Explanations
 from saewb.features.latent import Latent
+from saewb.models.load import cache_folder
 
 SITE = "https://www.neuronpedia.org"
 _ID = re.compile(r"(?!\.+/)[\w.-]+/(?!\.+$)[\w.-]+")  # names of folders too: neither of them is "..", or "."
@@ -117,18 +114,6 @@ def source_of(of: Any, source: str | None = None) -> str:
     return str(source)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """An explanation of a latent, usually written by a language model."""
-
-    latent: int
-    """Index of the latent."""
-    text: str
-    """Text of the explanation."""
-    by: str
-    """Model that wrote it, "" if unknown."""
-
-
 def explanations(
     of: Any,
     latents: Iterable[int],
@@ -138,7 +123,7 @@ def explanations(
     timeout: float = 10.0,
     cache: str | Path | None = None,
     max_age_days: float = 30.0,
-) -> dict[int, tuple[Explanation, ...]]:
+) -> Explanations:
     """Get explanations of latents from the cache on disk, or else from Neuronpedia, by one request per latent.
 
     Args:
@@ -151,7 +136,8 @@ def explanations(
         max_age_days: older answers in the cache are requested again, and used only if the site cannot be reached.
 
     Returns:
-        Explanations by latent; empty for a latent without any, or without a page.
+        Explanations, by latent in their order: `method` is "neuronpedia:TYPE" of the site, `judge` the model that
+        wrote it. None of a latent without any, or without a page. `index.with_labels` shows them everywhere.
 
     Raises:
         ConnectionError: in one line, if the site cannot be reached or refuses, and the cache has no answer. Answers
@@ -161,10 +147,11 @@ def explanations(
 
     Example:
         >>> explanations(None, [], source="gpt2-small/6-res-jb")  # no request
-        {}
+        Explanations(0 of 0 latents)
     """
     indices, source = _latents(of if source is None else None, latents), source_of(of, source)
-    return {i: _parse_explanations(i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in indices}
+    answers = ((i, _fetch(site, source, i, timeout, cache, max_age_days)) for i in indices)
+    return Explanations(record for i, answer in answers for record in _parse_explanations(i, answer))
 
 
 def quick_list(of: Any, latents: Sequence[int], name: str, *, source: str | None = None, site: str = SITE) -> str:
@@ -246,7 +233,7 @@ def make_list(
     features = [{"modelId": model, "layer": layer, "index": i, "description": text} for i, text in descriptions.items()]
     body = {"name": name, "description": description, "features": features}
     url = f"{site.rstrip('/')}/api/list/new-with-features"
-    answer = _request(url, timeout, body, {"x-api-key": api_key})
+    answer = _request(url, timeout, body, api_key)
     address = answer.get("url")
     if not isinstance(address, str) or not address.startswith(("https://", "http://")):
         words = answer.get("message", reprlib.repr(answer))
@@ -316,8 +303,8 @@ def _feature_json(latent: Latent) -> dict[str, Any]:
         values[f"{name}_data_bar_values"] = _bin_centers(**histogram) if histogram else []
     for sign, words in (("pos", page["raised"]), ("neg", page["lowered"])):
         values[f"{sign}_str"], values[f"{sign}_values"] = [w[0] for w in words], [w[2] for w in words]
-    values["topkCosSimIndices"] = [latent for latent, _ in page["by_decoder"]]
-    values["topkCosSimValues"] = [cosine for _, cosine in page["by_decoder"]]
+    values["topkCosSimIndices"] = [latent for latent, *_ in page["by_decoder"]]
+    values["topkCosSimValues"] = [cosine for _, cosine, _ in page["by_decoder"]]
     return values | {"activations": activations}
 
 
@@ -358,8 +345,9 @@ def _parse_explanations(latent: int, answer: Any) -> tuple[Explanation, ...]:
     entries = answer.get("explanations") or [] if isinstance(answer, dict) else None
     if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
         raise FormatError(explain(f"the answer about latent {latent} is not a feature with explanations."))
-    pairs = [(x.get("description"), x.get("explanationModelName")) for x in entries]
-    return tuple(Explanation(latent, str(text), str(by or "")) for text, by in pairs if text)
+    names = ("description", "typeName", "explanationModelName")
+    triples = [[str(x.get(name) or "") for name in names] for x in entries]
+    return tuple(Explanation(latent, text, f"neuronpedia:{kind}".rstrip(":"), by) for text, kind, by in triples if text)
 
 
 def _fetch(
@@ -368,109 +356,40 @@ def _fetch(
     # A folder per site, so that answers of different sites are not confused.
     host = re.sub(r"\W+", "-", urllib.parse.urlsplit(site).netloc)
     file = _cache_folder(cache) / host / source / f"{latent}.json"
-    cached = _read_cached(file)
+    url = f"{site.rstrip('/')}/api/feature/{source}/{latent}"
+    cached = _read_cached(file, url)
     if cached is not None and time.time() - file.stat().st_mtime < max_age_days * 86400:
         return cached
     try:
-        answer = _request(f"{site.rstrip('/')}/api/feature/{source}/{latent}", timeout)
-    except _NoPage:
-        answer = {}
-    except ConnectionError:
-        if cached is not None:
+        answer = _request(url, timeout)
+    except ConnectionError as error:
+        if isinstance(error, HTTPRefusal) and error.code == 404 and error.words:  # in its own words: no such page
+            answer = {}
+        elif cached is not None:
             return cached
-        raise
+        else:
+            raise
     _parse_explanations(latent, answer)  # an answer of another form is not cached
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({"explanations": answer.get("explanations")}))
+    write_text(file, json.dumps({"url": url, "explanations": answer.get("explanations")}))
     return answer
 
 
-def _read_cached(file: Path) -> dict[str, Any] | None:
-    """A cached answer; None if there is none, or the file is damaged."""
+def _read_cached(file: Path, url: str) -> dict[str, Any] | None:
+    """A cached answer of this address; None if there is none, it does not say of which it is, or it is damaged."""
     try:
         answer = json.loads(file.read_text(encoding="utf-8"))
         _parse_explanations(0, answer)
     except (OSError, ValueError, RecursionError):
         return None
-    return answer
+    return answer if answer.get("url") == url else None
 
 
-class _NoPage(ConnectionError):
-    """The site answered in its own words that there is no such page."""
-
-
-def _request(
-    url: str, timeout: float, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, Any]:
-    """One request; `timeout` is for all of it, however slowly the answer comes."""
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError(explain(f"{url!r} is no address of a site.", want="https://...", fix=f"site={SITE!r}"))
-    all_headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "saewb", **headers}
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers=all_headers)
-    outcome: list[bytes | BaseException] = []
-    deadline = time.monotonic() + timeout
-    # A socket's timeout is for each read, and a server may send a byte at a time: the caller waits no longer.
-    thread = threading.Thread(target=lambda: outcome.append(_read_answer(request, deadline)), daemon=True)
-    thread.start()
-    thread.join(timeout)
-    content = outcome[0] if outcome else TimeoutError("timed out")
-    if isinstance(content, urllib.error.HTTPError):
-        words = _words(content)
-        missing = content.code == 404 and words
-        why = f"HTTP {content.code}" + (f": {words}" if words else "")
-        raise (_NoPage if missing else ConnectionError)(f"Neuronpedia did not answer ({why}): {url}") from content
-    if isinstance(content, BaseException):
-        why = getattr(content, "reason", content)
-        raise ConnectionError(f"Neuronpedia did not answer ({why}): {url}") from content
-    try:
-        answer = json.loads(content) if len(content) <= _MAX_BYTES else None
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
-        raise FormatError(explain(f"{url} answered something that is no feature.", want="a JSON object"))
-    return answer
-
-
-def _read_answer(request: urllib.request.Request, deadline: float) -> bytes | BaseException:
-    """The body of an answer, at most a byte more than the limit; or the error."""
-    parts: list[bytes] = []
-    try:
-        opener = urllib.request.build_opener(_SameSite)
-        with opener.open(request, timeout=max(0.001, deadline - time.monotonic())) as response:
-            while sum(map(len, parts)) <= _MAX_BYTES and (part := response.read1(2**16)):
-                parts.append(part)
-                if time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a damaged address in a redirect
-        return error
-    return b"".join(parts)
-
-
-def _words(error: urllib.error.HTTPError) -> str:
-    """What the site says about a refusal, on one line; empty if it is not in its format."""
-    try:
-        answer = json.loads(error.read(2**16))
-    except (OSError, ValueError, RecursionError, http.client.HTTPException):
-        return ""
-    words = answer.get("error") or answer.get("message") if isinstance(answer, dict) else None
-    return " ".join(words.split())[:200] if isinstance(words, str) else ""
-
-
-class _SameSite(urllib.request.HTTPRedirectHandler):
-    """Follows redirects within a site, or from its http to its https; urllib would send all headers to any host."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        before, after = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
-        is_same = (after.scheme, after.netloc) == (before.scheme, before.netloc)
-        if not is_same and (after.scheme, after.netloc) != ("https", before.hostname):
-            raise urllib.error.URLError(f"it redirects to {after.scheme}://{after.netloc}, another site")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+def _request(url: str, timeout: float, body: Mapping[str, Any] | None = None, api_key: str = "") -> dict[str, Any]:
+    headers = {"x-api-key": api_key} if api_key else {}
+    how = {"site": "Neuronpedia", "max_bytes": _MAX_BYTES, "secret": api_key}
+    return request_json(url, timeout, body, headers, **how)
 
 
 def _cache_folder(folder: str | Path | None) -> Path:
-    if folder is not None:
-        return Path(folder).expanduser()
-    if root := os.environ.get("SAEWB_CACHE"):
-        return Path(root).expanduser() / "neuronpedia"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saewb" / "neuronpedia"
+    return cache_folder() / "neuronpedia" if folder is None else Path(folder).expanduser()

@@ -22,6 +22,8 @@ from saewb.errors import explain
 from saewb.features.config import IndexInfo
 from saewb.features.token_texts import TokenTexts
 from saewb.interventions.site import flatten_heads
+from saewb.models import hook_points
+from saewb.models.active import check_unmodified, model_digest
 from saewb.models.capture import capture, eval_mode
 from saewb.models.tokenizer import special_mask, token_strings
 
@@ -30,10 +32,17 @@ if TYPE_CHECKING:
 
 _ROWS = 2048  # latents searched at a time
 _LETTERS = 60  # letters of the text that the prefilter uses: the bits of an int64
-_EMPTY_ROW = {"contexts": 0, "firing": 0.0, "activation": 0.0, "logit": float("nan"), "example": ""}
+_EMPTY_ROW = {"contexts": 0, "firing": 0.0, "activation": 0.0, "logit": float("nan"), "example": "", "label": ""}
 
 
-def search(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, what: Any, n: int | None) -> pd.DataFrame:
+def search(
+    info: IndexInfo,
+    tensors: Mapping[str, Tensor],
+    texts: TokenTexts,
+    what: Any,
+    n: int | None,
+    labels: Mapping[int, str],
+) -> pd.DataFrame:
     """Find latents by text, token id or pattern; see `FeatureIndex.search`."""
     import pandas as pd
 
@@ -53,13 +62,23 @@ def search(info: IndexInfo, tensors: Mapping[str, Tensor], texts: TokenTexts, wh
                     row["activation"] = value
                     row["example"] = "".join(texts.decode([i for i in ids[latent, slot].tolist() if i >= 0]))
     _match_logits(tensors, texts, what, rows)
+    for latent, label in labels.items() if not isinstance(what, int) else ():
+        if _label_matches(label, what):
+            rows.setdefault(latent, {"latent": latent, **_EMPTY_ROW})["label"] = label
     table = pd.DataFrame(list(rows.values()), columns=["latent", *_EMPTY_ROW])
     table["firing"] = table["firing"] / table["contexts"].clip(lower=1)
     hits = table["firing"] * table["contexts"]
-    table = table.assign(_hits=hits, _size=table["activation"].abs()).sort_values(
-        ["_hits", "_size", "latent"], ascending=[False, False, True], kind="stable"
-    )
-    return table.drop(columns=["_hits", "_size"]).head(n if n is not None else len(table)).set_index("latent")
+    keys = {"_named": table["label"] != "", "_hits": hits, "_size": table["activation"].abs()}
+    table = table.assign(**keys).sort_values([*keys, "latent"], ascending=[False, False, False, True], kind="stable")
+    return table.drop(columns=list(keys)).head(n if n is not None else len(table)).set_index("latent")
+
+
+def _label_matches(label: str, what: str | re.Pattern[str]) -> bool:
+    """Whether a label has a pattern, or a text, or all words of it in any order."""
+    if isinstance(what, re.Pattern):
+        return what.search(label) is not None
+    label, words = label.casefold(), what.casefold().split()
+    return bool(words) and all(word in label for word in words)
 
 
 class TokenPairFilter:
@@ -161,14 +180,14 @@ def find(
     sae: nn.Module,
     prompt: str | Sequence[int] | Tensor,
 ) -> pd.DataFrame:
-    """Active latents of a prompt; see `FeatureIndex.find`."""
+    """Active latents of a prompt; see `FeatureIndex.find`, which checks the SAE."""
     import pandas as pd
 
-    if sae.cfg.d_sae != info.d_sae:
-        what = f"this index is of {info.d_sae} latents, {sae!r} has {sae.cfg.d_sae}."
-        raise ValueError(explain(what, want=info.sae))
+    check_unmodified(model, [info.hook, info.hook_out])  # said before the digest, which is another one too
+    info.check_content("this index", model=model_digest(model, reuse=True))
     ids = prompt_ids(model, prompt)
-    with torch.no_grad(), eval_mode(model, sae):
+    with hook_points.lock(model), torch.no_grad(), eval_mode(model, sae):
+        check_unmodified(model, [info.hook, info.hook_out])
         x = flatten_heads(sae, capture(model, ids, [info.hook])[info.hook], sae.cfg.d_in, info.hook)
         check_finite(f"activations at {info.hook!r}", x[0, ~special_mask(ids[0], info.special)])
         acts = sae.encode(x)[0].float().cpu()

@@ -8,10 +8,14 @@ removed by the next one that writes.
 from __future__ import annotations
 
 import json
+import os
 import re
 import reprlib
 import secrets
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,6 +33,7 @@ from saewb._files import (
 from saewb.errors import FormatError, explain
 from saewb.features.accumulate import N_BINS
 from saewb.features.config import IndexInfo
+from saewb.features.labels import check_labels
 from saewb.features.token_texts import MAX_TOKEN_ID, TokenTexts
 
 FILE = "index.json"
@@ -49,7 +54,13 @@ def lock_index(folder: Path, wait_s: float = 0.1) -> FolderLock:
     return FolderLock(folder, "an index is being written", wait_s=wait_s)
 
 
-def write_index(folder: Path, info: IndexInfo, tensors: dict[str, Tensor], texts: TokenTexts) -> Path:
+def write_index(
+    folder: Path,
+    info: IndexInfo,
+    tensors: dict[str, Tensor],
+    texts: TokenTexts,
+    labels: Mapping[int, str] = MappingProxyType({}),
+) -> Path:
     """Write an index to `folder`, atomically; the caller holds its lock."""
     from safetensors.torch import save_file
 
@@ -61,6 +72,7 @@ def write_index(folder: Path, info: IndexInfo, tensors: dict[str, Tensor], texts
         atomic_write(folder / name, lambda fresh: save_file(distinct, fresh))
         hashed = {"tensors": name, "tensors_sha256": sha256_of(folder / name)}
         values = info.to_json() | hashed | {"words": _texts_to_json(texts)}
+        values |= {"labels": {str(i): text for i, text in labels.items()}} if labels else {}
         write_text(folder / FILE, json.dumps(values, ensure_ascii=False))
     except BaseException:
         if _tensors_named(folder) != name:  # else an interrupt came after the rename: the new index is in place
@@ -72,7 +84,26 @@ def write_index(folder: Path, info: IndexInfo, tensors: dict[str, Tensor], texts
     return folder
 
 
-def read_index(folder: Path, verify: bool | None = None) -> tuple[IndexInfo, dict[str, Tensor], TokenTexts]:
+def move_aside(folder: Path) -> Path:
+    """Move the index in a folder, whose lock the caller holds, to a new folder beside it, and return that.
+
+    The tensors get a second name first, so that a kill at any moment leaves a whole index in one of the folders.
+    """
+    name, n = _tensors_named(folder), 1
+    while (aside := folder.with_name(f"{folder.name}-earlier{n}")).exists():
+        n += 1
+    aside.mkdir()
+    try:
+        os.link(folder / name, aside / name)
+    except OSError:  # a file system without such names
+        shutil.copy2(folder / name, aside / name)
+    os.replace(folder / FILE, aside / FILE)
+    return aside
+
+
+def read_index(
+    folder: Path, verify: bool | None = None
+) -> tuple[IndexInfo, dict[str, Tensor], TokenTexts, dict[int, str]]:
     """Read what `write_index` wrote; tensors are memory-mapped.
 
     Args:
@@ -86,7 +117,7 @@ def read_index(folder: Path, verify: bool | None = None) -> tuple[IndexInfo, dic
     from safetensors import SafetensorError, safe_open
 
     while True:
-        info, name, digest, texts = _read_description(folder)
+        info, name, digest, texts, labels = _read_description(folder)
         path = folder / name
         try:
             check_sha256(path, digest, fix="saewb.build_index(...) into a new folder", verify=verify)
@@ -99,11 +130,11 @@ def read_index(folder: Path, verify: bool | None = None) -> tuple[IndexInfo, dic
         except SafetensorError as error:
             raise FormatError(explain(f"{path} is no safetensors file: {error}.")) from error
     _check_tensors(info, tensors, folder)
-    return info, tensors, texts
+    return info, tensors, texts, labels
 
 
-def _read_description(folder: Path) -> tuple[IndexInfo, str, str | None, TokenTexts]:
-    """What an index is of, the name of its tensors and their hash, and the texts of its tokens."""
+def _read_description(folder: Path) -> tuple[IndexInfo, str, str | None, TokenTexts, dict[int, str]]:
+    """What an index is of, the name of its tensors and their hash, the texts of its tokens, and labels."""
     if not (folder / FILE).is_file():
         want = f"a folder with {FILE}, as index.save(folder) writes it"
         raise FileNotFoundError(explain(f"no index at {str(folder)!r}.", want=want))
@@ -112,11 +143,12 @@ def _read_description(folder: Path) -> tuple[IndexInfo, str, str | None, TokenTe
         raise FormatError(explain(f"{folder / FILE} is no index of saewb's.", want="what index.save(folder) writes"))
     with refuse_damage(str(folder / FILE), "an index that saewb wrote"):
         name, digest, texts = values.pop("tensors"), values.pop("tensors_sha256", None), values.pop("words")
-        texts = _texts_from_json(texts)
+        texts, labels = _texts_from_json(texts), values.pop("labels", {})
         info = IndexInfo.from_json(values)
+        labels = _labels_from_json(labels, info.d_sae)
     if not isinstance(name, str) or Path(name).name != name or (folder / name).is_symlink():
         raise FormatError(explain(f"{folder / FILE} names tensors {name!r}.", want="a file in the same folder"))
-    return info, name, digest, texts
+    return info, name, digest, texts, labels
 
 
 def _tensors_named(folder: Path) -> str | None:
@@ -197,6 +229,13 @@ def _check_writable(folder: Path) -> None:
 def _texts_to_json(texts: TokenTexts) -> dict:
     runs = [[list(ids), list(parts)] for ids, parts in texts.runs.items()]
     return {"ids": list(texts.strings), "strings": list(texts.strings.values()), "runs": runs}
+
+
+def _labels_from_json(values: dict, d_sae: int) -> dict[int, str]:
+    try:
+        return check_labels({int(i): text for i, text in values.items()}, d_sae)
+    except (ValueError, TypeError) as error:
+        raise FormatError(explain(f"labels of {FILE} are damaged: {str(error).partition(chr(10))[0]}")) from error
 
 
 def _texts_from_json(values: dict) -> TokenTexts:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from saewb.errors import explain
+from saewb.fingerprint import sae_digest
 from saewb.interventions.base import ActiveIntervention, active_interventions, check_kv_cache, mask_special_tokens
 from saewb.interventions.cross_layer import TranscoderLayer, transcoder_layers
 from saewb.interventions.site import Site, check_is_sae, check_reconstructs
@@ -124,6 +125,7 @@ def detach_all(model: nn.Module) -> None:
 class Attachment(ActiveIntervention):
     """SAEs on a model, until `detach` or the end of the `with` block: the result of `saewb.attach`."""
 
+    steers = False
     _how_to_repeat = "with saewb.attach(model, sae) as attached:"
 
     def __init__(self, model: nn.Module, splices: list[Splice], skip_special_tokens: bool | Sequence[int]) -> None:
@@ -151,6 +153,20 @@ class Attachment(ActiveIntervention):
         After hooks on `hook_sae_acts_post`; part of the graph if the pass recorded one.
         """
         return LatentsView(self._splices)
+
+    @property
+    def written(self) -> tuple[hook_points.HookPoint, ...]:
+        """Points at which the output of an SAE is in place of the activation."""
+        return tuple(splice.write for splice in self._splices)
+
+    def content(self) -> list[Any]:
+        """Digests of the SAEs, where each reads and writes, and how."""
+        saes = {id(sae): sae_digest(sae) for sae in self.saes}
+        splices = [
+            [saes[id(_sae_of(s))], getattr(s.sae, "layer", None), s.read.name, s.write.name, s.error_term, s.is_active]
+            for s in self._splices
+        ]
+        return [splices, None if self._special is None else list(self._special)]
 
     def __repr__(self) -> str:
         sites = [s.site.name for s in self._splices]

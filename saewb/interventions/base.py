@@ -9,36 +9,38 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.models import forward, hook_points
+from saewb.models.active import registry
+from saewb.models.hook_points import HookPoint
 from saewb.models.tokenizer import special_mask
 from saewb.sae.base import SparseCoder
 
 _TO_ENTER_S = 0.5
 """Seconds after `attach` or `steer` in which a `with` block begins, if it is going to."""
 
-_active: weakref.WeakKeyDictionary[nn.Module, list[ActiveIntervention]] = weakref.WeakKeyDictionary()
-
 Self = TypeVar("Self", bound="ActiveIntervention")
 
 
 def active_interventions(model: nn.Module) -> tuple[ActiveIntervention, ...]:
     """Attachments and interventions on this model now, oldest first."""
-    return tuple(_active.get(model, ()))
+    return tuple(registry.get(model, ()))
 
 
 class ActiveIntervention(ABC):
     """Hooks on a model, until `detach` or the end of the `with` block.
 
-    Subclasses implement `_install` and `_remove`, and for each forward pass `_before_forward`, `_at_first_block` and
-    `_after_forward`. Whoever makes one calls `_activate`.
+    Subclasses implement `written` and `content`, `_install` and `_remove`, and for each forward pass `_before_forward`,
+    `_at_first_block` and `_after_forward`. Whoever makes one calls `_activate`.
     """
 
+    steers: ClassVar[bool]
+    """Whether it changes latents rather than puts an SAE's output in place of an activation."""
     _how_to_repeat: ClassVar[str]
     """Line of code that makes another one, for the error after this one is detached."""
 
@@ -67,7 +69,7 @@ class ActiveIntervention(ABC):
             self._watcher.stop()
         self._remove()
         if (model := self._model()) is not None:
-            _active[model] = [active for active in _active.get(model, ()) if active is not self]
+            registry[model] = [active for active in registry.get(model, ()) if active is not self]
         self._watcher = None  # it refers to this object: break the cycle
         self._attached = False
 
@@ -94,8 +96,8 @@ class ActiveIntervention(ABC):
         with self._lock:
             try:
                 self._attached = True
-                _active[model] = [
-                    *_active.get(model, ()),
+                registry[model] = [
+                    *registry.get(model, ()),
                     self,
                 ]  # before there is a hook, so that `detach_all` finds it
                 self._install()
@@ -108,6 +110,15 @@ class ActiveIntervention(ABC):
                 self._take_off()
                 self._lock.drop(self)
                 raise
+
+    @property
+    @abstractmethod
+    def written(self) -> tuple[HookPoint, ...]:
+        """Points whose activation it changes."""
+
+    @abstractmethod
+    def content(self) -> list[Any]:
+        """Plain values, digests among them, for `saewb.models.active.model_digest`."""
 
     @abstractmethod
     def _install(self) -> None:

@@ -133,6 +133,11 @@ class Site:
         return self.sae.cfg.d_sae if self.clt_layer is None else self.sae.cfg.d_sae[self.clt_layer]
 
     @property
+    def points(self) -> tuple[HookPoint, HookPoint]:
+        """Where it reads and where it writes."""
+        return self.read, self.write
+
+    @property
     def is_one_point(self) -> bool:
         """Whether it reads where it writes, as an SAE does."""
         return self.read.module is self.write.module
@@ -156,6 +161,18 @@ class Site:
         replaced = activation.clone()
         replaced[:, :, self.head] = out
         return replaced
+
+
+def sites_of(model: nn.Module, sae: SparseCoder, *, writable: bool = True) -> list[Site]:
+    """The site of an SAE or transcoder, or one for each layer of a cross-layer transcoder.
+
+    Raises:
+        TypeError, ValueError: as `Site.of`.
+    """
+    check_is_sae(sae)
+    if isinstance(sae, CrossLayerTranscoder):
+        return Site.of_layers(model, sae, writable=writable)
+    return [Site.of(model, sae, writable=writable)]
 
 
 def check_is_sae(sae: object) -> None:

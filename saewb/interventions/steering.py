@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Union, get_args
+from typing import Any, Literal, Union, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from saewb._indices import as_tensor, index_of, index_slice, indices_of
 from saewb.errors import explain
+from saewb.fingerprint import sae_digest
 from saewb.interventions.base import ActiveIntervention, check_kv_cache, mask_special_tokens
 from saewb.interventions.site import Site, check_is_sae
 from saewb.interventions.splice import active_splice
@@ -165,6 +166,7 @@ def ablate(
 class Steering(ActiveIntervention):
     """Changed latents on a model, until `detach` or the end of the `with` block: the result of `saewb.steer`."""
 
+    steers = True
     _how_to_repeat = "with saewb.steer(model, sae, {12: 8.0}):"
 
     def __init__(
@@ -176,6 +178,18 @@ class Steering(ActiveIntervention):
         self._tokens: Tensor | None = None
         self._kv_cache_offset: int | None = None  # tokens of the text before this pass; None until the first block
         self._n_padding: Tensor | None = None  # of each row, before its text
+
+    @property
+    def written(self) -> tuple[hook_points.HookPoint, ...]:
+        """Points at which the activation moves."""
+        return tuple(change.site.write for change in self._changes)
+
+    def content(self) -> list[Any]:
+        """Digests of the SAEs, their points, the changes of latents, and at which tokens."""
+        changes = [
+            [sae_digest(c.sae), c.site.read.name, c.site.write.name, c.latents, c.values, c.how] for c in self._changes
+        ]
+        return [changes, self._positions.content(), list(self._special)]
 
     def __repr__(self) -> str:
         state = "attached" if self.is_attached else "detached"
@@ -366,6 +380,10 @@ class TokenPositions:
             want = "0 or more, counted from the start of the text: generation moves its end"
             raise ValueError(explain(f"got positions={positions!r}.", want=want))
         return cls(resolved)
+
+    def content(self) -> Any:
+        """Plain values."""
+        return self.positions.tolist() if isinstance(self.positions, Tensor) else str(self.positions)
 
     def mask(
         self, shape: torch.Size, kv_cache_offset: int | None, n_padding: Int[Tensor, " batch"] | None = None

@@ -98,6 +98,8 @@ def single_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, insi
         {281: ' and'}
     """
     raw = {i: token for i, token in zip(ids, _raw_tokens(tokenizer, ids), strict=True) if token is not None}
+    if not raw:
+        return {}  # `batch_decode` of nothing is one empty text
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"] if inside else []
     before = _decode(tokenizer, anchor)
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}

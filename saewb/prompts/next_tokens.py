@@ -15,7 +15,9 @@ from saewb._indices import index_of
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
 from saewb.interventions.attachment import attach
+from saewb.interventions.site import sites_of
 from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import eval_mode
 from saewb.models.tokenizer import token_strings
 
@@ -100,7 +102,8 @@ def next_tokens(
         A NextTokens: `.to_frame(position)`.
 
     Raises:
-        ValueError, TypeError: as `saewb.attach`; for a prompt of no token or more than the model's context; n < 1.
+        ValueError, TypeError: as `saewb.attach`; if an SAE is attached at the points of these; for a prompt of no token
+            or more than the model's context; n < 1.
 
     Example:
         >>> import saewb
@@ -136,7 +139,10 @@ def next_tokens_in_turn(
         alone: whether to yield the first result.
         options: keywords of `saewb.attach`.
     """
+    compared = [] if saes is None else saes if isinstance(saes, (list, tuple)) else [saes]
+    points = [point for sae in compared for site in sites_of(model, sae) for point in site.points]
     with hook_points.lock(model), eval_mode(model), torch.no_grad():
+        check_unmodified(model, points, steered=True)
         clean = model(ids)[0]
     if alone:
         yield _likeliest(model, ids, clean, None, n)

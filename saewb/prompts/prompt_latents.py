@@ -25,12 +25,12 @@ from saewb.circuits.attribution_nodes import ERROR, token_id
 from saewb.circuits.direct_logit import active_latents, direct_effects
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain, near
-from saewb.interventions.site import Site, check_is_sae
+from saewb.interventions.site import Site, sites_of
 from saewb.models import hook_points
+from saewb.models.active import check_unmodified
 from saewb.models.capture import capture, capturing, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
 from saewb.prompts.next_tokens import NextTokens, next_tokens_in_turn, prompt_strings
-from saewb.sae.cross_layer import CrossLayerTranscoder
 from saewb.sae.sparse import SparseLatents
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def read_prompt(
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode, with
-            whatever is attached to it.
+            whatever steers it, or is attached at other points.
         prompt: a text, to which the tokenizer adds its special tokens; or ids, `[pos]` or `[1, pos]`.
         saes: SAEs, transcoders, cross-layer transcoders (a part for each layer); one or several, at the points their
             configurations name.
@@ -83,8 +83,9 @@ def read_prompt(
         A PromptReading: `.to_frame(position, by=...)`, `.activations(sae, latent)`, `.toward(word)`.
 
     Raises:
-        ValueError: for a hook or SAE that does not fit; a prompt of no token or more than the model's context; a text
-            that is several tokens; `attribution` without a target.
+        ValueError: for a hook or SAE that does not fit; an SAE that is attached where one of these reads or writes; a
+            prompt of no token or more than the model's context; a text that is several tokens; `attribution` without a
+            target.
         TypeError: for something that is no SAE; for `attribution` through a cross-layer transcoder.
 
     Example:
@@ -101,6 +102,7 @@ def read_prompt(
         raise ValueError(explain("attribution needs a token to attribute.", want="a target", fix=fix))
     request = _check_request(model, prompt, saes, skip_special_tokens)
     with hook_points.lock(model), eval_mode(model, *request.saes), torch.no_grad():
+        request.check_unmodified()
         reading = request.read(capture(model, request.ids, request.hook_names))
     reading = reading if target is None else reading.toward(target)
     return reading if attribution is None else reading.attributed(target, at, attribution)
@@ -144,6 +146,7 @@ def read_in_turn(
     request = _check_request(model, prompt, saes, skip_special_tokens)
     steps = next_tokens_in_turn(model, request.ids, compared, n, skip_special_tokens=skip_special_tokens)
     with hook_points.lock(model), eval_mode(model, *request.saes), torch.no_grad():
+        request.check_unmodified()
         with capturing(model, request.hook_names) as activations:
             clean = next(steps)
         reading = request.read(activations)
@@ -363,6 +366,7 @@ class PromptReading:
         for k, owner in enumerate(self.owner):
             if (index := indexes[owner]) is None:
                 continue
+            index.check_sae(self.clean_run.saes[owner])
             if len(index) != self.d_sae[k]:
                 what = f"{index!r} is not of {self.saes[k]}, which has {self.d_sae[k]} latents."
                 raise ValueError(explain(what, fix="saewb.build_index(model, sae, texts)"))
@@ -408,6 +412,10 @@ class _Request:
         """Points to capture in a pass."""
         return [*(site.hook_name for site in self.sites), self.final_hook]
 
+    def check_unmodified(self) -> None:
+        """Check that no SAE is attached where these read or write."""
+        check_unmodified(self.model, [point for site in self.sites for point in site.points], steered=True)
+
     def read(self, activations: Mapping[str, Tensor]) -> PromptReading:
         """Encode the activations of a pass at `hook_names`."""
         sites, ids = self.sites, tuple(self.ids[0].tolist())
@@ -442,9 +450,7 @@ def _check_request(
     sites: list[Site] = []
     owner: list[int] = []
     for i, sae in enumerate(saes):
-        check_is_sae(sae)
-        is_clt = isinstance(sae, CrossLayerTranscoder)
-        of_sae = Site.of_layers(model, sae, writable=False) if is_clt else [Site.of(model, sae, writable=False)]
+        of_sae = sites_of(model, sae, writable=False)
         sites += of_sae
         owner += [i] * len(of_sae)
     skip = skip_special_tokens if isinstance(skip_special_tokens, bool) else tuple(skip_special_tokens)

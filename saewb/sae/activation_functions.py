@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Union
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saewb.sae.config import TokenNormalization
 
-Latents = Union[int, slice, Sequence[int], Tensor]
-"""Any index of the last axis: `acts[..., latents]`."""
+Latents = Any
+"""Any index of the last axis, of any library: `acts[..., latents]`; `SparseCoder` resolves it."""
 Tap = Callable[[str, Tensor], Tensor]
 """Function of a name and a value that returns the value to continue with."""
 
@@ -28,7 +28,8 @@ def normalized(x: Tensor, normalization: TokenNormalization) -> Tensor:
         centered = x - x.mean(-1, keepdim=True)
         return centered / (_std(centered) + 1e-5)
     if normalization == "constant_norm":
-        return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+        limits = torch.finfo(x.dtype)  # of a token of zeros: it stays zero
+        return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(limits.tiny)).clamp_max(limits.max)
     if normalization == "centered":
         return x - x.mean(-1, keepdim=True)
     return x

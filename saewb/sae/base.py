@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saewb._finite import check_finite
+from saewb._indices import as_tensor, index_of, index_slice
 from saewb.errors import FormatError, explain
 from saewb.kernels.select import ApproximateTopK
 from saewb.sae.activation_functions import Latents, Tap, denormalized, normalized
@@ -296,6 +297,16 @@ class SparseCoder(nn.Module, ABC):
         if not x.is_floating_point() and x.ndim < 3:  # probably token ids
             want, fix = f"activations of a model, {want}", "saewb.read_prompt(model, tokens, sae)"
         raise ValueError(explain(f"{self!r} got x of shape {tuple(x.shape)}.", want=want, fix=fix))
+
+    def _subset(self, latents: Latents | None, d_sae: int) -> int | slice | Tensor | None:
+        """The argument `latents` of `encode`, of any library, as an index of PyTorch; a tensor stays on its device."""
+        if latents is None or isinstance(latents, Tensor):
+            return latents
+        if isinstance(latents, slice):
+            return index_slice(latents, "latents")
+        if isinstance(latents, int) or getattr(latents, "ndim", None) == 0:
+            return index_of(latents, "latent", d_sae, from_end=True, of=self)
+        return as_tensor(latents, "latents").to(self.device)
 
     def _check_latents(self, latents: object, d_sae: int) -> None:
         """Check that these are latents `[..., d_sae]`; raise a TypeError or ValueError with a fix otherwise."""

@@ -170,7 +170,7 @@ class CrossLayerTranscoder(SparseCoder):
         """
         self._check_tap(latents, tap)
         self._check_input(x)
-        columns = slice(None) if latents is None else latents
+        columns = slice(None) if latents is None else self._subset(latents, self.cfg.d_sae[layer])
         W_enc, b_enc = self.W_enc[layer][:, columns].to(self.dtype), self.b_enc[layer][columns]
         threshold = self.threshold[layer][columns] if self.cfg.activation == "jumprelu" else None
         pre_acts = tapped(tap, "acts_pre", torch.tensordot(x.to(self.dtype), W_enc, 1) + b_enc)

@@ -132,6 +132,7 @@ class PursuitSAE(SparseCoder):
             True
         """
         self._check_tap(latents, tap)
+        latents = self._subset(latents, self.cfg.d_sae)
         h = self.normalize_input(x)
         rows = (h - self.b_dec if self.cfg.pre_bias == "tied" else h).reshape(-1, self.cfg.d_in)
         if latents is None:

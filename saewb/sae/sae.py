@@ -107,6 +107,7 @@ class SAE(SparseCoder):
             True
         """
         self._check_tap(latents, tap)
+        latents = self._subset(latents, self.cfg.d_sae)
         h = self.encoder_input(x)
         if latents is None:
             pre_acts = h @ self.W_enc + self.b_enc

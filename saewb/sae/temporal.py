@@ -194,7 +194,7 @@ class TemporalSAE(SparseCoder):
         """
         self._check_tap(latents, tap)
         codes = self._novel(self._predict(self._cast(x))[1], tap)
-        return codes if latents is None else codes[..., latents]
+        return codes if latents is None else codes[..., self._subset(latents, self.cfg.d_sae)]
 
     def predict(self, x: Float[Tensor, "*batch_pos d_in"]) -> Float[Tensor, "*batch_pos d_sae"]:
         """Predicted codes: dense, predicted from earlier tokens, in the units of the novel codes."""

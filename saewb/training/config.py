@@ -311,6 +311,8 @@ class RunSpec:
     """Name of the language model."""
     widths: dict[str, int] = field(default_factory=dict)
     """Width of the activations, by point of the stream."""
+    digests: dict[str, str | None] = field(default_factory=dict)
+    """By content: "model", "tokens", "held-out tokens", for `saewb.resume_run`; None for tokens of an iterator."""
 
     @classmethod
     def from_options(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from saewb._files import absolute, finish_replacing
-from saewb.errors import FormatError, explain
 from saewb.training.config import RunSpec
 from saewb.training.run_display import RunRecord
-from saewb.training.run_folder import CHECKPOINT, HISTORY, is_row, read_end, read_spec
+from saewb.training.run_folder import CHECKPOINT, HISTORY, parse_rows, read_end, read_spec
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,16 +103,5 @@ def _read_rows(history: Path, before: PastRun | None) -> tuple[tuple[Mapping[str
         if inode != status.st_ino or n_bytes > status.st_size:
             rows, n_bytes = (), 0
         file.seek(n_bytes)
-        added = file.read()
-    added = added[: added.rfind(b"\n") + 1]  # an incomplete last line was cut off, or is still being written
-    new_rows = []
-    for number, line in enumerate(added.splitlines(), len(rows) + 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(explain(f"line {number} of {history} is no JSON.", want="a row of a history")) from error
-        if not is_row(row):
-            what = f"line {number} of {history} has no step and number of tokens."
-            raise FormatError(explain(what, want="a row of a history"))
-        new_rows.append(row)
-    return (*rows, *new_rows), (status.st_ino, n_bytes + len(added))
+        new_rows, n_added = parse_rows(history, file.read(), len(rows))
+    return (*rows, *new_rows), (status.st_ino, n_bytes + n_added)

@@ -9,7 +9,8 @@
     init/<name>/             the trained SAE that training continued from, if there was one
 
 All but the history is written atomically: a full disk or a kill leaves the old files intact. The history is appended
-to; an incomplete last line is dropped when it is read. Rows that could not be written follow with the next one.
+to; an incomplete last line is dropped when it is read, and any other damaged line is an error. Rows that could not be
+written follow with the next one.
 """
 
 from __future__ import annotations
@@ -143,10 +144,13 @@ class RunFolder:
 
         Returns:
             The history up to the checkpoint.
+
+        Raises:
+            FormatError: if a line of the history is damaged.
         """
         path = self.path / HISTORY
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        rows = [row for row in map(_parse_row, lines) if row is not None and row["n_tokens"] <= n_tokens]
+        written = parse_rows(path, path.read_bytes())[0] if path.is_file() else []
+        rows = [row for row in written if row["n_tokens"] <= n_tokens]
         if self._writes:
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             write_json(self.path / SPEC, spec.to_dict())
@@ -266,12 +270,26 @@ def _missing_folder(path: Path) -> str:
     return explain(f"the run's folder {str(path)!r} is not there any more.", want=want, fix=fix)
 
 
-def _parse_row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if is_row(row) else None
+def parse_rows(history: Path, content: bytes, n_before: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Parse the rows of a history that were read after `n_before` others, and count their bytes.
+
+    A last line without its end was cut off by a kill, or is still being written: it is no row yet.
+
+    Raises:
+        FormatError: if another line is damaged.
+    """
+    content, rows = content[: content.rfind(b"\n") + 1], []
+    for number, line in enumerate(content.splitlines(), n_before + 1):
+        try:
+            row = json.loads(line)
+            problem = "" if is_row(row) else "has no step and number of tokens"
+        except (ValueError, RecursionError):
+            problem = "is no JSON"
+        if problem:
+            fix = f"sed -i {number}d {str(history)!r}    # in a shell: goes on without it"
+            raise FormatError(explain(f"line {number} of {history} {problem}.", want="a row of a history", fix=fix))
+        rows.append(row)
+    return rows, len(content)
 
 
 def is_row(row: object) -> bool:

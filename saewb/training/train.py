@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from saewb.data.stream import ActivationStream, stream_widths
 from saewb.data.tokens import model_tokens
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import check_device, explain
+from saewb.fingerprint import check_same, tensors_digest
 from saewb.interventions.attachment import attachments
+from saewb.models.active import model_digest
 from saewb.models.capture import Activations, concatenate
 from saewb.models.hook_points import device_at
 from saewb.models.load import load_model
@@ -32,7 +34,7 @@ from saewb.training.config import RunSpec, Trainee
 from saewb.training.loggers import Logger
 from saewb.training.memory import MemoryEstimate, run_memory
 from saewb.training.run import Run
-from saewb.training.run_folder import RunFolder, is_resumable, read_spec
+from saewb.training.run_folder import CHECKPOINT, RunFolder, is_resumable, read_spec
 
 FEW_STEPS = 200
 """A run of fewer steps gets a note: its SAE has hardly left its random initialization."""
@@ -144,13 +146,14 @@ def resume_run(
     """Resume a run from its last checkpoint, bit for bit as if it had not been interrupted.
 
     Weights, optimizer, schedules, coefficients, shuffle buffer and the position in the tokens are in the checkpoint.
-    The model and the tokens are not: pass the same. (The same bits also need the same machine, threads and versions.)
+    The model and the tokens are not: pass the same; they are compared by content. (Tokens of an iterator cannot be. The
+    same bits also need the same machine, threads and versions.)
 
     Args:
         folder: of the run.
         model: as for `train`.
         tokens: as for `train`, equal to what was passed there; an iterator has to be at its start again.
-        held_out: as for `train`.
+        held_out: as for `train`; None evaluates no more.
         n_tokens: new total of tokens to train on; None keeps the old one.
         loggers: as for `train`.
         device: as for `train`.
@@ -161,6 +164,7 @@ def resume_run(
     Raises:
         FileNotFoundError: if there is no run, or it has no checkpoint.
         FormatError: if its checkpoint was written by saewb 0.1.0.
+        ValueError: if the model, the tokens or the held-out tokens are others than those of the run.
         RuntimeError: if the run is still running.
 
     Example:
@@ -180,6 +184,7 @@ def resume_run(
             spec = replace(spec, train=replace(spec.train, n_tokens=n_tokens))
         with parallel.raise_together():
             stream = _open_stream(spec, model, tokens, parallel)
+            _check_content(spec, _digests(spec, stream, model, held_out), str(run_folder.path))
             training, memory = _prepare(spec, stream, model, held_out, device, parallel)
         with refuse_damage("the checkpoint of this run", "the one that saewb wrote, and the data of that run"):
             training.restore(checkpoint["training"])
@@ -202,7 +207,7 @@ def resume_run(
 
 
 def train_file(path: Path) -> Run:
-    """Start the run that a YAML file describes, or resume it if its folder has a checkpoint of it.
+    """Start the run that a YAML file describes, or resume it if its folder has a checkpoint of the same settings.
 
         model: tiny                              # as for saewb.load_model
         tokens: {files: [corpus.txt.gz]}         # or {embedded: true}, {cache: folder}; separator: between documents
@@ -216,7 +221,8 @@ def train_file(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError, TypeError: for an unknown, invalid or missing entry.
+        ValueError, TypeError: for an unknown, invalid or missing entry; for settings (but n_tokens), a model or tokens
+            that are not those of the run in the folder.
     """
     options = _read_yaml(path)
     for name in ("tokens", "saes", "n_tokens", "folder"):
@@ -228,12 +234,60 @@ def train_file(path: Path) -> Run:
     model = load_model(options.pop("model", "tiny"), dtype) if has_model else None
     tokens = _documents(options.pop("tokens"), "tokens")
     held_out = _documents(options.pop("held_out"), "held_out") if "held_out" in options else None
-    if ParallelContext.from_environment().broadcast_object(is_resumable(folder)):
-        return resume_run(folder, model=model, tokens=tokens, held_out=held_out, n_tokens=options["n_tokens"])
     saes = {name: Trainee.from_dict(sae) for name, sae in options.pop("saes").items()}
     spec = RunSpec.from_options(saes, strict=False, **options)
+    if ParallelContext.from_environment().broadcast_object(is_resumable(folder)):
+        if (folder / CHECKPOINT).is_file():
+            _check_settings(read_spec(folder), spec, path, folder)
+        how = {"held_out": held_out, "n_tokens": spec.train.n_tokens, "device": device}
+        return resume_run(folder, model=model, tokens=tokens, **how)
     _check_used(spec, folder, held_out, ())
     return _start(spec, model, tokens, folder=folder, held_out=held_out, device=device)
+
+
+def _check_settings(written: RunSpec, now: RunSpec, path: Path, folder: Path) -> None:
+    """Check that a file of settings says what the run in its folder was started with; `n_tokens` may differ.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    now = now.with_widths(written.widths)
+    saes = [{n: sae.to_dict() for n, sae in spec.saes.items()} for spec in (written, now)]
+    differs = [f"SAE {n!r} {a}, not {saes[1][n]}" for n, a in saes[0].items() if n in saes[1] and a != saes[1][n]]
+    differs += [f"SAEs {list(saes[0])}, not {list(saes[1])}"] if list(saes[0]) != list(saes[1]) else []
+    for part in ("train", "data", "run"):
+        a, b = asdict(getattr(written, part)), asdict(getattr(now, part))
+        differs += [f"{name}={a[name]!r}, not {b[name]!r}" for name in a if a[name] != b[name] and name != "n_tokens"]
+    if differs:
+        what = f"the run in {str(folder)!r} has other settings than {str(path)!r}: {'; '.join(differs)}."
+        raise ValueError(explain(what, want="the settings it was started with", fix="folder: runs/second    # anew"))
+
+
+def _digests(spec: RunSpec, stream: ActivationStream, model: nn.Module | None, held_out: Any) -> dict[str, str | None]:
+    """Digests of what a run reads: the model, the tokens, and the held-out tokens if there are any."""
+    model = stream.source.model if isinstance(stream.source, ModelSource) else model
+    digests = {} if model is None else {"model": model_digest(model, in_training=True)}
+    digests["tokens"] = stream.digest()
+    if isinstance(held_out, (Mapping, Activations)):
+        digests["held-out tokens"] = tensors_digest(
+            dict(held_out.values if isinstance(held_out, Activations) else held_out)
+        )
+    elif held_out is not None and model is not None:
+        rows = model_tokens(model, held_out, ctx_len=spec.data.ctx_len, column=spec.data.column)
+        digests["held-out tokens"] = rows.digest()
+    return digests
+
+
+def _check_content(spec: RunSpec, now: dict[str, str | None], folder: str) -> None:
+    """Check that a run goes on with the model and the tokens it was started with, where those are known.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    parts = [part for part in now if part in spec.digests]
+    fix = "saewb.train(..., folder='runs/second')    # anew"
+    what = f"the run in {folder!r}"
+    check_same(what, spec.digests, now, parts=parts, fix=fix, want="the model and the tokens that it was started with")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -284,6 +338,8 @@ def _start(
         stream = _open_stream(spec, model, tokens, parallel)
         widths = stream_widths(stream)
         spec = replace(spec.with_widths(widths), model=None if model is None else model.cfg.model_name)
+        if folder is not None and parallel.is_main:
+            spec = replace(spec, digests=_digests(spec, stream, model, held_out))
         training, memory = _prepare(spec, stream, model, held_out, device, parallel)
         run_folder = RunFolder.create(folder, spec) if folder is not None and parallel.is_main else None
     run = Run(

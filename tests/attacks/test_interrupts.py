@@ -1,17 +1,23 @@
 """Ctrl-C at every moment of attach, steer, and whatever runs the model: it is clean again, and its lock is free."""
 
 import os
+import time
 
 import pytest
 import torch
-from helpers import interrupts, tiny_models
+from helpers import interrupts, tiny_models, writers
+from helpers.writers import WRITERS, Download, serve_download
 
 import saewb
 from saewb.models import hook_points
 
 AT = "blocks.1.hook_resid_post"
 PARTS = ("interventions", "models")
-SECONDS = float(os.environ.get("SAEWB_ATTACK_SECONDS", 60))
+TRIES = int(os.environ.get("SAEWB_ATTACK_TRIES", 200))
+
+
+LONG = ("build_index", "evaluate", "attribute", "attribute_edges", "generate", "coactivation", "latent_matrix")
+LONG += ("search", "superposition", "read_prompt")
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +97,93 @@ def test_an_interrupt_at_every_bytecode_leaves_the_model_clean(models, name):
 @pytest.mark.parametrize("name", ["attach", "steer", "capture", "evaluate", "read_prompt"])
 def test_signals_at_random_moments_leave_the_model_clean(models, name):
     n = 0
-    for was_interrupted in interrupts.signals(models[2][name], SECONDS, longest=0.03):
+    for was_interrupted in interrupts.signals(models[2][name], TRIES, longest=_seconds(models[2][name])):
         n += was_interrupted
         _check_clean(models, f"{name}, signal {n}")
-    print(name, n, "interrupts")
+    print(name, n, "interrupts in", TRIES, "tries")
     assert n
+
+
+# -- long calls ------------------------------------------------------------------------------------------------------
+
+
+def long_calls(model, ids):
+    """What takes long, without a folder, by name: functions whose results are to be the same after an interrupt."""
+    sae, other = tiny_models.sae(AT, "topk", k=4), tiny_models.sae("blocks.0.hook_resid_post")
+    index = saewb.build_index(model, sae, ids, n_top=2, per_quantile=1)
+    acts, target = torch.randn(64, sae.cfg.d_in, generator=torch.Generator().manual_seed(0)), (4, 5)
+    return {
+        "build_index": lambda: saewb.build_index(model, sae, ids, n_top=2, per_quantile=1, batch_size=1).n_tokens,
+        "evaluate": lambda: saewb.evaluate(model, sae, ids).ce_with_sae,
+        "attribute": lambda: saewb.attribute(model, ids[0], sae, target).to_frame().to_csv(),
+        "attribute_edges": lambda: saewb.attribute_edges(model, ids[0], other, sae, n_targets=3).to_csv(),
+        "generate": lambda: [new.token_id for new in generate(model, sae)],
+        "coactivation": lambda: saewb.coactivation(map(sae.encode, acts.split(8))).phi(range(5), range(5)).tolist(),
+        "latent_matrix": lambda: saewb.latent_matrix(model, sae, ids, min_fires=1).partners(0),
+        "search": lambda: [index.search(text, 3) for text in ("w1", "w2", 5)],
+        "superposition": lambda: saewb.superposition(sae),
+        "read_prompt": lambda: saewb.read_prompt(model, ids[:1], [sae, other]).to_frame().to_csv(),
+    }
+
+
+def generate(model, sae):
+    return saewb.generate_tokens(model, "w1 w2", lambda: saewb.steer(model, sae, {3: 4.0}), max_new_tokens=6)
+
+
+def _seconds(call):
+    """How long a call takes, after a first one."""
+    call()
+    began = time.monotonic()
+    call()
+    return time.monotonic() - began
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_call_is_interrupted_at_random_moments(models, name):
+    call = long_calls(models[0], models[1])[name]
+    expected, n = repr(call()), 0
+    for was_interrupted in interrupts.signals(call, TRIES, longest=_seconds(call)):
+        n += was_interrupted
+        _check_clean(models, f"{name}, signal {n}")
+    assert repr(call()) == expected
+    print(name, n, "interrupts in", TRIES, "tries")
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("writer", [*WRITERS, Download], ids=lambda writer: writer.__name__)
+def test_what_writes_is_interrupted_at_random_moments(models, writer, tmp_path, monkeypatch):
+    """The folder opens after each interrupt, and called again it comes to the same result."""
+    monkeypatch.setattr(writers, "MODEL", lambda: models[0])
+    with serve_download(_new(tmp_path / "hub")):
+        print(writer.__name__, _interrupt_writer(models, writer, tmp_path, TRIES), "interrupts in", TRIES, "tries")
+
+
+@pytest.mark.parametrize("writer", [writers.Index, writers.Training], ids=lambda writer: writer.__name__)
+def test_an_interrupt_leaves_a_folder_that_opens(models, writer, tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "MODEL", lambda: models[0])
+    _interrupt_writer(models, writer, tmp_path, 3)
+
+
+def _interrupt_writer(models, writer, tmp_path, tries):
+    writer.prepare(whole := _new(tmp_path / "whole"))
+    expected, folders, n = writer.work(whole), [], 0
+
+    def work():
+        folders.append(_new(tmp_path / f"{len(folders)}"))
+        writer.prepare(folders[-1])
+        writer.work(folders[-1])
+
+    for was_interrupted in interrupts.signals(work, tries, longest=_seconds(work)):
+        n += was_interrupted
+        _check_clean(models, f"{writer.__name__}, signal {n}")
+        if was_interrupted and (folder := folders[-1]).is_dir():
+            if not (writer is writers.Save and not any(folder.iterdir())):
+                writer.look(folder)
+            assert torch.equal(writer.work(folder), expected), f"signal {n}"
+    return n
+
+
+def _new(folder):
+    folder.mkdir()
+    return folder

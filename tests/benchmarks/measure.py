@@ -12,8 +12,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,21 @@ def seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+@contextmanager
+def busy_process(busy: bool = True) -> Iterator[None]:
+    """Another process that computes on one core all the time, as a neighbor on a shared machine does."""
+    code = "import torch; torch.set_num_threads(1); x = torch.randn(512, 512)\nwhile True: x @ x"
+    process = subprocess.Popen([sys.executable, "-c", code]) if busy else None
+    try:
+        if process is not None:
+            time.sleep(3)  # its imports
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
 
 
 def peak_mb() -> float:

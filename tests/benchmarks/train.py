@@ -15,13 +15,15 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 import saewb
+from saewb.kernels.threads import sleep_while_contended
 
-from .measure import Report, Table, arguments, has
+from .measure import Report, Table, arguments, busy_process, has
 
 ROOT = Path(__file__).parents[2]
 CANDIDATES = {"saewb, float32": torch.float32, "saewb, bfloat16 model": torch.bfloat16, "sae-lens": torch.float32}
@@ -94,18 +96,20 @@ def alone(options):
     steps = (peers if options.alone == "sae-lens" else ours)(model, rows, options)
     for _ in range(2):
         next(steps)
-    start = time.perf_counter(), time.process_time()
-    for _ in range(options.steps):
-        next(steps)
+    with nullcontext() if options.alone == "sae-lens" else sleep_while_contended():  # as runs do
+        start = time.perf_counter(), time.process_time()
+        for _ in range(options.steps):
+            next(steps)
     print(json.dumps([time.perf_counter() - start[0], time.process_time() - start[1]]))
 
 
-def measured(name, options):
-    """(clock, processors) in seconds, by a fresh process."""
+def measured(name, options, busy=False):
+    """(clock, processors) in seconds, by a fresh process, on its own or beside a busy one."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.train", "--alone", name]
     for key in SIZES:
         command += ["--" + key.replace("_", "-"), str(getattr(options, key))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    with busy_process(busy):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -123,6 +127,7 @@ def main() -> None:
     parser.add_argument("--buffer", type=int, default=8, help="batches that are mixed")
     parser.add_argument("--steps", type=int, default=16, help="measured, after two of warm-up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--busy", action="store_true", help="beside one busy process too")
     parser.add_argument("--alone", choices=list(CANDIDATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -136,6 +141,9 @@ def main() -> None:
     times = {name: measured(name, options) for name in CANDIDATES if name != "sae-lens" or has("sae_lens")}
     n = options.steps * options.batch
     notes = {name: f"{n / clock:,.0f} tokens/s, {n / cpu:,.0f} per CPU second" for name, (clock, cpu) in times.items()}
+    if options.busy:
+        for name in times:
+            notes[name] += f"; beside one busy process {n / measured(name, options, busy=True)[0]:,.0f} tokens/s"
     title = (
         f"train from texts: {options.model} to {options.hook}, batches of {options.batch:,}, d_sae {options.d_sae:,}"
     )

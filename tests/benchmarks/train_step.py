@@ -17,20 +17,22 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 import saewb
 from saewb.kernels.precision import next_higher_precision
+from saewb.kernels.threads import sleep_while_contended
 from saewb.training.sparse_step import best_precision, clipped_step, sparse_step
 
-from .measure import Report, Row, Table, arguments, has, peak_mb, reset_peak
+from .measure import Report, Row, Table, arguments, busy_process, has, peak_mb, reset_peak, seconds
 
 OBJECTIVES = ("topk", "abstopk", "batchtopk", "matryoshka", "standard", "jumprelu", "gated")
-LR = 1e-5
 
 
 def activations(n, d_in, seed=0):
@@ -84,7 +86,7 @@ def ours(name, options, how, x):
     if options.dead_frac:
         dead = torch.arange(objective.d_sae, device=x.device) % round(1 / options.dead_frac) == 0
         state = state.with_dead(dead)
-    optimizer = torch.optim.Adam(params.parameters(), lr=LR, fused=True)
+    optimizer = torch.optim.Adam(params.parameters(), lr=options.lr, fused=True)
 
     def step(batch):
         if how == "plain":
@@ -132,7 +134,11 @@ def peer(name, options, x):
     del params
     batches = itertools.repeat(x)
     config = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=len(x), lr=LR, lr_end=LR, device=str(x.device)
+        total_training_samples=10**9,
+        train_batch_size_samples=len(x),
+        lr=options.lr,
+        lr_end=options.lr,
+        device=str(x.device),
     )
     trainer = SAETrainer(config, sae, batches)
     dead = torch.arange(options.d_sae) % round(1 / options.dead_frac) == 0 if options.dead_frac else None
@@ -159,7 +165,7 @@ def sparsify(options, x):
     coder.encoder.bias.data.copy_(params["b_enc"])
     coder.W_dec.data.copy_(params["W_dec"])
     coder.b_dec.data.copy_(params["b_dec"])
-    optimizer = torch.optim.Adam(coder.parameters(), lr=LR)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=options.lr)
     fired = torch.zeros(options.d_sae, dtype=torch.bool, device=x.device)
 
     def step(batch):
@@ -212,11 +218,58 @@ def medians(steps, x, repeats):
 
 def measured_alone(name, candidate, options):
     """Peak memory of three steps in a fresh process, above import and data, in MB."""
-    command = [sys.executable, "-m", "tests.benchmarks.train_step", "--objective", name, "--alone", candidate]
-    for key in ("d_in", "d_sae", "batch", "k", "rows", "dead_frac"):
+    return fresh(name, candidate, options)["peak_mb"]
+
+
+def fresh(name, candidate, options, *more, busy=False):
+    """What a fresh process with this candidate alone prints."""
+    command = [sys.executable, "-m", "tests.benchmarks.train_step", "--objective", name, "--alone", candidate, *more]
+    for key in ("d_in", "d_sae", "batch", "k", "rows", "dead_frac", "repeats", "device"):
         command += ["--" + key.replace("_", "-"), str(getattr(options, key))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+    with busy_process(busy):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured_busy(name, candidate, options):
+    """Median seconds of a step in fresh processes: on its own, beside a busy process, beside a busy cell."""
+    calls = {"quiet": (), "process": (), "cell": ("--cell",)}
+    still = ("--pace", "--lr", "1e-9")  # after many steps on one batch, more latents are on
+    return [
+        fresh(name, candidate, options, *still, *more, busy=by == "process")["seconds"] for by, more in calls.items()
+    ]
+
+
+def pace(options, x):
+    """The fresh process's part: as a run makes its steps, whose threads sleep where cores are contended."""
+    ours = options.alone.startswith("saewb")
+    with sleep_while_contended() if ours else nullcontext(), busy_cell() if options.cell else nullcontext():
+        step = candidates(options.objective, options, x)[options.alone]()
+        start = time.perf_counter()
+        while time.perf_counter() - start < 4:  # kernels, memory, and how threads wait
+            step(x)
+        times = []
+        while len(times) < 3 * options.repeats:
+            times.append(seconds(lambda: step(x)))
+    print(json.dumps({"seconds": statistics.median(times)}))
+
+
+@contextmanager
+def busy_cell():
+    """What a user's cell may do meanwhile: it computes with torch all the time."""
+    over, x = threading.Event(), torch.randn(512, 512)
+
+    def work():
+        while not over.is_set():
+            x @ x
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def alone(options, x):
@@ -253,6 +306,19 @@ def table(name, options, x):
     return Table(f"a training step, {name}: {size}{dead}", tuple(rows), "saewb")
 
 
+def busy_table(name, options, x):
+    """One objective's candidates, each alone and beside a busy process."""
+    labels, rows = list(candidates(name, options, x)), []
+    paces = {label: measured_busy(name, label, options) for label in labels}
+    base = "sae-lens" if "sae-lens" in paces else labels[0]
+    for label, (quiet, process, cell) in paces.items():
+        note = f"beside a busy process {process * 1e3:,.0f} ms: {process / quiet:.2f} x slower, "
+        note += f"{paces[base][1] / process:.1f} x faster than {base} there; "
+        rows.append(Row(label, quiet, f"{note}beside a busy cell {cell * 1e3:,.0f} ms: {cell / quiet:.2f} x slower"))
+    size = f"{options.batch:,} tokens x {options.d_in}, {options.d_sae:,} latents, k {options.k}, {options.rows} rows"
+    return Table(f"a training step in a process of its own, {name}: {size}", tuple(rows), "saewb")
+
+
 def main() -> None:
     """Measure."""
     parser = arguments(__doc__)
@@ -267,18 +333,22 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory too, each candidate in a process of its own")
     parser.add_argument("--no-plain", action="store_true", help="without the autograd step")
     parser.add_argument("--no-peer", action="store_true", help="without sae-lens and sparsify")
+    parser.add_argument("--busy", action="store_true", help="each candidate alone, beside a busy process and cell")
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--pace", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.quick:
         options.d_sae, options.batch, options.repeats, options.d_in = 1024, 256, 1, 64
     x = activations(options.batch, options.d_in).to(options.device)
     if options.alone:
-        alone(options, x)
+        (pace if options.pace else alone)(options, x)
         return
     report = Report(options)
     for name in OBJECTIVES if options.objective == "all" else options.objective.split(","):
-        report.add(table(name, options, x))
+        report.add((busy_table if options.busy else table)(name, options, x))
 
 
 if __name__ == "__main__":

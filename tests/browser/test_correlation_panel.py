@@ -59,7 +59,7 @@ def test_zooming_moving_and_the_pair(page):
     page.keyboard.press("0")
     drawn(page, panel)
     assert panel.view == (0, 1024, 0, 1024)
-    i, j, value = panel.figures["pairs"][0]
+    i, j, value, *_ = panel.figures["pairs"][0]
     page.locator(".rows button").first.click()
     page.locator(".pair h3", has_text=f"{i} and {j}").wait_for()
     assert panel.pair == (i, j)

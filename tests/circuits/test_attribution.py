@@ -263,3 +263,17 @@ def test_on_the_embedded_model_estimates_rank_as_the_truth_does():
     print(f"Spearman with ablation truth: gradient {by_gradient:.2f}, integrated {by_integrated:.2f}")
     assert by_gradient > 0.7
     assert by_integrated > 0.5
+
+
+def test_latents_have_labels_where_there_is_an_index():
+    model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+    index = saewb.build_index(model, sae, [d.text for d in saewb.tiny.held_out_texts()[:5]]).with_labels({748: "who"})
+    result = saewb.attribute(model, "Marie Curie was a Polish", sae, " physicist")
+    plain, table = result.to_frame(30), result.to_frame(30, index=index)
+    assert plain.equals(table.drop(columns="label"))
+    latents = table.latent.dropna().astype(int)
+    assert len(latents) > 10
+    assert table.label[latents.index].tolist() == index.label_texts(latents)
+    assert (table.label[table.latent.isna()] == "").all()
+    assert result.to_frame(30, index={result.saes[0]: index}).equals(table)
+    assert (result.to_frame(5, index={}).label == "").all()

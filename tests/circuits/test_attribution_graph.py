@@ -272,6 +272,12 @@ def test_wrong_arguments(options, text):
         graph_of(tiny_models.bridge(), transcoders(), **options)
 
 
+def test_what_is_attached_there_is_refused(model):
+    coders = transcoders()
+    with saewb.attach(model, coders[1]), pytest.raises(ValueError, match="writes to"):
+        graph_of(model, coders)
+
+
 def test_a_prompt_of_one_token(model):
     """Without latents: the first position has none."""
     graph = graph_of(model, transcoders(), IDS[:, :1])

@@ -253,3 +253,89 @@ def test_a_cache_that_goes_on_after_an_interrupt_has_all_its_hashes(tmp_path, id
     hashes = [json.loads((cache.folder / "index.json").read_text())["sha256"] for cache in (whole, again)]
     assert hashes[0] == hashes[1]
     assert len(hashes[0]) == 4
+
+
+# -- of what it is ---------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_is_of_its_model_tokens_and_settings(tmp_path, ids):
+    model = tiny_models.new_bridge()
+
+    def again(tokens=ids, **how):
+        return cache_activations(model, tokens, RESID, tmp_path / "c", **{"n_tokens": 200, "shard_tokens": 64, **how})
+
+    first = again()
+    assert torch.equal(again()[0:].values[RESID], first[0:].values[RESID])
+    other = ids.clone()
+    other[-1, -1] = 4 if other[-1, -1] != 4 else 5  # beyond what was cached, too
+    with pytest.raises(ValueError, match=r"is of other tokens \(by content: tokens (.|\n)*fix: .*into a new folder"):
+        again(other)
+    with pytest.raises(ValueError, match=r"other settings: dtype=None, not 'float16'"):
+        again(dtype=torch.float16)
+    with (
+        saewb.attach(model, tiny_models.sae("blocks.0.hook_resid_post")),
+        pytest.raises(ValueError, match="another model"),
+    ):
+        again()
+    weight = model.blocks[0].mlp.out.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"is of another model \(by content: model"):
+        again()
+    with torch.no_grad():
+        weight.copy_(before)
+    assert len(again()) == 200
+
+
+def test_an_interrupted_cache_goes_on_with_the_same_only(tmp_path, ids, monkeypatch):
+    take = FifoBuffer.take
+
+    def interrupted(self, n):
+        if (tmp_path / "c" / "shard_00001.safetensors").exists():
+            raise KeyboardInterrupt
+        return take(self, n)
+
+    monkeypatch.setattr(FifoBuffer, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "c", ids)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="other tokens"):
+        cached(tmp_path / "c", ids + (ids == 5))
+    assert len(cached(tmp_path / "c", ids)) == len(cached(tmp_path / "whole", ids))
+
+
+def test_texts_are_compared_by_content(tmp_path):
+    model, texts = tiny_models.bridge(), ["w1 w2 w3 w4 w5 w6", "w7 w8 w9"] * 12
+
+    def again(tokens, name="c"):
+        return cache_activations(model, tokens, RESID, tmp_path / name, 24, ctx_len=8)
+
+    again(texts)
+    again(list(texts))
+    for others in ([*texts[:-1], "w1"], texts[::-1], texts[:-1]):
+        with pytest.raises(ValueError, match="other tokens"):
+            again(others)
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(texts))
+    again(saewb.TextFiles(path), "files")
+    path.rename(tmp_path / "b.txt")
+    again(saewb.TextFiles(tmp_path / "b.txt"), "files")
+    (tmp_path / "b.txt").write_text("\n\n".join(reversed(texts)))
+    with pytest.raises(ValueError, match="other tokens"):
+        again(saewb.TextFiles(tmp_path / "b.txt"), "files")
+    again(iter(texts), "iterator")  # cannot be looked at: goes on, as long as it is one
+    again(iter(texts), "iterator")
+    with pytest.raises(ValueError, match="tokens unknown, not"):
+        again(texts, "iterator")
+
+
+def test_a_cache_of_0_1_0_of_something_else_is_noticed(tmp_path):
+    folder = shutil.copytree(OLD, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"is of other tokens, by its first \d+ tokens"):
+        cache_activations(tiny_models.bridge(), tiny_models.tokens(60, 20, seed=1), RESID, folder, 400)
+    model = tiny_models.new_bridge()
+    with torch.no_grad():
+        model.blocks[1].mlp.out.weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"is of another model, by its first \d+ tokens"):
+        cache_activations(model, tiny_models.tokens(60, 20), RESID, folder, 400)

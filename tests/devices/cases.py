@@ -9,6 +9,7 @@ world's device, except under keys that begin with "host ": those are documented 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("training.loggers.Event", "training.loggers.saelens_keys"), VALUES),
     **dict.fromkeys(("training.loggers.Wandb", "training.loggers.TensorBoard"), "gets numbers of the host"),
     **dict.fromkeys(
-        (f"features.neuronpedia.{name}" for name in ("NeuronpediaPage", "page", "source_of", "Explanation")),
+        (f"features.neuronpedia.{name}" for name in ("NeuronpediaPage", "page", "source_of")),
         "addresses of pages",
     ),
     **dict.fromkeys(
@@ -78,6 +79,10 @@ NO_TENSORS: dict[str, str] = {
         "probabilities and trees, on the CPU; moved where they are used",
     ),
     "synthetic.Node": VALUES,
+    **dict.fromkeys(("Explanation", "Explanations"), VALUES),
+    **dict.fromkeys(("explain", "Chat", "explanations.Judge", "explanations.index_sha"), TEXT),
+    **dict.fromkeys((f"explanations.{name}" for name in ("Answer", "AnswerToken", "Cost", "Request")), TEXT),
+    "explanations.Scripted": TEXT,
 }
 
 
@@ -332,6 +337,26 @@ def build_index(world):
     }
 
 
+@case("score", "LocalChat", host_products="windows and figures are on the host")
+def score(world):
+    explained = saewb.Explanations.from_labels({3: "three", 5: "five"})
+    how = {"model": world.model, "sae": world.topk, "texts": world.tokens, "window": 6}
+    asked = []
+
+    def answer(request):
+        asked.append(request.prompt)
+        return str([1] * request.prompt.count("Text "))
+
+    scored = saewb.score(world.index, explained, saewb.explanations.Scripted(answer), by=["detection", "fuzz"], **how)
+    model = copy.copy(world.model)
+    model.tokenizer = copy.deepcopy(world.model.tokenizer)
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    request = saewb.explanations.Request((("user", "w1 w2"),), max_tokens=4, logprobs=True)
+    ((_, local),) = saewb.LocalChat(model).ask([request])
+    tops = torch.tensor([[logprob for _, logprob in token.top] for token in local.tokens])
+    return {"table": scored.to_frame(), "prompts": asked, "text": local.text, "host logprobs": tops}
+
+
 @case("latent_matrix", "matrix_view", "MatrixView", host_products="a view is on the host: it is drawn")
 def latent_matrix(world):
     view = saewb.latent_matrix(world.model, world.topk, world.tokens, min_fires=1)
@@ -357,6 +382,35 @@ def latent_matrix(world):
 def enrich(world):
     effects = world.randn(5, 40)
     return {"table": saewb.enrich(effects, {"a": [1, 2, 3, 4, 5], "b": list(range(20, 30))}, n_permutations=50)}
+
+
+@case("contrast", "Contrast", "sparse_probe", "Probes", host_products="pooled values are on the host: 8 bytes each")
+def contrast(world):
+    texts = [" ".join(f"w{(i * i + i * j + j) % 27}" for j in range(3 + i)) for i in range(12)]
+    a, b = texts[:6], texts[6:]
+    options = {"n_permutations": 20, "progress": False}
+    results = {}
+    for pool in ("max", "last", "any"):  # mean is in the probes
+        result = saewb.contrast(world.model, world.topk, a, b, pool=pool, **options)
+        results[f"host {pool}"] = result.table, result.pooled.residual
+    labels = [i % 2 for i in range(12)]
+    probes = saewb.sparse_probe(world.model, world.topk, a + b, labels, ks=[1, 3], C=1.0, train=0.5, progress=False)
+    results["host maxima"] = [(one.index, one.activations) for one in result.maxima(world.model, 3)]
+    results["host probes"] = probes.to_frame()
+    results["host direction"] = result.direction().W_dec
+    return results
+
+
+@case("directions", "neurons", "difference_of_means")
+def directions(world):
+    vectors = {"a": world.randn(16), "b": world.randn(16, seed=1)}
+    neurons = saewb.neurons(world.model, "blocks.1.mlp.hook_post")
+    means = saewb.difference_of_means(world.model, world.texts[:6], world.texts[6:], HOOK, progress=False)
+    return {
+        "neurons": (neurons(world.randn(3, neurons.d_in)), neurons.W_dec),
+        "host directions": saewb.directions(vectors, HOOK).W_dec,
+        "host means": (means.W_dec, means.b_enc),
+    }
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

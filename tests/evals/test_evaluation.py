@@ -17,6 +17,7 @@ from saewb.data.tokens import pack
 from saewb.evals.evaluation import evaluate, evaluate_many
 from saewb.evals.result import Evaluation
 from saewb.interventions.attachment import attach, attachments
+from saewb.interventions.steering import steer
 from saewb.models import hook_points
 from saewb.sae.base import SparseCoder
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
@@ -684,3 +685,44 @@ def test_saes_by_name_are_loaded(tmp_path):
 def test_many_say_what_is_wrong(saes, says):
     with pytest.raises(ValueError, match=says):
         evaluate_many(tiny_models.bridge(), saes, rows())
+
+
+def test_stored_results_are_of_this_model_and_these_weights(tmp_path, monkeypatch):
+    from saewb.pretrained.load import save_sae
+
+    model, runs = tiny_models.new_bridge(), []
+    real = evals.evaluate_at_hooks
+    monkeypatch.setattr(evals, "evaluate_at_hooks", lambda m, s, *r: runs.append(len(s)) or real(m, s, *r))
+    sae = tiny_models.sae(RESID)
+    source = str(save_sae(sae, tmp_path / "sae"))
+
+    def table():
+        before = len(runs)
+        got = evaluate_many(model, [source], rows(), folder=tmp_path / "kept")
+        computed, runs[before:] = len(runs) > before, []
+        assert got.equals(evaluate_many(model, [source], rows()))
+        runs.clear()
+        return computed
+
+    assert (table(), table()) == (True, False)
+    weight = model.blocks[2].mlp.out.weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+    assert (table(), table()) == (True, False)
+    weight.data[0, 0] -= 1  # a write that torch does not count
+    assert (table(), table()) == (True, False)
+    with steer(model, sae, {3: 5.0}):
+        assert (table(), table()) == (True, False)
+    with attach(model, tiny_models.sae("blocks.0.hook_resid_post")):
+        assert (table(), table()) == (True, False)
+    with hook_points.editing(model, {"blocks.0.hook_resid_post": lambda a: a * 1.5}):
+        assert (table(), table()) == (True, False)
+    with torch.no_grad():
+        sae.b_dec[3] += 0.5
+    save_sae(sae, tmp_path / "sae", overwrite=True)
+    assert (table(), table()) == (True, False)
+
+
+def test_an_empty_folder_is_refused(model):
+    with pytest.raises(ValueError, match="got an empty path"):
+        evaluate_many(model, {"a": tiny_models.sae(RESID)}, rows(), folder="")

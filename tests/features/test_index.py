@@ -287,7 +287,7 @@ def test_parts_that_do_not_go_together(model):
         index.merge(build(model, sae, ids[:3]))
     with pytest.raises(ValueError, match="seed 0 and 1"):
         index.merge(build(model, sae, ids[6:], first_row=6, seed=1))
-    with pytest.raises(ValueError, match="cannot go on with"):
+    with pytest.raises(ValueError, match=r"another SAE \(by content(.|\n)*want: .* of the index: SAE\(topk"):
         build_index(model, tiny_models.sae(RESID), ids, extend=index)
     with pytest.raises(ValueError, match="rows of 7 tokens"):
         build_index(model, sae, ids[:, :7], extend=index)
@@ -443,7 +443,7 @@ def test_find_says_what_fires_where(model):
         assert row.activation == pytest.approx(float(want[row.position, row.latent]), rel=1e-4)
     assert hits.activation.is_monotonic_decreasing
     assert list(index.find(model, sae, "w1 w2 w3").token.unique()) != []
-    with pytest.raises(ValueError, match="is of 40 latents"):
+    with pytest.raises(ValueError, match="is not of this SAE, which has 41"):
         index.find(model, tiny_models.sae(RESID, d_sae=41), ids[0])
 
 
@@ -568,3 +568,121 @@ def test_token_ids_beyond_any_vocabulary_take_no_memory(model, tmp_path):
     for use in (lambda: again.ranking(3), again.table):
         with pytest.raises(saewb.FormatError, match="token id 2147483646"):
             use()
+
+
+# -- of what it is ----------------------------------------------------------------------------------------------------
+
+
+def changed(module, name):
+    """A copy with one bit of one tensor changed."""
+    import copy
+
+    other = copy.deepcopy(module)
+    tensor = dict(other.state_dict())[name].detach().view(-1)[-1:].view(torch.uint8)
+    tensor[0] ^= 1
+    return other
+
+
+def test_all_that_goes_on_refuses_another_sae_by_one_bit_of_any_tensor(model):
+    sae, ids = tiny_models.sae(RESID, "jumprelu", d_sae=12), text()
+    index = build(model, sae, ids[:6])
+    second = build(model, sae, ids[6:], first_row=6)
+    reading = saewb.read_prompt(model, ids[:1], sae)
+    others = [changed(sae, name) for name in sae.state_dict()]
+    others += [saewb.SAE.from_tensors(sae.cfg, {name: t.double() for name, t in sae.state_dict().items()})]
+    for other in others:
+        calls = {
+            "extend": lambda other=other: build_index(model, other, ids[6:], extend=index),
+            "merge": lambda other=other: index.merge(build(model, other, ids[6:], first_row=6)),
+            "find": lambda other=other: index.find(model, other, ids[0]),
+            "check": lambda other=other: index.check_sae(other),
+            "frame": lambda other=other: saewb.read_prompt(model, ids[:1], other).to_frame(index=index),
+        }
+        for call in calls.values():
+            with pytest.raises(ValueError, match=r"another SAE \(by content: SAE \w{10}, not \w{10}\)(.|\n)*fix: "):
+                call()
+    same(build_index(model, sae, ids[6:], extend=index), index.merge(second))
+    assert len(reading.to_frame(index=index)) == len(reading)
+    assert len(index.find(model, sae, ids[0])) > 0
+
+
+def test_all_that_goes_on_refuses_another_model(tmp_path):
+    model, sae, ids = tiny_models.new_bridge(), tiny_models.sae(RESID, d_sae=12), text()
+    index = build(model, sae, ids[:6], folder=tmp_path / "i")
+    weight = model.blocks[0].mlp.out.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] += 1
+    says = r"another model \(by content: model \w{10}, not \w{10}\)(.|\n)*want: (.|\n)*fix: "
+    for call in (
+        lambda: build_index(model, sae, ids[6:], extend=index),
+        lambda: index.merge(build(model, sae, ids[6:], first_row=6)),
+        lambda: index.find(model, sae, ids[0]),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+    with torch.no_grad():
+        weight.copy_(before)
+    with saewb.attach(model, tiny_models.sae("blocks.0.hook_resid_post")), pytest.raises(ValueError, match=says):
+        build_index(model, sae, ids[6:], extend=index)
+    with model.hooks([("blocks.0.hook_resid_post", lambda x, hook: 2 * x)]), pytest.raises(ValueError, match=says):
+        index.find(model, sae, ids[0])
+    assert len(build_index(model, sae, ids[6:], extend=index).info.rows) == 1
+
+
+def test_an_index_of_another_sae_or_model_is_moved_aside_and_the_new_one_is_right(tmp_path):
+    model, sae, ids = tiny_models.new_bridge(), tiny_models.sae(RESID, d_sae=12), text()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    other = saewb.SAE.from_tensors(
+        sae.cfg,
+        {
+            n: t[order].clone() if len(t) == 12 else t[..., order] if n == "W_enc" else t
+            for n, t in sae.tensors().items()
+        },
+    )
+    first = build(model, sae, ids, folder=tmp_path / "i")
+    says = r"is of another SAE \(by content: SAE .*it is moved to .*i-earlier1(.|\n)*fix:  saewb\.load_index\("
+    with pytest.warns(UserWarning, match=says) as warned:
+        second = build(model, other, ids, folder=tmp_path / "i")
+    assert warned[0].filename == __file__
+    same(second, build(model, other, ids))
+    assert torch.equal(second.density, first.density[order])
+    same(load_index(tmp_path / "i"), second)
+    same(load_index(tmp_path / "i-earlier1"), first)
+    with torch.no_grad():
+        model.blocks[0].mlp.out.weight.mul_(3)
+    with pytest.warns(UserWarning, match=r"is of another model .*i-earlier2"):
+        third = build(model, other, ids, folder=tmp_path / "i")
+    same(third, build(model, other, ids))
+    same(load_index(tmp_path / "i-earlier2"), second)
+    same(build(model, other, ids, folder=tmp_path / "i"), third)  # nothing changed: opened
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i", "i-earlier1", "i-earlier2"]
+
+
+def test_a_text_that_differs_in_one_token_is_another(model, tmp_path):
+    sae, ids = PLACES["topk"](), text()
+    build(model, sae, ids, folder=tmp_path / "i")
+    for row, place in ((0, 1), (5, 8), (11, 4)):
+        other = ids.clone()
+        other[row, place] = 4 if other[row, place] != 4 else 5
+        with pytest.raises(
+            ValueError, match=r"another text, by content of its first 12 rows: tokens \w{10}, not \w{10}"
+        ):
+            build(model, sae, other, folder=tmp_path / "i")
+    longer = torch.cat([ids, text(4, seed=9)])
+    same(build(model, sae, longer, folder=tmp_path / "i"), build(model, sae, longer))
+
+
+def test_what_an_index_is_of_is_saved_and_checked(model, tmp_path):
+    index = build(model, PLACES["relu"]())
+    assert load_index(index.save(tmp_path / "i")).info == index.info
+    values = json.loads((tmp_path / "i" / "index.json").read_text())
+    for wrong in ({}, {"SAE": "x"}, {**values["digests"], "SAE": 3}, "x", 3):
+        with pytest.raises(saewb.FormatError, match="index.json has digests="):
+            IndexInfo.from_json(
+                {
+                    k: v
+                    for k, v in {**values, "digests": wrong}.items()
+                    if k not in ("words", "tensors", "tensors_sha256")
+                }
+            )

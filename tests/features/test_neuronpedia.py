@@ -12,6 +12,7 @@ from helpers import tiny_models
 
 import saewb
 from saewb.features import build_index, neuronpedia
+from saewb.features.labels import Explanation, Explanations
 from saewb.sae.sae import SAE, SAEConfig
 
 SOURCE = "gpt2-small/6-res-jb"
@@ -112,13 +113,29 @@ def test_an_sae_without_a_page_says_what_to_type():
 def test_explanations_are_fetched_once(site, tmp_path):
     how = {"source": SOURCE, "site": site.url, "cache": tmp_path}
     result = neuronpedia.explanations(None, [1, 2], **how)
-    assert result == {i: (neuronpedia.Explanation(i, f"about {i}", "m"),) for i in (1, 2)}
+    assert result == Explanations(Explanation(i, f"about {i}", "neuronpedia", "m") for i in (1, 2))
+    assert result.labels() == {1: "about 1", 2: "about 2"}
     assert site.asked == [f"/api/feature/{SOURCE}/{i}" for i in (1, 2)]
-    assert neuronpedia.explanations(None, [2, 1], **how) == result
+    assert set(neuronpedia.explanations(None, [2, 1], **how)) == set(result)
     assert len(site.asked) == 2
     neuronpedia.explanations(None, [1], **how, max_age_days=0)
     assert len(site.asked) == 3
-    assert neuronpedia.explanations(None, [9], **how) == {9: ()}
+    assert len(neuronpedia.explanations(None, [9], **how)) == 0
+
+
+def test_an_explanation_on_disk_is_of_the_address_asked_for(site, tmp_path):
+    how = {"source": SOURCE, "cache": tmp_path}
+    for n, address in enumerate([site.url, f"{site.url}/mirror"], 1):  # both are of one folder
+        neuronpedia.explanations(None, [1], site=address, **how)
+        assert len(site.asked) == n
+    (file,) = tmp_path.rglob("1.json")
+    before = json.loads(file.read_text())
+    assert before["url"] == f"{site.url}/mirror/api/feature/{SOURCE}/1"
+    for content in ({**before, "url": "https://elsewhere/1"}, {"explanations": [{"description": "of 0.1.0"}]}):
+        file.write_text(json.dumps(content))
+        n_asked = len(site.asked)
+        found = neuronpedia.explanations(None, [1], site=site.url, **how)
+        assert (found[1][0].text, len(site.asked)) == ("about 1", n_asked + 1)
 
 
 def test_offline_says_so_in_one_line_and_the_cache_still_answers(site, tmp_path):
@@ -145,8 +162,8 @@ def test_answers_late_absent_or_strange(site, tmp_path, latent, error):
 def test_a_latent_without_a_page_does_not_lose_the_others(site, tmp_path):
     how = {"source": SOURCE, "site": site.url, "cache": tmp_path}
     found = neuronpedia.explanations(None, [12, 1], **how)
-    assert found == {12: (), 1: (neuronpedia.Explanation(1, "about 1", "m"),)}
-    assert neuronpedia.explanations(None, [12], **how) == {12: ()}
+    assert list(found) == [Explanation(1, "about 1", "neuronpedia", "m")]
+    assert neuronpedia.explanations(None, [12], **how).of(12) == ()
     assert len(site.asked) == 2
     with pytest.raises(ConnectionError, match=r"HTTP 429: slow down\)"):  # in the site's own words, on one line
         neuronpedia.explanations(None, [13], **how)
@@ -167,7 +184,9 @@ def test_a_redirect_to_another_site_is_not_followed(site, tmp_path):
         thief.shutdown()
         thief.server_close()
         thread.join()
-    assert neuronpedia.explanations(None, [15], source=SOURCE, site=site.url, cache=tmp_path)[15][0].text == "about 1"
+    assert (
+        neuronpedia.explanations(None, [15], source=SOURCE, site=site.url, cache=tmp_path).of(15)[0].text == "about 1"
+    )
     with pytest.raises(ValueError, match="no address of a site"):
         neuronpedia.explanations(None, [1], source=SOURCE, site="file:///etc", cache=tmp_path)
 
@@ -191,7 +210,7 @@ def test_a_damaged_answer_in_the_cache_is_requested_again(damage, site, tmp_path
 
 @pytest.mark.parametrize("latent", [7, 8])
 def test_answers_that_are_no_feature(site, tmp_path, latent):
-    with pytest.raises(saewb.FormatError, match="no feature|not a feature"):
+    with pytest.raises(saewb.FormatError, match="no JSON object|not a feature"):
         neuronpedia.explanations(None, [latent], source=SOURCE, site=site.url, cache=tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Folders that older versions of saewb wrote."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,22 @@ def test_an_index_of_0_1_0_opens():
     assert list(index.table().index) == list(range(6))
 
 
-def test_an_index_of_0_1_0_merges_and_saves(tmp_path):
+def test_an_index_of_0_1_0_saves_and_is_not_gone_on_with(tmp_path):
+    """It does not say of which SAE, model and text it is."""
     index = saewb.load_index(V0_1_0)
     sae = tiny_models.sae("blocks.1.hook_resid_post", d_sae=6)
     how = {"n_top": 2, "window": (2, 1), "n_quantiles": 2, "per_quantile": 1, "coactive_tokens": 8, "first_row": 4}
     second = saewb.build_index(tiny_models.bridge(), sae, tiny_models.tokens(4, 6, seed=1), **how)
-    merged = index.merge(second)
-    assert merged.n_tokens == index.n_tokens + second.n_tokens
-    again = saewb.load_index(merged.save(tmp_path / "i"))
-    assert again.latent(0) == merged.latent(0)
+    says = r"is of saewb 0\.1\.0, which did not write down of which SAE and model it is(.|\n)*fix:  saewb\.build_index"
+    for a, b in ((index, second), (second, index), (index, index)):
+        with pytest.raises(ValueError, match=says):
+            a.merge(b)
+    with pytest.raises(ValueError, match=says):
+        saewb.build_index(tiny_models.bridge(), sae, tiny_models.tokens(4, 6, seed=1), extend=index)
+    shutil.copytree(V0_1_0, tmp_path / "old")
+    with pytest.raises(ValueError, match=says):
+        saewb.build_index(tiny_models.bridge(), sae, tiny_models.tokens(4, 6), folder=tmp_path / "old", **how)
+    again = saewb.load_index(index.save(tmp_path / "i"))
+    assert again.latent(0) == index.latent(0)
+    assert again.info == index.info
+    assert len(index.find(tiny_models.bridge(), sae, [1, 5, 6])) > 0  # as ever: its neighbors are those of this SAE

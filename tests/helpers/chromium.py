@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 
@@ -72,10 +73,19 @@ def launched():
         opened.close()
 
 
+# What JupyterLab says of its own plugins on a machine that has much to do.
+_SLOW = re.compile(r"(is taking too long|took [\d.]+ ?ms) to activate\.$")
+
+
 def listen(page, home=()):
     """Note on `page.complaints` what it complains of, on `page.asked` what it asks of a network beyond `home`."""
     page.complaints, page.asked = [], []
-    page.on("console", lambda m: page.complaints.append(m.text) if m.type in ("error", "warning") else None)
+
+    def console(message):
+        if message.type in ("error", "warning") and not _SLOW.search(message.text):
+            page.complaints.append(message.text)
+
+    page.on("console", console)
     page.on("pageerror", lambda e: page.complaints.append(str(e)))
     leave = lambda d: d.type == "beforeunload"  # JupyterLab asks where a notebook has changed  # noqa: E731
     page.on("dialog", lambda d: d.accept() if leave(d) else (page.complaints.append("a dialog"), d.dismiss()))

@@ -2,7 +2,10 @@
 
 import errno
 import os
+import signal
 import sys
+import time
+import traceback
 from contextlib import contextmanager
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "os.truncate")
@@ -77,15 +80,40 @@ def kill():
 
 def killed_at(root, n, call):
     """Call in a forked process that dies at operation `n`; False if it came to its end."""
+    pid = _fork(lambda: _killed_at(root, n, call))
+    return _was_killed(pid, 9, f"operation {n}")
+
+
+def _killed_at(root, n, call):
+    with failing(root, n, kill):
+        call()
+
+
+def killed_after(seconds, call):
+    """Call in a forked process that is killed after so long; False if it came to its end before."""
+    pid, end = _fork(call), time.monotonic() + seconds
+    while time.monotonic() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(min(0.001, max(0.0, end - time.monotonic())))
+    os.kill(pid, signal.SIGKILL)  # of one that has ended nothing comes
+    return _was_killed(pid, -signal.SIGKILL, f"{seconds:.4f} s")
+
+
+def _fork(call):
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            with failing(root, n, kill):
-                call()
+            call()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
+    return pid
+
+
+def _was_killed(pid, expected, when):
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, 9), status
-    return status == 9
+    assert status in (0, expected), f"{when}: the process ended with status {status}; its traceback is above"
+    return status == expected

@@ -4,7 +4,6 @@ import random
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import saewb
@@ -39,12 +38,12 @@ def interrupted_at(n, call, parts, opcodes=False):
     return left < 0  # the interrupt was caught: a call that stops and returns what it has so far
 
 
-def signals(call, seconds, longest, seed=0):
-    """Call again and again with a real signal at a random moment of up to `longest` seconds; yields after each."""
-    rng, end = random.Random(seed), time.monotonic() + seconds
+def signals(call, tries, longest, seed=0):
+    """Call `tries` times with a real signal at a random moment of up to `longest` seconds; yields after each."""
+    rng = random.Random(seed)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        while time.monotonic() < end:
+        for _ in range(tries):
             was_interrupted = False
             try:
                 try:

@@ -9,6 +9,7 @@ import saewb
 MODULES = (
     "tiny",
     "metrics",
+    "explanations",
     "features.neuronpedia",
     "training.loggers",
     "synthetic",

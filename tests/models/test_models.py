@@ -364,6 +364,7 @@ def test_token_strings_with_sentencepiece_spaces_and_byte_tokens():
     assert token_strings(tokenizer, [2]) == [" world"]  # decoded alone it has no space
     assert token_strings(tokenizer, [99, 2]) == ["<99>", " world"]  # as in a vocabulary padded for the model
     assert single_texts(tokenizer, [1, 3, 99]) == {1: " Hello", 3: "\ufffd"}
+    assert single_texts(tokenizer, []) == {}
 
 
 def test_token_strings_survive_a_decoder_that_rewrites_what_it_said():

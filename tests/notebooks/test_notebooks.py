@@ -12,6 +12,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PANELS = {  # where each is shown first
     "FeatureBrowser": "06_browse_features",
     "SteeringPanel": "07_steer_and_attribute",
+    "ContrastPanel": "10_which_latents_are_about",
     "SuperpositionPanel": "04_superposition_and_correlation",
     "CorrelationPanel": "04_superposition_and_correlation",
     "TrainingPanel": "03_train_an_sae",

@@ -172,6 +172,20 @@ def test_a_tap_on_pre_activations_is_used(sae):
     assert not off.any()
 
 
+def test_a_subset_of_any_library_is_by_value(sae):
+    import pandas as pd
+
+    x, some = activations(2, 5), pd.Series([3, 1], index=[1, 0])  # labels in another order than the values
+    all_of_them = sae.encode(x)
+    assert torch.equal(sae.encode(x, latents=some), all_of_them[..., [3, 1]])
+    mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool).index_fill_(0, torch.tensor([1, 3]), True)
+    assert torch.equal(sae.encode(x, latents=pd.Series(mask.numpy())), all_of_them[..., [1, 3]])
+    assert torch.equal(sae.encode(x, latents=np.int64(2)), all_of_them[..., 2])
+    assert torch.equal(sae.encode(x, latents=slice(np.int64(1), None)), all_of_them[..., 1:])
+    with pytest.raises(TypeError, match="got latent=True"):
+        sae.encode(x, latents=True)
+
+
 def test_taps_and_a_subset_are_refused_together(sae):
     with pytest.raises(ValueError, match="latents= and tap="):
         sae.encode(activations(1, 2), [1], tap=lambda _, v: v)

@@ -92,6 +92,8 @@ def test_a_folder_that_is_cut_off_or_not_ours(tmp_path):
     history.write_text('{"step"\n' + history.read_text())
     with pytest.raises(saewb.FormatError, match="line 1 of"):
         saewb.read_run(tmp_path / "r")
+    with pytest.raises(saewb.FormatError, match=r"line 1 of(.|\n)*sed -i 1d"):  # no row is lost without a word
+        saewb.resume_run(tmp_path / "r", model=tiny_models.bridge(), tokens=tiny_models.tokens(60, 7))
     history.unlink()
     empty = saewb.read_run(tmp_path / "r")
     assert (empty.rows, empty.frac) == ((), 0.0)

@@ -791,3 +791,80 @@ def test_files_of_a_run_have_the_mode_of_other_files(tmp_path):
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
     assert set(modes.values()) == {0o640}, modes
+
+
+# -- of what it is ---------------------------------------------------------------------------------------------------
+
+
+def test_it_is_resumed_with_the_same_model_and_tokens_only(tmp_path):
+    tokens, held_out = tiny_models.tokens(60, 7), tiny_models.tokens(9, 7, seed=3)
+    train(tmp_path / "r", n_tokens=400, tokens=tokens, held_out=held_out).wait()
+    other = tokens.clone()
+    other[59, 6] = 4 if other[59, 6] != 4 else 5
+    model = tiny_models.new_bridge()
+    how = {"model": tiny_models.bridge(), "tokens": tokens, "held_out": held_out}
+    weights = model.blocks[0].mlp.out.weight
+    with torch.no_grad():
+        weights[0, 0] += 1
+    for wrong, says in (
+        ({"tokens": other}, r"is of other tokens \(by content: tokens"),
+        ({"model": model}, r"is of another model \(by content: model"),
+        ({"held_out": held_out + (held_out == 5)}, "other held-out tokens"),
+        ({"tokens": tokens[:59]}, "other tokens"),
+    ):
+        with pytest.raises(ValueError, match=says + r"(.|\n)*want: .*started with(.|\n)*fix: "):
+            saewb.resume_run(tmp_path / "r", **{**how, **wrong})
+    assert saewb.resume_run(tmp_path / "r", **how, n_tokens=480).wait().progress.n_tokens == 480
+    del how["held_out"]
+    assert saewb.resume_run(tmp_path / "r", **how, n_tokens=520).wait().progress.n_tokens == 520
+
+
+def test_a_run_on_activations_is_of_their_content(tmp_path):
+    values = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+
+    def stream(x=values):
+        return saewb.stream_tensors(x, batch_tokens=40, repeat=True)
+
+    saewb.train(None, stream(), TOPK, n_tokens=400, batch_tokens=40, folder=tmp_path / "r").wait()
+    other = values.clone()
+    other[-1, -1] += 1e-3
+    with pytest.raises(ValueError, match="is of other tokens"):
+        saewb.resume_run(tmp_path / "r", tokens=stream(other))
+    assert saewb.resume_run(tmp_path / "r", tokens=stream(), n_tokens=480).wait().progress.n_tokens == 480
+
+
+def test_a_file_whose_settings_changed_does_not_go_on_silently(tmp_path):
+    from saewb.training.train import train_file
+
+    file, text = tmp_path / "run.yaml", tmp_path / "a.txt"
+    text.write_text("\n\n".join(["The river flows through the city.", "A cat sat on the mat."] * 60))
+    settings = {
+        "model": "tiny",
+        "tokens": f"{{files: [{text}]}}",
+        "saes": "{a: {objective: TopK, d_sae: 32, k: 4, hook: blocks.0.hook_resid_post}}",
+        "n_tokens": 256,
+        "batch_tokens": 64,
+        "ctx_len": 16,
+        "buffer_tokens": 64,
+        "folder": tmp_path / "r",
+        "lr": "1e-3",
+    }
+
+    def run(**changes):
+        file.write_text("".join(f"{name}: {value}\n" for name, value in {**settings, **changes}.items()))
+        return train_file(file)
+
+    run().wait()
+    for change, says in (
+        ({"lr": "2e-3"}, "lr=0.001, not 0.002"),
+        ({"ctx_len": 32}, "ctx_len=16, not 32"),
+        ({"checkpoint_every_s": 9.0}, r"checkpoint_every_s=600.0, not 9.0"),
+        ({"saes": settings["saes"].replace("k: 4", "k: 5")}, "SAE 'a' .*'k': 4.* not .*'k': 5"),
+        ({"saes": settings["saes"].replace("{a:", "{b:")}, r"SAEs \['a'\], not \['b'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"other settings than .*{says}"):
+            run(**change)
+    assert run(n_tokens=320).wait().progress.n_tokens == 320
+    text.write_text(text.read_text().replace("cat", "dog"))
+    with pytest.raises(ValueError, match="is of other tokens"):
+        run(n_tokens=384)

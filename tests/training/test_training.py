@@ -24,6 +24,7 @@ from helpers.objective_registry import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saewb
+from saewb.sae.activation_functions import normalized
 from saewb.training import DENSITY_EDGES, TrainConfig, Trainee, Training
 from saewb.training.dead_latents import DeadRows
 from saewb.training.sparse_step import has_sparse_step
@@ -155,6 +156,19 @@ def test_held_out_is_measured_when_due_and_is_the_exports(whole):
         y = held_out[trainee.write or "x"]
         assert measured.reconstruction.fvu == pytest.approx(saewb.metrics.fvu(y, sae(held_out["x"])).item(), rel=1e-4)
         assert measured.firing.l0 == pytest.approx(float(saewb.metrics.l0(sae.encode(held_out["x"]))), abs=0.02), name
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm"])
+def test_a_token_of_zeros_stays_zero_and_finite(normalization):
+    x = torch.zeros(2, 128)
+    x[1, 0] = 1e-30
+    assert normalized(x, normalization)[0].eq(0).all()
+    assert normalized(x, normalization).isfinite().all()
+    draws = lambda n, rng: torch.randn(n, 128, generator=rng) * (torch.arange(n) > 0)[:, None]  # noqa: E731
+    stream = saewb.stream_draws(draws, seed=0, batch_tokens=32)
+    how = {"n_tokens": 32 * 4, "batch_tokens": 32, "normalization": normalization}
+    sae = saewb.train(None, stream, saewb.TopK(d_sae=16, k=4), **how).wait().sae
+    assert sae(x).isfinite().all()
 
 
 NORMALIZATIONS = ["none", "constant", "centered", "whitened", "layer_norm", "constant_norm"]

@@ -60,7 +60,7 @@ def test_code_gives_what_is_shown(name):
             assert namespace["pair"].value == pytest.approx(panel.matrix.pair(3, 5).value, nan_ok=True)
     assert panel.busy == ""
     assert panel.progress == 1
-    for i, j, value in panel.figures["pairs"][:5]:
+    for i, j, value, *_ in panel.figures["pairs"][:5]:
         assert value == pytest.approx(panel.matrix.block([i], [j]).item(), rel=1e-3)
 
 
@@ -137,7 +137,8 @@ def test_what_it_is_made_with_is_checked():
 def test_a_pair_has_both_features():
     index = panel_driver.index()
     panel = CorrelationPanel(index)
-    i, j, value = panel.figures["pairs"][0]
+    i, j, value, *names = panel.figures["pairs"][0]
+    assert names == [index.label(i), index.label(j)]
     panel.pair = (i, j)
     page = panel.page
     assert page["value"] == value

@@ -70,7 +70,7 @@ def test_code_gives_what_is_shown(panel, index, name):
         setattr(panel, trait, value)
     namespace = executed(panel)
     assert namespace["latents"] == panel.latents
-    assert namespace["latent"] == index.latent(panel.selected)
+    assert namespace["latent"] == panel.index.latent(panel.selected)
     assert [row["latent"] for row in panel.rows["rows"]] == panel.latents[: feature_browser.WINDOW]
     at_once = FeatureBrowser(index, **VIEWS[name])
     assert at_once.latents == panel.latents

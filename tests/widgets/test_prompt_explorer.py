@@ -356,7 +356,7 @@ def test_what_it_is_made_with_is_checked(index):
         (lambda: PromptExplorer(model, []), ValueError, "got no SAE"),
         (lambda: PromptExplorer(model, tiny_models.sae("blocks.9.hook_resid_post")), ValueError, "no hook named"),
         (lambda: PromptExplorer(model, tiny_models.sae(RESID)), ValueError, "do not fit"),
-        (lambda: PromptExplorer(model, sae, panel_driver.silent()), ValueError, "which has 1024 latents"),
+        (lambda: PromptExplorer(model, sae, panel_driver.silent()), ValueError, "which has 1,024 latents"),
         (lambda: PromptExplorer(model, sae, 3), TypeError, "got a int as an index"),
         (lambda: PromptExplorer(model, [sae, sae], index), ValueError, "one index for 2 SAEs"),
         (lambda: PromptExplorer(model, sae, [index]), ValueError, "fix:  PromptExplorer\\(model, sae, index\\)"),

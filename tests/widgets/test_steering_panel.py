@@ -102,8 +102,10 @@ def test_it_is_what_generate_writes(made):
 
 def test_several_saes():
     model, sae = panel_driver.embedded()
-    saes = [sae, sae.__class__(sae.cfg)]
-    saes[1].load_state_dict({k: v.roll(1, 0) if k == "W_dec" else v for k, v in sae.state_dict().items()})
+    saes = [sae.__class__(sae.cfg), sae]
+    saes[0].load_state_dict({k: v.roll(1, 0) if k == "W_dec" else v for k, v in sae.state_dict().items()})
+    with pytest.raises(ValueError, match=r"is of another SAE \(by content"):
+        SteeringPanel(model, saes, [panel_driver.index()])
     panel = SteeringPanel(model, saes, [None, panel_driver.index()], latents={5: 9.0}, max_new_tokens=3)
     panel.add(7, 12.0, sae=1)
     panel.add(8, 2.0, "clamp", sae=1)
@@ -386,7 +388,7 @@ def test_wrong_values(made):
         SteeringPanel(model, tiny_models.sae(RESID))
     with pytest.raises(ValueError, match="no hook named"):
         SteeringPanel(model, tiny_models.sae("blocks.9.hook_resid_post"))
-    with pytest.raises(ValueError, match="the index is of 24"):
+    with pytest.raises(ValueError, match="FeatureIndex.24 latents.* is not of this SAE, which has 1,024"):
         SteeringPanel(model, sae, panel_driver.many(24))
     with pytest.raises(ValueError, match="1 SAEs and 2 indexes"):
         SteeringPanel(model, sae, [None, None])

@@ -3,6 +3,7 @@
 import doctest
 import threading
 
+import ipywidgets
 import pytest
 import torch
 from helpers import panel_driver
@@ -325,13 +326,13 @@ def test_latents_that_never_fire_have_a_place(sae):
 
 def test_an_index_of_another_sae_is_refused(sae, other):
     index = panel_driver.index()
-    with pytest.raises(ValueError, match=r"the index has 1,024 latents, the directions are 300\.\n  want: .*\n  fix: "):
+    with pytest.raises(ValueError, match=r"not of this SAE, which has 300 latents\.\n  want: .*\n  fix: "):
         SuperpositionPanel(other, index=index)
     turned = sae.W_dec.detach().flip(0)
-    with pytest.raises(ValueError, match="the index is of another SAE: latents .* here"):
+    with pytest.raises(ValueError, match="is of another SAE: latents .* here"):
         SuperpositionPanel(turned, index=index)
     SuperpositionPanel(sae.W_dec.detach().half() * 3, index=index)  # its own, folded and rounded
-    with pytest.raises(ValueError, match="the index of 'other' has"):
+    with pytest.raises(ValueError, match="not of this SAE, which has 300 latents"):
         SuperpositionPanel({"topk": sae, "other": other}, index={"other": index})
     with pytest.raises(ValueError, match="'tpok', which is none of the SAEs.\n  near: topk"):
         SuperpositionPanel({"topk": sae, "other": other}, index={"tpok": index})
@@ -358,3 +359,15 @@ def test_only_some_have_an_index(sae, other):
         panel.which = names[0]
         assert (panel.scatter, panel.facts["scatters"]) == ("norm", ["norm"])
         assert executed(panel, directions=inputs, index=indexes)["points"].equals(panel.points)
+
+
+def test_closed_it_leaves_nothing_behind():
+    """Not even its layout, which ipywidgets keeps; one that was passed stays for others."""
+    layout, widgets = ipywidgets.Layout(width="50%"), ipywidgets.widgets.widget._instances
+    before = set(widgets)
+    for traits in ({}, {"layout": {"width": "50%"}}, {"layout": layout}):
+        panel = SuperpositionPanel(torch.eye(3), **traits)
+        panel.close()
+        panel.close()
+        assert set(widgets) == before
+    assert layout.comm is not None

@@ -15,6 +15,7 @@ from typing import Any
 
 _HOME = {  # public name: the module that defines it
     "CataloguePicker": "catalogue_picker.panel",
+    "ContrastPanel": "contrast.panel",
     "CorrelationPanel": "correlation.panel",
     "FeatureBrowser": "feature_browser.panel",
     "PromptExplorer": "prompt_explorer.panel",

@@ -29,7 +29,8 @@ def latent_rows(rows: Iterable[dict[str, Any]]) -> str:
     for r in rows:
         pieces = "".join(token(s, a, bool(x), j == r.get("at")) for j, (s, a, x) in enumerate(r["tokens"]))
         figures = "".join(f'<td style="{_FIGURE}">{v}</td>' for v in (r["latent"], percent(r["density"]), r["max"]))
-        out.append(f'<tr>{figures}<td style="{_WIDE}">{pieces or "never fires"}</td></tr>')
+        name = f"<b>{html.escape(r['label'])}</b> " if r.get("label") else ""
+        out.append(f'<tr>{figures}<td style="{_WIDE}">{name}{pieces or "never fires"}</td></tr>')
     head = "".join(f'<th style="{_FIGURE}">{h}</th>' for h in ("latent", "fires on", "largest"))
     where = f'<th style="{_WIDE}">where it is strongest</th>'
     return f'<table style="border-collapse:collapse"><tr>{head}{where}</tr>{"".join(out)}</table>'
@@ -44,7 +45,8 @@ def latent_html(p: dict[str, Any], contexts: int = 8) -> str:
     )
     likelier = f"<div>makes likelier: {words}</div>" if words else ""
     table = f'<table style="border-collapse:collapse">{lines}</table>'
-    return f"<div style='margin-top:8px'><b>Latent {p['latent']}</b>: {facts}</div>{likelier}{table}"
+    name = f"Latent {p['latent']}" + (f" {html.escape(p['label'])}" if p["label"] else "")
+    return f"<div style='margin-top:8px'><b>{name}</b>: {facts}</div>{likelier}{table}"
 
 
 def _pieces(p: dict[str, Any], c: dict[str, Any]) -> str:

@@ -95,6 +95,7 @@ class Panel(anywidget.AnyWidget):
     """Abstract panel: subclasses provide a summary, `code()`, and static HTML for viewers without a kernel."""
 
     _ready = False  # whether trait changes take effect; see `on_change`
+    _owns_layout = False
 
     title = t.Unicode("", help="title, one line").tag(sync=True)
     about = t.Unicode("", help="subtitle: the data shown, one line").tag(sync=True)
@@ -110,8 +111,16 @@ class Panel(anywidget.AnyWidget):
         self._lock = threading.RLock()
         self._jobs: dict[str, tuple[str, Future, Callable[[Any], None]]] = {}
         self._last_snapshot = ""  # as last displayed
+        self._owns_layout = isinstance(traits.get("layout", {}), dict)
         super().__init__(**traits)
         self.on_msg(self._on_message)
+
+    def close(self) -> None:
+        """Remove the panel from kernel and front end, with its layout, unless that was passed: others may use it."""
+        layout = self.layout if self._owns_layout and self.comm is not None else None
+        super().close()
+        if layout is not None:
+            layout.close()
 
     @abstractmethod
     def summary(self) -> str:

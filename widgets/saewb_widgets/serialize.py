@@ -18,6 +18,8 @@ def latent_row(latent: Any, special: frozenset[int]) -> dict[str, Any]:
         special: ids of tokens to show as a mark.
     """
     row = {"latent": latent.index, "density": short(latent.density), "max": short(latent.max), "tokens": []}
+    if latent.is_explained:
+        row["label"] = latent.label
     if latent.logits_top:
         row["word"] = latent.logits_top[0].token
     if latent.top:
@@ -78,4 +80,6 @@ def tried(tokens: Sequence[str], special: Sequence[int], active: Any) -> dict[st
         i: [[int(p), short(a)] for p, a in zip(g.position, g.activation, strict=True)]
         for i, g in active.groupby("latent")
     }
-    return {"tokens": list(tokens), "special": list(special), "latents": [[int(i), acts[i]] for i in best]}
+    labels = {str(i): label for i, label in zip(active.latent, active.label, strict=True)}
+    listed = [[int(i), acts[i]] for i in best]
+    return {"tokens": list(tokens), "special": list(special), "latents": listed, "labels": labels}

@@ -41,6 +41,13 @@ function contextGroups(p, draw) {
   return [["Where it is strongest", p.top], ...groups].filter(([, g]) => g.length).map((g) => group(...g));
 }
 
+// The label of a latent beside its number; an explanation stands out from a mere token.
+const labelOf = (label, explained = false) => {
+  const e = make("em", explained ? "label explained" : "label", shown(label || ""));
+  if (label) e.title = label;
+  return e;
+};
+
 function latentFacts(p) {
   const e = make("div", "facts");
   for (const [name, value] of [["fires on", `${percent(p.density)} of tokens`], ["largest", digits(p.max)],
@@ -70,7 +77,7 @@ function latentCards(p, link) {
     e.append(make("h3", "", title), line);
     list.slice(0, 8).forEach((x) => { const r = make("span", "near");
       r._tip = () => tip(x);
-      r.append(link(x[0]), make("span", "", text(x))); line.append(r); }); return e; };
+      r.append(link(x[0]), labelOf(x.at(-1)), make("span", "", text(x))); line.append(r); }); return e; };
 
   const e = make("div", "cards"), acts = card("Activations", `${count(p.n_active)} tokens`);
   if (p.histogram.counts.length) acts.append(bars(p.histogram.counts, { label: "Histogram of activations",

@@ -62,7 +62,7 @@ function show() {
   main.replaceChildren();
   if (!p) { main.append(make("p", "none", "Nothing here has that text.")); return; }
   const top = make("div", "top"), keys = make("span", "keys");
-  top.append(make("h2", "", "Latent " + p.latent), make("span", "gap"), keys);
+  top.append(make("h2", "", "Latent " + p.latent), labelOf(p.label, p.explained), make("span", "gap"), keys);
   for (const [k, t] of [["j", ""], ["k", " next, previous  "], ["/", " search  "], ["w", " whole text  "],
     ["t", " theme"]]) keys.append(make("kbd", "", k), t || " ");
   const page = { ...p, words: WORDS, top: p.top.map(unpack(p)), groups: p.groups.map((g) => g.map(unpack(p))) };
@@ -77,6 +77,7 @@ function list() {
   order.forEach((n, place) => { const li = make("li"), inside = make("span", "in");
     li.id = "f" + place;
     li.setAttribute("role", "option");
+    if (LATENTS[n].explained) inside.append(labelOf(LATENTS[n].label, true));
     inside.append(...snippet(LATENTS[n]));
     li.append(make("b", "", String(LATENTS[n].latent)), inside);
     li.onclick = () => select(place);
@@ -98,7 +99,7 @@ function go(latent) {
 }
 function score(p) {
   if (String(p.latent) === query) return 1e9;
-  let n = 0;
+  let n = p.label.toLowerCase().includes(query) ? 1e6 : 0;
   for (const c of [...p.top, ...p.groups.flat()]) if (textOf(c).includes(query))
     n += [...hits(c)].some((j) => ACTS[c.start + j] !== 0) ? 100 : 1;
   for (const [text] of [...p.raised, ...p.lowered]) if (text.toLowerCase().includes(query)) n += 10;

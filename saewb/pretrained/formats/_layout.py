@@ -13,11 +13,13 @@ To add a layout, write a subclass and add it to `formats.LAYOUTS`.
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from glob import escape
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, ClassVar, TypeVar
@@ -147,7 +149,7 @@ class OpenFiles:
     dtype: torch.dtype | None = None
     """dtype of the parameters of the SAE; None means as stored."""
 
-    @property
+    @cached_property
     def address(self) -> str:
         """Text that may name model and layer, see `Provenance.address`."""
         return self.provenance.address(self.path)
@@ -202,13 +204,16 @@ class Layout(ABC):
         """Whether a folder or file is in this layout, by names of files and tensors, without reading weights."""
         if self.file_name is not None and not self.file_name.fullmatch(path.name):
             return False
-        config, weights = self.config_path(path), Path(self.weights_path(path))
-        if not weights.is_file() or (self.needs_config and config is not None and not Path(config).is_file()):
+        weights = self.weights_path(path)
+        if not os.path.isfile(weights):
+            return False
+        config = self.config_path(path) if self.needs_config else None
+        if config is not None and not os.path.isfile(config):
             return False
         if not self.has_tensors:
             return True
         try:
-            return self.has_tensors <= set(TensorFile(weights).names)
+            return self.has_tensors <= set(TensorFile(Path(weights)).names)
         except FormatError:
             return False
 

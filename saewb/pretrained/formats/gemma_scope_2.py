@@ -181,10 +181,11 @@ def _completed(files: OpenFiles) -> dict[str, Any]:
     for name in ("hf_hook_point_in", "hf_hook_point_out", "model_name"):
         if not isinstance(config.get(name, ""), str):
             raise FormatError(explain(f"config.json has {name}={config[name]!r}.", want="text"))
-    kind = _type(config, files)
+    inner = _inner_path(files)
+    kind = _type(config, files.weights, inner)
     if kind == "clt":  # one configuration for all layers, with a placeholder for the number
         config = {name: value for name, value in config.items() if not name.startswith("hf_hook")}
-    inferred = _hooks_by_name(files)
+    inferred = _hooks_by_name(files, inner)
     completed = {**inferred, **config, "type": kind}
     for name in ("hf_hook_point_in", "hf_hook_point_out"):
         if name in completed and _hook(completed[name]) is None:
@@ -197,14 +198,14 @@ def _completed(files: OpenFiles) -> dict[str, Any]:
     return completed
 
 
-def _type(config: Mapping[str, Any], files: OpenFiles) -> str:
-    by_name = "transcoder" if _site(files) == "transcoder" else "sae"
-    kind = config.get("type", "clt" if files.weights.path.name != "params.safetensors" else by_name)
-    if "crosscoder" in _inner_path(files):
+def _type(config: Mapping[str, Any], weights: TensorFile, inner: str) -> str:
+    by_name = "transcoder" if _site(inner) == "transcoder" else "sae"
+    kind = config.get("type", "clt" if weights.path.name != "params.safetensors" else by_name)
+    if "crosscoder" in inner:
         kind = "crosscoder"
     if kind not in _TYPES:
         want = "for a crosscoder, the whole folder; else one of " + ", ".join(_TYPES)
-        raise FormatError(explain(f"{files.weights.path.name} is of type {kind!r}.", want=want))
+        raise FormatError(explain(f"{weights.path.name} is of type {kind!r}.", want=want))
     return kind
 
 
@@ -226,17 +227,17 @@ def _inner_path(files: OpenFiles) -> str:
     return files.address[names[-1].end() :] if names else "/".join(Path(files.address).parts[-4:])
 
 
-def _site(files: OpenFiles) -> str:
-    sites = re.findall(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?(?=/|$)", _inner_path(files))
+def _site(inner: str) -> str:
+    sites = re.findall(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?(?=/|$)", inner)
     return sites[-1] if sites else ""
 
 
-def _hooks_by_name(files: OpenFiles) -> dict[str, str]:
+def _hooks_by_name(files: OpenFiles, inner: str) -> dict[str, str]:
     """Hooks from the layer in the name of file or folder, or in the catalogue, and the folder of the site."""
     in_file = re.search(r"layer_(\d+)", files.weights.path.name)
-    in_path = re.findall(r"layer_(\d+)", _inner_path(files))
+    in_path = re.findall(r"layer_(\d+)", inner)
     layer = in_file[1] if in_file else in_path[-1] if in_path else files.provenance.layer
-    points = zip(("hf_hook_point_in", "hf_hook_point_out"), _SITES.get(_site(files), (None, None)), strict=True)
+    points = zip(("hf_hook_point_in", "hf_hook_point_out"), _SITES.get(_site(inner), (None, None)), strict=True)
     return {} if layer is None else {name: f"model.layers.{int(layer)}.{point}" for name, point in points if point}
 
 

@@ -139,11 +139,13 @@ function correlation(parts) {
     const rows = make("div", "rows");
     rows.tabIndex = 0;
     rows.setAttribute("aria-label", "Strongest pairs");
-    (f.pairs || []).forEach(([i, j, v]) => { const e = make("div", "row"); e.append(link(i, j), make("span", "num", number(v))); rows.append(e); });
+    (f.pairs || []).forEach(([i, j, v, a, b]) => { const e = make("div", "row"), names = a || b ? `${shown(a)} \u00b7 ${shown(b)}` : "";
+      const label = make("em", "label", names); label.title = names;
+      e.append(link(i, j), label, make("span", "num", number(v))); rows.append(e); });
     list.replaceChildren(make("h3", "", "Strongest pairs"), rows);
     list.hidden = !(f.pairs || []).length; };
   const one = (s) => { const e = make("div", "one"), p = s.page;
-    e.append(make("h4", "", String(s.feature)));
+    e.append(make("h4", "", `${s.feature} ${shown(s.label)}`.trim()));
     if (p) { e.append(make("p", "none", `fires on ${percent(p.density)} of tokens, largest ${digits(p.max)}`));
       if (p.histogram.counts.length) e.append(bars(p.histogram.counts, { cls: "gray small", label: `Activations of ${s.feature}`, tip: (x) => count(p.histogram.counts[x]) + " tokens" }));
       p.top.slice(0, 4).forEach((c) => { const r = make("div", "context");
@@ -152,7 +154,7 @@ function correlation(parts) {
           r.append(t); }); e.append(r); }); }
     else if (s.fires !== null) e.append(make("p", "none", `fires on ${count(s.fires)} tokens`));
     const near = make("p", "none", "strongest with ");
-    near.append(s.near.map(([j, v]) => `${j} (${number(v)})`).join(", "));
+    near.append(s.near.map(([j, v, name]) => `${j}${name ? " " + shown(name) : ""} (${number(v)})`).join(", "));
     if (s.near.length) e.append(near);
     return e; };
   const pair = () => { const p = model.get("page");

@@ -88,7 +88,9 @@ class Inputs:
         )
 
     def check_index(self, index: Any, n: int) -> None:
-        """Raise a ValueError if the index does not have the `n` features of the matrix."""
+        """Raise a ValueError if the index is not of the SAE of the matrix, or does not have its `n` features."""
+        if index is not None and isinstance(self.of, saewb.SparseCoder):
+            index.check_sae(self.of)
         if index is not None and len(index) != n:
             what = f"the index is of {len(index):,} features, the matrix has {n:,}."
             raise ValueError(errors.explain(what, want="the same"))

@@ -307,7 +307,7 @@ class CorrelationPanel(Panel):
     def _on_scan(self, overview: Any) -> None:
         if overview is self.overview:
             self.progress = overview.done_frac
-            self.figures = serialize.figures(overview)
+            self.figures = serialize.figures(overview, self.matrix, self.index)
             self.version += 1
 
     # -- the window in view ------------------------------------------------------------------------------------------

@@ -45,9 +45,12 @@ def caption(views: list[Any]) -> str:
     return f"{what}; the two differ by {short(rms):g} (root mean square)"
 
 
-def figures(overview: Any) -> dict[str, Any]:
-    """Statistics and strongest pairs of the entries scanned so far."""
-    pairs = [[p.row, p.col, short(p.value)] for p in overview.pairs]
+def figures(overview: Any, matrix: Any, index: Any) -> dict[str, Any]:
+    """Statistics and strongest pairs of the entries scanned so far, each with the labels of both features."""
+    of_rows = labels(matrix, index, [p.row for p in overview.pairs], 0)
+    of_columns = labels(matrix, index, [p.col for p in overview.pairs], 1)
+    named = zip(overview.pairs, of_rows, of_columns, strict=True)
+    pairs = [[p.row, p.col, short(p.value), row, column] for p, row, column in named]
     rows = [["strongest", pairs[0][2]]] if pairs else []
     if (stats := overview.stats) is not None:
         rows = [["root mean square", short(stats.rms)], ["mean", short(stats.mean)], *rows]
@@ -62,6 +65,11 @@ def pair(matrix: Any, second: Any, index: Any, i: int, j: int) -> dict[str, Any]
     if second is not None:
         page["second"] = _value(second.pair(i, j).value)
     return page
+
+
+def labels(matrix: Any, index: Any, features: list[int], axis: int) -> list[str]:
+    """Labels of features of the rows (axis 0) or columns (axis 1); "" where no index knows them."""
+    return index.label_texts(features) if index is not None and (axis == 0 or matrix.same) else [""] * len(features)
 
 
 def top_tokens(matrix: Any, index: Any, i: int, axis: int) -> list[str]:
@@ -80,7 +88,7 @@ def static_html(matrix: Any, views: list[Any], pairs: list[Any]) -> str:
         for v in views
     )
     scale = f"{caption(views)}; blue {-first.scale:g}, orange {first.scale:+g}, gray not defined"
-    rows = [(i, j, f"{v:+.3f}") for i, j, v in pairs[:12]]
+    rows = [(f"{i} {a}".strip(), f"{j} {b}".strip(), f"{v:+.3f}") for i, j, v, a, b in pairs[:12]]
     return f"{pictures}<div>{scale}</div>" + (grid(("feature", "and", matrix.what), rows) if rows else "")
 
 
@@ -94,8 +102,12 @@ def _latent(matrix: Any, index: Any, i: int, axis: int) -> Any:
 
 def _side(matrix: Any, index: Any, i: int, axis: int, fires: int | None) -> dict[str, Any]:
     latent = _latent(matrix, index, i, axis)
-    near = [[p.col if axis == 0 else p.row, short(p.value)] for p in matrix.partners(i, 8, axis)]
-    side: dict[str, Any] = {"feature": i, "fires": fires, "near": near}
+    partners = matrix.partners(i, 8, axis)
+    others = [p.col if axis == 0 else p.row for p in partners]
+    names = labels(matrix, index, others, 1 - axis)
+    near = [[j, short(p.value), name] for j, p, name in zip(others, partners, names, strict=True)]
+    (name,) = labels(matrix, index, [i], axis)
+    side: dict[str, Any] = {"feature": i, "label": name, "fires": fires, "near": near}
     if latent is not None:
         page = latent_page(latent, frozenset(index.info.special), None)
         side["page"] = {k: page[k] for k in ("density", "max", "scale", "words", "top", "histogram")}

@@ -65,11 +65,12 @@ function table({ body, model, on, set, ask }) {
   const fill = (e, r) => {
     const inside = make("span", "in"), chosen = r.latent === model.get("selected");
     const marks = (model.get("pins").includes(r.latent) ? "\u2691" : "") + (model.get("notes")[r.latent] ? "\u270e" : "");
+    if (r.label) inside.append(labelOf(r.label, true));
     r.tokens.forEach(([s, share, special], j) => inside.append(piece(s, share, special, j === r.at)));
     if (!r.tokens.length) inside.append(make("span", "none", "never fires"));
     e.dataset.latent = r.latent;
     e.setAttribute("aria-selected", String(chosen));
-    e.setAttribute("aria-label", `latent ${r.latent}, fires on ${percent(r.density)}`);
+    e.setAttribute("aria-label", `latent ${r.latent}${r.label ? " " + r.label : ""}, fires on ${percent(r.density)}`);
     const number = make("span", "n", String(r.latent));
     if (marks) number.append(make("i", "marks", marks));
     e.append(number, inside, make("span", "num", percent(r.density)), make("span", "num", digits(r.max)));

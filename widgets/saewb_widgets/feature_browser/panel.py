@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WINDOW = 48  # rows of the table sent at a time
 _AT_ONCE = 4096  # latents up to which tables and searches do not need a thread
+_LABEL = 2000  # characters of a note that are the latent's label, at most
 _CACHED_ROWS = 4096  # rows of the table cached, 300 bytes each
 
 
@@ -90,7 +91,8 @@ class FeatureBrowser(Panel):
 
         Raises:
             TypeError: if `index` is something else, or a trait unknown.
-            ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given.
+            ValueError: for a latent, an order or a filter that does not exist; if only one of model and sae is given;
+                if the index is of another SAE.
             FileNotFoundError: if there is no index in the folder.
         """
         self.check_names(traits)
@@ -102,7 +104,10 @@ class FeatureBrowser(Panel):
         if not isinstance(self.index, saewb.FeatureIndex):
             what = f"FeatureBrowser got a {type(index).__name__}."
             raise TypeError(errors.explain(what, want="a FeatureIndex or its folder", fix="saewb.load_index(folder)"))
+        if sae is not None:
+            self.index.check_sae(sae)
         self.model, self.sae = model, sae
+        self._given, self._noted = dict(self.index.labels), set[int]()  # labels without the notes; latents with a note
         self._notes_file = None if notes_file is None else Path(notes_file).expanduser()
         self._table: pd.DataFrame | None = None
         self._hits: tuple[str, pd.DataFrame] | None = None  # of the last search, and its query
@@ -130,6 +135,7 @@ class FeatureBrowser(Panel):
         if self._notes_file is not None:
             pins, notes = bookmarks.read(self._notes_file)
             self.pins, self.notes = self._check_latents(pins), {i: notes[i] for i in self._check_latents(notes)}
+        self._label(self.notes)
         self._ready = True
         self._send_page()
         self._list()
@@ -153,7 +159,7 @@ class FeatureBrowser(Panel):
         self.pins = [p for p in self.pins if p != latent]
 
     def note(self, latent: int, text: str) -> None:
-        """Write a note about a latent; an empty text deletes it."""
+        """Write a note about a latent, which is its label in `index` too; an empty text deletes it."""
         (i,) = self._check_latents([latent])
         others = {k: v for k, v in self.notes.items() if k != i}
         self.notes = {**others, i: text} if text else others
@@ -181,6 +187,8 @@ class FeatureBrowser(Panel):
             lines.append(f"index = saewb.load_index({str(self._folder)!r})")
         else:
             lines.append("# index: the FeatureIndex that the panel was made with")
+        if self.notes:
+            lines.append(f"index = index.with_labels({dict(self.notes)!r})")
         lines += [*self._filter().code(), f"latent = index.latent({self.selected})"]
         return "\n".join(lines) + "\n"
 
@@ -249,8 +257,22 @@ class FeatureBrowser(Panel):
     def _on_marks(self) -> None:
         if self._notes_file is not None:
             bookmarks.write(self._notes_file, self.pins, self.notes)
+        if self._label(self.notes):
+            self._send_page()
+            self._send_rows()
         if self.show_only in ("pinned", "noted"):
             self._list()
+
+    def _label(self, notes: Mapping[int, str]) -> bool:
+        """Make notes the labels of `index`, and those that were deleted none; whether that changes any."""
+        gone = {i: self._given.get(i, "") for i in self._noted if i not in notes}
+        labeled = self.index.with_labels({**gone, **{i: text[:_LABEL] for i, text in notes.items()}})
+        self._noted = set(notes)
+        if dict(labeled.labels) == dict(self.index.labels):
+            return False
+        self.index, self._hits = labeled, None
+        self._rows.cache_clear()
+        return True
 
     def _filter(self) -> table_filter.TableFilter:
         marked = {"pinned": self.pins, "noted": self.notes}.get(self.show_only, ())

@@ -189,6 +189,7 @@ function latents({ model, on, set, ask }) {
     pin.tabIndex = -1;
     if (f.saes.length > 1) { const s = make("small", "", String(r.sae)); s._tip = () => f.saes[r.sae]; number.append(" ", s); }
     if (model.get("everywhere") && !pinned) inside.append(seen(make("span", "t where"), r.token));
+    if (r.hint && r.hint.label) inside.append(labelOf(r.hint.label, true));
     if (r.hint) r.hint.tokens.forEach(([s, share, special], j) => inside.append(piece(s, share, special, j === r.hint.at)));
     if (r.hint && r.hint.word !== undefined) { const g = make("span", "gives", "\u2192 " + shown(r.hint.word)); inside.append(g); }
     fill.style.width = `${(100 * Math.abs(v)) / Math.max(1e-12, largest[by] || 0)}%`;

@@ -12,7 +12,7 @@ function pageOf({ body, model, on, set, ask }, { pinned = (i) => model.get("pins
     pin.setAttribute("aria-pressed", String(is));
     const whole = button("whole text", "", () => { wrap = !wrap; draw(); }, "Show whole contexts");
     whole.setAttribute("aria-pressed", String(wrap));
-    e.append(make("h2", "", "Latent " + p.latent), make("span", "gap"), pin, whole);
+    e.append(make("h2", "", "Latent " + p.latent), labelOf(p.label, p.explained), make("span", "gap"), pin, whole);
     if (browsing) e.append(button("code", "", () => ask("code"), "Show the Python code for this"),
       button("save page", "", () => ask("save", { path: "features.html" }), "Save the table's first 500 latents to features.html"));
     if (p.url) { const a = make("a", "out", "Neuronpedia \u2197"); a.href = p.url; a.target = "_blank"; a.rel = "noopener"; e.append(a); }
@@ -47,7 +47,7 @@ function pageOf({ body, model, on, set, ask }, { pinned = (i) => model.get("pins
 // A text of one's own: where this latent fires in it, and which latents do.
 function tryOut({ model, set, page }) {
   if (!model.get("facts").can_try) return null;
-  const e = make("section", "card try"), input = make("input"), { tokens, special, latents } = model.get("tried");
+  const e = make("section", "card try"), input = make("input"), { tokens, special, latents, labels } = model.get("tried");
   input.placeholder = "Try a text of your own";
   input.setAttribute("aria-label", "Text to run the model on");
   input.value = model.get("prompt");
@@ -60,7 +60,8 @@ function tryOut({ model, set, page }) {
     t._tip = () => `${JSON.stringify(s)}   activation ${digits(a)}\nposition ${j}`; line.append(t); });
   const who = make("div", "who");
   who.append(make("span", "none", "fire here: "));
-  latents.slice(0, 16).forEach(([i]) => who.append(button(String(i), "quiet link", () => set({ selected: i }))));
+  latents.slice(0, 16).forEach(([i]) => who.append(
+    button(String(i), "quiet link", () => set({ selected: i })), labelOf(labels[i] || ""), " "));
   e.append(line, who);
   return e;
 }

@@ -318,7 +318,8 @@ class SteeringPanel(Panel):
         page = index.latent(latent)
         tokens = dict.fromkeys(visible(c.tokens[c.at]) for c in page.top)
         raised = [visible(word.token) for word in page.logits_top[:_WORDS]]
-        return {"label": ", ".join(list(tokens)[:_WORDS]), "raises": ", ".join(raised), "max": short(page.max)}
+        label = page.label if page.is_explained else ", ".join(list(tokens)[:_WORDS])
+        return {"label": label, "raises": ", ".join(raised), "max": short(page.max)}
 
     def _update_table(self) -> None:
         """Update the table in the background, one job at a time; the last settings win."""

@@ -200,9 +200,8 @@ def indexes(saes: Sequence[Any], index: Any) -> list[Any]:
     if not saes or len(items) > len(saes):
         raise ValueError(errors.explain(f"SteeringPanel got {len(saes)} SAEs and {len(items)} indexes."))
     for sae, item in zip(saes, items, strict=False):
-        if item is not None and len(item) != sae.cfg.d_sae:
-            what = f"the index is of {len(item):,} latents, the SAE has {sae.cfg.d_sae:,}."
-            raise ValueError(errors.explain(what, fix="index = saewb.build_index(model, sae, texts)"))
+        if item is not None:
+            item.check_sae(sae)
     return items + [None] * (len(saes) - len(items))
 
 

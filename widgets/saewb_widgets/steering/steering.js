@@ -117,7 +117,7 @@ function steering({ body, model, on, ask, set }) {
     const draw = (now, card) => {
       const m = Math.ceil(card.max || 20), [low, high] = RANGES[now.how](m);
       label.textContent = card.label;
-      label._tip = () => (card.label ? `Fires on ${card.label}` + (card.raises ? `\nPromotes: ${card.raises}` : "")
+      label._tip = () => (card.label ? card.label + (card.raises ? `\nPromotes: ${card.raises}` : "")
         + `\nLargest activation: ${digits(card.max)}` : "");
       mode.value = now.how;
       mode.dataset.max = m;

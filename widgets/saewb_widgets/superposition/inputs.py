@@ -10,8 +10,6 @@ import saewb
 from saewb import errors
 
 SIDES = ("decoder", "encoder")
-_N_CHECKED = 8  # latents whose nearest neighbors must agree between index and SAE
-_COS_TOLERANCE = 0.05  # of their cosines, since the SAE may have another precision than the indexed one
 _FIX = "SuperpositionPanel(sae)  # or a tensor, a list, or {'a': sae_a, 'b': sae_b}"
 
 
@@ -121,21 +119,8 @@ class Inputs:
         return [*lines, f"points = result.to_frame()[['max_abs_cos']].assign({scatter}={value})"]
 
     def _check_index(self, name: str) -> None:
-        """Raise unless the index is of this SAE: same number of latents, same nearest neighbors."""
-        index, rows = self.index[name], self.matrix(name, "decoder").detach()
-        of = f" of {name!r}" if self.form != "one" else ""
-        fix = "saewb.build_index(model, sae, texts)"
-        if len(index) != len(rows):
-            what = f"the index{of} has {len(index):,} latents, the directions are {len(rows):,}."
-            raise ValueError(errors.explain(what, want="the index of this SAE", fix=fix))
-        for i in range(0, len(index), -(-len(index) // _N_CHECKED)):
-            for near in index.latent(i).nearest_by_decoder[:1]:
-                a, b = rows[i].double(), rows[near.latent].double()
-                cos = float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30))
-                if abs(cos - near.cosine) > _COS_TOLERANCE:
-                    what = f"the index{of} is of another SAE: latents {i} and {near.latent} have cosine "
-                    what += f"{near.cosine:.2f} there and {cos:.2f} here."
-                    raise ValueError(errors.explain(what, want="the index of this SAE", fix=fix))
+        """Raise unless the index is of this SAE, or of an SAE with these decoder directions."""
+        self.index[name].check_sae(self.directions[name])
 
 
 def _by_name(items: Any, form: str) -> dict[str, Any]:

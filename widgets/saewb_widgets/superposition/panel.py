@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import traitlets as t
@@ -141,13 +143,14 @@ class SuperpositionPanel(Panel):
         """See Panel."""
         if self.result is None:
             return "<div>not computed yet</div>"
-        near = [(j, f"{cos:+.3f}") for j, cos in self.neighbors]
-        closest = [(i, j, f"{cos:+.3f}") for i, _, j, cos in self.rows["rows"][:12]]
+        near = [(f"{j} {name}".strip(), f"{cos:+.3f}") for j, cos, name in self._named_neighbors()]
+        selected, rows = f"{self.selected} {self.page['label']}".strip(), self.rows["rows"][:12]
+        closest = [(f"{i} {a}".strip(), f"{j} {b}".strip(), f"{cos:+.3f}") for i, _, j, cos, a, b in rows]
         return (
             self.result._repr_html_()
             + serialize.static_html(self.beside, self.which, self.dots, self.figures["cosines"])
             + grid(("direction", "nearest", "cosine"), closest)
-            + f"<div style='margin-top:8px'><b>Neighbors of {self.selected}</b></div>"
+            + f"<div style='margin-top:8px'><b>Neighbors of {html.escape(selected)}</b></div>"
             + grid(("direction", "cosine"), near)
         )
 
@@ -294,7 +297,9 @@ class SuperpositionPanel(Panel):
         self.figures = serialize.figures(self.which, self.result, frame)
         table = frame.sort_values("max_abs_cos", ascending=not self.closest_first, kind="stable")
         listed = table.head(_LISTED).reset_index()[["feature", "max_abs_cos", "nearest", "nearest_cos"]]
-        self.rows = {"rows": [[int(i), short(m), int(j), short(c)] for i, m, j, c in listed.values]}
+        names = (self._labels([int(i) for i in listed[column]]) for column in ("feature", "nearest"))
+        pairs = zip(listed.values, *names, strict=True)
+        self.rows = {"rows": [[int(i), short(m), int(j), short(c), a, b] for (i, m, j, c), a, b in pairs]}
         if self.which not in self._selected_by_name:
             self._auto_select(int(table.index[0]))
         self._send_comparison()
@@ -315,9 +320,20 @@ class SuperpositionPanel(Panel):
     def _size(self) -> str:
         return f"{self.result.n_features:,} directions in {self.result.d:,} dimensions"
 
+    def _labels(self, directions: Sequence[int]) -> list[str]:
+        """Labels of latents, from the index of the set shown; "" without one."""
+        index = self.inputs.index.get(self.which)
+        return [""] * len(directions) if index is None else index.label_texts(directions)
+
+    def _named_neighbors(self) -> list[list[Any]]:
+        """Nearest neighbors of the selected direction, their cosines and labels."""
+        near = self.neighbors
+        names = self._labels([j for j, _ in near])
+        return [[j, short(cos), name] for (j, cos), name in zip(near, names, strict=True)]
+
     def _send_page(self) -> None:
-        near = [[j, short(cos)] for j, cos in self.neighbors]
-        page = {"direction": self.selected, "neighbors": near}
+        near = self._named_neighbors()
+        page = {"direction": self.selected, "label": self._labels([self.selected])[0], "neighbors": near}
         if self.points is not None:
             x, y = self.points[[self.scatter, "max_abs_cos"]].iloc[self.selected]
             page["at"] = [short(x), short(y)]

@@ -164,6 +164,7 @@ function crowd(parts) {
     dotCaption.textContent = d.caption || "";
     dotCaption.hidden = !d.caption; };
   const link = (i) => button(String(i), "quiet link", () => set({ selected: i }), `Neighbors of ${i}`);
+  const label = (text) => { const e = make("em", "label", shown(text || "")); if (text) e.title = text; return e; };
   const bar = (v) => { const e = make("span", "bar"), b = make("i");
     b.style.width = 100 * Math.abs(v) + "%";
     if (v < 0) b.className = "minus";
@@ -177,9 +178,9 @@ function crowd(parts) {
     first = model.get("closest_first");
     name.textContent = first ? "Closest to another" : "With the most room";
     rows.setAttribute("aria-label", name.textContent);
-    rows.replaceChildren(...(model.get("rows").rows || []).map(([i, , j, c]) => { const e = make("div", "row");
+    rows.replaceChildren(...(model.get("rows").rows || []).map(([i, , j, c, a, b]) => { const e = make("div", "row");
       e.dataset.direction = i;
-      e.append(link(i), bar(c), make("span", "num", cosine(c)), link(j));
+      e.append(link(i), label(a), bar(c), make("span", "num", cosine(c)), link(j), label(b));
       return e; }));
     rows.scrollTop = at;
     marked();
@@ -187,9 +188,9 @@ function crowd(parts) {
   const marked = () => [...rows.children].forEach((e) => e.setAttribute("aria-current", String(+e.dataset.direction === model.get("selected"))));
   const page = () => {
     const p = model.get("page"), had = near.contains(document.activeElement);
-    near.replaceChildren(make("h3", "", p.direction === undefined ? "" : `Nearest to ${p.direction}`));
-    (p.neighbors || []).forEach(([j, c]) => { const e = make("div", "row");
-      e.append(link(j), bar(c), make("span", "num", cosine(c))); near.append(e); });
+    near.replaceChildren(make("h3", "", p.direction === undefined ? "" : `Nearest to ${p.direction} ${shown(p.label || "")}`.trim()));
+    (p.neighbors || []).forEach(([j, c, name]) => { const e = make("div", "row");
+      e.append(link(j), label(name), bar(c), make("span", "num", cosine(c))); near.append(e); });
     if (had) near.focus({ preventScroll: true });
   };
   near.tabIndex = -1;

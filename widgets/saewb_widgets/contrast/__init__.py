@@ -1,0 +1,1 @@
+"""ContrastPanel: the latents that tell two lists of texts apart."""
