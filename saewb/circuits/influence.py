@@ -83,11 +83,24 @@ def prune(
         if not 0 <= share <= 1:
             raise ValueError(explain(f"pruned got {name}={share!r}.", want="a share, 0 to 1", fix=f"{name}=0.8"))
     keep = (reach >= _threshold(reach, nodes)) | fixed
-    matrix = matrix.abs() * keep[:, None] * keep
+    index = keep.nonzero()[:, 0]
+    inner = matrix[index][:, index].abs()  # of the kept nodes only: few of many
+    edge_mask = torch.zeros(matrix.shape, dtype=torch.bool)
+    some, within = _prune_edges(inner, order[index], weights[index], fixed[index], latents[index], edges)
+    edge_mask[index[:, None], index] = within
+    keep[index] = some
+    return keep, edge_mask
+
+
+def _prune_edges(
+    matrix: Tensor, order: Tensor, weights: Tensor, fixed: Tensor, latents: Tensor, share: float
+) -> tuple[Bool[Tensor, " nodes"], Bool[Tensor, "nodes nodes"]]:
+    """Edges by their scores, then nodes that are connected; of |effects| among the nodes that were kept."""
     totals = row_totals(matrix)
-    inner = influence(matrix, torch.arange(len(matrix)), order, weights, totals)
-    scores = matrix.mul_(((inner + weights) / totals.clamp_min(1e-10)).float()[:, None])
-    edge_mask = (scores >= _threshold(scores[scores > 0], edges)) & (scores > 0)
+    reach = influence(matrix, torch.arange(len(matrix)), order, weights, totals)
+    scores = matrix * ((reach + weights) / totals.clamp_min(1e-10)).float()[:, None]
+    edge_mask = (scores >= _threshold(scores[scores > 0], share)) & (scores > 0)
+    keep = torch.ones(len(matrix), dtype=torch.bool)
     while True:
         before = int(keep.sum())
         keep &= edge_mask.any(0) | fixed
