@@ -12,9 +12,10 @@ nothing else. Each folder below is one room; a room imports only from the lines 
 (`tests/test_architecture.py` holds this):
 
     cli, demo, diagnostics          the command line: saewb demo, eval, train, lab, doctor
-    prompts/                        one prompt: active latents, next tokens, generation, attribution
+    prompts/                        one prompt: active latents, next tokens, generation
     probing/                        contrasts of two sets of texts, sparse probes, directions and neurons as latents
     explanations/                   latents in words: explain and score with a language model
+    circuits/                       how the model got to a token: attribution, frozen model, graphs, interventions
     tiny/                           the bundled model, SAE and texts, and how they were made
     evals/                          how good an SAE is: losses with it in the model, reconstruction, firing
     features/                       the feature index: contexts, histograms, logit effects, search, HTML page

@@ -1,5 +1,6 @@
 """The public names of saewb, and where each is defined: read by type checkers, editors and `saewb/__init__.py`."""
 
+from . import circuits as circuits
 from . import data as data
 from . import errors as errors
 from . import evals as evals
@@ -16,6 +17,16 @@ from . import stats as stats
 from . import synthetic as synthetic
 from . import tiny as tiny
 from . import training as training
+from .circuits.attribution import Attribution as Attribution
+from .circuits.attribution import attribute as attribute
+from .circuits.attribution import attribute_edges as attribute_edges
+from .circuits.attribution_graph import attribution_graph as attribution_graph
+from .circuits.frozen import FrozenModel as FrozenModel
+from .circuits.frozen import freeze as freeze
+from .circuits.graph import AttributionGraph as AttributionGraph
+from .circuits.intervene import LatentIntervention as LatentIntervention
+from .circuits.intervene import intervene as intervene
+from .circuits.load_graph import load_graph as load_graph
 from .data.cache import ActivationCache as ActivationCache
 from .data.cache import cache_activations as cache_activations
 from .data.documents import TextFiles as TextFiles
@@ -68,9 +79,6 @@ from .probing.directions import directions as directions
 from .probing.directions import neurons as neurons
 from .probing.probes import Probes as Probes
 from .probing.probes import sparse_probe as sparse_probe
-from .prompts.attribution import Attribution as Attribution
-from .prompts.attribution import attribute as attribute
-from .prompts.attribution import attribute_edges as attribute_edges
 from .prompts.generate import NewToken as NewToken
 from .prompts.generate import generate_tokens as generate_tokens
 from .prompts.generate import next_token_changes as next_token_changes

@@ -32,6 +32,7 @@ LAYERS = [  # a room imports rooms of earlier lines and its own files; the first
     {"models", "stats", "pretrained"},
     {"interventions", "data", "synthetic"},
     {"evals", "features", "training"},
+    {"circuits"},
     {"explanations", "probing", "prompts", "tiny"},
     {"cli", "demo", "diagnostics", "__init__", "__main__"},
 ]

@@ -54,7 +54,7 @@ class HookPoint:
     names: tuple[str, ...]
     """Canonical name and aliases, `name` first."""
     module: nn.Module
-    """transformer-lens HookPoint; or the MLP whose input it is, where the model has no HookPoint there."""
+    """transformer-lens HookPoint; or the module whose input it is, where the model has no HookPoint there."""
 
     @property
     def layer(self) -> int | None:
@@ -376,13 +376,18 @@ def _table(model: nn.Module) -> dict[str, HookPoint]:
         canonical = modules[key].name if modules[key].name in names else names[0]
         point = HookPoint(canonical, (canonical, *(name for name in names if name != canonical)), modules[key])
         table.update(dict.fromkeys(names, point))
-    return table if is_bridge(model) else {**_mlp_inputs(model), **table}
+    return table if is_bridge(model) else {**_module_inputs(model), **table}
 
 
-def _mlp_inputs(model: nn.Module) -> dict[str, HookPoint]:
-    """`blocks.L.mlp.hook_in` of a HookedTransformer, which published transcoders read; it has no HookPoint there."""
-    mlps = {f"{name}.hook_in": module for name, module in model.mod_dict.items() if name.endswith(".mlp")}
-    return {name: HookPoint(name, (name,), module) for name, module in mlps.items()}
+def _module_inputs(model: nn.Module) -> dict[str, HookPoint]:
+    """Points of a Bridge that a HookedTransformer has no HookPoint for.
+
+    The inputs of its MLPs, which published transcoders read (`blocks.L.mlp.hook_in`), and `unembed.hook_in`, the output
+    of the final norm.
+    """
+    meant = (name for name in model.mod_dict if name == "unembed" or name.endswith(".mlp"))
+    inputs = {f"{name}.hook_in": model.mod_dict[name] for name in meant}
+    return {name: HookPoint(name, (name,), module) for name, module in inputs.items()}
 
 
 def _unknown_name_message(model: nn.Module, name: str) -> str:

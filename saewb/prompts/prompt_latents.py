@@ -2,7 +2,7 @@
 
 1. `read_prompt` runs the clean model once and stores the input of each SAE and the final residual stream.
 2. Each SAE encodes its input, 64 MiB of latents at a time; every active latent becomes a row.
-3. `PromptReading.toward` adds to the rows their direct effect on a token's logit (`saewb.prompts.direct_logit`).
+3. `PromptReading.toward` adds to the rows their direct effect on a token's logit (`saewb.circuits.direct_logit`).
 4. `PromptReading.attributed` adds their effect by `saewb.attribute`, through the whole model.
 
 `read_in_turn` also yields the next tokens, in fewer passes than `read_prompt` and `next_tokens` take.
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from saewb._finite import check_finite
 from saewb._indices import index_of
+from saewb.circuits.attribution import attribute
+from saewb.circuits.attribution_nodes import ERROR, token_id
+from saewb.circuits.direct_logit import active_latents, direct_effects
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain, near
 from saewb.interventions.site import Site, sites_of
@@ -27,9 +30,6 @@ from saewb.models import hook_points
 from saewb.models.active import check_unmodified
 from saewb.models.capture import capture, capturing, eval_mode
 from saewb.models.tokenizer import special_ids, special_mask
-from saewb.prompts.attribution import attribute
-from saewb.prompts.attribution_nodes import ERROR, token_id
-from saewb.prompts.direct_logit import active_latents, direct_effects
 from saewb.prompts.next_tokens import NextTokens, next_tokens_in_turn, prompt_strings
 from saewb.sae.sparse import SparseLatents
 

@@ -11,9 +11,14 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from saewb.errors import explain
+
+if TYPE_CHECKING:
+    import torch
+
+    from saewb.sae.sae import SAE
 
 _HERE = Path(__file__).parent
 TEXT_FILE = "texts.json.gz"
@@ -53,11 +58,11 @@ def held_out_texts() -> list[Document]:
     return [document for document in _texts() if document.held_out]
 
 
-def folder(what: Literal["model", "sae"]) -> Path:
-    """The folder of the bundled model (a Hugging Face directory) or SAE (SAELens layout).
+def folder(what: Literal["model", "sae", "transcoders"]) -> Path:
+    """The folder of the bundled model (a Hugging Face directory), SAE or transcoders (SAELens layout, one per layer).
 
     Args:
-        what: "model" or "sae".
+        what: "model", "sae" or "transcoders".
 
     Returns:
         A folder of the installed package; read only.
@@ -69,9 +74,30 @@ def folder(what: Literal["model", "sae"]) -> Path:
         >>> folder("sae").joinpath("cfg.json").exists()
         True
     """
-    if what not in ("model", "sae"):
-        raise ValueError(explain(f"nothing called {what!r} is bundled.", want="'model' or 'sae'"))
+    if what not in ("model", "sae", "transcoders"):
+        raise ValueError(explain(f"nothing called {what!r} is bundled.", want="'model', 'sae' or 'transcoders'"))
     return _HERE / what
+
+
+def transcoders(device: torch.device | str = "cpu") -> list[SAE]:
+    """The bundled transcoders of the four MLPs of `load_model("tiny")`, for `saewb.attribution_graph`.
+
+    Args:
+        device: of the parameters.
+
+    Returns:
+        Four SAEs, the first layer's first, float32.
+
+    Example:
+        >>> transcoders()[3]
+        SAE(topk, 128 -> 768 latents, blocks.3.mlp.hook_in => blocks.3.hook_mlp_out, tiny, float32 on cpu)
+    """
+    import torch
+
+    from saewb.pretrained.load import load_sae
+
+    folders = sorted(folder("transcoders").iterdir())
+    return [load_sae(one, dtype=torch.float32, device=device) for one in folders if one.is_dir()]
 
 
 @cache

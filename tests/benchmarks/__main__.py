@@ -44,6 +44,7 @@ JOBS = {
     "loading": Job("loading"),
     "fingerprint": Job("fingerprint", cuda=True),
     "evaluate": Job("evaluate", SMOL, cuda=True),
+    "attribution_graph": Job("attribution_graph", SMOL, cuda=True),
     "stats": Job("stats"),
     "contrast": Job("contrast", SMOL, cuda=True),
     "synthetic": Job("synthetic"),

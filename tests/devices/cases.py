@@ -50,6 +50,7 @@ FILES, TEXT, VALUES = (
 )
 NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("catalogue", "load_config", "push_to_hub", "read_run", "TextFiles", "PastRun"), FILES),
+    **dict.fromkeys(("load_graph", "tiny.transcoders"), FILES),
     **dict.fromkeys(("tiny.Document", "tiny.texts", "tiny.held_out_texts", "tiny.folder", "token_strings"), TEXT),
     **dict.fromkeys(("pack", "stream_tokens", "token_sets", "token_texts", "tokens_where"), TEXT),
     **dict.fromkeys(("data.tokens.check_context", "data.tokens.check_vocabulary", "data.tokens.model_tokens"), TEXT),
@@ -206,6 +207,33 @@ def steer(world):
         results["ablate"] = model(tokens)
     with saewb.steer(model, world.sae(), {3: 2.0}, positions=[1, 3]):
         results["host text"] = model.generate("w1 w2 w3", max_new_tokens=6, do_sample=False, verbose=False)
+    return results
+
+
+# -- circuits ----------------------------------------------------------------------------------------------------------
+
+
+@case("freeze", "FrozenModel")
+def freeze(world):
+    with saewb.freeze(world.model, "w1 w2 w3") as frozen, torch.no_grad():
+        return {"logits": world.model(frozen.tokens), "scales": frozen.scales, "patterns": frozen.patterns}
+
+
+@case(
+    *("attribution_graph", "AttributionGraph", "intervene", "LatentIntervention"),
+    host_products="rows are ranked, pruned and scored on the host, documented",
+)
+def attribution_graph(world):
+    points = [(f"blocks.{i}.mlp.hook_in", f"blocks.{i}.hook_mlp_out") for i in range(2)]
+    plain = [world.sae(read, hook_out=write, seed=i, skip=i == 1) for i, (read, write) in enumerate(points)]
+    results = {}
+    for name, coders in {"plain": plain, "clt": world.cross_layer}.items():
+        graph = saewb.attribution_graph(world.model, "w1 w2 w3", coders, max_latents=20, batch_size=8, progress=False)
+        results[f"{name} nodes"], results[f"host {name} edges"] = graph.pruned().nodes, graph.edges
+        for direct in (True, False):
+            result = saewb.intervene(world.model, "w1 w2 w3", coders, [(1, -1, 3, 2.0)], direct=direct)
+            results[f"host {name} logits {direct}"] = result.logits
+            results[f"{name} latents {direct}"] = result.latents
     return results
 
 

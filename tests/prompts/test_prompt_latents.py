@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from circuits.test_attribution import RESID, SAES, Z
 from helpers import tiny_models
-from prompts.test_attribution import RESID, SAES, Z
 from sae.test_cross_layer import formula, made
 
 import saewb
@@ -159,7 +159,7 @@ def test_several_at_once_are_those_one_by_one(model):
 
 
 def test_long_prompts_are_read_in_parts(model, monkeypatch):
-    from saewb.prompts import attribution_nodes
+    from saewb.circuits import attribution_nodes
 
     sae = tiny_models.sae(RESID)
     ids = tiny_models.tokens(1, 60)[0].tolist()

@@ -15,12 +15,13 @@ from saewb import tiny
 from saewb.errors import FormatError
 from saewb.pretrained.load import load_sae
 from saewb.sae.sae import SAE, SAEConfig
-from saewb.tiny import make, make_model, make_sae
+from saewb.tiny import make, make_model, make_sae, make_transcoders
 
 MODEL = make_model.ModelRecipe(
     vocab_size=300, ctx_len=32, d_model=16, d_mlp=24, n_layers=2, n_heads=2, n_steps=3, batch=4, warmup_steps=1
 )
 SAES = make_sae.SAERecipe(layer=0, d_sae=40, k=3, ctx_len=32, n_steps=3, batch=64, k_aux=8)
+TRANSCODERS = make_transcoders.TranscoderRecipe(layers=2, d_sae=40, k=3, ctx_len=32, n_tokens=256, batch=64)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,7 +41,7 @@ def documents():
 @pytest.fixture(scope="module")
 def made(documents, tmp_path_factory):
     out = tmp_path_factory.mktemp("made")
-    make.make(documents, out, MODEL, SAES)
+    make.make(documents, out, MODEL, SAES, TRANSCODERS)
     return out
 
 
@@ -65,9 +66,18 @@ def test_the_whole_script_writes_folders_that_load(made, documents):
     assert 0 < figures["l0"] <= 3
 
 
+def test_a_transcoder_for_each_layer(made):
+    for layer in range(2):
+        transcoder = load_sae(made / "transcoders" / f"blocks.{layer}.mlp")
+        cfg = transcoder.cfg
+        assert (cfg.hook, cfg.hook_out) == (f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out")
+        assert (cfg.d_in, cfg.d_sae, cfg.k, transcoder.dtype) == (16, 40, 3, torch.float16)
+        assert cfg.metadata["held_out"]["fvu"] > 0
+
+
 def test_only_the_sae_again_gives_the_same_sae(made, documents, tmp_path):
     shutil.copytree(made / "model", tmp_path / "model")
-    make.make(documents, tmp_path, MODEL, SAES, only="sae")
+    make.make(documents, tmp_path, MODEL, SAES, TRANSCODERS, only="sae")
     assert not (tmp_path / tiny.TEXT_FILE).exists()
     for name, tensor in load_sae(made / "sae").state_dict().items():
         assert torch.equal(tensor, load_sae(tmp_path / "sae").state_dict()[name]), name

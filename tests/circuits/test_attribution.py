@@ -7,8 +7,8 @@ import torch
 from helpers import tiny_models
 
 import saewb
+from saewb.circuits.attribution import attribute, attribute_edges
 from saewb.interventions.steering import steer
-from saewb.prompts.attribution import attribute, attribute_edges
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
@@ -245,7 +245,7 @@ def test_frozen_models_under_no_grad(model):
 def test_tiles_change_nothing(model, monkeypatch):
     sae = SAES["topk"]()
     want = attribute(model, PROMPT, sae, metric).to_frame()
-    monkeypatch.setattr("saewb.prompts.attribution_nodes.TILE", 2 * sae.cfg.d_sae)
+    monkeypatch.setattr("saewb.circuits.attribution_nodes.TILE", 2 * sae.cfg.d_sae)
     got = attribute(model, PROMPT, sae, metric).to_frame()
     assert got.latent.equals(want.latent)
     assert got.effect.tolist() == pytest.approx(want.effect.tolist(), rel=1e-5)

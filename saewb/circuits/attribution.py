@@ -1,8 +1,7 @@
 """Attribution: effects of latents at positions on a metric of the logits, and edges between latents of two SAEs.
 
 The error of an SAE is a node like its latents. Nothing is attached at their points: effects are about the model's own
-activations there. The formulas are
-in `attribute`, the steps in `saewb.prompts.attribution_nodes`.
+activations there. The formulas are in `attribute`, the steps in `saewb.circuits.attribution_nodes`.
 """
 
 from __future__ import annotations
@@ -19,12 +18,7 @@ from torch import Tensor, nn
 
 from saewb._finite import check_finite
 from saewb._indices import index_of
-from saewb.errors import explain
-from saewb.models import hook_points
-from saewb.models.active import check_unmodified
-from saewb.models.capture import eval_mode, stop_layer
-from saewb.models.tokenizer import token_strings
-from saewb.prompts.attribution_nodes import (
+from saewb.circuits.attribution_nodes import (
     ERROR,
     AttributionRun,
     Metric,
@@ -35,6 +29,11 @@ from saewb.prompts.attribution_nodes import (
     prepare_attribution,
     split_into_nodes,
 )
+from saewb.errors import explain
+from saewb.models import hook_points
+from saewb.models.active import check_unmodified
+from saewb.models.capture import eval_mode, stop_layer
+from saewb.models.tokenizer import token_strings
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from saewb.circuits.attribution_nodes import slopes, tiles
 from saewb.features.logit_effects import project_to_residual
 from saewb.interventions.site import Site
 from saewb.models.unembed import final_norm_scale, unembedding_column
-from saewb.prompts.attribution_nodes import slopes, tiles
 from saewb.sae.cross_layer import CrossLayerTranscoder
 from saewb.sae.sparse import SparseLatents
 

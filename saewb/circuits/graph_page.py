@@ -1,0 +1,76 @@
+"""The HTML page of an attribution graph: one file that needs neither network nor kernel."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from saewb._files import write_text
+from saewb.circuits.influence import row_totals
+from saewb.errors import explain
+
+MAX_NODES = 2000
+"""Nodes of a page, at most; 500 are drawn in a moment."""
+_MAX_EDGES = 50_000
+_PAGE = Path(__file__).parent / "page"
+
+
+def write_graph_page(graph: Any, path: str | Path, title: str | None) -> Path:
+    """Write the page of a graph, whole or not at all, and return its absolute path."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(explain(f"{str(path)!r} is a folder.", fix=f"save_html({str(path / 'graph.html')!r})"))
+    page = render_graph_page(graph, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return path.resolve()
+
+
+def render_graph_page(graph: Any, title: str | None = None) -> str:
+    """Render the page as a string."""
+    from jinja2 import Environment, FileSystemLoader
+
+    if len(graph) > MAX_NODES:
+        what = f"{graph!r} has {len(graph)} nodes."
+        raise ValueError(explain(what, want=f"at most {MAX_NODES}", fix="graph.pruned(nodes=0.6).save_html(path)"))
+    data = graph_data(graph)
+    # Without "<", so that no text can end the script element.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    template = Environment(loader=FileSystemLoader(_PAGE), autoescape=True).get_template("graph.html")
+    return template.render(title=title or f"How {graph.model or 'the model'} got here", about=data["about"], data=text)
+
+
+def graph_data(graph: Any) -> dict[str, Any]:
+    """What is drawn: nodes, and the strongest edges as (source, target, effect, score)."""
+    rows = graph.nodes.astype(object).where(graph.nodes.notna(), None).to_dict("records")
+    columns = ("id", "kind", "layer", "position", "token", "latent", "activation", "value", "label")
+    nodes = [
+        {name: _plain(row[name]) for name in columns}
+        | {name: _plain(row[name] or 0.0) for name in ("influence", "cumulative")}
+        for row in rows
+    ]
+    target, source = graph.edges.nonzero(as_tuple=True)
+    effect = graph.edges[target, source].double()
+    share = effect.abs() / row_totals(graph.edges)[target].clamp_min(1e-10)
+    importance = graph.weights + graph.weights.new_tensor(graph.nodes["influence"].fillna(0).to_numpy())
+    score = share * importance[target]
+    order = score.argsort(descending=True, stable=True)[:_MAX_EDGES]
+    pairs = zip(
+        source[order].tolist(), target[order].tolist(), effect[order].tolist(), score[order].tolist(), strict=True
+    )
+    exact = "" if graph.is_exact else " SAEs: MLPs linearized, effects to first order."
+    about = (
+        f"{graph.prompt!r}: replacement score {graph.replacement_score:.2f}, completeness {graph.completeness:.2f}."
+        f" Effects are of the frozen model, not validated by an intervention.{exact}"
+    )
+    edges = [(s, t, _plain(e), _plain(x)) for s, t, e, x in pairs]
+    return {"tokens": list(graph.tokens), "about": about, "nodes": nodes, "edges": edges}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers in four digits; missing ones as None."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
