@@ -20,9 +20,7 @@ def transcoders(model, d_sae: int, l0: int) -> list[saewb.SAE]:
     d, result = model.cfg.d_model, []
     tokens = model.to_tokens(saewb.tiny.held_out_texts()[0].text)[:, :64]
     for i in range(model.cfg.n_layers):
-        cfg = saewb.SAEConfig(
-            d, d_sae, "jumprelu", hook=f"blocks.{i}.mlp.hook_in", hook_out=f"blocks.{i}.hook_mlp_out"
-        )
+        cfg = saewb.SAEConfig(d, d_sae, "jumprelu", hook=f"blocks.{i}.mlp.hook_in", hook_out=f"blocks.{i}.hook_mlp_out")
         sae = saewb.SAE(cfg, seed=i)
         with torch.no_grad():
             x = saewb.models.capture.capture(model, tokens, [cfg.hook])[cfg.hook][0, 1:]
