@@ -55,6 +55,16 @@ def test_names_in_it_are_there():
     assert [name for name in first if name not in NAMES | {"saewb_widgets"}] == []
 
 
+def test_each_promise_has_its_test():
+    rows = re.findall(r"(?m)^\| .*`test_.*$", TEXT.partition("### Promises")[2].partition("\n## ")[0])
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) == 6
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names
+        assert [name for name in names if f"def {name}(" not in tests] == []
+
+
 def test_commands_in_it_are_there(capsys):
     from saewb.cli import main
 

@@ -33,6 +33,7 @@ from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.active import check_unmodified
 from saewb.models.capture import eval_mode, stop_layer
+from saewb.models.forward import run_to_layer
 from saewb.models.tokenizer import token_strings
 
 if TYPE_CHECKING:
@@ -356,7 +357,7 @@ def _slopes(run: AttributionRun, targets: Nodes) -> list[Tensor]:
     with torch.enable_grad():
         with hook_points.editing(run.model, {write_name: add_leaf, read_name: read}):
             stop = stop_layer(run.model, (write_name, read_name))
-            run.model(run.tokens, return_type=None, stop_at_layer=stop)
+            run_to_layer(run.model, run.tokens, stop)
         latents, column = targets.latent.unique(return_inverse=True)
         acts = late.sae.encode(late.read_input(tensors["x"]), latents=latents)[0, targets.position, column]
         leaf = tensors["leaf"]

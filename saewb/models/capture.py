@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from saewb.errors import explain
 from saewb.models import hook_points
+from saewb.models.forward import run_to_layer
 
 
 @final
@@ -106,7 +107,7 @@ def capture(model: nn.Module, tokens: Int[Tensor, "batch pos"], points: Iterable
     """
     names = dict.fromkeys(points)
     with capturing(model, names) as activations:
-        model(tokens, return_type=None, stop_at_layer=stop_layer(model, names))
+        run_to_layer(model, tokens, stop_layer(model, names))
     return {name: activations[name] for name in names}
 
 

@@ -123,6 +123,21 @@ class PassWatcher:
             hook_points.remove_from(module, lambda function: function in self._functions)
 
 
+def run_to_layer(model: nn.Module, tokens: Tensor, stop_at_layer: int | None) -> None:
+    """Run a model up to a layer, and leave it as it was, also if the pass is interrupted.
+
+    A Bridge marks its blocks with the layer first; interrupted between that and its own `finally`, every later pass
+    would end there.
+    """
+    try:
+        model(tokens, return_type=None, stop_at_layer=stop_at_layer)
+    except BaseException:
+        if hook_points.is_bridge(model):
+            for block in getattr(model, "blocks", ()):
+                block._stop_at_layer_idx = None
+        raise
+
+
 def first_layer(model: nn.Module) -> int:
     """The block at which the current pass starts: not 0 under `start_at_layer`.
 

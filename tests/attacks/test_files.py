@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from helpers import faults
-from helpers.writers import WRITERS, Download, serve_download
+from helpers.writers import WRITERS, Cache, Download, Save, serve_download
 
 from saewb._files import is_locked
 from saewb.errors import FormatError
@@ -64,6 +64,11 @@ def _fail(writer, folder, n, how):
 @pytest.mark.skipif(os.name == "nt", reason="forks")
 def test_a_kill_loses_nothing_that_was_written(writer, tmp_path):
     assert _attack(writer, tmp_path, "kill", stride=29, start=5) > 0
+
+
+@pytest.mark.parametrize("writer", [Save, Cache], ids=lambda writer: writer.__name__)
+def test_a_full_disk_loses_nothing_that_was_written(writer, tmp_path):
+    assert _attack(writer, tmp_path, "full disk", stride=17, start=3) > 0
 
 
 @pytest.mark.attack

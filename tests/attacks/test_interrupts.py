@@ -113,7 +113,7 @@ def long_calls(model, ids):
     index = saewb.build_index(model, sae, ids, n_top=2, per_quantile=1)
     acts, target = torch.randn(64, sae.cfg.d_in, generator=torch.Generator().manual_seed(0)), (4, 5)
     return {
-        "build_index": lambda: saewb.build_index(model, sae, ids, n_top=2, per_quantile=1, batch_size=1).n_tokens,
+        "build_index": lambda: index_whole(model, sae, ids).n_tokens,
         "evaluate": lambda: saewb.evaluate(model, sae, ids).ce_with_sae,
         "attribute": lambda: saewb.attribute(model, ids[0], sae, target).to_frame().to_csv(),
         "attribute_edges": lambda: saewb.attribute_edges(model, ids[0], other, sae, n_targets=3).to_csv(),
@@ -124,6 +124,13 @@ def long_calls(model, ids):
         "superposition": lambda: saewb.superposition(sae),
         "read_prompt": lambda: saewb.read_prompt(model, ids[:1], [sae, other]).to_frame().to_csv(),
     }
+
+
+def index_whole(model, sae, ids):
+    index = saewb.build_index(model, sae, ids, n_top=2, per_quantile=1, batch_size=1)
+    if not index.is_complete:  # Ctrl-C stops the pass
+        raise KeyboardInterrupt
+    return index
 
 
 def generate(model, sae):
