@@ -90,7 +90,7 @@ def transcoders(device: torch.device | str = "cpu") -> list[SAE]:
 
     Example:
         >>> transcoders()[3]
-        SAE(topk, 128 -> 768 latents, blocks.3.mlp.hook_in => blocks.3.hook_mlp_out, tiny, float32 on cpu)
+        SAE(topk k=16, 128 -> 768 latents -> 128, blocks.3.mlp.hook_in => blocks.3.hook_mlp_out, tiny, float32 on cpu)
     """
     import torch
 
