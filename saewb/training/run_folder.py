@@ -71,6 +71,7 @@ class RunFolder:
         self._lock: FolderLock | None = None
         self._history: int | None = None  # file descriptor: what is written is written, nothing waits for `close`
         self._unwritten: list[bytes] = []
+        self._spec: dict[str, Any] | None = None  # of this session, which a checkpoint holds too
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
             _refuse_links(self.path)
@@ -109,7 +110,11 @@ class RunFolder:
         for name, sae in spec.saes.items():
             if sae.init is not None:
                 saelens.write(sae.init, self._subfolder("init") / name, overwrite=True)
-        write_json(self.path / SPEC, spec.to_dict())
+        self._write_spec(spec)
+
+    def _write_spec(self, spec: RunSpec) -> None:
+        self._spec = json.loads(json.dumps(spec.to_dict()))
+        write_json(self.path / SPEC, self._spec)
 
     def read_spec(self) -> RunSpec:
         """Read the spec with the SAEs that it continues from; see the function `read_spec`."""
@@ -153,7 +158,7 @@ class RunFolder:
         rows = [row for row in written if row["n_tokens"] <= n_tokens]
         if self._writes:
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-            write_json(self.path / SPEC, spec.to_dict())
+            self._write_spec(spec)
             (self.path / END).unlink(missing_ok=True)
         return rows
 
@@ -187,7 +192,7 @@ class RunFolder:
                 kept = self._subfolder("saes_at", f"{at_tokens:012d}")
                 for name, sae in saes.items():
                     saelens.write(sae, kept / name, overwrite=True)
-            self._replace_checkpoint({"training": dict(training), "seconds": seconds}, saes)
+            self._replace_checkpoint({"training": dict(training), "seconds": seconds, "spec": self._spec}, saes)
         except OSError as error:
             if self.path.is_dir():
                 raise
@@ -198,7 +203,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: if the run has none.
-            FormatError: if saewb 0.1.0 wrote it.
+            FormatError: if saewb 0.1.0 wrote it, or it is of another spec than that in run.json.
         """
         path = self.path / CHECKPOINT
         if path.is_file():
@@ -207,6 +212,7 @@ class RunFolder:
             if not isinstance(seconds, (int, float)) or not isinstance(state.get("training"), dict):
                 what = f"{path} is not the checkpoint of a run."
                 raise FormatError(explain(what, want="training and seconds, as saewb writes them"))
+            self._check_spec(state.get("spec"))
             return state
         if (self.path / _CHECKPOINT_0_1_0).is_file():
             what = f"the run in {str(self.path)!r} is of saewb 0.1.0, whose checkpoints this version cannot continue."
@@ -215,6 +221,16 @@ class RunFolder:
             raise FormatError(explain(what, want="a new run from its SAEs, which load", fix=fix))
         what = f"the run in {str(self.path)!r} ended before its first checkpoint."
         raise FileNotFoundError(explain(what, want="a run with a checkpoint", fix="saewb.train(...), anew"))
+
+    def _check_spec(self, expected: object) -> None:
+        """Check that run.json says what the checkpoint does: a changed digit would resume another training."""
+        if expected is None:  # of before checkpoints held it
+            return
+        got, expected = _without_n_tokens(read_json(self.path / SPEC)), _without_n_tokens(expected)
+        if names := sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)):
+            what = f"{SPEC} in {str(self.path)!r} is not what it was at the checkpoint: {', '.join(names)} differ."
+            fix = "saewb.resume_run(folder, n_tokens=...)    # to train on; the rest stays"
+            raise FormatError(explain(what, want="the file as saewb wrote it", fix=fix))
 
     def close(self) -> None:
         """Release the folder; rows that still cannot be written are left out of the history."""
@@ -249,6 +265,12 @@ class RunFolder:
             folder = folder / name
             folder.mkdir(exist_ok=True)
         return folder
+
+
+def _without_n_tokens(spec: Any) -> dict[str, Any]:
+    """A spec as written, without what a resumed run may change before its first checkpoint."""
+    with refuse_damage("a run's spec", "as saewb writes it"):
+        return {**spec, "train": {name: value for name, value in spec["train"].items() if name != "n_tokens"}}
 
 
 def _refuse_links(path: Path) -> None:

@@ -768,6 +768,9 @@ def test_a_run_folder_of_a_stranger_writes_nowhere_else_and_gives_no_code(tmp_pa
     written(train=spec["train"] | {"lr": 1e999})
     with pytest.raises(saewb.FormatError, match="lr"):
         saewb.read_run(folder)
+    written(data=spec["data"] | {"pass_tokens": 29})  # valid, and another training
+    with pytest.raises(saewb.FormatError, match="not what it was at the checkpoint: data differ"):
+        saewb.resume_run(folder, tokens=draws)
     written()
     (tmp_path / "mine").mkdir()
     shutil.move(folder / "saes", tmp_path / "mine" / "saes")
