@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -34,9 +35,13 @@ _MARKS = 5000
 _SHOWN = 10
 
 
+@overload
+def contrast(model: nn.Module, saes: nn.Module, a: Any, b: Any, **how: object) -> Contrast: ...
+@overload
+def contrast(model: nn.Module, saes: Sequence[nn.Module], a: Any, b: Any, **how: object) -> list[Contrast]: ...
 def contrast(
     model: nn.Module,
-    saes: Any,
+    saes: nn.Module | Sequence[nn.Module],
     a: Any,
     b: Any,
     *,
@@ -49,7 +54,7 @@ def contrast(
     hook: str | None = None,
     ctx_len: int | None = None,
     progress: bool = True,
-) -> Any:  # a Contrast, or a list of them
+) -> Contrast | list[Contrast]:
     """Find the latents that tell texts of set a from texts of set b.
 
     Latents are pooled over the tokens of a text, z, special tokens left out; half of the texts choose, the others test:

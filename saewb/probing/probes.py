@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union, overload
 
 import numpy as np
 import torch
@@ -69,9 +69,17 @@ LIKE: dict[str | None, ProbeSettings] = {
 }
 
 
+@overload
+def sparse_probe(
+    model: nn.Module, saes: nn.Module, texts: Any, labels: Sequence[Hashable], **how: object
+) -> Probes: ...
+@overload
+def sparse_probe(
+    model: nn.Module, saes: Sequence[nn.Module], texts: Any, labels: Sequence[Hashable], **how: object
+) -> list[Probes]: ...
 def sparse_probe(
     model: nn.Module,
-    saes: Any,
+    saes: nn.Module | Sequence[nn.Module],
     texts: Any,
     labels: Sequence[Hashable],
     *,
@@ -88,7 +96,7 @@ def sparse_probe(
     hook: str | None = None,
     ctx_len: int | None = None,
     progress: bool = True,
-) -> Any:  # Probes, or a list of them
+) -> Probes | list[Probes]:
     """Classify texts by k latents of an SAE, and by what needs no SAE: the residual stream, its dimensions, tokens.
 
     Latents are pooled over the tokens of a text, special tokens left out; the k that separate the classes best on the
