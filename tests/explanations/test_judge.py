@@ -260,7 +260,8 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
 
 
 def test_a_run_that_stops_waits_for_no_answer(endpoint, tmp_path):
-    endpoint.answer = lambda body, n: upper(body, n) if n == 1 else (429, {"Retry-After": "60"}, {})
+    busy = (429, {"Retry-After": "60"}, {})
+    endpoint.answer = lambda body, n: upper(body, n) if body["messages"][0]["content"] == "0" else busy
     answers = chat(endpoint, tmp_path, n_parallel=4).ask([request(str(n)) for n in range(20)])
     next(answers)
     started, threads = time.monotonic(), threading.active_count()
