@@ -135,7 +135,7 @@ def test_an_explanation_on_disk_is_of_the_address_asked_for(site, tmp_path):
         file.write_text(json.dumps(content))
         n_asked = len(site.asked)
         found = neuronpedia.explanations(None, [1], site=site.url, **how)
-        assert (found[1][0].text, len(site.asked)) == ("about 1", n_asked + 1)
+        assert (found.of(1)[0].text, len(site.asked)) == ("about 1", n_asked + 1)
 
 
 def test_offline_says_so_in_one_line_and_the_cache_still_answers(site, tmp_path):
