@@ -5,7 +5,8 @@ Rows of the edge matrix are targets, columns sources: `edges[t, s]` is the direc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,14 @@ from torch import Tensor
 from saewb.circuits.graph_json import graph_json
 from saewb.circuits.graph_page import write_graph_page
 from saewb.circuits.influence import influence, prune, row_chunks, row_totals
+from saewb.circuits.supernodes import check_groups, collapse
 from saewb.errors import explain, near
 
 if TYPE_CHECKING:
     import networkx
     import pandas as pd
+
+    from saewb.features import FeatureIndex
 
 KINDS = ("latent", "error", "token", "target")
 """Kinds of nodes, in the order in which they stand in a graph."""
@@ -118,23 +122,34 @@ class AttributionGraph:
         fixed, latents = self.is_kind("token", "target"), self.is_kind("latent")
         return prune(self.edges, reach, self.order, self.weights, fixed, latents, nodes=nodes, edges=edges)
 
-    def edge_frame(self, n: int | None = None) -> pd.DataFrame:
+    def edge_frame(self, n: int | None = None, *, groups: Mapping[str, Sequence[str]] | None = None) -> pd.DataFrame:
         """The n strongest edges, by |effect|; None means all.
+
+        The effect of a group is the sum of its members' effects, the effect on a group the sum of those on its members,
+        in their own units; effects within a group are left out.
 
         Args:
             n: how many.
+            groups: ids of nodes by name: each group stands as one node of that name, a supernode.
 
         Returns:
-            A row per edge: source and target (ids of nodes), effect, and share (of the target's input).
+            A row per edge: source and target (ids of nodes, names of groups), effect, and share (of the target's input:
+            |effect| over the sum of |effects| on it; of a group from outside it).
+
+        Raises:
+            ValueError: for an empty group, a name that is that of a node, an id that is no node's or in two groups.
         """
         import pandas as pd
 
-        target, source = self.edges.nonzero(as_tuple=True)
-        effect = self.edges[target, source]
+        groups = groups or {}
+        members = check_groups(groups, self._index)
+        edges, totals = collapse(self.edges, members) if members else (self.edges, row_totals(self.edges))
+        target, source = edges.nonzero(as_tuple=True)
+        effect = edges[target, source]
         order = effect.abs().argsort(descending=True, stable=True)[:n]
         target, source, effect = target[order], source[order], effect[order]
-        ids = self.nodes["id"].to_numpy()
-        share = effect.abs() / row_totals(self.edges)[target].clamp_min(1e-10)
+        ids = pd.Series([*self.nodes["id"], *groups], dtype=object).to_numpy()
+        share = effect.abs() / totals[target].clamp_min(1e-10)
         columns = {"source": ids[source.numpy()], "target": ids[target.numpy()]}
         return pd.DataFrame({**columns, "effect": effect.numpy(), "share": share.float().numpy()})
 
@@ -175,15 +190,21 @@ class AttributionGraph:
         """
         return torch.tensor(self.nodes["kind"].isin(kinds).to_numpy())
 
-    def with_labels(self, labels: Mapping[Any, str]) -> AttributionGraph:
+    def with_labels(self, labels: Mapping[Any, str] | FeatureIndex | Iterable[FeatureIndex]) -> AttributionGraph:
         """A graph with labels of latents.
 
         Args:
-            labels: text by (layer, latent), or by node id.
+            labels: text by (layer, latent), or by node id. Or the feature index of a transcoder, or several indexes:
+                the label of a latent there (`index.label`) is for the latents of its layer that have none here.
 
         Returns:
             The same graph otherwise.
+
+        Raises:
+            ValueError: for an index whose layer has no latents here.
         """
+        if not isinstance(labels, Mapping):
+            labels = self._index_labels([labels] if hasattr(labels, "label_texts") else labels)
         by_id = {key: text for key, text in dict(labels).items() if isinstance(key, str)}
         by_latent = {key: text for key, text in dict(labels).items() if not isinstance(key, str)}
         frame = self.nodes.copy()
@@ -193,6 +214,20 @@ class AttributionGraph:
             for node, kind, layer, latent, label in rows
         ]
         return replace(self, nodes=frame)
+
+    def _index_labels(self, indexes: Iterable[FeatureIndex]) -> dict[str, str]:
+        """Labels by node id, of the latents that have none."""
+        latents = self.nodes[self.nodes["kind"] == "latent"]
+        result: dict[str, str] = {}
+        for index in indexes:
+            block = re.match(r"blocks\.(\d+)\.", index.info.hook_out or index.info.hook)
+            here = latents[latents["layer"] == int(block[1])] if block else latents.head(0)
+            if here.empty:
+                want = f"an index of layer {', '.join(map(str, sorted(latents['layer'].unique())))}"
+                raise ValueError(explain(f"{index!r} is of no layer of this graph.", want=want))
+            here = here[here["label"] == ""]
+            result |= dict(zip(here["id"], index.label_texts(here["latent"].tolist()), strict=True))
+        return result
 
     def to_networkx(self) -> networkx.DiGraph:
         """The graph as a networkx.DiGraph: nodes by id, with the columns of `nodes`; edges with `weight`."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saewb._files import write_text
-from saewb.circuits.influence import row_totals
+from saewb.circuits.supernodes import check_groups, collapse
 from saewb.errors import explain
 
 MAX_NODES = 2000
@@ -42,20 +45,36 @@ def render_graph_page(graph: Any, title: str | None = None) -> str:
     return template.render(title=title or f"How {graph.model or 'the model'} got here", about=data["about"], data=text)
 
 
-def graph_data(graph: Any) -> dict[str, Any]:
-    """What is drawn: nodes, and the strongest edges as (source, target, effect, score)."""
+def graph_data(graph: Any, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+    """What is drawn: nodes, after them the groups, and the strongest edges as (source, target, effect, score).
+
+    A node has its place: its row (0 tokens, then layers, last targets), its position, and its slot of the slots there.
+    """
+    groups = groups or {}
     rows = graph.nodes.astype(object).where(graph.nodes.notna(), None).to_dict("records")
     columns = ("id", "kind", "layer", "position", "token", "latent", "activation", "value", "label")
+    layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     nodes = [
         {name: _plain(row[name]) for name in columns}
         | {name: _plain(row[name] or 0.0) for name in ("influence", "cumulative")}
+        | {"row": _row(layers, row), "r": _radius(row)}
         for row in rows
     ]
-    target, source = graph.edges.nonzero(as_tuple=True)
-    effect = graph.edges[target, source].double()
-    share = effect.abs() / row_totals(graph.edges)[target].clamp_min(1e-10)
-    importance = graph.weights + graph.weights.new_tensor(graph.nodes["influence"].fillna(0).to_numpy())
-    score = share * importance[target]
+    _place(nodes)
+    members = check_groups(groups, {node["id"]: i for i, node in enumerate(nodes)})
+    matrix, totals = collapse(graph.edges, members)
+    reach = graph.weights + graph.weights.new_tensor(graph.nodes["influence"].fillna(0).to_numpy())
+    importance = torch.cat([reach, torch.stack([reach[i].sum() for i in members]) if members else reach[:0]])
+    nodes += [
+        {"id": name, "kind": "group", "label": name, "members": index, "r": 8.0}
+        for name, index in zip(groups, members, strict=True)
+    ]
+    for k, index in enumerate(members):
+        for i in index:
+            nodes[i]["group"] = len(rows) + k
+    target, source = matrix.nonzero(as_tuple=True)
+    effect = matrix[target, source].double()
+    score = effect.abs() / totals[target].clamp_min(1e-10) * importance[target]
     order = score.argsort(descending=True, stable=True)[:_MAX_EDGES]
     pairs = zip(
         source[order].tolist(), target[order].tolist(), effect[order].tolist(), score[order].tolist(), strict=True
@@ -66,7 +85,29 @@ def graph_data(graph: Any) -> dict[str, Any]:
         f" Effects are of the frozen model, not validated by an intervention.{exact}"
     )
     edges = [(s, t, _plain(e), _plain(x)) for s, t, e, x in pairs]
-    return {"tokens": list(graph.tokens), "about": about, "nodes": nodes, "edges": edges}
+    return {"tokens": list(graph.tokens), "about": about, "layers": layers, "nodes": nodes, "edges": edges}
+
+
+def _row(layers: list[int], node: Mapping[str, Any]) -> int:
+    if node["layer"] is None:
+        return len(layers) + 1 if node["kind"] == "target" else 0
+    return layers.index(node["layer"]) + 1
+
+
+def _radius(node: Mapping[str, Any]) -> float | None:
+    if node["kind"] in ("token", "target"):
+        return 4.0
+    return _plain(min(7.0, 2 + 7.5 * max(node["influence"] or 0.0, 0.0) ** 0.5))
+
+
+def _place(nodes: list[dict[str, Any]]) -> None:
+    """Give each node its slot among those of its row and position, those of most influence first."""
+    cells: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for node in nodes:
+        cells.setdefault((node["row"], node["position"]), []).append(node)
+    for cell in cells.values():
+        for slot, node in enumerate(sorted(cell, key=lambda node: -node["influence"])):
+            node |= {"slot": slot, "slots": len(cell)}
 
 
 def _plain(value: Any) -> Any:

@@ -45,21 +45,27 @@ class LatentIntervention:
     token, latent, activation, predicted (change of its pre-activation by direct effects) and measured."""
     _tokenizer: Any = None
 
-    def next_tokens(self, n: int = 10) -> pd.DataFrame:
+    def next_tokens(self, n: int = 10, *, tokens: Sequence[int] | None = None) -> pd.DataFrame:
         """The n tokens whose logit changes most.
 
         Args:
             n: how many.
+            tokens: ids of these tokens instead, in their order.
 
         Returns:
             Columns token, id, probability, clean_probability, predicted and measured (changes of the logit less the
             mean change).
+
+        Raises:
+            ValueError: for an id beyond the vocabulary.
         """
         import pandas as pd
 
         change = self.logits - self.clean_logits
         change = change - change.mean()
         top = change.abs().argsort(descending=True, stable=True)[:n]
+        if tokens is not None:
+            top = torch.tensor([index_of(i, "token", len(change)) for i in tokens], dtype=torch.long)
         ids = top.tolist()
         texts = {} if self._tokenizer is None else single_texts(self._tokenizer, ids)
         return pd.DataFrame(

@@ -52,7 +52,7 @@ def test_a_click_lists_the_effects(browser, tmp_path):
     assert page.locator("#side h2").inner_text() == HOSTILE
     assert [h.split(" (")[1] for h in page.locator("#side h3").all_inner_texts()] == ["2)", "1)"]
     assert page.locator("#side .effect").all_inner_texts() == ["3.00", "-1.50", "1.00"]
-    assert page.locator("#strong path").count() == 3
+    assert page.locator(".strong path").count() == 3
     page.locator("#side button").nth(1).click()  # on to latent 0
     assert "layer 0, latent 0" in page.locator("#side h2").inner_text()
     page.locator('circle[data-i="3"]').hover()

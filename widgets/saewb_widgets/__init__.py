@@ -18,6 +18,7 @@ _HOME = {  # public name: the module that defines it
     "ContrastPanel": "contrast.panel",
     "CorrelationPanel": "correlation.panel",
     "FeatureBrowser": "feature_browser.panel",
+    "GraphPanel": "graph.panel",
     "PromptExplorer": "prompt_explorer.panel",
     "SteeringPanel": "steering.panel",
     "SuperpositionPanel": "superposition.panel",
