@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def render_graph_page(graph: Any, title: str | None = None) -> str:
 def graph_data(graph: Any, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
     """What is drawn: nodes, after them the groups, and the strongest edges as (source, target, effect, score).
 
-    A node has its place: its row (0 tokens, then layers, last targets), its position, and its slot of the slots there.
+    A node has its place: its row (0 tokens, then layers, last targets), its position, and its slot of the slots there;
+    `ends` are where positions begin and end.
     """
     groups = groups or {}
     rows = graph.nodes.astype(object).where(graph.nodes.notna(), None).to_dict("records")
@@ -60,7 +62,7 @@ def graph_data(graph: Any, groups: Mapping[str, Sequence[str]] | None = None) ->
         | {"row": _row(layers, row), "r": _radius(row)}
         for row in rows
     ]
-    _place(nodes)
+    ends = _place(nodes, len(graph.tokens))
     members = check_groups(groups, {node["id"]: i for i, node in enumerate(nodes)})
     matrix, totals = collapse(graph.edges, members)
     reach = graph.weights + graph.weights.new_tensor(graph.nodes["influence"].fillna(0).to_numpy())
@@ -85,7 +87,8 @@ def graph_data(graph: Any, groups: Mapping[str, Sequence[str]] | None = None) ->
         f" Effects are of the frozen model, not validated by an intervention.{exact}"
     )
     edges = [(s, t, _plain(e), _plain(x)) for s, t, e, x in pairs]
-    return {"tokens": list(graph.tokens), "about": about, "layers": layers, "nodes": nodes, "edges": edges}
+    places = {"layers": layers, "ends": ends}
+    return {"tokens": list(graph.tokens), "about": about, **places, "nodes": nodes, "edges": edges}
 
 
 def _row(layers: list[int], node: Mapping[str, Any]) -> int:
@@ -100,14 +103,21 @@ def _radius(node: Mapping[str, Any]) -> float | None:
     return _plain(min(7.0, 2 + 7.5 * max(node["influence"] or 0.0, 0.0) ** 0.5))
 
 
-def _place(nodes: list[dict[str, Any]]) -> None:
-    """Give each node its slot among those of its row and position, those of most influence first."""
+def _place(nodes: list[dict[str, Any]], n_pos: int) -> list[float]:
+    """Give each node its slot among those of its row and position, those of most influence first.
+
+    Returns where each position begins, and the last ends, as shares of the width: wider where there are more nodes.
+    """
     cells: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for node in nodes:
         cells.setdefault((node["row"], node["position"]), []).append(node)
     for cell in cells.values():
         for slot, node in enumerate(sorted(cell, key=lambda node: -node["influence"])):
             node |= {"slot": slot, "slots": len(cell)}
+    widths = [3.0] * n_pos
+    for (_, position), cell in cells.items():
+        widths[position] = max(widths[position], len(cell) + 1.0)
+    return [round(end / sum(widths), 4) for end in accumulate(widths, initial=0.0)]
 
 
 def _plain(value: Any) -> Any:

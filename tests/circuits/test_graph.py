@@ -190,3 +190,74 @@ def test_no_json(tmp_path):
         saewb.load_graph(tmp_path / "graph.json")
     with pytest.raises(FormatError, match="cannot be read"):
         saewb.load_graph(tmp_path / "none.json")
+
+
+@examples(20)
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_edges_of_groups_are_sums(seed, n_groups):
+    graph, rng = small(), np.random.default_rng(seed)
+    ids = graph.nodes["id"].to_numpy()
+    chosen = rng.permutation(len(ids))[: rng.integers(n_groups, 30)]
+    groups = {f"group {k}": ids[part].tolist() for k, part in enumerate(np.array_split(chosen, n_groups))}
+    names = np.setdiff1d(ids, ids[chosen]).tolist() + list(groups)
+    member = np.array([[node in groups.get(name, [name]) for node in ids] for name in names], dtype=float)
+    matrix = graph.edges.double().numpy()
+    effects, total = member @ matrix @ member.T, member @ np.abs(matrix) @ member.T
+    inside = np.eye(len(names), dtype=bool)
+    effects[inside], total[inside] = 0, 0
+    table = graph.edge_frame(groups=groups)
+    at = {name: i for i, name in enumerate(names)}
+    got = np.zeros_like(effects)
+    got[table["target"].map(at), table["source"].map(at)] = table["effect"]
+    assert got == pytest.approx(effects, rel=1e-4, abs=1e-5)
+    share = table["effect"].abs() / total.sum(1)[table["target"].map(at)]
+    assert table["share"].to_numpy() == pytest.approx(share.to_numpy(), rel=1e-4, abs=1e-6)
+    assert table["effect"].abs().is_monotonic_decreasing
+
+
+def test_a_group_by_hand():
+    graph = by_hand(**CHAIN)
+    ids = graph.nodes["id"].tolist()
+    table = graph.edge_frame(groups={"both": [ids[0], ids[2]], "end": [ids[4]]})
+    assert table[["source", "target", "effect"]].to_numpy().tolist() == [
+        ["both", ids[1], 2.0],
+        [ids[3], "both", 2.0],
+        [ids[1], "end", 1.0],
+        [ids[3], "end", 1.0],
+    ]
+    assert table["share"].tolist() == pytest.approx([0.5, 1.0, 0.5, 0.5])  # of latent 1: 2 of |-1| + |3|
+    assert graph.edge_frame(1, groups={"both": [ids[0], ids[2]]})["source"].tolist() == ["both"]
+    assert len(graph.edge_frame(groups={})) == graph.n_edges
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"": ["0_0_0"]}, "a name that is no node's"),
+        ({"0_0_0": ["0_0_0"]}, "a name that is no node's"),
+        ({"a": []}, "a list of ids"),
+        ({"a": "0_0_0"}, "a list of ids"),
+        ({"a": ["7_7_7"]}, "'a' has '7_7_7'"),
+        ({"a": ["0_0_0", "0_0_0"]}, "in 'a' and in 'a'"),
+    ],
+)
+def test_groups_that_are_none(groups, message):
+    with pytest.raises(ValueError, match=message):
+        by_hand(**CHAIN).edge_frame(groups=groups)
+
+
+def test_labels_of_an_index():
+    model, coders = tiny_models.bridge(), transcoders()
+    index = saewb.features.build_index(model, coders[1], tiny_models.tokens(8, 9), batch_size=8, n_nearest=0)
+    graph = small()
+    latents = graph.nodes[(graph.nodes["kind"] == "latent") & (graph.nodes["layer"] == 1)]
+    mine = latents["id"].iloc[0]
+    labeled = graph.with_labels({mine: "mine"}).with_labels(index).nodes.set_index("id")["label"]
+    assert labeled[mine] == "mine"
+    for node, latent in zip(latents["id"].iloc[1:], latents["latent"].iloc[1:], strict=True):
+        assert labeled[node] == index.label(int(latent))
+    assert set(labeled.drop(latents["id"])) == {""}
+    assert labeled.equals(graph.with_labels({mine: "mine"}).with_labels([index]).nodes.set_index("id")["label"])
+    alone = by_hand(["latent", "token", "target"], [0, None, None], {(0, 1): 1.0, (2, 0): 1.0}, {2: 1.0})
+    with pytest.raises(ValueError, match="of no layer of this graph"):
+        alone.with_labels(index)

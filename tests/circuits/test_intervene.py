@@ -102,6 +102,12 @@ def test_saes_of_the_stream(model):
     assert result.latents["measured"].abs().max() > 1e-4
     frame = result.next_tokens(4)
     assert frame.columns.tolist() == ["token", "id", "probability", "clean_probability", "predicted", "measured"]
+    whole = result.next_tokens(tiny_models.VOCAB).set_index("id")
+    some = result.next_tokens(tokens=[7, 2])
+    assert some["id"].tolist() == [7, 2]
+    assert some.set_index("id").equals(whole.loc[[7, 2]])
+    with pytest.raises(ValueError, match="token"):
+        result.next_tokens(tokens=[tiny_models.VOCAB])
     assert "later latents" in repr(result)
     assert "probability" in result._repr_html_()
 

@@ -13,6 +13,7 @@ PANELS = {  # where each is shown first
     "FeatureBrowser": "06_browse_features",
     "SteeringPanel": "07_steer_and_attribute",
     "ContrastPanel": "10_which_latents_are_about",
+    "GraphPanel": "12_trace_a_circuit",
     "SuperpositionPanel": "04_superposition_and_correlation",
     "CorrelationPanel": "04_superposition_and_correlation",
     "TrainingPanel": "03_train_an_sae",

@@ -80,7 +80,7 @@ def test_a_pruned_graph_stays_as_it_is(monkeypatch):
     assert "pruned = graph\n" in panel.code()
     with pytest.raises(ValueError, match="pruned already"):
         panel.nodes = 0.4
-    monkeypatch.setattr("saewb_widgets.graph.panel.MAX_NODES", 5)
+    monkeypatch.setattr("saewb.circuits.graph_page.MAX_NODES", 5)
     with pytest.raises(ValueError, match="at most 5"):
         GraphPanel(on_tiny()[0])
 

@@ -15,7 +15,7 @@ function graphDrawing(svg, side, view) {
   const short = (text, n) => (text.length > n ? text.slice(0, n - 1) + "…" : text);
   const number = (x) => (x === null ? "" : Math.abs(x) >= 1000 || (x !== 0 && Math.abs(x) < 0.001) ? x.toExponential(2) : x.toPrecision(3));
   const name = (n) => n.label || (n.kind === "latent" ? `layer ${n.layer}, latent ${n.latent}` : n.kind === "error" ? `error, layer ${n.layer}` : n.token);
-  const at = (n) => (n.kind === "group" ? `group of ${n.members.length}` : data.tokens[n.position]);
+  const at = (n) => (n.kind === "group" ? `group of ${n.members.length}` : n.kind === "token" ? `position ${n.position}` : data.tokens[n.position]);
   const isShown = (n) => n.group === undefined && (n.kind === "group" || n.kind === "token" || n.kind === "target" || view.isShown(n));
   const known = (label, x) => (x === null || x === undefined ? [] : [`${label} ${number(x)}`]);
   const figures = (n) => [...known("activation", n.activation), ...known("value", n.value), ...(n.kind === "group" ? [] : known("influence", n.influence))];
@@ -31,16 +31,16 @@ function graphDrawing(svg, side, view) {
   }
   function place() {
     const width = Math.max(svg.clientWidth, 300), height = Math.max(svg.clientHeight, 240);
-    const column = (width - LEFT - RIGHT) / data.tokens.length, row = (height - TOP - BOTTOM) / (layers.length + 1);
+    const left = (p) => LEFT + (width - LEFT - RIGHT) * data.ends[p], column = (p) => left(p + 1) - left(p), row = (height - TOP - BOTTOM) / (layers.length + 1);
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     for (const node of nodes) {
       if (node.kind === "group") continue;
-      node.x = LEFT + column * node.position + 8 + Math.min(15, (column - 4) / node.slots) * node.slot;
+      node.x = left(node.position) + 8 + Math.min(15, (column(node.position) - 4) / node.slots) * node.slot;
       node.y = height - BOTTOM - row * node.row;
     }
     const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
     for (const node of nodes) if (node.kind === "group") for (const axis of ["x", "y"]) node[axis] = mean(node.members.map((i) => nodes[i][axis]));
-    return { height, column, row };
+    return { height, left, column, row };
   }
   const curve = (e) => {
     const a = nodes[e.source], b = nodes[e.target], middle = (a.y + b.y) / 2;
@@ -50,10 +50,10 @@ function graphDrawing(svg, side, view) {
   function draw() {
     const start = performance.now(), had = svg.contains(svg.getRootNode().activeElement);
     read();
-    const { height, column, row } = place();
+    const { height, left, column, row } = place();
     svg.replaceChildren();
     layers.forEach((layer, i) => make("text", { class: "axis", x: 4, y: height - BOTTOM - row * (i + 1) + 4 }, svg, `layer ${layer}`));
-    data.tokens.forEach((token, i) => make("text", { x: LEFT + column * i + 2, y: height - 8 }, svg, short(token, Math.max(2, Math.floor(column / 7)))));
+    data.tokens.forEach((token, i) => make("text", { x: left(i) + 2, y: height - 8 }, svg, short(token, Math.max(2, Math.floor(column(i) / 7)))));
     const visible = edges.slice(0, view.lines()).filter((e) => isShown(nodes[e.source]) && isShown(nodes[e.target]));
     make("path", { class: "all", d: visible.map(curve).join("") }, svg);
     strong = make("g", { class: "strong" }, svg);

@@ -7,13 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb.circuits.graph_page import MAX_NODES, graph_data
-from saewb.circuits.supernodes import check_groups
 from saewb_widgets.graph.still import picture
 from saewb_widgets.html import grid
 from saewb_widgets.panel import Panel, catch_errors, model_code, on_change, report_errors, source
@@ -84,9 +81,8 @@ class GraphPanel(Panel):
             what = f"GraphPanel got a {type(graph).__name__}."
             raise TypeError(errors.explain(what, want="an AttributionGraph", fix="saewb.attribution_graph(...)"))
         self.graph, self._has_index = graph if index is None else graph.with_labels(index), index is not None
-        self.model, self.transcoders = model, transcoders
-        if isinstance(transcoders, Iterable) and not isinstance(transcoders, torch.nn.Module):
-            self.transcoders = list(transcoders)
+        self.model = model
+        self.transcoders = list(transcoders) if isinstance(transcoders, Iterable) else transcoders
         self._model_copy = None if model is None else saewb.models.shared_copy.shared_copy(model)
         self._ids = {node: i for i, node in enumerate(self.graph.nodes["id"])}
         self._pruned: tuple[tuple[float, float], saewb.AttributionGraph] | None = None
@@ -189,7 +185,7 @@ class GraphPanel(Panel):
             (int(layer), int(position), int(latent), float(activation) * factor)
             for layer, position, latent, activation in zip(*(rows[name] for name in columns), strict=True)
         ]
-        model, transcoders, tokens = self._model_copy, self.transcoders, torch.tensor(self._token_ids())
+        model, transcoders, tokens = self._model_copy, self.transcoders, self._token_ids()
         caption = f"{self._name(self.selected)}: {len(changes)} latents \u00d7 {factor:g}"
         targets = self._target_ids()
 
@@ -234,17 +230,15 @@ class GraphPanel(Panel):
                 f"incoming = edges[edges.target == {self.selected!r}]",
                 f"outgoing = edges[edges.source == {self.selected!r}]",
             ]
-        imports = ["import saewb"]
         if self.result is not None:
             model, before = model_code(self.model)
-            imports.insert(0, "import torch\n")
             lines += [
                 *before,
-                f"tokens = torch.tensor({self._token_ids()})",
+                f"tokens = {self._token_ids()}",
                 f"result = saewb.intervene({model}, tokens, transcoders, {self._changes!r})",
                 f"effect = result.next_tokens(tokens={self._target_ids()})",
             ]
-        return "\n".join([*imports, "", *lines]) + "\n"
+        return "\n".join(["import saewb", "", *lines]) + "\n"
 
     def static_html(self) -> str:
         """See Panel."""
@@ -285,7 +279,7 @@ class GraphPanel(Panel):
             if name in ("nodes", "edges"):
                 self._prune(*((value, self.edges) if name == "nodes" else (self.nodes, value)))
             elif name == "groups":
-                check_groups(value, self._ids)
+                saewb.circuits.supernodes.check_groups(value, self._ids)
             elif name == "factor":
                 if value - value != 0:
                     raise ValueError(errors.explain(f"factor is {value!r}.", want="a finite number", fix="factor = 0"))
@@ -327,9 +321,9 @@ class GraphPanel(Panel):
             return self._pruned[1]
         else:
             pruned = self.graph.pruned(nodes, edges)
-        if len(pruned) > MAX_NODES:
+        if len(pruned) > (most := saewb.circuits.graph_page.MAX_NODES):
             what = f"nodes={nodes:g} and edges={edges:g} leave {len(pruned):,} nodes."
-            raise ValueError(errors.explain(what, want=f"at most {MAX_NODES:,}", fix=f"nodes={nodes * 0.75:.2g}"))
+            raise ValueError(errors.explain(what, want=f"at most {most:,}", fix=f"nodes={nodes * 0.75:.2g}"))
         self._pruned = ((nodes, edges), pruned)
         return pruned
 
@@ -338,7 +332,7 @@ class GraphPanel(Panel):
         self._edge_table = pruned.edge_frame(groups=groups)
         if self.selected and self.selected not in self._shown():
             self.selected = ""
-        self.drawing = graph_data(pruned, groups)
+        self.drawing = saewb.circuits.graph_page.graph_data(pruned, groups)
         self.about = self.drawing["about"]
 
     def _name(self, node: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from itertools import pairwise
 from typing import Any
 
 _WIDTH, _ROW, _LEFT, _TOP, _BOTTOM = 760, 46, 48, 26, 30
@@ -26,19 +27,23 @@ def picture(drawing: dict[str, Any], selected: str, pins: list[str]) -> str:
     """
     nodes, layers, tokens = drawing["nodes"], drawing["layers"], drawing["tokens"]
     height = _TOP + _BOTTOM + _ROW * (len(layers) + 1)
-    column = (_WIDTH - _LEFT - 12) / len(tokens)
+    left = [_LEFT + (_WIDTH - _LEFT - 12) * end for end in drawing["ends"]]
+    column = [b - a for a, b in pairwise(left)]
     at: list[tuple[float, float]] = []
     for node in nodes:
         if node["kind"] == "group":
             inside = [at[i] for i in node["members"]]
             at.append((sum(x for x, _ in inside) / len(inside), sum(y for _, y in inside) / len(inside)))
         else:
-            step = min(15, (column - 4) / node["slots"]) * node["slot"]
-            at.append((_LEFT + column * node["position"] + 8 + step, height - _BOTTOM - _ROW * node["row"]))
+            position = node["position"]
+            step = min(15, (column[position] - 4) / node["slots"]) * node["slot"]
+            at.append((left[position] + 8 + step, height - _BOTTOM - _ROW * node["row"]))
     parts = [f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>']
     parts += [_text(4, height - _BOTTOM - _ROW * (i + 1) + 4, f"layer {layer}") for i, layer in enumerate(layers)]
-    room = max(2, int(column / 7))
-    parts += [_text(_LEFT + column * i, height - 8, _cut(token, room)) for i, token in enumerate(tokens)]
+    parts += [
+        _text(x, height - 8, _cut(token, max(2, int(room / 7))))
+        for token, x, room in zip(tokens, left, column, strict=False)
+    ]
     parts += [_curve(at[source], at[target]) for source, target, *_ in drawing["edges"][:_EDGES]]
     picked = next((i for i, node in enumerate(nodes) if node["id"] == selected), None)
     own = [edge for edge in drawing["edges"] if picked in edge[:2]][:80]
