@@ -1,5 +1,7 @@
 """GraphPanel from Python: its edges, pruning, groups, interventions, its code, its snapshot, what is refused."""
 
+import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -133,6 +135,39 @@ def test_an_intervention_beside_its_prediction():
     panel.selected = graph.nodes["id"][targets[0]]
     with pytest.raises(ValueError, match="is a target"):
         panel.intervene()
+
+
+def test_graphs_of_directions_and_of_other_tools(tmp_path):
+    graph, model, transcoders = on_tiny()
+    targets = [("a direction", 1.0, model.W_U.T[5])]
+    of_direction = saewb.attribution_graph(model, graph.prompt, transcoders, targets=targets, progress=False)
+    panel = GraphPanel(of_direction, model=model, transcoders=transcoders)
+    panel.selected = strongest(panel.pruned, 1)[0]
+    with pytest.raises(ValueError, match="directions"):
+        panel.intervene()
+    without = replace(graph, nodes=graph.nodes.assign(activation=float("nan")))
+    panel = GraphPanel(without, model=model, transcoders=transcoders, selected=strongest(graph, 1)[0])
+    with pytest.raises(ValueError, match="no activation"):
+        panel.intervene()
+    with pytest.raises(ValueError, match="no node is selected"):
+        GraphPanel(graph, model=model, transcoders=transcoders).intervene()
+    file = json.loads(graph.pruned(0.6).to_json())  # without the first token
+    first = next(node["node_id"] for node in file["nodes"] if node["feature_type"] == "embedding")
+    file["nodes"] = [node for node in file["nodes"] if node["node_id"] != first]
+    file["links"] = [link for link in file["links"] if first not in (link["source"], link["target"])]
+    del file["metadata"]["info"]
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(file))
+    loaded = saewb.load_graph(path)
+    panels = [
+        GraphPanel(one, model=model, transcoders=transcoders, nodes=1.0, edges=1.0, selected=strongest(loaded, 1)[0])
+        for one in (loaded, graph)
+    ]
+    for panel in panels:
+        panel.intervene()
+        panel.wait()
+    assert panels[0].effect.equals(panels[1].effect)
+    assert f"tokens = {graph.prompt!r}" in panels[0].code()
 
 
 def test_labels_come_from_indexes():

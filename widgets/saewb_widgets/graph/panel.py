@@ -166,7 +166,8 @@ class GraphPanel(Panel):
         """Multiply the selected latents by `factor`, in the background, with attention held: `result`, `effect`.
 
         Raises:
-            ValueError: if nothing or no latent is selected, or without a model and transcoders.
+            ValueError: if nothing is selected, or what is no latent, or one without an activation; without a model and
+                transcoders; if no target is a token.
         """
         if missing := self._missing():
             what = f"GraphPanel has no {' and no '.join(missing)}."
@@ -180,14 +181,21 @@ class GraphPanel(Panel):
         if others := rows.index[rows["kind"] != "latent"].tolist():
             what = f"{others[0]!r} is a {rows['kind'][others[0]]}."
             raise ValueError(errors.explain(what, want="latents only, whose activations can be changed"))
+        if silent := rows.index[rows["activation"].isna()].tolist():
+            what = f"{silent[0]!r} has no activation in this graph, which another tool wrote."
+            raise ValueError(
+                errors.explain(what, fix="GraphPanel(saewb.attribution_graph(model, prompt, transcoders))")
+            )
+        if not (targets := self._target_ids()):
+            what = "the targets of this graph are directions."
+            raise ValueError(errors.explain(what, want="targets that are tokens", fix="saewb.intervene(...)"))
         factor, columns = self.factor, ("layer", "position", "latent", "activation")
         changes = [
             (int(layer), int(position), int(latent), float(activation) * factor)
             for layer, position, latent, activation in zip(*(rows[name] for name in columns), strict=True)
         ]
-        model, transcoders, tokens = self._model_copy, self.transcoders, self._token_ids()
+        model, transcoders, tokens = self._model_copy, self.transcoders, self._tokens()
         caption = f"{self._name(self.selected)}: {len(changes)} latents \u00d7 {factor:g}"
-        targets = self._target_ids()
 
         def work() -> Any:
             result = saewb.intervene(model, tokens, transcoders, changes)
@@ -234,7 +242,7 @@ class GraphPanel(Panel):
             model, before = model_code(self.model)
             lines += [
                 *before,
-                f"tokens = {self._token_ids()}",
+                f"tokens = {self._tokens()!r}",
                 f"result = saewb.intervene({model}, tokens, transcoders, {self._changes!r})",
                 f"effect = result.next_tokens(tokens={self._target_ids()})",
             ]
@@ -345,9 +353,10 @@ class GraphPanel(Panel):
     def _missing(self) -> list[str]:
         return [name for name in ("model", "transcoders") if getattr(self, name) is None]
 
-    def _token_ids(self) -> list[int]:
-        frame = self.graph.nodes
-        return frame[frame["kind"] == "token"].sort_values("position")["latent"].astype(int).tolist()
+    def _tokens(self) -> list[int] | str:
+        """Ids of the prompt; its text, if a file of another tool left tokens out."""
+        frame = self.graph.nodes[self.graph.nodes["kind"] == "token"].sort_values("position")
+        return frame["latent"].astype(int).tolist() if len(frame) == len(self.graph.tokens) else self.graph.prompt
 
     def _target_ids(self) -> list[int]:
         frame, n_vocab = self.graph.nodes, int(self.model.cfg.d_vocab)
