@@ -81,7 +81,7 @@ function graph(parts) {
   const draw = () => { const d = model.get("drawing");
     svg.style.height = `${Math.min(900, Math.max(320, 56 + 54 * ((d.layers || []).length + 1)))}px`;
     svg.setAttribute("aria-label", d.about || "");
-    size.textContent = d.nodes ? `${count(d.nodes.length)} of ${count(facts.n_nodes)} nodes, ${count(d.edges.length)} edges` : "";
+    size.textContent = d.nodes ? `${count(d.nodes.filter((n) => n.kind !== "group").length)} of ${count(facts.n_nodes)} nodes, ${count(d.edges.length)} edges` : "";
     if (d.nodes) drawing.draw();
     pins(); };
   on("drawing", draw);

@@ -195,7 +195,7 @@ class GraphPanel(Panel):
             for layer, position, latent, activation in zip(*(rows[name] for name in columns), strict=True)
         ]
         model, transcoders, tokens = self._model_copy, self.transcoders, self._tokens()
-        caption = f"{self._name(self.selected)}: {len(changes)} latents \u00d7 {factor:g}"
+        caption = f"{self._name(self.selected)}: {len(changes)} latent{'s' * (len(changes) > 1)} \u00d7 {factor:g}"
 
         def work() -> Any:
             result = saewb.intervene(model, tokens, transcoders, changes)
