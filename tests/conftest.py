@@ -29,6 +29,7 @@ from hypothesis import HealthCheck, settings
 # These register a second device for the whole process, where autograd then fails after a fork; the cases of
 # tests/devices run in a process of their own.
 collect_ignore = ["helpers/second_device.py", *(f"devices/{name}.py" for name in ("mixed", "self_check", "transfers"))]
+collect_ignore += ["parity/circuit_tracer_peer.py"]  # runs in circuit-tracer's environment
 
 LONG_NOTEBOOKS = ("08_compare_saes_and_transcoders.ipynb",)  # a minute or more
 

@@ -26,7 +26,7 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     p, scale = k / n, 1 + _Z**2 / n
     center = (p + _Z**2 / (2 * n)) / scale
     half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)) / scale
-    return max(0.0, center - half), min(1.0, center + half)
+    return center - half if k else 0.0, center + half if k < n else 1.0  # exact where rounding would miss them
 
 
 def classification_figures(tp: int, fn: int, tn: int, fp: int) -> dict[str, Any]:

@@ -133,8 +133,8 @@ class FeatureIndex:
             >>> import saewb
             >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
             >>> index = saewb.build_index(model, sae, [d.text for d in saewb.tiny.held_out_texts()[:20]])
-            >>> index.label(748), index.with_labels({748: "who did it"}).label(748)
-            ('physicist', 'who did it')
+            >>> index.with_labels({748: "who did it"}).label(748)
+            'who did it'
         """
         new = check_labels(labels, len(self), of=self)
         removed = set() if isinstance(labels, Explanations) else set(map(int, labels)) - set(new)

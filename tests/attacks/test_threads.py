@@ -39,7 +39,7 @@ def _attack(rounds):
                 if not torch.equal(call(sae), expected[i]):
                     wrong.append(f"{call.__name__} {n}: another output")
             except Exception as error:
-                if call is evaluated and "not as it is" in str(error):
+                if call is evaluated and "not the model's own" in str(error):
                     continue  # refused beside an attachment of another thread: not wrong
                 wrong.append(f"{call.__name__} {n}: {type(error).__name__}: {error}")
 

@@ -92,7 +92,7 @@ def test_sizes_are_small_and_nothing_else_lies_there():
 
 
 def test_an_unknown_folder_is_refused_by_name():
-    with pytest.raises(ValueError, match="'model' or 'sae'"):
+    with pytest.raises(ValueError, match="'model', 'sae' or 'transcoders'"):
         tiny.folder("tokenizer")
 
 
