@@ -35,9 +35,10 @@ from saewb.sae.cross_layer import CrossLayerTranscoder
 from saewb.sae.sae import SAE
 
 _MLP_OUT = re.compile(r"blocks\.\d+\.(hook_mlp_out|mlp\.hook_out|ln2_post\.\w+)")
-_GRADIENT_BYTES = {"cpu": 2**25}
-"""Gradients of a batch of targets at all sites, about, by device: on a CPU, those of one layer fit into its cache."""
-_GRADIENT_BYTES_ELSEWHERE = 2**28
+_GRADIENT_BYTES = 2**28
+"""Gradients of a batch of targets at all sites, about."""
+_CPU_GRADIENT_BYTES = 2**25
+"""The same on a CPU: those of one layer fit into its cache, where sums and products are faster."""
 _PREFIX_STEP = 8
 """Positions by which the lengths of two prefixes differ, at least: shorter passes save too little."""
 _MAX_PREFIXES = 4
@@ -99,9 +100,8 @@ class ReplacementModel:
         self.is_exact = not any(layer.is_one_point for layer in layers)
         with torch.no_grad():
             self._encode()
-        whole = [self.n_pos]
         n_prefixes = max(1, min(_MAX_PREFIXES, self.n_pos // _PREFIX_STEP)) if frozen.is_causal else 1
-        self._prefixes = [-(-self.n_pos * k // n_prefixes) for k in range(1, n_prefixes)] + whole
+        self._prefixes = [-(-self.n_pos * k // n_prefixes) for k in range(1, n_prefixes + 1)]
         self._passes: dict[int, _Pass] = {}
         self.read = [None if read is None else read.detach() for read in self._pass(self.n_pos).read]
 
@@ -389,7 +389,8 @@ class ReplacementModel:
     def batch_size(self, most: int, layer: int, n_pos: int) -> int:
         """How many targets of a source layer, or earlier ones, have gradients that fit into memory; `most` at most."""
         row = 4 * n_pos * sum(value.shape[-1] for value in [*self.kept[:layer], self.frozen.stream])
-        return max(1, min(most, _GRADIENT_BYTES.get(self.latent.device.type, _GRADIENT_BYTES_ELSEWHERE) // row))
+        fit = _CPU_GRADIENT_BYTES if self.latent.device.type == "cpu" else _GRADIENT_BYTES
+        return max(1, min(most, fit // row))
 
     def rows(self, batches: Sequence[Targets]) -> Float[Tensor, "targets sources"]:
         """How each target of some batches depends on each source: A[t, s], on the CPU."""
