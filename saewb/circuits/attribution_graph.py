@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saewb._indices import index_of
 from saewb.circuits.attribution_nodes import token_id
 from saewb.circuits.graph import AttributionGraph, completed, node_ids
-from saewb.circuits.influence import influence, row_totals
+from saewb.circuits.influence import CHUNK, influence, row_totals
 from saewb.circuits.replacement import ReplacementModel, Targets
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
@@ -74,9 +74,9 @@ def attribution_graph(
     before, but the MLPs between are linearized at the prompt: effects are gradients, as of `saewb.attribute_edges`,
     exact to first order only, and `constant` is what remains (`is_exact` is False).
 
-    Time: a backward pass through the frozen model per `batch_size` targets. Memory: a row of 4 bytes per active latent,
-    for each of `max_latents`; over 1 GB they are in a temporary file. An interrupt (Ctrl-C) ends the search: the graph
-    has the latents whose rows are done.
+    Time: a backward pass through the frozen model per target, over the layers below it and the positions before it.
+    Memory: a row of 4 bytes per active latent, for each of `max_latents`; over 1 GB they are in a temporary file. An
+    interrupt (Ctrl-C) ends the search: the graph has the latents whose rows are done.
 
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x), weights as published (not
@@ -88,8 +88,8 @@ def attribution_graph(
         max_targets: how many of these, at most.
         target_mass: how many of these: the fewest that have this probability together.
         max_latents: how many latents become nodes; of more active ones those with the largest influence on the targets.
-        batch_size: targets per backward pass, at most; fewer for long prompts.
-        rank_every: batches after which the influence of the latents that wait is computed anew.
+        batch_size: targets per backward pass, at most; fewer where that takes less memory or time.
+        rank_every: after how many times `batch_size` targets the influence of the latents that wait is computed anew.
         zero_first: positions at the start without latents and errors, whose activations are not like others; True means
             1 (of Gemma 3 instruction models 4, the beginning of their template), False 0.
         progress: show a progress bar.
@@ -127,7 +127,7 @@ def attribution_graph(
     replacement = ReplacementModel.of(model, tokens, transcoders, n_zero)
     logits = _logit_targets(replacement, targets, max_targets, target_mass)
     rows = _Rows(replacement, logits, min(max_latents, replacement.n_active))
-    interrupted = rows.fill(replacement.batch_size(batch_size), rank_every, progress)
+    interrupted = rows.fill(batch_size, rank_every, progress)
     text = prompt if isinstance(prompt, str) else "".join(_token_texts(model, tokens[0].tolist()))
     return _graph(replacement, logits, rows, text, interrupted)
 
@@ -210,8 +210,9 @@ class _Rows:
         replacement, device = self.replacement, self.replacement.latent.device
         last = torch.full((len(self.logits.token),), replacement.n_pos - 1, device=device)
         first = replacement.n_sources
-        for index in torch.arange(len(last)).split(batch_size):
-            batch = Targets(len(replacement.layers), last[index], self.logits.direction[index.to(device)])
+        n_layers = len(replacement.layers)
+        for index in torch.arange(len(last)).split(replacement.batch_size(batch_size, n_layers, replacement.n_pos)):
+            batch = Targets(n_layers, last[index], self.logits.direction[index.to(device)])
             self._add(replacement.rows([batch]), index + first)
         waiting = torch.ones(replacement.n_active, dtype=torch.bool)
         ranks = self.max_latents < replacement.n_active
@@ -221,12 +222,12 @@ class _Rows:
                 while (left := len(self.node) - self.n) > 0:
                     if ranks:
                         best = self._influence()[: replacement.n_active].argsort(descending=True, stable=True)
-                        queue = best[waiting[best]][: min(left, rank_every * batch_size)].sort().values
+                        queue = best[waiting[best]][: min(left, rank_every * batch_size)]
                     else:
                         queue = waiting.nonzero()[:, 0]
-                    for nodes in reversed(queue.split(batch_size)):
-                        batches = replacement.latent_targets(nodes.to(device))
-                        self._add(replacement.rows(batches), nodes)
+                    for nodes in replacement.batches(queue, batch_size):
+                        targets = replacement.latent_targets(nodes.to(device))
+                        self._add(replacement.rows(targets), nodes)
                         waiting[nodes] = False
                         bar.update(len(nodes))
             except KeyboardInterrupt:
@@ -264,19 +265,20 @@ def _graph(
     chosen = node[node < n_active]
     columns = torch.cat([chosen, torch.arange(n_active, replacement.n_sources + n_logits)])
     at = torch.searchsorted(columns, node)
-    edges = empty_matrix(len(columns), len(columns))
-    everything = torch.zeros(len(node), dtype=torch.float64)
-    for some in torch.arange(len(node)).split(max(1, 2**24 // rows.edges.shape[1])):
-        whole = rows.edges[row[some]]
-        everything[some] = whole.sum(1, dtype=torch.float64)
-        edges[at[some]] = whole[:, columns]
     frame = _nodes(replacement, logits, chosen)
     value = torch.full((len(columns),), torch.nan, dtype=torch.float64)
     constant, left_out = value.clone(), value.clone()
     value[at], constant[at] = _values(replacement, logits, chosen)
+    replacement.release()  # before the second matrix
+    edges = empty_matrix(len(columns), len(columns))
+    everything, kept = torch.zeros(2, len(node), dtype=torch.float64)
+    for some in torch.arange(len(node)).split(max(1, CHUNK // rows.edges.shape[1])):
+        whole = rows.edges[row[some]]
+        part = whole[:, columns]
+        everything[some], kept[some] = whole.sum(1, dtype=torch.float64), part.sum(1, dtype=torch.float64)
+        edges[at[some]] = part
     if not replacement.is_exact:
         constant[at] = value[at] - everything
-    kept = torch.cat([edges[i].sum(1, dtype=torch.float64) for i in at.split(max(1, 2**24 // len(columns)))])
     left_out[at] = everything - kept
     frame = frame.assign(value=value.numpy(), constant=constant.numpy(), left_out=left_out.numpy())
     graph = AttributionGraph(

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -69,6 +70,32 @@ class FrozenModel:
         """
         chosen = [*[self.patterns] * attention, *[self.scales] * norms, *[self.mlp_outputs] * mlps]
         return {name: self._put(name, value) for values in chosen for name, value in values.items()}
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether no token's attention is on a later one, so that a prefix does not depend on what comes after."""
+        n_pos = self.tokens.shape[1]
+        return all(
+            pattern.shape[-2:] == (n_pos, n_pos) and not bool(pattern.triu(1).any())
+            for pattern in self.patterns.values()
+        )
+
+    def prefix(self, n_pos: int) -> FrozenModel:
+        """The same of the first tokens alone; only if `is_causal`."""
+
+        def cut(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[:, :n_pos] for name, value in values.items()}
+
+        return replace(
+            self,
+            tokens=self.tokens[:, :n_pos],
+            patterns={name: pattern[..., :n_pos, :n_pos] for name, pattern in self.patterns.items()},
+            scales=cut(self.scales),
+            mlp_outputs=cut(self.mlp_outputs),
+            stream=self.stream[:, :n_pos],
+            final=self.final[:, :n_pos],
+            logits=self.logits[:, :n_pos],
+        )
 
     def _put(self, name: str, value: Tensor) -> hook_points.Edit:
         def edit(activation: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saewb.errors import explain
 
-_CHUNK = 2**24
+CHUNK = 2**22
 """Entries of the edge matrix that are copied at a time."""
 
 
@@ -47,7 +47,7 @@ def influence(
         if len(rows) == 0:
             continue
         share = (reach[row_node[rows]] + weights[row_node[rows]]) / totals[rows].clamp_min(1e-10)
-        step = max(1, _CHUNK // edges.shape[1])
+        step = max(1, CHUNK // edges.shape[1])
         for some, values in zip(rows.split(step), share.split(step), strict=True):
             reach += (values.float() @ edges[some].abs()).double()
     return reach
@@ -122,6 +122,6 @@ def _threshold(scores: Tensor, share: float) -> float:
 
 def row_chunks(edges: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Rows of a matrix, some at a time, with the index of the first."""
-    step = max(1, _CHUNK // max(1, edges.shape[1]))
+    step = max(1, CHUNK // max(1, edges.shape[1]))
     for begin in range(0, len(edges), step):
         yield begin, edges[begin : begin + step]

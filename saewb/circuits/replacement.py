@@ -2,9 +2,11 @@
 
 1. `ReplacementModel.of` freezes the model on the prompt, encodes it, and splits what is written at each site into
    latents, reconstruction and error.
-2. One pass of the frozen model records, at each site, what the encoder reads, as a function of what is written
-   earlier: a tensor of zeros is added at every site, by which gradients are taken.
+2. A pass of the frozen model records, at each site, what the encoder reads, as a function of what is written
+   earlier: a tensor of zeros is added at every site, by which gradients are taken. Of long prompts there are passes
+   over some prefixes too, for targets that no later token reaches.
 3. `ReplacementModel.rows` takes gradients of a batch of targets and contracts them with the vectors of all sources.
+   The work is proportional to the layers below and the positions before; `batches` puts targets together accordingly.
 """
 
 from __future__ import annotations
@@ -35,6 +37,12 @@ from saewb.sae.sae import SAE
 _MLP_OUT = re.compile(r"blocks\.\d+\.(hook_mlp_out|mlp\.hook_out|ln2_post\.\w+)")
 _GRADIENT_BYTES = 2**28
 """Gradients of a batch of targets at all sites, about."""
+_CPU_GRADIENT_BYTES = 2**25
+"""The same on a CPU: those of one layer fit into its cache, where sums and products are faster."""
+_PREFIX_STEP = 8
+"""Positions by which the lengths of two prefixes differ, at least: shorter passes save too little."""
+_MAX_PREFIXES = 4
+"""Lengths of prefixes, the whole prompt among them: each holds the activations of a pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +80,16 @@ class Targets:
     direction: Float[Tensor, "targets d"]
 
 
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A pass of the frozen model over a prefix, with gradients."""
+
+    added: list[Tensor]
+    """Zeros added at each source layer, and last at the start."""
+    read: list[Tensor | None]
+    """What each encoder, and last the unembedding, reads."""
+
+
 class ReplacementModel:
     """A frozen model with latents, errors and tokens as its sources. Positions and latents are those of one prompt."""
 
@@ -82,7 +100,10 @@ class ReplacementModel:
         self.is_exact = not any(layer.is_one_point for layer in layers)
         with torch.no_grad():
             self._encode()
-        self._leaves, self.read = self._record()
+        n_prefixes = max(1, min(_MAX_PREFIXES, self.n_pos // _PREFIX_STEP)) if frozen.is_causal else 1
+        self._prefixes = [-(-self.n_pos * k // n_prefixes) for k in range(1, n_prefixes + 1)]
+        self._passes: dict[int, _Pass] = {}
+        self.read = [None if read is None else read.detach() for read in self._pass(self.n_pos).read]
 
     @classmethod
     def of(
@@ -214,24 +235,27 @@ class ReplacementModel:
 
     # -- the frozen pass -----------------------------------------------------------------------------------------------
 
-    def _record(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Zeros added at each source layer and at the start; and what each encoder and the unembedding then read."""
-        leaves = [torch.zeros_like(kept, requires_grad=True) for kept in self.kept]
-        leaves.append(torch.zeros_like(self.frozen.stream, requires_grad=True))
-        with torch.enable_grad():
-            read = self.run(leaves)
-        return leaves, read
+    def _pass(self, n_pos: int) -> _Pass:
+        """The pass over a prefix; each is run once, when it is first needed."""
+        if n_pos not in self._passes:
+            written = [*self.kept, self.frozen.stream]
+            added = [torch.zeros_like(value[:, :n_pos], requires_grad=True) for value in written]
+            with torch.enable_grad():
+                self._passes[n_pos] = _Pass(added, self.run(added))
+        return self._passes[n_pos]
 
     def run(self, added: Sequence[Tensor]) -> list[Tensor | None]:
         """Run the frozen model with tensors added to what each source layer writes and, last, to the start.
 
         Args:
-            added: `[1, pos, d]` for each source layer, and last for the stream's start.
+            added: `[1, pos, d]` for each source layer, and last for the stream's start; of a prefix if it is causal.
 
         Returns:
             What the encoder of each source layer reads, normalized and centered as it does, and last what the
             unembedding reads: `[1, pos, d]`; None for layers without an encoder.
         """
+        n_pos = added[-1].shape[1]
+        frozen = self.frozen if n_pos == self.n_pos else self.frozen.prefix(n_pos)
         read: list[Tensor | None] = [None] * (len(self.layers) + 1)
         raw: dict[int, Tensor] = {}
 
@@ -248,7 +272,7 @@ class ReplacementModel:
             site = self.layers[i].site
 
             def edit(activation: Tensor) -> Tensor:
-                out = self.kept[i] + added[i]
+                out = self.kept[i][:, :n_pos] + added[i]
                 if site is None:
                     return out.to(activation.dtype)
                 out = out + passthrough(site.sae, raw[i], site.clt_layer)
@@ -257,14 +281,14 @@ class ReplacementModel:
             return edit
 
         def start(stream: Tensor) -> Tensor:
-            return (self.frozen.stream + added[-1]).to(stream.dtype)
+            return (frozen.stream + added[-1]).to(stream.dtype)
 
         def end(final: Tensor) -> None:
             read[-1] = final
 
-        edits = self.frozen.edits(mlps=False) | self.edits(reading, writing, start, end)
+        edits = frozen.edits(mlps=False) | self.edits(reading, writing, start, end)
         with quiet(), eval_mode(self.model), hook_points.editing(self.model, edits):
-            self.model(self.frozen.tokens)
+            self.model(frozen.tokens)
         return read
 
     def edits(
@@ -297,14 +321,20 @@ class ReplacementModel:
 
     def encoder_input(self, i: int, x: Float[Tensor, "1 pos d_in"]) -> Float[Tensor, "1 pos d_in"]:
         """What the encoder matrix of a source layer multiplies, for an input `x` beside the prompt's own."""
-        return encoder_input(self.layers[i].site.sae, x, self.inputs[i])
+        return encoder_input(self.layers[i].site.sae, x, self.inputs[i][:, : x.shape[1]])
 
     @cached_property
     @torch.no_grad()
     def without_sources(self) -> list[Tensor]:
         """What each encoder and the unembedding read where all sources are 0: the constants of the frozen model."""
-        pairs = zip(self.vectors, self._leaves, strict=True)
-        return self.run([-vectors.vector.sum(1)[None].to(leaf) for vectors, leaf in pairs])
+        pairs = zip(self.vectors, [*self.kept, self.frozen.stream], strict=True)
+        return self.run([-vectors.vector.sum(1)[None].to(written) for vectors, written in pairs])
+
+    def release(self) -> None:
+        """Free the vectors of sources, and the activations of passes; whatever needs them computes them anew."""
+        self._passes.clear()
+        for name in ("vectors", "without_sources"):
+            self.__dict__.pop(name, None)
 
     # -- targets -------------------------------------------------------------------------------------------------------
 
@@ -333,19 +363,46 @@ class ReplacementModel:
             biases[mask] = b_enc[self.latent[nodes[mask]]].detach().float()
         return biases
 
-    def batch_size(self, wanted: int) -> int:
-        """Targets per batch whose gradients at all sites fit into about 256 MiB."""
-        row = 4 * self.n_pos * sum(leaf.shape[-1] for leaf in self._leaves)
-        return max(1, min(wanted, _GRADIENT_BYTES // row))
+    def batches(self, nodes: Int[Tensor, " nodes"], most: int) -> list[Int[Tensor, " some"]]:
+        """Divide active latents into batches for `rows`: of similar positions and layers, those of late layers first.
+
+        Args:
+            nodes: on any device.
+            most: latents per batch, at most; fewer where their gradients would not fit into memory.
+
+        Returns:
+            Ascending nodes, on the CPU.
+        """
+        nodes = nodes.cpu().sort().values
+        position, layer = self.position.cpu()[nodes], self.layer.cpu()[nodes]
+        prefix = torch.searchsorted(torch.tensor(self._prefixes), position + 1)
+        result: list[tuple[int, Tensor]] = []
+        for i, n_pos in enumerate(self._prefixes):
+            some = (prefix == i).nonzero()[:, 0]
+            while len(some):
+                highest = int(layer[some[-1]])
+                batch = some[-self.batch_size(most, highest, n_pos) :]
+                result.append((highest, nodes[batch]))
+                some = some[: -len(batch)]
+        return [batch for _, batch in sorted(result, key=lambda pair: -pair[0])]
+
+    def batch_size(self, most: int, layer: int, n_pos: int) -> int:
+        """How many targets of a source layer, or earlier ones, have gradients that fit into memory; `most` at most."""
+        row = 4 * n_pos * sum(value.shape[-1] for value in [*self.kept[:layer], self.frozen.stream])
+        fit = _CPU_GRADIENT_BYTES if self.latent.device.type == "cpu" else _GRADIENT_BYTES
+        return max(1, min(most, fit // row))
 
     def rows(self, batches: Sequence[Targets]) -> Float[Tensor, "targets sources"]:
         """How each target of some batches depends on each source: A[t, s], on the CPU."""
         n = sum(len(batch.position) for batch in batches)
         highest = max(batch.layer for batch in batches)
-        leaves = [*self._leaves[:highest], self._leaves[-1]]  # a layer is read before it is written
+        last = max(int(batch.position.max()) for batch in batches)
+        n_pos = next(length for length in self._prefixes if length > last)
+        of_prefix = self._pass(n_pos)
+        leaves = [*of_prefix.added[:highest], of_prefix.added[-1]]  # a layer is read before it is written
         begin, outputs, seeds = 0, [], []
         for batch in batches:
-            read = self.read[batch.layer]
+            read = of_prefix.read[batch.layer]
             seed = torch.zeros(n, *read.shape, dtype=read.dtype, device=read.device)
             index = torch.arange(begin, begin + len(batch.position), device=read.device)
             seed[index, 0, batch.position] = batch.direction.to(seed)
@@ -359,8 +416,8 @@ class ReplacementModel:
         for vectors, gradient in zip([*self.vectors[:highest], self.vectors[-1]], gradients, strict=True):
             if gradient is not None:
                 slope = gradient[:, 0].transpose(0, 1).to(vectors.vector)  # [pos, targets, d]
-                effects = vectors.vector @ slope.transpose(1, 2)  # [pos, most, targets]
-                result.index_add_(0, vectors.column.flatten(), effects.flatten(0, 1))
+                effects = vectors.vector[:n_pos] @ slope.transpose(1, 2)  # [pos, most, targets]
+                result.index_add_(0, vectors.column[:n_pos].flatten(), effects.flatten(0, 1))
         return result[:-1].T.contiguous().cpu()
 
     # -- the unembedding -----------------------------------------------------------------------------------------------

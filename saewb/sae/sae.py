@@ -280,9 +280,10 @@ def _initial(cfg: SAEConfig, seed: int, dtype: torch.dtype, device: torch.device
     """Random unit decoder rows, the encoder their transpose (random if widths differ), and zeros."""
     tensors = {name: torch.zeros(shape) for name, shape in cfg.tensor_shapes().items()}
     rng = torch.Generator().manual_seed(seed)
-    tensors["W_dec"] = normalize(torch.randn(cfg.d_sae, cfg.d_out, generator=rng), dim=1)
     rows = tensors["W_dec"]
+    normalize(rows.normal_(generator=rng), dim=1, out=rows)
     if cfg.d_in != cfg.d_out:
-        rows = normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=rng), dim=1)
-    tensors["W_enc"] = rows.T.contiguous()
+        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=rng)
+        normalize(rows, dim=1, out=rows)
+    tensors["W_enc"].copy_(rows.T)
     return {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}

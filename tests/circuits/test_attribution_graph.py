@@ -8,12 +8,15 @@ import torch
 from helpers import tiny_models
 from helpers.families import FAMILIES, family
 from helpers.graphs import IDS, check_sums, cross_layer, transcoders
+from helpers.transformer_lens_3 import has_hooked_transformer
 
 import saewb
 from saewb.circuits import attribution_graph as module
+from saewb.circuits.frozen import FrozenModel
 from saewb.circuits.replacement import ReplacementModel
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 
+HAS_HOOKED = has_hooked_transformer()
 PURSUIT = PursuitSAE.from_tensors(
     PursuitConfig(16, 40, hook="blocks.1.hook_resid_post"), {"W_dec": torch.eye(40, 16), "b_dec": torch.zeros(16)}
 )
@@ -160,6 +163,46 @@ def test_batches_change_nothing(model):
     a, b = (graph_of(model, transcoders(), batch_size=size) for size in (3, 256))
     torch.testing.assert_close(a.edges, b.edges, rtol=1e-4, atol=1e-5)
     assert (a.nodes["id"] == b.nodes["id"]).all()
+
+
+@pytest.mark.parametrize("name", ["bridge-llama", "bridge-gemma2", "bridge-neox", *["hooked-gpt2"] * HAS_HOOKED])
+@pytest.mark.parametrize("coders", [lambda: transcoders(skip=True), cross_layer], ids=["skip", "clt"])
+def test_passes_over_prefixes_change_nothing(name, coders, monkeypatch):
+    """Targets take the shortest prefix that has their position; a model that looks ahead takes the whole prompt."""
+    model, ids = family(name), tiny_models.tokens(1, 21, seed=4)
+    lengths, run = [], ReplacementModel.run
+
+    def counted(self, added):
+        lengths.append(added[-1].shape[1])
+        return run(self, added)
+
+    monkeypatch.setattr(ReplacementModel, "run", counted)
+    graph = graph_of(model, coders(), ids, targets=[5], batch_size=16)
+    assert sorted(lengths) == [11, 21, 21]  # the last is without sources
+    check_sums(graph, 1e-5)
+    monkeypatch.setattr(FrozenModel, "is_causal", False)
+    whole = graph_of(model, coders(), ids, targets=[5], batch_size=16)
+    assert sorted(lengths) == [11, 21, 21, 21, 21]
+    torch.testing.assert_close(graph.edges, whole.edges, rtol=1e-4, atol=1e-5)
+    assert (graph.nodes["id"] == whole.nodes["id"]).all()
+
+
+def test_batches_are_of_similar_positions_and_fit(model):
+    """Each latent once; late layers first; none larger than what its gradients may take."""
+    ids = tiny_models.tokens(1, 32, seed=4)
+    replacement = ReplacementModel.of(model, ids, transcoders(), 1)
+    some = torch.randperm(replacement.n_active, generator=torch.Generator().manual_seed(0))[:200]
+    batches = replacement.batches(some, 9)
+    assert torch.equal(torch.cat(batches).sort().values, some.sort().values)
+    layers, positions = ([values[batch] for batch in batches] for values in (replacement.layer, replacement.position))
+    highest = [int(layer.max()) for layer in layers]
+    assert highest == sorted(highest, reverse=True)
+    assert all(len((position // 8).unique()) == 1 for position in positions)
+    assert max(map(len, batches)) == 9
+    row = 4 * 16 * 32
+    assert replacement.batch_size(10**6, 2, 32) == 2**25 // (3 * row)
+    assert replacement.batch_size(10**6, 0, 8) == 2**25 // (row // 4)
+    assert replacement.batches(some[:0], 9) == []
 
 
 def test_a_matrix_over_the_limit_is_on_disk(model, monkeypatch):

@@ -1,5 +1,7 @@
 """Freezing: constants in every family, affine passes, direct effects that sum to the logit, and models it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import tiny_models
@@ -39,6 +41,22 @@ def test_the_frozen_model_is_the_model_and_affine(name):
     assert (len(frozen.patterns), len(frozen.mlp_outputs)) == (3, 3)
     assert torch.equal(final_norm(model, IDS), clean)
     assert tiny_models.snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prefix_is_frozen_as_it_is_in_the_whole(name):
+    model = family(name)
+    with saewb.freeze(model, IDS) as frozen:
+        pass
+    assert frozen.is_causal
+    prefix = frozen.prefix(4)
+    assert prefix.tokens.shape == (1, 4)
+    with torch.no_grad(), hook_points.editing(model, prefix.edits()):
+        torch.testing.assert_close(final_norm(model, prefix.tokens), frozen.final[:, :4], rtol=1e-4, atol=1e-4)
+    ahead = {name: pattern.flip(-1) for name, pattern in frozen.patterns.items()}
+    wider = {name: torch.nn.functional.pad(pattern, (0, 1)) for name, pattern in frozen.patterns.items()}
+    assert not replace(frozen, patterns=ahead).is_causal
+    assert not replace(frozen, patterns=wider).is_causal
 
 
 @pytest.mark.parametrize("name", FAMILIES)
