@@ -6,6 +6,7 @@ difference added to what its MLPs write, and later layers respond.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -123,8 +124,8 @@ def intervene(
         A LatentIntervention: `.next_tokens()`, `.latents`, `.logits`.
 
     Raises:
-        ValueError: for a layer without latents, a position or latent out of range, no change at all; as
-            `saewb.attribution_graph`.
+        ValueError: for a layer without latents, a position or latent out of range, a value that is not finite, no
+            change at all; as `saewb.attribution_graph`.
 
     References:
         Constrained and iterative patching: Ameisen et al. 2025,
@@ -190,7 +191,9 @@ def _steps(replacement: ReplacementModel, changes: Sequence[tuple[int, int, int,
         i = by_layer[int(layer)]
         position = index_of(position, "position", replacement.n_pos, from_end=True)
         latent = index_of(latent, "latent", replacement.layers[i].site.d_sae)
-        steps[i, position, latent] = _Step(i, position, latent, float(value))
+        if not math.isfinite(value := float(value)):
+            raise ValueError(explain(f"got the value {value} for latent {latent}.", want="a finite number"))
+        steps[i, position, latent] = _Step(i, position, latent, value)
     if not steps:
         raise ValueError(explain("intervene got no changes.", fix="[(layer, position, latent, value)]"))
     return list(steps.values())

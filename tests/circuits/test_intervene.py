@@ -129,6 +129,7 @@ def test_from_inside_of_inference_mode(model):
         ([(0, 9, 0, 1.0)], "position"),
         ([(0, 0, 99, 1.0)], "latent"),
         ([(0, 0, 1.0)], "layer, position, latent, value"),
+        ([(0, 0, 1, float("nan"))], "value nan for latent 1"),
     ],
 )
 def test_wrong_changes(changes, text):
