@@ -65,7 +65,8 @@ class Index:
     @staticmethod
     def look(folder):
         try:
-            assert saewb.load_index(folder / "index").n_tokens > 0
+            index = saewb.load_index(folder / "index")
+            assert len(index.tensors) > 0  # of no tokens yet, if Ctrl-C came before the first batch
         except FileNotFoundError as error:
             _check("no index" in str(error))
 
