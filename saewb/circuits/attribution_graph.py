@@ -200,7 +200,7 @@ class _Rows:
         parts = [replacement.layer.cpu() + 1, depth, torch.zeros(replacement.n_pos), torch.full((n_logits,), last)]
         self.order = torch.cat(parts).long()
         self.weights = torch.zeros(len(self.order), dtype=torch.float64)
-        self.weights[replacement.n_sources :] = logits.weight.double()
+        self.weights[replacement.n_sources :] = logits.weight.cpu().double()
         self.n = 0
 
     def fill(self, batch_size: int, rank_every: int, progress: bool) -> bool:

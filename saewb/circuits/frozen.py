@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from saewb.data.tokens import prompt_ids
 from saewb.errors import explain
+from saewb.metrics import float64
 from saewb.models import hook_points
 from saewb.models.capture import eval_mode
 
@@ -208,13 +209,14 @@ def _curvature(frozen: FrozenModel) -> float:
     edits = {
         **frozen.edits(),
         STREAM: lambda activation: torch.cat([stream, stream + step, stream - step]),
-        FINAL: lambda activation: outputs.update(final=activation.double()),
+        FINAL: lambda activation: outputs.update(final=float64(activation)),
     }
     with quiet(), hook_points.editing(model, edits):
         model(frozen.tokens.expand(3, -1))
     same, plus, minus = outputs["final"]
     second, first = (plus + minus - 2 * same).norm(), (plus - minus).norm()
-    curvature, drift = float(second / first), float((same - frozen.final[0]).norm() / frozen.final.double().norm())
+    final = float64(frozen.final)
+    curvature, drift = float(second / first), float((same - final[0]).norm() / final.norm())
     limit = 3 * torch.finfo(stream.dtype).eps ** 0.5
     if not max(curvature, drift) <= limit:
         name = getattr(model.cfg, "model_name", type(model).__name__)
