@@ -225,16 +225,16 @@ class IndexWindows:
         if not others:
             return ()
         tensors, info = self._index.tensors, self._index.info
-        which, found = torch.tensor(others), {}
+        which, slots = torch.tensor(others), {}
         for name in ("sample", "top"):
             position, order = tensors[f"{name}.position"][which], tensors[f"{name}.order"][which]
             quiet = (order != EMPTY) & self._is_inactive(latent, position)
             for i, slot in quiet.nonzero().tolist():
                 number = int(position[i, slot])
                 if number // info.ctx_len not in seen:
-                    found.setdefault(number, (name, others[i], slot))
-        drawn = draw(sorted(found), n, rng)
-        return tuple(self._context(number, *found[number]) for number in drawn)
+                    slots.setdefault(number, (name, others[i], slot))
+        drawn = draw(sorted(slots), n, rng)
+        return tuple(self._context(number, *slots[number]) for number in drawn)
 
     def _context(self, number: int, name: str, latent: int, slot: int) -> Context:
         info = self._index.info

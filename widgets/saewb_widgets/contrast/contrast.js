@@ -54,10 +54,7 @@ function volcano({ root, model, on, set }, box) {
   canvas._tip = () => { const d = model.get("dots");
     return under < 0 || !d.latents || under >= d.latents.length ? "" : `${d.latents[under]}\nAUC ${AUC(d.auc[under])}\nlog odds ${tiny(d.x[under])}, \u2212log10 q ${tiny(d.y[under])}`; };
   on("dots selected", draw);
-  const size = new ResizeObserver(draw), themed = new MutationObserver(draw);
-  size.observe(canvas);
-  themed.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
-  return () => { size.disconnect(); themed.disconnect(); };
+  return redrawOnChange(root, canvas, draw);
 }
 
 function contrast(parts) {

@@ -108,6 +108,14 @@ const bars = (counts, { label, tip, cls = "", on = () => false, most = Math.max(
   return svg;
 };
 
+// Draw anew when a canvas changes its size or the panel its theme; gives what ends that.
+function redrawOnChange(root, canvas, draw) {
+  const size = new ResizeObserver(draw), themed = new MutationObserver(draw);
+  size.observe(canvas);
+  themed.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
+  return () => { size.disconnect(); themed.disconnect(); };
+}
+
 // The frame of a panel: title, current job, errors, notices, and the tip at the mouse. `build(parts)` fills its body.
 function framed({ model, el }, name, build) {
   const root = make("div", "saewb " + name), frame = root.appendChild(make("div", "frame")), undo = new AbortController(), listeners = [];

@@ -71,10 +71,7 @@ function scattered({ root, model, on, set }, box) {
     const x = d.log ? (d.x[under] ? `fires on ${percent(d.x[under])} of tokens` : "never fires") : `length ${digits(d.x[under])}`;
     return `${d.latents[under]}\nlargest |cos| ${cosine(d.y[under])}\n${x}`; };
   on("dots page", draw);
-  const size = new ResizeObserver(draw), themed = new MutationObserver(draw);
-  size.observe(canvas);
-  themed.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
-  return () => { size.disconnect(); themed.disconnect(); };
+  return redrawOnChange(root, canvas, draw);
 }
 
 function crowd(parts) {
