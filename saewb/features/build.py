@@ -310,6 +310,7 @@ def _run(
     with bar, sleep_while_contended(), ThreadPoolExecutor(1) as thread:
         pending: Future | None = None
         try:
+            thread.submit(int).result()  # interrupted while it starts, a thread is not joined: let it have no work yet
             for begin in range(first - text.first_row, len(text), batch_size):
                 rows = text[begin : begin + batch_size].to(device)
                 try:

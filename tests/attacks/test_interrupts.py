@@ -1,6 +1,7 @@
 """Ctrl-C at every moment of attach, steer, and whatever runs the model: it is clean again, and its lock is free."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -172,13 +173,30 @@ def test_an_interrupt_leaves_a_folder_that_opens(models, writer, tmp_path, monke
     _interrupt_writer(models, writer, tmp_path, 3)
 
 
+def test_an_index_interrupted_while_its_thread_starts_counts_nothing_twice(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "MODEL", lambda: models[0])
+    expected, start = writers.Index.work(_new(tmp_path / "whole")), threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name.startswith("ThreadPoolExecutor"):  # the executor does not know of it yet
+            monkeypatch.setattr(threading.Thread, "start", start)
+            raise KeyboardInterrupt
+
+    (folder := tmp_path / "interrupted").mkdir()
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writers.Index.work(folder)
+    assert torch.equal(writers.Index.work(folder), expected)
+
+
 def _interrupt_writer(models, writer, tmp_path, tries):
     writer.prepare(whole := _new(tmp_path / "whole"))
     expected, folders, n = writer.work(whole), [], 0
 
     def work():
-        folders.append(_new(tmp_path / f"{len(folders)}"))
-        writer.prepare(folders[-1])
+        folders.append(tmp_path / f"{len(folders)}")
+        writer.prepare(_new(folders[-1]))
         writer.work(folders[-1])
 
     for was_interrupted in interrupts.signals(work, tries, longest=_seconds(work)):
