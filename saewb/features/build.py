@@ -412,7 +412,8 @@ def _lens(
         return None
     if isinstance(logits, str) and logits == "jacobian":
         hooks = list(dict.fromkeys(site.hook_name_out for site in sites))
-        how = {"n_prompts": _LENS_ROWS, "skip_special_tokens": special, "progress": progress}
+        skipped = min(16, text.ids.shape[1] // 4)  # of short rows not all
+        how = {"n_prompts": _LENS_ROWS, "skip_first": skipped, "skip_special_tokens": special, "progress": progress}
         return fit_jacobian_lens(model, text.ids, hooks, **how)
     if not isinstance(logits, JacobianLens):
         what = f"build_index got logits={reprlib.repr(logits)}."

@@ -322,7 +322,8 @@ def test_index_fits_its_own_lens():
     ids = tokens(rows=3, length=20)
     coder = sae("blocks.0.hook_mlp_out").double()
     index = saewb.build_index(model(), coder, ids, logits="jacobian", skip_special_tokens=False)
-    lens = saewb.fit_jacobian_lens(model(), ids, "blocks.0.hook_mlp_out", skip_special_tokens=False)
+    how = {"skip_first": 5, "skip_special_tokens": False}
+    lens = saewb.fit_jacobian_lens(model(), ids, "blocks.0.hook_mlp_out", **how)
     assert index.info.lens == repr(lens)
     one = saewb.build_index(model(), coder, ids, logits=lens, skip_special_tokens=False)
     assert one.latent(3).jacobian_top == index.latent(3).jacobian_top != ()
