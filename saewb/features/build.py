@@ -90,8 +90,9 @@ def build_index(
     (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `ApproximateTopK.max_bytes(d_in, d_sae)`
     too, one and a half times W_enc and 72 MiB. Then logit effects and neighbors take
     `saewb.features.logit_effects.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once
-    more, and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any
-    `batch_size` and any number of interruptions, up to rounding of the model's activations.
+    more, and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. A lens adds the decoder once
+    more. The result is the same for any `batch_size` and any number of interruptions, up to rounding of the model's
+    activations.
 
     Each top context of a latent is around its strongest token in a row of text; equal windows count once. Its sampled
     contexts are drawn uniformly from its active tokens, sorted by activation and split into groups of equal size: the
