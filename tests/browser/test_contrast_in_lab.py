@@ -10,17 +10,17 @@ CELLS = [
 from saewb_widgets import ContrastPanel, FeatureBrowser
 model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
 documents = saewb.tiny.held_out_texts()
-a = [d.text for d in documents if d.label == "Biology"][:25]
-b = [d.text for d in documents if d.label == "Geography"][:25]
+a = [d.text for d in documents if d.topic.startswith("Biology")][:20]
+b = [d.text for d in documents if not d.topic.startswith("Biology")][:20]
 rows = saewb.data.tokens.token_rows(model, a + b, 64)
-lens = saewb.fit_jacobian_lens(model, rows, sae.cfg.hook, n_prompts=2, batch_size=32)
-index = saewb.build_index(model, sae, rows[:24], logits=lens)
+lens = saewb.fit_jacobian_lens(model, rows, sae.cfg.hook, n_prompts=1, batch_size=32)
+index = saewb.build_index(model, sae, rows[:16], logits=lens)
 named = index.with_labels({i: f"a name of latent {i}, as a person might write it" for i in index.ranking(20)})
 panel = ContrastPanel(model, sae, a, b, index=named, n_permutations=100)
 panel""",
     "print(panel.selected, panel.side, len(panel.maxima) > 0)",
-    "exec(panel.code(), again := {'model': model, 'sae': sae, 'a': a, 'b': b})\n"
-    "print([len(v) for v in again.values() if isinstance(v, saewb.Contrast)][:1] == [1024])",
+    "exec(panel.code(), again := {'model': model, 'sae': sae})\n"
+    "print(again['table'].equals(panel.table), again['maxima'] == panel.maxima)",
     "FeatureBrowser(named)",
 ]
 
@@ -48,13 +48,13 @@ def test_contrast_panel_in_jupyterlab(browser, tmp_path):
         book.run(1)
         assert book.output(1).strip() == f"{latent} b True"
         book.run(2)
-        assert book.output(2).strip() == "True"
+        assert book.output(2).strip().endswith("True True")
         book.run(3)
         browsing = page.locator(".jp-Notebook .jp-Cell >> nth=3").locator(".saewb")
         browsing.get_by_text("Through later layers").wait_for()
         assert browsing.locator(".label.explained").count() > 3
         for width in (1400, 700):
-            page.set_viewport_size({"width": width, "height": 1000})
+            page.set_viewport_size({"width": width, "height": 1500})
             for theme in ("Light", "Dark"):
                 book.do("apputils:change-theme", theme=f"JupyterLab {theme}")
                 page.locator(f".saewb[data-theme={theme.lower()}]").first.wait_for()

@@ -35,7 +35,7 @@ function volcano({ root, model, on, set }, box) {
     ctx.strokeStyle = of("--dim");
     line(LEFT, py(d.limit), wide - RIGHT, py(d.limit));
     ctx.setLineDash([]);
-    const ink = { a: of("--set-a"), b: of("--set-b"), "": of("--bar") };
+    const ink = { a: of("--set-a"), b: of("--set-b"), "": of("--mark") };
     at = d.x.map((x, k) => [px(x), py(d.y[k])]);
     ctx.globalAlpha = 0.75;
     at.forEach(([x, y], k) => { ctx.fillStyle = ink[d.sides[k]]; ctx.beginPath(); ctx.arc(x, y, 3, 0, 7); ctx.fill(); });
