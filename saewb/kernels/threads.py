@@ -45,8 +45,8 @@ _monitor: _Monitor | None = None
 def sleep_while_contended() -> Iterator[None]:
     """Let torch's threads wait asleep while others compete for the cores; nested and concurrent uses share a monitor.
 
-    What else the machine does changes no result: tiles and the order of sums stay the same. Without GNU OpenMP or Linux' task
-    statistics this does nothing.
+    What else the machine does changes no result: tiles and the order of sums stay the same. Without GNU OpenMP or
+    Linux' task statistics this does nothing.
 
     Example:
         >>> import torch
