@@ -1,4 +1,4 @@
-"""Feature absorption and splitting: classes of words, a probe of the residual stream, and the latents that say the same.
+"""Feature absorption and splitting: classes of words, a probe of the activation, and the latents that say the same.
 
 1. Words, each in a prompt; the activation at the word's last token; four fifths of the words to train on.
 2. A linear probe of the activation for each class: the direction that an SAE should have latents for.
@@ -123,11 +123,11 @@ def absorption(
 
     By default this differs from SAEBench, which `like="saebench"` follows, in: q counts the length of W_dec[i], which
     SAEBench reads as 1 (and a normalization of the input); P leaves out what the SAE writes without latents, the
-    decoder bias; forms of one word are on one side of the split; the L1 probe
-    starts from zeros, in batches of 256, on latents that fire; of latents with negative activations the |weight|
-    chooses; the same prompts serve all steps; words and prompts are drawn by `seed`. SAEBench draws its prompts unseeded
-    in `random`: with `random.seed(seed)` and `torch.manual_seed(seed)` before, and the words in the order of their ids,
-    its numbers are these, up to the stopping of scikit-learn's solver.
+    decoder bias; forms of one word are on one side of the split; the L1 probe starts from zeros, in batches of 256, on
+    latents that fire; of latents with negative activations the |weight| chooses; the same prompts serve all steps;
+    words and prompts are drawn by `seed`. SAEBench draws its prompts by `random`, unseeded, from words in no fixed
+    order; on the same words, prompts and random numbers its figures are these (its solver stops at scikit-learn's
+    tolerance, the one here at the optimum).
 
     Memory: the words' activations, their active latents, and 256 words' dense latents (4,096 with `like`) at a time.
     RAVEL, unlearning and MDL of SAEBench are left out: they need models of 2 billion parameters and more.
@@ -531,7 +531,7 @@ def _share_columns(fraction: Tensor, full: Tensor) -> dict[str, float]:
     mean, error, n = mean_and_error(fraction.numpy())
     count = float(full.sum())
     (low,), (high,) = wilson_interval(np.array([count]), np.array([float(n)]))
-    fraction_low, fraction_high = normal_interval(mean, error, 0, 1)
+    fraction_low, fraction_high = normal_interval(mean, error, 0.0, 1.0)
     return {
         "n": n,
         "fraction": mean,
@@ -572,7 +572,7 @@ def _fresh_prompts(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Absorption:
-    """Result of `absorption`: `summary()` has a row per SAE, `to_frame()` one per SAE and class; `plot()` draws them."""
+    """Result of `absorption`: `summary()` has a row per SAE, `to_frame()` one per SAE and class."""
 
     table: pd.DataFrame
     """The rows of `to_frame`."""
@@ -614,7 +614,7 @@ class Absorption:
                 if figure in ("fraction", "full", "n_split"):
                     row[f"{figure}_se"] = error
                 if figure in ("fraction", "full"):
-                    row[f"{figure}_low"], row[f"{figure}_high"] = normal_interval(mean, error, 0, 1)
+                    row[f"{figure}_low"], row[f"{figure}_high"] = normal_interval(mean, error, 0.0, 1.0)
             rows[name] = row
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("sae")
 

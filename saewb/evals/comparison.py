@@ -158,7 +158,7 @@ class Comparison:
         return [str(name) for name in part.sort_values(against, kind="stable").index]
 
     def plot(self, figures: Sequence[str] | None = None, against: str = "l0") -> go.Figure:
-        """Figures against L0, a panel each: every SAE a point, its own in color, published ones in gray, fronts as lines.
+        """Figures against L0, a panel each: an SAE is a point, one's own in color, published ones gray; with fronts.
 
         Args:
             figures: which; None draws the first six of `figures()`.

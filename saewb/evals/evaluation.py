@@ -254,8 +254,7 @@ def _evaluation(
         **{name: getattr(firing, name) for name in ("l0", "l1", "dead_frac", "ultra_low_frac", "dense_frac")},
         **asdict(losses),
         **_frequent(firing.density),
-        mean_max_encoder_cosine=float(weights["max_encoder_cosine"].mean()),
-        mean_max_decoder_cosine=float(weights["max_decoder_cosine"].mean()),
+        **{f"mean_{name}": _mean_or_none(weights[name]) for name in ("max_encoder_cosine", "max_decoder_cosine")},
         ce_recovered_zero=_recovered(losses.ce_zero_ablated, ce, losses.ce_clean),
         ce_recovered_mean=_recovered(losses.ce_mean_ablated, ce, losses.ce_clean),
         kl_recovered_zero=_recovered(losses.kl_zero_ablated, kl, 0.0),
@@ -269,6 +268,11 @@ def _evaluation(
         sae=repr(site.sae),
         latents=LatentFigures(**{name: getattr(firing, name).cpu() for name in latents}, **weights),
     )
+
+
+def _mean_or_none(figure: Tensor) -> float | None:
+    mean = float(figure.mean())
+    return None if math.isnan(mean) else mean
 
 
 def _frequent(density: Tensor) -> dict[str, float]:

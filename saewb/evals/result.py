@@ -28,6 +28,10 @@ def _figure(unit: str, meaning: str) -> Any:
     return field(metadata={"unit": unit, "meaning": meaning})
 
 
+def _of_nearest(of: str) -> dict[str, str]:
+    return {"unit": "-1..1", "meaning": f"mean over latents of the largest cosine with another's, of {of}"}
+
+
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LatentFigures:
     """Figures per latent, `[d_sae]` each; nan where the architecture does not define one."""
@@ -108,8 +112,6 @@ class Evaluation:
     over_10_percent_frac: float = _figure("fraction", "latents that fire on more than 10 % of tokens")
     over_1_percent_share: float = _figure("fraction", "of all firings, those of latents that fire on more than 1 %")
     over_10_percent_share: float = _figure("fraction", "of all firings, those of latents that fire on more than 10 %")
-    mean_max_encoder_cosine: float = _figure("-1..1", "of a latent's encoder column with the nearest; core=True")
-    mean_max_decoder_cosine: float = _figure("-1..1", "of a latent's decoder row with the nearest; core=True")
     n_tokens: int = _figure("tokens", "that the SAE was used on")
     n_predictions: int = _figure("tokens", "whose prediction the losses are about")
     dead_below: float = _figure("fraction", "of tokens")
@@ -118,6 +120,8 @@ class Evaluation:
     hook_out: str = _figure("", "where it writes")
     model: str = _figure("", "name of the language model")
     sae: str = _figure("", "what was evaluated")
+    mean_max_encoder_cosine: float | None = field(default=None, metadata=_of_nearest("encoder columns"))
+    mean_max_decoder_cosine: float | None = field(default=None, metadata=_of_nearest("decoder rows"))
     latents: LatentFigures = field(repr=False, compare=False, metadata={"unit": "", "meaning": "figures per latent"})
 
     @property
@@ -126,8 +130,9 @@ class Evaluation:
         return 1 - self.dead_frac
 
     def figures(self) -> dict[str, Any]:
-        """All fields but `latents`, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
+        """All fields but `latents`, by name; those that only `core=True` measures, where it did."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_frame(self) -> pd.DataFrame:
         """One row, a column for each figure. For many SAEs: `saewb.evaluate_many`."""
@@ -154,8 +159,7 @@ class Evaluation:
         figures = [f for f in fields(self) if f.metadata["unit"]]
         if self.n_predictions == 0:  # evaluated without losses
             figures = [f for f in figures if not f.name.startswith(("ce_", "kl", "n_predictions"))]
-        if math.isnan(self.mean_max_decoder_cosine):  # evaluated without core
-            figures = [f for f in figures if not f.name.startswith("mean_max_")]
+        figures = [f for f in figures if getattr(self, f.name) is not None]
         return [(f.name, _format(getattr(self, f.name)), f.metadata["unit"], f.metadata["meaning"]) for f in figures]
 
 

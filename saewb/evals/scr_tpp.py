@@ -566,7 +566,7 @@ def _paired_sets(index: np.ndarray, kind: np.ndarray, seed: int) -> dict[str, tu
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScrTpp:
-    """Result of `scr_tpp`: `summary()` has a row per SAE and n, `to_frame()` one per class as well; `plot()` draws them."""
+    """Result of `scr_tpp`: `summary()` has a row per SAE and n, `to_frame()` one per class as well."""
 
     table: pd.DataFrame
     """The rows of `to_frame`."""
@@ -578,9 +578,9 @@ class ScrTpp:
     def to_frame(self) -> pd.DataFrame:
         """A row per SAE, n and class (TPP), or direction (SCR: the label that the biased probe is to tell).
 
-        Columns: sae, class (None: the headline), n, score, se, low, high (95 %), n_test (texts), clean_accuracy; for TPP
-        intended and unintended (drops of accuracy), for SCR biased_accuracy and ablated_accuracy. Errors are over test
-        texts, the probes as they are.
+        Columns: sae, class (None: the headline), n, score, se, low, high (95 %), n_test (texts), clean_accuracy; for
+        TPP intended and unintended (drops of accuracy), for SCR biased_accuracy and ablated_accuracy. Errors are over
+        test texts, the probes as they are.
         """
         return self.table.copy()
 

@@ -366,6 +366,7 @@ def sae_probes_split(
 
 
 def check_split(y: np.ndarray, classes: list[Hashable], split: tuple[np.ndarray, np.ndarray]) -> None:
+    """Raise a ValueError for a class without training or test texts."""
     for name, index in zip(("training", "test"), split, strict=True):
         counts = np.bincount(y[index], minlength=len(classes))
         if (counts == 0).any():

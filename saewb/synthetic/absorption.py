@@ -59,7 +59,7 @@ class HierarchyAbsorption:
         rows = {}
         for name, part in self.table.groupby("sae", sort=False):
             rate, rate_se, n_pairs = mean_and_error(part.rate.to_numpy())
-            low, high = normal_interval(rate, rate_se, 0, 1)
+            low, high = normal_interval(rate, rate_se, 0.0, 1.0)
             fraction, fraction_se, _ = mean_and_error(part.fraction.to_numpy())
             rows[name] = {
                 "rate": rate,
@@ -118,13 +118,14 @@ def absorption(
     For each parent p and child c with unit directions d_p, d_c and the latents whose rows are nearest by |cosine|,
     over samples on which both fire:
 
-        rate      share on which p's latent is 0, c's latent is not, and cos(W_dec[c], d_p) >= 0.1
+        rate      share on which p's latent is 0, c's latent is not, and |cos(W_dec[c], d_p)| >= 0.1
         fraction  mean of A / (A + max(M, 0)),  M = a_p W_dec[p] . d_p,  A = clip(min(a_c W_dec[c] . d_p, P - M), 0)
 
-    with P the parent's true magnitude, and A = 0 where that cosine is below 0.1. Both are 0 for the true dictionary and 1 for the SAE with child rows d_c + d_p
-    and parents that are silent under them; the rate is linear in the share of samples or pairs that are absorbed, the
-    fraction also in t of child rows d_c + t d_p. Where both have one latent, nothing is absorbed. A random SAE with the
-    L0 of `sae` stands beside it; `off_alone` says how often the parent's latent is silent anyway.
+    with P the parent's true magnitude, and A = 0 where that |cosine| is below 0.1. Both are 0 for the true dictionary
+    and 1 for the SAE with child rows d_c + d_p and parents that are silent under them; the rate is linear in the share
+    of samples or pairs that are absorbed, the fraction also in t of child rows d_c + t d_p. Where both have one latent,
+    nothing is absorbed. A random SAE with the L0 of `sae` stands beside it; `off_alone` says how often the parent's
+    latent is silent anyway.
 
     Args:
         data: with a hierarchy.
