@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from saewb.data.stream import stream_tensors
 from saewb.errors import explain, near
+from saewb.metrics import float64
 from saewb.sae.base import SparseCoder
 from saewb.sae.sae import SAE
 from saewb.stats.intervals import normal_interval
@@ -150,8 +151,8 @@ def _trained(rows: Tensor, width: int, k: int, n_steps: int, batch: int, lr: flo
 @torch.no_grad()
 def _explained(meta: SAE, rows: Float[Tensor, "rows d"]) -> tuple[float, float]:
     """Explained variance, and its standard error over rows: that of a ratio of sums."""
-    x = rows.double().cpu()
-    residual = (x - meta(rows).double().cpu()).square().sum(1)
+    x = float64(rows)
+    residual = (x - float64(meta(rows))).square().sum(1)
     spread = (x - x.mean(0)).square().sum(1)
     unexplained = float(residual.sum() / spread.sum())
     terms = (residual - unexplained * spread) / spread.mean()

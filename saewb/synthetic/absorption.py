@@ -134,6 +134,9 @@ def absorption(
         batch_size: samples at a time; memory is `batch_size * (3 features + 2 d_sae)` numbers.
         seed: of the samples, and of the random SAE.
 
+    Returns:
+        A HierarchyAbsorption: `summary()` has a row for the SAE and one for the random one.
+
     Raises:
         ValueError: without a hierarchy with children, for another width, or numbers below 1.
 

@@ -545,7 +545,7 @@ def test_frames_of_several_can_be_put_together(found):
     import pandas as pd
 
     both = pd.concat([found.to_frame(), found.to_frame()])
-    assert list(both.columns) == [f.name for f in fields(found) if f.name != "latents"]
+    assert list(both.columns) == list(found.figures())
     assert both["fvu"].tolist() == [found.fvu] * 2
     assert both["sae"].tolist() == [found.sae] * 2
 
