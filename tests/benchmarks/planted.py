@@ -43,10 +43,10 @@ def own_data(n_features: int, d: int) -> SyntheticData:
 def of_saewb(data: SyntheticData, d_sae: int, k: int, options) -> tuple[dict[str, saewb.SparseCoder], float]:
     """SAEs by name, trained together, and the seconds of all of them."""
     objectives = {
-        "saewb TopK": saewb.TopK(d_sae, k),
-        "saewb BatchTopK": saewb.BatchTopK(d_sae, k),
-        "saewb Matryoshka": saewb.Matryoshka(d_sae, k, widths=(d_sae // 8, d_sae // 2)),
-        "saewb JumpReLU": saewb.JumpReLU(d_sae, l0=0.3, target_l0=k),
+        "saewb_TopK": saewb.TopK(d_sae, k),
+        "saewb_BatchTopK": saewb.BatchTopK(d_sae, k),
+        "saewb_Matryoshka": saewb.Matryoshka(d_sae, k, widths=(d_sae // 8, d_sae // 2)),
+        "saewb_JumpReLU": saewb.JumpReLU(d_sae, l0=0.3, target_l0=k),
     }
     stream = saewb.stream_draws(data, seed=1, batch_tokens=options.batch)
     how = {"batch_tokens": options.batch, "lr": options.lr, "normalization": "none", "device": options.device}
@@ -84,9 +84,9 @@ def of_sae_lens(
     size = {"d_in": data.dictionary.d, "d_sae": d_sae, "k": k, "device": options.device}
     widths = [d_sae // 8, d_sae // 2, d_sae]
     peers = {
-        "sae-lens TopK": TopKTrainingSAE(TopKTrainingSAEConfig(**size)),
-        "sae-lens BatchTopK": BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size)),
-        "sae-lens Matryoshka": MatryoshkaBatchTopKTrainingSAE(
+        "sae-lens_TopK": TopKTrainingSAE(TopKTrainingSAEConfig(**size)),
+        "sae-lens_BatchTopK": BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size)),
+        "sae-lens_Matryoshka": MatryoshkaBatchTopKTrainingSAE(
             MatryoshkaBatchTopKTrainingSAEConfig(**size, matryoshka_widths=widths)
         ),
     }
