@@ -56,8 +56,20 @@ def of_saewb(data: SyntheticData, d_sae: int, k: int, options) -> tuple[dict[str
     return dict(run.saes), time.perf_counter() - begin
 
 
+class _AsTheyAre(torch.nn.Module):
+    """A dictionary for activations that are drawn whole."""
+
+    def __init__(self, data: SyntheticData) -> None:
+        super().__init__()
+        self.feature_vectors = data.dictionary.directions
+
+    def forward(self, x):
+        """The activations."""
+        return x
+
+
 class _Draws:
-    """Activations as sae-lens' generator of features, whose dictionary is then the identity."""
+    """Activations where sae-lens asks its generator for features."""
 
     def __init__(self, data: SyntheticData) -> None:
         self.data, self.rng = data, torch.Generator().manual_seed(1)
@@ -94,7 +106,7 @@ def of_sae_lens(
     for name, peer in peers.items():
         begin = time.perf_counter()
         how = {"training_samples": options.samples, "batch_size": options.batch, "lr": options.lr}
-        train_toy_sae(peer, torch.nn.Identity(), _Draws(data), device=options.device, **how)
+        train_toy_sae(peer, _AsTheyAre(data), _Draws(data), device=options.device, **how)
         took[name] = time.perf_counter() - begin
         with tempfile.TemporaryDirectory() as folder:
             peer.save_inference_model(str(Path(folder) / "sae"))
