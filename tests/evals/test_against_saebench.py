@@ -102,6 +102,7 @@ def test_defaults_on_the_stub_model_and_its_control():
     assert len(by_default().plot().data) == 2
 
 
+@pytest.mark.long
 def test_permuting_latents_changes_nothing():
     of = oracle.spelled_words()
     order = np.random.default_rng(5).permutation(of["W_dec"].shape[0])

@@ -198,7 +198,7 @@ def test_ablating_averages_is_averaging_ablated_tokens():
     np.testing.assert_allclose(texts.scores(fit, index, torch.tensor([2, 4])), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("like", [None, "saebench"])
+@pytest.mark.parametrize("like", [None, pytest.param("saebench", marks=pytest.mark.long)])
 def test_a_trained_sae_beats_the_random_one_with_few_latents(tiny, like):
     model, sae = tiny
     topics = ("Geography", "Mathematics", "Arts")
