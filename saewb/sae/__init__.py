@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "config",
         "cross_layer",
         "matching_pursuit",
+        "random_sae",
         "sae",
         "sparse",
         "temporal",

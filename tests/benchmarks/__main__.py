@@ -48,6 +48,7 @@ JOBS = {
     "stats": Job("stats"),
     "contrast": Job("contrast", SMOL, cuda=True),
     "synthetic": Job("synthetic"),
+    "planted": Job("planted"),
     "train_step": Job("train_step", ("--objective", "all"), cuda=True),
     "train_step_wide": Job("train_step", ("--objective", "all", "--d-sae", "18432", "--repeats", "3"), cuda=True),
     "train_step_busy": Job("train_step", ("--objective", "topk,batchtopk,standard,jumprelu", "--busy", "--no-plain")),

@@ -50,6 +50,7 @@ FILES, TEXT, VALUES = (
 )
 NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("catalogue", "load_config", "push_to_hub", "read_run", "TextFiles", "PastRun"), FILES),
+    **dict.fromkeys(("read_saebench", "compare", "Comparison"), "tables on the host"),
     **dict.fromkeys(("load_graph", "tiny.transcoders"), FILES),
     **dict.fromkeys(("tiny.Document", "tiny.texts", "tiny.held_out_texts", "tiny.folder", "token_strings"), TEXT),
     **dict.fromkeys(("pack", "stream_tokens", "token_sets", "token_texts", "tokens_where"), TEXT),
@@ -300,7 +301,7 @@ def evaluate(world):
     results["host figures"] = result.figures(), result.latents.to_frame(), result.latents.density_histogram(5)
     many = saewb.evaluate_many(world.model, {"a": sae, "b": world.topk}, world.texts, ctx_len=12, batch_size=4)
     results["many"] = many.drop(columns=[c for c in many.columns if many[c].dtype == object])
-    clt = saewb.evaluate(world.model, sae, world.tokens, losses=False)
+    clt = saewb.evaluate(world.model, sae, world.tokens, losses=False, core=True)
     results["no losses"] = clt.figures()
     return results
 
@@ -417,6 +418,23 @@ def contrast(world):
     return results
 
 
+@case("absorption", "Absorption", "scr_tpp", "ScrTpp", host_products="pooled values and probes are on the host")
+def saebench(world):
+    words = {f"w{i}": i % 3 for i in range(27)}
+    how = {"progress": False, "max_k": 2}
+    absorbed = saewb.absorption(world.model, {"a": world.topk}, labels=words, **how)
+    texts = [" ".join(f"w{(i * i + i * j + j) % 27}" for j in range(3 + i % 5)) for i in range(24)]
+    labels = [i % 3 for i in range(24)]
+    perturbed = saewb.scr_tpp(world.model, {"a": world.topk}, texts, labels, ns=[2], progress=False)
+    return {"host absorbed": absorbed.to_frame().drop(columns="latents"), "host perturbed": perturbed.to_frame()}
+
+
+@case("meta_sae", "MetaSAE")
+def meta_sae(world):
+    result = saewb.meta_sae(world.topk, width=6, k=2, n_steps=3, batch=16)
+    return {"sae": world.drawn([result.sae]), "host table": world.drawn([result.to_frame()])}
+
+
 @case("directions", "neurons", "difference_of_means")
 def directions(world):
     vectors = {"a": world.randn(16), "b": world.randn(16, seed=1)}
@@ -497,6 +515,9 @@ SYNTHETIC = [
     "RecoveryStream",
     "Sample",
     "SyntheticData",
+    "HierarchyAbsorption",
+    "absorption",
+    "score",
     "best_matches",
     "best_ordering",
     "load_synthetic",
@@ -530,6 +551,8 @@ def synthetic_data(world):
         "dictionary": dictionary.directions,
         "sample": world.drawn([sample.activations, sample.firings.dense()]),
         "recovery": world.drawn([synthetic.recovery(sae, data, 200, batch_size=100).to_frame()]),
+        "absorption": world.drawn([synthetic.absorption(data, sae, 100, batch_size=50).to_frame()]),
+        "score": world.drawn([synthetic.score(data, {"a": sae}, 100, batch_size=50)]),
         "loaded": synthetic.load_synthetic(world.folder / "synthetic").dictionary.directions.cpu().sum().item(),
         "matches": synthetic.best_matches(*rows),
         "numbers": (synthetic.uniqueness(*rows), synthetic.mean_correlation_coefficient(*rows)),
