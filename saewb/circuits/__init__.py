@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "attribution_graph",
         "attribution_nodes",
         "direct_logit",
+        "faithfulness",
         "frozen",
         "graph",
         "graph_json",

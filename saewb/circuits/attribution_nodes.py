@@ -363,13 +363,17 @@ def _gradients_at(
 
     edits = {at.site.write.name: edit_of(at.site, y, leaf) for at, y, leaf in zip(at_sites, ys, leaves, strict=True)}
     with torch.enable_grad():
-        values = _run_rows(run, edits, len(ys[0]))
+        values = run_rows(run, edits, len(ys[0]))
         gradients = torch.autograd.grad(sum(values), leaves)
     return [value.detach() for value in values], gradients
 
 
-def _run_rows(run: AttributionRun, edits: Mapping[str, hook_points.Edit], n: int) -> list[Tensor]:
-    """Metric of n copies of the prompt, with edits."""
+def run_rows(run: AttributionRun, edits: Mapping[str, hook_points.Edit], n: int) -> list[Tensor]:
+    """Metric of n copies of the prompt, with edits.
+
+    Raises:
+        ValueError: if it is not one number.
+    """
     with hook_points.editing(run.model, edits):
         logits = run.model(run.tokens.expand(n, -1))
     return [one_number(run.metric(logits[i : i + 1])) for i in range(n)]
@@ -388,7 +392,7 @@ def ablate_nodes(
             at.site.write.name: _subtracting(at.site, batch.position, contributions)
             for at, contributions in zip(at_sites, without(at_sites, batch), strict=True)
         }
-        effects += [value - float(without) for without in _run_rows(run, edits, len(index))]
+        effects += [value - float(without) for without in run_rows(run, edits, len(index))]
     return torch.tensor(effects, dtype=nodes.effect.dtype, device=nodes.effect.device)
 
 
