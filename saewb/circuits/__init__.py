@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "graph_page",
         "influence",
         "intervene",
+        "latent_cards",
         "load_graph",
         "replacement",
         "supernodes",
