@@ -66,7 +66,8 @@ NO_TENSORS: dict[str, str] = {
         "addresses of pages",
     ),
     **dict.fromkeys(
-        (f"features.neuronpedia.{name}" for name in ("explanations", "quick_list", "make_list")), "asks a server"
+        (f"features.neuronpedia.{name}" for name in ("explanations", "quick_list", "make_list", "upload_graph")),
+        "asks a server",
     ),
     **dict.fromkeys(
         (
