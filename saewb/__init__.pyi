@@ -21,6 +21,8 @@ from .circuits.attribution import Attribution as Attribution
 from .circuits.attribution import attribute as attribute
 from .circuits.attribution import attribute_edges as attribute_edges
 from .circuits.attribution_graph import attribution_graph as attribution_graph
+from .circuits.faithfulness import Faithfulness as Faithfulness
+from .circuits.faithfulness import faithfulness as faithfulness
 from .circuits.frozen import FrozenModel as FrozenModel
 from .circuits.frozen import freeze as freeze
 from .circuits.graph import AttributionGraph as AttributionGraph

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.hook_points import HookPoint
+from saewb.sae.activation_functions import Latents
 from saewb.sae.base import SparseCoder
 from saewb.sae.cross_layer import CrossLayerTranscoder
 
@@ -142,9 +143,13 @@ class Site:
         """Whether it reads where it writes, as an SAE does."""
         return self.read.module is self.write.module
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Latents of the SAE, or of the layer, on what `read_input` gives."""
-        return self.sae.encode(x) if self.clt_layer is None else self.sae.encode_layer(x, self.clt_layer)
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], latents: Latents | None = None
+    ) -> Float[Tensor, "*batch latents"]:
+        """Latents of the SAE, or of the layer, on what `read_input` gives; all, or a subset of them."""
+        if self.clt_layer is None:
+            return self.sae.encode(x, latents=latents)
+        return self.sae.encode_layer(x, self.clt_layer, latents=latents)
 
     def read_input(self, activation: Tensor) -> Float[Tensor, "batch pos d_in"]:
         """The activation at the read point as the SAE takes it; errors as `flatten_heads`."""

@@ -67,7 +67,8 @@ NO_TENSORS: dict[str, str] = {
         "addresses of pages",
     ),
     **dict.fromkeys(
-        (f"features.neuronpedia.{name}" for name in ("explanations", "quick_list", "make_list")), "asks a server"
+        (f"features.neuronpedia.{name}" for name in ("explanations", "quick_list", "make_list", "upload_graph")),
+        "asks a server",
     ),
     **dict.fromkeys(
         (
@@ -251,6 +252,19 @@ def attribute(world):
         )
     results["totals"] = saewb.attribute(world.model, "w1 w2 w3", saes, "w4").totals()
     results["edges"] = saewb.attribute_edges(world.model, "w1 w2 w3", *saes, n_targets=3)
+    clt = world.cross_layer
+    results["clt edges"] = saewb.attribute_edges(world.model, "w1 w2 w3", clt, clt, n_targets=3)
+    results["clt"] = saewb.attribute(world.model, "w1 w2 w3", clt, "w4", method="ablation", n_nodes=12).to_frame(9)
+    return results
+
+
+@case("faithfulness", "Faithfulness")
+def faithfulness(world):
+    results, texts = {}, world.texts[:4]
+    for name, coders in {"saes": [world.sae(), world.sae(LATER, seed=1)], "clt": world.cross_layer}.items():
+        nodes = saewb.attribute(world.model, "w1 w2 w3", coders, "w4")
+        curve = saewb.faithfulness(world.model, "w1 w2 w3", coders, "w4", nodes, texts, sizes=[3], ctx_len=8)
+        results[f"host {name}"] = curve.metrics
     return results
 
 
