@@ -91,6 +91,8 @@ from .sae.base import SparseCoder as SparseCoder
 from .sae.config import SAEConfig as SAEConfig
 from .sae.cross_layer import CrossLayerConfig as CrossLayerConfig
 from .sae.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
+from .sae.crosscoder import CrossCoderConfig as CrossCoderConfig
+from .sae.crosscoder import CrossCoderSAE as CrossCoderSAE
 from .sae.matching_pursuit import PursuitConfig as PursuitConfig
 from .sae.matching_pursuit import PursuitSAE as PursuitSAE
 from .sae.sae import SAE as SAE
@@ -115,6 +117,8 @@ from .training.loop import Training as Training
 from .training.memory import TrainOption as TrainOption
 from .training.memory import training_memory as training_memory
 from .training.memory import training_options as training_options
+from .training.objectives.crosscoder import CrossCoder as CrossCoder
+from .training.objectives.crosscoder import L1CrossCoder as L1CrossCoder
 from .training.objectives.gated import Gated as Gated
 from .training.objectives.jumprelu import JumpReLU as JumpReLU
 from .training.objectives.matching_pursuit import MatchingPursuit as MatchingPursuit
