@@ -35,10 +35,13 @@ from .data.stream import ActivationStream as ActivationStream
 from .data.stream import stream_activations as stream_activations
 from .data.stream import stream_draws as stream_draws
 from .data.stream import stream_iterable as stream_iterable
+from .data.stream import stream_pair as stream_pair
 from .data.stream import stream_tensors as stream_tensors
 from .data.tokens import pack as pack
 from .diagnostics import doctor as doctor
 from .errors import FormatError as FormatError
+from .evals.diffing import ModelDiff as ModelDiff
+from .evals.diffing import diff as diff
 from .evals.evaluation import evaluate as evaluate
 from .evals.evaluation import evaluate_many as evaluate_many
 from .evals.result import Evaluation as Evaluation

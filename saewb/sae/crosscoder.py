@@ -176,6 +176,22 @@ class CrossCoderSAE(SparseCoder):
         """Undo `normalize_input` on a reconstruction."""
         return recons / self.scale + self.mean
 
+    def with_scale(self, scale: Mapping[str, float]) -> CrossCoderSAE:
+        """The same weights reading activations that are multiplied by these factors; a published file may lack them.
+
+        Args:
+            scale: a positive factor for each point.
+
+        Raises:
+            ValueError: if a point is missing, or a factor is not positive.
+        """
+        if set(scale) != set(self.cfg.points) or not all(factor > 0 for factor in scale.values()):
+            what = f"{self!r} got scale={dict(scale)}."
+            raise ValueError(explain(what, want=f"a positive factor for each of {', '.join(self.cfg.points)}"))
+        factors = [torch.full((d,), float(scale[p])) for p, d in zip(self.cfg.points, self.cfg.widths, strict=True)]
+        tensors = {**self.tensors(), "scale": torch.cat(factors).to(self.scale)}
+        return CrossCoderSAE.from_tensors(self.cfg, tensors)
+
     def norms(self) -> Float[Tensor, "points d_sae"]:
         """Length of what each latent writes at each point per unit of activation, in the units of `normalize_input`."""
         return torch.stack([self.W_dec[:, span].norm(dim=1) for span in self.cfg.spans.values()])

@@ -61,7 +61,7 @@ class TopKObjective(Objective):
         want = "the tokens over which k falls, with k_start=...; 0 without"
         require(self, anneals == (self.k_anneal_tokens > 0), "k_anneal_tokens", want)
 
-    def k_at(self, n_tokens: int) -> float:
+    def k_at(self, n_tokens: int) -> int | float:
         """Active latents per token in the step that starts after `n_tokens` tokens.
 
             k_start + (k - k_start) min(1, n_tokens / k_anneal_tokens)
@@ -73,7 +73,7 @@ class TopKObjective(Objective):
         k = self.k_start + (self.k - self.k_start) * n_tokens / self.k_anneal_tokens
         return k if self.fixed_k is None else round(k)
 
-    def k_in(self, state: ObjectiveState) -> float:
+    def k_in(self, state: ObjectiveState) -> int | float:
         """Active latents per token in a step with this state."""
         return self.k if state.k is None else state.k
 
@@ -332,7 +332,7 @@ def topk_per_token(
 def topk_over_batch(
     weights: Float[Tensor, " d_sae"],
     pre_acts: Float[Tensor, "tokens d_sae"],
-    k: float,
+    k: int | float,
     parallel: ParallelContext = SINGLE_PROCESS,
 ) -> tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, ""]]:
     """Activations of the k N latents of a batch with the largest z_i weights_i, and the smallest such > 0 (or inf).

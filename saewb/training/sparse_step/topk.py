@@ -62,7 +62,7 @@ def topk_step(objective: TopKObjective, inputs: StepInputs, state: ObjectiveStat
     return with_metrics(terms, inputs, pairs, pairs.pre, levels[-1].error, **extra)
 
 
-def _select(objective: TopKObjective, inputs: StepInputs, k: float, parallel: ParallelContext) -> Pairs | None:
+def _select(objective: TopKObjective, inputs: StepInputs, k: int | float, parallel: ParallelContext) -> Pairs | None:
     readout, n_pairs = inputs.readout(norms=objective.lengths(inputs.params)), int(k * len(inputs.x))
     if not 0 < n_pairs <= inputs.limit:
         return None
