@@ -254,6 +254,11 @@ class PairSource:
         self._tokens, self._hooks, self._difference = tokens, dict(hooks), difference
         self._rows: Tensor | None = None  # taken from the tokens and not computed yet
 
+    def widths(self) -> dict[str, int]:
+        """Width of the activations at each point, from a forward pass of two tokens of each model."""
+        widths = {name: source.widths()[self._hooks[name]] for name, source in self._sources.items()}
+        return {"difference": next(iter(widths.values()))} if self._difference else widths
+
     def __iter__(self) -> Iterator[Activations]:
         return self
 

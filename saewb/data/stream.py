@@ -432,7 +432,7 @@ def stream_widths(stream: ActivationStream) -> dict[str, int]:
     Raises:
         ValueError: if the stream is empty.
     """
-    if isinstance(stream.source, ModelSource):
+    if isinstance(stream.source, (ModelSource, PairSource)):
         return stream.source.widths()
     first = stream.peek()
     if first is None and (first := next(stream, None)) is not None:

@@ -252,12 +252,14 @@ class _LatentScaling:
             self._sizes[key] += float64(active.T @ y.square().sum(1))
 
     def result(self) -> dict[str, Tensor]:
-        """`nu`, `beta` and `r2` of each latent, by column."""
+        """`nu`, `beta` and `r2` of each latent, by column; empty if there are no latents."""
+        if not len(self._latents):
+            return {name: self._square for name in ("nu_error", "nu_rec")}
         square = self._square
         blocks = {point: float64(self._cross.W_dec[self._latents, span]) for point, span in self._spans.items()}
         norms = torch.stack([block.norm(dim=1) for block in blocks.values()])
         of_b = norms[1] > norms[0]
-        own = torch.where(of_b[:, None], *reversed(blocks.values())) if len(self._latents) else blocks[self._pair[0]]
+        own = torch.where(of_b[:, None], *reversed(blocks.values()))
         columns, length = {}, own.square().sum(1)
         betas: dict[str, list[Tensor]] = {"error": [], "rec": []}
         for (target, point), _ in self._keys():

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from sae.test_crosscoder import activations, crosscoder
+from safetensors.torch import load_file, save_file
 
 import saewb
 from saewb.errors import FormatError
