@@ -47,6 +47,7 @@ JOBS = {
     "attribution_graph": Job("attribution_graph", SMOL, cuda=True),
     "stats": Job("stats"),
     "contrast": Job("contrast", SMOL, cuda=True),
+    "crosscoder": Job("crosscoder", cuda=True),
     "synthetic": Job("synthetic"),
     "train_step": Job("train_step", ("--objective", "all"), cuda=True),
     "train_step_wide": Job("train_step", ("--objective", "all", "--d-sae", "18432", "--repeats", "3"), cuda=True),

@@ -94,14 +94,21 @@ def test_a_compiled_module_has_a_prefix(tmp_path):
     assert saewb.load_sae(published(tmp_path / "x", tensors)).d_sae == F
 
 
-def test_replication(tmp_path):
+def replication_tensors():
     t = {"W_enc": drawn(N, D, F, seed=0), "W_dec": drawn(F, N, D, seed=1), "b_enc": drawn(F, seed=2)}
-    t["b_dec"] = drawn(N, D, seed=3)
-    folder = tmp_path / "blocks.14.hook_resid_pre"
+    return t | {"b_dec": drawn(N, D, seed=3)}
+
+
+def replication(folder, tensors):
     folder.mkdir()
-    torch.save(t, folder / "cc_weights.pt")
+    torch.save(tensors, folder / "cc_weights.pt")
     (folder / "cfg.json").write_text(json.dumps({"d_in": D, "dict_size": F, "hook_point": "blocks.14.hook_resid_pre"}))
-    cross = saewb.load_sae(folder).with_scale({"a": 0.28, "b": 0.24})
+    return folder
+
+
+def test_replication(tmp_path):
+    t = replication_tensors()
+    cross = saewb.load_sae(replication(tmp_path / "blocks.14.hook_resid_pre", t)).with_scale({"a": 0.28, "b": 0.24})
     w, x = {n: v.numpy() for n, v in t.items()}, np.random.default_rng(0).normal(0, 3, (40, N, D))
     factor = np.array([0.28, 0.24])[:, None]
     z = np.maximum(np.einsum("tnd,ndf->tf", x * factor, w["W_enc"]) + w["b_enc"], 0)
