@@ -96,13 +96,7 @@ class DictionaryLearningCrossCoder(_PublishedCrossCoder):
 
     def detect(self, path: Path) -> bool:
         """Whether the weights have three axes; an SAE's have two."""
-        if not super().detect(path):
-            return False
-        try:
-            file = self.open_weights(path)
-        except FormatError:
-            return False
-        return "encoder.weight" in file and len(file.shape("encoder.weight")) == 3
+        return super().detect(path) and has_points(Path(self.weights_path(path)))
 
     def open_weights(self, path: Path) -> TensorFile:
         """Open the weights; those of a compiled module have a prefix."""
@@ -180,6 +174,16 @@ class ReplicationCrossCoder(_PublishedCrossCoder):
             "points": torch.empty(n),
         }
         return tensors, "relu", {"code": "crosscoder", "hook_name": config.get("hook_point"), "cfg": dict(config)}
+
+
+def has_points(weights: Path) -> bool:
+    """Whether a file of dictionary_learning holds a crosscoder: its encoder has an axis of points."""
+    try:
+        file = TensorFile(weights)
+    except FormatError:
+        return False
+    names = ("encoder.weight", "_orig_mod.encoder.weight")
+    return any(name in file and len(file.shape(name)) == 3 for name in names)
 
 
 def code_lengths(W_dec: Tensor, code: str) -> Tensor:
