@@ -163,6 +163,9 @@ def diff(
         batch_tokens: tokens at a time; of a stream its own batches.
         progress: show a progress bar.
 
+    Returns:
+        A ModelDiff: `.table` and `.plot()`; columns are items and attributes of it.
+
     Raises:
         TypeError: for an SAE of another kind.
         ValueError: for a point that the crosscoder or the activations do not have, or without a token.
