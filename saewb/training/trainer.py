@@ -45,6 +45,7 @@ from saewb.training.step_metrics import HeldOut, StepMetrics
 TOLERANCE = 1e-5  # relative error per row allowed between an exported SAE and the training's own output
 MISMATCH_TOLERANCE = 0.05  # fraction of probe rows that may exceed it: rounding can flip a latent at its threshold
 MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # fields a resumed run may change
+LATER_FIELDS = {"k_start": None, "k_anneal_tokens": 0}  # of objectives; states of older runs lack them
 
 # Fills `.grad` of every parameter with the gradient of the total, in the parameter's own memory order.
 Gradients = Callable[
@@ -409,7 +410,8 @@ def check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
 
 def check_state(state: Mapping[str, Any], trainees: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise if a state belongs to other SAEs (compared in the form the state holds) or to another config."""
-    if state["trainees"] != trainees:
+    later = {name: {k: v for k, v in LATER_FIELDS.items() if k in fields} for name, fields in trainees.items()}
+    if {name: {**later.get(name, {}), **fields} for name, fields in state["trainees"].items()} != trainees:
         what = f"the state is of other SAEs: {state['trainees']}."
         raise ValueError(explain(what, want=str(trainees)))
     values = dump(config)

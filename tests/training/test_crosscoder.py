@@ -139,6 +139,20 @@ def test_resume_is_bit_for_bit(name):
     assert all(torch.equal(p, b.get_parameter(n)) for n, p in a.named_parameters())
 
 
+def test_states_from_before_annealing_resume():
+    training = saewb.Training(stream({"a": data()["a"]}), saewb.TopK(8, k=2), CONFIG)
+    next(iter(training))
+    state = training.state()
+    for name in ("k_start", "k_anneal_tokens"):
+        del state["trainees"]["sae"][name]
+    again = saewb.Training(stream({"a": data()["a"]}), saewb.TopK(8, k=2), CONFIG)
+    again.restore(state)
+    assert again.n_steps == 1
+    annealed = saewb.TopK(8, k=2, k_start=4, k_anneal_tokens=100)
+    with pytest.raises(ValueError, match="other SAEs"):
+        saewb.Training(stream({"a": data()["a"]}), annealed, CONFIG).restore(state)
+
+
 def test_exclusive_latents_never_touch_the_other_point():
     objective = saewb.CrossCoder(D_SAE, k=3.0, exclusive=0.2)
     training = saewb.Training(stream(data()), objective, CONFIG)
