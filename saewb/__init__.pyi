@@ -37,6 +37,7 @@ from .data.stream import ActivationStream as ActivationStream
 from .data.stream import stream_activations as stream_activations
 from .data.stream import stream_draws as stream_draws
 from .data.stream import stream_iterable as stream_iterable
+from .data.stream import stream_pair as stream_pair
 from .data.stream import stream_tensors as stream_tensors
 from .data.tokens import pack as pack
 from .diagnostics import doctor as doctor
@@ -45,6 +46,8 @@ from .evals.absorption import Absorption as Absorption
 from .evals.absorption import absorption as absorption
 from .evals.comparison import Comparison as Comparison
 from .evals.comparison import compare as compare
+from .evals.diffing import ModelDiff as ModelDiff
+from .evals.diffing import diff as diff
 from .evals.evaluation import evaluate as evaluate
 from .evals.evaluation import evaluate_many as evaluate_many
 from .evals.meta_sae import MetaSAE as MetaSAE
@@ -104,6 +107,8 @@ from .sae.base import SparseCoder as SparseCoder
 from .sae.config import SAEConfig as SAEConfig
 from .sae.cross_layer import CrossLayerConfig as CrossLayerConfig
 from .sae.cross_layer import CrossLayerTranscoder as CrossLayerTranscoder
+from .sae.crosscoder import CrossCoderConfig as CrossCoderConfig
+from .sae.crosscoder import CrossCoderSAE as CrossCoderSAE
 from .sae.matching_pursuit import PursuitConfig as PursuitConfig
 from .sae.matching_pursuit import PursuitSAE as PursuitSAE
 from .sae.sae import SAE as SAE
@@ -128,6 +133,8 @@ from .training.loop import Training as Training
 from .training.memory import TrainOption as TrainOption
 from .training.memory import training_memory as training_memory
 from .training.memory import training_options as training_options
+from .training.objectives.crosscoder import CrossCoder as CrossCoder
+from .training.objectives.crosscoder import L1CrossCoder as L1CrossCoder
 from .training.objectives.gated import Gated as Gated
 from .training.objectives.jumprelu import JumpReLU as JumpReLU
 from .training.objectives.matching_pursuit import MatchingPursuit as MatchingPursuit

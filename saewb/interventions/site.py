@@ -21,6 +21,7 @@ from saewb.models.hook_points import HookPoint
 from saewb.sae.activation_functions import Latents
 from saewb.sae.base import SparseCoder
 from saewb.sae.cross_layer import CrossLayerTranscoder
+from saewb.sae.crosscoder import CrossCoderSAE
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,10 @@ class Site:
                 point from which nothing goes on.
         """
         check_is_sae(sae)
+        if isinstance(sae, CrossCoderSAE):
+            what = f"{sae!r} reads {' and '.join(sae.cfg.points)} at once; what it writes to one depends on the other."
+            fix = 'z = cross.encode({"a": x, "b": y}); cross.split(cross.decode(z))'
+            raise TypeError(explain(what, want="an SAE of one point", fix=fix))
         if isinstance(sae, CrossLayerTranscoder):
             what = f"{sae!r} reads and writes at every layer; this works on SAEs and transcoders with one point each."
             raise TypeError(explain(what, fix="saewb.attach(model, clt), and hooks on its inner points"))

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "base",
         "config",
         "cross_layer",
+        "crosscoder",
         "matching_pursuit",
         "random_sae",
         "sae",

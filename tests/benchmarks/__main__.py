@@ -48,6 +48,7 @@ JOBS = {
     "attribution_graph": Job("attribution_graph", SMOL, cuda=True, peer="circuit-tracer", peer_only=False),
     "stats": Job("stats"),
     "contrast": Job("contrast", SMOL, cuda=True),
+    "crosscoder": Job("crosscoder", cuda=True),
     "synthetic": Job("synthetic"),
     "planted": Job("planted"),
     "train_step": Job("train_step", ("--objective", "all"), cuda=True),

@@ -57,7 +57,9 @@ NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("data.tokens.check_context", "data.tokens.check_vocabulary", "data.tokens.model_tokens"), TEXT),
     **dict.fromkeys(("models.tokenizer.end_ids", "models.tokenizer.single_texts"), TEXT),
     **dict.fromkeys(("models.tokenizer.tokenizer_of", "models.tokenizer.special_token_ids"), TEXT),
-    **dict.fromkeys(("SAEConfig", "PursuitConfig", "TemporalConfig", "CrossLayerConfig", "TrainConfig"), VALUES),
+    **dict.fromkeys(
+        ("SAEConfig", "PursuitConfig", "TemporalConfig", "CrossLayerConfig", "CrossCoderConfig", "TrainConfig"), VALUES
+    ),
     **dict.fromkeys(("Trainee", "TrainOption", "training_options", "training_code", "FormatError"), VALUES),
     **dict.fromkeys(("training_memory", "attachments", "detach_all"), VALUES),
     **dict.fromkeys(("training.loggers.Event", "training.loggers.saelens_keys"), VALUES),
@@ -662,6 +664,36 @@ def transcoders(world):
     return {
         name: trained(world, objective, write="out", values=values)
         for name, objective in objective_registry.SKIPS.items()
+    }
+
+
+@case("CrossCoder", "L1CrossCoder", "CrossCoderSAE", "diff", "ModelDiff")
+def crosscoders(world):
+    values = {"a": world.activations, "b": world.activations[:, :6] * 2 + 1}
+    objectives = {
+        "crosscoder": saewb.CrossCoder(24, k=4.0, exclusive=0.1, k_start=8.0, k_anneal_tokens=120),
+        "l1": saewb.L1CrossCoder(24, l1=0.1),
+    }
+    results = {}
+    for name, objective in objectives.items():
+        for step in ("plain", "sparse"):
+            results[name, step] = trained(world, objective, read=None, values=values, step=step)
+        cross = results[name, "plain"]["sae"]
+        acts = cross.encode(values)
+        results[name] = acts, cross.decode(acts), cross.encode_sparse(values).dense(), cross.norms(), cross.as_sae()
+    pair = {"a": values["a"], "b": values["a"].flip(1)}
+    cross = trained(world, objectives["crosscoder"], read=None, values=pair)["sae"]
+    return {**results, "diff": saewb.diff(cross, pair, batch_tokens=60).table}
+
+
+@case("stream_pair")
+def two_models(world):
+    pair = {"a": world.model, "b": world.model}
+    hooks, how = {"a": HOOK, "b": LATER}, {"batch_tokens": 20, "ctx_len": 12}
+    both = next(saewb.stream_pair(pair, world.texts, hooks, **how)).values
+    return {
+        "both": both,
+        "difference": next(saewb.stream_pair(pair, world.texts, hooks, difference=True, **how)).values,
     }
 
 
