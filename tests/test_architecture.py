@@ -33,7 +33,8 @@ LAYERS = [  # a room imports rooms of earlier lines and its own files; the first
     {"interventions", "data", "synthetic"},
     {"evals", "features", "training"},
     {"circuits"},
-    {"explanations", "probing", "prompts", "tiny"},
+    {"explanations", "probing", "tiny"},
+    {"prompts"},
     {"cli", "demo", "diagnostics", "__init__", "__main__"},
 ]
 NEVER = {"ipywidgets", "IPython", "wandb", "sae_lens", "saewb_widgets"}
