@@ -76,10 +76,10 @@ def steer(
         positions: where: None everywhere; a position, a slice or a list of positions, counted from the start of the
             text, generated tokens included, padding before it not; or a mask of booleans, `[pos]` or `[batch, pos]`, of
             the one pass it is meant for.
-        when: steer only at tokens on which a latent fires (activation above 0): latents of the same SAE, `when=40`; or of
-            others, `{other: 40}`, `{other: [40, 41]}`, or with thresholds `{other: {40: 2.5}}`. Of several latents one is
-            enough. They are read in the same pass, so a new token is judged by its own activation, with a cache of keys
-            and values or without; the other SAE's read point must come before the write point, or be it.
+        when: steer only at tokens on which a latent fires (activation above 0): latents of the same SAE, `when=40`; or
+            of others, `{other: 40}`, `{other: [40, 41]}`, or with thresholds `{other: {40: 2.5}}`. Of several latents
+            one is enough. They are read in the same pass, so a new token is judged by its own activation, with a cache
+            of keys and values or without; their read point must come before the write point, or be it.
         skip_special_tokens: leave these tokens alone: True for the tokenizer's BOS, EOS, PAD and the like, or ids.
         hook: read point, instead of `sae.cfg.hook`; for one SAE.
         hook_out: write point, instead of `sae.cfg.hook_out`; for one SAE.

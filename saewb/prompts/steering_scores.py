@@ -166,7 +166,10 @@ def steering_scores(
                 columns.setdefault(name, []).append(values.cpu())
             bar.update(len(part))
     values = {name: torch.cat(parts) for name, parts in columns.items()}
-    own, control = ({name: v[: len(which)] for name, v in values.items()}, {n: v[len(which) :] for n, v in values.items()})
+    own, control = (
+        {name: v[: len(which)] for name, v in values.items()},
+        {n: v[len(which) :] for n, v in values.items()},
+    )
     sorted_control = control["output_score"].sort().values
     above = torch.searchsorted(sorted_control, own["output_score"].contiguous(), right=False) / n_random
     texts_of = _word_texts(model, own.pop("word"))
