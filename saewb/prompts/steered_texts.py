@@ -138,8 +138,8 @@ def _choose(logits: Float[Tensor, "rows d_vocab"], temperature: float, rng: torc
     if temperature == 0:
         return logits.argmax(-1)
     u = float(torch.rand((), generator=rng, dtype=torch.float64))
-    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    draws = torch.full((len(logits), 1), u, dtype=torch.float64, device=logits.device) * cdf[:, -1:]
+    cdf = (logits.cpu().double() / temperature).softmax(-1).cumsum(-1)
+    draws = u * cdf[:, -1:]
     return torch.searchsorted(cdf, draws, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
@@ -196,7 +196,7 @@ def _kl(changed: Tensor, clean: Tensor) -> Float[Tensor, " rows"]:
     for p, q in zip(*(x.split(max(1, _TILE // d_vocab)) for x in flat), strict=True):
         log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts).view(shape).double().mean(1).clamp_min(0).cpu()
+    return torch.cat(parts).view(shape).cpu().double().mean(1).clamp_min(0)
 
 
 def _mean_nll(logits: Tensor, ids: Tensor, first: int, lengths: Sequence[int]) -> Float[Tensor, " rows"]:
@@ -204,6 +204,6 @@ def _mean_nll(logits: Tensor, ids: Tensor, first: int, lengths: Sequence[int]) -
     parts = []
     for row, n in enumerate(lengths):
         log_p = logits[row, first : first + n].float().log_softmax(-1)
-        nll = -log_p.gather(1, ids[row, first + 1 : first + 1 + n, None])[:, 0]
-        parts.append(nll.double().mean())
-    return torch.stack(parts).cpu()
+        parts.append(-log_p.gather(1, ids[row, first + 1 : first + 1 + n, None])[:, 0])
+    each = torch.cat(parts).cpu().double().split(list(lengths))
+    return torch.stack([nll.mean() for nll in each])

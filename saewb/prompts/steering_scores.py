@@ -197,7 +197,7 @@ def random_directions(directions: Float[Tensor, "n d"], n: int, seed: int) -> Fl
     """
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, directions.shape[1], generator=rng, dtype=torch.float64)
-    norms = directions.double().norm(dim=1).cpu()[torch.randint(len(directions), (n,), generator=rng)]
+    norms = directions.cpu().double().norm(dim=1)[torch.randint(len(directions), (n,), generator=rng)]
     return (rows / rows.norm(dim=1, keepdim=True) * norms[:, None]).to(directions)
 
 

@@ -384,7 +384,7 @@ def steering_sweep(
     check_context(model, longest, f"a prompt and {n_new} new tokens, {longest:,} in all", "n_new_tokens=32")
 
     with torch.no_grad():
-        norm = float(sae.W_dec[latent].double().norm())
+        norm = float(sae.W_dec[latent].cpu().double().norm())
         median = _median_norm(model, site, ids)
         words = _words(model, site, latent)
     values = _strengths(strengths, how, median / norm)
@@ -465,7 +465,7 @@ def _median_norm(model: nn.Module, site: Site, ids: Sequence[Tensor]) -> float:
         for one in ids:
             target = site.read_target(capture(model, one, [site.hook_name_out])[site.hook_name_out])[0]
             plain = ~special_mask(one[0], special).to(target.device)
-            norms.append(target.double().norm(dim=-1)[plain if bool(plain.any()) else slice(None)])
+            norms.append(target.float().norm(dim=-1)[plain if bool(plain.any()) else slice(None)].cpu())
     return float(torch.cat(norms).median())
 
 
