@@ -114,7 +114,8 @@ class Sweep:
         """Figures of every arm at the strength at which it moves the model as far as this, on average over prompts.
 
         Directions differ in how far one unit moves the model; at equal KL the concept may be compared. Linear
-        interpolation between the two strengths around the first one that reaches it; nan where none does.
+        interpolation, prompt by prompt, between the two strengths around the first one whose mean reaches it; nan where
+        none does. Columns as `to_frame`.
 
         Args:
             kl: nats per token; None takes that of the latent at its chosen strength.
@@ -122,28 +123,32 @@ class Sweep:
         import numpy as np
         import pandas as pd
 
-        table = self.to_frame()
+        table, units = self.to_frame(), ("strength", "of_norm", "of_max")
         if kl is None:
             chosen = self.choice
             kl = float(chosen[chosen.arm == TARGET].kl.iloc[0])
+        figures = [*units, *self.figures]
+        clean = self._by_prompt(UNSTEERED, math.nan).assign(**dict.fromkeys(units, 0.0))
         rows = []
-        for arm, of_arm in table[table.strength.notna() & (table.arm != UNSTEERED)].groupby("arm", sort=False):
-            clean = table[table.arm == UNSTEERED].assign(strength=0.0, of_norm=0.0, of_max=0.0)
-            path = (
-                pd.concat([clean, of_arm[of_arm.strength > 0].sort_values("strength")])
-                if self.about["how"] == "add"
-                else of_arm.sort_values("strength")
-            )
-            reached = np.flatnonzero(path.kl.to_numpy() >= kl)
-            names = ["strength", "of_norm", "of_max", *self.figures]
-            if not len(reached) or (reached[0] == 0 and path.kl.iloc[0] > kl):
-                rows.append({"arm": arm, **dict.fromkeys(names, math.nan)})
-                continue
-            b = max(1, int(reached[0]))
-            low, high = path.iloc[b - 1], path.iloc[b]
-            share = (kl - low.kl) / (high.kl - low.kl) if high.kl > low.kl else 0.0
-            rows.append({"arm": arm, **{name: low[name] + share * (high[name] - low[name]) for name in names}})
-        return pd.DataFrame(rows).assign(n=self.samples.prompt.nunique())
+        for arm, of_arm in table[table.strength.notna()].groupby("arm", sort=False):
+            strengths = sorted(of_arm.strength)
+            path = [self._by_prompt(arm, s) for s in strengths if s > 0 or self.about["how"] != "add"]
+            path = [clean, *path] if self.about["how"] == "add" else path
+            kls = np.array([step.kl.mean() for step in path])
+            reached = np.flatnonzero(kls >= kl)
+            if not len(reached) or (reached[0] == 0 and kls[0] > kl):
+                values = pd.DataFrame(math.nan, index=clean.index, columns=figures)
+            elif reached[0] == 0:
+                values = path[0][figures]
+            else:
+                low, high = path[reached[0] - 1], path[reached[0]]
+                share = (kl - kls[reached[0] - 1]) / (kls[reached[0]] - kls[reached[0] - 1])
+                values = low[figures] + share * (high[figures] - low[figures])
+            row = {"arm": arm, **{name: values[name].mean() for name in units}}
+            for name in self.figures:
+                row |= _with_interval(name, values[name])
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def plot(self) -> go.Figure:
         """Every figure against the strength, a line for each arm, with intervals; arms without a strength as lines."""
@@ -190,6 +195,14 @@ class Sweep:
         head = _head(self)
         return html_table(repr(self).partition("\n")[0], _rows(self), head, ("left", *["right"] * (len(head) - 1)))
 
+    def _by_prompt(self, arm: str, strength: float) -> pd.DataFrame:
+        """Figures of one arm at one strength by prompt, with the strength in its units."""
+        rows = self.samples[self.samples.arm == arm]
+        rows = rows[rows.strength.isna() if math.isnan(strength) else rows.strength == strength].set_index("prompt")
+        about = self.about
+        of_norm = strength * about["direction_norm"] / about["median_norm"]
+        return rows[list(self.figures)].assign(strength=strength, of_norm=of_norm, of_max=strength / about["largest"])
+
     def _aggregate(self, samples: pd.DataFrame) -> pd.DataFrame:
         import pandas as pd
 
@@ -198,14 +211,18 @@ class Sweep:
             of_norm = strength * about["direction_norm"] / about["median_norm"]
             row = {"arm": arm, "strength": strength, "of_norm": of_norm, "of_max": strength / about["largest"]}
             for name in self.figures:
-                mean, low, high, n = mean_interval(group[name])
-                row |= {name: mean, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
+                row |= _with_interval(name, group[name])
             rows.append(row)
         order = {name: i for i, name in enumerate((TARGET, UNSTEERED, *CONTROLS))}
         table = pd.DataFrame(rows)
         return table.sort_values(
             ["arm", "strength"], key=lambda c: c.map(order) if c.name == "arm" else c, kind="stable"
         ).reset_index(drop=True)
+
+
+def _with_interval(name: str, values: Any) -> dict[str, Any]:
+    mean, low, high, n = mean_interval(values)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high, f"{name}_n": n}
 
 
 def _best(rows: pd.DataFrame, max_fluency: float) -> int:

@@ -177,6 +177,9 @@ def test_choice_and_matching_by_hand():
     assert chosen.repetition_n == 0
     matched = sweep.matched(kl=1.5).iloc[0]  # mean KL is s / 2: 1 at 2, 2 at 4
     assert (matched.strength, matched.kl, matched.fluency) == pytest.approx((3.0, 1.5, 0.3))
+    x = np.array([p + 1 for p in range(6)]) * 3 / 7  # of each prompt, half way between 2 and 4
+    half = 2.5705818 * x.std(ddof=1) / math.sqrt(6)
+    assert (matched.kl_low, matched.kl_n) == pytest.approx((x.mean() - half, 6))
     assert sweep.matched(kl=0.25).strength[0] == pytest.approx(0.5)  # between no steering and the smallest
     assert math.isnan(sweep.matched(kl=9.0).strength[0])
     interval = sweep.to_frame().query("strength == 2").iloc[0]
