@@ -9,15 +9,17 @@ per_latent  d_b[j]    = sum over the pairs of latent j   of value
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saewb.kernels.threads import map_tiles
+
 _SUM = 0  # embedding_bag's mode, as its backward spells it
 _LATENTS = 1024  # latents summed at a time into existing memory
+_BAGS, _PRODUCTS = 256, 2**13  # sums and products that one thread computes at a time
 _CACHED = 5_000_000  # bytes of the batch that sampled dot products read at a time
 _CHUNK = 2**16  # pairs at a time for sampled dot products without the private operation
 
@@ -114,20 +116,25 @@ def gather_rows(
     With `out`, 1,024 latents at a time are summed and copied there: page faults of a new result of the size of a weight
     matrix cost more than the copy.
     """
-    weights, n = order.sorted(values), len(order.starts)
-    if out is None:
-        return _summed(order.tokens, rows, order.starts, weights)
-    bounds = [*order.starts[::_LATENTS].tolist(), len(weights)]
-    for first, (low, high) in zip(range(0, n, _LATENTS), pairwise(bounds), strict=True):
-        starts = order.starts[first : first + _LATENTS] - low
-        out[first : first + _LATENTS] = _summed(order.tokens[low:high], rows, starts, weights[low:high])
-    return out
+    return _summed(order.tokens, rows, order.starts, order.sorted(values), out)
 
 
-def _summed(indices: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+def _summed(indices: Tensor, rows: Tensor, starts: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """Weighted sum of rows for each bag of indices, which begin at `starts`; on a CPU, threads share the bags."""
+    n = len(starts)
     if not len(indices):
-        return rows.new_zeros(len(starts), rows.shape[1])
-    return embedding_bag(indices, rows, starts, per_sample_weights=weights, mode="sum")
+        return rows.new_zeros(n, rows.shape[1]) if out is None else out.zero_()
+    if out is None and (rows.device.type != "cpu" or n < _BAGS):
+        return embedding_bag(indices, rows, starts, per_sample_weights=weights, mode="sum")
+    sums = rows.new_empty(n, rows.shape[1]) if out is None else out
+
+    def add_up(bags: slice) -> None:
+        low, high = (int(starts[i]) if i < n else len(indices) for i in (bags.start, bags.stop))
+        of_bags, own = indices[low:high], starts[bags] - low
+        sums[bags] = embedding_bag(of_bags, rows, own, per_sample_weights=weights[low:high], mode="sum")
+
+    map_tiles(add_up, n, _BAGS if rows.device.type == "cpu" else n + 1, _LATENTS, lazy=True)
+    return sums
 
 
 def per_latent(pairs: Pairs, values: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:
@@ -158,7 +165,15 @@ def dots(
     tokens, latents = pairs.tokens.index_select(0, order), pairs.latents.index_select(0, order)
     if has_sampled_dots() if private is None else private:
         unused = tokens.new_zeros(1)  # the offsets, which follow from `latents`
-        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, tokens, unused, latents, _SUM)
+        products = left.new_empty(len(pairs))
+
+        def multiply(some: slice) -> None:
+            of_some = tokens[some], unused, latents[some], _SUM
+            products[some] = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, *of_some)
+
+        map_tiles(
+            multiply, len(pairs), _PRODUCTS if left.device.type == "cpu" else len(pairs) + 1, len(pairs) + 1, lazy=True
+        )
     else:
         chunks = zip(tokens.split(_CHUNK), latents.split(_CHUNK), strict=True)
         products = torch.cat([torch.linalg.vecdot(left[tokens], right[latents]) for tokens, latents in chunks])

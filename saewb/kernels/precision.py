@@ -10,6 +10,7 @@ which are detected at run time, pinned by tests, and replaced by others where mi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -69,6 +70,11 @@ def tile_rows(d_sae: int, device: torch.device) -> int:
     return max(64, min(2048, size // (256 * d_sae) * 64))
 
 
+def shared_tile_rows(d_sae: int) -> int:
+    """Tokens of a tile that one CPU thread computes, a multiple of 64, with 10 MiB of float32 scores."""
+    return max(64, min(256, TILE_BYTES_CPU // (512 * d_sae) * 64))
+
+
 def low_precision_matmul(
     W: Float[Tensor, "d_sae d_in"],
     b: Float[Tensor, " d_sae"],
@@ -77,7 +83,7 @@ def low_precision_matmul(
     precision: Precision,
     scratch: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> Multiply:
-    """Prepare `(rows @ W.T + b) * norms` for rows of `x`. Each call overwrites the result of the last one.
+    """Prepare `(rows @ W.T + b) * norms` for rows of `x`. A call may overwrite the result of the thread's last one.
 
     Args:
         W: encoder directions.
@@ -126,8 +132,14 @@ def multiply_into(
 def _product(W: Tensor, b: Tensor, x: Tensor) -> Multiply:
     if _has_linear(W):  # adds biases without another pass
         return lambda rows: torch.ops.mkldnn._linear_pointwise(rows.to(W.dtype).contiguous(), W, b, "none", [], "")
-    buffer = torch.empty(max(1, min(len(x), tile_rows(len(W), x.device))), len(W), dtype=W.dtype, device=x.device)
-    return lambda rows: torch.addmm(b, rows.to(W.dtype), W.T, out=buffer[: len(rows)])
+    shape, own = (max(1, min(len(x), tile_rows(len(W), x.device))), len(W)), threading.local()
+
+    def multiply(rows: Tensor) -> Tensor:
+        if not hasattr(own, "buffer"):
+            own.buffer = torch.empty(shape, dtype=W.dtype, device=x.device)
+        return torch.addmm(b, rows.to(W.dtype), W.T, out=own.buffer[: len(rows)])
+
+    return multiply
 
 
 def _has_linear(W: Tensor) -> bool:

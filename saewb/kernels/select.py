@@ -31,9 +31,9 @@ batch for which 8 or 16 bits are too coarse costs time, not latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,10 +48,13 @@ from saewb.kernels.precision import (
     Precision,
     low_precision_matmul,
     next_higher_precision,
+    shared_tile_rows,
     tile_rows,
 )
+from saewb.kernels.threads import map_tiles
 from saewb.kernels.topk import BLOCK, above, largest, top, top_of_product
 
+T = TypeVar("T")
 _TILE = 2**24  # approximate values held at a time (32 MiB in bf16)
 _PICKED = 2**20  # candidates rescored at a time
 _MANY, _SMALL = 512, 2**28  # fewest tokens and most bytes of W for which a single call prepares an ApproximateTopK
@@ -178,18 +181,17 @@ class ApproximateTopK:
 
         Sorted by token, then latent. None if there are more than `limit` candidates.
         """
-        size, parts = max(1, _TILE // len(self.rows)), []
+        size = max(1, _TILE // len(self.rows))
         buffer = torch.empty(min(size, len(h)), len(self.rows), dtype=torch.bfloat16)
 
         def scores(rows: Tensor) -> Tensor | None:
             rough, off = self._scores(rows, buffer, raised=True)
             return rough if off.isfinite().all() else None
 
-        for listed in _listed_tiles(h, size, scores, 0.0, limit):
-            if listed is None:
-                return None
-            parts.append(listed[:2])
-        token, latent = (torch.cat(of_tiles) for of_tiles in zip(*parts, strict=True))
+        listed = _listed(h, scores, 0.0, limit, lambda work: map_tiles(work, len(h), len(h) + 1, size))
+        if listed is None:
+            return None
+        token, latent, _ = listed
         order = (token * len(self.rows) + latent).argsort()
         token, latent = token[order], latent[order]
         return token, latent, _rescored(pairs_of(token, latent, latent, len(h)), h, self.rows, self.b)
@@ -323,11 +325,11 @@ def top_per_token(x: Float[Tensor, "batch d_in"], readout: Readout, k: int, *, s
     """
     multiply, size = readout.matmul(x), tile_rows(len(readout.W), x.device)
     if readout.precision == "full":
-        scores, latents = _largest(x, multiply, size, k, signed)
+        scores, latents = _largest(x, multiply, len(readout.W), k, signed)
         return rectangular(latents, readout.unscored(scores, latents))
     n_candidates, parts = min(len(readout.W), k + MARGIN[readout.precision]), []
     for rows in (x[:size], x[size:]):  # the first tile shows whether the precision suffices
-        scores, latents = _largest(rows, multiply, size, n_candidates, signed)
+        scores, latents = _largest(rows, multiply, len(readout.W), n_candidates, signed)
         parts.append(_decided(rows, readout, latents, scores, k, signed))
         if len(parts) == 1 and readout.precision == "int8" and int(parts[0][2].sum()) > _REFINE_FRACTION * len(rows):
             return top_per_token(x, readout.refined(), k, signed=signed)
@@ -396,14 +398,22 @@ def above_zero(x: Float[Tensor, "batch d_in"], readout: Readout, limit: int) -> 
 
 
 def _largest(
-    x: Float[Tensor, "tokens d_in"], multiply: Multiply, size: int, k: int, signed: bool
+    x: Float[Tensor, "tokens d_in"], multiply: Multiply, d_sae: int, k: int, signed: bool
 ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
     """The k largest scores of each token and their latents, tile by tile."""
     scores, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    for start in range(0, len(x), size):
-        rows = slice(start, start + size)
+
+    def select(rows: slice) -> None:
         scores[rows], latents[rows] = largest(multiply(x[rows]), k, signed=signed)
+
+    _map_tiles(select, x, d_sae)
     return scores, latents
+
+
+def _map_tiles(work: Callable[[slice], T], x: Tensor, d_sae: int) -> list[T]:
+    """Results of tiles of tokens; on a CPU, threads share them."""
+    whole = tile_rows(d_sae, x.device)
+    return map_tiles(work, len(x), shared_tile_rows(d_sae) if x.device.type == "cpu" else len(x) + 1, whole)
 
 
 def _decided(
@@ -434,16 +444,23 @@ def _list_above(
 
     None if more than the limit. Stops after the first tile if its error exceeds the tolerance.
     """
-    parts, size = [], tile_rows(len(readout.W), x.device)
-    for listed in _listed_tiles(x, size, multiply, threshold, limit):
+    parts, d_sae = [], len(readout.W)
+    is_checked = tolerance < torch.inf and readout.precision != "full"
+    first = min(len(x), tile_rows(d_sae, x.device)) if is_checked else len(x)
+    for start, end in ((0, first), (first, len(x))):
+        if start == end:
+            continue
+        rows = x[start:end]
+        listed = _listed(rows, multiply, threshold, limit, lambda work, rows=rows: _map_tiles(work, rows, d_sae))
         if listed is None:
             return None
-        parts.append(listed)
-        if len(parts) == 1 and tolerance < torch.inf and readout.precision != "full":
-            first = _exact(pairs_of(*listed, min(size, len(x))), readout, x[:size])
-            if first[1] > tolerance:
-                return first
-    tokens, latents, scores = (torch.cat(tiles) for tiles in zip(*parts, strict=True))
+        if is_checked and start == 0:
+            exact = _exact(pairs_of(*listed, end), readout, rows)
+            if exact[1] > tolerance:
+                return exact
+        parts.append((listed[0] + start, *listed[1:]))
+        limit -= len(listed[0])
+    tokens, latents, scores = (torch.cat(of_rows) for of_rows in zip(*parts, strict=True))
     return _exact(pairs_of(tokens, latents, scores, len(x)), readout, x)
 
 
@@ -509,18 +526,28 @@ def _rescored(
     return dots(pairs, x, rows).add_(b.index_select(0, pairs.latents))
 
 
-def _listed_tiles(
-    x: Tensor, size: int, scores: Callable[[Tensor], Tensor | None], threshold: float, limit: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
-    """(token, latent, score) of scores above the threshold, tile by tile; ends with None beyond the limit."""
-    total = 0
-    for start in range(0, len(x), size):
-        rows = x[start : start + size]
-        tile_limit = max(256, 2 * limit * len(rows) // len(x))  # so that the first tile shows if there are too many
-        tile = scores(rows)
-        listed = None if tile is None else above(tile, threshold, min(tile_limit, limit - total))
-        if listed is None:
-            yield None
-            return
-        total += len(listed[0])
-        yield listed[0] + start, *listed[1:]
+def _listed(
+    x: Tensor,
+    scores: Callable[[Tensor], Tensor | None],
+    threshold: float,
+    limit: int,
+    run: Callable[[Callable[[slice], Any]], list[Any]],
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(token, latent, score) of scores above the threshold, from the tiles that `run` calls; None beyond the limit."""
+    counts: list[int] = []
+
+    def tile(rows: slice) -> tuple[Tensor, Tensor, Tensor] | None:
+        if sum(counts) > limit:
+            return None
+        n = rows.stop - rows.start
+        of_tile = max(256, 2 * limit * n // len(x))  # so that the first tile shows if there are too many
+        pre = scores(x[rows])
+        listed = None if pre is None else above(pre, threshold, min(of_tile, limit))
+        counts.append(limit + 1 if listed is None else len(listed[0]))
+        return None if listed is None else (listed[0] + rows.start, *listed[1:])
+
+    tiles = run(tile)
+    if sum(counts) > limit:
+        return None
+    tokens, latents, values = (torch.cat(of_tiles) for of_tiles in zip(*tiles, strict=True))
+    return tokens, latents, values

@@ -1,4 +1,4 @@
-"""How torch's threads wait for one another: awake on free cores, asleep on contended ones.
+"""How threads share cores that others compete for: torch's wait asleep, and parts of a product are taken dynamically.
 
 At the end of each parallel region the threads of GNU OpenMP, torch's runtime on Linux, wait awake for milliseconds. On
 free cores that saves a few microseconds per region. Where another process or cell needs a core too, a waiting thread
@@ -7,6 +7,10 @@ wait when it is loaded (`OMP_WAIT_POLICY`), with one exception: with more thread
 awake for about a microsecond only. So `sleep_while_contended` lets spare threads sleep in the process while threads
 of this process wait for cores, which Linux counts per thread (`/proc/self/task/*/schedstat`).
 
+Asleep or not, torch parts a product into as many halves as it has threads, and the half on a contended core takes twice
+as long. So `map_tiles` parts work along the tokens into many tiles, of which each thread takes the next when it is
+free, and adds a thread while cores are contended.
+
 Source: https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
 """
 
@@ -14,16 +18,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
 
 _TASKS = Path("/proc/self/task")
 _PERIOD = 0.25  # seconds between two looks
 _CONTENDED, _FREE = 0.05, 0.01  # seconds of waiting per second, summed over threads: asleep above, awake below
 _QUIET_LOOKS = 8  # in a row, before threads wait awake again
+_TILES_PER_THREAD = 4  # fewest, so that the last ones to end differ by little
 
 _lock = threading.Lock()
 _n_users = 0
@@ -34,8 +45,8 @@ _monitor: _Monitor | None = None
 def sleep_while_contended() -> Iterator[None]:
     """Let torch's threads wait asleep while others compete for the cores; nested and concurrent uses share a monitor.
 
-    Results do not change: the number of threads and the order of sums stay the same. Without GNU OpenMP or Linux' task
-    statistics this does nothing.
+    What else the machine does changes no result: tiles and the order of sums stay the same. Without GNU OpenMP or
+    Linux' task statistics this does nothing.
 
     Example:
         >>> import torch
@@ -58,11 +69,49 @@ def sleep_while_contended() -> Iterator[None]:
             last.close()
 
 
+def map_tiles(work: Callable[[slice], T], n: int, size: int, whole: int, *, lazy: bool = False) -> list[T]:
+    """Results of `work` on slices of 0..n, each a tile that one thread computes, whichever is free.
+
+    Tiles are shared inside of `sleep_while_contended` only, and where there are at least four for each of torch's
+    threads; elsewhere torch's threads share each slice of `whole`. Results do not depend on what else the
+    machine does. At most `torch.get_num_threads() + 1` tiles are computed at a time.
+
+    Args:
+        work: takes a slice, and is called from several threads at once.
+        n: end of the last slice.
+        size: length of a tile.
+        whole: length of a slice where tiles are not shared.
+        lazy: share only while cores are contended, for work whose results do not depend on its tiles; on free cores
+            torch's threads are somewhat quicker.
+
+    Example:
+        >>> map_tiles(lambda rows: rows.stop - rows.start, 10, 2, 4)
+        [4, 4, 2]
+        >>> with sleep_while_contended():
+        ...     sum(map_tiles(lambda rows: rows.stop - rows.start, 1000, 2, 4))
+        1000
+    """
+    monitor, n_threads = _monitor, torch.get_num_threads()
+    is_shared = monitor is not None and monitor.pid == os.getpid() and n_threads > 1  # no threads survive a fork
+    is_shared = is_shared and n >= _TILES_PER_THREAD * n_threads * size
+    if monitor is not None and is_shared and (monitor.is_contended or not lazy):
+        return monitor.map(work, _slices(n, size))
+    return [work(part) for part in _slices(n, whole)]
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, min(n, start + size)) for start in range(0, n, size)]
+
+
 class _Monitor:
     """Thread that looks at how long threads waited for cores, and lets spare threads sleep accordingly."""
 
     def __init__(self, libgomp: ctypes.CDLL) -> None:
-        self._libgomp, self._spare = libgomp, None
+        self._libgomp, self.pid, self._n_threads = libgomp, os.getpid(), torch.get_num_threads()
+        self.is_contended = True  # until the first look
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._workers: list[threading.Thread] = []
+        self._starts = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="saewb-threads", daemon=True)
         self._thread.start()
@@ -70,6 +119,49 @@ class _Monitor:
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
+        for _ in self._workers:
+            self._jobs.put(None)
+
+    def map(self, work: Callable[[slice], T], slices: list[slice]) -> list[T]:
+        """Results of the slices, in order; an error is raised once all threads are idle."""
+        results: list[Any] = [None] * len(slices)
+        left, errors, idle = iter(range(len(slices))), list[BaseException](), threading.Semaphore(0)
+        has_grad, n_threads = torch.is_grad_enabled(), min(len(slices), self._n_threads + self.is_contended)
+
+        def take() -> None:
+            try:
+                with torch.set_grad_enabled(has_grad):  # a thread's own
+                    for i in left:  # the interpreter gives each number to one thread
+                        results[i] = work(slices[i])
+            except BaseException as error:  # of the caller, who raises it
+                errors.append(error)
+            finally:
+                idle.release()
+
+        self._start_workers()
+        try:
+            for _ in range(n_threads):
+                self._jobs.put(take)
+            for _ in range(n_threads):
+                idle.acquire()
+        finally:
+            list(left)  # after an interrupt nobody begins another tile
+        if errors:
+            raise errors[0]
+        return results
+
+    def _start_workers(self) -> None:
+        # Not an executor's, which take no work once the interpreter exits: a run then ends its step.
+        with self._starts:
+            while len(self._workers) <= self._n_threads:
+                self._workers.append(threading.Thread(target=self._compute, name="saewb-tiles", daemon=True))
+                self._workers[-1].start()
+
+    def _compute(self) -> None:
+        torch.get_num_threads()  # sets the number of a new thread, at its first use
+        self._libgomp.omp_set_num_threads(1)  # of this thread; torch.set_num_threads is for all
+        for job in iter(self._jobs.get, None):
+            job()
 
     def _work(self) -> None:
         waited, at, n_quiet = run_delay(), time.monotonic(), 0
@@ -80,9 +172,10 @@ class _Monitor:
             n_quiet = n_quiet + 1 if share < _FREE else 0
             if spare is None and share > _CONTENDED:
                 spare = _SpareThreads(self._libgomp)
+                self.is_contended = True
             elif spare is not None and n_quiet >= _QUIET_LOOKS:
                 spare.close()
-                spare = None
+                spare, self.is_contended = None, False
         if spare is not None:
             spare.close()
 

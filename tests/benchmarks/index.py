@@ -26,6 +26,7 @@ from saewb.features.accumulate import TokenRows
 from saewb.features.build import _Build, _finish, _index_info, _run
 from saewb.interventions.site import Site
 from saewb.kernels.select import ApproximateTopK, is_worthwhile
+from saewb.models.active import model_digest
 from saewb.models.capture import capture
 from saewb.models.tokenizer import special_mask
 from saewb.tiny.make import fetch_corpus, read_corpus
@@ -70,7 +71,7 @@ def new_build(model, sae) -> _Build:
     """With the settings of `build_index`."""
     special = saewb.models.tokenizer.special_ids(model, True)
     site = Site.of(model, sae)
-    info = _index_info(model, site, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None)
+    info = _index_info(model, site, (CTX, 20, 5, 4, 20, 10, 2**16), 0, special, None, model_digest(model))
     return _Build.start(site, info)
 
 
