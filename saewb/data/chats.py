@@ -74,6 +74,9 @@ def chat_prompt(model: nn.Module, messages: Sequence[Mapping[str, str]]) -> Chat
         model: with a tokenizer that has a chat template.
         messages: dictionaries with "role" and "content", in order.
 
+    Returns:
+        A ChatPrompt: `.ids`, `.roles`, `.positions(role)`, `.to_frame()`.
+
     Raises:
         TypeError: if they are no messages.
         ValueError: without a chat template, or messages; if the template writes the beginning of a chat in another way

@@ -20,7 +20,7 @@ from saewb.data.tokens import prompt_ids
 from saewb.models import hook_points
 from saewb.models.capture import eval_mode
 from saewb.models.forward import KVCachedText
-from saewb.models.tokenizer import end_ids
+from saewb.models.tokenizer import end_ids, token_strings
 
 Intervene = Callable[[], AbstractContextManager[Any]]
 _TILE = 2**22  # log probabilities compared at a time (16 MiB in float32)
@@ -69,6 +69,13 @@ def steered_text(
         steered: token ids that the steered model wrote, at least one.
         intervene: applies the intervention, `lambda: saewb.steer(model, sae, {12: 8.0})`.
 
+    Returns:
+        A TextFigures: kl, fluency, repetition, repetition_clean, n_tokens.
+
+    Raises:
+        ValueError: for a prompt of no tokens or of more than the model's context; what `intervene` raises.
+        FloatingPointError: if the logits are not finite.
+
     Example:
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
@@ -85,6 +92,42 @@ def steered_text(
     return TextFigures(
         float(kl[0]), float(steered_nll[0] - clean_nll[0]), repetition(texts[0]), repetition(own), len(texts[0])
     )
+
+
+@torch.no_grad()
+def steered_rows(
+    model: nn.Module, prompt: Any, n_rows: int, intervene: Intervene, **sampling: Any
+) -> list[tuple[str, TextFigures]]:
+    """Write and measure several steered texts in one batch, the first row of which is not steered.
+
+    Args:
+        model: a TransformerBridge or HookedTransformer.
+        prompt: a text, token ids, or messages.
+        n_rows: rows of the batch.
+        intervene: steers them, e.g. `lambda: saewb.steer(model, sae, {12: [None, 4.0, 8.0]})`.
+        sampling: max_new_tokens, temperature, seed and use_past_kv_cache, as for `saewb.generate_tokens`.
+
+    Returns:
+        Text and figures of each row.
+
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
+        >>> steer = lambda: saewb.steer(model, sae, {972: [None, 0.0, 40.0]}, positions=slice(1, None))
+        >>> rows = steered_rows(model, "It is a", 3, steer, max_new_tokens=6)
+        >>> rows[0] == rows[1], rows[1][1].kl, rows[2][1].kl > 0.1
+        (True, 0.0, True)
+    """
+    ids = prompt_ids(model, prompt)
+    texts = write_rows(model, ids, n_rows, intervene, **sampling)
+    kl, clean_nll, nll = compare_rows(model, ids, texts[0], texts, intervene)
+    fluency, own = (nll - clean_nll).tolist(), repetition(texts[0])
+    strings = ["".join(token_strings(model, text)) for text in texts]
+    figures = [
+        TextFigures(k, f, repetition(text), own, len(text))
+        for k, f, text in zip(kl.tolist(), fluency, texts, strict=True)
+    ]
+    return list(zip(strings, figures, strict=True))
 
 
 def repetition(ids: Sequence[int], n: int = 3) -> float:

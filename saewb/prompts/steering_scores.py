@@ -109,7 +109,7 @@ def steering_scores(
         >>> import saewb
         >>> model, sae = saewb.load_model("tiny", device="cpu"), saewb.load_sae("tiny")
         >>> scores = saewb.steering_scores(model, sae, [748, 972, 4], n_random=8, progress=False)
-        >>> scores.latent.tolist(), scores.n_random[0]
+        >>> scores.latent.tolist(), int(scores.n_random[0])
         ([748, 972, 4], 8)
         >>> bool((scores.output_score > scores.output_score_random).any())
         True

@@ -380,7 +380,7 @@ def steering_sweep(
         >>> how = {"n_new_tokens": 8, "progress": False}
         >>> sweep = saewb.steering_sweep(model, sae, 972, ["It is a", "She was"], [0, 16], **how)
         >>> table = sweep.to_frame().set_index(["arm", "strength"])
-        >>> table.kl["latent", 0.0], table.kl["latent", 16.0] > 0, table.kl_n["random direction", 16.0]
+        >>> float(table.kl["latent", 0.0]), float(table.kl["latent", 16.0]) > 0, int(table.kl_n["latent", 16.0])
         (0.0, True, 2)
     """
     import pandas as pd

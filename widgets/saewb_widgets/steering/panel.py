@@ -12,7 +12,6 @@ import traitlets as t
 
 import saewb
 from saewb import errors
-from saewb.data.chats import ROLES
 from saewb_widgets.html import grid
 from saewb_widgets.panel import Panel, catch_errors, model_line, report_errors, source
 from saewb_widgets.serialize import short
@@ -138,7 +137,7 @@ class SteeringPanel(Panel):
             "can_search": any(x is not None for x in self._indexes),
             "how": list(HOW),
             "positions": list(POSITIONS),
-            "roles": list(ROLES),
+            "roles": list(saewb.data.chats.ROLES),
             "can_chat": getattr(getattr(model, "tokenizer", None), "chat_template", None) is not None,
             "context": int(model.cfg.n_ctx),
         }
@@ -167,7 +166,7 @@ class SteeringPanel(Panel):
             rows, error = result
             if error is not None:
                 raise error
-            self.swept = [{**row, **{name: _number(row[name]) for name in _SWEPT}} for row in rows]
+            self.swept = [{"text": row["text"], **{name: _number(row[name]) for name in _SWEPT}} for row in rows]
             self._sweep_settings = settings
 
         self.swept = []
@@ -294,7 +293,7 @@ class SteeringPanel(Panel):
         with report_errors():
             if name == "latents":
                 return check_latents(value, self.saes)
-            if name == "positions" and value not in (allowed := [*POSITIONS, *ROLES]):
+            if name == "positions" and value not in (allowed := [*POSITIONS, *saewb.data.chats.ROLES]):
                 near = errors.near(value, allowed)
                 raise ValueError(errors.explain(f"positions is {value!r}.", near=near, want=", ".join(allowed)))
             if name == "chat" and value and getattr(self.model.tokenizer, "chat_template", None) is None:
@@ -316,7 +315,7 @@ class SteeringPanel(Panel):
         error = self._update_cards() if change["name"] == "latents" else None
         if change["name"] in ("prompt", "chat"):
             self._update_chat()
-        if not self.chat and self.positions in ROLES:
+        if not self.chat and self.positions in saewb.data.chats.ROLES:
             self.positions = "not the first"
         self.stale = self._texts is not None and self._text_settings != self._settings()
         if self.swept and self._sweep_settings != self._settings():

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-
 import saewb
 from saewb import errors
 from saewb_widgets.panel import model_code
@@ -213,26 +211,15 @@ def small_sweep(model: Any, saes: Sequence[Any], settings: Settings) -> list[dic
 
     All are rows of one batch: a text may differ from that of a pass of its own where two tokens are as likely.
     """
-    texts = saewb.prompts.steered_texts
     factors: list[float | None] = [None, *FACTORS]
-    ids = saewb.data.tokens.prompt_ids(model, settings.prompt_argument())
-    sampling = settings.sampling(saes)
 
     def intervene() -> contextlib.AbstractContextManager[None]:
         return settings.intervene(model, saes, factors)
 
-    with torch.no_grad():
-        rows = texts.write_rows(model, ids, len(factors), intervene, **sampling)
-        kl, clean, nll = texts.compare_rows(model, ids, rows[0], rows, intervene)
+    prompt, sampling = settings.prompt_argument(), settings.sampling(saes)
+    rows = saewb.prompts.steered_texts.steered_rows(model, prompt, len(factors), intervene, **sampling)
     return [
-        {
-            "factor": factor or 0.0,
-            "kl": float(kl[r]),
-            "fluency": float(nll[r] - clean[r]),
-            "repetition": texts.repetition(rows[r]),
-            "text": "".join(saewb.token_strings(model, rows[r])),
-        }
-        for r, factor in enumerate(factors)
+        {"factor": f or 0.0, "text": text, **vars(figures)} for f, (text, figures) in zip(factors, rows, strict=True)
     ]
 
 
