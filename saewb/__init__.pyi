@@ -54,6 +54,8 @@ from .features.correlation import latent_matrix as latent_matrix
 from .features.enrichment import enrich as enrich
 from .features.index import FeatureIndex as FeatureIndex
 from .features.index import load_index as load_index
+from .features.jacobian_lens import JacobianLens as JacobianLens
+from .features.jacobian_lens import fit_jacobian_lens as fit_jacobian_lens
 from .features.labels import Explanation as Explanation
 from .features.labels import Explanations as Explanations
 from .features.token_sets import token_sets as token_sets

@@ -350,6 +350,22 @@ def build_index(world):
     }
 
 
+@case("fit_jacobian_lens", "JacobianLens", host_products="the mean over prompts is on the host, in float32")
+def fit_jacobian_lens(world):
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
+    how = {"n_prompts": 2, "skip_first": 1, "batch_size": 5}
+    lens = saewb.fit_jacobian_lens(world.model, world.tokens, hooks, **how)
+    index = saewb.build_index(world.model, world.topk, world.tokens, logits="jacobian")
+    directions = world.topk.W_dec.detach()[:3]
+    return {
+        "host matrices": list(lens.matrices.values()),
+        "table": lens.to_frame(),
+        "transported": lens.transport(directions, hooks[0]),
+        "logits": lens.logits(world.model, directions, hooks[0]),
+        "words": [x.effect for x in index.latent(0).jacobian_top],
+    }
+
+
 @case("score", "LocalChat", host_products="windows and figures are on the host")
 def score(world):
     explained = saewb.Explanations.from_labels({3: "three", 5: "five"})

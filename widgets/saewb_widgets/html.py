@@ -38,15 +38,21 @@ def latent_rows(rows: Iterable[dict[str, Any]]) -> str:
 
 def latent_html(p: dict[str, Any], contexts: int = 8) -> str:
     """The page of one latent: statistics, promoted tokens, strongest contexts."""
-    words = ", ".join(f"<code>{html.escape(s.strip() or s)}</code> {v:+.2f}" for s, _, v in p["raised"][:6])
+    direct, through = _words(p["raised"]), _words(p["jacobian_raised"])
     facts = f"fires on {percent(p['density'])} of tokens, largest {p['max']}, mean {p['mean']}"
     lines = "".join(
         f'<tr><td style="{_FIGURE}">{c["acts"][c["at"]]}</td>{_pieces(p, c)}</tr>' for c in p["top"][:contexts]
     )
-    likelier = f"<div>makes likelier: {words}</div>" if words else ""
+    likelier = f"<div>makes likelier: {direct}</div>" if direct else ""
+    likelier += f"<div>through later layers: {through}</div>" if through else ""
     table = f'<table style="border-collapse:collapse">{lines}</table>'
     name = f"Latent {p['latent']}" + (f" {html.escape(p['label'])}" if p["label"] else "")
     return f"<div style='margin-top:8px'><b>{name}</b>: {facts}</div>{likelier}{table}"
+
+
+def _words(raised: list[Any]) -> str:
+    """The first tokens that a latent makes likelier, with their logits."""
+    return ", ".join(f"<code>{html.escape(text.strip() or text)}</code> {v:+.2f}" for text, _, v in raised[:6])
 
 
 def _pieces(p: dict[str, Any], c: dict[str, Any]) -> str:
