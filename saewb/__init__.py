@@ -14,7 +14,7 @@ nothing else. Each folder below is one room; a room imports only from the lines 
     cli, demo, diagnostics          the command line: saewb demo, eval, train, lab, doctor
     tiny/                           the bundled model, SAE and texts, and how they were made
     evals/                          how good an SAE is: losses with it, reconstruction, absorption, recovered concepts
-    prompts/                        one prompt: active latents, next tokens, generation
+    prompts/                        one prompt: active latents, next tokens, chats, generation; does steering work
     probing/                        contrasts of two sets of texts, sparse probes, directions and neurons as latents
     explanations/                   latents in words: explain and score with a language model
     circuits/                       how the model got to a token: attribution, frozen model, graphs, interventions

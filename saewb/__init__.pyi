@@ -31,6 +31,8 @@ from .circuits.intervene import intervene as intervene
 from .circuits.load_graph import load_graph as load_graph
 from .data.cache import ActivationCache as ActivationCache
 from .data.cache import cache_activations as cache_activations
+from .data.chats import ChatPrompt as ChatPrompt
+from .data.chats import chat_prompt as chat_prompt
 from .data.documents import TextFiles as TextFiles
 from .data.packing import stream_tokens as stream_tokens
 from .data.stream import ActivationStream as ActivationStream
@@ -103,6 +105,11 @@ from .prompts.next_tokens import next_tokens as next_tokens
 from .prompts.prompt_latents import PromptReading as PromptReading
 from .prompts.prompt_latents import read_in_turn as read_in_turn
 from .prompts.prompt_latents import read_prompt as read_prompt
+from .prompts.steered_texts import TextFigures as TextFigures
+from .prompts.steered_texts import steered_text as steered_text
+from .prompts.steering_scores import steering_scores as steering_scores
+from .prompts.steering_sweep import Sweep as Sweep
+from .prompts.steering_sweep import steering_sweep as steering_sweep
 from .sae.base import SparseCoder as SparseCoder
 from .sae.config import SAEConfig as SAEConfig
 from .sae.cross_layer import CrossLayerConfig as CrossLayerConfig

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from saewb._indices import as_tensor
+from saewb.data.chats import chat_ids, check_messages, is_chat
 from saewb.data.packing import TokenStream, check_token_ids, stream_tokens, token_matrix
 from saewb.errors import explain
 from saewb.models.tokenizer import text_ids, tokenizer_of
@@ -218,11 +219,11 @@ def _check_unpadded(model: nn.Module, ids: Int[Tensor, "rows ctx"]) -> None:
 
 
 def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
-    """Token ids of one prompt: ids as they are, or a text with the special tokens the model's tokenizer adds.
+    """Token ids of one prompt: ids as they are, a text with the special tokens the tokenizer adds, or a chat.
 
     Args:
         model: its tokenizer, context length and device are used.
-        prompt: a text; or token ids, `[pos]` or `[1, pos]`.
+        prompt: a text; token ids, `[pos]` or `[1, pos]`; or messages, as for `saewb.chat_prompt`.
 
     Returns:
         int64 ids on the model's device.
@@ -240,6 +241,8 @@ def prompt_ids(model: nn.Module, prompt: object) -> Int[Tensor, "1 pos"]:
     device = next(model.parameters()).device
     if isinstance(prompt, str):
         ids = text_ids(model, prompt)
+    elif is_chat(prompt):
+        ids = torch.tensor(chat_ids(tokenizer_of(model), check_messages(prompt)))
     else:
         ids = _prompt_tensor(prompt)
         check_vocabulary(model, ids)

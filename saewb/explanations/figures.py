@@ -29,6 +29,27 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     return center - half if k else 0.0, center + half if k < n else 1.0  # exact where rounding would miss them
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float, int]:
+    """Mean of the values that are not nan, its 95 % interval by Student's t, and how many there are.
+
+        mean +- t(0.975, n - 1) s / sqrt(n)        nan without two values
+
+    Example:
+        >>> [round(x, 3) for x in mean_interval([1.0, 2.0, 3.0, math.nan])]
+        [2.0, -0.484, 4.484, 3]
+    """
+    from scipy.stats import t
+
+    x = np.asarray(values, dtype=float)
+    x = x[~np.isnan(x)]
+    n = len(x)
+    if n == 0:
+        return math.nan, math.nan, math.nan, 0
+    mean = float(x.mean())
+    half = float(t.ppf(0.975, n - 1) * x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return mean, mean - half, mean + half, n
+
+
 def classification_figures(tp: int, fn: int, tn: int, fp: int) -> dict[str, Any]:
     """Figures of a confusion.
 

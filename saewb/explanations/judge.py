@@ -486,7 +486,7 @@ class LocalChat(Judge):
         tops: list[tuple[list[float], list[int]]] = []
         with hook_points.lock(model), eval_mode(model), torch.no_grad():
             while len(new) < request.max_tokens and not stop.is_set():
-                values, tokens = text.logits().float().log_softmax(-1).topk(N_TOP)
+                values, tokens = text.logits()[0].float().log_softmax(-1).topk(N_TOP)
                 best = int(tokens[0])
                 if best in ends:
                     break

@@ -10,6 +10,8 @@ so the SAE's error stays in place, and a change of 0 is the model itself.
 2. Only the latents to change are encoded from x, none at all to add; where the SAE is attached, its latents are taken.
 3. The activation moves where the mask of token positions is True. Positions count from the start of each text: in
    generation with a KV cache a pass begins at the cache's offset, in a batch a text begins after its padding.
+4. With `when=`, it moves only at tokens on which certain latents fire; they are encoded from the activation at their
+   own read point, as it is before this steering.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from saewb._indices import as_tensor, index_of, index_slice, indices_of
 from saewb.errors import explain
-from saewb.fingerprint import sae_digest
+from saewb.fingerprint import sae_digest, tensors_digest
 from saewb.interventions.base import ActiveIntervention, check_kv_cache, mask_special_tokens
 from saewb.interventions.site import Site, check_is_sae
 from saewb.interventions.splice import active_splice
@@ -35,15 +37,19 @@ from saewb.sae.sae import SAE
 
 How = Literal["add", "clamp", "scale"]
 Positions = Union[int, slice, Sequence[int], Sequence[bool], Tensor, None]
+Value = Union[float, Sequence[Union[float, None]], Tensor]
+"""Value of a latent: a number, or one for each row of the batch, None leaving a row as it is."""
+When = Union[int, Sequence[int], Mapping[Any, Any], None]
 
 
 def steer(
     model: nn.Module,
-    sae: nn.Module | Mapping[nn.Module, Mapping[int, float]],
-    latents: Mapping[int, float] | None = None,
+    sae: nn.Module | Mapping[nn.Module, Mapping[int, Value]],
+    latents: Mapping[int, Value] | None = None,
     *,
     how: How = "add",
     positions: Positions = None,
+    when: When = None,
     skip_special_tokens: bool | Sequence[int] = False,
     hook: str | None = None,
     hook_out: str | None = None,
@@ -64,11 +70,16 @@ def steer(
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         sae: SAE whose latents change; or several with the change of each, `{sae: {latent: value}}`.
         latents: `{latent: value}`, in units of the activation: with unit decoder rows, a length in the model's units
-            (the bundled SAE's strongest latents reach about 5 to 30).
+            (the bundled SAE's strongest latents reach about 5 to 30). A value may be a list, one for each row of the
+            batch, to run several strengths in one pass; None leaves a row as it is: `{12: [None, 4.0, 8.0]}`.
         how: meaning of the values, see above; the same for all of them.
         positions: where: None everywhere; a position, a slice or a list of positions, counted from the start of the
             text, generated tokens included, padding before it not; or a mask of booleans, `[pos]` or `[batch, pos]`, of
             the one pass it is meant for.
+        when: steer only at tokens on which a latent fires (activation above 0): latents of the same SAE, `when=40`; or
+            of others, `{other: 40}`, `{other: [40, 41]}`, or with thresholds `{other: {40: 2.5}}`. Of several latents
+            one is enough. They are read in the same pass, so a new token is judged by its own activation, with a cache
+            of keys and values or without; their read point must come before the write point, or be it.
         skip_special_tokens: leave these tokens alone: True for the tokenizer's BOS, EOS, PAD and the like, or ids.
         hook: read point, instead of `sae.cfg.hook`; for one SAE.
         hook_out: write point, instead of `sae.cfg.hook_out`; for one SAE.
@@ -78,7 +89,8 @@ def steer(
 
     Raises:
         ValueError: for a latent the SAE does not have, a value that is not finite, an unknown or switched-off point,
-            negative positions; in the forward pass for what does not fit, or a point that is never reached.
+            negative positions; in the forward pass for what does not fit, a point that is never reached, or one of
+            `when` that is reached too late.
         TypeError: if `latents` is no mapping, or `model` has no hook points.
 
     References:
@@ -91,6 +103,10 @@ def steer(
         ...     text = model.generate("It is", max_new_tokens=5, do_sample=False, verbose=False)
         >>> steering
         Steering(detached: add 748: 8 at blocks.2.hook_resid_post)
+        >>> with saewb.steer(model, sae, {748: 8.0}, when={sae: {972: 1.5}}) as steering:
+        ...     logits = model("The city is on a river")
+        >>> steering
+        Steering(detached: add 748: 8 at blocks.2.hook_resid_post when 972 > 1.5)
     """
     values_of = dict(sae) if isinstance(sae, Mapping) else {sae: latents}
     if isinstance(sae, Mapping) and (latents is not None or hook is not None or hook_out is not None):
@@ -102,7 +118,9 @@ def steer(
     for one, values in values_of.items():
         site = Site.of(model, one, hook, hook_out)
         changes.append(LatentChange(site, *_check_values(one, values), how))
-    steering = Steering(model, changes, TokenPositions.of(positions), special_ids(model, skip_special_tokens))
+    conditions = _conditions(model, when, None if isinstance(sae, Mapping) else changes[0].site)
+    where = TokenPositions.of(positions), special_ids(model, skip_special_tokens), conditions
+    steering = Steering(model, changes, *where)
     steering._activate()
     return steering
 
@@ -113,6 +131,7 @@ def ablate(
     latents: int | Sequence[int] | Tensor | None = None,
     *,
     positions: Positions = None,
+    when: When = None,
     skip_special_tokens: bool | Sequence[int] = False,
     hook: str | None = None,
     hook_out: str | None = None,
@@ -126,6 +145,7 @@ def ablate(
         sae: SAE whose latents are ablated; or several with the latents of each, `{sae: [latents]}`.
         latents: indices of latents, one or several; or a mask of all latents, as `index.density > 0.3`.
         positions: as for `steer`.
+        when: as for `steer`.
         skip_special_tokens: as for `steer`.
         hook: as for `steer`.
         hook_out: as for `steer`.
@@ -157,6 +177,7 @@ def ablate(
         None if several else zeros[sae],
         how="clamp",
         positions=positions,
+        when=when,
         skip_special_tokens=skip_special_tokens,
         hook=hook,
         hook_out=hook_out,
@@ -170,10 +191,15 @@ class Steering(ActiveIntervention):
     _how_to_repeat = "with saewb.steer(model, sae, {12: 8.0}):"
 
     def __init__(
-        self, model: nn.Module, changes: list[LatentChange], positions: TokenPositions, special: tuple[int, ...]
+        self,
+        model: nn.Module,
+        changes: list[LatentChange],
+        positions: TokenPositions,
+        special: tuple[int, ...],
+        conditions: list[Condition],
     ) -> None:
         super().__init__(model)
-        self._changes, self._positions, self._special = changes, positions, special
+        self._changes, self._positions, self._special, self._conditions = changes, positions, special, conditions
         self._hooks: list[hook_points.Hook] = []
         self._tokens: Tensor | None = None
         self._kv_cache_offset: int | None = None  # tokens of the text before this pass; None until the first block
@@ -187,15 +213,20 @@ class Steering(ActiveIntervention):
     def content(self) -> list[Any]:
         """Digests of the SAEs, their points, the changes of latents, and at which tokens."""
         changes = [
-            [sae_digest(c.sae), c.site.read.name, c.site.write.name, c.latents, c.values, c.how] for c in self._changes
+            [sae_digest(c.sae), c.site.read.name, c.site.write.name, c.latents, c.values, c.how]
+            + ([] if c.directions is None else [tensors_digest({"directions": c.directions})])
+            for c in self._changes
         ]
-        return [changes, self._positions.content(), list(self._special)]
+        conditions = [[sae_digest(c.sae), c.site.read.name, c.latents, c.thresholds] for c in self._conditions]
+        return [changes, self._positions.content(), list(self._special), *([conditions] if conditions else [])]
 
     def __repr__(self) -> str:
         state = "attached" if self.is_attached else "detached"
-        return f"Steering({state}: {'; '.join(map(str, self._changes))})"
+        when = f" when {' or '.join(map(str, self._conditions))}" if self._conditions else ""
+        return f"Steering({state}: {'; '.join(map(str, self._changes))}{when})"
 
     def _install(self) -> None:
+        self._hooks += [hook_points.Hook(condition.site.read, condition.on_read) for condition in self._conditions]
         for change in self._changes:
             self._hooks += change.hooks(self._mask)
         for hook in self._hooks:
@@ -214,14 +245,16 @@ class Steering(ActiveIntervention):
         for hook in self._hooks:
             if not hook.is_on:  # someone called reset_hooks(including_permanent=True)
                 hook.install()
-        for change in self._changes:
-            change.before_forward(first_layer)
+        for part in (*self._conditions, *self._changes):
+            part.before_forward(first_layer)
 
     def _at_first_block(self, kv_cache_offset: int, n_padding: Tensor | None) -> None:
         self._kv_cache_offset, self._n_padding = kv_cache_offset, n_padding
         for change in self._changes:
             if change.how != "add":
                 check_kv_cache(change.sae, kv_cache_offset)
+        for condition in self._conditions:
+            check_kv_cache(condition.sae, kv_cache_offset)
 
     def _after_forward(self) -> None:
         for change in self._changes:
@@ -234,7 +267,65 @@ class Steering(ActiveIntervention):
         if self._special:
             plain = ~mask_special_tokens(activation, self._tokens, self._special)
             mask = plain if mask is None else mask & plain
+        if self._conditions:
+            fires = torch.stack([condition.fires(activation) for condition in self._conditions]).any(0)
+            mask = fires if mask is None else mask & fires
         return None if mask is None else mask[..., None]
+
+
+@dataclass(eq=False)
+class Condition:
+    """Latents of one SAE, one of which must fire on a token for the token to be steered."""
+
+    site: Site
+    latents: list[int]
+    """Indices, each once."""
+    thresholds: list[float]
+    """One per latent: it fires if its activation is larger."""
+    first_layer: int = 0
+    """Block at which the current pass starts."""
+    fired: Tensor | None = None
+    """At which tokens of the current pass, `[batch, pos]`; None before the read point is reached."""
+
+    @property
+    def sae(self) -> nn.Module:
+        """SAE of the latents."""
+        return self.site.sae
+
+    def before_forward(self, first_layer: int) -> None:
+        """Forget the last pass."""
+        self.first_layer, self.fired = first_layer, None
+
+    def on_read(self, activation: Tensor) -> None:
+        """Hook on the read point."""
+        if self.site.read.is_before(self.first_layer):
+            return
+        acts = latents_at(self.site, self.site.read_input(activation), self.latents)
+        self.fired = (acts > acts.new_tensor(self.thresholds)).any(-1)
+
+    def fires(self, activation: Tensor) -> Bool[Tensor, "batch pos"]:
+        """Mask of the tokens of an activation at a write point.
+
+        Raises:
+            ValueError: if the read point has not been reached in this pass.
+        """
+        if self.fired is None:
+            what = f"when=: {self.site.read.name!r} did not fire before the point that is steered."
+            raise ValueError(explain(what, want="a latent that the model computes before that point"))
+        return self.fired.to(activation.device)
+
+    def __str__(self) -> str:
+        pairs = zip(self.latents[:6], self.thresholds[:6], strict=True)
+        more = f" or {len(self.latents) - 6} more" if len(self.latents) > 6 else ""
+        return " or ".join(f"{i} > {threshold:g}" for i, threshold in pairs) + more
+
+
+def latents_at(site: Site, x: Float[Tensor, "batch pos d_in"], latents: list[int]) -> Float[Tensor, "batch pos n"]:
+    """Activations of some latents on an input; where the same SAE is attached, those of the attachment."""
+    splice = active_splice(site.write)
+    if splice is not None and splice.sae is site.sae and splice.fired:
+        return splice.latents()[..., latents]
+    return site.sae.encode(x, latents=latents)
 
 
 @dataclass(eq=False)
@@ -243,10 +334,12 @@ class LatentChange:
 
     site: Site
     latents: list[int]
-    """Indices of the latents to change, each once."""
-    values: list[float]
-    """One per latent; `how` says what they mean."""
+    """Indices of the latents to change; each once, but with `directions` as often as there are of them."""
+    values: list[float | list[float | None]]
+    """One per latent; `how` says what they mean. A list has one for each row of the batch, None where it stays."""
     how: How
+    directions: Float[Tensor, "n d_out"] | None = None
+    """Written in place of the latents' decoder directions, one each; None for those."""
     mask: Callable[[Tensor], Tensor | None] | None = None
     """Mask of an activation, `[batch or 1, pos, 1]`: True where latents change; None for everywhere."""
     first_layer: int = 0
@@ -302,23 +395,34 @@ class LatentChange:
 
     def _shift(self, activation: Tensor, shape: torch.Size) -> Float[Tensor, "batch pos d_out"]:
         """`decode(latents + change) - decode(latents)`."""
-        values = torch.tensor(self.values, dtype=self.sae.dtype, device=self.sae.device)
+        values = self._values(shape[0])
         x = self.site.read_input(activation) if self.needs_input else None
         if self.how == "add":
-            change = values.expand(*shape[:-1], len(values))
+            change = values.expand(*shape[:-1], len(self.latents))
         else:
-            acts = self._acts(x)
+            acts = latents_at(self.site, x, self.latents)
             change = values - acts if self.how == "clamp" else (values - 1) * acts
-        return decode_change(self.sae, change, self.latents, x)
+        change = torch.where(values.isnan(), torch.zeros_like(change), change)
+        if self.directions is None:
+            return decode_change(self.sae, change, self.latents, x)
+        return _along(self.sae, change, self.directions, x)
 
-    def _acts(self, x: Tensor) -> Float[Tensor, "batch pos n"]:
-        splice = active_splice(self.site.write)
-        if splice is not None and splice.sae is self.sae and splice.fired:
-            return splice.latents()[..., self.latents]
-        return self.sae.encode(x, latents=self.latents)
+    def _values(self, n_rows: int) -> Float[Tensor, "_ 1 n"]:
+        """Values by row of the batch, or of all rows; nan where a row stays as it is.
+
+        Raises:
+            ValueError: if the batch has another number of rows.
+        """
+        columns = [[math.nan if v is None else v for v in (x if isinstance(x, list) else [x])] for x in self.values]
+        n = max(map(len, columns))
+        if n not in (1, n_rows):
+            what = f"values for {n} rows, the batch has {n_rows}."
+            raise ValueError(explain(what, want="one value for each row of the batch, or one number for all"))
+        rows = [column * (n // len(column)) for column in columns]
+        return torch.tensor(rows, dtype=self.sae.dtype, device=self.sae.device).T[:, None]
 
     def __str__(self) -> str:
-        values = ", ".join(f"{i}: {v:g}" for i, v in zip(self.latents[:6], self.values[:6], strict=True))
+        values = ", ".join(f"{i}: {_text(v)}" for i, v in zip(self.latents[:6], self.values[:6], strict=True))
         more = f" and {len(self.latents) - 6} more" if len(self.latents) > 6 else ""
         return f"{self.how} {values}{more} at {self.site.hook_name_out}"
 
@@ -338,15 +442,44 @@ def decode_change(
         In the model's units.
     """
     if isinstance(sae, SAE):
-        with torch.autocast(sae.device.type, enabled=False):
-            shift = change @ sae.W_dec[latents]
-        if sae.cfg.normalization == "none":
-            return shift
-        return sae.denormalize(shift, x) - sae.denormalize(torch.zeros_like(shift), x)
+        return _along(sae, change, sae.W_dec[latents], x)
     dense = change.new_zeros(*change.shape[:-1], sae.cfg.d_sae)
     x = change.new_zeros(*change.shape[:-1], sae.cfg.d_in) if x is None else x
     changed = dense.index_add(-1, torch.tensor(latents, device=change.device), change)
     return sae.decode(changed, x) - sae.decode(dense, x)
+
+
+def _along(sae: Any, change: Tensor, directions: Tensor, x: Tensor | None) -> Tensor:
+    """Shift of the output along directions in the SAE's units."""
+    with torch.autocast(sae.device.type, enabled=False):
+        shift = change @ directions
+    if sae.cfg.normalization == "none":
+        return shift
+    return sae.denormalize(shift, x) - sae.denormalize(torch.zeros_like(shift), x)
+
+
+def steer_rows(
+    model: nn.Module,
+    change: LatentChange,
+    *,
+    positions: Positions = None,
+    skip_special_tokens: bool | Sequence[int] = False,
+    when: When = None,
+) -> Steering:
+    """Steer the rows of a batch along directions of their own: `steer`, for controls that replace a latent's direction.
+
+    Args:
+        model: as for `steer`.
+        change: not used before; its `directions` are written where its latents would be.
+        positions: as for `steer`.
+        skip_special_tokens: as for `steer`.
+        when: as for `steer`.
+    """
+    conditions = _conditions(model, when, change.site)
+    where = TokenPositions.of(positions), special_ids(model, skip_special_tokens), conditions
+    steering = Steering(model, [change], *where)
+    steering._activate()
+    return steering
 
 
 @dataclass(frozen=True, eq=False)
@@ -424,7 +557,14 @@ class TokenPositions:
         return torch.isin(position, torch.tensor(self.positions, dtype=torch.int64, device=device))
 
 
-def _check_values(sae: nn.Module, latents: object) -> tuple[list[int], list[float]]:
+def _text(value: float | list[float | None]) -> str:
+    if not isinstance(value, list):
+        return f"{value:g}"
+    shown = ", ".join("-" if v is None else f"{v:g}" for v in value[:4])
+    return f"[{shown}{', ...' if len(value) > 4 else ''}]"
+
+
+def _check_values(sae: nn.Module, latents: object) -> tuple[list[int], list[float | list[float | None]]]:
     """Check latents and their values, and return them as lists."""
     if not isinstance(latents, Mapping) or not latents:
         what = f"steer got latents={latents!r}."
@@ -433,7 +573,44 @@ def _check_values(sae: nn.Module, latents: object) -> tuple[list[int], list[floa
     indices = [index_of(latent, "latent", sae.cfg.d_sae, of=sae) for latent in latents]
     if len(set(indices)) < len(indices):
         raise ValueError(explain(f"steer got latents={list(latents)!r}.", want="each latent once"))
-    values = [float(value) for value in latents.values()]
-    if wrong := [value for value in values if not math.isfinite(value)]:
-        raise ValueError(explain(f"steer got the value {wrong[0]}.", want="finite numbers"))
+    values = [_check_value(value) for value in latents.values()]
+    if len(counts := {len(value) for value in values if isinstance(value, list)}) > 1:
+        raise ValueError(explain(f"steer got values for {sorted(counts)} rows.", want="as many for each latent"))
     return indices, values
+
+
+def _check_value(value: Any) -> float | list[float | None]:
+    is_list = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
+    rows = [None if v is None else float(v) for v in value] if is_list else [float(value)]
+    if wrong := [v for v in rows if v is not None and not math.isfinite(v)]:
+        raise ValueError(explain(f"steer got the value {wrong[0]}.", want="finite numbers"))
+    if not rows:
+        raise ValueError(explain("steer got no value.", want="a number, or one for each row of the batch"))
+    return rows if is_list else rows[0]
+
+
+def _conditions(model: nn.Module, when: Any, site: Site | None) -> list[Condition]:
+    """Resolve the `when` argument of a caller, whose one SAE is at `site`.
+
+    Raises:
+        ValueError: for latents without an SAE, none, one that does not exist, or a threshold that is not finite.
+    """
+    if when is None:
+        return []
+    if not isinstance(when, Mapping):
+        if site is None:
+            what, fix = f"steer got several SAEs and when={when!r}.", "when={sae: 40}"
+            raise ValueError(explain(what, want="the SAE of that latent too", fix=fix))
+        when = {site.sae: when}
+    conditions = []
+    for sae, latents in when.items():
+        at = site if site is not None and sae is site.sae else Site.of(model, sae, writable=False)
+        thresholds = dict(latents) if isinstance(latents, Mapping) else None
+        values = list(thresholds) if thresholds is not None else latents
+        indices = indices_of(values, "when", sae.cfg.d_sae, of=sae).tolist()
+        above = [0.0] * len(indices) if thresholds is None else [float(v) for v in thresholds.values()]
+        if not indices or not all(map(math.isfinite, above)):
+            what, fix = f"steer got when={latents!r}.", "when={sae: {40: 2.5}}"
+            raise ValueError(explain(what, want="at least one latent, and finite thresholds", fix=fix))
+        conditions.append(Condition(at, indices, above))
+    return conditions

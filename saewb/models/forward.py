@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,11 +12,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from saewb.models import hook_points
-from saewb.models.load import key_value_cache
+from saewb.models.load import key_value_cache, repeat_key_value_cache
 
 
 class KVCachedText:
-    """A growing text and the logits of its next token; a KV cache lets each token be read once.
+    """Growing texts of one length, and the logits of their next tokens; a KV cache lets each token be read once.
 
     Hooks on the model during a pass affect the tokens of that pass, and later ones through its keys and values.
     """
@@ -25,35 +26,49 @@ class KVCachedText:
 
         Args:
             model: a TransformerBridge or HookedTransformer.
-            ids: `[1, pos]`, on the model's device.
-            use_past_kv_cache: read every token once; else each pass reads the whole text, as it always does for models
+            ids: `[batch, pos]`, without padding, on the model's device.
+            use_past_kv_cache: read every token once; else each pass reads the whole texts, as it always does for models
                 with another state than keys and values (Mamba).
         """
         self._model, self.ids, self._kv_cache, self._kv_cache_offset = model, ids, None, 0
         self._uses_cache = use_past_kv_cache and not getattr(model.cfg, "is_stateful", False)
 
-    def append(self, token: int) -> None:
-        """Append a token to the text."""
-        self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
+    def append(self, tokens: int | Int[Tensor, " batch"]) -> None:
+        """Append a token to each text: the same one, or one for each."""
+        column = torch.as_tensor(tokens, dtype=self.ids.dtype, device=self.ids.device).expand(len(self.ids))
+        self.ids = torch.cat([self.ids, column[:, None]], dim=1)
+
+    def repeat(self, n: int) -> KVCachedText:
+        """`n` copies of a single text, with what is in its cache: nothing is run."""
+        copies, is_bridge = KVCachedText(self._model, self.ids.expand(n, -1)), hook_points.is_bridge(self._model)
+        copies._uses_cache = self._uses_cache
+        # A cache of another kind than keys and values cannot be repeated: the copies read their texts themselves.
+        if self._kv_cache is not None and (not is_bridge or hasattr(self._kv_cache, "batch_repeat_interleave")):
+            copies._kv_cache, copies._kv_cache_offset = copy.deepcopy(self._kv_cache), self._kv_cache_offset
+            if is_bridge:
+                copies._kv_cache.batch_repeat_interleave(n)
+            else:
+                repeat_key_value_cache(copies._kv_cache, n)
+        return copies
 
     def logits(self) -> Tensor:
-        """Logits of the next token, `[d_vocab]`: a pass over the tokens that are not in the cache."""
+        """Logits of the next tokens, `[batch, d_vocab]`: a pass over the tokens that are not in the cache."""
         if not self._uses_cache:
-            return self._model(self.ids)[0, -1]
+            return self._model(self.ids)[:, -1]
         tokens, self._kv_cache_offset = self.ids[:, self._kv_cache_offset :], self.ids.shape[1]
         run = self._run_bridge if hook_points.is_bridge(self._model) else self._run_hooked_transformer
-        return run(tokens)[0, -1]
+        return run(tokens)[:, -1]
 
     def _run_bridge(self, tokens: Tensor) -> Tensor:
         past = {} if self._kv_cache is None else {"past_key_values": self._kv_cache}
         logits, self._kv_cache = self._model(tokens, return_type="logits_and_cache", use_cache=True, **past)
-        if self._kv_cache is None:  # the model has no KV cache: read the whole text from now on
+        if self._kv_cache is None:  # the model has no KV cache: read the whole texts from now on
             self._uses_cache = False
         return logits
 
     def _run_hooked_transformer(self, tokens: Tensor) -> Tensor:
         if self._kv_cache is None:
-            self._kv_cache = key_value_cache(self._model)
+            self._kv_cache = key_value_cache(self._model, len(tokens))
         # Without an explicit mask, EOS tokens at the end would count as padding.
         return self._model(tokens, past_kv_cache=self._kv_cache, attention_mask=torch.ones_like(tokens))
 

@@ -403,9 +403,17 @@ def _hub_error(answer: HubAnswer, source: str) -> OSError:
     return ConnectionError(_no_model_message(source, why))
 
 
-def key_value_cache(model: nn.Module) -> Any:
-    """Create an empty KV cache of a HookedTransformer, for one text."""
+def key_value_cache(model: nn.Module, n: int = 1) -> Any:
+    """Create an empty KV cache of a HookedTransformer, for `n` texts of one length."""
     import transformer_lens
 
     device = next(model.parameters()).device
-    return transformer_lens.TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size=1)
+    return transformer_lens.TransformerLensKeyValueCache.init_cache(model.cfg, device, batch_size=n)
+
+
+def repeat_key_value_cache(cache: Any, n: int) -> None:
+    """Make the KV cache of one text of a HookedTransformer that of `n` equal ones, in place."""
+    for entry in cache.entries:
+        entry.past_keys = entry.past_keys.repeat_interleave(n, 0)
+        entry.past_values = entry.past_values.repeat_interleave(n, 0)
+    cache.previous_attention_mask = cache.previous_attention_mask.repeat_interleave(n, 0)

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saewb._indices import as_tensor, index_slice
+from saewb.data.chats import role_spans
 from saewb.data.documents import encode
 from saewb.data.tokens import PASS_TOKENS, check_context, check_vocabulary
 from saewb.errors import explain, near
@@ -178,24 +179,10 @@ def _role_masks(tokenizer: Any, chats: list[Any], ids: list[Tensor], role: str) 
 
 
 def _role_mask(tokenizer: Any, chat: Any, ids: Tensor, role: str) -> Tensor:
-    def length(n: int, opened: bool) -> int:
-        """Tokens of the first n messages, with what opens the next one."""
-        if n == 0 and not opened:
-            return 0
-        part = tokenizer.apply_chat_template(
-            list(chat[:n]), tokenize=True, return_dict=False, add_generation_prompt=opened
-        )
-        part = _with_bos(part, int(ids[0]) if part[:1] == [int(ids[0])] else None, None, "end")
-        if part.tolist() != ids[: len(part)].tolist() and len(part) <= len(ids):
-            what = "this chat template writes the beginning of a chat in another way when more follows."
-            raise ValueError(explain(what, want="a mask", fix="positions=lambda ids: mask_of(ids)"))
-        return min(len(part), len(ids))
-
     mask = torch.zeros(len(ids), dtype=torch.bool)
-    for n, message in enumerate(chat):
-        if message["role"] == role:
-            begin = length(n, opened=True) if n and role == "assistant" else length(n, opened=False)
-            mask[begin : length(n + 1, opened=False)] = True
+    for of, begin, end in role_spans(tokenizer, chat, ids.tolist(), bos=int(ids[0])):
+        if of == role:
+            mask[begin:end] = True
     return mask
 
 

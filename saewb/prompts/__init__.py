@@ -1,4 +1,4 @@
-"""One prompt: active latents, next tokens, generation."""
+"""One prompt: active latents, next tokens, generation; and whether steering works: scores of latents, sweeps."""
 
 import lazy_loader
 
@@ -8,5 +8,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "generate",
         "next_tokens",
         "prompt_latents",
+        "steered_texts",
+        "steering_judge",
+        "steering_scores",
+        "steering_sweep",
     ],
 )

@@ -160,7 +160,7 @@ def _generate(
 def _next_logits(model: nn.Module, text: KVCachedText, intervene: Intervene | None) -> Tensor:
     """Logits of the next token, `[d_vocab]`, float32 on the CPU."""
     with hook_points.lock(model), eval_mode(model), torch.no_grad(), (intervene or contextlib.nullcontext)():
-        logits = text.logits().float().cpu()
+        logits = text.logits()[0].float().cpu()
     check_finite("logits", logits)
     return logits
 

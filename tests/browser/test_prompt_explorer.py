@@ -221,3 +221,32 @@ def test_several_saes_in_a_narrow_place_in_both_themes(page, theme):
     page.evaluate("() => __stop()")
     assert page.locator(".saewb").count() == 0
     assert page.evaluate("() => __heard()") == 0
+
+
+def test_a_chat_shows_roles_and_goes_to_their_last_tokens(page):
+    model, sae = panel_driver.embedded()
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}<|endoftext|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    try:
+        panel = explorer(prompt="system: Be brief.\nuser: Where?")
+        assert "roles" not in panel.window or panel.window["roles"] == []
+        chromium.mount(page, panel)
+        page.get_by_label("chat", exact=True).check()
+        page.locator(".turn button.role", has_text="system").wait_for(timeout=60_000)
+        page.locator(".saewb[aria-busy=false]").wait_for(timeout=60_000)
+        chat = saewb.chat_prompt(
+            model, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+        )
+        assert panel.window["roles"] == list(chat.roles)
+        assert panel.reading.ids == tuple(chat.ids[0].tolist())
+        page.get_by_role("button", name="Last token of this user part").click()
+        at(page, chat.positions("user")[-1])
+        exec(panel.code(), got := {"model": model, "sae": sae, "index": panel.inputs.index})
+        assert got["latents"].equals(panel.latents)
+        page.get_by_label("chat", exact=True).uncheck()
+        page.locator(".turn").first.wait_for(state="detached", timeout=60_000)
+        assert page.raised == []
+    finally:
+        model.tokenizer.chat_template = None

@@ -159,3 +159,57 @@ def test_a_narrow_place_and_nothing_left_behind(page):
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
     page.evaluate("() => __stop()")
     assert page.evaluate("() => __heard()") == 0
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|endoftext|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+def test_it_shows_what_the_text_costs_and_sweeps(page):
+    panel = made(max_new_tokens=12)
+    chromium.mount(page, panel)
+    page.get_by_role("button", name="Generate both texts").click()
+    page.locator(".costs b").nth(3).wait_for(timeout=60_000)
+    shown = page.locator(".costs").nth(1).inner_text()
+    figures = panel.text_figures
+    assert "KL" in shown
+    assert "fluency" in shown
+    assert f"{figures.kl:.2f}" in shown
+    page.get_by_role("button", name="Write the steered text at several strengths").click()
+    page.locator(".strength").nth(7).wait_for(timeout=60_000)
+    idle(page)
+    assert [row["factor"] for row in panel.swept] == [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
+    assert panel.swept[0]["text"] == panel.clean
+    assert panel.swept[4]["text"] == panel.steered
+    assert panel.swept[4]["kl"] == pytest.approx(figures.kl, rel=1e-2)
+    page.get_by_role("button", name="Steer 0.5 times as much").click()
+    page.wait_for_function("() => document.querySelectorAll('.strength').length === 0")
+    assert panel.latents[0]["value"] == 8.0
+    assert page.raised == []
+
+
+def test_a_chat_has_roles_and_positions_of_them(page):
+    model, sae = panel_driver.embedded()
+    model.tokenizer.chat_template = TEMPLATE
+    try:
+        panel = SteeringPanel(model, sae, latents={972: 16.0}, prompt="Where is it?", max_new_tokens=4)
+        chromium.mount(page, panel)
+        page.get_by_label("chat").check()
+        page.locator(".turn", has_text="Where is it?").wait_for()
+        page.get_by_label("Prompt").fill("system: Be brief.\nuser: Who?")
+        page.locator(".turn", has_text="Be brief.").wait_for()
+        assert page.locator(".turn .role").all_inner_texts() == ["system", "user", "assistant"]
+        page.get_by_label("positions").select_option("user")
+        page.locator(".turn.steers", has_text="Who?").wait_for()
+        page.get_by_role("button", name="Generate both texts").click()
+        page.locator(".costs b").nth(3).wait_for(timeout=60_000)
+        exec(panel.code(), inputs := {"model": model, "sae": sae})
+        assert inputs["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+        assert (inputs["clean"], inputs["steered"]) == (panel.clean, panel.steered)
+        page.get_by_label("chat").uncheck()
+        page.locator(".turn").first.wait_for(state="detached")
+        assert panel.positions == "not the first"
+    finally:
+        model.tokenizer.chat_template = None

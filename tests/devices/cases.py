@@ -53,6 +53,7 @@ NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("read_saebench", "compare", "Comparison"), "tables on the host"),
     **dict.fromkeys(("load_graph", "tiny.transcoders"), FILES),
     **dict.fromkeys(("tiny.Document", "tiny.texts", "tiny.held_out_texts", "tiny.folder", "token_strings"), TEXT),
+    **dict.fromkeys(("chat_prompt", "ChatPrompt"), TEXT),
     **dict.fromkeys(("pack", "stream_tokens", "token_sets", "token_texts", "tokens_where"), TEXT),
     **dict.fromkeys(("data.tokens.check_context", "data.tokens.check_vocabulary", "data.tokens.model_tokens"), TEXT),
     **dict.fromkeys(("models.tokenizer.end_ids", "models.tokenizer.single_texts"), TEXT),
@@ -305,6 +306,18 @@ def generate_tokens(world):
         )
         for temperature, cache in itertools.product((0.0, 1.0), (True, False))
     }
+
+
+@case("steering_scores", "steering_sweep", "Sweep", "steered_text", "TextFigures")
+def steering(world):
+    sae, how = world.topk, {"progress": False}
+    scores = saewb.steering_scores(world.model, sae, [3, 5, 7], "w1 w2", world.index, n_random=4, strength=8.0, **how)
+    condition = {world.sae(): {5: 0.1}}
+    sweep = saewb.steering_sweep(
+        world.model, sae, 3, ["w1 w2", "w3"], [2.0, 8.0], n_new_tokens=4, index=world.index, when=condition, **how
+    )
+    figures = saewb.steered_text(world.model, "w1", [5, 6, 7], [8, 9, 8], lambda: saewb.steer(world.model, sae, {3: 4}))
+    return {"scores": scores, "sweep": sweep.to_frame(), "choice": sweep.choice, "host figures": figures}
 
 
 # -- evaluation and index ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tiny_models
 
+import saewb
 from saewb.interventions.attachment import attach, detach_all
 from saewb.interventions.steering import ablate, steer
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
@@ -366,3 +367,101 @@ def test_a_bfloat16_model_stays_in_its_dtype():
     with torch.no_grad(), steer(model, tiny_models.sae(RESID), {1: 2.0}, how="clamp"):
         _, cache = model.run_with_cache(tiny_models.tokens())
     assert cache[RESID].dtype == torch.bfloat16
+
+
+# -- values by row, and conditions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["add", "clamp", "scale"])
+def test_each_row_has_its_own_value_and_none_leaves_it_alone(model, how):
+    sae, ids = tiny_models.sae(RESID, normalization="layer_norm"), tiny_models.tokens(1, 6)
+    rows = ids.expand(4, -1)
+    with torch.no_grad():
+        clean = model(rows)
+        with steer(model, sae, {3: [2.0, None, -4.0, 9.0], 7: 1.5}, how=how):
+            some = model(rows)
+        with steer(model, sae, {3: [None, 2.0, -4.0, 9.0]}, how=how) as steering:
+            got = model(rows)
+        for row, value in ((1, 2.0), (2, -4.0), (3, 9.0)):
+            with steer(model, sae, {3: value}, how=how):
+                torch.testing.assert_close(got[row], model(rows)[row], atol=1e-4, rtol=1e-4)
+        with steer(model, sae, {7: 1.5}, how=how):
+            torch.testing.assert_close(some[1], model(rows)[1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(got[0], clean[0])
+    assert f"{how} 3: [-, 2, -4, 9]" in repr(steering)
+    with steer(model, sae, {3: [1.0, 2.0]}), pytest.raises(ValueError, match="2 rows, the batch has 4"):
+        model(rows)
+    with pytest.raises(ValueError, match="as many for each latent"):
+        steer(model, sae, {3: [1.0, 2.0], 4: [1.0]})
+
+
+def conditional(model, hook, threshold=0.0, latent=5):
+    """An SAE one of whose latents fires on half of `tokens(3, 8)`, those tokens, and on which of them."""
+    sae, tokens, seen = tiny_models.sae(hook, seed=4), tiny_models.tokens(3, 8), {}
+    model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: seen.update(x=x) or None)])
+    with torch.no_grad():
+        sae.b_enc[latent] = 0
+        sae.b_enc[latent] = threshold - (seen["x"] @ sae.W_enc[:, latent]).median()
+        fires = sae.encode(seen["x"])[..., latent] > threshold
+    assert 6 <= int(fires.sum()) <= 18
+    return sae, tokens, fires
+
+
+@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_post", RESID])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_it_steers_only_where_another_latent_fires(model, hook, threshold):
+    with torch.no_grad():
+        other, tokens, fires = conditional(model, hook, threshold)
+        sae = tiny_models.sae(RESID)
+        when = {other: 5} if not threshold else {other: {5: threshold}}
+        with steer(model, sae, {3: 6.0}, when=when, positions=slice(1, None)):
+            got = model(tokens)
+        with steer(model, sae, {3: 6.0}, positions=fires & (torch.arange(8) >= 1)):
+            want = model(tokens)
+        clean = model(tokens)
+    torch.testing.assert_close(got, want)
+    assert not torch.equal(got, clean)
+
+
+def test_a_latent_of_the_same_sae_and_one_of_several_is_enough(model):
+    with torch.no_grad():
+        sae, tokens, fires = conditional(model, RESID)
+        acts = {}
+        model.run_with_hooks(tokens, fwd_hooks=[(RESID, lambda x, hook: acts.update(a=sae.encode(x)) or None)])
+        with steer(model, sae, {3: 6.0}, when=5) as steering:
+            one = model(tokens)
+        with steer(model, sae, {3: 6.0}, positions=fires):
+            torch.testing.assert_close(one, model(tokens))
+        with steer(model, sae, {3: 6.0}, when=[5, 9]):
+            both = model(tokens)
+        with steer(model, sae, {3: 6.0}, positions=fires | (acts["a"][..., 9] > 0)):
+            torch.testing.assert_close(both, model(tokens))
+        with saewb.attach(model, sae), steer(model, sae, {3: 6.0}, when=5):  # its latents are the attachment's
+            model(tokens)
+    assert "when 5 > 0" in repr(steering)
+
+
+def test_conditions_hold_with_a_cache_of_keys_and_values_as_without(model):
+    sae, (other, *_) = tiny_models.sae(RESID), conditional(model, "blocks.0.hook_resid_post", 0.3)
+    make = lambda: steer(model, sae, {3: 20.0}, when={other: {5: 0.3}})  # noqa: E731
+    texts = [
+        [t.token_id for t in saewb.generate_tokens(
+            model, tiny_models.tokens(1, 5), f, max_new_tokens=14, temperature=1.5, use_past_kv_cache=cache)]
+        for f, cache in ((make, True), (make, False), (None, True), (lambda: steer(model, sae, {3: 20.0}), True))
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    assert texts[0] != texts[3]
+
+
+def test_what_is_wrong_with_a_condition_is_said(model):
+    sae, late = tiny_models.sae(RESID), tiny_models.sae("blocks.2.hook_resid_post")
+    with torch.no_grad(), steer(model, sae, {3: 6.0}, when={late: 5}):
+        with pytest.raises(ValueError, match="did not fire before the point that is steered"):
+            model(tiny_models.tokens())
+    with pytest.raises(ValueError, match="when=\\{sae: 40\\}"):
+        steer(model, {sae: {3: 6.0}}, when=5)
+    with pytest.raises(ValueError, match="no when \\[40\\]|has no when"):
+        steer(model, sae, {3: 6.0}, when=40)
+    with pytest.raises(ValueError, match="finite thresholds"):
+        steer(model, sae, {3: 6.0}, when={sae: {5: math.inf}})

@@ -30,7 +30,9 @@ class PromptExplorer(PromptReader):
     see its activations over the whole prompt and, with an index, its page. The panel runs
     `saewb.models.shared_copy.shared_copy(model)` in the background, so cells can use the model at the same time, and
     hooks that they add have no effect here. `busy` shows the progress, `wait()` waits for the work, `stop()` ends it.
-    Prompts may be as long as the model's context; 400 tokens and 40 rows are sent at a time.
+    Prompts may be as long as the model's context; 400 tokens and 40 rows are sent at a time. With a chat model,
+    `chat=True` writes the prompt in the model's template, a message for each line that begins with "system:", "user:"
+    or "assistant:", and shows the role of every token.
 
     Example:
         >>> import saewb
@@ -244,7 +246,7 @@ class PromptExplorer(PromptReader):
 
     def _send_window(self) -> None:
         begin = max(0, min(self.offset, len(self._answer.reading.tokens) - 1))
-        self.window = serialize.window(self._answer.reading, begin, TOKENS)
+        self.window = serialize.window(self._answer.reading, begin, TOKENS, self._answer.roles)
         self._send_trace()
 
     def _send_trace(self) -> None:

@@ -41,6 +41,12 @@ function asking({ body, model, on, set, ask }) {
   sae.append(new Option("all SAEs", -1));
   f.saes.forEach((name, k) => sae.append(new Option(name, k)));
   sae.hidden = f.saes.length < 2;
+  const chat = make("input"), chats = make("label");
+  chat.type = "checkbox";
+  chats.append(chat, " chat");
+  chats.title = 'The prompt is a chat in the model\'s template: lines that begin with "system:", "user:" or "assistant:" begin a message';
+  chats.hidden = !f.can_chat;
+  chat.addEventListener("change", () => set({ prompt: text.value, chat: chat.checked }));
   special.type = "checkbox";
   label.append(special, " special tokens too");
   dense.setAttribute("aria-label", "Hide dense latents");
@@ -50,7 +56,7 @@ function asking({ body, model, on, set, ask }) {
   sae.addEventListener("change", () => set({ shown: +sae.value }));
   special.addEventListener("change", () => set({ special_tokens: special.checked }));
   dense.addEventListener("change", () => set({ max_density: +dense.value }));
-  line.append(sae, label, dense, waiting, make("span", "gap"), button("code", "", () => ask("code"), "Show the Python code for this"));
+  line.append(sae, chats, label, dense, waiting, make("span", "gap"), button("code", "", () => ask("code"), "Show the Python code for this"));
   top.append(text, go);
   body.append(top, line);
 
@@ -58,7 +64,7 @@ function asking({ body, model, on, set, ask }) {
     if (text.getRootNode().activeElement !== text) text.value = model.get("prompt");
     const d = model.get("max_density");
     if (![...dense.options].some((o) => +o.value === d)) dense.append(new Option(`hide those on over ${percent(d)} of tokens`, d));
-    [sae.value, dense.value, special.checked] = [model.get("shown"), d, model.get("special_tokens")];
+    [sae.value, dense.value, special.checked, chat.checked] = [model.get("shown"), d, model.get("special_tokens"), model.get("chat")];
     grow();
     name();
   };
@@ -71,7 +77,7 @@ function asking({ body, model, on, set, ask }) {
       || model.get("notice").startsWith("Stopped")) return;
     late = setTimeout(() => { waiting.textContent = "waiting for the kernel, which is running a cell\u2026"; }, 700);
   };
-  on("prompt shown special_tokens max_density", draw);
+  on("prompt chat shown special_tokens max_density", draw);
   on("prompt words busy error_message notice", wait);
   on("busy", name);
   draw();
@@ -92,7 +98,18 @@ function strip({ body, model, on, set, ask }) {
     card.hidden = !w.tokens;
     spans = [];
     line.replaceChildren();
+    const roles = w.roles || [];
+    let into = line;
     (w.tokens || []).forEach((text, k) => {
+      if (roles.length && (k === 0 || roles[k] !== roles[k - 1])) {
+        let end = k;
+        while (end + 1 < roles.length && roles[end + 1] === roles[k]) end++;
+        const turn = make("div", "turn");
+        into = make("div");
+        turn.append(button(roles[k] || "assistant", "role", () => { set({ everywhere: false, position: w.offset + end }); line.focus({ preventScroll: true }); },
+          `Last token of this ${roles[k] || "opening of the assistant's"} part`), into);
+        line.append(turn);
+      }
       const at = w.offset + k, e = seen(make("span", w.special[k] ? "t token mark" : "t token"), text);
       e.dataset.position = at;
       e.setAttribute("role", "option");
@@ -101,8 +118,8 @@ function strip({ body, model, on, set, ask }) {
         return `${JSON.stringify(text)}   token ${w.ids[k]}, position ${at}\n${w.special[k] ? "left out" : `${w.active[k]} latents active`}`
           + (model.get("selected") >= 0 ? `\nlatent ${model.get("selected")}: ${minus(a)}` : ""); };
       e.addEventListener("click", () => { set({ everywhere: false, position: at }); line.focus({ preventScroll: true }); });
-      line.append(e);
-      if (/\n$/.test(text)) line.append(make("br"));
+      into.append(e);
+      if (/\n$/.test(text)) into.append(make("br"));
       spans.push(e);
     });
     color();

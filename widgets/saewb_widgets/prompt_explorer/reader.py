@@ -16,7 +16,7 @@ from saewb_widgets.prompt_explorer.worker import ALL, Answer, Question
 from saewb_widgets.steering.settings import attempt
 
 _STOPPED = "Stopped: this prompt is not read."
-_QUESTION_TRAITS = ("prompt", "special_tokens", "shown", "rank", "target", "position", "method")
+_QUESTION_TRAITS = ("prompt", "special_tokens", "shown", "rank", "target", "position", "method", "chat")
 
 
 class PromptReader(Panel):
@@ -36,6 +36,7 @@ class PromptReader(Panel):
         "", help="next token that effects are computed for: its text, id:NUMBER, or '' for the most likely"
     ).tag(sync=True)
     method = t.Unicode("gradient", help="attribution method: gradient or integrated").tag(sync=True)
+    chat = t.Bool(False, help="whether the prompt is a chat, in the model's template").tag(sync=True)
     special_tokens = t.Bool(False, help="whether to read special tokens such as BOS too").tag(sync=True)
     words = t.Dict(help="next tokens at the position").tag(sync=True)
 
@@ -75,16 +76,16 @@ class PromptReader(Panel):
         with report_errors():
             if name != "position":
                 return worker.check(name, value, len(self.inputs.names), self.inputs.has_index)
-            if self._answer is not None and self._answer.question.prompt == self.prompt:
+            if self._answer is not None and self._answer.question.text == (self.prompt, self.chat):
                 self._answer.words.to_frame(value)  # raises for a position that does not exist
         return value
 
-    @on_change("prompt")
+    @on_change("prompt", "chat")
     def _on_prompt(self) -> None:
         self._set(position=-1)
         self._submit()
 
-    @on_change(*_QUESTION_TRAITS[1:])
+    @on_change(*_QUESTION_TRAITS[1:-1])
     def _on_question(self) -> None:
         self._submit()
 
@@ -130,7 +131,7 @@ class PromptReader(Panel):
 
     def _restore(self) -> None:
         """Show the last answer and its question again, or nothing if it is of another prompt."""
-        if self._answer is None or self._answer.question.prompt != self.prompt:
+        if self._answer is None or self._answer.question.text != (self.prompt, self.chat):
             self._clear()
         else:
             self._set(**dict(zip(_QUESTION_TRAITS, vars(self._answer.question).values(), strict=True)))
@@ -143,7 +144,7 @@ class PromptReader(Panel):
             self._restore()
             raise later
         old = self._answer
-        fresh = old is None or old.question.prompt != answer.question.prompt
+        fresh = old is None or old.question.text != answer.question.text
         if not fresh and not answer.compared and old.compared and old.question.has_same_reading(answer.question):
             answer = replace(answer, words=old.words)  # the comparison finished meanwhile
         self._answer = answer

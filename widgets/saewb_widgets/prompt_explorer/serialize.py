@@ -12,13 +12,14 @@ from saewb_widgets.serialize import short
 _COLUMNS = ("activation", "of_max", "logit_effect", "attribution")
 
 
-def window(reading: Any, offset: int, size: int) -> dict[str, Any]:
+def window(reading: Any, offset: int, size: int, roles: Sequence[str] = ()) -> dict[str, Any]:
     """A window of tokens, with the number of active latents on each.
 
     Args:
         reading: a PromptReading.
         offset: position of the first token.
         size: number of tokens, at most.
+        roles: of the tokens of a chat.
     """
     end = min(len(reading.tokens), offset + size)
     counts = reading.position.bincount(minlength=len(reading.tokens))[offset:end]
@@ -29,6 +30,7 @@ def window(reading: Any, offset: int, size: int) -> dict[str, Any]:
         "ids": list(reading.ids[offset:end]),
         "special": [int(s) for s in reading.special[offset:end]],
         "active": counts.tolist(),
+        "roles": list(roles[offset:end]),
     }
 
 

@@ -42,6 +42,17 @@ class Question:
     """Token index; negative counts from the end."""
     method: str
     """Attribution method, one of `METHODS`."""
+    chat: bool = False
+    """Whether the prompt is a chat, see `saewb.data.chats.messages_of`."""
+
+    @property
+    def text(self) -> tuple[str, bool]:
+        """The prompt, and whether it is a chat."""
+        return self.prompt, self.chat
+
+    def prompt_argument(self) -> str | list[dict[str, str]]:
+        """The prompt as saewb takes it."""
+        return saewb.data.chats.messages_of(self.prompt) if self.chat else self.prompt
 
     @property
     def skip(self) -> bool:
@@ -55,7 +66,7 @@ class Question:
 
     def has_same_reading(self, other: Question) -> bool:
         """Whether both need the same run of the model with the same SAEs."""
-        return (self.prompt, self.special, self.shown) == (other.prompt, other.special, other.shown)
+        return (self.text, self.special, self.shown) == (other.text, other.special, other.shown)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +87,8 @@ class Answer:
     """Attribution method of `reading`."""
     target: str | None = None
     """Target of the effects in `reading`, as in the question."""
+    roles: tuple[str, ...] = ()
+    """Role of each token of a chat; empty for a text."""
 
     @property
     def compared(self) -> bool:
@@ -131,7 +144,7 @@ def compute(
     old, later = None if previous is None else previous.question, None
     if old is not None and old.has_same_reading(question):
         answer = replace(previous, question=question)
-    elif old is not None and (old.prompt, old.special) == (question.prompt, question.special):
+    elif old is not None and (old.text, old.special) == (question.text, question.special):
         comparable = can_attach_together(_shown_saes(saes, previous.reading, question))
         answer = replace(previous, question=question, words=previous.alone, comparable=comparable)
         later = comparison(model, saes, answer)
@@ -140,9 +153,11 @@ def compute(
         chosen = list(saes) if question.shown == ALL else [parts[question.shown]]
         comparable = can_attach_together(chosen)
         attached = chosen if comparable else None
-        steps = saewb.read_in_turn(model, question.prompt, saes, attached, skip_special_tokens=question.skip)
+        prompt = question.prompt_argument()
+        roles = saewb.chat_prompt(model, prompt).roles if question.chat else ()
+        steps = saewb.read_in_turn(model, prompt, saes, attached, skip_special_tokens=question.skip)
         reading, words = next(steps)
-        answer = Answer(question, reading, words, words, comparable)
+        answer = Answer(question, reading, words, words, comparable, roles=roles)
         later = (lambda: next(steps)[1]) if comparable else None
     answer.words.to_frame(question.position)  # raises for a position that does not exist
     return _with_effects(answer), later
@@ -153,7 +168,7 @@ def comparison(model: Any, saes: Sequence[Any], answer: Answer) -> Comparison | 
     if not answer.comparable:
         return None
     question, chosen = answer.question, _shown_saes(saes, answer.reading, answer.question)
-    return lambda: saewb.next_tokens(model, question.prompt, chosen, skip_special_tokens=question.skip)
+    return lambda: saewb.next_tokens(model, question.prompt_argument(), chosen, skip_special_tokens=question.skip)
 
 
 def _shown_saes(saes: Sequence[Any], reading: saewb.PromptReading, question: Question) -> list[Any]:
@@ -229,7 +244,7 @@ class Choice:
             "",
             f"# model, {sae}{'' if self.index is None else ', ' + index}: what the panel was made with",
             *run[1],
-            f"prompt = {question.prompt!r}",
+            f"prompt = {question.prompt_argument()!r}",
             f"reading = saewb.read_prompt({', '.join([f'{run[0]}, prompt, {sae}', *effects, *skip])})"
             + (f"  # {reading.target_token!r}" if effects and reading.target_token is not None else ""),
             f"latents = reading.to_frame({', '.join(table)})",
@@ -255,6 +270,7 @@ def facts(inputs: Any, **more: Any) -> dict[str, Any]:
         "methods": list(METHODS),
         "targeted": list(TARGETED),
         "has_index": inputs.has_index,
+        "can_chat": getattr(inputs.model.tokenizer, "chat_template", None) is not None,
         **more,
     }
 

@@ -26,6 +26,7 @@ from saewb_widgets.steering.settings import (
     check_latents,
     indexes,
     key,
+    small_sweep,
     start_texts,
     visible,
 )
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _AT_ONCE = 4096  # latents; above, a search runs on a thread
 _HITS = 12  # latents listed by a search
 _WORDS = 4  # tokens in a label
+_SPANS = 400  # tokens of a chat that are shown
+_SWEPT = ("factor", "kl", "fluency", "repetition")
 _BLANK = {"label": "", "raises": "", "max": 0.0}  # card of a latent without an index
 
 
@@ -46,7 +49,10 @@ class SteeringPanel(Panel):
     kind of change (first those that add, then scale, then clamp). It runs
     `saewb.models.shared_copy.shared_copy(model)`: the same weights without hooks, so cells can use the model at the
     same time and find it clean, and hooks that they add have no effect here. The table is updated with every change of
-    a setting; texts are generated on request (`generate()` or a button), or with every change if `live=True`.
+    a setting; texts are generated on request (`generate()` or a button), or with every change if `live=True`. Under the
+    steered text stands what it costs (`saewb.steered_text`: KL, fluency, repetition); `sweep()` writes it at several
+    multiples of the values. With a chat model, `chat=True` writes the prompt in the model's template, a message for
+    each line that begins with "system:", "user:" or "assistant:", and positions may be those of a role.
 
     Example:
         >>> import saewb
@@ -59,6 +65,8 @@ class SteeringPanel(Panel):
         >>> exec(panel.code(), shown := {"model": model, "sae": sae})
         >>> (shown["clean"], shown["steered"]) == (panel.clean, panel.steered)
         True
+        >>> shown["figures"] == panel.text_figures
+        True
     """
 
     _esm = source("shared/frame.js", "steering/steering.js")
@@ -68,9 +76,10 @@ class SteeringPanel(Panel):
         sync=True
     )
     prompt = t.Unicode("The", help="text that both generations continue").tag(sync=True)
-    positions = t.Unicode("not the first", help="steered positions: all, or not the first (usually the BOS token)").tag(
+    positions = t.Unicode("not the first", help="all, not the first (usually BOS), or in a chat those of a role").tag(
         sync=True
     )
+    chat = t.Bool(False, help="whether the prompt is a chat, in the model's template").tag(sync=True)
     temperature = t.Float(0.0, help="sampling temperature; 0 takes the most likely token").tag(sync=True)
     seed = t.Int(0, help="sampling seed, if temperature is not 0; the same for both texts").tag(sync=True)
     max_new_tokens = t.Int(30, help="length of each text in tokens").tag(sync=True)
@@ -80,6 +89,9 @@ class SteeringPanel(Panel):
     clean = t.Unicode("", help="text of the model without steering").tag(sync=True)
     steered = t.Unicode("", help="text of the steered model").tag(sync=True)
     begun_with = t.Unicode("", help="prompt of these texts").tag(sync=True)
+    figures = t.Dict(help="KL, fluency and repetition of the steered text; empty before it is written").tag(sync=True)
+    swept = t.List(t.Dict(), help="rows of `sweep()`: factor, kl, fluency, repetition, text").tag(sync=True)
+    spans = t.List(help="tokens of a chat prompt with their roles").tag(sync=True)
     running = t.Bool(False, help="whether the texts are being generated").tag(sync=True)
     stale = t.Bool(False, help="whether settings have changed since the texts were started").tag(sync=True)
     movers = t.List(help="next tokens: id, text, probability clean, steered, change").tag(sync=True)
@@ -111,6 +123,7 @@ class SteeringPanel(Panel):
         self._indexes = indexes(self.saes, index)
         check_fits(self._model_copy, self.saes)
         self.changes: pd.DataFrame | None = None  # result of saewb.next_token_changes
+        self._sweep_settings: Settings | None = None  # of the rows in `swept`
         self._texts: Texts | None = None
         self._text_settings: Settings | None = None  # of the current texts
         self._is_outdated = self._ready = self._stopped = False
@@ -124,15 +137,40 @@ class SteeringPanel(Panel):
             "can_search": any(x is not None for x in self._indexes),
             "how": list(HOW),
             "positions": list(POSITIONS),
+            "roles": list(saewb.data.chats.ROLES),
+            "can_chat": getattr(getattr(model, "tokenizer", None), "chat_template", None) is not None,
             "context": int(model.cfg.n_ctx),
         }
         self.latents = [{"sae": 0, "latent": i, "value": v, "how": "add"} for i, v in (latents or {}).items()]
         self._ready = True
         if (error := self._update_cards()) is not None:
             raise error
+        self._update_chat()
         self._update_table()
 
     # What a user does
+
+    @property
+    def text_figures(self) -> saewb.TextFigures | None:
+        """What steering did to the text: the result of `saewb.steered_text`; None before the texts are done."""
+        return None if self._texts is None else self._texts.figures
+
+    def sweep(self) -> None:
+        """Write the steered text at several multiples of the values; `wait()` waits for the result, `swept`."""
+        settings = self._settings()
+        if not settings.latents:
+            raise ValueError(errors.explain("there is no latent to sweep.", fix="panel.add(12, 8.0)"))
+        model, saes = self._model_copy, self.saes
+
+        def then(result: Any) -> None:
+            rows, error = result
+            if error is not None:
+                raise error
+            self.swept = [{"text": row["text"], **{name: _number(row[name]) for name in _SWEPT}} for row in rows]
+            self._sweep_settings = settings
+
+        self.swept = []
+        self.start_work("sweep", "sweeping", lambda: attempt(partial(small_sweep, model, saes, settings)), then)
 
     def add(self, latent: int, value: float = 8.0, how: str = "add", sae: int = 0) -> None:
         """Change a latent; replaces an earlier change of it.
@@ -160,12 +198,13 @@ class SteeringPanel(Panel):
         self.about = model_line(self.saes, self.model)
         self._close()
         self._texts, self._text_settings, self._stopped = texts, settings, False
-        self.clean, self.steered, self.begun_with = "", "", self.prompt
+        self.clean, self.steered, self.begun_with, self.figures = "", "", self.prompt, {}
         self.stale, self.running = False, True
 
         def then(error: Exception | None) -> None:
             self._show_texts()
             self.running = False
+            self._show_figures()
             if error is not None:
                 self._text_settings, self.stale = None, True
                 raise error
@@ -206,6 +245,10 @@ class SteeringPanel(Panel):
             (one["latent"], one["how"], f"{one['value']:g}", card["label"])
             for one, card in zip(self.latents, self.cards, strict=True)
         ]
+        swept = [
+            (*("" if row[name] is None else f"{row[name]:.3g}" for name in _SWEPT), row["text"][:200])
+            for row in self.swept
+        ]
         moved = [
             (visible(token), f"{100 * p:.3g} %", f"{100 * q:.3g} %", f"{100 * d:+.3g}")
             for _, token, p, q, d in self.movers[:12]
@@ -213,6 +256,8 @@ class SteeringPanel(Panel):
         return (
             grid(("latent", "how", "value", "on"), changes)
             + f"<table style='width:100%;margin:8px 0'><tr>{texts}</tr></table>"
+            + (f"<p>{html.escape(repr(self.text_figures))}</p>" if self.figures else "")
+            + (grid(("times", "KL", "fluency", "repetition", "text"), swept) if swept else "")
             + grid(("next token", "clean", "steered", "change"), moved)
         )
 
@@ -220,6 +265,8 @@ class SteeringPanel(Panel):
         """See Panel."""
         if what == "generate":
             self.generate()
+        elif what == "sweep":
+            self.sweep()
         elif what == "stop":
             self.stop()
         elif what == "add":
@@ -239,16 +286,19 @@ class SteeringPanel(Panel):
 
     # Validation, before anything changes
 
-    @t.validate("latents", "positions", "temperature", "seed", "max_new_tokens")
+    @t.validate("latents", "positions", "temperature", "seed", "max_new_tokens", "chat")
     @catch_errors
     def _check(self, proposal: dict) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
         with report_errors():
             if name == "latents":
                 return check_latents(value, self.saes)
-            if name == "positions" and value not in POSITIONS:
-                near = errors.near(value, list(POSITIONS))
-                raise ValueError(errors.explain(f"positions is {value!r}.", near=near, want=", ".join(POSITIONS)))
+            if name == "positions" and value not in (allowed := [*POSITIONS, *saewb.data.chats.ROLES]):
+                near = errors.near(value, allowed)
+                raise ValueError(errors.explain(f"positions is {value!r}.", near=near, want=", ".join(allowed)))
+            if name == "chat" and value and getattr(self.model.tokenizer, "chat_template", None) is None:
+                what = f"{self.model.cfg.model_name} has no chat template."
+                raise ValueError(errors.explain(what, want="a chat model", fix="chat=False"))
             if name == "temperature" and not (math.isfinite(value) and value >= 0):
                 raise ValueError(errors.explain(f"temperature is {value}.", want="a number >= 0"))
             if name == "seed" and not 0 <= value < 2**63:
@@ -257,14 +307,20 @@ class SteeringPanel(Panel):
                 raise ValueError(errors.explain(f"max_new_tokens is {value}.", want="at least 1"))
         return value
 
-    @t.observe("latents", "prompt", "positions", "temperature", "seed", "max_new_tokens", "live")
+    @t.observe("latents", "prompt", "positions", "temperature", "seed", "max_new_tokens", "live", "chat")
     @catch_errors
     def _on_setting(self, change: dict) -> None:
         if not self._ready:
             return
         error = self._update_cards() if change["name"] == "latents" else None
+        if change["name"] in ("prompt", "chat"):
+            self._update_chat()
+        if not self.chat and self.positions in saewb.data.chats.ROLES:
+            self.positions = "not the first"
         self.stale = self._texts is not None and self._text_settings != self._settings()
-        if change["name"] in ("latents", "prompt", "positions"):
+        if self.swept and self._sweep_settings != self._settings():
+            self.swept = []
+        if change["name"] in ("latents", "prompt", "positions", "chat"):
             self._update_table()
         if self.live:
             self.generate()
@@ -302,8 +358,20 @@ class SteeringPanel(Panel):
 
     def _settings(self) -> Settings:
         latents = tuple((one["sae"], one["latent"], one["value"], one["how"]) for one in self.latents)
-        how = (self.prompt, self.positions, self.temperature, self.seed, self.max_new_tokens)
+        how = (self.prompt, self.positions, self.temperature, self.seed, self.max_new_tokens, self.chat)
         return Settings(latents, *how)
+
+    def _update_chat(self) -> None:
+        """Show the tokens of a chat with their roles."""
+        if not self.chat:
+            self.spans = []
+            return
+        chat = saewb.chat_prompt(self._model_copy, self._settings().prompt_argument())
+        self.spans = [[text, role] for text, role in zip(chat.tokens[:_SPANS], chat.roles, strict=False)]
+
+    def _show_figures(self) -> None:
+        if (figures := self.text_figures) is not None:
+            self.figures = {name: _number(value) for name, value in vars(figures).items()}
 
     def _update_cards(self) -> Exception | None:
         """Update the cards, blank where the index cannot be read, and return the exception of that."""
@@ -333,7 +401,9 @@ class SteeringPanel(Panel):
         model, saes, settings = self._model_copy, self.saes, self._settings()
 
         def work() -> Any:
-            return saewb.next_token_changes(model, settings.prompt, lambda: settings.intervene(model, saes), n=MOVERS)
+            return saewb.next_token_changes(
+                model, settings.prompt_argument(), lambda: settings.intervene(model, saes), n=MOVERS
+            )
 
         self.start_work("changes", "next tokens", lambda: attempt(work), lambda result: self._on_changes(*result))
 
@@ -356,3 +426,8 @@ class SteeringPanel(Panel):
     def _close(self) -> None:
         if self._texts is not None:
             self._texts.stop.set()
+
+
+def _number(value: float) -> float | None:
+    """Four significant digits; None for nan, which JSON does not have."""
+    return None if math.isnan(value) else short(value)

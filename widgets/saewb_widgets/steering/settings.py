@@ -16,6 +16,7 @@ from saewb_widgets.panel import model_code
 
 HOW = ("add", "scale", "clamp")  # order of application: clamping last, so that later layers see the clamped values
 POSITIONS = {"all": None, "not the first": slice(1, None)}
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of a small sweep, times the values that are set
 _DEFAULTS = {"sae": 0, "latent": None, "value": 8.0, "how": "add"}
 MOVERS = 20  # rows in the table of next tokens
 
@@ -36,6 +37,18 @@ class Settings:
     """Seed of the sampling."""
     max_new_tokens: int
     """Length of each text in tokens."""
+    chat: bool = False
+    """Whether the prompt is a chat, see `saewb.data.chats.messages_of`."""
+
+    def prompt_argument(self) -> str | list[dict[str, str]]:
+        """The prompt as saewb takes it."""
+        return saewb.data.chats.messages_of(self.prompt) if self.chat else self.prompt
+
+    def positions_argument(self, model: Any) -> Any:
+        """The argument `positions` of `saewb.steer`: for a role, a list of positions."""
+        if self.positions in POSITIONS:
+            return POSITIONS[self.positions]
+        return saewb.chat_prompt(model, self.prompt_argument()).positions(self.positions)
 
     def by_how(self) -> dict[str, dict[int, dict[int, float]]]:
         """The changes as `{how: {number of the SAE: {latent: value}}}`, in order of application."""
@@ -45,12 +58,23 @@ class Settings:
         return changes
 
     @contextlib.contextmanager
-    def intervene(self, model: Any, saes: Sequence[Any]) -> Iterator[None]:
-        """Steer the model inside a `with` block."""
+    def intervene(self, model: Any, saes: Sequence[Any], factors: Sequence[float | None] = ()) -> Iterator[None]:
+        """Steer the model inside a `with` block.
+
+        Args:
+            model: to steer.
+            saes: the user's SAEs.
+            factors: with some, row r of the batch is steered as much as `factors[r]` says, and not at all by None: by
+                values times the factor; where latents are scaled, by 1 + factor * (value - 1).
+        """
+        positions = self.positions_argument(model)
         with contextlib.ExitStack() as stack:
             for how, by_sae in self.by_how().items():
-                by = {saes[sae]: latents for sae, latents in by_sae.items()}
-                stack.enter_context(saewb.steer(model, by, how=how, positions=POSITIONS[self.positions]))
+                by = {
+                    saes[sae]: {i: _rows(value, how, factors) if factors else value for i, value in latents.items()}
+                    for sae, latents in by_sae.items()
+                }
+                stack.enter_context(saewb.steer(model, by, how=how, positions=positions))
             yield
 
     def sampling(self, saes: Sequence[Any]) -> dict[str, Any]:
@@ -74,20 +98,28 @@ class Settings:
         variable, bare = model_code(model)
         lines = ["import contextlib", ""] if len(self.by_how()) > 1 else []
         lines += ["import saewb", "", f"# model, {'saes' if several else 'sae'}: what the panel was made with", *bare]
-        lines += [f"prompt = {self.prompt!r}", *self._steer_code(variable, several)]
+        lines += [f"prompt = {self.prompt_argument()!r}"]
+        if self.positions not in POSITIONS:
+            lines.append(f"positions = saewb.chat_prompt({variable}, prompt).positions({self.positions!r})")
+        lines += self._steer_code(variable, several)
         n_clean, n_steered = stopped or (self.max_new_tokens,) * 2
         cache = "" if self._can_use_cache(saes) else ", use_past_kv_cache=False"
         lines += self._text_code("clean", f"{variable}, prompt", n_clean, cache)
         lines += self._text_code("steered", f"{variable}, prompt{', steer' if self.latents else ''}", n_steered, cache)
         if self.latents:
             lines.append(f"changes = saewb.next_token_changes({variable}, prompt, steer, n={MOVERS})")
+            if n_clean and n_steered:
+                lines.append(f"figures = saewb.steered_text({variable}, prompt, clean_ids, steered_ids, steer)")
         return "\n".join(lines) + "\n"
 
     def _text_code(self, name: str, arguments: str, n: int, cache: str) -> list[str]:
         if n == 0:
             return [f'{name} = ""']
         options = f"max_new_tokens={n}, temperature={self.temperature!r}, seed={self.seed}{cache}"
-        return [f"*_, last = saewb.generate_tokens({arguments}, {options})", f"{name} = last.text"]
+        return [
+            f"tokens = list(saewb.generate_tokens({arguments}, {options}))",
+            f"{name}, {name}_ids = tokens[-1].text, [token.token_id for token in tokens]",
+        ]
 
     def _steer_code(self, model: str, several: bool) -> list[str]:
         calls = [self._call(model, how, by_sae, several) for how, by_sae in self.by_how().items()]
@@ -102,10 +134,15 @@ class Settings:
     def _call(self, model: str, how: str, by_sae: dict[int, dict[int, float]], several: bool) -> str:
         latents = ", ".join(f"saes[{sae}]: {values!r}" for sae, values in by_sae.items())
         latents = "{" + latents + "}" if several else f"sae, {by_sae[0]!r}"
-        positions = POSITIONS[self.positions]
+        positions = repr(POSITIONS[self.positions]) if self.positions in POSITIONS else "positions"
         options = [f"how={how!r}"] if how != "add" else []
-        options += [f"positions={positions!r}"] if positions is not None else []
+        options += [f"positions={positions}"] if positions != "None" else []
         return f"saewb.steer({', '.join([model, latents, *options])})"
+
+
+def _rows(value: float, how: str, factors: Sequence[float | None]) -> list[float | None]:
+    """Values of a latent for each row of a batch."""
+    return [None if f is None else 1 + f * (value - 1) if how == "scale" else f * value for f in factors]
 
 
 @dataclass(eq=False)
@@ -116,8 +153,14 @@ class Texts:
     """Tokens of the clean text."""
     steered: Iterator[Any]
     """Tokens of the steered text."""
+    measure: Callable[[list[int], list[int]], saewb.TextFigures | None]
+    """Figures of the token ids of both texts, once they are done."""
     prefixes: dict[str, list[str]] = field(default_factory=lambda: {"clean": [], "steered": []})
     """The text after each token, by name."""
+    ids: dict[str, list[int]] = field(default_factory=lambda: {"clean": [], "steered": []})
+    """Token ids, by name."""
+    figures: saewb.TextFigures | None = None
+    """What steering did to the text; None before the end, and without steering."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Set to stop after the current token."""
 
@@ -132,6 +175,9 @@ class Texts:
                         del unfinished[name]
                     else:
                         self.prefixes[name].append(token.text)
+                        self.ids[name].append(token.token_id)
+            if not self.stop.is_set():
+                self.figures = self.measure(self.ids["clean"], self.ids["steered"])
         finally:
             self.clean.close()
             self.steered.close()
@@ -148,10 +194,33 @@ def start_texts(model: Any, saes: Sequence[Any], settings: Settings) -> Texts:
     Raises:
         ValueError: for arguments that `saewb.generate_tokens` rejects.
     """
-    sampling = settings.sampling(saes)
-    clean = saewb.generate_tokens(model, settings.prompt, **sampling)
-    steered = saewb.generate_tokens(model, settings.prompt, lambda: settings.intervene(model, saes), **sampling)
-    return Texts(clean, steered)
+    sampling, prompt = settings.sampling(saes), settings.prompt_argument()
+
+    def intervene() -> contextlib.AbstractContextManager[None]:
+        return settings.intervene(model, saes)
+
+    def measure(clean: list[int], steered: list[int]) -> saewb.TextFigures | None:
+        return saewb.steered_text(model, prompt, clean, steered, intervene) if settings.latents else None
+
+    clean = saewb.generate_tokens(model, prompt, **sampling)
+    return Texts(clean, saewb.generate_tokens(model, prompt, intervene, **sampling), measure)
+
+
+def small_sweep(model: Any, saes: Sequence[Any], settings: Settings) -> list[dict[str, Any]]:
+    """Texts at several factors of the values that are set, with their figures, the unsteered one first.
+
+    All are rows of one batch: a text may differ from that of a pass of its own where two tokens are as likely.
+    """
+    factors: list[float | None] = [None, *FACTORS]
+
+    def intervene() -> contextlib.AbstractContextManager[None]:
+        return settings.intervene(model, saes, factors)
+
+    prompt, sampling = settings.prompt_argument(), settings.sampling(saes)
+    rows = saewb.prompts.steered_texts.steered_rows(model, prompt, len(factors), intervene, **sampling)
+    return [
+        {"factor": f or 0.0, "text": text, **vars(figures)} for f, (text, figures) in zip(factors, rows, strict=True)
+    ]
 
 
 def check_fits(model: Any, saes: Sequence[Any]) -> None:

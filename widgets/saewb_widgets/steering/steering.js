@@ -9,9 +9,10 @@ function steering({ body, model, on, ask, set }) {
   prompt.rows = 2;
   prompt.placeholder = "Prompt that both texts continue";
   prompt.setAttribute("aria-label", "Prompt");
-  top.append(prompt, bar);
+  const chat = make("div", "chat"), sweep = make("section", "card sweep");
+  top.append(prompt, chat, bar);
   lists.append(latents, odds);
-  body.append(top, texts, lists);
+  body.append(top, texts, sweep, lists);
 
   // Inputs of the generation: prompt, positions, sampling.
   const commit = () => { if (prompt.value !== model.get("prompt")) set({ prompt: prompt.value }); };
@@ -36,32 +37,61 @@ function steering({ body, model, on, ask, set }) {
   };
   const go = button("Generate", "go", generate, "Generate both texts"), stop = button("Stop", "", () => ask("stop"), "Stop generating");
   const where = make("select"), wheres = make("label", "field", "positions");
-  model.get("facts").positions.forEach((p) => { const o = make("option", "", p); o.value = p; where.append(o); });
+  const offered = () => {
+    const names = [...model.get("facts").positions, ...(model.get("chat") ? model.get("facts").roles : [])];
+    if (where.length !== names.length) where.replaceChildren(...names.map((p) => new Option(p, p)));
+    where.value = model.get("positions");
+  };
   where.addEventListener("change", () => set({ positions: where.value }));
   wheres.append(where);
   const live = make("label", "field"), tick = make("input");
   tick.type = "checkbox";
   tick.addEventListener("change", () => { commit(); set({ live: tick.checked }); });
   live.append(tick, "at each change");
-  bar.append(go, stop, live, make("span", "gap"), wheres,
+  const talk = make("label", "field"), talks = make("input");
+  talks.type = "checkbox";
+  talks.addEventListener("change", () => { commit(); set({ chat: talks.checked }); });
+  talk.append(talks, "chat");
+  talk.title = 'The prompt is a chat in the model\'s template: lines that begin with "system:", "user:" or "assistant:" begin a message';
+  if (!model.get("facts").can_chat) talk.hidden = true;
+  bar.append(go, stop, live, talk, make("span", "gap"), wheres,
     number("max_new_tokens", "tokens", "Maximum number of new tokens", { min: 1, step: 1 }),
     number("temperature", "temperature", "0 takes the most probable token", { min: 0, step: 0.1 }),
     number("seed", "seed", "Seed of the sampling, if the temperature is not 0", { min: 0, step: 1 }),
     button("code", "", () => { commit(); ask("code"); }, "Show the Python code for this"));
   const controls = () => {
     stop.disabled = !model.get("running");
-    where.value = model.get("positions");
+    offered();
+    talks.checked = model.get("chat");
     tick.checked = model.get("live");
     if (document.activeElement !== prompt && prompt.getRootNode().activeElement !== prompt) prompt.value = model.get("prompt");
+  };
+
+  // A chat, token by token, with the role of each run of tokens.
+  const talkers = () => {
+    const runs = [];
+    model.get("spans").forEach(([text, role]) => {
+      if (!runs.length || runs.at(-1).role !== role) runs.push({ role, text: "" });
+      runs.at(-1).text += text;
+    });
+    chat.hidden = !runs.length;
+    chat.replaceChildren(...runs.map(({ role, text }) => {
+      const e = make("div", "turn"), said = make("span", role ? "said" : "said next", shown(text));
+      e.append(make("small", "role", role || "assistant"), said);
+      e.classList.toggle("steers", model.get("positions") === role);
+      if (!role && model.get("positions") === "assistant") said.append(" ", make("small", "", "what follows is steered"));
+      return e;
+    }));
   };
 
   // The two texts; the steered one is marked from the first character that differs.
   const column = (name, label) => {
     const e = make("section", "card"), h = make("h3", "", label), p = make("p", "text");
     p.setAttribute("aria-label", label + " text");
-    e.append(h, p);
+    const costs = make("p", "costs");
+    e.append(h, p, costs);
     texts.append(e);
-    return { name, h, p, label };
+    return { name, h, p, label, costs };
   };
   const columns = [column("clean", "Clean"), column("steered", "Steered")];
   const write = () => {
@@ -79,6 +109,55 @@ function steering({ body, model, on, ask, set }) {
       if (text.length > at) p.append(make("mark", "", text.slice(at)));
       if (running) p.append(make("span", "caret"));
     });
+  };
+
+  // What the steered text costs.
+  const COSTS = {
+    kl: ["KL", "How far steering moves the next token's probabilities, on the prompt's end and the clean text: KL(steered || clean), nats"],
+    fluency: ["fluency", "Nats per token by which the unsteered model finds the steered text less likely than its own"],
+    repetition: ["repetition", "1 \u2212 distinct trigrams / trigrams"],
+  };
+  const figure = (name, v) => (v === null ? "\u2013" : name === "fluency" ? signed(v) : digits(v));
+  const costs = () => {
+    const f = model.get("figures"), [clean, steered] = columns;
+    const line = (e, pairs) => e.replaceChildren(...pairs.map(([name, v]) => {
+      const cell = make("span", "cost", COSTS[name][0] + " ");
+      cell.append(make("b", "", figure(name, v)));
+      cell._tip = () => COSTS[name][1];
+      return cell;
+    }));
+    const is = f.kl !== undefined && !model.get("stale");
+    line(clean.costs, is ? [["repetition", f.repetition_clean]] : []);
+    line(steered.costs, is ? [["kl", f.kl], ["fluency", f.fluency], ["repetition", f.repetition]] : []);
+  };
+
+  // The text at several multiples of the values; a row sets them.
+  const scaled = (one, f) => (one.how === "scale" ? 1 + f * (one.value - 1) : f * one.value);
+  const rowsOfSweep = () => {
+    const rows = model.get("swept"), head = make("div", "head"), h = make("h3", "", "At other strengths");
+    const run = button("Sweep", "", () => { commit(); ask("sweep"); }, "Write the steered text at several strengths");
+    run.disabled = !model.get("latents").length;
+    head.append(h, run, make("span", "none", rows.length ? "" : "the steered text at \u00bc to 2 times these values, and what each costs"));
+    sweep.replaceChildren(head);
+    if (!rows.length) return;
+    const t = make("div", "swept"), most = Math.max(1e-9, ...rows.map((r) => r.kl));
+    t.setAttribute("role", "table");
+    t.setAttribute("aria-label", "Steered texts by strength");
+    const names = make("div", "strength names");
+    names.append(make("span", "", "times"), ...Object.values(COSTS).map(([label, hint]) => { const e = make("span", "num", label); e._tip = () => hint; return e; }),
+      make("span", "", "text"));
+    t.append(names);
+    rows.forEach((r) => {
+      const e = make("div", "strength"), kl = make("span", "num"), fill = make("i");
+      e.setAttribute("role", "row");
+      fill.style.width = (100 * r.kl) / most + "%";
+      kl.append(digits(r.kl), fill);
+      const use = r.factor && r.factor !== 1 ? button("\u00d7" + r.factor, "quiet", () => set({ latents: model.get("latents").map((o) => ({ ...o, value: scaled(o, r.factor) })) }),
+        `Steer ${r.factor} times as much`) : make("span", "", "\u00d7" + r.factor);
+      e.append(use, kl, make("span", "num", figure("fluency", r.fluency)), make("span", "num", figure("repetition", r.repetition)), make("span", "said", shown(r.text).replace(/^ /, "")));
+      t.append(e);
+    });
+    sweep.append(t);
   };
 
   // The latents, each with a slider; and a search for more.
@@ -178,11 +257,14 @@ function steering({ body, model, on, ask, set }) {
     key.append(make("i", "clean"), "clean", make("i", "steered"), "steered", make("span", "gap"), "change in percentage points");
     odds.append(t, key);
   };
-  on("running positions live prompt", controls);
+  on("running positions live prompt chat", controls);
+  on("spans positions", talkers);
+  on("figures stale", costs);
+  on("swept latents", rowsOfSweep);
   on("clean steered running stale begun_with", write);
   on("latents cards", list);
   on("results", drawResults);
   on("movers", table);
-  for (const f of [controls, write, list, drawResults, table]) f();
+  for (const f of [controls, talkers, costs, rowsOfSweep, write, list, drawResults, table]) f();
 }
 export default { render: (context) => framed(context, "steering", (parts) => { steering(parts); }) };
