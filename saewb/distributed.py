@@ -186,7 +186,7 @@ class ParallelContext:
             messages = self.gather_objects(None if error is None else f"{error}" or type(error).__name__)
             failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
             if error is None:
-                raise RuntimeError(explain(f"process {failed[0][0]} failed: {failed[0][1]}", want="all to do the same"))
+                raise RuntimeError(f"process {failed[0][0]} failed: {failed[0][1]}")
         if error is not None:
             raise error
 

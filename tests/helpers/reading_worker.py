@@ -1,5 +1,6 @@
 """Each process of tests/test_shared_reading.py, forked from one server that has imported what they need."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 
 import saewb
@@ -19,7 +21,7 @@ from saewb.features import build as building
 RESID = "blocks.1.hook_resid_post"
 
 
-def launch(n, task, folder, timeout_s=120):
+def launch(n, task, folder, timeout_s=200):
     """Run a task in n processes; their exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.reading_worker"])
@@ -27,8 +29,10 @@ def launch(n, task, folder, timeout_s=120):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [context.Process(target=work, args=(rank, n, port, task, str(folder))) for rank in range(n)]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the server looks nowhere else
+        for process in processes:
+            process.start()
     end = time.monotonic() + timeout_s
     for process in processes:
         process.join(max(0, end - time.monotonic()))
@@ -43,6 +47,7 @@ def work(rank, n, port, task, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(150, file=(Path(folder) / f"hangs_{rank}").open("w"))
     try:
         TASKS[task](rank, Path(folder))
         code = 0
@@ -100,6 +105,7 @@ def _read(rank, folder):
     (folder / f"alone_{rank}").write_text(json.dumps([alone.n_tokens, alone.l0]))
     _refuse(rank, folder)
     _fail(rank, folder)
+    _interrupt(rank, folder)
 
 
 def _refuse(rank, folder):
@@ -191,6 +197,7 @@ def _interrupt(rank, folder):
 
     building._forward = interrupted
     index = build(folder / "interrupted", saes()[0])
+    building._forward = forward
     (folder / f"interrupted_{rank}").write_text(json.dumps([index.is_complete, index.info.n_rows]))
 
 
@@ -204,4 +211,4 @@ def _resume(rank, folder):
     saewb.cache_activations(tiny_models.bridge(), text(), RESID, folder / "half", 150, **how)
 
 
-TASKS = {"read": _read, "kill": _kill, "interrupt": _interrupt, "resume": _resume}
+TASKS = {"read": _read, "kill": _kill, "resume": _resume}
