@@ -107,8 +107,8 @@ class TrainConfig:
     b_dec: Literal["zeros", "mean"] = "zeros"
     """Initial decoder bias."""
     dead_after_tokens: PositiveInt | None = None
-    """Tokens after which a silent latent is dead; None means a tenth of n_tokens, but 50 batches at least and 10,000,000
-    tokens at most: in the first steps most latents are silent, and to revive them is the larger part of a step."""
+    """Tokens after which a silent latent is dead; None means a tenth of n_tokens, at least 50 batches and at most
+    10,000,000 tokens: in the first steps most latents are silent, and to revive them is the larger part of a step."""
     look_every_steps: PositiveInt | None = None
     """Steps between looks at the dead latents, for the auxiliary losses; None means 1 on a CPU, 16 elsewhere."""
     dense_above: Annotated[float, Gt(0), Lt(1)] = 0.1

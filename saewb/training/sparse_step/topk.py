@@ -117,12 +117,10 @@ def _dead_loss(
     objective: TopKObjective, inputs: StepInputs, levels: list[Level], state: ObjectiveState, grads: dict[str, Tensor]
 ) -> Float[Tensor, ""]:
     """Compute the auxiliary loss of the dead latents, and add its gradients."""
-    params, rows, parts = inputs.params, state.dead_rows, []
+    params, rows, parts, of_level = inputs.params, state.dead_rows, [], state
     for level in levels if objective.aux_by_level else levels[-1:]:
-        low = level.low if objective.aux_by_level else 0
-        of_level = (
-            replace(state, dead_rows=rows[(rows >= low) & (rows < level.high)]) if objective.aux_by_level else state
-        )
+        if objective.aux_by_level:
+            of_level = replace(state, dead_rows=rows[(rows >= level.low) & (rows < level.high)])
         k_aux = objective.k_aux or max(1, level.error.shape[1] // 2)  # as in `objective.auxiliary_loss`
         if has_many_dead(len(of_level.dead_rows), k_aux):
             how = {"weight": objective.aux, "k_aux": k_aux, "signed": objective.signed, "relu": objective.aux_relu}
