@@ -133,7 +133,7 @@ def _summed(indices: Tensor, rows: Tensor, starts: Tensor, weights: Tensor, out:
         of_bags, own = indices[low:high], starts[bags] - low
         sums[bags] = embedding_bag(of_bags, rows, own, per_sample_weights=weights[low:high], mode="sum")
 
-    map_tiles(add_up, n, _BAGS if rows.device.type == "cpu" else n + 1, _LATENTS)
+    map_tiles(add_up, n, _BAGS if rows.device.type == "cpu" else n + 1, _LATENTS, lazy=True)
     return sums
 
 
@@ -171,7 +171,9 @@ def dots(
             of_some = tokens[some], unused, latents[some], _SUM
             products[some] = torch.ops.aten._embedding_bag_per_sample_weights_backward(right, left, *of_some)
 
-        map_tiles(multiply, len(pairs), _PRODUCTS if left.device.type == "cpu" else len(pairs) + 1, len(pairs) + 1)
+        map_tiles(
+            multiply, len(pairs), _PRODUCTS if left.device.type == "cpu" else len(pairs) + 1, len(pairs) + 1, lazy=True
+        )
     else:
         chunks = zip(tokens.split(_CHUNK), latents.split(_CHUNK), strict=True)
         products = torch.cat([torch.linalg.vecdot(left[tokens], right[latents]) for tokens, latents in chunks])

@@ -45,8 +45,8 @@ _monitor: _Monitor | None = None
 def sleep_while_contended() -> Iterator[None]:
     """Let torch's threads wait asleep while others compete for the cores; nested and concurrent uses share a monitor.
 
-    Results do not change: the number of threads and the order of sums stay the same. Without GNU OpenMP or Linux' task
-    statistics this does nothing.
+    What else the machine does changes no result: tiles and the order of sums stay the same. Without GNU OpenMP or
+    Linux' task statistics this does nothing.
 
     Example:
         >>> import torch
@@ -69,18 +69,20 @@ def sleep_while_contended() -> Iterator[None]:
             last.close()
 
 
-def map_tiles(work: Callable[[slice], T], n: int, size: int, whole: int) -> list[T]:
+def map_tiles(work: Callable[[slice], T], n: int, size: int, whole: int, *, lazy: bool = False) -> list[T]:
     """Results of `work` on slices of 0..n, each a tile that one thread computes, whichever is free.
 
     Tiles are shared inside of `sleep_while_contended` only, and where there are at least four for each of torch's
-    threads; elsewhere torch's threads share each slice of `whole`. Which tiles there are does not depend on what else
-    the machine does, nor do the results. At most `torch.get_num_threads() + 1` tiles are computed at a time.
+    threads; elsewhere torch's threads share each slice of `whole`. Results do not depend on what else the
+    machine does. At most `torch.get_num_threads() + 1` tiles are computed at a time.
 
     Args:
         work: takes a slice, and is called from several threads at once.
         n: end of the last slice.
         size: length of a tile.
         whole: length of a slice where tiles are not shared.
+        lazy: share only while cores are contended, for work whose results do not depend on its tiles; on free cores
+            torch's threads are somewhat quicker.
 
     Example:
         >>> map_tiles(lambda rows: rows.stop - rows.start, 10, 2, 4)
@@ -91,7 +93,8 @@ def map_tiles(work: Callable[[slice], T], n: int, size: int, whole: int) -> list
     """
     monitor, n_threads = _monitor, torch.get_num_threads()
     is_shared = monitor is not None and monitor.pid == os.getpid() and n_threads > 1  # no threads survive a fork
-    if monitor is not None and is_shared and n >= _TILES_PER_THREAD * n_threads * size:
+    is_shared = is_shared and n >= _TILES_PER_THREAD * n_threads * size
+    if monitor is not None and is_shared and (monitor.is_contended or not lazy):
         return monitor.map(work, _slices(n, size))
     return [work(part) for part in _slices(n, whole)]
 
@@ -105,7 +108,7 @@ class _Monitor:
 
     def __init__(self, libgomp: ctypes.CDLL) -> None:
         self._libgomp, self.pid, self._n_threads = libgomp, os.getpid(), torch.get_num_threads()
-        self._is_contended = True  # until the first look
+        self.is_contended = True  # until the first look
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
         self._starts = threading.Lock()
@@ -123,7 +126,7 @@ class _Monitor:
         """Results of the slices, in order; an error is raised once all threads are idle."""
         results: list[Any] = [None] * len(slices)
         left, errors, idle = iter(range(len(slices))), list[BaseException](), threading.Semaphore(0)
-        has_grad, n_threads = torch.is_grad_enabled(), min(len(slices), self._n_threads + self._is_contended)
+        has_grad, n_threads = torch.is_grad_enabled(), min(len(slices), self._n_threads + self.is_contended)
 
         def take() -> None:
             try:
@@ -169,10 +172,10 @@ class _Monitor:
             n_quiet = n_quiet + 1 if share < _FREE else 0
             if spare is None and share > _CONTENDED:
                 spare = _SpareThreads(self._libgomp)
-                self._is_contended = True
+                self.is_contended = True
             elif spare is not None and n_quiet >= _QUIET_LOOKS:
                 spare.close()
-                spare, self._is_contended = None, False
+                spare, self.is_contended = None, False
         if spare is not None:
             spare.close()
 
