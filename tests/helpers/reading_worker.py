@@ -11,8 +11,12 @@ import time
 import traceback
 from pathlib import Path
 
+import pandas  # noqa: F401 - what the processes import anyway, once in the server
 import pytest
+import scipy.sparse  # noqa: F401
 import torch
+import transformer_lens.model_bridge  # noqa: F401
+import transformers  # noqa: F401
 
 import saewb
 from helpers import tiny_models
@@ -174,15 +178,15 @@ def _kill(rank, folder):
     def killed(*args):
         passes.append(1)
         if rank == 1 and len(passes) == 3:
+            (folder / "killed_at").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(*args)
 
     building._forward = killed
-    begin = time.monotonic()
     try:
         build(folder / "killed", save_every_s=0)
     except RuntimeError as error:
-        (folder / f"lost_{rank}").write_text(json.dumps([str(error), time.monotonic() - begin]))
+        (folder / f"lost_{rank}").write_text(json.dumps([str(error), time.time()]))
 
 
 def _interrupt(rank, folder):
