@@ -17,7 +17,7 @@ from saewb.training.objectives import Losses, ObjectiveState, Params
 
 _PRE_ACTS_AT_ONCE = 2**23  # tokens times dead latents
 _PAIRS_AT_ONCE = 2**22  # selected dead latents: about 200 MB
-_MANY = 8  # dead latents per selected one, from which selecting first is quicker than dense products
+_MANY = 16  # dead latents per selected one, from which selecting first is quicker than dense products
 
 # (dead latents' weights, their pre-activations, error, state of them alone) -> loss, a mean over these tokens
 DeadLoss = Callable[[Params, Tensor, Tensor, ObjectiveState], Tensor]
