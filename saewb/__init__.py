@@ -12,12 +12,12 @@ nothing else. Each folder below is one room; a room imports only from the lines 
 (`tests/test_architecture.py` holds this):
 
     cli, demo, diagnostics          the command line: saewb demo, eval, train, lab, doctor
+    tiny/                           the bundled model, SAE and texts, and how they were made
+    evals/                          how good an SAE is: losses with it, reconstruction, absorption, recovered concepts
     prompts/                        one prompt: active latents, next tokens, generation
     probing/                        contrasts of two sets of texts, sparse probes, directions and neurons as latents
     explanations/                   latents in words: explain and score with a language model
     circuits/                       how the model got to a token: attribution, frozen model, graphs, interventions
-    tiny/                           the bundled model, SAE and texts, and how they were made
-    evals/                          how good an SAE is: losses with it in the model, reconstruction, firing
     features/                       the feature index: contexts, histograms, logit effects, search, HTML page
     training/                       train, checkpoints, resume; objectives/ and the hand-written sparse_step/
     interventions/                  attach, steer, ablate; where an SAE reads and writes (site)

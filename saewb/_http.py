@@ -1,4 +1,4 @@
-"""JSON requests over HTTP: one deadline for all of an answer, a limit on its size, no redirect to another site."""
+"""JSON over HTTP: one deadline for all of an answer, a limit on its size, no redirect to another site."""
 
 from __future__ import annotations
 
@@ -64,6 +64,40 @@ def request_json(
     all_headers = {"Accept": "application/json", "Content-Type": "application/json", "User-Agent": "saewb", **headers}
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers=all_headers)
+    content = _answer(request, timeout, site, max_bytes, secret, url)
+    try:
+        answer = json.loads(_hide(content.decode(), secret)) if len(content) <= max_bytes else None
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise FormatError(explain(f"{url} answered something that is no JSON object.", want="a JSON object"))
+    return answer
+
+
+def put_bytes(url: str, content: bytes, timeout: float, *, site: str) -> None:
+    """Send one PUT of JSON to a signed address, without any key, and take no notice of the answer's text.
+
+    Args:
+        url: http or https; what is behind its "?" is its signature, and is in no error message.
+        content: the JSON.
+        timeout: seconds for all of it.
+        site: name of the site, for error messages.
+
+    Raises:
+        HTTPRefusal, ConnectionError, ValueError: as `request_json`.
+    """
+    shown = url.partition("?")[0]
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError(explain(f"{shown!r} is no address of a site.", want="https://..."))
+    headers = {"Content-Type": "application/json", "User-Agent": "saewb"}
+    request = urllib.request.Request(url, data=content, headers=headers, method="PUT")
+    _answer(request, timeout, site, 2**20, url.partition("?")[2], shown)
+
+
+def _answer(
+    request: urllib.request.Request, timeout: float, site: str, max_bytes: int, secret: str, shown: str
+) -> bytes:
+    """The body of the answer; errors name the address as `shown`, and the secret nowhere."""
     outcome: list[bytes | BaseException] = []
     deadline = time.monotonic() + timeout
     # A socket's timeout is for each read, and a server may send a byte at a time: the caller waits no longer.
@@ -76,17 +110,11 @@ def request_json(
         why = f"HTTP {content.code}" + (f": {words}" if words else "")
         wait = _retry_after(content.headers.get("Retry-After"))
         # `from None`: an HTTPError holds the answer's headers and body, which may repeat a key.
-        raise HTTPRefusal(f"{site} did not answer ({why}): {url}", content.code, words, wait) from None
+        raise HTTPRefusal(f"{site} did not answer ({why}): {shown}", content.code, words, wait) from None
     if isinstance(content, BaseException):
         why = _hide(str(getattr(content, "reason", content)), secret)
-        raise ConnectionError(f"{site} did not answer ({why}): {url}") from None
-    try:
-        answer = json.loads(_hide(content.decode(), secret)) if len(content) <= max_bytes else None
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
-        raise FormatError(explain(f"{url} answered something that is no JSON object.", want="a JSON object"))
-    return answer
+        raise ConnectionError(f"{site} did not answer ({why}): {shown}") from None
+    return content
 
 
 def _hide(text: str, secret: str) -> str:

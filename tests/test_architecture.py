@@ -31,9 +31,11 @@ LAYERS = [  # a room imports rooms of earlier lines and its own files; the first
     {"sae"},
     {"models", "stats", "pretrained"},
     {"interventions", "data", "synthetic"},
-    {"evals", "features", "training"},
+    {"features", "training"},
     {"circuits"},
-    {"explanations", "probing", "prompts", "tiny"},
+    {"explanations", "probing", "prompts"},
+    {"evals"},
+    {"tiny"},
     {"cli", "demo", "diagnostics", "__init__", "__main__"},
 ]
 NEVER = {"ipywidgets", "IPython", "wandb", "sae_lens", "saewb_widgets"}

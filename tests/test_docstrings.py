@@ -22,7 +22,7 @@ FROM_PAPERS = {
     *("SAE", "PursuitSAE", "TemporalSAE", "CrossLayerTranscoder"),
     *("Standard", "Gated", "TopK", "AbsTopK", "BatchTopK", "Matryoshka", "JumpReLU", "MatchingPursuit"),
     *("superposition", "enrich", "attribute", "attribute_edges", "evaluate", "steer"),
-    *("attribution_graph", "AttributionGraph", "freeze", "intervene"),
+    *("attribution_graph", "AttributionGraph", "freeze", "intervene", "faithfulness"),
 }
 NEEDS_NETWORK = {"push_to_hub"}
 

@@ -5,7 +5,6 @@ Rows of the edge matrix are targets, columns sources: `edges[t, s]` is the direc
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,8 @@ from torch import Tensor
 from saewb.circuits.graph_json import graph_json
 from saewb.circuits.graph_page import write_graph_page
 from saewb.circuits.influence import influence, prune, row_chunks, row_totals
-from saewb.circuits.supernodes import check_groups, collapse
+from saewb.circuits.latent_cards import index_list, latent_cards, latents_of
+from saewb.circuits.supernodes import check_groups, collapse, similar
 from saewb.errors import explain, near
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class AttributionGraph:
             ValueError: for an index whose layer has no latents here.
         """
         if not isinstance(labels, Mapping):
-            labels = self._index_labels([labels] if hasattr(labels, "label_texts") else labels)
+            labels = self._index_labels(index_list(labels))
         by_id = {key: text for key, text in dict(labels).items() if isinstance(key, str)}
         by_latent = {key: text for key, text in dict(labels).items() if not isinstance(key, str)}
         frame = self.nodes.copy()
@@ -220,14 +220,39 @@ class AttributionGraph:
         latents = self.nodes[self.nodes["kind"] == "latent"]
         result: dict[str, str] = {}
         for index in indexes:
-            block = re.match(r"blocks\.(\d+)\.", index.info.hook_out or index.info.hook)
-            here = latents[latents["layer"] == int(block[1])] if block else latents.head(0)
-            if here.empty:
-                want = f"an index of layer {', '.join(map(str, sorted(latents['layer'].unique())))}"
-                raise ValueError(explain(f"{index!r} is of no layer of this graph.", want=want))
+            here = latents_of(index, latents)
             here = here[here["label"] == ""]
             result |= dict(zip(here["id"], index.label_texts(here["latent"].tolist()), strict=True))
         return result
+
+    def similar_latents(self, similarity: float = 0.7) -> dict[str, list[str]]:
+        """Groups of latents with similar edges: supernodes to begin with, for `edge_frame` and `GraphPanel`.
+
+        Each edge is taken as its share of the target's input, with its sign. Two latents are as similar as the cosine
+        of their edges, incoming and outgoing together; clusters are those of complete linkage, so that any two members
+        of a group are as similar as this at least.
+
+        Args:
+            similarity: cosine, 0 to 1.
+
+        Returns:
+            Ids of nodes by name of the group, for groups of two and more; a name is the label of the member with most
+            influence, or its id, and the number of the others.
+
+        Raises:
+            ValueError: if `similarity` is not in 0 to 1; for more than 5,000 latents: prune the graph first.
+
+        References:
+            Complete linkage over edge profiles is what Neuronpedia's graphs use.
+        """
+        latents = self.is_kind("latent").nonzero()[:, 0]
+        frame, names = self.nodes.iloc[latents.tolist()], {}
+        for cluster in similar(self.edges, row_totals(self.edges), latents, similarity):
+            members = frame.iloc[cluster].sort_values("influence", ascending=False, kind="stable")
+            first = members.iloc[0]
+            name = f"{first['label'] or first['id']} + {len(cluster) - 1}"
+            names[name if name not in names else f"{name} ({first['id']})"] = members["id"].tolist()
+        return names
 
     def to_networkx(self) -> networkx.DiGraph:
         """The graph as a networkx.DiGraph: nodes by id, with the columns of `nodes`; edges with `weight`."""
@@ -253,7 +278,13 @@ class AttributionGraph:
         """
         return graph_json(self, path, slug, scan)
 
-    def save_html(self, path: str | Path, *, title: str | None = None) -> Path:
+    def save_html(
+        self,
+        path: str | Path,
+        *,
+        title: str | None = None,
+        index: FeatureIndex | Iterable[FeatureIndex] | None = None,
+    ) -> Path:
         """Write a page that draws the graph by itself: no network, no kernel; whole or not at all.
 
         Layers upwards, positions across; click a node for its incoming and outgoing effects. 500 nodes take about 1 MB.
@@ -261,15 +292,19 @@ class AttributionGraph:
         Args:
             path: file to write.
             title: of the page.
+            index: feature index of a transcoder, or several: labels of latents that have none, and where the mouse is
+                on a latent, what it raises and where it is strongest.
 
         Returns:
             The absolute path.
 
         Raises:
-            ValueError: for more than 2,000 nodes: prune the graph first.
+            ValueError: for more than 2,000 nodes: prune the graph first; for an index whose layer has no latents here.
             IsADirectoryError: if `path` is a folder.
         """
-        return write_graph_page(self, path, title)
+        indexes = [] if index is None else index_list(index)
+        graph = self.with_labels(indexes) if indexes else self
+        return write_graph_page(graph, path, title, latent_cards(graph.nodes, indexes))
 
     def __repr__(self) -> str:
         counts = self.nodes["kind"].value_counts()

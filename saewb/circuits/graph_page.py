@@ -21,38 +21,44 @@ _MAX_EDGES = 50_000
 _PAGE = Path(__file__).parent / "page"
 
 
-def write_graph_page(graph: Any, path: str | Path, title: str | None) -> Path:
+def write_graph_page(
+    graph: Any, path: str | Path, title: str | None, cards: Mapping[str, Sequence[str]] | None = None
+) -> Path:
     """Write the page of a graph, whole or not at all, and return its absolute path."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(explain(f"{str(path)!r} is a folder.", fix=f"save_html({str(path / 'graph.html')!r})"))
-    page = render_graph_page(graph, title)
+    page = render_graph_page(graph, title, cards)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path.resolve()
 
 
-def render_graph_page(graph: Any, title: str | None = None) -> str:
+def render_graph_page(graph: Any, title: str | None = None, cards: Mapping[str, Sequence[str]] | None = None) -> str:
     """Render the page as a string."""
     from jinja2 import Environment, FileSystemLoader
 
     if len(graph) > MAX_NODES:
         what = f"{graph!r} has {len(graph)} nodes."
         raise ValueError(explain(what, want=f"at most {MAX_NODES}", fix="graph.pruned(nodes=0.6).save_html(path)"))
-    data = graph_data(graph)
+    data = graph_data(graph, cards=cards)
     # Without "<", so that no text can end the script element.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Environment(loader=FileSystemLoader(_PAGE), autoescape=True).get_template("graph.html")
     return template.render(title=title or f"How {graph.model or 'the model'} got here", about=data["about"], data=text)
 
 
-def graph_data(graph: Any, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+def graph_data(
+    graph: Any,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    cards: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
     """What is drawn: nodes, after them the groups, and the strongest edges as (source, target, effect, score).
 
     A node has its place: its row (0 tokens, then layers, last targets), its position, and its slot of the slots there;
-    `ends` are where positions begin and end.
+    `ends` are where positions begin and end. `cards` are lines on nodes, by id, for the tip at the mouse.
     """
-    groups = groups or {}
+    groups, cards = groups or {}, cards or {}
     rows = graph.nodes.astype(object).where(graph.nodes.notna(), None).to_dict("records")
     columns = ("id", "kind", "layer", "position", "token", "latent", "activation", "value", "label")
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
@@ -60,6 +66,7 @@ def graph_data(graph: Any, groups: Mapping[str, Sequence[str]] | None = None) ->
         {name: _plain(row[name]) for name in columns}
         | {name: _plain(row[name] or 0.0) for name in ("influence", "cumulative")}
         | {"row": _row(layers, row), "r": _radius(row)}
+        | ({"card": list(cards[row["id"]])} if row["id"] in cards else {})
         for row in rows
     ]
     ends = _place(nodes, len(graph.tokens))

@@ -317,7 +317,7 @@ class ReplacementModel:
             at(layer.point, 1, writing(i))
         at(hook_points.resolve(self.model, STREAM).name, -1, start)
         at(hook_points.resolve(self.model, FINAL).name, 2, end)
-        return {name: _in_order(edits) for name, edits in steps.items()}
+        return {name: hook_points.in_order(edits) for name, edits in steps.items()}
 
     def encoder_input(self, i: int, x: Float[Tensor, "1 pos d_in"]) -> Float[Tensor, "1 pos d_in"]:
         """What the encoder matrix of a source layer multiplies, for an input `x` beside the prompt's own."""
@@ -522,16 +522,3 @@ def _reconstruct(
     by_clt_layer = {layer.site.clt_layer: acts for layer, acts in zip(layers, dense, strict=True) if layer.site}
     below = [by_clt_layer[j] for j in range(site.clt_layer + 1)]
     return site.sae.decode_layer(below, site.clt_layer, x).float()
-
-
-def _in_order(edits: list[tuple[int, hook_points.Edit]]) -> hook_points.Edit:
-    """Edits of one point as one: what is written there first, what is read there after; an SAE reads before."""
-    ordered = [edit for _, edit in sorted(edits, key=lambda pair: pair[0])]
-
-    def edit(activation: Tensor) -> Tensor:
-        for step in ordered:
-            changed = step(activation)
-            activation = activation if changed is None else changed
-        return activation
-
-    return edit

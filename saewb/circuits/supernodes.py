@@ -1,15 +1,20 @@
-"""Supernodes: nodes of an attribution graph as one, with their effects summed; knows matrices, not graphs."""
+"""Supernodes: nodes of an attribution graph as one, with their effects summed, and which belong together.
+
+It knows matrices, not graphs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saewb.circuits.influence import row_totals
 from saewb.errors import explain
+
+_MAX_CLUSTERED = 5000
 
 
 def collapse(
@@ -37,6 +42,48 @@ def collapse(
     matrix = torch.zeros(n_all, n_all).index_add_(1, place, rows)
     matrix[range(n, n_all), range(n, n_all)] = 0
     return matrix, totals
+
+
+def similar(
+    edges: Float[Tensor, "nodes nodes"],
+    totals: Float[Tensor, " nodes"],
+    nodes: Int[Tensor, " some"],
+    similarity: float,
+) -> list[list[int]]:
+    """Clusters of nodes whose edges, incoming and outgoing, have a cosine of `similarity` and more, pair by pair.
+
+    Args:
+        edges: effects, `[target, source]`.
+        totals: |input| of each node; edges are compared as shares of it.
+        nodes: those to cluster; others count as ends of edges only.
+        similarity: 0 to 1.
+
+    Returns:
+        Indices into `nodes`, of clusters of two and more, the largest first.
+
+    Raises:
+        ValueError: if `similarity` is not in 0 to 1, or there are more than 5,000 nodes.
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
+    if not 0 < similarity <= 1:
+        what = f"got similarity={similarity!r}."
+        raise ValueError(explain(what, want="a cosine, more than 0 and at most 1", fix="similarity=0.7"))
+    if len(nodes) > _MAX_CLUSTERED:
+        what = f"got {len(nodes):,} nodes to cluster."
+        raise ValueError(explain(what, want=f"at most {_MAX_CLUSTERED:,}", fix="graph.pruned().similar_latents()"))
+    if len(nodes) < 2:
+        return []
+    shares = edges / totals.clamp_min(1e-10).to(edges.dtype)[:, None]
+    profiles = torch.nn.functional.normalize(torch.cat([shares[nodes], shares[:, nodes].T], 1), dim=1)
+    distance = (1 - profiles @ profiles.T).clamp_min(0).double().numpy()
+    tree = linkage(squareform(distance, checks=False), method="complete")
+    labels = fcluster(tree, 1 - similarity + 1e-6, criterion="distance")
+    clusters: dict[int, list[int]] = {}
+    for i, label in enumerate(labels.tolist()):
+        clusters.setdefault(label, []).append(i)
+    return sorted((c for c in clusters.values() if len(c) > 1), key=len, reverse=True)
 
 
 def check_groups(groups: Mapping[str, Sequence[str]], nodes: Mapping[str, int]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.errors import explain
 from saewb.fingerprint import tensors_digest, values_digest
 from saewb.models import hook_points
-from saewb.models.active import check_unmodified
+from saewb.models.active import check_unmodified, model_digest
 from saewb.models.capture import Activations, capture, stop_layer
 from saewb.models.tokenizer import special_mask
 
@@ -218,6 +218,134 @@ class ModelSource:
         self._rows = state["ids"]
         self._round.clear()
         self._before_round = None
+
+
+@final
+class PairSource:
+    """The activations of several models on the same tokens, each at a point of its own.
+
+    Args:
+        models: by name, which becomes the name of the point.
+        tokens: of rows `[rows, ctx]`, the same for all models.
+        hooks: hook point of each model, by name.
+        positions: of each row, those kept.
+        skipped: ids of tokens that are left out.
+        device: of the activations; None leaves them where each model computed them.
+        dtype: of the activations; None keeps each model's.
+        difference: yield the second model's activations less the first's as the one point "difference".
+
+    Raises:
+        ValueError: as `ModelSource`; for a difference of points of different widths.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        tokens: TokenRows,
+        hooks: Mapping[str, str],
+        *,
+        positions: slice = slice(None),
+        skipped: Sequence[int] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        difference: bool = False,
+    ) -> None:
+        how = {"positions": positions, "skipped": skipped, "device": device, "dtype": dtype}
+        self._sources = {name: ModelSource(model, tokens, [hooks[name]], **how) for name, model in models.items()}
+        self._tokens, self._hooks, self._difference = tokens, dict(hooks), difference
+        self._rows: Tensor | None = None  # taken from the tokens and not computed yet
+
+    def widths(self) -> dict[str, int]:
+        """Width of the activations at each point, from a forward pass of two tokens of each model."""
+        widths = {name: source.widths()[self._hooks[name]] for name, source in self._sources.items()}
+        return {"difference": next(iter(widths.values()))} if self._difference else widths
+
+    def __iter__(self) -> Iterator[Activations]:
+        return self
+
+    def __next__(self) -> Activations:
+        for _ in range(1000):
+            self._rows = next(self._tokens) if self._rows is None else self._rows
+            chunk = self._compute(self._rows)
+            self._rows = None
+            if chunk is not None:
+                return chunk
+        what = "1000 batches of rows gave no token that is kept."
+        raise ValueError(explain(what, want="rows with other tokens", fix="skip_first=1"))
+
+    def _compute(self, ids: Tensor) -> Activations | None:
+        chunks = {name: source._compute(ids) for name, source in self._sources.items()}
+        first = next(iter(chunks.values()))
+        if first is None:
+            return None
+        values = {name: chunk.values[self._hooks[name]] for name, chunk in chunks.items()}
+        if not self._difference:
+            return Activations(values, first.ids)
+        a, b = values.values()
+        if a.shape != b.shape:
+            what = f"the models' activations have widths {a.shape[1]} and {b.shape[1]}."
+            raise ValueError(explain(what, want="one width for a difference", fix="stream_pair(..., difference=False)"))
+        return Activations({"difference": b - a.to(b.device, b.dtype)}, first.ids)
+
+    def digest(self) -> str | None:
+        """Digest of the tokens and of the models; None where the tokens cannot be looked at."""
+        tokens = self._tokens.digest() if hasattr(self._tokens, "digest") else None
+        if tokens is None:
+            return None
+        models = {name: model_digest(source.model, in_training=True) for name, source in self._sources.items()}
+        return values_digest([tokens, sorted(models.items()), sorted(self._hooks.items()), self._difference])
+
+    def state(self) -> dict[str, Any]:
+        """Position in the tokens, with rows that were taken and not computed, as after a failed pass."""
+        return {"tokens": self._tokens.state(), "ids": self._rows}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`."""
+        self._tokens.restore(state["tokens"])
+        self._rows = state["ids"]
+
+
+@final
+class SameTokens:
+    """Rows of tokens of several tokenizers, which have to be the same.
+
+    Args:
+        streams: of each model, by name: equal texts, rows of one length.
+    """
+
+    def __init__(self, streams: Mapping[str, TokenStream]) -> None:
+        self._streams = dict(streams)
+
+    def __next__(self) -> Tensor:
+        rows = {name: next(stream, None) for name, stream in self._streams.items()}
+        (name, ids), *others = rows.items()
+        for other, theirs in others:
+            if ids is None and theirs is None:
+                continue
+            if ids is None or theirs is None or ids.shape != theirs.shape or not torch.equal(ids, theirs):
+                where = ""
+                if ids is not None and theirs is not None and ids.shape == theirs.shape:
+                    row, position = (ids != theirs).nonzero()[0].tolist()
+                    where = f": {int(ids[row, position])} and {int(theirs[row, position])} at position {position}"
+                what = f"the tokenizers of {name!r} and {other!r} give different ids for the same texts{where}."
+                want = "models with one tokenizer; or ids that both take"
+                raise ValueError(explain(what, want=want, fix="saewb.stream_pair(models, ids, hook=...)"))
+        if ids is None:
+            raise StopIteration
+        return ids
+
+    def digest(self) -> str:
+        """Digest of the tokens."""
+        return next(iter(self._streams.values())).digest()
+
+    def state(self) -> dict[str, Any]:
+        """Position of each stream."""
+        return {name: stream.state() for name, stream in self._streams.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`."""
+        for name, stream in self._streams.items():
+            stream.restore(state[name])
 
 
 @final

@@ -6,8 +6,8 @@ A stream is an iterator over `Activations` with `state()` and `restore()`. Its s
 2. A buffer cuts them into batches of exactly n tokens, in order or shuffled (`saewb.data.shuffle_buffer`).
 3. A thread computes the next batches while the consumer works on this one, if `prefetch` is set.
 
-Five functions make one, by source: `stream_activations` (a model), `stream_tensors`, `stream_iterable`,
-`stream_draws`, and `ActivationCache.stream`.
+Six functions make one, by source: `stream_activations` (a model), `stream_pair` (several models), `stream_tensors`,
+`stream_iterable`, `stream_draws`, and `ActivationCache.stream`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from saewb.data.packing import TokenStream, token_matrix
 from saewb.data.shuffle_buffer import FifoBuffer, ShuffleBuffer, Source, batch_from_state, batch_state
-from saewb.data.sources import IterableSource, ModelSource, SyntheticSource, TensorSource
+from saewb.data.sources import IterableSource, ModelSource, PairSource, SameTokens, SyntheticSource, TensorSource
 from saewb.data.tokens import PASS_TOKENS, model_tokens
 from saewb.errors import explain
 from saewb.models.capture import Activations
@@ -320,6 +321,108 @@ def stream_activations(
     return ActivationStream(source, batch_tokens, buffer_tokens=buffer_tokens, seed=seed, prefetch=prefetch)
 
 
+def stream_pair(
+    models: Mapping[str, nn.Module],
+    tokens: Any,
+    hook: str | Mapping[str, str],
+    *,
+    skip_first: int = 1,
+    difference: bool = False,
+    batch_tokens: int = 4096,
+    buffer_tokens: int = 0,
+    seed: int = 0,
+    prefetch: int = 0,
+    ctx_len: int = 128,
+    pass_tokens: int = PASS_TOKENS,
+    skip_special_tokens: bool | Sequence[int] = True,
+    repeat: bool = False,
+    column: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ActivationStream:
+    """Stream the activations of several models on the same tokens, by the models' names: for crosscoders.
+
+    Row t of every model is the same token. For several points of one model: `stream_activations(model, tokens,
+    points)`. Activations are in each model's own units; training scales them to equal lengths (`normalization`).
+
+    Args:
+        models: by name, e.g. {"base": a, "chat": b}; their tokenizers must give the same ids for the texts.
+        tokens: as for `stream_activations`.
+        hook: name of the hook point; or one for each model, by its name.
+        skip_first: first positions of each row that are left out, where activations are enormous in many models.
+        difference: stream the second model's activations less the first's as the one point "difference", on which any
+            SAE can be trained.
+        batch_tokens: as for `stream_activations`, like all that follow.
+        buffer_tokens: see there.
+        seed: see there.
+        prefetch: see there.
+        ctx_len: see there.
+        pass_tokens: see there.
+        skip_special_tokens: see there.
+        repeat: see there.
+        column: see there.
+        device: see there.
+        dtype: see there.
+
+    Returns:
+        An iterator of Activations that can be saved and resumed.
+
+    Raises:
+        ValueError: for fewer than two models, or other than two for a difference; for tokenizers that give different
+            ids, before the activations of these rows; and as `stream_activations`.
+
+    Example:
+        >>> import saewb
+        >>> model, texts = saewb.load_model("tiny"), [d.text for d in saewb.tiny.held_out_texts()]
+        >>> stream = stream_pair({"a": model, "b": model}, texts, "blocks.2.hook_resid_post", batch_tokens=100)
+        >>> next(stream)
+        Activations(100 tokens: a 128, b 128)
+    """
+    names = list(models)
+    if len(names) < 2 or (difference and len(names) != 2):
+        what = f"stream_pair got {len(names)} models{' for a difference' if difference else ''}."
+        raise ValueError(
+            explain(what, want="two, by name", fix='saewb.stream_pair({"base": a, "chat": b}, texts, hook)')
+        )
+    hooks = dict.fromkeys(names, hook) if isinstance(hook, str) else dict(hook)
+    if set(hooks) != set(names):
+        what = f"stream_pair got hooks of {', '.join(hooks)} for models {', '.join(names)}."
+        raise ValueError(explain(what, want="one name, or one for each model"))
+    if skip_first < 0:
+        raise ValueError(explain(f"stream_pair got skip_first={skip_first}.", want="0 or more positions"))
+    sizes = {"ctx_len": ctx_len, "pass_tokens": pass_tokens, "repeat": repeat, "column": column}
+    rows = _same_rows(models, tokens, sizes)
+    skipped = sorted({id for model in models.values() for id in special_ids(model, skip_special_tokens)})
+    how = {"skipped": skipped, "device": device, "dtype": dtype, "difference": difference}
+    source = PairSource(models, rows, hooks, positions=slice(skip_first, None), **how)
+    return ActivationStream(source, batch_tokens, buffer_tokens=buffer_tokens, seed=seed, prefetch=prefetch)
+
+
+def _same_rows(models: Mapping[str, nn.Module], tokens: Any, sizes: Mapping[str, Any]) -> TokenStream | SameTokens:
+    """Rows for all models: of the first one's tokenizer where all are alike, else of each, to be compared."""
+    first, *others = models.values()
+    packed = isinstance(tokens, TokenStream) or token_matrix(tokens) is not None
+    mine = tokenizer_content(first)
+    if packed or all(mine == tokenizer_content(model) for model in others):
+        rows = model_tokens(first, tokens, **sizes)
+        for model in others:  # their vocabulary and context
+            model_tokens(model, rows.matrix if rows.matrix is not None else rows, **sizes)
+        return rows
+    if isinstance(tokens, Iterator):
+        what = f"the tokenizers of {', '.join(models)} differ, and an iterator can be read by one only."
+        raise ValueError(explain(what, want="texts that can be read twice, such as a list"))
+    return SameTokens({name: model_tokens(model, tokens, **sizes) for name, model in models.items()})
+
+
+def tokenizer_content(model: nn.Module) -> tuple[Any, ...]:
+    """What decides the ids that texts get: equal for two models whose tokenizers give the same."""
+    tokenizer = getattr(model, "tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if hasattr(backend, "to_str") else id(tokenizer)
+    bos = getattr(tokenizer, "bos_token_id", None), model.cfg.default_prepend_bos
+    return content, bos, getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "chat_template", None)
+
+
 def stream_widths(stream: ActivationStream) -> dict[str, int]:
     """Width of the activations at each point of a stream; no tokens are taken from it.
 
@@ -329,7 +432,7 @@ def stream_widths(stream: ActivationStream) -> dict[str, int]:
     Raises:
         ValueError: if the stream is empty.
     """
-    if isinstance(stream.source, ModelSource):
+    if isinstance(stream.source, (ModelSource, PairSource)):
         return stream.source.widths()
     first = stream.peek()
     if first is None and (first := next(stream, None)) is not None:

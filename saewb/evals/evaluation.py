@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,7 +27,7 @@ from saewb.evals.model_losses import (
     evaluate_at_hooks,
     evaluate_in_model,
 )
-from saewb.evals.result import Evaluation, EvaluationStore, LatentFigures, source_name
+from saewb.evals.result import Evaluation, EvaluationStore, LatentFigures, named_saes
 from saewb.fingerprint import rows_digest, sae_digest, tensors_digest
 from saewb.interventions.site import Site
 from saewb.kernels.threads import sleep_while_contended
@@ -40,6 +40,8 @@ from saewb.stats.firing import DEAD_BELOW, DENSE_ABOVE
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_BLOCK = 2**24  # cosines held at a time
 
 
 def evaluate(
@@ -55,6 +57,7 @@ def evaluate(
     dead_below: float = DEAD_BELOW,
     dense_above: float = DENSE_ABOVE,
     losses: bool = True,
+    core: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate an SAE by its reconstruction and by the losses of the model with it; CE recovered 1 is perfect.
@@ -93,6 +96,8 @@ def evaluate(
         dense_above: a latent is dense that fires on more than this fraction of tokens.
         losses: also run the whole model; if False it runs once, up to the hook, and the figures of its predictions
             (ce_..., kl_...) are nan.
+        core: also compare each latent's encoder column and decoder row with all others, as SAEBench's core evaluation
+            does: `d_sae^2 (d_in + d_out)` multiplications. `saewb.compare` has all of its figures then.
         progress: show a progress bar.
 
     Returns:
@@ -115,7 +120,7 @@ def evaluate(
         >>> result.n_tokens > 30, 0 < result.fvu < 1, result.ce_zero_ablated > result.ce_clean
         (True, True, True)
     """
-    options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses}
+    options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses, "core": core}
     with shared_call() as parallel:
         with parallel.raise_together():
             ids, special = token_rows(model, tokens, ctx_len), special_ids(model, skip_special_tokens)
@@ -138,6 +143,7 @@ def evaluate_many(
     dead_below: float = DEAD_BELOW,
     dense_above: float = DENSE_ABOVE,
     losses: bool = True,
+    core: bool = False,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Evaluate many SAEs on the same tokens, and tabulate the figures of `evaluate`, a row per SAE.
@@ -161,6 +167,7 @@ def evaluate_many(
         dead_below: as for `evaluate`.
         dense_above: as for `evaluate`.
         losses: as for `evaluate`.
+        core: as for `evaluate`.
         progress: show a progress bar.
 
     Returns:
@@ -182,8 +189,8 @@ def evaluate_many(
 
     if at_once < 1:
         raise ValueError(explain(f"evaluate_many got at_once={at_once}.", want="1 or more"))
-    named = _named(saes)
-    options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses}
+    named = named_saes(saes, "evaluate_many(model, {'first': sae_a, 'second': sae_b}, tokens)")
+    options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses, "core": core}
     with shared_call() as parallel:
         with parallel.raise_together():
             ids, special = token_rows(model, tokens, ctx_len), special_ids(model, skip_special_tokens)
@@ -244,6 +251,7 @@ def _evaluate(
     dead_below: float,
     dense_above: float,
     losses: bool,
+    core: bool,
 ) -> list[Evaluation]:
     """Evaluate SAEs at these sites, with shared passes over the model."""
     batches = Batches(ids, special, batch_size, next(model.parameters()).device)
@@ -257,7 +265,7 @@ def _evaluate(
             model_losses = evaluate_in_model(model, sites, means, batches, bar, parallel)
         n_predictions = batches.n_predictions if losses else 0
         return [
-            _evaluation(model, site, at_hook, in_model, n_predictions, dead_below, dense_above)
+            _evaluation(model, site, at_hook, in_model, n_predictions, dead_below, dense_above, core)
             for site, at_hook, in_model in zip(sites, metrics, model_losses, strict=True)
         ]
 
@@ -270,14 +278,18 @@ def _evaluation(
     n_predictions: int,
     dead_below: float,
     dense_above: float,
+    core: bool,
 ) -> Evaluation:
     firing = metrics.firing.result(dead_below, dense_above)
     latents = ("density", "mean_activation", "max_activation", "consistent_activation")
     ce, kl = losses.ce_with_sae, losses.kl
+    weights = _weight_figures(site.sae, core)
     return Evaluation(
         **asdict(metrics.reconstruction.result()),
         **{name: getattr(firing, name) for name in ("l0", "l1", "dead_frac", "ultra_low_frac", "dense_frac")},
         **asdict(losses),
+        **_frequent(firing.density),
+        **{f"mean_{name}": _mean_or_none(weights[name]) for name in ("max_encoder_cosine", "max_decoder_cosine")},
         ce_recovered_zero=_recovered(losses.ce_zero_ablated, ce, losses.ce_clean),
         ce_recovered_mean=_recovered(losses.ce_mean_ablated, ce, losses.ce_clean),
         kl_recovered_zero=_recovered(losses.kl_zero_ablated, kl, 0.0),
@@ -289,16 +301,53 @@ def _evaluation(
         hook_out=site.hook_name_out,
         model=str(model.cfg.model_name),
         sae=repr(site.sae),
-        latents=LatentFigures(**{name: getattr(firing, name).cpu() for name in latents}, **_weight_figures(site.sae)),
+        latents=LatentFigures(**{name: getattr(firing, name).cpu() for name in latents}, **weights),
     )
 
 
-def _weight_figures(sae: nn.Module) -> dict[str, Tensor]:
+def _mean_or_none(figure: Tensor) -> float | None:
+    mean = float(figure.mean())
+    return None if math.isnan(mean) else mean
+
+
+def _frequent(density: Tensor) -> dict[str, float]:
+    """Share of latents above a density, and of the firings that are theirs; 0 if none fires."""
+    figures, total = {}, float(density.sum())
+    for name, above in (("1_percent", density > 0.01), ("10_percent", density > 0.1)):
+        figures[f"over_{name}_frac"] = float(float64(above).mean())
+        figures[f"over_{name}_share"] = float(density[above].sum()) / total if total else 0.0
+    return figures
+
+
+def max_cosines(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Largest cosine of each row with another one; nan for a single row. 64 MiB at a time.
+
+    Example:
+        >>> max_cosines(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])).round(decimals=3).tolist()
+        [0.707, 0.707, 0.707]
+    """
+    unit, n = nn.functional.normalize(rows, dim=1), len(rows)
+    if n < 2:
+        return torch.full((n,), math.nan)
+    parts, step = [], max(1, _BLOCK // n)
+    for start in range(0, n, step):
+        block = unit[start : start + step] @ unit.T
+        block[torch.arange(len(block)), torch.arange(start, start + len(block))] = -torch.inf
+        parts.append(block.amax(1))
+    return torch.cat(parts)
+
+
+def _weight_figures(sae: nn.Module, core: bool) -> dict[str, Tensor]:
     """Figures per latent that need no activations; nan where the architecture does not define them."""
     W_dec = float64(sae.W_dec.detach())
     none = torch.full((sae.cfg.d_sae,), math.nan, dtype=torch.float64)
     figures = dict.fromkeys(("encoder_norm", "encoder_bias", "encoder_decoder_cosine"), none)
     figures["decoder_norm"] = W_dec.norm(dim=1).cpu()
+    figures |= dict.fromkeys(("max_encoder_cosine", "max_decoder_cosine"), none)
+    if core:
+        figures["max_decoder_cosine"] = float64(max_cosines(sae.W_dec.detach().float())).cpu()
+        if isinstance(sae, SAE):
+            figures["max_encoder_cosine"] = float64(max_cosines(sae.W_enc.detach().T.float())).cpu()
     if isinstance(sae, SAE):
         W_enc = float64(sae.W_enc.detach()).T
         figures |= {"encoder_norm": W_enc.norm(dim=1).cpu(), "encoder_bias": float64(sae.b_enc.detach()).cpu()}
@@ -312,22 +361,6 @@ def _recovered(ablated: float, spliced: float, clean: float) -> float:
 
 
 # -- many ------------------------------------------------------------------------------------------------------------
-
-
-def _named(saes: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(saes, Mapping):
-        named = dict(saes)
-    else:
-        named = {}
-        for i, sae in enumerate([saes] if isinstance(saes, (str, nn.Module)) else saes):
-            name = f"{i}: {sae!r}" if isinstance(sae, nn.Module) else source_name(sae)
-            if name in named:
-                fix = "evaluate_many(model, {'first': sae_a, 'second': sae_b}, tokens)"
-                raise ValueError(explain(f"evaluate_many got {name!r} twice.", fix=fix))
-            named[name] = sae
-    if not named:
-        raise ValueError(explain("evaluate_many got no SAE.", fix="evaluate_many(model, [sae], tokens)"))
-    return named
 
 
 def _load(sae: Any) -> nn.Module:

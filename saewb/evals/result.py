@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 def _figure(unit: str, meaning: str) -> Any:
     return field(metadata={"unit": unit, "meaning": meaning})
+
+
+def _of_nearest(of: str) -> dict[str, str]:
+    return {"unit": "-1..1", "meaning": f"mean over latents of the largest cosine with another's, of {of}"}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -47,6 +52,10 @@ class LatentFigures:
     """Cosine of W_enc[:, i] and W_dec[i]; nan for transcoders."""
     decoder_norm: Float[Tensor, " d_sae"]
     """||W_dec[i]||"""
+    max_encoder_cosine: Float[Tensor, " d_sae"]
+    """Largest cosine of W_enc[:, i] with that of another latent; nan unless evaluated with `core=True`."""
+    max_decoder_cosine: Float[Tensor, " d_sae"]
+    """Largest cosine of W_dec[i] with that of another latent; likewise."""
 
     def to_frame(self) -> pd.DataFrame:
         """A row per latent, a column per figure."""
@@ -99,6 +108,10 @@ class Evaluation:
     dead_frac: float = _figure("fraction", "latents that fire on fewer than `dead_below` of tokens")
     ultra_low_frac: float = _figure("fraction", "latents that are not dead and fire on fewer than 1e-5 of tokens")
     dense_frac: float = _figure("fraction", "latents that fire on more than `dense_above` of tokens")
+    over_1_percent_frac: float = _figure("fraction", "latents that fire on more than 1 % of tokens")
+    over_10_percent_frac: float = _figure("fraction", "latents that fire on more than 10 % of tokens")
+    over_1_percent_share: float = _figure("fraction", "of all firings, those of latents that fire on more than 1 %")
+    over_10_percent_share: float = _figure("fraction", "of all firings, those of latents that fire on more than 10 %")
     n_tokens: int = _figure("tokens", "that the SAE was used on")
     n_predictions: int = _figure("tokens", "whose prediction the losses are about")
     dead_below: float = _figure("fraction", "of tokens")
@@ -107,6 +120,8 @@ class Evaluation:
     hook_out: str = _figure("", "where it writes")
     model: str = _figure("", "name of the language model")
     sae: str = _figure("", "what was evaluated")
+    mean_max_encoder_cosine: float | None = field(default=None, metadata=_of_nearest("encoder columns"))
+    mean_max_decoder_cosine: float | None = field(default=None, metadata=_of_nearest("decoder rows"))
     latents: LatentFigures = field(repr=False, compare=False, metadata={"unit": "", "meaning": "figures per latent"})
 
     @property
@@ -115,8 +130,9 @@ class Evaluation:
         return 1 - self.dead_frac
 
     def figures(self) -> dict[str, Any]:
-        """All fields but `latents`, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
+        """All fields but `latents`, by name; those that only `core=True` measures, where it did."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_frame(self) -> pd.DataFrame:
         """One row, a column for each figure. For many SAEs: `saewb.evaluate_many`."""
@@ -143,6 +159,7 @@ class Evaluation:
         figures = [f for f in fields(self) if f.metadata["unit"]]
         if self.n_predictions == 0:  # evaluated without losses
             figures = [f for f in figures if not f.name.startswith(("ce_", "kl", "n_predictions"))]
+        figures = [f for f in figures if getattr(self, f.name) is not None]
         return [(f.name, _format(getattr(self, f.name)), f.metadata["unit"], f.metadata["meaning"]) for f in figures]
 
 
@@ -224,3 +241,27 @@ def _number(value: float | str | None) -> float:
 def source_name(source: Any) -> str:
     """Name of a source that `load_sae` takes."""
     return "/".join(map(str, source)) if isinstance(source, tuple) else str(source)
+
+
+def named_saes(saes: Any, fix: str) -> dict[str, Any]:
+    """SAEs by name: one, several or a mapping of them; of sources for `load_sae` likewise.
+
+    Args:
+        saes: an SAE or source, a sequence of them, or a mapping.
+        fix: a call with two SAEs by name, for the error message.
+
+    Raises:
+        ValueError: if two have one name, or there is none.
+    """
+    if isinstance(saes, Mapping):
+        named = dict(saes)
+    else:
+        named = {}
+        for i, sae in enumerate([saes] if isinstance(saes, (str, nn.Module)) else saes):
+            name = f"{i}: {sae!r}" if isinstance(sae, nn.Module) else source_name(sae)
+            if name in named:
+                raise ValueError(explain(f"got {name!r} twice.", want="SAEs of different names", fix=fix))
+            named[name] = sae
+    if not named:
+        raise ValueError(explain("got no SAE.", want="one or more", fix=fix))
+    return named

@@ -72,6 +72,32 @@ def auc(probability: Sequence[float], is_true: Sequence[bool]) -> float:
     return float((rank[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 
 
+def area_figures(scores: Sequence[float], is_true: Sequence[bool]) -> dict[str, Any]:
+    """Figures of an area under the ROC curve, with its 95 % interval by Hanley and McNeil; nan without both kinds.
+
+        se^2 = (A (1 - A) + (n_1 - 1) (Q_1 - A^2) + (n_0 - 1) (Q_0 - A^2)) / (n_1 n_0),  Q_1 = A / (2 - A),
+        Q_0 = 2 A^2 / (1 + A)
+
+    References:
+        Hanley and McNeil (1982), "The meaning and use of the area under a receiver operating characteristic curve".
+    """
+    value, n_true = auc(scores, is_true), sum(map(bool, is_true))
+    n_false, half = len(is_true) - n_true, math.nan
+    if n_true and n_false:
+        more, less = value / (2 - value) - value**2, 2 * value**2 / (1 + value) - value**2
+        square = value * (1 - value) + (n_true - 1) * more + (n_false - 1) * less
+        half = _Z * math.sqrt(max(0.0, square) / (n_true * n_false))
+    low, high = max(0.0, value - half), min(1.0, value + half)
+    low, high = (math.nan, math.nan) if math.isnan(half) else (low, high)
+    return {"value": value, "low": low, "high": high, "auc": value, "n": len(is_true)}
+
+
+def share_figures(n_right: int, n: int, chance: float) -> dict[str, Any]:
+    """Figures of a share of right answers, with Wilson's interval, and what chance gives; nan for none."""
+    low, high = wilson(n_right, n)
+    return {"value": n_right / n if n else math.nan, "low": low, "high": high, "n": n, "chance": chance}
+
+
 def correlation_figures(
     true: Sequence[Sequence[float]], predicted: Sequence[Sequence[float]], seed: int
 ) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class Request:
     """Tokens of the answer, at most."""
     logprobs: bool = False
     """Whether log probabilities of the answer's tokens are wanted."""
+    embeds: bool = False
+    """Whether a vector of each message is wanted, and no answer."""
 
     @property
     def prompt(self) -> str:
@@ -85,6 +87,8 @@ class Answer:
     """Its tokens with log probabilities; empty if the judge gives none."""
     n_tokens: int = 0
     """Tokens read and written, as the judge counts them; 0 if it does not say, or if the answer was cached."""
+    vectors: tuple[tuple[float, ...], ...] = ()
+    """Embedding of each message, for a request that wants them."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,11 @@ class Judge(abc.ABC):
     def _identity(self) -> Mapping[str, Any]:
         """What the answer depends on besides the request, as plain values."""
         return {"name": self.name}
+
+    @property
+    def can_embed(self) -> bool:
+        """Whether it answers requests for embeddings."""
+        return False
 
     def count_tokens(self, request: Request) -> int:
         """Tokens of a request, estimated from its length in bytes; rather too many.
@@ -209,6 +218,7 @@ class Judge(abc.ABC):
         if (file := self._cache_file(request)) is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             values = {"text": answer.text, "tokens": [[token.text, token.top] for token in answer.tokens]}
+            values |= {"vectors": answer.vectors} if answer.vectors else {}
             write_text(file, json.dumps(values, ensure_ascii=True))
         return answer
 
@@ -225,7 +235,8 @@ class Judge(abc.ABC):
             return None
         try:
             values = read_json(file)
-            return Answer(_text(values["text"]), tuple(_token(text, top) for text, top in values["tokens"]))
+            tokens = tuple(_token(text, top) for text, top in values["tokens"])
+            return Answer(_text(values["text"]), tokens, vectors=_vectors(values.get("vectors", [])))
         except (FormatError, KeyError, TypeError, ValueError):
             return None
 
@@ -238,6 +249,13 @@ def _text(value: Any) -> str:
 
 def _token(text: Any, top: Any) -> AnswerToken:
     return AnswerToken(_text(text), tuple((_text(other), float(logprob)) for other, logprob in top))
+
+
+def _vectors(values: Any) -> tuple[tuple[float, ...], ...]:
+    vectors = tuple(tuple(map(float, vector)) for vector in values)
+    if len(set(map(len, vectors))) > 1:
+        raise ValueError("vectors of different lengths")
+    return vectors
 
 
 def _default_cache(cache: str | Path | bool) -> Path | None:
@@ -255,6 +273,7 @@ class Chat(Judge):
         model: name of the model, as the endpoint knows it.
         key_env: name of the environment variable that holds the key; None sends none. The key itself is read for each
             request, and is in no attribute, file or message.
+        embedding_model: name of the endpoint's model for embeddings, for the score "embedding"; None for none.
         n_parallel: requests at a time.
         seed: sent with each request.
         timeout: seconds for each request.
@@ -279,6 +298,7 @@ class Chat(Judge):
         model: str,
         key_env: str | None = None,
         *,
+        embedding_model: str | None = None,
         n_parallel: int = 8,
         seed: int = 0,
         timeout: float = 120.0,
@@ -298,23 +318,44 @@ class Chat(Judge):
         super().__init__(model, n_parallel, _default_cache(cache))
         self.base_url, self.model, self.key_env = base_url.rstrip("/"), model, key_env
         self.seed, self.timeout, self.tries, self.options = seed, timeout, tries, dict(options)
+        self.embedding_model = embedding_model
 
     def __repr__(self) -> str:
         key = "" if self.key_env is None else f", key_env={self.key_env!r}"
         return f"Chat({self.base_url!r}, model={self.model!r}{key})"
 
     def _identity(self) -> Mapping[str, Any]:
-        return {"url": self.base_url, "model": self.model, "seed": self.seed, "options": self.options}
+        values = {"url": self.base_url, "model": self.model, "seed": self.seed, "options": self.options}
+        return values | {"embedding_model": self.embedding_model}
+
+    @property
+    def can_embed(self) -> bool:
+        """Whether it has an `embedding_model`."""
+        return self.embedding_model is not None
 
     def _complete(self, request: Request, stop: threading.Event) -> Answer:
+        if request.embeds:
+            texts = [text for _, text in request.messages]
+            body = {"model": self.embedding_model, "input": texts}
+            return self._try("/embeddings", body, lambda values: _parse_vectors(values, len(texts)), stop)
         messages = [{"role": role, "content": text} for role, text in request.messages]
         body: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": 0}
         body |= {"max_tokens": request.max_tokens, "seed": self.seed}
         body |= {"logprobs": True, "top_logprobs": N_TOP} if request.logprobs else {}
         body = {name: value for name, value in (body | self.options).items() if value is not None}
+        return self._try("/chat/completions", body, _parse_answer, stop)
+
+    def _try(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        parse: Callable[[Mapping[str, Any]], Answer],
+        stop: threading.Event,
+    ) -> Answer:
+        """Send a request until it is answered, `tries` times at most."""
         for attempt in range(self.tries):
             try:
-                return _parse_answer(self._post("/chat/completions", body))
+                return parse(self._post(path, body))
             except HTTPRefusal as error:
                 if _is_filtered(error):
                     return Answer("")
@@ -361,6 +402,24 @@ def _parse_answer(values: Mapping[str, Any]) -> Answer:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         what = f"the endpoint's answer is none of OpenAI's chat interface ({type(error).__name__}: {error})."
         raise FormatError(explain(what, want='{"choices": [{"message": {"content": "..."}}]}')) from error
+
+
+def _parse_vectors(values: Mapping[str, Any], n: int) -> Answer:
+    """Embeddings of OpenAI's interface, in the order of the texts.
+
+    Raises:
+        FormatError: if they are none, or not `n`.
+    """
+    try:
+        rows = sorted(values["data"], key=lambda row: row["index"])
+        vectors = _vectors(row["embedding"] for row in rows)
+        if [row["index"] for row in rows] != list(range(n)):
+            raise ValueError(f"{len(rows)} of {n}")
+        n_tokens = (values.get("usage") or {}).get("total_tokens")
+        return Answer("", (), n_tokens if type(n_tokens) is int else 0, vectors)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        what = f"the endpoint's answer has no embeddings of OpenAI's interface ({type(error).__name__}: {error})."
+        raise FormatError(explain(what, want='{"data": [{"index": 0, "embedding": [...]}]}')) from error
 
 
 class LocalChat(Judge):
@@ -454,6 +513,7 @@ class Scripted(Judge):
 
     Args:
         answer: gets a Request and returns the text of the answer, or an Answer.
+        embed: gets texts and returns a vector of each; None embeds none.
         name: of the judge in records.
         n_parallel: requests at a time.
         cache: folder of the answers; None caches none.
@@ -469,15 +529,23 @@ class Scripted(Judge):
         answer: Callable[[Request], str | Answer],
         name: str = "scripted",
         *,
+        embed: Callable[[Sequence[str]], Sequence[Sequence[float]]] | None = None,
         n_parallel: int = 1,
         cache: str | Path | None = None,
     ) -> None:
         super().__init__(name, n_parallel, cache)
-        self._function = answer
+        self._function, self._embed = answer, embed
 
     def __repr__(self) -> str:
         return f"Scripted({self.name!r})"
 
+    @property
+    def can_embed(self) -> bool:
+        """Whether it has a function `embed`."""
+        return self._embed is not None
+
     def _complete(self, request: Request, stop: threading.Event) -> Answer:
+        if request.embeds and self._embed is not None:
+            return Answer("", vectors=_vectors(self._embed([text for _, text in request.messages])))
         answer = self._function(request)
         return answer if isinstance(answer, Answer) else Answer(_text(answer))

@@ -18,16 +18,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from saewb import errors
 from saewb.data.tokens import token_rows
 from saewb.explanations.explaining import announce, check_index
-from saewb.explanations.figures import auc, classification_figures, correlation_figures, plain, wilson
+from saewb.explanations.figures import (
+    area_figures,
+    auc,
+    classification_figures,
+    correlation_figures,
+    plain,
+    share_figures,
+)
 from saewb.explanations.instructions import (
     classification_request,
+    embedding_request,
     intruder_request,
+    listing_request,
+    output_request,
+    read_choice,
     read_numbers,
     simulation_request,
 )
@@ -47,8 +59,12 @@ from saewb.features.labels import Explanation, ExplanationFile, Explanations
 from saewb.features.latent import Context
 
 SCORES = ("detection", "detection_hard", "fuzz", "fuzz_inactive", "intruder", "simulation")
+SCORES += ("saebench", "output", "embedding")
 _N_INTRUDED = 4  # active windows around an intruder
 _N_SIMULATED = 5  # windows of each kind that are simulated
+_N_LISTED = 2, 2, 10  # windows of "saebench": the strongest, others by their activation, inactive ones
+_N_OUTPUTS = 5  # requests of "output" for each explanation
+_N_SETS = 3  # sets of tokens in each
 _N_DECILES = 10
 
 
@@ -112,7 +128,15 @@ def score(
     fuzz_inactive  the same, wrong marks being in inactive texts       the same
     intruder       which of five texts is not active? no explanation   accuracy; chance is .2
     simulation     the activation, 0 to 10, on each token              Pearson correlation over all tokens
+    saebench       in which of 14 texts is it active? 4 are active     share of texts that are right
+    output         which of three sets of tokens does it make likelier accuracy; chance is 1/3
+    embedding      none: cosine of explanation and text                area under the ROC curve, active or not
     ============== =================================================== ===========================================
+
+    "saebench" has the 2 strongest of the active windows, 2 others drawn by their activation and 10 inactive ones: to
+    call none active is right for 10 of 14, its `chance`. "output" needs no text, but the logit effects of the index:
+    the tokens that the latent makes likelier, among those of two other latents, 5 times. "embedding" needs a judge with
+    embeddings, `saewb.Chat(..., embedding_model=)`, and no answers.
 
     With log probabilities detection and fuzz have an `auc`, and simulation uses expected values. Detection favors
     broad explanations and fuzz narrow ones: look at both. `control` is the same score with the explanation of another
@@ -147,14 +171,17 @@ def score(
         the active windows by activation, how many of how many were called active.
 
     Raises:
-        ValueError: for an unknown score; if only some of model, sae and texts are given; without them, if the index
+        ValueError: for an unknown score, "output" for an index without logit effects, "embedding" by a judge without
+            embeddings; if only some of model, sae and texts are given; without them, if the index
             does not know every activation; for explanations of another index; for a budget that is too small.
         ConnectionError: if the endpoint refuses or cannot be reached. What is scored so far is in `file`.
         RuntimeError: if `budget_tokens` are used up.
 
     References:
         Paulo et al. (2024), arXiv:2410.13928 (detection, fuzzing, intruder); Bills et al. (2023), "Language models can
-        explain neurons in language models" (simulation).
+        explain neurons in language models" (simulation); Karvonen et al. (2025), "SAEBench" (arXiv:2503.09532);
+        Gur-Arieh et al. (2025), "Enhancing Automated Interpretability with Output-Centric Feature Descriptions"
+        (arXiv:2501.08319) (output).
 
     Example:
         >>> import saewb
@@ -167,12 +194,13 @@ def score(
         [[748.0, 0.5, 0.5], [619.0, 0.5, 0.5]]
     """
     by = _check(by, {"n_active": n_active, "n_inactive": n_inactive, "window": window, "per_request": per_request})
+    _check_able(by, index, judge)
     sha = index_sha(index)
     check_index(explanations, sha, index)
     record_file = None if file is None else ExplanationFile(file)
     ids = _held_out(index, model, sae, texts)
-    text = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    setup = _setup_sha(sha, judge.name, control, text, n_active, n_inactive, window, per_request, logprobs, seed)
+    text_sha = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    setup = _setup_sha(sha, judge.name, control, text_sha, n_active, n_inactive, window, per_request, logprobs, seed)
     named = [record for record in explanations if record.text]
     for record in named:
         index.label(record.latent)  # raises for a latent that does not exist
@@ -182,16 +210,20 @@ def score(
     if todo:
         latents = list(dict.fromkeys(scored[n].latent for n in todo))
         how: dict[str, Any] = {"window": window, "batch_size": batch_size, "seed": seed, "progress": progress}
-        source = IndexWindows(index, seed) if ids is None else TextWindows(index, latents, model, sae, ids, **how)
+        source = None if set(by) <= {"output"} else _source(index, latents, model, sae, ids, **how)
         others = _deranged(scored, rng_of(seed, "control")) if control else {}
         for n in todo:
             record = scored[n]
-            windows = source.windows(record.latent, record.rows, n_active, n_inactive)
+            windows = source and source.windows(record.latent, record.rows, n_active, n_inactive)
             for name in by:
                 for is_control in (False, True)[: 1 + (n in others and name != "intruder")]:
                     text = scored[others[n]].text if is_control else record.text
                     rng = rng_of(seed, name, record.latent)  # the same texts in the same order
-                    trials[n, name, is_control] = _TRIALS[name](text, windows, rng, per_request, logprobs)
+                    trials[n, name, is_control] = (
+                        _output(text, index, record.latent, rng)
+                        if name == "output"
+                        else _TRIALS[name](text, windows, rng, per_request, logprobs)
+                    )
     requests = [request for trial in trials.values() for request in trial.requests]
     if announce(judge, requests, "score", budget_tokens, dry_run, progress):
         return explanations
@@ -236,6 +268,23 @@ def _check(by: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, ...]:
         if type(size) is not int or size < 1:
             raise ValueError(errors.explain(f"score got {name}={size!r}.", want="a number of 1 or more"))
     return by
+
+
+def _check_able(by: Sequence[str], index: FeatureIndex, judge: Judge) -> None:
+    if "output" in by and ("logits.top" not in index.tensors or len(index) < _N_SETS):
+        what = f'"output" needs the logit effects of {_N_SETS} latents or more, which {index!r} does not have.'
+        raise ValueError(errors.explain(what, want="another score, or an index of an SAE on the residual stream"))
+    if "embedding" in by and not judge.can_embed:
+        fix = 'saewb.Chat(..., embedding_model="...")'
+        raise ValueError(errors.explain(f'"embedding" needs embeddings, and {judge!r} has none.', fix=fix))
+
+
+def _source(
+    index: FeatureIndex, latents: Sequence[int], model: Any, sae: Any, ids: Tensor | None, *, seed: int, **how: Any
+) -> IndexWindows | TextWindows:
+    if ids is None:
+        return IndexWindows(index, seed)
+    return TextWindows(index, latents, model, sae, ids, seed=seed, **how)
 
 
 def _setup_sha(*setup: Any) -> str:
@@ -386,10 +435,7 @@ def _intruder(text: str, windows: ScoringWindows, rng: random.Random, per_reques
         read = [read_numbers(answer.text, 1, 1, _N_INTRUDED + 1) for answer in answers]
         pairs = [(got[0], place) for got, (_, place) in zip(read, groups, strict=True) if got is not None]
         right, n = sum(got == place for got, place in pairs), len(pairs)
-        low, high = wilson(right, n)
-        value = right / n if n else math.nan
-        chance = 1 / (_N_INTRUDED + 1)
-        return {"value": value, "low": low, "high": high, "n": n, "unanswered": len(read) - n, "chance": chance}
+        return share_figures(right, n, 1 / (_N_INTRUDED + 1)) | {"unanswered": len(read) - n}
 
     return Trial(tuple(intruder_request(shown) for shown, _ in groups), figures)
 
@@ -415,6 +461,66 @@ def _simulation(text: str, windows: ScoringWindows, rng: random.Random, per_requ
     return Trial(tuple(simulation_request(text, c.tokens, logprobs) for c in shown), figures)
 
 
+def _saebench(text: str, windows: ScoringWindows, rng: random.Random, per_request: int, logprobs: bool) -> Trial:
+    """The strongest windows, others drawn by their activation, and inactive ones, in one request."""
+    n_top, n_drawn, n_inactive = _N_LISTED
+    rest, active = list(windows.active[:-n_top]), list(windows.active[-n_top:])
+    for _ in range(min(n_drawn, len(rest))):
+        (j,) = rng.choices(range(len(rest)), [abs(context.value) for context in rest])
+        active.append(rest.pop(j))
+    inactive = windows.inactive[:n_inactive]
+    items = [*((c, True) for c in active), *((c, False) for c in inactive)] if active and inactive else []
+    rng.shuffle(items)
+    requests = (listing_request(text, [plain_text(c.tokens) for c, _ in items]),) if items else ()
+
+    def figures(answers: Sequence[Answer]) -> dict[str, Any]:
+        read = [read_choice(answer.text, len(items)) for answer in answers]
+        called = next((set(numbers) for numbers in read if numbers is not None), None)
+        right = 0 if called is None else sum((n in called) == is_true for n, (_, is_true) in enumerate(items, 1))
+        n = 0 if called is None else len(items)
+        chance = len(inactive) / len(items) if items else math.nan
+        return share_figures(right, n, chance) | {"unanswered": len(items) - n}
+
+    return Trial(requests, figures)
+
+
+def _output(text: str, index: FeatureIndex, latent: int, rng: random.Random) -> Trial:
+    """The tokens that a latent makes likelier, among those of other latents."""
+    requests, places = [], []
+    for _ in range(_N_OUTPUTS):
+        others = rng.sample([i for i in range(len(index)) if i != latent], _N_SETS - 1)
+        place = rng.randrange(_N_SETS)
+        shown = [*others[:place], latent, *others[place:]]
+        sets = [[logit.token for logit in index.latent(i).logits_top] for i in shown]
+        requests.append(output_request(text, sets))
+        places.append(place + 1)
+
+    def figures(answers: Sequence[Answer]) -> dict[str, Any]:
+        read = [read_numbers(answer.text, 1, 1, _N_SETS) for answer in answers]
+        pairs = [(got[0], place) for got, place in zip(read, places, strict=True) if got is not None]
+        right, n = sum(got == place for got, place in pairs), len(pairs)
+        return share_figures(right, n, 1 / _N_SETS) | {"unanswered": len(read) - n}
+
+    return Trial(tuple(requests), figures)
+
+
+def _embedding(text: str, windows: ScoringWindows, rng: random.Random, per_request: int, logprobs: bool) -> Trial:
+    """All windows, and how near their vectors are to that of the explanation."""
+    shown = [*windows.active, *windows.inactive]
+    is_active = [True] * len(windows.active) + [False] * len(windows.inactive)
+    requests = (embedding_request(text, [plain_text(c.tokens) for c in shown]),) if shown else ()
+
+    def figures(answers: Sequence[Answer]) -> dict[str, Any]:
+        vectors = next((np.asarray(a.vectors, dtype=float) for a in answers if len(a.vectors) == len(shown) + 1), None)
+        if vectors is None:
+            return area_figures([], []) | {"unanswered": len(shown)}
+        norms = np.linalg.norm(vectors, axis=1)
+        cosines = vectors[1:] @ vectors[0] / np.maximum(norms[1:] * norms[0], 1e-30)
+        return area_figures(cosines.tolist(), is_active) | {"unanswered": 0}
+
+    return Trial(requests, figures)
+
+
 _TRIALS: dict[str, Callable[..., Trial]] = {
     "detection": _detection("inactive"),
     "detection_hard": _detection("hard"),
@@ -422,6 +528,8 @@ _TRIALS: dict[str, Callable[..., Trial]] = {
     "fuzz_inactive": _fuzz_inactive,
     "intruder": _intruder,
     "simulation": _simulation,
+    "saebench": _saebench,
+    "embedding": _embedding,
 }
 
 

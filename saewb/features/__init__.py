@@ -4,7 +4,7 @@
     index.latent(748); index.table(); index.search("physicist"); index.save_html("features.html")
 
 - Building: `build` runs the model, `accumulate` collects contexts (`top_contexts`), counts and coactivation;
-  `logit_effects` and `neighbors` need only the weights.
+  `logit_effects` and `neighbors` need only the weights, `jacobian_lens` the model's gradients on some text.
 - Reading: `index` is the public face of `latent` (one latent), `ranking` (the table), `search`, `html` (the page).
 - On disk: `storage`, with `config` (sizes and source) and `token_texts`.
 - Further analyses: `neuronpedia`, `enrichment` of `token_sets`, `correlation`.

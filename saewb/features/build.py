@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import reprlib
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ from saewb.features import storage
 from saewb.features.accumulate import LatentAccumulator, TokenRows
 from saewb.features.config import PARTS, IndexInfo
 from saewb.features.index import FeatureIndex, load_index
+from saewb.features.jacobian_lens import JacobianLens, fit_jacobian_lens
 from saewb.features.logit_effects import logit_effects, loss_effects, project_to_residual
 from saewb.features.neighbors import nearest
 from saewb.features.token_texts import TokenTexts, collect_token_texts
@@ -46,6 +48,8 @@ from saewb.models.tokenizer import special_ids, special_mask
 from saewb.models.unembed import unembedding
 from saewb.sae.base import SparseEncoder
 from saewb.sae.sae import SAE
+
+_LENS_ROWS = 16  # that logits="jacobian" fits a lens on
 
 
 @overload
@@ -66,6 +70,7 @@ def build_index(
     n_quantiles: int = 5,
     per_quantile: int = 4,
     n_logits: int = 10,
+    logits: str | JacobianLens = "direct",
     n_nearest: int = 8,
     coactive_tokens: int = 2**16,
     loss_effect_tokens: int = 0,
@@ -90,8 +95,9 @@ def build_index(
     (`saewb.kernels.select`: CPUs with instructions for it), the pass holds `ApproximateTopK.max_bytes(d_in, d_sae)`
     too, one and a half times W_enc and 72 MiB. Then logit effects and neighbors take
     `saewb.features.logit_effects.weights_bytes(d_sae, d_model, d_vocab)`: the unembedding or one matrix of the SAE once
-    more, and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. The result is the same for any
-    `batch_size` and any number of interruptions, up to rounding of the model's activations.
+    more, and 64 MiB of products; no `[d_sae, d_vocab]` or `[d_sae, d_sae]` at a time. A lens adds the decoder once
+    more. The result is the same for any `batch_size` and any number of interruptions, up to rounding of the model's
+    activations.
 
     Each top context of a latent is around its strongest token in a row of text; equal windows count once. Its sampled
     contexts are drawn uniformly from its active tokens, sorted by activation and split into groups of equal size: the
@@ -116,6 +122,10 @@ def build_index(
         n_quantiles: groups of sampled contexts.
         per_quantile: contexts in each group.
         n_logits: tokens at each end of the logit effects; 0 leaves them out.
+        logits: "direct" for the words of the decoder directions themselves; a Jacobian lens, from
+            `saewb.fit_jacobian_lens` or `saewb.JacobianLens.load`, for those through later layers beside them, which
+            say more of early layers; "jacobian" fits one on the first 16 rows of `tokens` before the pass (Ctrl-C then:
+            on fewer). The lens must have the hook points that the SAEs write.
         n_nearest: latents nearest by decoder and by encoder; 0 leaves them out.
         coactive_tokens: size of the uniform sample of tokens, of whose active latents (the 128 strongest) coactivation
             is counted; all tokens, if there are no more.
@@ -145,7 +155,7 @@ def build_index(
             as `saewb.attach`; if `folder` has an index of other text or settings, or `extend` is of another SAE, model
             or row length, or either of saewb 0.1.0; if an SAE is attached where one reads or writes, or the model is
             steered.
-        TypeError: if `tokens` are not integers.
+        TypeError: if `tokens` are not integers, or `logits` is neither.
         FloatingPointError: if the model's activations are not finite; what was read before is in `folder`.
 
     Example:
@@ -177,6 +187,8 @@ def build_index(
             sizes = (text.ids.shape[1], n_top, n_quantiles, per_quantile, before, after, coactive_tokens)
             sites = [Site.of(model, s, hook) for s in saes]
             check_unmodified(model, [point for site in sites for point in site.points])
+            # Process 0 alone computes what follows from weights.
+            lens = _lens(model, logits, sites, text, special, progress) if n_logits and parallel.is_main else None
             of_model = model_digest(model)
             infos = [_index_info(model, site, sizes, seed, special, neuronpedia, of_model) for site in sites]
         from_weights = (n_logits, n_nearest, loss_effect_tokens)
@@ -189,7 +201,7 @@ def build_index(
                 builds = [_Build.start(*parts) for parts in zip(sites, infos, folders, strict=True)]
         _share_rows(builds, parallel)
         _run(model, builds, text, batch_size, progress, save_every_s, parallel)
-        indexes = [_finish(model, b, text, *from_weights, parallel) for b in builds]
+        indexes = [_finish(model, b, text, *from_weights, lens, parallel) for b in builds]
     return indexes if several else indexes[0]
 
 
@@ -526,6 +538,34 @@ def _checkpoint(builds: list[_Build], text: TokenRows, parallel: ParallelContext
                 storage.write_index(build.folder, replace(build.info, n_planned=len(text)), tensors, TokenTexts())
 
 
+def _lens(
+    model: nn.Module,
+    logits: str | JacobianLens,
+    sites: Sequence[Site],
+    text: TokenRows,
+    special: Sequence[int],
+    progress: bool,
+) -> JacobianLens | None:
+    """The lens for the words of these SAEs; None for "direct"."""
+    if isinstance(logits, str) and logits == "direct":
+        return None
+    if isinstance(logits, str) and logits == "jacobian":
+        hooks = list(dict.fromkeys(site.hook_name_out for site in sites))
+        skipped = min(16, text.ids.shape[1] // 4)  # of short rows not all
+        how = {"n_prompts": _LENS_ROWS, "skip_first": skipped, "skip_special_tokens": special, "progress": progress}
+        return fit_jacobian_lens(model, text.ids, hooks, **how)
+    if not isinstance(logits, JacobianLens):
+        what = f"build_index got logits={reprlib.repr(logits)}."
+        fix = "logits=saewb.fit_jacobian_lens(model, texts, sae.cfg.hook)"
+        raise TypeError(explain(what, want='"direct", "jacobian" or a JacobianLens', fix=fix))
+    logits.check_model(model)
+    for site in sites:
+        logits.transport(
+            site.sae.W_dec[:1], site.hook_name_out, model, site.head
+        )  # raises if it does not have the point
+    return logits
+
+
 def _finish(
     model: nn.Module,
     build: _Build,
@@ -533,13 +573,15 @@ def _finish(
     n_logits: int,
     n_nearest: int,
     loss_effect_tokens: int,
+    lens: JacobianLens | None,
     parallel: ParallelContext,
 ) -> FeatureIndex:
     build.merge(parallel)
     index = FeatureIndex(build.info, {}, TokenTexts())
     with parallel.raise_together():
         if parallel.is_main:
-            weights = FeatureIndex(build.info, _weight_tensors(model, build, n_logits, n_nearest), TokenTexts())
+            build.info = replace(build.info, lens=None if lens is None else repr(lens))
+            weights = FeatureIndex(build.info, _weight_tensors(model, build, n_logits, lens, n_nearest), TokenTexts())
             index = _to_index(model, build, weights, text)
             if loss_effect_tokens and index.is_complete:
                 effects = loss_effects(model, build.site.sae, index.info, index.tensors, text.row, loss_effect_tokens)
@@ -564,18 +606,25 @@ def _to_index(model: nn.Module, build: _Build, weights: FeatureIndex, text: Toke
     info = replace(build.info, n_planned=build.info.n_rows + n_left if n_left else None)
     index = weights.with_accumulated(info, build.accumulator, TokenTexts())
     contexts = [index.tensors["top.tokens"], index.tensors["sample.tokens"]]
-    single = [t for name, t in index.tensors.items() if name in ("logits.top_ids", "logits.bottom_ids")]
+    single = [t for name, t in index.tensors.items() if name.endswith(("top_ids", "bottom_ids"))]
     return replace(index, token_texts=collect_token_texts(getattr(model, "tokenizer", None), contexts, single))
 
 
 @torch.no_grad()
-def _weight_tensors(model: nn.Module, build: _Build, n_logits: int, n_nearest: int) -> dict[str, Tensor]:
-    """Tensors of an index that follow from the weights alone."""
+def _weight_tensors(
+    model: nn.Module, build: _Build, n_logits: int, lens: JacobianLens | None, n_nearest: int
+) -> dict[str, Tensor]:
+    """Tensors of an index that follow from the weights alone, or from a lens."""
     sae = build.site.sae
     tensors = {"decoder_norm": sae.W_dec.float().norm(dim=1)}
     directions = project_to_residual(model, sae.W_dec, build.site.hook_name_out, build.site.head) if n_logits else None
     if directions is not None:
         tensors |= logit_effects(directions, unembedding(model).to(sae.device), n_logits)
+    if lens is not None:
+        through = lens.transport(sae.W_dec.detach(), build.site.hook_name_out, model, build.site.head)
+        effects = logit_effects(through, unembedding(model).to(sae.device), n_logits)
+        ends = [f"{end}{part}" for end in ("top", "bottom") for part in ("", "_ids")]
+        tensors |= {f"jacobian.{end}": effects[f"logits.{end}"] for end in ends}
     if n_nearest and len(sae.W_dec) > 1:
         tensors |= nearest(sae.W_dec, n_nearest, "decoder")
         if "W_enc" in (weights := dict(sae.named_parameters())):

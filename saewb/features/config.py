@@ -15,6 +15,8 @@ VERSION = 1
 PARTS = ("SAE", "model", "tokens")
 """Parts of an index's digests: what it is of, by content."""
 MAX_ACTIVE = 128  # active latents recorded per sampled token
+WEIGHT_TENSORS = ("logits", "jacobian", "nearest", "decoder_norm")
+"""Groups of an index's tensors that follow from the weights alone, or from a lens."""
 N_COACTIVE = 10  # coactive latents per latent
 PAIRS = 2**18  # pairs of coactive latents sorted at a time (2 MiB in int64, up to 32 times over)
 PENDING_TOKENS = 2**13  # sampled tokens collected before they are merged
@@ -117,6 +119,8 @@ class IndexInfo:
     """"model/source" of its pages on Neuronpedia, e.g. "gpt2-small/6-res-jb"."""
     digests: Mapping[str, str] | None = None
     """By content: "SAE", "model", and "tokens" of the rows read so far; None in an index of saewb 0.1.0."""
+    lens: str | None = None
+    """One-line description of the Jacobian lens of its words through later layers; None without one."""
 
     @property
     def config(self) -> IndexConfig:
@@ -142,7 +146,7 @@ class IndexInfo:
             parts = PARTS[:2] if written is None or now else ()
             check_same(f"{what}: one index", written, now, parts=parts, fix=fix)
         values, others = asdict(self), asdict(other)
-        for name in ("rows", "n_tokens", "n_planned", "neuronpedia", "digests", "sae", "model"):
+        for name in ("rows", "n_tokens", "n_planned", "neuronpedia", "lens", "digests", "sae", "model"):
             del values[name]
         if got := ", ".join(f"{name} {v!r} and {others[name]!r}" for name, v in values.items() if v != others[name]):
             raise ValueError(explain(f"{what}: two indexes differ in settings: {got}.", want="the same settings"))

@@ -16,7 +16,7 @@ from saewb._indices import index_of, indices_of
 from saewb.errors import explain
 from saewb.features import search, storage
 from saewb.features.accumulate import LatentAccumulator
-from saewb.features.config import N_COACTIVE, IndexInfo
+from saewb.features.config import N_COACTIVE, WEIGHT_TENSORS, IndexInfo
 from saewb.features.html import MAX_LATENTS, write_page
 from saewb.features.labels import Explanations, check_labels, label_texts
 from saewb.features.latent import Latent, read_latent
@@ -86,7 +86,8 @@ class FeatureIndex:
         Logit effects are the decoder direction times TransformerLens' folded, centered unembedding: each coordinate
         times the final norm's weight, minus the mean over d_model where the norm centers (LayerNorm), times W_U, minus
         the mean over the vocabulary. Times the activation, divided by the RMS of the final residual stream, they are
-        the direct contribution to the logits, without later layers.
+        the direct contribution to the logits, without later layers. `jacobian_top` and `jacobian_bottom` are those of
+        the direction after later layers, J times it, if the index was built with a Jacobian lens.
 
         Raises:
             ValueError: if there is no such latent.
@@ -288,7 +289,7 @@ class FeatureIndex:
             map(self.latent, shown),
             Path(path).expanduser(),
             title=title or f"Features of {info.model} at {info.hook}",
-            about=f"{len(self):,} latents on {info.n_tokens:,} tokens. {info.sae}",
+            about=f"{len(self):,} latents on {info.n_tokens:,} tokens. {info.sae}" + f". {info.lens}" * bool(info.lens),
             special=info.special,
         )
 
@@ -311,7 +312,7 @@ class FeatureIndex:
 
     def with_accumulated(self, info: IndexInfo, accumulator: LatentAccumulator, texts: TokenTexts) -> FeatureIndex:
         """Replace the accumulated statistics; loss effects, which only one part has, are dropped."""
-        weights = {k: t for k, t in self.tensors.items() if k.split(".")[0] in ("logits", "nearest", "decoder_norm")}
+        weights = {k: t for k, t in self.tensors.items() if k.split(".")[0] in WEIGHT_TENSORS}
         accumulated = {k: t.cpu() for k, t in accumulator.tensors().items()}
         together = coactive(accumulated["active.token_active"], info.d_sae, N_COACTIVE)
         return replace(self, info=info, tensors=weights | accumulated | together, token_texts=texts)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -209,6 +210,47 @@ class Explanations(Sequence[Explanation]):
         table = pd.DataFrame(rows, columns=["latent", "text", "method", "judge", "score", *_FIGURES])
         return table.astype(dict.fromkeys(_FIGURES, float))
 
+    def search(self, words: str, n: int | None = 20) -> pd.DataFrame:
+        """Explanations with these words, best first by Okapi BM25, in which rare words count more.
+
+            sum over words of  ln(1 + (N - n_w + .5) / (n_w + .5)) * 2.5 f_w / (f_w + 1.5 (.25 + .75 l / mean l))
+
+        of N explanations, n_w with the word; f_w times in this one, of l words.
+
+        Args:
+            words: of the explanation, in any order and case; not all of them have to be in it.
+            n: maximum of rows.
+
+        Returns:
+            Table with one row for each explanation that has a word: latent, bm25, text, method, judge.
+
+        Raises:
+            ValueError: for a text without words.
+
+        Example:
+            >>> found = Explanations.from_labels({3: "names of rivers", 5: "rivers and lakes", 8: "verbs"})
+            >>> found.search("lakes or rivers").latent.tolist()
+            [5, 3]
+        """
+        import pandas as pd
+
+        wanted = set(_words(words))
+        if not wanted:
+            raise ValueError(explain(f"search got {words!r}.", want="a word", fix='explanations.search("rivers")'))
+        counts = [Counter(_words(record.text)) for record in self]
+        length = sum(map(Counter.total, counts)) / max(1, len(counts))
+        n_with = {word: sum(word in count for count in counts) for word in wanted}
+        idf = {word: math.log(1 + (len(counts) - k + 0.5) / (k + 0.5)) for word, k in n_with.items()}
+        rows = []
+        for record, count in zip(self, counts, strict=True):
+            if hits := wanted & count.keys():
+                norm = 1.5 * (0.25 + 0.75 * count.total() / length)
+                bm25 = sum(idf[word] * 2.5 * count[word] / (count[word] + norm) for word in hits)
+                rows.append((record.latent, bm25, record.text, record.method, record.judge))
+        table = pd.DataFrame(rows, columns=["latent", "bm25", "text", "method", "judge"])
+        table = table.sort_values("bm25", ascending=False, kind="stable", ignore_index=True)
+        return table.head(len(table) if n is None else n)
+
     def summary(self) -> pd.DataFrame:
         """Table with one row for each score: n, value, control and above_control, means over the explanations.
 
@@ -260,6 +302,10 @@ class Explanations(Sequence[Explanation]):
             labels: texts by latent.
         """
         return Explanations(Explanation(latent, text) for latent, text in check_labels(labels).items())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 def _value(record: Explanation, score: str) -> float:

@@ -156,6 +156,10 @@ class Latent:
     """Tokens with the largest logit effects; empty if there are none."""
     logits_bottom: tuple[Logit, ...] = field(repr=False)
     """Tokens with the smallest logit effects."""
+    jacobian_top: tuple[Logit, ...] = field(repr=False)
+    """Tokens with the largest logit effects through later layers, by a Jacobian lens; empty without one."""
+    jacobian_bottom: tuple[Logit, ...] = field(repr=False)
+    """Tokens with the smallest logit effects through later layers."""
     logit_histogram: Histogram | None = field(repr=False)
     """Histogram of the logit effects on all tokens of the vocabulary."""
     nearest_by_decoder: tuple[Neighbor, ...] = field(repr=False)
@@ -175,8 +179,8 @@ class Latent:
         """Plain JSON values, the source of the HTML page, the panels and Neuronpedia's JSON.
 
         Groups and their contexts come strongest first; `scale` is the largest |activation| in any context; `raised` and
-        `lowered` are `[token, id, effect]`, `by_decoder` and `by_encoder` `[latent, cosine, label]`, `coactive`
-        `[latent, share, phi, together, label]`.
+        `lowered` are `[token, id, effect]`, and so are `jacobian_raised` and `jacobian_lowered`, through later layers;
+        `by_decoder` and `by_encoder` `[latent, cosine, label]`, `coactive` `[latent, share, phi, together, label]`.
 
         Args:
             digits: significant digits of all floats; None does not round.
@@ -197,6 +201,8 @@ class Latent:
             "logits": self.logit_histogram and self.logit_histogram.to_dict(),
             "raised": [[x.token, x.id, x.effect] for x in self.logits_top],
             "lowered": [[x.token, x.id, x.effect] for x in self.logits_bottom],
+            "jacobian_raised": [[x.token, x.id, x.effect] for x in self.jacobian_top],
+            "jacobian_lowered": [[x.token, x.id, x.effect] for x in self.jacobian_bottom],
             "by_decoder": [[x.latent, x.cosine, x.label] for x in self.nearest_by_decoder],
             "by_encoder": [[x.latent, x.cosine, x.label] for x in self.nearest_by_encoder],
             "coactive": [[x.latent, x.share, x.phi, x.together, x.label] for x in self.coactive],
@@ -237,8 +243,10 @@ def read_latent(
         positions=_positions(tensors, i),
         top=top,
         quantiles=quantile_groups(_contexts(info, tensors, texts, "sample", i), info.n_quantiles),
-        logits_top=_logits(tensors, texts, "top", i),
-        logits_bottom=_logits(tensors, texts, "bottom", i),
+        logits_top=_logits(tensors, texts, "logits.top", i),
+        logits_bottom=_logits(tensors, texts, "logits.bottom", i),
+        jacobian_top=_logits(tensors, texts, "jacobian.top", i),
+        jacobian_bottom=_logits(tensors, texts, "jacobian.bottom", i),
         logit_histogram=_logit_histogram(tensors, i),
         nearest_by_decoder=tuple(replace(x, label=names[x.latent]) for x in by_decoder),
         nearest_by_encoder=tuple(replace(x, label=names[x.latent]) for x in by_encoder),
@@ -301,10 +309,10 @@ def _positions(tensors: Mapping[str, Tensor], i: int) -> PositionDensity:
     return PositionDensity(starts, density, tuple(n_tokens))
 
 
-def _logits(tensors: Mapping[str, Tensor], texts: TokenTexts, end: str, i: int) -> tuple[Logit, ...]:
-    if f"logits.{end}" not in tensors:
+def _logits(tensors: Mapping[str, Tensor], texts: TokenTexts, name: str, i: int) -> tuple[Logit, ...]:
+    if name not in tensors:
         return ()
-    pairs = zip(tensors[f"logits.{end}_ids"][i].tolist(), tensors[f"logits.{end}"][i].tolist(), strict=True)
+    pairs = zip(tensors[f"{name}_ids"][i].tolist(), tensors[name][i].tolist(), strict=True)
     return tuple(Logit(texts.decode_token(token), token, effect) for token, effect in pairs)
 
 

@@ -1,7 +1,7 @@
-"""Features on Neuronpedia: links, embedded pages, explanations, lists, and export in its JSON format.
+"""Features on Neuronpedia: links, embedded pages, explanations, lists, graphs, and export in its JSON format.
 
-Nothing is sent except the request for a page or list, and answers are cached on disk. A redirect to another host is not
-followed, so that an API key reaches only the site it is meant for.
+Nothing is sent except the request for a page, list or graph, and answers are cached on disk. A redirect to another host
+is not followed, so that an API key reaches only the site it is meant for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saewb._files import atomic_write, write_text
-from saewb._http import HTTPRefusal, request_json
+from saewb._http import HTTPRefusal, put_bytes, request_json
 from saewb._indices import indices_of
 from saewb.errors import FormatError, explain
 from saewb.features.index import FeatureIndex
@@ -30,6 +30,8 @@ SITE = "https://www.neuronpedia.org"
 _ID = re.compile(r"(?!\.+/)[\w.-]+/(?!\.+$)[\w.-]+")  # names of folders too: neither of them is "..", or "."
 _MAX_QUICK = 150  # latents that the site's quick-list page shows; it answers "not found" to more
 _MAX_BYTES = 32 * 2**20  # of an answer
+_MAX_GRAPH = 100 * 2**20  # bytes of a graph that the site takes
+_SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _EMBED_OPTIONS = "embed=true&embedexplanation=true&embedplots=true&embedtest=false"
 
 
@@ -233,7 +235,64 @@ def make_list(
     features = [{"modelId": model, "layer": layer, "index": i, "description": text} for i, text in descriptions.items()]
     body = {"name": name, "description": description, "features": features}
     url = f"{site.rstrip('/')}/api/list/new-with-features"
-    answer = _request(url, timeout, body, api_key)
+    return _address(url, _request(url, timeout, body, api_key))
+
+
+def upload_graph(
+    graph: Any, slug: str, api_key: str, *, scan: str | None = None, site: str = SITE, timeout: float = 120.0
+) -> str:
+    """Upload an attribution graph to Neuronpedia, to the account of the key, and return its address.
+
+    Three requests: one for a signed address, one that puts the graph there (without the key), one that enters it.
+
+    Args:
+        graph: an AttributionGraph; prune it first.
+        slug: name of the graph in its address: lower-case letters, digits and hyphens. One of your own that is there
+            already is replaced.
+        api_key: of your account; used for these requests and not stored.
+        scan: name of the model there, e.g. "gemma-2-2b"; None means that of the graph.
+        site: address of the site.
+        timeout: seconds for each request.
+
+    Returns:
+        The address of the graph.
+
+    Raises:
+        ConnectionError: if the site, or the storage that it names, cannot be reached or refuses.
+        FormatError: if it answers without an address.
+        ValueError: for another kind of slug; a graph of more than 100 MB.
+
+    Example:
+        >>> upload_graph(None, "My graph", "key")
+        Traceback (most recent call last):
+        ...
+        ValueError: got slug='My graph'.
+          want: lower-case letters, digits and hyphens
+          fix:  slug='my-graph'
+    """
+    if not _SLUG.fullmatch(slug):
+        fix = re.sub(r"[^a-z0-9]+", "-", slug.lower()).strip("-") or "graph"
+        want = "lower-case letters, digits and hyphens"
+        raise ValueError(explain(f"got slug={slug!r}.", want=want, fix=f"slug={fix!r}"))
+    content = graph.to_json(slug=slug, scan=scan).encode()
+    if len(content) > _MAX_GRAPH:
+        what = f"{graph!r} is {len(content) / 2**20:,.0f} MB of JSON."
+        raise ValueError(explain(what, want=f"at most {_MAX_GRAPH // 2**20} MB", fix="graph.pruned()"))
+    root = f"{site.rstrip('/')}/api/graph"
+    body = {"filename": f"{slug}.json", "contentLength": len(content), "contentType": "application/json"}
+    signed = _request(f"{root}/signed-put", timeout, body, api_key)
+    url, request_id = signed.get("url"), signed.get("putRequestId")
+    if not (isinstance(url, str) and url.startswith(("https://", "http://")) and isinstance(request_id, str)):
+        words = signed.get("message", reprlib.repr(sorted(signed)))
+        raise FormatError(explain(f"{root}/signed-put answered without an address to put to: {words!r}."))
+    put_bytes(url, content, timeout, site="the storage of Neuronpedia")
+    return _address(
+        f"{root}/save-to-db", _request(f"{root}/save-to-db", timeout, {"putRequestId": request_id}, api_key)
+    )
+
+
+def _address(url: str, answer: Mapping[str, Any]) -> str:
+    """The address in an answer."""
     address = answer.get("url")
     if not isinstance(address, str) or not address.startswith(("https://", "http://")):
         words = answer.get("message", reprlib.repr(answer))

@@ -162,7 +162,8 @@ def _tensors_named(folder: Path) -> str | None:
 def _check_tensors(info: IndexInfo, tensors: dict[str, Tensor], folder: Path) -> None:
     """Check names, shapes and dtypes of all tensors, and the values of short ones; long ones are read on access."""
     expected = _expected(info)
-    optional = [name for name in expected if name.startswith(("logits.", "nearest.", "coactive.", "loss", "decoder"))]
+    groups = ("logits.", "jacobian.", "nearest.", "coactive.", "loss", "decoder")
+    optional = [name for name in expected if name.startswith(groups)]
     for name in (*expected, *tensors):
         if name not in tensors and name in optional:
             continue
@@ -173,7 +174,7 @@ def _check_tensors(info: IndexInfo, tensors: dict[str, Tensor], folder: Path) ->
             got = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}, {tensor.dtype}"
             want = f"{shape}, {dtype}, as {FILE} says" if dtype else ", ".join(expected)
             raise FormatError(explain(f"{folder}: {name} {got}.", want=want))
-    for group in ("logits.", "nearest.", "coactive.", "active."):  # parts of one table
+    for group in ("logits.", "jacobian.", "nearest.", "coactive.", "active."):  # parts of one table
         parts = [name for name in expected if name.startswith(group)]
         inside = [name for name in parts if name in tensors]
         lengths = {tensors[name].shape[0] for name in inside}
@@ -209,7 +210,8 @@ def _expected(info: IndexInfo) -> dict[str, tuple[torch.dtype, tuple[int | None,
         kinds = {"order": i32, "position": i64, "content": i64, "value": f32}
         table |= {f"{name}.{part}": (kind, (n, slots)) for part, kind in kinds.items()}
     for end in ("top", "bottom"):
-        table |= {f"logits.{end}": (f32, (n, None)), f"logits.{end}_ids": (i32, (n, None))}
+        for group in ("logits", "jacobian"):
+            table |= {f"{group}.{end}": (f32, (n, None)), f"{group}.{end}_ids": (i32, (n, None))}
     for side in ("decoder", "encoder"):
         table |= {f"nearest.{side}": (i32, (n, None)), f"nearest.{side}_cosine": (f32, (n, None))}
     table |= {"coactive.fired": (i32, (n,)), "coactive.phi": (f32, (n, None))}

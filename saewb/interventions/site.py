@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from saewb.errors import explain
 from saewb.models import hook_points
 from saewb.models.hook_points import HookPoint
+from saewb.sae.activation_functions import Latents
 from saewb.sae.base import SparseCoder
 from saewb.sae.cross_layer import CrossLayerTranscoder
+from saewb.sae.crosscoder import CrossCoderSAE
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,10 @@ class Site:
                 point from which nothing goes on.
         """
         check_is_sae(sae)
+        if isinstance(sae, CrossCoderSAE):
+            what = f"{sae!r} reads {' and '.join(sae.cfg.points)} at once; what it writes to one depends on the other."
+            fix = 'z = cross.encode({"a": x, "b": y}); cross.split(cross.decode(z))'
+            raise TypeError(explain(what, want="an SAE of one point", fix=fix))
         if isinstance(sae, CrossLayerTranscoder):
             what = f"{sae!r} reads and writes at every layer; this works on SAEs and transcoders with one point each."
             raise TypeError(explain(what, fix="saewb.attach(model, clt), and hooks on its inner points"))
@@ -142,9 +148,13 @@ class Site:
         """Whether it reads where it writes, as an SAE does."""
         return self.read.module is self.write.module
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Latents of the SAE, or of the layer, on what `read_input` gives."""
-        return self.sae.encode(x) if self.clt_layer is None else self.sae.encode_layer(x, self.clt_layer)
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], latents: Latents | None = None
+    ) -> Float[Tensor, "*batch latents"]:
+        """Latents of the SAE, or of the layer, on what `read_input` gives; all, or a subset of them."""
+        if self.clt_layer is None:
+            return self.sae.encode(x, latents=latents)
+        return self.sae.encode_layer(x, self.clt_layer, latents=latents)
 
     def read_input(self, activation: Tensor) -> Float[Tensor, "batch pos d_in"]:
         """The activation at the read point as the SAE takes it; errors as `flatten_heads`."""

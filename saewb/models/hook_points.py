@@ -297,6 +297,19 @@ def editing(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
                 raise
 
 
+def in_order(edits: Iterable[tuple[int, Edit]]) -> Edit:
+    """Edits of one point as one, by ascending number: each gets the activation that the one before it leaves."""
+    ordered = [edit for _, edit in sorted(edits, key=lambda pair: pair[0])]
+
+    def edit(activation: Tensor) -> Tensor:
+        for step in ordered:
+            changed = step(activation)
+            activation = activation if changed is None else changed
+        return activation
+
+    return edit
+
+
 @dataclass(frozen=True, eq=False)
 class _Block:
     """The hooks of one `editing`."""

@@ -23,11 +23,12 @@ from saewb.pretrained.formats import saelens
 from saewb.pretrained.resolve import Source, resolve
 from saewb.sae.config import SAEConfig
 from saewb.sae.cross_layer import CrossLayerTranscoder
+from saewb.sae.crosscoder import CrossCoderSAE
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.sae import SAE
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
-AnySAE = SAE | PursuitSAE | TemporalSAE | CrossLayerTranscoder
+AnySAE = SAE | PursuitSAE | TemporalSAE | CrossCoderSAE | CrossLayerTranscoder
 
 
 def load_sae(
@@ -64,7 +65,7 @@ def load_sae(
             files come over plain HTTP: slower than Xet, the hub's own protocol, which cannot be cancelled.
 
     Returns:
-        An SAE; a PursuitSAE, TemporalSAE or CrossLayerTranscoder for those architectures.
+        An SAE; a PursuitSAE, TemporalSAE, CrossCoderSAE or CrossLayerTranscoder for those architectures.
 
     Raises:
         FileNotFoundError: if there is no such folder, release or repository, or it cannot be reached and is not in the
@@ -130,6 +131,8 @@ def load_config(
 def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
     """Save an SAE into a folder, atomically, in the SAELens layout; `load_sae(folder)` reads it back.
 
+    Crosscoders, which that layout does not have, are saved as `crosscoder.json` and `crosscoder.safetensors`.
+
     Args:
         sae: any of saewb's classes except CrossLayerTranscoder; a separate b_pre is folded into b_enc.
         folder: new or empty; parents are created.
@@ -152,7 +155,7 @@ def save_sae(sae: AnySAE, folder: str | Path, overwrite: bool = False) -> Path:
     """
     folder = Path(folder).expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return saelens.write(sae, folder, overwrite=overwrite)
+    return formats.write(sae, folder, overwrite=overwrite)
 
 
 class _Files(NamedTuple):

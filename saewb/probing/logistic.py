@@ -1,7 +1,8 @@
 """Logistic regression with an L1 or L2 penalty to machine precision, in float64 on the CPU.
 
-    minimize over w, b:   penalty(w) + C sum_i ln(1 + exp(-s_i (x_i . w + b))),      s_i = 1 for label 1, -1 for label 0
+    minimize over w, b:   penalty(w) + C sum_i c_i ln(1 + exp(-s_i (x_i . w + b))),  s_i = 1 for label 1, -1 for label 0
     penalty:              ||w||^2 / 2 (l2)   or   ||w||_1 (l1);   b is free
+    weights c_i:          1, or as given
 
 as scikit-learn's LogisticRegression with its solvers lbfgs and saga (liblinear penalizes b too), whose solution this is
 without their tolerance. Newton's method; for L1 within the orthant that the gradient points to.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saewb.errors import explain
@@ -47,6 +48,7 @@ def fit_logistic(
     *,
     penalty: Penalty = "l2",
     C: float = 1.0,
+    weights: Float[Tensor, " texts"] | None = None,
     start: LogisticFit | None = None,
 ) -> LogisticFit:
     """Fit the classifier; see the module for what is minimized.
@@ -56,6 +58,7 @@ def fit_logistic(
         y: labels of two classes.
         penalty: "l1" or "l2".
         C: inverse strength of the penalty.
+        weights: how often each text counts, > 0; None: once. See `balancing_weights`.
         start: of another C on the same features, to begin from; for L1.
 
     Returns:
@@ -78,22 +81,41 @@ def fit_logistic(
     if not 0 < int(y.sum()) < len(y):
         what = f"got {int(y.sum())} of {len(y)} texts with label 1."
         raise ValueError(explain(what, want="texts of both classes"))
+    cost = x.new_full((len(y),), C) if weights is None else C * weights.detach().to("cpu", torch.float64)
+    if len(cost) != len(y) or not bool((cost > 0).all()):
+        raise ValueError(explain(f"got {len(cost)} weights for {len(y)} texts.", want="one for each text, > 0"))
     if penalty == "l1":
-        weight, bias, converged = _newton(x, y, C, l1=True, start=start)
+        weight, bias, converged = _newton(x, y, cost, l1=True, start=start)
         return LogisticFit(weight, float(bias), converged)
     # The weights are a combination of the texts: fit in their coordinates where these are fewer.
     basis = None
     if x.shape[1] > len(x):
         basis, coordinates = torch.linalg.qr(x.T)
         x = coordinates.T.contiguous()
-    weight, bias, converged = _newton(x, y, C, l1=False)
+    weight, bias, converged = _newton(x, y, cost, l1=False)
     return LogisticFit(weight if basis is None else basis @ weight, float(bias), converged)
 
 
+def balancing_weights(groups: Int[Tensor, " texts"]) -> Float[Tensor, " texts"]:
+    """Weights with which all groups count alike, 1 on average: n / (groups * texts of the group).
+
+    For two classes those of scikit-learn's `class_weight="balanced"`.
+
+    Example:
+        >>> balancing_weights(torch.tensor([0, 0, 0, 1]))
+        tensor([0.6667, 0.6667, 0.6667, 2.0000], dtype=torch.float64)
+    """
+    _, group, size = groups.long().unique(return_inverse=True, return_counts=True)
+    return len(groups) / (len(size) * size.double())[group]
+
+
 def _newton(
-    x: Tensor, y: Tensor, C: float, *, l1: bool, start: LogisticFit | None = None
+    x: Tensor, y: Tensor, cost: Tensor, *, l1: bool, start: LogisticFit | None = None
 ) -> tuple[Tensor, Tensor, bool]:
-    """Weights, bias, whether it converged. Features are scaled for conditioning; the penalty is scaled with them."""
+    """Weights, bias, whether it converged. Features are scaled for conditioning; the penalty is scaled with them.
+
+    `cost` is C times the weight of each text.
+    """
     n, d = x.shape
     scale = x.abs().amax(0)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -101,19 +123,19 @@ def _newton(
     sign = torch.where(y, 1.0, -1.0).double()
     strength = torch.cat([1 / scale if l1 else 1 / scale**2, x.new_zeros(1)])  # of the penalty of each scaled weight
     w = x.new_zeros(d + 1)
-    share = y.double().mean()
+    share = cost[y].sum() / cost.sum()
     w[-1] = torch.log(share / (1 - share))
     if start is not None:
         w = torch.cat([start.weight * scale, x.new_tensor([start.bias])])
 
     def loss(w: Tensor) -> Tensor:
         penalty = strength @ (w.abs() if l1 else w.square() / 2)
-        return penalty - C * torch.nn.functional.logsigmoid(sign * (design @ w)).sum()
+        return penalty - cost @ torch.nn.functional.logsigmoid(sign * (design @ w))
 
     value, first = loss(w), None
     for _ in range(_STEPS):
         p = torch.sigmoid(-sign * (design @ w))
-        gradient = -C * (design.T @ (sign * p))
+        gradient = -(design.T @ (cost * sign * p))
         if l1:
             gradient = _subgradient(w, gradient, strength)
             orthant = torch.where(w == 0, -gradient.sign(), w.sign())
@@ -123,12 +145,12 @@ def _newton(
             gradient = gradient + strength * w
             free = torch.ones(d + 1, dtype=torch.bool)
         size = float(gradient.abs().max())
-        first = max(first or 0.0, size, C * 1e-3)
+        first = max(first or 0.0, size, float(cost.mean()) * 1e-3)
         if size <= _TOLERANCE * first:
             return w[:-1] / scale, w[-1], True
         direction = torch.zeros_like(w)
         part = design[:, free]
-        hessian = C * (part.T * (p * (1 - p))) @ part
+        hessian = (part.T * (cost * p * (1 - p))) @ part
         diagonal = hessian.diagonal()
         diagonal += (0 if l1 else strength[free]) + _RIDGE * diagonal.max().clamp_min(1e-300)
         factor, failed = torch.linalg.cholesky_ex(hessian)

@@ -271,6 +271,26 @@ def pool_latents(
 
 
 @torch.no_grad()
+def active_per_token(model: nn.Module, site: Site, texts: TokenizedTexts) -> float:
+    """Mean number of active latents over the tokens that count.
+
+    Example:
+        >>> import saewb
+        >>> model = saewb.load_model("tiny", device="cpu")
+        >>> site = Site.of(model, saewb.load_sae("tiny"))
+        >>> active_per_token(model, site, TokenizedTexts.of(model, ["A river."]))
+        16.0
+    """
+    encoder, active, counted = SparseEncoder(site.sae), 0, 0
+    for _, mask, activations in _passes(model, [site.hook_name], texts, False):
+        x = site.read_input(activations[site.hook_name])
+        here = mask.to(x.device)
+        active += sum(len(latents) for _, latents in encoder.tiles(x, here))
+        counted += int(mask.sum())
+    return active / counted
+
+
+@torch.no_grad()
 def pool_activation(
     model: nn.Module, hook: str, texts: TokenizedTexts, pool: Pool = "mean", *, progress: bool = False
 ) -> Float[Tensor, "texts d"]:

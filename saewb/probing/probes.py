@@ -35,7 +35,6 @@ Baseline = Literal["residual", "residual_top_k", "token"]
 
 BASELINES: tuple[Baseline, ...] = ("residual", "residual_top_k", "token")
 _CS = np.logspace(5, -5, 10)
-_ADAM = {"lr": 1e-2, "epochs": 100, "batch": 250, "patience": 10}
 
 
 @dataclass(frozen=True)
@@ -159,9 +158,9 @@ def sparse_probe(
     several = isinstance(saes, (list, tuple))
     sites = [Site.of(model, sae, hook, writable=False) for sae in (saes if several else [saes])]
     tokenized = TokenizedTexts.of(model, texts, ctx_len=settings.ctx_len, cut=settings.cut)
-    y, classes = _classes(labels, len(tokenized))
-    split = _split(y, tokenized, groups, train, like, seed)
-    _check_split(y, classes, split)
+    y, classes = classes_of(labels, len(tokenized))
+    split = split_texts(y, tokenized, groups, train, like, seed)
+    check_split(y, classes, split)
     pooled = pool_latents(model, sites, tokenized, settings.pool, progress=progress)
     presence = tokenized.presence(model.cfg.d_vocab) if "token" in baselines else None
     probes = []
@@ -271,7 +270,7 @@ def _settings(like: str | None, **values: Any) -> ProbeSettings:
     return settings
 
 
-def _classes(labels: Any, n: int) -> tuple[Int[np.ndarray, " texts"], list[Hashable]]:
+def classes_of(labels: Any, n: int) -> tuple[Int[np.ndarray, " texts"], list[Hashable]]:
     """Index of each text's class, and the classes: sorted if they are two, else as they come."""
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     if len(labels) != n:
@@ -284,7 +283,7 @@ def _classes(labels: Any, n: int) -> tuple[Int[np.ndarray, " texts"], list[Hasha
     return np.array([number[label] for label in labels]), classes
 
 
-def _split(
+def split_texts(
     y: np.ndarray, texts: TokenizedTexts, groups: Any, train: Any, like: str | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices of training and test texts."""
@@ -298,7 +297,7 @@ def _split(
     share = 0.8 if train is None else train / n if isinstance(train, int) else train
     if not 0 < share < 1:
         raise ValueError(explain(f"got train={train}.", want=f"a fraction below 1, or a number below {n}"))
-    return _grouped_split(y, _components(texts.first_of_equals(), groups), share, seed)
+    return grouped_split(y, _components(texts.first_of_equals(), groups), share, seed)
 
 
 def _components(first: Sequence[int], groups: Any) -> np.ndarray:
@@ -318,7 +317,7 @@ def _components(first: Sequence[int], groups: Any) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _grouped_split(y: np.ndarray, group: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def grouped_split(y: np.ndarray, group: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Whole groups, at random, to training until it has its share of the texts of each class; in a random order."""
     rng = np.random.default_rng(seed)
     _, first, sizes = np.unique(group, return_index=True, return_counts=True)
@@ -366,7 +365,8 @@ def sae_probes_split(
     return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(test))
 
 
-def _check_split(y: np.ndarray, classes: list[Hashable], split: tuple[np.ndarray, np.ndarray]) -> None:
+def check_split(y: np.ndarray, classes: list[Hashable], split: tuple[np.ndarray, np.ndarray]) -> None:
+    """Raise a ValueError for a class without training or test texts."""
     for name, index in zip(("training", "test"), split, strict=True):
         counts = np.bincount(y[index], minlength=len(classes))
         if (counts == 0).any():
@@ -419,7 +419,7 @@ def probe_table(
         ks = (None,) if name == "residual" else settings.ks
         for k, positive in itertools.product(ks, positives):
             if settings.balanced:
-                sides = [_balanced(y, index, positive, rng) for index in (train, test)]
+                sides = [balanced_texts(y, index, positive, rng) for index in (train, test)]
             else:
                 sides = [(index, y[index] == positive) for index in (train, test)]
             (fit, y_fit), (rest, y_rest) = sides
@@ -435,7 +435,9 @@ def probe_table(
     return table.iloc[order].reset_index(drop=True)
 
 
-def _balanced(y: np.ndarray, index: np.ndarray, positive: int, rng: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+def balanced_texts(
+    y: np.ndarray, index: np.ndarray, positive: int, rng: torch.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """All positives, and as many of the others at random, shuffled: the draws of SAEBench's `prepare_probe_data`."""
     label = y[index]
     positives, classes = index[label == positive], [c for c in dict.fromkeys(y.tolist()) if c != positive]
@@ -582,21 +584,58 @@ def _scores(scores: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return {"auc": auc_of(scores, y), "accuracy": float((predicted == y).mean()), "f1": f1}
 
 
-@torch.enable_grad()
 def _adam_probe(
     x: Tensor, y: np.ndarray, x_test: Tensor, y_test: np.ndarray, rng: torch.Generator
 ) -> dict[str, Union[float, list[int]]]:
-    """SAEBench's `train_probe_gpu`, in float32: the epoch that is best on the test texts."""
+    """Test scores of `adam_probe`."""
+    _, scores = adam_probe(x, y, x_test, y_test, rng)
+    return scores | {"val_auc": float("nan"), "C": float("nan"), "indices": []}
+
+
+@torch.enable_grad()
+def adam_probe(
+    x: Float[Tensor, "texts d"],
+    y: np.ndarray,
+    x_test: Float[Tensor, "test d"],
+    y_test: np.ndarray,
+    rng: torch.Generator,
+    *,
+    lr: float = 1e-2,
+    epochs: int = 100,
+    batch: int = 250,
+    patience: int = 10,
+    l1: float = 0.0,
+) -> tuple[LogisticFit, dict[str, float]]:
+    """SAEBench's `train_probe_gpu`, in float32: of AdamW's epochs the one of best accuracy on the *test* texts.
+
+    Args:
+        x: training texts.
+        y: which are positive.
+        x_test: test texts.
+        y_test: which are positive.
+        rng: for the start and the order.
+        lr: learning rate.
+        epochs: passes, at most.
+        batch: texts per step.
+        patience: epochs without a better accuracy after which it stops.
+        l1: factor of ||weight||_1.
+
+    Returns:
+        The probe, and its scores on the test texts.
+    """
     d, x, x_test = x.shape[1], x.float(), x_test.float()
     target, bound = torch.from_numpy(y).float(), 1 / math.sqrt(x.shape[1])
     probe = nn.Linear(d, 1, dtype=torch.float32, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         probe.weight.copy_(torch.empty(1, d).uniform_(-bound, bound, generator=rng))
         probe.bias.copy_(torch.empty(1).uniform_(-bound, bound, generator=rng))
-    optimizer, best, since, result = torch.optim.AdamW(probe.parameters(), lr=_ADAM["lr"]), 0.0, 0, None
-    for _ in range(_ADAM["epochs"]):
-        for rows in torch.randperm(len(x), generator=rng).split(_ADAM["batch"]):
+    fit, result = LogisticFit(torch.zeros(d, dtype=torch.float64), 0.0, False), {"auc": 0.5, "accuracy": 0.0, "f1": 0.0}
+    optimizer, best, since = torch.optim.AdamW(probe.parameters(), lr=lr), 0.0, 0
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=rng).split(batch):
             loss = nn.functional.binary_cross_entropy_with_logits(probe(x[rows])[:, 0], target[rows])
+            if l1:
+                loss = loss + l1 * probe.weight.abs().sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -604,7 +643,7 @@ def _adam_probe(
         since += 1
         if scores["accuracy"] > best:
             best, since, result = scores["accuracy"], 0, scores
-        if since >= _ADAM["patience"]:
+            fit = LogisticFit(probe.weight.detach()[0].double(), float(probe.bias.detach()), False)
+        if since >= patience:
             break
-    result = result or {"auc": 0.5, "accuracy": 0.0, "f1": 0.0}
-    return result | {"val_auc": float("nan"), "C": float("nan"), "indices": []}
+    return fit, result

@@ -10,7 +10,7 @@ differences between papers concern file formats (`saewb.pretrained.formats`) or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import final
 
 import torch
@@ -262,18 +262,31 @@ class SAE(SparseCoder):
     ) -> SparseLatents | None:
         if self.cfg.k is not None:
             return self.encode_topk(x, approximate)
-        limit = int(_SPARSE * len(x) * self.cfg.d_sae)
-        candidates = None if approximate is None else approximate.over(self.encoder_input(x), limit)
-        if candidates is None:
-            return None
-        token, latent, pre_acts = candidates
-        acts = thresholded(pre_acts, self._threshold(latent))
-        active = acts.nonzero()[:, 0]
-        return SparseLatents(token[active], latent[active], acts[active], (len(x), self.cfg.d_sae))
+        return None if approximate is None else encode_above(self.encoder_input(x), approximate, self._threshold)
 
     @property
     def _kind(self) -> str:
         return self.cfg.activation if self.cfg.k is None else f"{self.cfg.activation} k={self.cfg.k}"
+
+
+def encode_above(
+    h: Float[Tensor, "tokens d_in"], approximate: ApproximateTopK, threshold: Callable[[Tensor], Tensor]
+) -> SparseLatents | None:
+    """Latents above their thresholds (and 0), from candidates of an approximate product; None if they are many.
+
+    Args:
+        h: input of the encoder matrix.
+        approximate: of its weights.
+        threshold: function of the indices of latents.
+    """
+    d_sae = len(approximate.rows)
+    candidates = approximate.over(h, int(_SPARSE * len(h) * d_sae))
+    if candidates is None:
+        return None
+    token, latent, pre_acts = candidates
+    acts = thresholded(pre_acts, threshold(latent))
+    active = acts.nonzero()[:, 0]
+    return SparseLatents(token[active], latent[active], acts[active], (len(h), d_sae))
 
 
 def _initial(cfg: SAEConfig, seed: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:

@@ -97,6 +97,17 @@ class Hierarchy:
             earlier.add(feature)
         object.__setattr__(self, "_levels", levels)
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(parent, child) for every feature that has a parent, the upper levels first.
+
+        Example:
+            >>> Hierarchy([Node(0, (Node(1), Node(None, (Node(2),))))]).pairs
+            [(0, 1), (0, 2)]
+        """
+        levels = (zip(level.parent, level.feature, strict=True) for level in self._levels)
+        return [(parent, child) for level in levels for parent, child in level if parent >= 0]
+
     @torch.no_grad()
     def apply(
         self,

@@ -72,11 +72,12 @@ def train_code(spec: RunSpec, *, folder: str | None = None, held_out: bool = Fal
         arguments |= _changed(part)
     if "positions" in arguments:
         arguments["positions"] = slice(*arguments["positions"])
-    locations = {(sae.read, sae.write) for sae in spec.saes.values()}
+    saes = {name: _with_points(sae) for name, sae in spec.saes.items()}
+    locations = {(sae.read, sae.write) for sae in saes.values() if not sae.objective.multi_point}
     shared = len(locations) == 1 and locations != {(None, None)}
     read, write = locations.pop() if shared else (None, None)
     hooks = {name: point for name, point in (("hook", read), ("hook_out", write)) if point is not None}
-    saes = {name: replace(sae, read=None, write=None) if shared else sae for name, sae in spec.saes.items()}
+    saes = {name: replace(sae, read=None, write=None) if shared else sae for name, sae in saes.items()}
     arguments = {**hooks, "n_tokens": arguments.pop("n_tokens"), **arguments}
     model = f"  # {_one_line(spec.model)}" if spec.model else ""
     by_name = ", ".join(f"{name!r}: {_trainee_code(sae)}" for name, sae in saes.items())
@@ -87,13 +88,18 @@ def train_code(spec: RunSpec, *, folder: str | None = None, held_out: bool = Fal
     return "import saewb\n\nrun = saewb.train(\n" + "".join(f"    {line}\n" for line in lines) + ")\n"
 
 
+def _with_points(sae: Trainee) -> Trainee:
+    """The same trainee; the points of an objective over several of them are a field of the objective."""
+    return replace(sae, objective=replace(sae.objective, points=sae.reads)) if sae.objective.multi_point else sae
+
+
 def _trainee_code(sae: Trainee) -> str:
     objective = sae.objective
     options = ", ".join(f"{name}={_plain_literal(value)}" for name, value in _changed(objective).items())
     code = f"saewb.{type(objective).__name__}({options})"
     fields = [
         f"{name}={_plain_literal(value)}"
-        for name in ("read", "write", "lr", "seed")
+        for name in (("lr", "seed") if objective.multi_point else ("read", "write", "lr", "seed"))
         if (value := getattr(sae, name)) is not None
     ]
     return f"saewb.Trainee({', '.join([code, *fields])})" if fields else code

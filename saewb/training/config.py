@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -33,6 +33,7 @@ from saewb._config import (
 from saewb._indices import index_slice
 from saewb.data.tokens import PASS_TOKENS
 from saewb.errors import explain, near
+from saewb.sae.crosscoder import CrossCoderSAE
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
 from saewb.training.objectives import OBJECTIVES, JumpReLU, Objective
@@ -217,16 +218,76 @@ class Trainee:
 
     objective: Objective
     """Training objective."""
-    read: str | None = None
-    """Point of the stream it reads; None means the only one."""
-    write: str | None = None
+    read: str | tuple[str, ...] | None = None
+    """Point of the stream it reads; None means the only one. An objective over several points reads several, side by
+    side; None then means those of the objective, or all."""
+    write: str | tuple[str, ...] | None = None
     """Point it predicts; None or `read` makes it an autoencoder, another one a transcoder."""
     lr: float | None = None
     """Its own peak learning rate; None means the config's."""
     seed: int | None = None
     """Its own seed; None means the config's, and SAEs of one seed and size begin alike."""
-    init: SAE | PursuitSAE | None = None
+    init: SAE | PursuitSAE | CrossCoderSAE | None = None
     """A trained SAE to continue from, in the model's units; None means random weights."""
+
+    def __post_init__(self) -> None:
+        if self.read is None and getattr(self.objective, "points", ()):
+            object.__setattr__(self, "read", self.objective.points)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The points it reads, side by side; empty if they are not known yet."""
+        return _points(self.read)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The points it predicts, side by side; empty if they are not known yet."""
+        return _points(self.read if self.write is None else self.write)
+
+    def at(self, points: Iterable[str], name: str) -> Trainee:
+        """This trainee on a stream with these points: where it names none, it reads the only one, or all.
+
+        Args:
+            points: of the stream.
+            name: of this trainee, for error messages.
+
+        Raises:
+            ValueError: if it names none and there are several, of which it reads one; or for a point that is not there.
+        """
+        points, read = tuple(points), self.read
+        if read is None and not self.objective.multi_point and len(points) > 1:
+            what = f"{name!r} does not say which of {len(points)} points it reads."
+            fix = f"saewb.Trainee(..., read={points[0]!r})"
+            raise ValueError(explain(what, want=", ".join(points), fix=fix))
+        if read is None:
+            read = points if self.objective.multi_point else points[0]
+        placed = replace(self, read=read)
+        for point in (*placed.reads, *placed.writes):
+            if point not in points:
+                what = f"the stream has no point {point!r}, which {name!r} asks for."
+                raise ValueError(explain(what, near=near(point, points), want=", ".join(points)))
+        placed.check_points()
+        return placed
+
+    def check_points(self) -> None:
+        """Check that it reads and writes as many points as its objective does.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        kind, n = type(self.objective).__name__, len(self.reads)
+        if self.objective.multi_point and (n < 2 or self.reads != self.writes):
+            what = f"{kind} reads {', '.join(self.reads)} and writes {', '.join(self.writes)}."
+            raise ValueError(
+                explain(
+                    what, want="two points or more, which it reconstructs", fix=f"saewb.{kind}(..., points=('a', 'b'))"
+                )
+            )
+        if not self.objective.multi_point and max(n, len(self.writes)) > 1:
+            what = f"{kind} got several points: {', '.join((*self.reads, *self.writes))}."
+            raise ValueError(
+                explain(what, want="one, or saewb.CrossCoder", fix=f"saewb.Trainee(..., read={self.reads[0]!r})")
+            )
 
     @property
     def is_transcoder(self) -> bool:
@@ -242,7 +303,8 @@ class Trainee:
     @property
     def location(self) -> str:
         """The point it reads, and "=> point" for the one it writes if that is set."""
-        return f"{self.read} => {self.write}" if self.write else str(self.read)
+        read = " + ".join(self.reads) or "None"
+        return f"{read} => {' + '.join(self.writes)}" if self.write else read
 
     def objective_fields(self) -> dict[str, Any]:
         """Its objective as plain values, for metadata and checkpoints."""
@@ -262,8 +324,11 @@ class Trainee:
         """
         values = {{"hook": "read", "hook_out": "write"}.get(name, name): value for name, value in values.items()}
         for point in ("read", "write"):
-            if not isinstance(values.get(point), str | None):
-                raise ValueError(explain(f"got {point}={reprlib.repr(values[point])}.", want="a hook's name"))
+            value = values.get(point)
+            if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
+                values[point] = tuple(value)
+            elif not isinstance(value, str | None):
+                raise ValueError(explain(f"got {point}={reprlib.repr(value)}.", want="a hook's name, or several"))
         name = str(values.pop("objective", None))
         if name not in OBJECTIVES:
             names = list(OBJECTIVES)
@@ -376,8 +441,7 @@ class RunSpec:
     @property
     def points(self) -> list[str]:
         """All points that SAEs read or write, without duplicates."""
-        both = [point for sae in self.saes.values() for point in (sae.read, sae.write) if point is not None]
-        return list(dict.fromkeys(both))
+        return list(dict.fromkeys(point for sae in self.saes.values() for point in (*sae.reads, *sae.writes)))
 
     @property
     def buffer_tokens(self) -> int:
@@ -386,18 +450,17 @@ class RunSpec:
         return min(self.train.n_tokens, 16 * self.train.batch_tokens if n_tokens is None else n_tokens)
 
     def with_widths(self, widths: Mapping[str, int]) -> RunSpec:
-        """The spec with the widths of a stream; if it has a single point, SAEs that name none read that.
+        """The spec with the widths of a stream; SAEs that name no point read the only one, or all: `Trainee.at`.
 
         Raises:
-            ValueError: for a point that the stream does not have.
+            ValueError: for a point that the stream does not have, or of several if an SAE names none.
         """
-        for point in self.points:
-            if point not in widths:
-                what = f"the stream has no point {point!r}."
-                raise ValueError(explain(what, near=near(point, widths), want=", ".join(widths)))
-        only = next(iter(widths)) if len(widths) == 1 else None
-        saes = {name: replace(sae, read=sae.read or only) for name, sae in self.saes.items()}
+        saes = {name: sae.at(widths, name) for name, sae in self.saes.items()}
         return replace(self, saes=saes, widths=dict(widths))
+
+
+def _points(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 # Names of these options in other libraries, for error messages.

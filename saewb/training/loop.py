@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, Union, final
 
@@ -18,6 +18,7 @@ from saewb.training.config import TrainConfig, Trainee
 from saewb.training.normalization import (
     ActivationNormalizer,
     AnySAE,
+    JointNormalizer,
     estimate_factor_and_mean,
     estimate_whitening,
 )
@@ -52,6 +53,14 @@ class Stream(Protocol):
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position; a new iterator continues from there."""
         ...
+
+
+def side_by_side(values: Mapping[str, Tensor], points: Sequence[str]) -> Tensor:
+    """Activations of several points next to each other, `[tokens, sum of d]`; of a single point the tensor itself."""
+    if len(points) == 1:
+        return values[points[0]]
+    first = values[points[0]]
+    return torch.cat([values[point].to(first.device, first.dtype) for point in points], dim=1)
 
 
 @final
@@ -153,8 +162,10 @@ class Training:
         inputs = {p: n.normalize(self._to_device(values[p][self._rows])) for p, n in self._normalizers.items()}
         metrics = {}
         for name, trainer in self._trainers.items():
-            read, write = self._points(name)
-            metrics[name] = trainer.step(inputs[read], inputs[write], self.n_tokens)
+            trainee = self._trainees[name]
+            x = side_by_side(inputs, trainee.reads)
+            y = side_by_side(inputs, trainee.writes) if trainee.is_transcoder else x
+            metrics[name] = trainer.step(x, y, self.n_tokens)
         before, self.n_tokens = self.n_tokens, self.n_tokens + self.config.batch_tokens
         self.n_steps += 1
         self.mid_step = False
@@ -174,8 +185,10 @@ class Training:
         self._finite.look()
 
     def _evaluate(self, name: str) -> HeldOut:
-        read, write = self._points(name)
-        return self._trainers[name].measure(self._held_out[read], self._held_out[write])
+        trainee = self._trainees[name]
+        x = side_by_side(self._held_out, trainee.reads)
+        y = side_by_side(self._held_out, trainee.writes) if trainee.is_transcoder else x
+        return self._trainers[name].measure(x, y)
 
     @property
     def saes(self) -> dict[str, AnySAE]:
@@ -203,7 +216,7 @@ class Training:
             "normalization": self.config.normalization,
             "trained_with": "saewb",
         }
-        return trainer.export(self._probe[self._points(name)[0]], metadata)
+        return trainer.export(side_by_side(self._probe, self._trainees[name].reads), metadata)
 
     def state(self) -> dict[str, Any]:
         """State from which training resumes: a dict of plain values and of tensors copied to the host.
@@ -313,7 +326,7 @@ class Training:
             raise ValueError(explain("the stream is empty.", want="at least one batch"))
         values = self._check_batch(self._pending[0])
         self._resolve_points(values)
-        points = sorted({point for name in self._trainees for point in self._points(name)})
+        points = sorted({point for trainee in self._trainees.values() for point in (*trainee.reads, *trainee.writes)})
         for point in points:
             if self._held_out is not None and point not in self._held_out:
                 what = f"held_out has no activations of {point!r}."
@@ -325,20 +338,11 @@ class Training:
             self._normalizers[point], means[point] = self._estimate(point)
         self._make_trainers({point: values[point].shape[1] for point in points}, means)
         for name, trainer in self._trainers.items():
-            trainer.fit_thresholds([batch.values[self._points(name)[0]] for batch in self._pending])
+            reads = self._trainees[name].reads
+            trainer.fit_thresholds([side_by_side(batch.values, reads) for batch in self._pending])
 
     def _resolve_points(self, values: Mapping[str, Tensor]) -> None:
-        for name, trainee in self._trainees.items():
-            if trainee.read is None and len(values) > 1:
-                what = f"{name!r} does not say which of {len(values)} points it reads."
-                fix = f"saewb.Trainee(..., read={next(iter(values))!r})"
-                raise ValueError(explain(what, want=", ".join(values), fix=fix))
-            trainee = replace(trainee, read=trainee.read or next(iter(values)))
-            for point in (trainee.read, trainee.write or trainee.read):
-                if point not in values:
-                    what = f"the stream has no point {point!r}, which {name!r} asks for."
-                    raise ValueError(explain(what, near=near(point, values), want=", ".join(values)))
-            self._trainees[name] = trainee
+        self._trainees = {name: trainee.at(values, name) for name, trainee in self._trainees.items()}
 
     def _estimate(self, point: str) -> tuple[ActivationNormalizer, Tensor | None]:
         """Normalizer of a point and, if anything is estimated, the mean of its output over the pending batches."""
@@ -356,22 +360,18 @@ class Training:
 
     def _make_trainers(self, widths: Mapping[str, int], means: Mapping[str, Tensor | None]) -> None:
         for name, trainee in self._trainees.items():
-            read, write = self._points(name)
+            starts_at_mean = self.config.b_dec == "mean" and all(means.get(p) is not None for p in trainee.writes)
             self._trainers[name] = SAETrainer(
                 trainee,
                 self.config,
-                self._normalizers[read],
-                self._normalizers[write],
-                d_in=widths[read],
-                d_out=widths[write],
+                JointNormalizer.of({point: (self._normalizers[point], widths[point]) for point in trainee.reads}),
+                JointNormalizer.of({point: (self._normalizers[point], widths[point]) for point in trainee.writes}),
+                widths_in=tuple(widths[point] for point in trainee.reads),
+                widths_out=tuple(widths[point] for point in trainee.writes),
                 device=self._device,
-                b_dec=means.get(write) if self.config.b_dec == "mean" else None,
+                b_dec=torch.cat([means[point] for point in trainee.writes]) if starts_at_mean else None,
                 parallel=self._parallel,
             )
-
-    def _points(self, name: str) -> tuple[str, str]:
-        trainee = self._trainees[name]
-        return trainee.read, trainee.write or trainee.read
 
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self._device, torch.float32)

@@ -178,14 +178,17 @@ def training_memory(
         rows = stream_tokens(torch.zeros(1, 2, dtype=torch.int64))
         widths = ModelSource(shared_copy(model), rows, spec.points).widths()
     if device is None and model is not None:
-        device = device_at(model, next(iter(spec.saes.values())).read)
+        device = device_at(model, next(iter(spec.saes.values())).reads[0])
     return run_memory(spec.with_widths(widths), model, device)
 
 
 def run_memory(spec: RunSpec, model: nn.Module | None, device: torch.device | str | None) -> MemoryEstimate:
     """Estimate the memory of a run whose spec has widths."""
     return estimate_memory(
-        [(spec.widths[s.read], s.objective.d_sae, spec.widths[s.write or s.read]) for s in spec.saes.values()],
+        [
+            (sum(spec.widths[p] for p in sae.reads), sae.objective.d_sae, sum(spec.widths[p] for p in sae.writes))
+            for sae in spec.saes.values()
+        ],
         spec.widths,
         batch_tokens=spec.train.batch_tokens,
         buffer_tokens=spec.buffer_tokens,

@@ -33,11 +33,12 @@ from saewb.errors import explain
 from saewb.metrics import float64
 from saewb.sae.activation_functions import denormalized, normalized
 from saewb.sae.config import TokenNormalization
+from saewb.sae.crosscoder import CrossCoderSAE
 from saewb.sae.matching_pursuit import PursuitSAE
 from saewb.sae.sae import SAE
 from saewb.training.config import Normalization
 
-AnySAE = Union[SAE, PursuitSAE]
+AnySAE = Union[SAE, PursuitSAE, CrossCoderSAE]
 _MIN_VARIANCE = 1e-12  # relative to the largest eigenvalue; below it a direction counts as constant
 
 
@@ -107,6 +108,39 @@ class ActivationNormalizer:
         return y if self.mean is None else y + self.mean
 
 
+@dataclass(frozen=True, eq=False)
+class JointNormalizer:
+    """Normalization of the activations of several points side by side, each by its own: factors and means only."""
+
+    parts: Mapping[str, tuple[ActivationNormalizer, int]]
+    """Normalizer and width of each point, in order."""
+
+    @classmethod
+    def of(cls, parts: Mapping[str, tuple[ActivationNormalizer, int]]) -> ActivationNormalizer | JointNormalizer:
+        """The normalizer of these points; of a single one its own."""
+        return next(iter(parts.values()))[0] if len(parts) == 1 else cls(parts)
+
+    def normalize(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        """Convert activations from the model's units to training units."""
+        blocks = x.split([width for _, width in self.parts.values()], dim=1)
+        parts = zip(self.parts.values(), blocks, strict=True)
+        return torch.cat([normalizer.normalize(block) for (normalizer, _), block in parts], dim=1)
+
+    def denormalize(self, y: Float[Tensor, "tokens d"], x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]:
+        """Convert an output to the model's units; `x` is not used."""
+        mean, scale = self.mean_and_scale(y.device)
+        return y / scale + mean
+
+    def mean_and_scale(self, device: torch.device | str = "cpu") -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+        """Mean and factor of each coordinate: `normalize(x) = scale (x - mean)`."""
+        means = [torch.zeros(d) if n.mean is None else n.mean.cpu() for n, d in self.parts.values()]
+        scales = [torch.full((d,), float(n.factor)) for n, d in self.parts.values()]
+        return torch.cat(means).to(device), torch.cat(scales).to(device)
+
+
+AnyNormalizer = Union[ActivationNormalizer, JointNormalizer]
+
+
 def _to_host(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to("cpu", copy=True)
 
@@ -170,8 +204,10 @@ def estimate_whitening(
 
 
 @torch.no_grad()
-def to_model(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormalizer) -> AnySAE:
+def to_model(sae: AnySAE, read: AnyNormalizer, write: AnyNormalizer) -> AnySAE:
     """Convert an SAE from training units to the model's: a new SAE with unit decoder rows.
+
+    A crosscoder keeps its weights, and gets names, mean and scale of its points.
 
     Whitened top-k SAEs keep other row lengths, see `_unwhiten`.
 
@@ -179,6 +215,10 @@ def to_model(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormalize
     is tied; else the mean of the input becomes a separate `b_pre` (folding it into b_enc would lose digits) and that of
     the output is added to b_dec.
     """
+    if isinstance(sae, CrossCoderSAE):
+        mean, scale = read.mean_and_scale(sae.device)
+        cfg = replace(sae.cfg, points=tuple(read.parts))
+        return CrossCoderSAE.from_tensors(cfg, {**sae.tensors(), "mean": mean, "scale": scale})
     if read.normalization != "none":
         return sae.with_config(normalization=read.normalization)
     if isinstance(sae, PursuitSAE):
@@ -202,12 +242,14 @@ def _shift(sae: SAE, read: Tensor, write: Tensor) -> SAE:
 
 
 @torch.no_grad()
-def to_training(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormalizer) -> AnySAE:
+def to_training(sae: AnySAE, read: AnyNormalizer, write: AnyNormalizer) -> AnySAE:
     """Convert an SAE from the model's units to training units: the inverse of `to_model`, up to row lengths.
 
     Raises:
         ValueError: if its normalization per token is another one, or for a mean with a tied SAE that has a skip matrix.
     """
+    if isinstance(read, JointNormalizer):
+        return _rescaled(sae, *read.mean_and_scale(sae.device)) if isinstance(sae, CrossCoderSAE) else sae
     normalization = sae.cfg.normalization
     if normalization != read.normalization:
         what = f"{sae!r} has normalization={normalization!r}, training has {read.normalization!r}."
@@ -223,6 +265,21 @@ def to_training(sae: AnySAE, read: ActivationNormalizer, write: ActivationNormal
     if isinstance(sae, PursuitSAE):
         return sae.fold_scaling(1 / read.factor)
     return sae.fold_scaling(1 / read.factor, 1 / write.factor).fold_decoder_norm()
+
+
+def _rescaled(sae: CrossCoderSAE, mean: Tensor, scale: Tensor) -> CrossCoderSAE:
+    """The same crosscoder with another mean and scale of its input."""
+    ratio = sae.scale / scale
+    tensors = {
+        **{name: p.detach().clone() for name, p in sae.named_parameters()},
+        "W_enc": sae.W_enc * ratio[:, None],
+        "b_enc": sae.b_enc + (sae.scale * (mean - sae.mean)) @ sae.W_enc,
+        "W_dec": sae.W_dec / ratio,
+        "b_dec": sae.b_dec / ratio + (sae.mean - mean) * scale,
+        "mean": mean,
+        "scale": scale,
+    }
+    return CrossCoderSAE.from_tensors(sae.cfg, tensors)
 
 
 def _unshift(sae: AnySAE, read: Tensor, write: Tensor) -> AnySAE:

@@ -477,6 +477,7 @@ def row_of(step: TrainStep, seconds: float) -> dict[str, Any]:
         if metrics.held_out is not None:
             held_out = {**asdict(metrics.held_out.reconstruction), **asdict(metrics.held_out.firing)}
             numbers |= {f"held_out/{key}": float(v) for key, v in held_out.items() if isinstance(v, (int, float))}
+            numbers |= {f"held_out/{point}/fvu": one.fvu for point, one in metrics.held_out.points.items()}
         prefix = "" if len(step.saes) == 1 else f"{name}/"
         row |= {prefix + key: value for key, value in numbers.items()} | {f"{prefix}{DENSITY_COUNTS}": counts}
     return row

@@ -42,7 +42,7 @@ from saewb._files import (
     write_text,
 )
 from saewb.errors import FormatError, explain
-from saewb.pretrained.formats import saelens
+from saewb.pretrained import formats
 from saewb.pretrained.load import load_sae
 from saewb.training.config import FORMAT, RunSpec
 from saewb.training.run_display import DENSITY_COUNTS
@@ -109,7 +109,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for name, sae in spec.saes.items():
             if sae.init is not None:
-                saelens.write(sae.init, self._subfolder("init") / name, overwrite=True)
+                formats.write(sae.init, self._subfolder("init") / name, overwrite=True)
         self._write_spec(spec)
 
     def _write_spec(self, spec: RunSpec) -> None:
@@ -191,7 +191,7 @@ class RunFolder:
             if at_tokens is not None:
                 kept = self._subfolder("saes_at", f"{at_tokens:012d}")
                 for name, sae in saes.items():
-                    saelens.write(sae, kept / name, overwrite=True)
+                    formats.write(sae, kept / name, overwrite=True)
             self._replace_checkpoint({"training": dict(training), "seconds": seconds, "spec": self._spec}, saes)
         except OSError as error:
             if self.path.is_dir():
@@ -251,8 +251,8 @@ class RunFolder:
         fresh = {folder / name: temporary_path(folder / name) for name in saes}
         try:
             for (path, new), sae in zip(fresh.items(), saes.values(), strict=True):
-                check_replaceable(path, saelens.FILES, overwrite=True)
-                saelens.write(sae, new)
+                check_replaceable(path, formats.files_of(sae), overwrite=True)
+                formats.write(sae, new)
             with fresh_state(anchor, state) as checkpoint:
                 replace_together(anchor, {anchor: checkpoint, **fresh})
         finally:

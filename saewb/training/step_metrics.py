@@ -48,6 +48,8 @@ class HeldOut:
     """Reconstruction metrics: mse, fvu, cosine, ..."""
     firing: Firing
     """Firing statistics: l0, density, dead and dense fractions."""
+    points: Mapping[str, Reconstruction] = field(default_factory=dict)
+    """Reconstruction metrics of each point, where it writes several."""
 
 
 @dataclass(frozen=True)

@@ -370,8 +370,8 @@ def _prepare(
     if device is not None:
         device = check_device(device)
     elif model is not None:
-        read = next(iter(spec.saes.values())).read
-        device = device_at(model, read) if read else next(model.parameters()).device
+        reads = next(iter(spec.saes.values())).reads
+        device = device_at(model, reads[0]) if reads else next(model.parameters()).device
     memory = run_memory(spec, model, device)
     if not memory.weights_fit:
         what = f"the weights alone need {memory.weights / 2**30:.1f} GiB, {memory.available / 2**30:.1f} are free"

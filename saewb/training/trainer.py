@@ -27,7 +27,7 @@ from saewb.metrics import ReconstructionStream
 from saewb.stats.firing import FiringStream
 from saewb.training.config import TrainConfig, Trainee
 from saewb.training.dead_latents import DeadRows
-from saewb.training.normalization import ActivationNormalizer, AnySAE, to_model, to_training
+from saewb.training.normalization import AnyNormalizer, AnySAE, to_model, to_training
 from saewb.training.objectives import (
     Losses,
     MatchingPursuit,
@@ -38,12 +38,14 @@ from saewb.training.objectives import (
     project_gradient,
 )
 from saewb.training.objectives.sparsity_coefficient import SMOOTHING
+from saewb.training.objectives.topk import TopKObjective
 from saewb.training.sparse_step import MAX_DENSITY, best_precision, clipped_step, has_sparse_step, sparse_step
 from saewb.training.step_metrics import HeldOut, StepMetrics
 
 TOLERANCE = 1e-5  # relative error per row allowed between an exported SAE and the training's own output
 MISMATCH_TOLERANCE = 0.05  # fraction of probe rows that may exceed it: rounding can flip a latent at its threshold
 MAY_CHANGE = {"n_tokens", "eval_every_tokens", "compile", "step", "look_every_steps"}  # fields a resumed run may change
+LATER_FIELDS = {"k_start": None, "k_anneal_tokens": 0}  # of objectives; states of older runs lack them
 
 # Fills `.grad` of every parameter with the gradient of the total, in the parameter's own memory order.
 Gradients = Callable[
@@ -61,8 +63,8 @@ class SAETrainer:
         config: of the training.
         read: normalization of the input.
         write: normalization of the output.
-        d_in: width of the input.
-        d_out: width of the output.
+        widths_in: width of each point it reads.
+        widths_out: width of each point it writes.
         device: of all tensors.
         b_dec: first value of b_dec, in training units; None starts from zeros (or from `init`).
         parallel: processes that share each batch.
@@ -72,17 +74,18 @@ class SAETrainer:
         self,
         trainee: Trainee,
         config: TrainConfig,
-        read: ActivationNormalizer,
-        write: ActivationNormalizer,
+        read: AnyNormalizer,
+        write: AnyNormalizer,
         *,
-        d_in: int,
-        d_out: int,
+        widths_in: tuple[int, ...],
+        widths_out: tuple[int, ...],
         device: torch.device,
         b_dec: Float[Tensor, " d_out"] | None = None,
         parallel: ParallelContext = SINGLE_PROCESS,
     ) -> None:
         self.trainee, self.config, self.read, self.write, self._parallel = trainee, config, read, write, parallel
-        self.params = self._initial_params(d_in, d_out, device)
+        self._points_out = dict(zip(trainee.writes, widths_out, strict=True))
+        self.params = self._initial_params(widths_in, widths_out, device)
         if b_dec is not None and trainee.init is None:
             with torch.no_grad():
                 self.params.b_dec.copy_(b_dec)
@@ -98,11 +101,14 @@ class SAETrainer:
         self._gradients = choose_gradients(trainee.objective, config)
         self._optimizer = _optimizer(self.params, config)
 
-    def _initial_params(self, d_in: int, d_out: int, device: torch.device) -> Params:
+    def _initial_params(self, widths_in: Sequence[int], widths_out: Sequence[int], device: torch.device) -> Params:
         objective, init, seed = self.trainee.objective, self.trainee.init, self.trainee.seed
+        d_in, d_out = sum(widths_in), sum(widths_out)
         if init is None:
             seed = self.config.seed if seed is None else seed
-            return objective.init_params(d_in, d_out if self.trainee.is_transcoder else None, seed=seed, device=device)
+            blocks = {"blocks": widths_in} if objective.multi_point else {}
+            d_target = d_out if self.trainee.is_transcoder else None
+            return objective.init_params(d_in, d_target, seed=seed, device=device, **blocks)
         if (init.d_in, init.d_sae, init.d_out) != (d_in, objective.d_sae, d_out):
             what = f"init has d_in, d_sae, d_out = {init.d_in}, {init.d_sae}, {init.d_out}."
             want = f"{d_in}, {objective.d_sae}, {d_out} of the stream and the objective"
@@ -146,11 +152,11 @@ class SAETrainer:
 
     def _update_objective_state(self, n_tokens: int) -> None:
         """Warm up coefficients and mark dead latents."""
-        state, after = self.objective_state, self.config.dead_after
+        objective = self.trainee.objective
+        k = objective.k_at(n_tokens) if isinstance(objective, TopKObjective) else None
+        state, after = replace(self.objective_state, k=k), self.config.dead_after
         coefficients = {n: self._coefficients[n] * c.warmup_factor(n_tokens) for n, c in self.schedules.items()}
-        if (
-            n_tokens <= after or not self.trainee.objective.revives_dead
-        ):  # no latent can be dead yet, or no loss uses them
+        if n_tokens <= after or not objective.revives_dead:  # no latent can be dead yet, or no loss uses them
             self.objective_state = replace(state, coefficients=coefficients)
             return
         silent = self._silent > after
@@ -168,6 +174,7 @@ class SAETrainer:
             self._parallel.mean_(p.grad)
         if rows == "unit":
             project_gradient(self.params)
+        self.trainee.objective.restrict_gradients(self.params)
         self._optimizer.param_groups[0]["lr"] = rate
         clipped_step(self._optimizer, parameters, self.config.clip)
         constrain(self.params, rows)
@@ -190,12 +197,18 @@ class SAETrainer:
     def measure(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"]) -> HeldOut:
         """Metrics of the SAE as it would be exported now, on activations in the model's units."""
         reconstruction, firing = ReconstructionStream(), FiringStream()
+        by_point = {point: ReconstructionStream() for point in self._points_out if len(self._points_out) > 1}
         for rows, target in zip(x.split(self.config.batch_tokens), y.split(self.config.batch_tokens), strict=True):
             rows, target = self._to_device(rows), self._to_device(target)
             acts, recons = self._forward(rows)
             reconstruction.update(target, recons)
             firing.update(acts)
-        return HeldOut(reconstruction.result(), firing.result(dense_above=self.config.dense_above))
+            if by_point:
+                blocks = (values.split(self.params.blocks, dim=1) for values in (target, recons))
+                for stream, y_block, recons_block in zip(by_point.values(), *blocks, strict=True):
+                    stream.update(y_block, recons_block)
+        points = {point: stream.result() for point, stream in by_point.items()}
+        return HeldOut(reconstruction.result(), firing.result(dense_above=self.config.dense_above), points)
 
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self._silent.device, self.params.W_dec.dtype)
@@ -215,7 +228,9 @@ class SAETrainer:
         """
         objective = self.trainee.objective
         sae = to_model(objective.to_sae(self.params, self.objective_state), self.read, self.write)
-        hooks = {"hook": self.trainee.read, "metadata": metadata}
+        hooks = {"metadata": metadata}
+        if not objective.multi_point:
+            hooks["hook"] = self.trainee.read
         if self.trainee.is_transcoder:
             hooks["hook_out"] = self.trainee.write
         sae = sae.with_config(**hooks)
@@ -381,6 +396,9 @@ def combine_shards(losses: Losses, y: Float[Tensor, "shard d_out"], parallel: Pa
 
 def check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
     """Raise if the config's normalization cannot be used with this SAE."""
+    if trainee.objective.multi_point and config.normalization not in ("none", "constant", "centered"):
+        what = f"normalization={config.normalization!r} with {name!r}, which reads several points."
+        raise ValueError(explain(what, want="'centered', 'constant' or 'none': one factor for each point"))
     per_token = config.normalization in ("layer_norm", "constant_norm")
     if per_token and (trainee.objective.skip or trainee.is_transcoder):
         what = f"normalization={config.normalization!r} with {name!r}, a transcoder or with a skip matrix."
@@ -392,7 +410,8 @@ def check_trainee(name: str, trainee: Trainee, config: TrainConfig) -> None:
 
 def check_state(state: Mapping[str, Any], trainees: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise if a state belongs to other SAEs (compared in the form the state holds) or to another config."""
-    if state["trainees"] != trainees:
+    later = {name: {k: v for k, v in LATER_FIELDS.items() if k in fields} for name, fields in trainees.items()}
+    if {name: {**later.get(name, {}), **fields} for name, fields in state["trainees"].items()} != trainees:
         what = f"the state is of other SAEs: {state['trainees']}."
         raise ValueError(explain(what, want=str(trainees)))
     values = dump(config)

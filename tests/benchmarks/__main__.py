@@ -35,7 +35,8 @@ class Job:
     module: str
     arguments: tuple[str, ...] = ()  # at full size; with --quick only that
     cuda: bool = False  # whether it can run on a GPU
-    dashboard: bool = False  # whether it needs sae-dashboard's interpreter
+    peer: str = ""  # whose interpreter of its own it needs
+    peer_only: bool = True  # whether there is nothing to measure without that
 
 
 JOBS = {
@@ -44,10 +45,12 @@ JOBS = {
     "loading": Job("loading"),
     "fingerprint": Job("fingerprint", cuda=True),
     "evaluate": Job("evaluate", SMOL, cuda=True),
-    "attribution_graph": Job("attribution_graph", SMOL, cuda=True),
+    "attribution_graph": Job("attribution_graph", SMOL, cuda=True, peer="circuit-tracer", peer_only=False),
     "stats": Job("stats"),
     "contrast": Job("contrast", SMOL, cuda=True),
+    "crosscoder": Job("crosscoder", cuda=True),
     "synthetic": Job("synthetic"),
+    "planted": Job("planted"),
     "train_step": Job("train_step", ("--objective", "all"), cuda=True),
     "train_step_wide": Job("train_step", ("--objective", "all", "--d-sae", "18432", "--repeats", "3"), cuda=True),
     "train_step_busy": Job("train_step", ("--objective", "topk,batchtopk,standard,jumprelu", "--busy", "--no-plain")),
@@ -56,7 +59,7 @@ JOBS = {
     "quality": Job("quality", cuda=True),
     "index": Job("index", (*SMOL, "--tokens", "131072"), cuda=True),
     "index_wide": Job("index", (*SMOL, "--tokens", "65536", "--d-sae", "65536"), cuda=True),
-    "dashboard": Job("dashboard", SMOL, dashboard=True),
+    "dashboard": Job("dashboard", SMOL, peer="sae-dashboard"),
 }
 
 
@@ -89,8 +92,10 @@ def run(name: str, device: str, options: argparse.Namespace) -> Result:
         try:
             python = Path(sys.executable) if options.no_peers else python_for("sae-lens", options.envs)
             size = ["--quick"] if options.quick else list(job.arguments)
-            if job.dashboard:
-                size += ["--peer-python", str(python_for("sae-dashboard", options.envs))]
+            if job.peer and options.no_peers:
+                size.append("--no-peer")
+            elif job.peer and device == "cpu":
+                size += ["--peer-python", str(python_for(job.peer, options.envs))]
             module = f"tests.benchmarks.{job.module}"
             command = [python, "-W", "ignore", "-m", module, "--device", device, "--json", written, *size]
             failed = _finished(command, options.timeout)
@@ -125,7 +130,7 @@ def _options() -> argparse.Namespace:
     if unknown := [name for name in options.names if name not in JOBS]:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(JOBS)}")
     if options.no_peers:
-        options.names = [name for name in options.names or JOBS if not JOBS[name].dashboard]
+        options.names = [name for name in options.names or JOBS if not (JOBS[name].peer and JOBS[name].peer_only)]
     return options
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import saewb
 
+from .llama_files import write_llama
 from .measure import Report, Row, Table, arguments, peak_mb, reset_peak, seconds
 
 WINDOW = (20, 10)  # tokens before and after
@@ -49,20 +50,7 @@ def sae_for(model, d_sae: int):
 
 def prepare(folder: Path, name: str, sae, ids: torch.Tensor, special: tuple[int, ...], compared: list[int]) -> None:
     """Write down what the peer's interpreter needs."""
-    theirs = language_model(name)
-    report = theirs.config.to_dict()
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    saved = {key: report[key] for key in (*names.split(), "max_position_embeddings", "rms_norm_eps")}
-    saved["tie_word_embeddings"], saved["rope_theta"] = (
-        report["tie_word_embeddings"],
-        report["rope_parameters"]["rope_theta"],
-    )
-    saved["head_dim"] = report.get("head_dim") or report["hidden_size"] // report["num_attention_heads"]
-    (folder / "model.json").write_text(json.dumps(saved))
-    weights = {key: value.contiguous() for key, value in theirs.state_dict().items() if key != "lm_head.weight"}
-    if not saved["tie_word_embeddings"]:
-        weights["lm_head.weight"] = theirs.lm_head.weight.detach()
-    save_file(weights, folder / "model.safetensors")
+    write_llama(folder, language_model(name))
     save_file({"ids": ids}, folder / "tokens.safetensors")
     saewb.save_sae(sae, folder / "sae")
     job = {"hook": sae.cfg.hook, "batch": 8, "special": list(special), "n_features": sae.cfg.d_sae}

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from .llama_files import llama
 from .measure import facts, peak_mb, reset_peak
 
 AT_ONCE = 8  # latents compared in a run: thousands of contexts of each, as lists of numbers, take gigabytes
@@ -22,36 +23,10 @@ AT_ONCE = 8  # latents compared in a run: thousands of contexts of each, as list
 
 def hooked(folder: Path):
     """The model as a HookedTransformer, final norm folded and unembedding centered, as the peer's users have it."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens import HookedTransformer
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    content = json.loads((folder / "model.json").read_text())
-    theirs = LlamaForCausalLM(LlamaConfig(**content))
-    theirs.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    theirs.tie_weights()
-    heads, keys = content["num_attention_heads"], content["num_key_value_heads"]
-    cfg = HookedTransformerConfig(
-        n_layers=content["num_hidden_layers"],
-        d_model=content["hidden_size"],
-        d_head=content["head_dim"],
-        n_heads=heads,
-        n_key_value_heads=None if keys == heads else keys,
-        d_mlp=content["intermediate_size"],
-        d_vocab=content["vocab_size"],
-        n_ctx=content["max_position_embeddings"],
-        eps=content["rms_norm_eps"],
-        act_fn="silu",
-        normalization_type="RMS",
-        positional_embedding_type="rotary",
-        rotary_adjacent_pairs=False,
-        rotary_dim=content["head_dim"],
-        rotary_base=content["rope_theta"],
-        final_rms=True,
-        gated_mlp=True,
-        original_architecture="LlamaForCausalLM",
-        device="cpu",
-    )
+    theirs, cfg = llama(folder)
     model = HookedTransformer(cfg)
     model.load_and_process_state_dict(
         convert_llama_weights(theirs, cfg), fold_ln=True, center_writing_weights=False, center_unembed=True

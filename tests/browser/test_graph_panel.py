@@ -141,6 +141,8 @@ def test_it_is_dark_where_the_notebook_is(page):
     page.wait_for_function("document.querySelector('.saewb').dataset.theme === 'dark'")
     assert node(page, 0).evaluate("e => getComputedStyle(e).fill") == "rgb(127, 168, 214)"
     assert node(page, 3).evaluate("e => getComputedStyle(e).fill") == "rgb(228, 225, 218)"
+    table = page.locator(".trial table").evaluate("e => getComputedStyle(e).color")  # without a doctype, too
+    assert table == "rgb(228, 225, 218)"
 
 
 def test_the_still_picture_is_one(page):
@@ -148,6 +150,11 @@ def test_the_still_picture_is_one(page):
     panel.group("both", panel.graph.nodes["id"].tolist()[:2])
     page.evaluate("html => { document.body.innerHTML = html; }", panel.snapshot().data)
     page.wait_for_function("document.querySelector('img')?.naturalWidth > 0")
+    page.evaluate("document.body.style.background = '#111'")  # without a color of its own: black text
+    cell = page.locator("td").first.evaluate("e => getComputedStyle(e).color")
+    assert (cell, page.locator("b").first.evaluate("e => getComputedStyle(e).color")) == ("rgb(34, 34, 34)",) * 2
+    paper = page.locator("body > div").first.evaluate("e => getComputedStyle(e).backgroundColor")
+    assert paper == "rgb(255, 255, 255)"
     assert page.locator("td").count() == 9
 
 

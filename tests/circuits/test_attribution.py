@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 from helpers import tiny_models
+from helpers.graphs import cross_layer, transcoders
 
 import saewb
 from saewb.circuits.attribution import attribute, attribute_edges
 from saewb.interventions.steering import steer
+from saewb.models import hook_points
+from saewb.models.capture import capture
 from saewb.sae.matching_pursuit import PursuitConfig, PursuitSAE
 from saewb.sae.temporal import TemporalConfig, TemporalSAE
 
@@ -277,3 +280,163 @@ def test_latents_have_labels_where_there_is_an_index():
     assert (table.label[table.latent.isna()] == "").all()
     assert result.to_frame(30, index={result.saes[0]: index}).equals(table)
     assert (result.to_frame(5, index={}).label == "").all()
+
+
+# -- cross-layer transcoders -----------------------------------------------------------------------------------------
+
+CLTS = {
+    "relu": lambda: cross_layer(),
+    "jumprelu": lambda: cross_layer(activation="jumprelu"),
+    "skip": lambda: cross_layer(skip=True),
+}
+
+
+def written_by_nodes(model, clt, ids):
+    """What each active latent writes at each layer, and each layer's error, in tensors that repeat the definition."""
+    cache = capture(model, ids, [*clt.cfg.hooks, *clt.cfg.hooks_out])
+    xs, ys = ([cache[name][0].detach() for name in names] for names in (clt.cfg.hooks, clt.cfg.hooks_out))
+    acts = [clt.encode_layer(x, i).detach() for i, x in enumerate(xs)]
+    vectors = {}
+    for i, z in enumerate(acts):
+        for position, latent in z.nonzero().tolist():
+            if position:  # the first is special
+                parts = [z[position, latent] * clt.W_dec[i][latent, j - i] for j in range(i, len(acts))]
+                vectors[i, position, latent] = [torch.zeros_like(parts[0])] * i + parts
+    for j, y in enumerate(clt.decode(acts, xs)):
+        for position in range(1, len(y)):
+            zeros = [torch.zeros_like(y[0])] * len(acts)
+            vectors[j, position, -1] = [*zeros[:j], (ys[j] - y)[position].detach(), *zeros[j + 1 :]]
+    return vectors
+
+
+def adding(clt, vectors, scale):
+    """Hooks that add to each layer's output, for each node, its vector there times its scale."""
+
+    def edit(j):
+        def add(y, hook):
+            extra = torch.zeros_like(y)
+            for s, (key, of_layers) in zip(scale, vectors.items(), strict=True):
+                extra[0, key[1]] = extra[0, key[1]] + s * of_layers[j]
+            return y + extra
+
+        return add
+
+    return [(name, edit(j)) for j, name in enumerate(clt.cfg.hooks_out)]
+
+
+def keyed(frame, sae=None):
+    layer = [int(name.split(".")[1]) for name in frame.sae]
+    keys = zip(layer, frame.position, frame.latent.fillna(-1).astype(int), strict=True)
+    return dict(zip(keys, frame.effect, strict=True))
+
+
+@pytest.mark.parametrize("name", CLTS)
+def test_a_cross_layer_latent_counts_at_every_layer_that_it_writes_to(model, name):
+    """The gradient by a factor of all that a latent writes, by autograd through the model."""
+    clt, ids = CLTS[name](), model.to_tokens(PROMPT)
+    vectors = written_by_nodes(model, clt, ids)
+    factors = torch.zeros(len(vectors), requires_grad=True)
+    value = metric(model.run_with_hooks(ids, fwd_hooks=adding(clt, vectors, factors)))
+    (want,) = torch.autograd.grad(value, factors)
+    attribution = attribute(model, PROMPT, clt, metric)
+    got = keyed(attribution.to_frame())
+    assert got.keys() == vectors.keys()
+    torch.testing.assert_close(torch.tensor([got[key] for key in vectors]), want, rtol=1e-4, atol=1e-4)
+    assert attribution.saes == clt.cfg.hooks_out
+    totals = attribution.totals()
+    assert totals.sae.tolist() == ["blocks.0.hook_mlp_out to blocks.2.hook_mlp_out"]
+    assert totals.latents[0] + totals.errors[0] == pytest.approx(float(want.sum()), rel=1e-3)
+    strongest = max(got, key=lambda key: abs(got[key]))
+    assert any(key[0] < 2 and key[2] >= 0 for key in got)
+    assert attribution.to_frame(1).latent.fillna(-1).tolist() == [strongest[2]]
+
+
+@pytest.mark.parametrize("name", CLTS)
+def test_a_cross_layer_latent_is_ablated_at_every_layer_that_it_writes_to(model, name):
+    clt, ids = CLTS[name](), model.to_tokens(PROMPT)
+    vectors = written_by_nodes(model, clt, ids)
+    ablation = attribute(model, PROMPT, clt, metric, method="ablation", n_nodes=10_000, batch_size=7)
+    got = keyed(ablation.to_frame())
+    assert got.keys() == vectors.keys()
+    for key in [*list(vectors)[::9], next(key for key in vectors if key[2] < 0)]:
+        scale = [-1.0 if key == other else 0.0 for other in vectors]
+        with torch.no_grad():
+            without = metric(model.run_with_hooks(ids, fwd_hooks=adding(clt, vectors, scale)))
+        assert got[key] == pytest.approx(ablation.metric - float(without), rel=1e-3, abs=1e-3)
+    few = attribute(model, PROMPT, clt, metric, method="ablation", n_nodes=5)
+    assert len(few) == 5
+
+
+def test_integrated_gradients_of_all_layers_are_complete(model):
+    clt, ids = cross_layer(skip=True), model.to_tokens(PROMPT)
+    attribution = attribute(model, PROMPT, clt, metric, method="integrated", n_steps=48, batch_size=20)
+    totals = attribution.totals().iloc[0]
+    assert totals.latents + totals.errors == pytest.approx(totals.metric_difference, rel=0.02, abs=0.02)
+    cache = capture(model, ids, clt.cfg.hooks)
+    zeros = [torch.zeros(7, width) for width in clt.cfg.d_sae]
+    outputs = clt.decode(zeros, [cache[name][0].detach() for name in clt.cfg.hooks])
+
+    def replace_all(y, hook, output):
+        return torch.cat([y[:, :1], output[None, 1:]], 1)
+
+    hooks = [
+        (name, lambda y, hook, output=output: replace_all(y, hook, output))
+        for name, output in zip(clt.cfg.hooks_out, outputs, strict=True)
+    ]
+    baseline = float(metric(model.run_with_hooks(ids, fwd_hooks=hooks)).detach())
+    assert totals.metric_difference == pytest.approx(attribution.metric - baseline, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", CLTS)
+def test_edges_within_a_cross_layer_transcoder(model, name):
+    """The gradient of a later activation by a factor of all that an earlier latent writes, by autograd."""
+    clt, ids = CLTS[name](), model.to_tokens(PROMPT)
+    edges = attribute_edges(model, PROMPT, clt, clt, metric=metric, n_targets=4)
+    vectors = written_by_nodes(model, clt, ids)
+    for (layer, position, latent), some in edges.groupby(["to_layer", "to_position", "to_latent"]):
+        factors, seen = torch.zeros(len(vectors), requires_grad=True), {}
+        with hook_points.editing(model, {clt.cfg.hooks[layer]: lambda x, seen=seen: seen.update(x=x)}):
+            model.run_with_hooks(ids, fwd_hooks=adding(clt, vectors, factors))
+        act = clt.encode_layer(seen["x"][0, position], layer)[latent]
+        (want,) = torch.autograd.grad(act, factors)
+        keys = zip(some.from_layer, some.from_position, some.from_latent.fillna(-1).astype(int), strict=True)
+        got = dict(zip(keys, some.effect, strict=True))
+        assert got.keys() == {key for key in vectors if key[0] < layer}
+        expected = {key: float(w) for key, w in zip(vectors, want, strict=True)}
+        assert all(expected[key] == 0 for key in vectors.keys() - got.keys())
+        assert list(got.values()) == pytest.approx([expected[key] for key in got], rel=1e-3, abs=1e-4)
+    assert edges.groupby(["to_layer", "to_position", "to_latent"]).ngroups == 4
+    triple = tuple(edges.iloc[0][["to_layer", "to_position", "to_latent"]])
+    again = attribute_edges(model, PROMPT, clt, clt, targets=[triple])
+    assert again.effect.abs().max() == pytest.approx(abs(edges.effect[0]), rel=1e-4)
+
+
+def test_edges_between_a_cross_layer_transcoder_and_others(model):
+    """To and from an SAE or transcoder of one layer; of one layer it is the transcoder of that layer."""
+    clt, late, early = cross_layer(), tiny_models.sae("blocks.2.hook_resid_post"), tiny_models.sae(EARLY)
+    edges = attribute_edges(model, PROMPT, clt, late, n_targets=2)
+    assert set(edges.from_layer) == {0, 1, 2}
+    assert "to_layer" not in edges
+    edges = attribute_edges(model, PROMPT, early, clt, n_targets=5)
+    assert set(edges.to_layer) <= {1, 2}
+    assert "from_layer" not in edges
+    one = transcoders()[0]
+    tensors = {name: [getattr(one, name).detach()] for name in ("W_enc", "b_enc", "b_dec")}
+    tensors["W_dec"] = [one.W_dec.detach()[:, None]]
+    same = cross_layer(layers=1, widths=(40,)).from_tensors(cross_layer(layers=1, widths=(40,)).cfg, tensors)
+    a, b = (attribute_edges(model, PROMPT, sae, late, n_targets=2) for sae in (one, same))
+    assert b.effect.tolist() == pytest.approx(a.effect.tolist(), rel=1e-4, abs=1e-5)
+
+
+def test_cross_layer_errors(model):
+    clt = cross_layer()
+    with pytest.raises(ValueError, match=r"\(layer, position, latent\) triples, with a layer of \[0, 1, 2\]"):
+        attribute_edges(model, PROMPT, clt, clt, targets=[(3, 1)])
+    with pytest.raises(ValueError, match="does not depend on"):
+        attribute_edges(model, PROMPT, clt, clt, targets=[(0, 3, 1)])
+    with pytest.raises(ValueError, match="does not depend on"):
+        attribute_edges(model, PROMPT, tiny_models.sae("blocks.2.hook_resid_post"), clt)
+    hooks = tuple(f"blocks.{i}.hook_resid_post" for i in range(3))
+    crosscoder = type(clt).from_tensors(type(clt.cfg)(16, (9, 14, 11), hooks=hooks), clt.tensors())
+    with pytest.raises(TypeError, match="is a crosscoder"):
+        attribute(model, PROMPT, crosscoder, metric)

@@ -192,7 +192,7 @@ def test_no_json(tmp_path):
         saewb.load_graph(tmp_path / "none.json")
 
 
-@examples(20)
+@examples(4)
 @given(st.integers(0, 10_000), st.integers(1, 4))
 def test_edges_of_groups_are_sums(seed, n_groups):
     graph, rng = small(), np.random.default_rng(seed)
@@ -261,3 +261,32 @@ def test_labels_of_an_index():
     alone = by_hand(["latent", "token", "target"], [0, None, None], {(0, 1): 1.0, (2, 0): 1.0}, {2: 1.0})
     with pytest.raises(ValueError, match="of no layer of this graph"):
         alone.with_labels(index)
+
+
+def test_similar_latents_are_planted_twins():
+    """Twins of the same edges up to a factor; in a chain of near ones, any two of a group are similar."""
+    kinds = ["latent"] * 6 + ["token", "token", "target"]
+    layers = [0, 0, 0, 1, 1, 1, None, None, None]
+    edges = {}
+    for node, (a, b) in enumerate([(1, 0), (2, 0), (0, 3)]):  # 0 and 1 read the first token, 2 the second
+        edges |= {(node, 6): a, (node, 7): b}
+    for node, angle in zip((3, 4, 5), (0.0, 0.7, 1.4), strict=True):  # neighbors have cosine 0.76, ends 0.17
+        edges |= {(node, 0): float(np.cos(angle)), (node, 2): float(np.sin(angle))}
+    edges |= {(8, node): 1.0 for node in (0, 1)}
+    graph = by_hand(kinds, layers, {k: v for k, v in edges.items() if v}, {8: 1.0})
+    ids = graph.nodes["id"].tolist()
+    shares = graph.edges / graph.edges.abs().sum(1, keepdim=True).clamp_min(1e-10)
+    profile = torch.cat([shares[:6], shares[:, :6].T], 1)
+    cosine = torch.nn.functional.normalize(profile, dim=1) @ torch.nn.functional.normalize(profile, dim=1).T
+    groups = graph.similar_latents(0.7)
+    members = [tuple(sorted(ids.index(node) for node in group)) for group in groups.values()]
+    assert sorted(members) in ([(3, 4)], [(4, 5)])  # 0 and 1 write to others, so their cosine is less
+    assert float(cosine[0, 1]) < 0.7 < float(cosine[3, 4])
+    for group in graph.similar_latents(0.4).values():
+        index = [ids.index(node) for node in group]
+        assert float(cosine[index][:, index].min()) >= 0.4 - 1e-6
+    assert all(name.endswith(" + 1") for name in groups)
+    assert graph.similar_latents(1.0) == {}
+    with pytest.raises(ValueError, match="similarity=0"):
+        graph.similar_latents(0)
+    assert by_hand(["token", "target"], [None, None], {(1, 0): 1.0}, {1: 1.0}, n_layers=1).similar_latents() == {}

@@ -1,8 +1,10 @@
 """The page of a graph in Chromium: everything drawn quickly, effects listed, hostile texts harmless, one small file."""
 
 import pytest
-from helpers import chromium
-from helpers.graphs import by_hand, large
+from helpers import chromium, tiny_models
+from helpers.graphs import IDS, by_hand, large, transcoders
+
+import saewb
 
 HOSTILE = '</script><img src=x onerror="alert(1)">'
 
@@ -74,3 +76,23 @@ def test_too_many_nodes_and_a_folder(tmp_path, monkeypatch):
         graph.save_html(tmp_path / "graph.html")
     with pytest.raises(IsADirectoryError, match="is a folder"):
         graph.save_html(tmp_path)
+
+
+def test_the_tip_of_a_latent_is_its_card(browser, tmp_path):
+    """From an index: what the latent raises, and where it is strongest."""
+    model, coders = tiny_models.bridge(), transcoders()
+    graph = saewb.attribution_graph(model, IDS, coders, targets=[5], progress=False).pruned(0.95)
+    first = graph.nodes[(graph.nodes["kind"] == "latent") & (graph.nodes["layer"] == 1)].iloc[0]
+    index = saewb.build_index(model, coders[1], tiny_models.tokens(8, 9), batch_size=8, n_nearest=0)
+    index = index.with_labels({int(first["latent"]): HOSTILE})
+    page = opened(browser, graph.save_html(tmp_path / "cards.html", index=index))
+    latent, at = index.latent(int(first["latent"])), graph.index(first["id"])
+    page.locator(f'circle[data-i="{at}"]').hover()
+    tip = page.locator("#tip").inner_text()
+    assert HOSTILE in tip
+    assert f"largest {latent.max:.3g}" in tip
+    assert repr(latent.logits_top[0].token) in tip
+    page.locator(f'circle[data-i="{at}"]').click()
+    assert "strongest in" in page.locator("#side").inner_text()
+    assert page.complaints == []
+    page.close()

@@ -50,13 +50,16 @@ FILES, TEXT, VALUES = (
 )
 NO_TENSORS: dict[str, str] = {
     **dict.fromkeys(("catalogue", "load_config", "push_to_hub", "read_run", "TextFiles", "PastRun"), FILES),
+    **dict.fromkeys(("read_saebench", "compare", "Comparison"), "tables on the host"),
     **dict.fromkeys(("load_graph", "tiny.transcoders"), FILES),
     **dict.fromkeys(("tiny.Document", "tiny.texts", "tiny.held_out_texts", "tiny.folder", "token_strings"), TEXT),
     **dict.fromkeys(("pack", "stream_tokens", "token_sets", "token_texts", "tokens_where"), TEXT),
     **dict.fromkeys(("data.tokens.check_context", "data.tokens.check_vocabulary", "data.tokens.model_tokens"), TEXT),
     **dict.fromkeys(("models.tokenizer.end_ids", "models.tokenizer.single_texts"), TEXT),
     **dict.fromkeys(("models.tokenizer.tokenizer_of", "models.tokenizer.special_token_ids"), TEXT),
-    **dict.fromkeys(("SAEConfig", "PursuitConfig", "TemporalConfig", "CrossLayerConfig", "TrainConfig"), VALUES),
+    **dict.fromkeys(
+        ("SAEConfig", "PursuitConfig", "TemporalConfig", "CrossLayerConfig", "CrossCoderConfig", "TrainConfig"), VALUES
+    ),
     **dict.fromkeys(("Trainee", "TrainOption", "training_options", "training_code", "FormatError"), VALUES),
     **dict.fromkeys(("training_memory", "attachments", "detach_all"), VALUES),
     **dict.fromkeys(("training.loggers.Event", "training.loggers.saelens_keys"), VALUES),
@@ -66,7 +69,8 @@ NO_TENSORS: dict[str, str] = {
         "addresses of pages",
     ),
     **dict.fromkeys(
-        (f"features.neuronpedia.{name}" for name in ("explanations", "quick_list", "make_list")), "asks a server"
+        (f"features.neuronpedia.{name}" for name in ("explanations", "quick_list", "make_list", "upload_graph")),
+        "asks a server",
     ),
     **dict.fromkeys(
         (
@@ -250,6 +254,19 @@ def attribute(world):
         )
     results["totals"] = saewb.attribute(world.model, "w1 w2 w3", saes, "w4").totals()
     results["edges"] = saewb.attribute_edges(world.model, "w1 w2 w3", *saes, n_targets=3)
+    clt = world.cross_layer
+    results["clt edges"] = saewb.attribute_edges(world.model, "w1 w2 w3", clt, clt, n_targets=3)
+    results["clt"] = saewb.attribute(world.model, "w1 w2 w3", clt, "w4", method="ablation", n_nodes=12).to_frame(9)
+    return results
+
+
+@case("faithfulness", "Faithfulness")
+def faithfulness(world):
+    results, texts = {}, world.texts[:4]
+    for name, coders in {"saes": [world.sae(), world.sae(LATER, seed=1)], "clt": world.cross_layer}.items():
+        nodes = saewb.attribute(world.model, "w1 w2 w3", coders, "w4")
+        curve = saewb.faithfulness(world.model, "w1 w2 w3", coders, "w4", nodes, texts, sizes=[3], ctx_len=8)
+        results[f"host {name}"] = curve.metrics
     return results
 
 
@@ -300,7 +317,7 @@ def evaluate(world):
     results["host figures"] = result.figures(), result.latents.to_frame(), result.latents.density_histogram(5)
     many = saewb.evaluate_many(world.model, {"a": sae, "b": world.topk}, world.texts, ctx_len=12, batch_size=4)
     results["many"] = many.drop(columns=[c for c in many.columns if many[c].dtype == object])
-    clt = saewb.evaluate(world.model, sae, world.tokens, losses=False)
+    clt = saewb.evaluate(world.model, sae, world.tokens, losses=False, core=True)
     results["no losses"] = clt.figures()
     return results
 
@@ -334,6 +351,22 @@ def build_index(world):
         "find": index.find(world.model, world.topk, "w1 w2"),
         "latent": [(context.text, context.value) for context in index.latent(3).top],
         "host matrix": index.matrix(1).block([0, 1], [2, 3]),
+    }
+
+
+@case("fit_jacobian_lens", "JacobianLens", host_products="the mean over prompts is on the host, in float32")
+def fit_jacobian_lens(world):
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
+    how = {"n_prompts": 2, "skip_first": 1, "batch_size": 5}
+    lens = saewb.fit_jacobian_lens(world.model, world.tokens, hooks, **how)
+    index = saewb.build_index(world.model, world.topk, world.tokens, logits="jacobian")
+    directions = world.topk.W_dec.detach()[:3]
+    return {
+        "host matrices": list(lens.matrices.values()),
+        "table": lens.to_frame(),
+        "transported": lens.transport(directions, hooks[0]),
+        "logits": lens.logits(world.model, directions, hooks[0]),
+        "words": [x.effect for x in index.latent(0).jacobian_top],
     }
 
 
@@ -399,6 +432,23 @@ def contrast(world):
     results["host probes"] = probes.to_frame()
     results["host direction"] = result.direction().W_dec
     return results
+
+
+@case("absorption", "Absorption", "scr_tpp", "ScrTpp", host_products="pooled values and probes are on the host")
+def saebench(world):
+    words = {f"w{i}": i % 3 for i in range(27)}
+    how = {"progress": False, "max_k": 2}
+    absorbed = saewb.absorption(world.model, {"a": world.topk}, labels=words, **how)
+    texts = [" ".join(f"w{(i * i + i * j + j) % 27}" for j in range(3 + i % 5)) for i in range(24)]
+    labels = [i % 3 for i in range(24)]
+    perturbed = saewb.scr_tpp(world.model, {"a": world.topk}, texts, labels, ns=[2], progress=False)
+    return {"host absorbed": absorbed.to_frame().drop(columns="latents"), "host perturbed": perturbed.to_frame()}
+
+
+@case("meta_sae", "MetaSAE")
+def meta_sae(world):
+    result = saewb.meta_sae(world.topk, width=6, k=2, n_steps=3, batch=16)
+    return {"sae": world.drawn([result.sae]), "host table": world.drawn([result.to_frame()])}
 
 
 @case("directions", "neurons", "difference_of_means")
@@ -481,6 +531,9 @@ SYNTHETIC = [
     "RecoveryStream",
     "Sample",
     "SyntheticData",
+    "HierarchyAbsorption",
+    "absorption",
+    "score",
     "best_matches",
     "best_ordering",
     "load_synthetic",
@@ -514,6 +567,8 @@ def synthetic_data(world):
         "dictionary": dictionary.directions,
         "sample": world.drawn([sample.activations, sample.firings.dense()]),
         "recovery": world.drawn([synthetic.recovery(sae, data, 200, batch_size=100).to_frame()]),
+        "absorption": world.drawn([synthetic.absorption(data, sae, 100, batch_size=50).to_frame()]),
+        "score": world.drawn([synthetic.score(data, {"a": sae}, 100, batch_size=50)]),
         "loaded": synthetic.load_synthetic(world.folder / "synthetic").dictionary.directions.cpu().sum().item(),
         "matches": synthetic.best_matches(*rows),
         "numbers": (synthetic.uniqueness(*rows), synthetic.mean_correlation_coefficient(*rows)),
@@ -609,6 +664,36 @@ def transcoders(world):
     return {
         name: trained(world, objective, write="out", values=values)
         for name, objective in objective_registry.SKIPS.items()
+    }
+
+
+@case("CrossCoder", "L1CrossCoder", "CrossCoderSAE", "diff", "ModelDiff")
+def crosscoders(world):
+    values = {"a": world.activations, "b": world.activations[:, :6] * 2 + 1}
+    objectives = {
+        "crosscoder": saewb.CrossCoder(24, k=4.0, exclusive=0.1, k_start=8.0, k_anneal_tokens=120),
+        "l1": saewb.L1CrossCoder(24, l1=0.1),
+    }
+    results = {}
+    for name, objective in objectives.items():
+        for step in ("plain", "sparse"):
+            results[name, step] = trained(world, objective, read=None, values=values, step=step)
+        cross = results[name, "plain"]["sae"]
+        acts = cross.encode(values)
+        results[name] = acts, cross.decode(acts), cross.encode_sparse(values).dense(), cross.norms(), cross.as_sae()
+    pair = {"a": values["a"], "b": values["a"].flip(1)}
+    cross = trained(world, objectives["crosscoder"], read=None, values=pair)["sae"]
+    return {**results, "diff": saewb.diff(cross, pair, batch_tokens=60).table}
+
+
+@case("stream_pair")
+def two_models(world):
+    pair = {"a": world.model, "b": world.model}
+    hooks, how = {"a": HOOK, "b": LATER}, {"batch_tokens": 20, "ctx_len": 12}
+    both = next(saewb.stream_pair(pair, world.texts, hooks, **how)).values
+    return {
+        "both": both,
+        "difference": next(saewb.stream_pair(pair, world.texts, hooks, difference=True, **how)).values,
     }
 
 

@@ -518,7 +518,7 @@ def test_it_is_frozen_and_each_field_says_what_it_is(found):
 def test_it_prints_as_an_aligned_table_with_units(found):
     title, *lines = str(found).splitlines()
     assert title == f"{found.sae} on {found.model} at {RESID}"
-    assert len(lines) == len(fields(found)) - 5
+    assert len(lines) == len(fields(found)) - 7
     column = lines[0].index("nats/token")
     assert all(line[column - 1] == " " and line[column] != " " and line[column - 3] != " " for line in lines)
     assert any(line.startswith(f"fvu{' ' * 10}") and f"{found.fvu:.4g}  fraction" in line for line in lines)
@@ -537,7 +537,7 @@ def test_html_is_escaped_and_without_colors(found):
     assert "&lt;script&gt;&amp; at &lt;b&gt; =&gt;" in shown
     assert "color" not in shown
     assert "background" not in shown
-    assert shown.count("<tr>") == len(fields(found)) - 5
+    assert shown.count("<tr>") == len(fields(found)) - 7
     assert html.escape("loss with the SAE's output in place of the activation") in shown
 
 
@@ -545,7 +545,7 @@ def test_frames_of_several_can_be_put_together(found):
     import pandas as pd
 
     both = pd.concat([found.to_frame(), found.to_frame()])
-    assert list(both.columns) == [f.name for f in fields(found) if f.name != "latents"]
+    assert list(both.columns) == list(found.figures())
     assert both["fvu"].tolist() == [found.fvu] * 2
     assert both["sae"].tolist() == [found.sae] * 2
 
@@ -582,7 +582,7 @@ def test_latent_figures_are_those_of_all_activations_in_memory(model):
     cosine = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec).detach()
     torch.testing.assert_close(evaluation.encoder_decoder_cosine.float(), cosine)
     frame = evaluation.to_frame()
-    assert frame.shape == (40, 8)
+    assert frame.shape == (40, 10)
     assert frame.decoder_norm.to_numpy() == pytest.approx(sae.W_dec.norm(dim=1).detach().numpy(), rel=1e-6)
     counts, edges = evaluation.density_histogram(10)
     assert counts.sum() == (evaluation.density > 0).sum()

@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saewb.explanations.figures import auc, classification_figures, correlation_figures, plain, wilson
-from saewb.explanations.instructions import read_explanation, read_numbers
+from saewb.explanations.figures import (
+    area_figures,
+    auc,
+    classification_figures,
+    correlation_figures,
+    plain,
+    share_figures,
+    wilson,
+)
+from saewb.explanations.instructions import read_choice, read_explanation, read_numbers
 from saewb.explanations.windows import levels_of, marked_text, marks_of, plain_text
 from saewb.features.latent import Context
 
@@ -105,3 +113,29 @@ def test_any_answer_is_read_or_not(answer):
 @given(st.lists(st.integers(0, 10), max_size=9), st.text(st.characters(exclude_characters="["), max_size=20))
 def test_a_list_is_read_whatever_stands_around_it(numbers, around):
     assert read_numbers(around + json.dumps(numbers) + around, len(numbers), 0, 10) == numbers
+
+
+def test_interval_of_an_area():
+    """The published example of Hanley and McNeil (1982): A = .893 of 51 abnormal and 58 normal, se = .032."""
+    scores = [1] * 33 + [2] * 6 + [3] * 6 + [4] * 11 + [5] * 2, [1] * 3 + [2] * 2 + [3] * 2 + [4] * 11 + [5] * 33
+    figures = area_figures([*scores[0], *scores[1]], [False] * 58 + [True] * 51)
+    assert figures["value"] == pytest.approx(0.893, abs=5e-4)
+    assert (figures["high"] - figures["low"]) / (2 * 1.96) == pytest.approx(0.032, abs=1e-3)
+    perfect = area_figures([1, 2, 3], [False, True, True])
+    assert (perfect["low"], perfect["value"], perfect["high"]) == (1, 1, 1)
+    assert all(math.isnan(area_figures([1.0], [True])[name]) for name in ("value", "low", "high"))
+
+
+def test_share_of_right_answers():
+    figures = share_figures(8, 10, 0.2)
+    assert (figures["value"], figures["n"], figures["chance"]) == (0.8, 10, 0.2)
+    assert (figures["low"], figures["high"]) == wilson(8, 10)
+    assert math.isnan(share_figures(0, 0, 0.2)["value"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "want"),
+    [("[2, 3]", [2, 3]), ("[]", []), ("so [ ]", []), ("[2, 2]", None), ("[0]", None), ("[5]", None), ("[1.0]", None)],
+)
+def test_a_choice_is_of_different_numbers(answer, want):
+    assert read_choice(answer, 4) == want

@@ -3,7 +3,9 @@
 import io
 import json
 import logging
+import os
 import pickle
+import sys
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -304,6 +306,30 @@ def test_the_key_is_nowhere(endpoint, tmp_path, monkeypatch, caplog):
         assert KEY not in text
 
 
+@pytest.mark.long
+def test_the_key_is_in_no_notebook_and_no_saved_panel(endpoint, tmp_path, monkeypatch):
+    """One that runs in a kernel of its own, with the state of its panels saved, where the endpoint repeats the key."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    endpoint.answer = lambda body, n: completion(f"[EXPLANATION]: your key is {KEY}, yes")
+    cells = [
+        "import saewb\nfrom helpers import planted_judge as planted\nfrom saewb_widgets import FeatureBrowser",
+        f"judge = saewb.Chat({endpoint.url!r}, 'm', 'JUDGE_KEY', cache={str(tmp_path / 'cache')!r})\njudge",
+        "explained = saewb.explain(planted.index(), judge, [0, 1], progress=True)\nexplained",
+        "scored = saewb.score(planted.index(), explained, judge, progress=True)\nscored",
+        "vars(judge), scored.to_frame()",
+        "index = planted.index().with_labels(scored)\nFeatureBrowser(index)",
+    ]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=300, store_widget_state=True).execute()
+    text = nbformat.writes(notebook)
+    assert text.count("your key is ***, yes") > 3
+    assert "widget-state" in text
+    assert KEY not in text
+
+
 def _chain(error):
     while error is not None:
         yield error
@@ -405,3 +431,27 @@ def test_smollm2_answers(tmp_path):
     scored = saewb.score(index, explained, judge, by=["detection"], n_active=4, n_inactive=4)
     table = scored.to_frame()  # too small for the figures to mean anything: each text is answered, or counted
     assert ((table.n + table.unanswered) == 8)[table.score == "detection"].all()
+
+
+def test_embeddings_of_an_endpoint(endpoint, tmp_path):
+    """In the order of the texts, cached, and with the same tries; others than so many are refused."""
+
+    def answer(body, n):
+        if n == 1:
+            return 503, {"Retry-After": "0"}, {}
+        rows = [{"index": i, "embedding": [i, len(text)]} for i, text in enumerate(body["input"])]
+        return 200, {}, {"data": rows[::-1], "usage": {"total_tokens": 7}}
+
+    endpoint.answer = answer
+    judge = chat(endpoint, tmp_path, embedding_model="e")
+    wanted = Request((("user", "a"), ("user", "bc")), 0, embeds=True)
+    for _ in range(2):
+        ((_, got),) = judge.ask([wanted])
+        assert got.vectors == ((0.0, 1.0), (1.0, 2.0))
+    assert [(path, body) for path, _, body, _ in endpoint.asked] == [
+        ("/v1/embeddings", {"model": "e", "input": ["a", "bc"]})
+    ] * 2
+    endpoint.answer = lambda body, n: (200, {}, {"data": [{"index": 0, "embedding": [1.0]}]})
+    with pytest.raises(saewb.FormatError, match="1 of 2"):
+        ask(chat(endpoint, tmp_path, embedding_model="f"), wanted)
+    assert not chat(endpoint, tmp_path).can_embed

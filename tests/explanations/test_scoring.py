@@ -21,10 +21,10 @@ def explained():
     return planted.explained()
 
 
-def scored(explained, answer=planted.truthful, by=SCORES, held_out=False, **how):
+def scored(explained, answer=planted.truthful, by=SCORES, held_out=False, embed=planted.embed, **how):
     if held_out:
         how |= {"model": planted.model(), "sae": planted.sae(), "texts": planted.held_out(), **HELD_OUT}
-    return saewb.score(planted.index(), explained, planted.judge(answer), by=by, **how)
+    return saewb.score(planted.index(), explained, planted.judge(answer, embed=embed), by=by, **how)
 
 
 def test_the_judge_explains_by_what_it_is_shown(explained):
@@ -40,10 +40,12 @@ def test_the_truth_scores_one(explained, held_out):
     assert (table.unanswered == 0).all()
     assert (table.n > 0).all()
     np.testing.assert_allclose(table.value, 1)
-    words = table.drop(["intruder"], level="score")
+    words = table.drop(["intruder", "output", "saebench", "embedding"], level="score")
     assert (words.drop("simulation", level="score").control < 0.7).all()
     assert (words.xs("simulation", level="score").control.fillna(0) < 0.3).all()
     assert table.xs("intruder", level="score").control.isna().all()
+    for name, most in {"output": 0.6, "saebench": 0.8, "embedding": 0.7}.items():
+        assert table.xs(name, level="score").control.mean() < most
 
 
 def answers(of):
@@ -80,7 +82,7 @@ def test_a_coin_is_within_its_interval(explained):
 
 @pytest.mark.parametrize("answer", ["", "I cannot say.", "[1, 0", "[99, 2, 2, 2, 2]", "[true]", "[[1, 0, 1, 0, 1]]"])
 def test_what_cannot_be_read_is_counted(explained, answer):
-    table = scored(explained, lambda request: answer).to_frame()
+    table = scored(explained, lambda request: answer, embed=lambda texts: []).to_frame()
     assert (table.n == 0).all()
     assert (table.unanswered > 0).all()
     assert table.value.isna().all()
@@ -127,6 +129,54 @@ def test_an_injection_changes_nothing_but_the_answer_it_sits_in(explained):
     assert (truthful.to_frame().value == 1).all()
     again = saewb.explain(injected, planted.judge(), [0], method="examples")
     assert "hacked" not in again[0].text
+
+
+def test_to_call_none_active_is_right_for_most_texts_of_saebench(explained):
+    for record in scored(explained, lambda request: "None of them: []", by=["saebench"]):
+        figures = record.scores["saebench"]
+        assert (figures["n"], figures["unanswered"]) == (14, 0)
+        assert figures["value"] == figures["control"] == figures["chance"] == 10 / 14
+    asked = []
+    scored(explained, lambda request: asked.append(request) or "[1]", by=["saebench"], control=False)
+    assert len(asked) == len(explained)
+    assert all(request.prompt.count("Text ") == 14 for request in asked)
+
+
+def test_output_is_a_third_by_chance_and_needs_no_text(explained):
+    table = scored(explained, lambda request: "[1]", by=["output"], seed=3).to_frame()
+    assert (table.n == 5).all()
+    assert (table.value == table.control).all()  # the same sets in the same order
+    assert ((table.low <= 1 / 3) & (table.high >= 1 / 3)).mean() > 0.8
+    rows = planted.rows(20, 1)
+    partly = saewb.build_index(planted.model(), planted.sae(), rows, window=4, coactive_tokens=50)
+    labels = Explanations.from_labels(explained.labels())
+    assert (saewb.score(partly, labels, planted.judge(), by="output").to_frame().value == 1).all()
+    blind = saewb.build_index(planted.model(), planted.sae(), rows, window=4, n_logits=0)
+    with pytest.raises(ValueError, match="needs the logit effects"):
+        saewb.score(blind, labels, planted.judge(), by="output")
+
+
+def test_embedding_is_the_area_of_cosines(explained):
+    """Vectors of which the cosines are known: one active text is below half of the inactive ones."""
+    asked = []
+
+    def embed(texts):
+        asked.append(texts)
+        n = len(texts) - 1
+        angles = np.linspace(0, 1, n)  # the order of the windows: active, then inactive
+        angles[0] = angles[n // 2 + n // 4]
+        return [[2.0, 0.0], *np.stack([np.cos(angles), np.sin(angles)], 1).tolist()]
+
+    (record,) = scored(explained[:1], embed=embed, by=["embedding"], n_active=20, n_inactive=20)
+    n_active = sum(bool(planted.WORDS[0].keys() & set(planted.words_in(text))) for text in asked[0][1:])
+    figures = record.scores["embedding"]
+    n_inactive = figures["n"] - n_active
+    above = sum(k < (figures["n"] // 2 + figures["n"] // 4) for k in range(n_active, figures["n"]))
+    equal = int(n_active <= figures["n"] // 2 + figures["n"] // 4)
+    assert figures["value"] == pytest.approx(1 - (above + equal / 2) / (n_active * n_inactive))
+    assert figures["low"] < figures["value"] < figures["high"]
+    with pytest.raises(ValueError, match=r"needs embeddings(.|\n)*embedding_model="):
+        saewb.score(planted.index(), explained, Scripted(planted.truthful), by="embedding")
 
 
 def test_scoring_text_was_not_seen_when_explaining(explained):
@@ -229,7 +279,9 @@ def test_a_latent_that_is_never_active_cannot_be_explained():
     with pytest.raises(ValueError, match=r"no text in which latent(.|\n)*n_active > 0"):
         saewb.explain(index, planted.judge(), silent)
     result = saewb.score(index, Explanations([Explanation(int(silent[0]), "x")]), planted.judge(), by=SCORES)
-    assert result.to_frame().value.isna().all()
+    table = result.to_frame().set_index("score")
+    assert table.value.drop("output").isna().all()
+    assert table.n.drop("output").tolist() == [0] * (len(SCORES) - 1)
 
 
 @pytest.mark.parametrize("method", ["max_act_logits", "general", "contrastive", "examples"])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 from helpers import tiny_models
 
@@ -155,3 +156,25 @@ def test_labels_that_are_none(index, tmp_path):
         with pytest.raises(saewb.FormatError, match="index.json"):
             saewb.load_index(folder)
         file.write_text(file.read_text().replace(damage, '{"2": "two"}'))
+
+
+def test_search_by_bm25():
+    """The published formula, with k1 = 1.5 and b = .75, in numpy."""
+    texts = ["names of rivers", "rivers, rivers and lakes of the north", "verbs", ""]
+    found = Explanations(Explanation(i, text) for i, text in enumerate(texts))
+    table = found.search("Rivers of NORTH or south")
+    words = [text.replace(",", "").split() for text in texts]
+    mean, expected = np.mean([len(w) for w in words]), {}
+    for i, w in enumerate(words):
+        score = 0.0
+        for term in ("rivers", "of", "north", "or", "south"):
+            n, f = sum(term in other for other in words), w.count(term)
+            idf = np.log(1 + (4 - n + 0.5) / (n + 0.5))
+            score += idf * f * 2.5 / (f + 1.5 * (1 - 0.75 + 0.75 * len(w) / mean)) if w else 0
+        expected[i] = score
+    assert table.latent.tolist() == sorted((0, 1), key=lambda i: -expected[i])
+    np.testing.assert_allclose(table.bm25, [expected[i] for i in table.latent], rtol=1e-12)
+    assert len(found.search("rivers", n=1)) == 1
+    assert found.search("nothing").empty
+    with pytest.raises(ValueError, match="a word"):
+        found.search(" ,")

@@ -9,8 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from helpers import tiny_models
+from helpers.graphs import large
 
 import saewb
+from saewb.errors import FormatError
 from saewb.features import build_index, neuronpedia
 from saewb.features.labels import Explanation, Explanations
 from saewb.sae.sae import SAE, SAEConfig
@@ -53,8 +55,21 @@ class StandIn(BaseHTTPRequestHandler):
         if self.headers["x-api-key"] == "redirected":
             self.redirect(self.server.elsewhere)
             return
+        if self.path == "/api/graph/signed-put" and self.headers["x-api-key"] in ("mine", "third"):
+            path = "/bucket/graph.json?signature=s3cret" if self.headers["x-api-key"] == "mine" else "/full?s=s3cret"
+            url = f"http://127.0.0.1:{self.server.server_port}{path}"
+            self.answer(json.dumps({"url": url, "putRequestId": "put 1"}).encode())
+            return
         result = {"url": "https://there/list/1"} if self.headers["x-api-key"] == "mine" else {"message": "wrong key"}
         self.answer(json.dumps(result).encode())
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.path, self.headers["x-api-key"], content))
+        if self.path.startswith("/full"):
+            self.answer(b'{"error": "no room for s=s3cret"}', 507)
+            return
+        self.answer(b"")
 
     def redirect(self, address):
         self.send_response(302)
@@ -264,3 +279,38 @@ def test_an_index_knows_its_page(model, tmp_path):
     assert neuronpedia.page(saewb.load_index(tmp_path / "i"), 2).url.endswith(f"{SOURCE}/2")
     with pytest.raises(ValueError, match="names no page"):
         neuronpedia.page(replace(index, info=replace(index.info, neuronpedia=None)), 2)
+
+
+def test_a_graph_is_put_where_the_site_says_and_then_entered(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEWB_CACHE", str(tmp_path))
+    graph = large(60).pruned()
+    address = neuronpedia.upload_graph(graph, "sixty-nodes", "mine", scan="gpt2-small", site=site.url)
+    assert address == "https://there/list/1"
+    first, put, last = site.asked
+    content = graph.to_json(slug="sixty-nodes", scan="gpt2-small").encode()
+    body = {"filename": "sixty-nodes.json", "contentLength": len(content), "contentType": "application/json"}
+    assert first == ("/api/graph/signed-put", "mine", body)
+    assert put == ("/bucket/graph.json?signature=s3cret", None, content)  # without the key
+    assert last == ("/api/graph/save-to-db", "mine", {"putRequestId": "put 1"})
+    assert json.loads(content)["metadata"]["scan"] == "gpt2-small"
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_graph_that_is_refused(site, monkeypatch):
+    graph = large(60).pruned()
+    with pytest.raises(FormatError, match="answered without an address to put to: 'wrong key'"):
+        neuronpedia.upload_graph(graph, "sixty", "yours", site=site.url)
+    with pytest.raises(ConnectionError, match="HTTP 507: no room") as refused:
+        neuronpedia.upload_graph(graph, "sixty", "third", site=site.url)
+    assert "s3cret" not in str(refused.value)
+    assert [request[0] for request in site.asked].count("/api/graph/save-to-db") == 0
+    site.elsewhere = "http://localhost:9/list"
+    with pytest.raises(ConnectionError, match="another site"):
+        neuronpedia.upload_graph(graph, "sixty", "redirected", site=site.url)
+    n = len(site.asked)
+    monkeypatch.setattr(neuronpedia, "_MAX_GRAPH", 1000)
+    with pytest.raises(ValueError, match="at most 0 MB"):
+        neuronpedia.upload_graph(graph, "sixty", "mine", site=site.url)
+    with pytest.raises(ValueError, match="slug='sixty-nodes'"):
+        neuronpedia.upload_graph(graph, "Sixty nodes", "mine", site=site.url)
+    assert len(site.asked) == n

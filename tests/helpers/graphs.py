@@ -49,7 +49,7 @@ def check_sums(graph, rel=1e-4):
     assert not graph.edges[~torch.tensor(rows)].any()
 
 
-def by_hand(kinds, layers, edges, weights, n_pos=1, positions=None):
+def by_hand(kinds, layers, edges, weights, n_pos=1, positions=None, n_layers=None):
     """A graph of these nodes and edges `{(target, source): effect}`, all else made up."""
     n = len(kinds)
     frame = pd.DataFrame(
@@ -73,7 +73,7 @@ def by_hand(kinds, layers, edges, weights, n_pos=1, positions=None):
     matrix = torch.zeros(n, n)
     for (target, source), effect in edges.items():
         matrix[target, source] = effect
-    n_layers = max(layer for layer in layers if layer is not None) + 1
+    n_layers = n_layers or max(layer for layer in layers if layer is not None) + 1
     frame = frame.assign(id=node_ids(frame, n_layers))
     graph = AttributionGraph(
         nodes=frame,

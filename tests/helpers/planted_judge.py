@@ -81,9 +81,15 @@ def truthful(request):
         known = set(WORDS[fits.index(max(fits))])
         return json.dumps([next(n for n, m in enumerate(marked, 1) if not m <= known)])
     known = {w: int(a) for w, a in re.findall(r"(w\d+)=(\d+)", prompt.partition("\n")[0])}
+    if "sets of tokens" in system:
+        sets = [line.partition(": ")[2] for line in prompt.splitlines() if line.startswith("Set ")]
+        own = [likelier(i) for i, words in enumerate(WORDS) if set(words) == set(known)]
+        return json.dumps([next((n for n, one in enumerate(sets, 1) if one in own), 1)])
     if "Tokens: " in prompt:
         return json.dumps([known.get(t.strip(), 0) for t in json.loads(prompt.partition("Tokens: ")[2])])
     lines = [line.partition(": ")[2] for line in prompt.splitlines() if line.startswith("Text ")]
+    if "numbers of these texts" in system:
+        return json.dumps([n for n, line in enumerate(lines, 1) if known.keys() & set(words_in(line))])
     if "<< and >>" in system:
         return json.dumps([int(_marks_all(line, known)) for line in lines])
     return json.dumps([int(bool(known.keys() & set(words_in(line)))) for line in lines])
@@ -95,8 +101,18 @@ def _marks_all(line, known):
     return marked == known.keys() & set(words_in(line))
 
 
+def likelier(latent):
+    """What a latent makes likelier, as it is written in a request."""
+    return ", ".join(json.dumps(logit.token) for logit in index().latent(latent).logits_top)
+
+
+def embed(texts):
+    """How often each word is in a text: an explanation is near the texts that have its words."""
+    return [[float(words_in(text).count(word(token))) for token in range(4, tiny_models.VOCAB)] for text in texts]
+
+
 def judge(answer=truthful, **how):
-    return Scripted(answer, **how)
+    return Scripted(answer, **{"embed": embed, **how})
 
 
 def explained():

@@ -193,10 +193,10 @@ def test_groups_and_equal_texts_are_not_divided():
     assert len(set(component)) == 7
     y = np.array([0, 1] * 5)
     for seed in range(20):
-        train, test = probes._grouped_split(y, component, 0.5, seed)
+        train, test = probes.grouped_split(y, component, 0.5, seed)
         assert not set(component[train]) & set(component[test])
         assert sorted([*train, *test]) == list(range(10))
-    big = probes._grouped_split(np.arange(1000) % 4 == 0, np.arange(1000), 0.8, 0)[0]
+    big = probes.grouped_split(np.arange(1000) % 4 == 0, np.arange(1000), 0.8, 0)[0]
     assert len(big) == 800
     assert (big % 4 == 0).sum() == 200
 

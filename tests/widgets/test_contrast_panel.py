@@ -4,6 +4,8 @@ import pytest
 from helpers import panel_driver
 from saewb_widgets import ContrastPanel
 
+import saewb
+
 A = ["The bird is a small species.", "A family of birds.", "The species of fish lives in the sea."]
 B = ["The city is in the north.", "A town of people.", "The river in the city.", "A large building."]
 
@@ -51,6 +53,22 @@ def test_another_side_latent_or_text():
     assert panel.stale
     assert "b = " + repr(B[:2]) in panel.code()
     assert "pool='max'" in panel.code()  # of what is shown
+
+
+def test_labels_of_an_index_stand_beside_the_latents():
+    model, sae = panel_driver.embedded()
+    index = saewb.build_index(model, sae, [*A, *B] * 3, ctx_len=16)
+    best = int(compared().table.latent[0])
+    named = index.with_labels({best: "what <b>species</b> are"})
+    panel = compared(index=named)
+    assert panel.rows["labels"] == named.label_texts([row[0] for row in panel.rows["rows"]])
+    assert panel.rows["labels"][0] == panel.page["label"] == "what <b>species</b> are"
+    still = panel.static_html()
+    assert still.count("what &lt;b&gt;species&lt;/b&gt; are") == 2
+    assert compared().rows["labels"] == []
+    small = saewb.SAE(saewb.SAEConfig(model.cfg.d_model, 40, hook=sae.cfg.hook), seed=0)
+    with pytest.raises(ValueError, match="is not of this SAE"):
+        ContrastPanel(model, small, index=index)
 
 
 def test_it_shows_its_errors():

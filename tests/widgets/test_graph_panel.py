@@ -187,6 +187,16 @@ def test_labels_come_from_indexes():
     assert shown["pruned"].nodes.equals(panel.pruned.nodes)
     alone = GraphPanel(graph, indexes[0])
     assert alone.graph.nodes["label"][0] == indexes[0].label(int(graph.nodes["latent"][0]))
+    cards = {node["id"]: node.get("card") for node in alone.drawing["nodes"]}
+    for row in alone.pruned.nodes.itertuples():
+        assert (cards[row.id] is not None) == (row.kind == "latent" and row.layer == 0)
+    node = next(row for row in alone.pruned.nodes.itertuples() if cards[row.id] and len(cards[row.id]) > 1)
+    latent = indexes[0].latent(node.latent)
+    assert repr(latent.logits_top[0].token) in cards[node.id][0]
+    assert f"largest {latent.max:.3g}" in cards[node.id][1]
+    assert f"\u00ab{latent.top[0].tokens[latent.top[0].at].lstrip()}\u00bb" in cards[node.id][2]
+    with pytest.raises(ValueError, match="of no layer"):
+        GraphPanel(graphs.by_hand(**HAND | {"layers": [4, 5, 6, 4, None, None]}), indexes[0])
 
 
 def test_it_shows_its_errors():
@@ -218,3 +228,22 @@ def test_it_shows_its_errors():
         GraphPanel(graph, pin=[])
     with pytest.raises(TypeError, match="got a str"):
         GraphPanel("graph")
+
+
+def test_groups_of_similar_latents():
+    kinds, layers = ["latent"] * 4 + ["token", "token", "target"], [0, 0, 0, 0, None, None, None]
+    edges = {(i, 4 + i // 2): 1.0 + i for i in range(4)} | {(6, i): 1.0 for i in range(4)}
+    graph = graphs.by_hand(kinds, layers, edges, {6: 1.0})
+    ids = graph.nodes["id"].tolist()
+    panel = GraphPanel(graph, nodes=1.0, edges=1.0, pins=[ids[0]])
+    panel.on_request("group_similar")
+    assert sorted(map(sorted, panel.groups.values())) == [ids[:2], ids[2:4]]
+    assert panel.pins == []
+    assert panel.groups == graph.similar_latents()
+    with pytest.raises(ValueError, match="no two latents"):
+        panel.group_similar()
+    panel.ungroup(next(iter(panel.groups)))
+    panel.group_similar(0.9)
+    assert len(panel.groups) == 2
+    exec(panel.code(), shown := {"graph": graph})
+    assert set(panel.groups) <= set(shown["edges"]["source"])

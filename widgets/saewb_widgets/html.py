@@ -12,6 +12,7 @@ from typing import Any
 
 _CELL = "padding:1px 10px 1px 0;white-space:nowrap;vertical-align:top"
 _FIGURE = f"{_CELL};text-align:right"
+_TABLE = "border-collapse:collapse;color:inherit;font:inherit"  # without a doctype, tables inherit neither
 _WIDE = "padding:1px 0;text-align:left;white-space:pre-wrap"
 
 
@@ -33,20 +34,26 @@ def latent_rows(rows: Iterable[dict[str, Any]]) -> str:
         out.append(f'<tr>{figures}<td style="{_WIDE}">{name}{pieces or "never fires"}</td></tr>')
     head = "".join(f'<th style="{_FIGURE}">{h}</th>' for h in ("latent", "fires on", "largest"))
     where = f'<th style="{_WIDE}">where it is strongest</th>'
-    return f'<table style="border-collapse:collapse"><tr>{head}{where}</tr>{"".join(out)}</table>'
+    return f'<table style="{_TABLE}"><tr>{head}{where}</tr>{"".join(out)}</table>'
 
 
 def latent_html(p: dict[str, Any], contexts: int = 8) -> str:
     """The page of one latent: statistics, promoted tokens, strongest contexts."""
-    words = ", ".join(f"<code>{html.escape(s.strip() or s)}</code> {v:+.2f}" for s, _, v in p["raised"][:6])
+    direct, through = _words(p["raised"]), _words(p["jacobian_raised"])
     facts = f"fires on {percent(p['density'])} of tokens, largest {p['max']}, mean {p['mean']}"
     lines = "".join(
         f'<tr><td style="{_FIGURE}">{c["acts"][c["at"]]}</td>{_pieces(p, c)}</tr>' for c in p["top"][:contexts]
     )
-    likelier = f"<div>makes likelier: {words}</div>" if words else ""
-    table = f'<table style="border-collapse:collapse">{lines}</table>'
+    likelier = f"<div>makes likelier: {direct}</div>" if direct else ""
+    likelier += f"<div>through later layers: {through}</div>" if through else ""
+    table = f'<table style="{_TABLE}">{lines}</table>'
     name = f"Latent {p['latent']}" + (f" {html.escape(p['label'])}" if p["label"] else "")
     return f"<div style='margin-top:8px'><b>{name}</b>: {facts}</div>{likelier}{table}"
+
+
+def _words(raised: list[Any]) -> str:
+    """The first tokens that a latent makes likelier, with their logits."""
+    return ", ".join(f"<code>{html.escape(text.strip() or text)}</code> {v:+.2f}" for text, _, v in raised[:6])
 
 
 def _pieces(p: dict[str, Any], c: dict[str, Any]) -> str:
@@ -68,7 +75,7 @@ def grid(head: Iterable[str], body: Iterable[Iterable[object]]) -> str:
     first = cells[0] if cells else []
     top = "".join(_cell("th", title, under) for title, under in zip_longest(head, first, fillvalue=""))
     lines = ("".join(_cell("td", value, value) for value in line) for line in cells)
-    return f'<table style="border-collapse:collapse"><tr>{top}</tr>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
+    return f'<table style="{_TABLE}"><tr>{top}</tr>{"".join(f"<tr>{x}</tr>" for x in lines)}</table>'
 
 
 def _cell(tag: str, text: str, like: str) -> str:

@@ -96,6 +96,7 @@ class Panel(anywidget.AnyWidget):
 
     _ready = False  # whether trait changes take effect; see `on_change`
     _owns_layout = False
+    _still_style = ""  # of the snapshot
 
     title = t.Unicode("", help="title, one line").tag(sync=True)
     about = t.Unicode("", help="subtitle: the data shown, one line").tag(sync=True)
@@ -176,7 +177,8 @@ class Panel(anywidget.AnyWidget):
         from IPython.display import HTML
 
         head = f"<b>{html.escape(self.title)}</b><div style='opacity:.65'>{html.escape(self.about)}</div>"
-        return HTML(f"<div style='font:13px/1.5 system-ui,sans-serif'>{head}{self.static_html()}</div>")
+        style = f"font:13px/1.5 system-ui,sans-serif{self._still_style}"
+        return HTML(f"<div style='{style}'>{head}{self.static_html()}</div>")
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
         """Accept state from the front end; on failure send back the error and the current values."""

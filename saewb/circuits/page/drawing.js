@@ -21,7 +21,7 @@ function graphDrawing(svg, side, view) {
   const figures = (n) => [...known("activation", n.activation), ...known("value", n.value), ...(n.kind === "group" ? [] : known("influence", n.influence))];
   const members = (n) => (n.members || []).map((i) => `${name(nodes[i])} · ${data.tokens[nodes[i].position]}`);
   const describe = (n) => (n.kind === "group" ? [n.label, ...members(n).slice(0, 12)].join("\n")
-    : [name(n), ...(n.kind === "latent" && n.label ? [`layer ${n.layer}, latent ${n.latent}`] : []), `${JSON.stringify(data.tokens[n.position])}, ${figures(n).join(", ")}`].join("\n"));
+    : [name(n), ...(n.kind === "latent" && n.label ? [`layer ${n.layer}, latent ${n.latent}`] : []), `${JSON.stringify(data.tokens[n.position])}, ${figures(n).join(", ")}`, ...(n.card || [])].join("\n"));
 
   function read() {
     if (data === view.data()) return;
@@ -63,7 +63,7 @@ function graphDrawing(svg, side, view) {
       node.circle = make("circle", { cx: node.x, cy: node.y, r: node.r, tabindex: -1, role: "button", "data-i": i, "aria-label": `${name(node)} at ${at(node)}` }, svg);
       node.circle._tip = () => describe(node);
       if (node.kind === "target") make("text", { x: node.x + 6, y: node.y - 6 - 11 * (i % 2) }, svg, short(node.token, 14));
-      if (node.kind === "group") make("text", { x: node.x + 11, y: node.y + 4 }, svg, short(node.label, 24));
+      if (node.kind === "group") make("text", { x: node.x + 11, y: node.y + [4, -8, 16][i % 3] }, svg, short(node.label, 24));
     });
     highlight();
     if (had) svg.querySelector("[tabindex='0']")?.focus({ preventScroll: true });
@@ -116,7 +116,8 @@ function graphDrawing(svg, side, view) {
     heading.textContent = name(node);
     facts.textContent = node.kind === "group" ? members(node).join("; ")
       : [`id ${node.id}`, `token ${JSON.stringify(data.tokens[node.position])}, position ${node.position}`, ...figures(node)].join(" · ");
-    side.append(heading, facts, ...(view.more?.(node) || []));
+    const card = (node.card || []).map((line) => { const p = document.createElement("p"); p.className = "about"; p.textContent = line; return p; });
+    side.append(heading, facts, ...card, ...(view.more?.(node) || []));
     list("Incoming", incoming, "source");
     list("Outgoing", outgoing, "target");
   }

@@ -15,7 +15,7 @@ svg.addEventListener("pointermove", (event) => {
   if (tip.hidden) return;
   tip.textContent = event.target._tip();
   tip.style.left = `${Math.min(event.clientX + 12, innerWidth - 330)}px`;
-  tip.style.top = `${event.clientY + 12}px`;
+  tip.style.top = `${Math.max(0, Math.min(event.clientY + 12, innerHeight - tip.offsetHeight - 4))}px`;
 });
 svg.addEventListener("pointerleave", () => { tip.hidden = true; });
 for (const which of ["nodes", "edges"]) {

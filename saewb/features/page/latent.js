@@ -87,13 +87,16 @@ function latentCards(p, link) {
     label: "How often it fires by position", tip: (x) => `from position ${p.positions.starts[x]} on: ${percent(p.positions.density[x])}` }),
     axis("0", p.positions.starts.at(-1) + "+"));
   e.append(acts);
-  if (p.raised.length) {
-    const c = card("Makes likelier, unlikelier", "logits per unit"), pair = make("div", "pair");
-    pair.append(words(p.raised, "up"), words(p.lowered, "down"));
-    c.append(pair);
+  const pair = (raised, lowered) => { const e = make("div", "pair"); e.append(words(raised, "up"), words(lowered, "down")); return e; };
+  if (p.raised.length || p.jacobian_raised.length) {
+    const c = card("Makes likelier, unlikelier", "logits per unit");
+    if (p.raised.length) c.append(pair(p.raised, p.lowered));
     if (p.logits) c.append(make("h3", "below", "All words, on a log scale"), bars(p.logits.counts.map((n) => Math.log1p(n)),
       { cls: "gray small", label: "Histogram of logit effects", tip: (x) => between(p.logits, x) + " words" }),
       axis(digits(p.logits.low), digits(p.logits.high)));
+    if (p.jacobian_raised.length) { const h = make("h3", p.raised.length ? "below" : "", "Through later layers");
+      h.append(" ", make("small", "", "Jacobian lens"));
+      c.append(h, pair(p.jacobian_raised, p.jacobian_lowered)); }
     e.append(c);
   }
   if (p.by_decoder.length || p.by_encoder.length || p.coactive.length) {

@@ -12,10 +12,17 @@ from typing import Any
 import torch
 
 from saewb.errors import FormatError, explain, near
+from saewb.pretrained.formats import crosscoder, saelens
 from saewb.pretrained.formats._layout import Layout, Provenance
 from saewb.pretrained.formats._tensors import TensorFile
 from saewb.pretrained.formats.attention_hook_z import AttentionHookZ
 from saewb.pretrained.formats.circuit_tracer import CircuitTracerCrossLayer, CircuitTracerTranscoder
+from saewb.pretrained.formats.crosscoder import (
+    CrossCoderLayout,
+    DictionaryLearningCrossCoder,
+    DictionaryLearningCrossCoderCheckpoint,
+    ReplicationCrossCoder,
+)
 from saewb.pretrained.formats.dictionary_learning import DictionaryLearning
 from saewb.pretrained.formats.gemma_scope import GemmaScope
 from saewb.pretrained.formats.gemma_scope_2 import GemmaScope2, GemmaScope2CrossLayer
@@ -26,8 +33,21 @@ from saewb.pretrained.formats.qwen_scope import QwenScope
 from saewb.pretrained.formats.saelens import SAELens
 from saewb.pretrained.formats.sparsify import Sparsify
 from saewb.pretrained.formats.temporal import Temporal
+from saewb.sae.crosscoder import CrossCoderSAE
 
-__all__ = ["LAYOUTS", "Layout", "Provenance", "TensorFile", "absence", "detect", "is_readable", "patterns", "read"]
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "Provenance",
+    "TensorFile",
+    "absence",
+    "detect",
+    "files_of",
+    "is_readable",
+    "patterns",
+    "read",
+    "write",
+]
 
 # Libraries whose files saewb does not read, by names of their tensors.
 _UNREADABLE = {"lm_saes 2 (llamascopium)": {"W_E", "b_E", "W_D", "b_D"}}
@@ -35,6 +55,10 @@ _UNREADABLE = {"lm_saes 2 (llamascopium)": {"W_E", "b_E", "W_D", "b_D"}}
 # In order of precedence: `detect` returns the first that matches.
 LAYOUTS: list[Layout] = [
     SAELens(),
+    CrossCoderLayout(),
+    DictionaryLearningCrossCoder(),
+    DictionaryLearningCrossCoderCheckpoint(),
+    ReplicationCrossCoder(),
     Sparsify(),
     DictionaryLearning(),
     GemmaScope2CrossLayer(),
@@ -151,6 +175,29 @@ def read(
         FormatError: if it is of no known layout, or does not fit its layout.
     """
     return detect(path).read(path, provenance, dtype=dtype, device=device)
+
+
+def files_of(sae: Any) -> tuple[str, ...]:
+    """Names of the files that `write` writes for this SAE."""
+    return crosscoder.FILES if isinstance(sae, CrossCoderSAE) else saelens.FILES
+
+
+def write(sae: Any, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write an SAE atomically: a crosscoder in saewb's own layout, any other in the SAELens layout.
+
+    Args:
+        sae: any of saewb's classes except CrossLayerTranscoder.
+        folder: new or empty; its parent exists.
+        overwrite: replace an SAE in the folder. A folder with any other files is never replaced.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        FileExistsError, ValueError, TypeError: as `saelens.write` and `crosscoder.write`.
+    """
+    layout = crosscoder if isinstance(sae, CrossCoderSAE) else saelens
+    return layout.write(sae, folder, overwrite=overwrite)
 
 
 def absence(repo: str, path: str, names: Iterable[str]) -> str:

@@ -129,14 +129,18 @@ class TensorFile:
         """Dtype of a tensor, as stored."""
         return self._entry(name).dtype
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, *, finite: bool = True) -> Tensor:
         """Read one tensor as stored, on the CPU, memory-mapped if possible. Writes to it do not change the file.
+
+        Args:
+            name: of the tensor.
+            finite: False for tensors in which NaN means "none".
 
         Raises:
             FormatError: if there is no such tensor, it is damaged, or (as far as checked) holds NaN or infinity.
         """
         tensor = self._entry(name).load()
-        if not _ends_are_finite(tensor):
+        if finite and not _ends_are_finite(tensor):
             raise FormatError(explain(f"{self.path.name} has NaN or infinity in {name}.", want="finite weights"))
         return tensor
 

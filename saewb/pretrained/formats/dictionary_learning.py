@@ -23,6 +23,7 @@ from torch import Tensor
 from saewb.errors import FormatError, explain, near
 from saewb.pretrained.formats._layout import OpenFiles, TableLayout, get_typed
 from saewb.pretrained.formats._tensors import TensorFile
+from saewb.pretrained.formats.crosscoder import has_points
 from saewb.pretrained.formats.saelens.folding import fold_gate
 
 _TRAINER = "its trainer"
@@ -55,6 +56,10 @@ class DictionaryLearning(TableLayout):
     aliases = ("dictionary_learning_1",)
     weights = "{path}/ae.pt"
     config = "{path}/config.json"
+
+    def detect(self, path: Path) -> bool:
+        """Whether it is of this layout, and no crosscoder, whose encoder has an axis more."""
+        return super().detect(path) and not has_points(Path(self.weights_path(path)))
 
     def read_config(self, path: Path) -> dict[str, Any]:
         """Read the configuration, and check the dict_class of its trainer."""

@@ -46,6 +46,8 @@ class Objective(ABC):
     """Activation function of the SAEs it trains."""
     trainable: ClassVar[tuple[str, ...]]
     """Activation functions of the SAEs it can continue training."""
+    multi_point: ClassVar[bool] = False
+    """Whether it trains on several points of a stream at once, side by side."""
 
     def __post_init__(self) -> None:
         unit = self.rows == "free" or self.init_norm == 1
@@ -72,6 +74,10 @@ class Objective(ABC):
             dead_rows=torch.zeros(0, dtype=torch.int64, device=device),
             coefficients={name: torch.tensor(c.value, device=device) for name, c in self.coefficients().items()},
         )
+
+    def restrict_gradients(self, params: Params) -> None:
+        """Set gradients of weights that are not trained to 0, in place, before the optimizer steps."""
+        return
 
     def next_state(self, state: ObjectiveState, losses: Losses) -> ObjectiveState:
         """State after a batch with these losses."""

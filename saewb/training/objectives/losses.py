@@ -37,6 +37,8 @@ class ObjectiveState:
     """BatchTopK, Matryoshka: the threshold of a latent's length after training."""
     n_thresholds: int = 0
     """Batches in the running mean `threshold`."""
+    k: int | float | None = None
+    """Active latents per token in this step, of the top-k objectives; None means their `k`."""
     parallel: ParallelContext = SINGLE_PROCESS
     """Processes that share the batch; selection over a batch is over the shards of all."""
 

@@ -33,6 +33,7 @@ class Params(nn.Module):
             `b_enc [d_sae]`, and where they apply `W_skip [d_in, d_out]`, `threshold` or `log_threshold [d_sae]`, and
             the gate's `r_mag`, `b_mag`, `b_gate [d_sae]`. Not copied.
         pre_bias: "tied": b_dec is subtracted from the input before encoding; "none": nothing is.
+        blocks: widths of the points that lie side by side in the output; None means a single one.
 
     Example:
         >>> p = Params({"W_enc": torch.ones(3, 5), "W_dec": torch.ones(5, 3), "b_dec": torch.zeros(3)}, "tied")
@@ -45,9 +46,10 @@ class Params(nn.Module):
     b_enc: nn.Parameter
     b_dec: nn.Parameter
 
-    def __init__(self, tensors: Mapping[str, Tensor], pre_bias: PreBias) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], pre_bias: PreBias, blocks: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.pre_bias = pre_bias
+        self.blocks = (tensors["W_dec"].shape[1],) if blocks is None else blocks
         for name, tensor in tensors.items():
             tensor = tensor.detach()
             self.register_parameter(name, nn.Parameter(tensor.T.contiguous().T if name == "W_enc" else tensor))
@@ -93,6 +95,10 @@ class Params(nn.Module):
     def norms(self) -> Float[Tensor, " d_sae"]:
         """Length of each decoder row, in units of the output per unit of activation."""
         return self.W_dec.norm(dim=1)
+
+    def block_norms(self) -> Float[Tensor, "blocks d_sae"]:
+        """Length of each block of each decoder row: what a latent writes at each point."""
+        return torch.stack([block.norm(dim=1) for block in self.W_dec.split(self.blocks, dim=1)])
 
 
 def init_params(

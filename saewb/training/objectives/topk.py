@@ -12,6 +12,7 @@ latents.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import KW_ONLY, replace
 from itertools import pairwise
 from typing import Annotated, ClassVar, final
 
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from saewb._config import NonNegativeFloat, PositiveFloat, PositiveInt, config, require
+from saewb._config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config, require
 from saewb.distributed import SINGLE_PROCESS, ParallelContext
 from saewb.training.objectives.base import Objective
 from saewb.training.objectives.losses import Losses, ObjectiveState, auxk_loss, squared_error, with_metrics
@@ -38,6 +39,11 @@ class TopKObjective(Objective):
     """Weight of the auxiliary loss; with 0, dead latents stay dead."""
     k_aux: PositiveInt | None = None
     """Dead latents per token in the auxiliary loss; None means half of d_out."""
+    _: KW_ONLY
+    k_start: PositiveFloat | None = None
+    """Active latents per token at the start, from which k falls linearly; None keeps it constant."""
+    k_anneal_tokens: NonNegativeInt = 0
+    """Tokens over which it falls from `k_start` to `k`."""
 
     signed: ClassVar[bool] = False
     """Whether latents are selected by magnitude, with either sign."""
@@ -49,6 +55,31 @@ class TopKObjective(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, self.k <= self.d_sae, "k", f"1 to d_sae={self.d_sae} latents per token")
+        anneals = self.k_start is not None
+        fits = not anneals or self.k <= self.k_start <= self.d_sae
+        require(self, fits, "k_start", f"k={self.k} to d_sae={self.d_sae} latents per token, or None")
+        want = "the tokens over which k falls, with k_start=...; 0 without"
+        require(self, anneals == (self.k_anneal_tokens > 0), "k_anneal_tokens", want)
+
+    def k_at(self, n_tokens: int) -> int | float:
+        """Active latents per token in the step that starts after `n_tokens` tokens.
+
+            k_start + (k - k_start) min(1, n_tokens / k_anneal_tokens)
+
+        Rounded to whole latents where each token has as many.
+        """
+        if self.k_start is None or n_tokens >= self.k_anneal_tokens:
+            return self.k
+        k = self.k_start + (self.k - self.k_start) * n_tokens / self.k_anneal_tokens
+        return k if self.fixed_k is None else round(k)
+
+    def k_in(self, state: ObjectiveState) -> int | float:
+        """Active latents per token in a step with this state."""
+        return self.k if state.k is None else state.k
+
+    def lengths(self, params: Params) -> Float[Tensor, " d_sae"]:
+        """Weight of each latent in the selection: latents with the largest z_i times this are active."""
+        return params.norms()
 
     @property
     def revives_dead(self) -> bool:
@@ -135,12 +166,12 @@ class TokenTopKObjective(TopKObjective):
         self, params: Params, pre_acts: Float[Tensor, "tokens d_sae"], state: ObjectiveState
     ) -> tuple[Float[Tensor, "tokens d_sae"], dict[str, Tensor]]:
         """The k best latents of each token."""
-        return topk_per_token(params, pre_acts, self.k, signed=self.signed), {}
+        return topk_per_token(params, pre_acts, self.k_in(state), signed=self.signed), {}
 
     def latents(
         self, params: Params, x: Float[Tensor, "tokens d_in"], state: ObjectiveState
     ) -> Float[Tensor, "tokens d_sae"]:
-        """The same activations as in training."""
+        """The same activations as at the end of training."""
         return topk_per_token(params, params.pre_acts(x), self.k, signed=self.signed)
 
 
@@ -210,19 +241,21 @@ class BatchTopKObjective(TopKObjective):
         self, params: Params, pre_acts: Float[Tensor, "tokens d_sae"], state: ObjectiveState
     ) -> tuple[Float[Tensor, "tokens d_sae"], dict[str, Tensor]]:
         """The k N best latents of the batch; `extra["kept_min"]` is the smallest length among them."""
-        acts, kept_min = topk_over_batch(params, pre_acts, self.k, state.parallel)
+        acts, kept_min = topk_over_batch(self.lengths(params), pre_acts, self.k_in(state), state.parallel)
         return acts, {"kept_min": kept_min}
 
     def next_state(self, state: ObjectiveState, losses: Losses) -> ObjectiveState:
         """State with the threshold after a batch with these losses."""
-        return state.next_threshold(losses.extra["kept_min"], self.threshold_rate)
+        new = state.next_threshold(losses.extra["kept_min"], self.threshold_rate)
+        # While k falls the threshold rises: it is that of the last batch, and the mean begins with the last k.
+        return new if self.k_in(state) == self.k else replace(new, n_thresholds=0)
 
     def latents(
         self, params: Params, x: Float[Tensor, "tokens d_in"], state: ObjectiveState
     ) -> Float[Tensor, "tokens d_sae"]:
         """Activations whose length z_i |W_dec[i]| exceeds the threshold; all that are > 0 before there is one."""
         pre_acts = params.pre_acts(x)
-        return torch.relu(pre_acts) * (pre_acts * params.norms() > _threshold(params, state))
+        return torch.relu(pre_acts) * (pre_acts * self.lengths(params) > threshold_of(params, state))
 
     def _trained_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop the threshold, which is estimated anew."""
@@ -230,7 +263,7 @@ class BatchTopKObjective(TopKObjective):
 
     def _sae_tensors(self, params: Params, state: ObjectiveState) -> dict[str, Tensor]:
         """One threshold for all latents."""
-        return {"threshold": _threshold(params, state)}
+        return {"threshold": threshold_of(params, state)}
 
 
 @final
@@ -297,13 +330,16 @@ def topk_per_token(
 
 
 def topk_over_batch(
-    params: Params, pre_acts: Float[Tensor, "tokens d_sae"], k: float, parallel: ParallelContext = SINGLE_PROCESS
+    weights: Float[Tensor, " d_sae"],
+    pre_acts: Float[Tensor, "tokens d_sae"],
+    k: int | float,
+    parallel: ParallelContext = SINGLE_PROCESS,
 ) -> tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, ""]]:
-    """Activations of the k N best latents of a batch, and the smallest length z_i |W_dec[i]| > 0 among them (or inf).
+    """Activations of the k N latents of a batch with the largest z_i weights_i, and the smallest such > 0 (or inf).
 
     With several processes, selection is over the batches of all; activations and smallest length are of this process.
     """
-    score = (torch.relu(pre_acts.detach()) * params.norms().detach()).flatten()
+    score = (torch.relu(pre_acts.detach()) * weights.detach()).flatten()
     n = int(k * len(pre_acts) * parallel.size)
     best = score.topk(min(n, len(score)), sorted=False)
     lengths, index = best.values, best.indices
@@ -315,7 +351,7 @@ def topk_over_batch(
     return acts, torch.where(lengths > 0, lengths, torch.inf).min()
 
 
-def _threshold(params: Params, state: ObjectiveState) -> Tensor:
+def threshold_of(params: Params, state: ObjectiveState) -> Tensor:
     """The threshold of every latent; 0 before there is one."""
     value = 0.0 if state.threshold is None else state.threshold.to(params.W_dec.dtype)
     return torch.ones_like(params.b_enc.detach()) * value

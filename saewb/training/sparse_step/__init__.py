@@ -24,6 +24,7 @@ from saewb.kernels.precision import Precision, best_precision
 from saewb.training.objectives import (
     Gated,
     JumpReLU,
+    L1CrossCoder,
     Losses,
     MatchingPursuit,
     Objective,
@@ -33,7 +34,7 @@ from saewb.training.objectives import (
 )
 from saewb.training.sparse_step.adam import clipped_step
 from saewb.training.sparse_step.gradients import StepInputs
-from saewb.training.sparse_step.threshold import gated_step, jumprelu_step, standard_step
+from saewb.training.sparse_step.threshold import gated_step, jumprelu_step, l1_crosscoder_step, standard_step
 from saewb.training.sparse_step.topk import topk_step
 
 __all__ = ["MAX_DENSITY", "Precision", "best_precision", "clipped_step", "has_sparse_step", "sparse_step"]
@@ -88,6 +89,8 @@ def sparse_step(
         return standard_step(objective, inputs, state)
     if isinstance(objective, JumpReLU):
         return jumprelu_step(objective, inputs, state)
+    if isinstance(objective, L1CrossCoder):
+        return l1_crosscoder_step(objective, inputs, state)
     if isinstance(objective, Gated):
         return gated_step(objective, inputs, state)
     return topk_step(objective, inputs, state)

@@ -112,11 +112,22 @@ def per_token(pairs: Pairs, values: Float[Tensor, " pairs"]) -> Float[Tensor, " 
 
 
 def add_norm_gradient(
-    gradients: dict[str, Tensor], params: Params, norms: Float[Tensor, " d_sae"], d_norms: Float[Tensor, " d_sae"]
+    gradients: dict[str, Tensor],
+    params: Params,
+    norms: Float[Tensor, " d_sae"] | Float[Tensor, "blocks d_sae"],
+    d_norms: Float[Tensor, " d_sae"],
 ) -> None:
-    """Add the gradient of W_dec through its row lengths: `d_norms * W_dec / norms`, 0 for rows of 0."""
+    """Add the gradient of W_dec through its row lengths: `d_norms * W_dec / norms`, 0 for rows of 0.
+
+    With the lengths of the blocks of each row (`Params.block_norms`), through each of them.
+    """
     safe = torch.where(norms == 0, torch.ones_like(norms), norms)
-    gradients["W_dec"].addcmul_(params.W_dec, (d_norms / safe)[:, None])
+    if norms.ndim == 1:
+        gradients["W_dec"].addcmul_(params.W_dec, (d_norms / safe)[:, None])
+        return
+    blocks = (W.split(params.blocks, dim=1) for W in (gradients["W_dec"], params.W_dec))
+    for gradient, W_dec, of_block in zip(*blocks, safe, strict=True):
+        gradient.addcmul_(W_dec, (d_norms / of_block)[:, None])
 
 
 def set_gradients(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saewb.kernels.pairs import Pairs, by_latent, combine, dots, gather_rows, per_latent
 from saewb.kernels.select import above_zero
-from saewb.training.objectives import Gated, JumpReLU, Losses, ObjectiveState, Params, Standard
+from saewb.training.objectives import Gated, JumpReLU, L1CrossCoder, Losses, ObjectiveState, Params, Standard
 from saewb.training.sparse_step.gradients import (
     StepInputs,
     add_dead_gradients,
@@ -39,6 +39,26 @@ def standard_step(objective: Standard, inputs: StepInputs, state: ObjectiveState
     d_pre = dots(pairs, d_recons, params.W_dec) + d_length * norms[pairs.latents]
     grads = encoder_decoder_gradients(inputs, pairs, order, acts, d_pre, d_recons)
     add_norm_gradient(grads, params, norms, per_latent(pairs, d_length * acts, params.d_sae))
+    set_gradients(inputs, grads, d_recons)
+    return with_metrics(terms, inputs, pairs, acts, error)
+
+
+def l1_crosscoder_step(objective: L1CrossCoder, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
+    """L1CrossCoder: losses of one batch, with gradients in `.grad`; None if too many latents are active."""
+    params, n = inputs.params, len(inputs.x)
+    pairs = above_zero(inputs.x, inputs.readout(), inputs.limit)
+    if pairs is None:
+        return None
+    acts, norms = pairs.pre, params.block_norms()
+    weights = objective.penalties(params) * (state.coefficients["l1"] / n)
+    lengths = norms.sum(0) * weights
+    error = inputs.error(combine(pairs, acts, params.W_dec))
+    terms = {"mse": sum_of_squares(error) / n, "l1": (acts * lengths[pairs.latents]).sum()}
+    d_recons = inputs.d_error(error)
+    order = by_latent(pairs, params.d_sae)
+    d_pre = dots(pairs, d_recons, params.W_dec) + lengths[pairs.latents]
+    grads = encoder_decoder_gradients(inputs, pairs, order, acts, d_pre, d_recons)
+    add_norm_gradient(grads, params, norms, per_latent(pairs, acts, params.d_sae) * weights)
     set_gradients(inputs, grads, d_recons)
     return with_metrics(terms, inputs, pairs, acts, error)
 

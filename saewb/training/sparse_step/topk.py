@@ -47,7 +47,7 @@ class Level:
 
 def topk_step(objective: TopKObjective, inputs: StepInputs, state: ObjectiveState) -> Losses | None:
     """Losses of one batch, with gradients in the parameters' `.grad`; None if too many latents are active."""
-    selected = _select(objective, inputs, state.parallel)
+    selected = _select(objective, inputs, objective.k_in(state), state.parallel)
     if selected is None:
         return None
     pairs = selected if objective.signed else replace(selected, pre=selected.pre.clamp(min=0))
@@ -59,25 +59,25 @@ def topk_step(objective: TopKObjective, inputs: StepInputs, state: ObjectiveStat
     set_gradients(inputs, grads, d_recons)
     extra = {}
     if isinstance(objective, BatchTopKObjective):
-        lengths = pairs.pre * inputs.params.norms()[pairs.latents]
+        lengths = pairs.pre * objective.lengths(inputs.params)[pairs.latents]
         extra["kept_min"] = lengths.min() if len(pairs) else lengths.new_tensor(torch.inf)
     return with_metrics(terms, inputs, pairs, pairs.pre, levels[-1].error, **extra)
 
 
-def _select(objective: TopKObjective, inputs: StepInputs, parallel: ParallelContext) -> Pairs | None:
-    readout, n_pairs = inputs.readout(norms=inputs.params.norms()), int(objective.k * len(inputs.x))
+def _select(objective: TopKObjective, inputs: StepInputs, k: int | float, parallel: ParallelContext) -> Pairs | None:
+    readout, n_pairs = inputs.readout(norms=objective.lengths(inputs.params)), int(k * len(inputs.x))
     if not 0 < n_pairs <= inputs.limit:
         return None
-    if objective.k + MARGIN.get(inputs.precision, 0) > objective.d_sae / _PER_PAIR:
+    if k + MARGIN.get(inputs.precision, 0) > objective.d_sae / _PER_PAIR:
         readout = replace(readout, precision="full")
     if isinstance(objective, BatchTopKObjective):
-        n = int(objective.k * len(inputs.x) * parallel.size)
+        n = int(k * len(inputs.x) * parallel.size)
         pairs = top_of_batch(inputs.x, readout, n, 4 * inputs.limit)
         if pairs is None or parallel.size == 1:
             return pairs
         scores = readout.score(pairs.pre, pairs.latents).clamp(min=0)
         return pairs.where(parallel.topk_mask(scores, n).nonzero()[:, 0])  # the n best of all processes
-    return top_per_token(inputs.x, readout, objective.k, signed=objective.signed)
+    return top_per_token(inputs.x, readout, int(k), signed=objective.signed)
 
 
 def _decode_levels(inputs: StepInputs, pairs: Pairs, limits: tuple[tuple[int, int], ...]) -> list[Level]:

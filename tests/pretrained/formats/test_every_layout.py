@@ -13,6 +13,7 @@ from helpers.format_tensors import weights
 from hypothesis import given
 from hypothesis import strategies as st
 from pretrained.formats import (
+    test_crosscoder,
     test_gemma_scope,
     test_gemma_scope_2,
     test_llama_scope,
@@ -20,10 +21,14 @@ from pretrained.formats import (
     test_single_files,
     test_temporal_conf,
 )
+from sae.test_crosscoder import crosscoder
 
+import saewb
 from saewb.errors import FormatError
 from saewb.pretrained.formats import LAYOUTS as READERS
 from saewb.pretrained.formats import Provenance, detect, read
+
+FORK, REPLICATION = test_crosscoder.fork_tensors(), test_crosscoder.replication_tensors()
 
 # layout -> (writes it into a repository and says where in it, facts)
 LAYOUTS = {
@@ -55,6 +60,13 @@ LAYOUTS = {
     "QwenScope": (lambda repo: format_fixtures.qwen_scope(repo).place, Provenance()),
     "Sparsify": (lambda repo: format_fixtures.sparsify(repo, next(iter(format_fixtures.SPARSIFY))).place, Provenance()),
     "CircuitTracerTranscoder": (lambda repo: format_fixtures.mwhanna(repo).place, Provenance()),
+    "CrossCoderLayout": (lambda repo: saewb.save_sae(crosscoder(dtype=torch.float32), repo / "a"), Provenance()),
+    "DictionaryLearningCrossCoder": (lambda repo: test_crosscoder.published(repo / "a", FORK), Provenance()),
+    "DictionaryLearningCrossCoderCheckpoint": (
+        lambda repo: test_crosscoder.published(repo / "a", FORK, "ae.pt"),
+        Provenance(),
+    ),
+    "ReplicationCrossCoder": (lambda repo: test_crosscoder.replication(repo / "a", REPLICATION), Provenance()),
     "DictionaryLearning": (
         lambda repo: format_fixtures.dictionary_learning(repo / "a", "BatchTopKSAE").place,
         Provenance(),

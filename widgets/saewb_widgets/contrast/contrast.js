@@ -35,7 +35,7 @@ function volcano({ root, model, on, set }, box) {
     ctx.strokeStyle = of("--dim");
     line(LEFT, py(d.limit), wide - RIGHT, py(d.limit));
     ctx.setLineDash([]);
-    const ink = { a: of("--set-a"), b: of("--set-b"), "": of("--bar") };
+    const ink = { a: of("--set-a"), b: of("--set-b"), "": of("--mark") };
     at = d.x.map((x, k) => [px(x), py(d.y[k])]);
     ctx.globalAlpha = 0.75;
     at.forEach(([x, y], k) => { ctx.fillStyle = ink[d.sides[k]]; ctx.beginPath(); ctx.arc(x, y, 3, 0, 7); ctx.fill(); });
@@ -108,11 +108,14 @@ function contrast(parts) {
   const fill = () => {
     const had = rows.contains(document.activeElement), head = make("tr");
     head.append(make("th", "", "latent"), ...columns.map((c) => { const th = make("th", "", HEADS[c][0]); th.title = HEADS[c][1]; return th; }));
-    table.replaceChildren(head, ...(model.get("rows").rows || []).map(([latent, ...values]) => {
+    const labels = model.get("rows").labels || [];
+    if (labels.length) head.append(make("th", "name", "label"));
+    table.replaceChildren(head, ...(model.get("rows").rows || []).map(([latent, ...values], n) => {
       const tr = make("tr"), first = make("td");
       tr.dataset.latent = latent;
       first.append(make("i", "side " + (values[0] > 0.5 ? "a" : values[0] < 0.5 ? "b" : "")), button(String(latent), "quiet link", () => set({ selected: latent }), `Latent ${latent} on the texts`));
       tr.append(first, ...values.map((v, k) => make("td", "", shownAs(columns[k], v))));
+      if (labels.length) { const td = make("td", "name"); td.append(labelOf(labels[n])); tr.append(td); }
       return tr; }));
     list.hidden = plot.hidden = near.hidden = !(model.get("rows").rows || []).length;
     mark();
@@ -123,6 +126,7 @@ function contrast(parts) {
   const page = () => {
     const p = model.get("page"), had = near.contains(document.activeElement);
     near.replaceChildren(make("h3", "", p.latent === undefined ? "" : `Latent ${p.latent}`));
+    if (p.label) near.firstChild.append(" ", labelOf(p.label));
     if (p.figures) { const f = p.figures, say = make("p", "dim");
       say.textContent = `AUC ${AUC(f.auc)}, held out ${AUC(f.auc_held_out)}${f.ci_low === null ? "" : ` (${AUC(f.ci_low)} to ${AUC(f.ci_high)})`}; mean ${tiny(f.mean_a)} in a, ${tiny(f.mean_b)} in b; fires on ${count(p.n_texts)} of the texts that choose`;
       near.append(say); }

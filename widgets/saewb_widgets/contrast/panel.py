@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class ContrastPanel(Panel):
         a: Sequence[str] = (),
         b: Sequence[str] = (),
         *,
+        index: Any = None,
         n_permutations: int = 1000,
         ctx_len: int | None = None,
         **traits: Any,
@@ -76,13 +78,15 @@ class ContrastPanel(Panel):
             sae: an SAE of the model.
             a: texts.
             b: other texts.
+            index: feature index of the SAE, whose labels stand beside the latents.
             n_permutations: as for `saewb.contrast`.
             ctx_len: tokens of a text at most; longer ones are cut. None takes the model's context.
             traits: `pool`, `side`, `selected`.
 
         Raises:
             TypeError: for an unknown trait, one string for texts.
-            ValueError: for a pooling or side that does not exist, an SAE that does not fit the model.
+            ValueError: for a pooling or side that does not exist, an SAE that does not fit the model, an index of
+                another SAE.
         """
         self.check_names(traits)
         for name, texts in (("a", a), ("b", b)):
@@ -91,7 +95,10 @@ class ContrastPanel(Panel):
                 raise TypeError(
                     errors.explain(what, want="a list of texts", fix=f"ContrastPanel(model, sae, {name}=[...])")
                 )
+        if index is not None:
+            index.check_sae(sae)
         self.model, self._model_copy, self.sae = model, saewb.models.shared_copy.shared_copy(model), sae
+        self.index = index
         self._n_permutations, self._ctx_len = n_permutations, ctx_len or int(model.cfg.n_ctx)
         self.result: saewb.Contrast | None = None
         self.table: pd.DataFrame | None = None  # of the side that is listed
@@ -160,10 +167,13 @@ class ContrastPanel(Panel):
         """See Panel."""
         if self.result is None:
             return f"<div>{len(self.a)} + {len(self.b)} texts, not compared yet</div>"
-        head = ("latent", *serialize.COLUMNS)
+        names = self.rows["labels"]
+        head = ("latent", *serialize.COLUMNS, *["label"] * bool(names))
         body = [["" if value is None else value for value in row] for row in self.rows["rows"][:12]]
+        body = [[*row, *names[n : n + 1]] for n, row in enumerate(body)]
         texts = "".join(f"<div>{one.side} {one.value:.3g}: {_tokens(one)}</div>" for one in self.maxima[:_MAXIMA])
-        title = f"<div style='margin-top:8px'><b>Latent {self.selected}</b></div>" if self.selected >= 0 else ""
+        name = f"Latent {self.selected} {html.escape(self.page.get('label', ''))}".strip()
+        title = f"<div style='margin-top:8px'><b>{name}</b></div>" if self.selected >= 0 else ""
         return grid(("without latents", "AUC", ""), self.baselines) + grid(head, body) + title + texts
 
     def on_request(self, what: str, **how: Any) -> None:
@@ -221,7 +231,12 @@ class ContrastPanel(Panel):
 
     def _show_table(self) -> None:
         self.table = self.result.to_frame(self.side or None)
-        self.rows = {"rows": serialize.rows(self.table), "n": len(self.table)}
+        rows = serialize.rows(self.table)
+        self.rows = {"rows": rows, "n": len(self.table), "labels": self._labels([row[0] for row in rows])}
+
+    def _labels(self, latents: Sequence[int]) -> list[str]:
+        """Labels of latents; none without an index."""
+        return [] if self.index is None else self.index.label_texts(latents)
 
     def _show_latent(self) -> None:
         self.maxima = []
@@ -230,14 +245,15 @@ class ContrastPanel(Panel):
             return
         result, latent, model = self.result, self.selected, self._model_copy
         row = result.table.iloc[latent]
-        self.page = serialize.latent_page(row, None)
+        label = "".join(self._labels([latent]))
+        self.page = serialize.latent_page(row, None, label)
 
         def work() -> Any:
             return result.maxima(model, latent, _MAXIMA)
 
         def then(maxima: Any) -> None:
             self.maxima = maxima
-            self.page = serialize.latent_page(row, maxima)
+            self.page = serialize.latent_page(row, maxima, label)
 
         self.start_work("maxima", f"latent {latent} on the texts", work, then)
 

@@ -64,11 +64,11 @@ def baselines(result: Any) -> list[list[Any]]:
     return [[name, number(auc), note] for name, auc, note in figures]
 
 
-def latent_page(row: pd.Series, maxima: Iterable[Any] | None) -> dict[str, Any]:
-    """Figures of one latent, and the texts on which it is largest (None: not computed yet)."""
+def latent_page(row: pd.Series, maxima: Iterable[Any] | None, label: str = "") -> dict[str, Any]:
+    """Figures of one latent with its label, and the texts on which it is largest (None: not computed yet)."""
     texts = None if maxima is None else [text(one) for one in maxima]
     figures = {name: number(row[name]) for name in (*COLUMNS, "ci_low", "ci_high", "mean_a", "mean_b", "log_odds")}
-    return {"latent": int(row.latent), "figures": figures, "n_texts": int(row.n_texts), "texts": texts}
+    return {"latent": int(row.latent), "label": label, "figures": figures, "n_texts": int(row.n_texts), "texts": texts}
 
 
 def text(one: Any) -> dict[str, Any]:

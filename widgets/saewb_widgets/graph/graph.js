@@ -17,7 +17,7 @@ function graph(parts) {
     line.append(e);
   }
   const size = make("span", "dim");
-  line.append(size, make("span", "gap"), button("code", "", () => ask("code"), "Show the Python code for this"));
+  line.append(size, make("span", "gap"), button("group similar", "", () => ask("group_similar"), "Group latents whose edges have a cosine of 0.7 and more"), button("code", "", () => ask("code"), "Show the Python code for this"));
 
   const view = make("div", "view"), svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), side = make("section", "card effects");
   svg.setAttribute("class", "attribution");

@@ -47,6 +47,7 @@ class GraphPanel(Panel):
 
     _esm = source("shared/frame.js", _PAGE / "drawing.js", "graph/graph.js")
     _css = source("shared/frame.css", _PAGE / "drawing.css", "graph/graph.css")
+    _still_style = ";background:#fff;color:#222;padding:8px"  # the picture's: a viewer may have black text on dark
 
     nodes = t.Float(0.8, help="share of the nodes' influence that is shown, see AttributionGraph.pruned").tag(sync=True)
     edges = t.Float(0.98, help="share of the edges' scores that is shown").tag(sync=True)
@@ -66,7 +67,8 @@ class GraphPanel(Panel):
 
         Args:
             graph: an AttributionGraph: whole, or pruned, which then stays as it is.
-            index: feature index of a transcoder, or several indexes, for labels of latents that have none.
+            index: feature index of a transcoder, or several indexes: labels of latents that have none, and lines on
+                each latent where the mouse is on it.
             model: the model of the graph, for interventions.
             transcoders: those of the graph, for interventions.
             traits: `nodes`, `edges`, `selected`, `pins`, `groups`, `factor`.
@@ -80,7 +82,9 @@ class GraphPanel(Panel):
         if not isinstance(graph, saewb.AttributionGraph):
             what = f"GraphPanel got a {type(graph).__name__}."
             raise TypeError(errors.explain(what, want="an AttributionGraph", fix="saewb.attribution_graph(...)"))
-        self.graph, self._has_index = graph if index is None else graph.with_labels(index), index is not None
+        self._indexes = [] if index is None else saewb.circuits.latent_cards.index_list(index)
+        self._cards: dict[tuple[int, int], list[str]] = {}
+        self.graph = graph.with_labels(self._indexes) if self._indexes else graph
         self.model = model
         self.transcoders = list(transcoders) if isinstance(transcoders, Iterable) else transcoders
         self._model_copy = None if model is None else saewb.models.shared_copy.shared_copy(model)
@@ -146,6 +150,27 @@ class GraphPanel(Panel):
         self.groups = self.groups | {name: members}
         self.pins = [pin for pin in self.pins if pin not in members]
         self.selected = name if name in self._shown() else ""
+
+    @catch_errors
+    def group_similar(self, similarity: float = 0.7) -> None:
+        """Make supernodes of latents with similar edges, of those that are shown and in no group.
+
+        Args:
+            similarity: see `AttributionGraph.similar_latents`.
+
+        Raises:
+            ValueError: if `similarity` is not in 0 to 1, or no two latents are as similar as this.
+        """
+        taken = {node for members in self.groups.values() for node in members}
+        similar = self.pruned.similar_latents(similarity)
+        left = {name: [node for node in members if node not in taken] for name, members in similar.items()}
+        new = {name: members for name, members in left.items() if len(members) > 1 and name not in self.groups}
+        if not new:
+            what = f"no two latents that are shown, and in no group, have edges of cosine {similarity:g}."
+            raise ValueError(errors.explain(what, fix="panel.group_similar(similarity=0.5)"))
+        grouped = {node for members in new.values() for node in members}
+        self.groups = self.groups | new
+        self.pins = [pin for pin in self.pins if pin not in grouped]
 
     @catch_errors
     def ungroup(self, name: str) -> None:
@@ -224,7 +249,7 @@ class GraphPanel(Panel):
 
         From `graph`, and `index`, `model` and `transcoders` where the panel has them.
         """
-        labeled = "graph.with_labels(index)" if self._has_index else "graph"
+        labeled = "graph.with_labels(index)" if self._indexes else "graph"
         shares = f".pruned(nodes={self.nodes!r}, edges={self.edges!r})" if self.facts["can_prune"] else ""
         groups = self._drawn_groups()
         lines = [
@@ -270,6 +295,8 @@ class GraphPanel(Panel):
             self.pin(str(how["node"]))
         elif what == "group":
             self.group(str(how["name"]).strip())
+        elif what == "group_similar":
+            self.group_similar()
         elif what == "ungroup":
             self.ungroup(str(how["name"]))
         elif what == "intervene":
@@ -340,7 +367,8 @@ class GraphPanel(Panel):
         self._edge_table = pruned.edge_frame(groups=groups)
         if self.selected and self.selected not in self._shown():
             self.selected = ""
-        self.drawing = saewb.circuits.graph_page.graph_data(pruned, groups)
+        cards = saewb.circuits.latent_cards.latent_cards(pruned.nodes, self._indexes, self._cards)
+        self.drawing = saewb.circuits.graph_page.graph_data(pruned, groups, cards)
         self.about = self.drawing["about"]
 
     def _name(self, node: str) -> str:
