@@ -97,6 +97,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from saewb.distributed import ParallelContext
+
     model = saewb.load_model(options.model)
     if options.texts is None:
         texts = [document.text for document in saewb.tiny.held_out_texts()]
@@ -111,6 +113,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         losses=not options.no_losses,
         progress=sys.stderr.isatty(),
     )
+    if not ParallelContext.from_environment().is_main:  # of several processes one speaks
+        return 0
     table = table.drop(columns=["dead_below", "dense_above", "hook_out", "model", "sae"]).dropna(axis=1, how="all")
     print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
     return 0

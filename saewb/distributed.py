@@ -1,8 +1,9 @@
-"""Data-parallel training over torch.distributed: several processes, each on its shard of every batch.
+"""Data-parallel training and reading over torch.distributed: several processes, each on its share.
 
     torchrun --nproc-per-node 2 -m saewb train config.yaml      or      accelerate launch -m saewb train config.yaml
+    torchrun --nproc-per-node 2 read.py                         which calls build_index, evaluate, ... in every process
 
-n processes train what one process trains, up to the order in which floats are summed:
+Training. n processes train what one process trains, up to the order in which floats are summed:
 
 1. The stream. Every process holds the same shuffle buffer and sees the same batches. The expensive part, the language
    model's forward passes, is divided: of every n passes each process computes one and broadcasts its activations
@@ -17,13 +18,19 @@ n processes train what one process trains, up to the order in which floats are s
 
 Process 0 alone writes history and checkpoints and calls loggers. A stop in one process stops all before the next step.
 If a process fails, its end closes the connections and the others end with an error that says so.
+
+Reading (`build_index`, `evaluate`, `evaluate_many`, `cache_activations`). Of every n batches of rows each process runs
+one, the same batches as a single process, so activations are the same bits; what they accumulate is merged in process
+0, which alone writes, and every process returns the merged result. After each of these rounds all processes hear
+whether one has failed, and why. A call that only some processes make stands in `with one_process():`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, final
 
@@ -35,6 +42,11 @@ from torch import distributed as dist
 from saewb.errors import explain
 
 _TIMEOUT = timedelta(hours=12)  # long: a pause in one process blocks all others in their next collective
+_CPU = torch.device("cpu")
+
+
+class DisconnectedError(RuntimeError):
+    """A collective failed, since another process ended: no further one can succeed."""
 
 
 @final
@@ -170,15 +182,123 @@ class ParallelContext:
             yield
         except Exception as caught:
             error = caught
-        if self.size > 1:
-            messages: list[Any] = [None] * self.size
-            with _explain_disconnect():
-                dist.all_gather_object(messages, None if error is None else f"{error}", group=self._group)
+        if self.any(error is not None):
+            messages = self.gather_objects(None if error is None else f"{error}" or type(error).__name__)
             failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
-            if failed and error is None:
-                raise RuntimeError(explain(f"process {failed[0][0]} failed: {failed[0][1]}", want="all to do the same"))
+            if error is None:
+                raise RuntimeError(f"process {failed[0][0]} failed: {failed[0][1]}")
         if error is not None:
             raise error
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The plain values of all processes, in each."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _explain_disconnect():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Check that all processes pass the same.
+
+        Args:
+            values: plain ones, by what they are, for the message.
+
+        Raises:
+            ValueError: in all processes, naming what differs.
+        """
+        first, *others = self.gather_objects(dict(values))
+        for rank, theirs in enumerate(others, 1):
+            if different := [name for name in first if theirs.get(name) != first[name]]:
+                what = f"process {rank} has another {', '.join(different)} than process 0."
+                fix = "torch.manual_seed(0)    # before what is random; or load it from a file"
+                raise ValueError(explain(what, want="the same call in every process", fix=fix))
+
+    def merge_to_main(
+        self, state: Callable[[], Mapping[str, Tensor]], merge: Callable[[Mapping[str, Tensor]], None]
+    ) -> None:
+        """Merge the states of all processes into that of process 0, in pairs: log2(size) steps, always in one order.
+
+        Args:
+            state: this process's, as tensors by name; sent from the CPU.
+            merge: adds the state of other processes to this one's.
+        """
+        step = 1
+        while step < self.size:
+            if self.rank % (2 * step) == step:
+                self._send(state(), self.rank - step)
+                return
+            if self.rank + step < self.size:
+                merge(self._receive(self.rank + step))
+            step *= 2
+
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of process 0, by name, on the CPU; those of the others are not looked at."""
+        if self.size == 1:
+            return dict(tensors)
+        local = {name: t.detach().cpu().contiguous() for name, t in tensors.items()} if self.is_main else {}
+        sizes = self.broadcast_object([(name, t.dtype, tuple(t.shape)) for name, t in local.items()])
+        result = local or {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in sizes}
+        for t in result.values():
+            self.broadcast(_bytes_of(t), 0)
+        return result
+
+    def _send(self, tensors: Mapping[str, Tensor], rank: int) -> None:
+        local = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        sizes = [(name, t.dtype, tuple(t.shape)) for name, t in local.items()]
+        with _explain_disconnect():
+            dist.send_object_list([sizes], group=self._group, device=_CPU, group_dst=rank)
+            for t in local.values():
+                dist.send(_bytes_of(t), group=self._group, group_dst=rank)
+
+    def _receive(self, rank: int) -> dict[str, Tensor]:
+        sizes: list[Any] = [None]
+        with _explain_disconnect():
+            dist.recv_object_list(sizes, group=self._group, device=_CPU, group_src=rank)
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in sizes[0]}
+            for t in tensors.values():
+                dist.recv(_bytes_of(t), group=self._group, group_src=rank)
+        return tensors
+
+
+def _bytes_of(t: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor: no backend knows all dtypes."""
+    return t.view(-1).view(torch.uint8)
+
+
+_is_alone: ContextVar[bool] = ContextVar("_is_alone", default=False)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Calls in this block, and this thread, do not share their work: for what only some processes of a launch do.
+
+    Example:
+        >>> import saewb
+        >>> model, sae = saewb.load_model("tiny"), saewb.load_sae("tiny")
+        >>> with one_process():  # in process 0 alone, say
+        ...     result = saewb.evaluate(model, sae, ["The river flows."] * 8, ctx_len=16, losses=False)
+    """
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
+
+@contextmanager
+def shared_call() -> Iterator[ParallelContext]:
+    """The processes that torchrun or accelerate launched, for one call that all of them make; closed at its end.
+
+    However the call ends in one process, the others do not wait for it any longer.
+    """
+    parallel = SINGLE_PROCESS if _is_alone.get() else ParallelContext.from_environment()
+    try:
+        yield parallel
+        parallel.any(False)  # nobody closes before all are here
+    finally:
+        parallel.destroy()
 
 
 @contextmanager
@@ -187,8 +307,8 @@ def _explain_disconnect() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        what = f"another process of this training failed or ended: {str(error).splitlines()[0]}"
-        raise RuntimeError(
+        what = f"another process of this launch failed or ended: {str(error).splitlines()[0]}"
+        raise DisconnectedError(
             explain(what, want="all to run to the end", fix="read what the other one printed")
         ) from error
 

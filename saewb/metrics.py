@@ -7,6 +7,7 @@ activations far from zero (mean 1e4, standard deviation 1). A latent is active w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -236,6 +237,25 @@ class ReconstructionStream:
         """Add the tokens of another stream, which is not changed."""
         if other.n_tokens:
             self._add(other.n_tokens, other._origin, other._mean, other._sums)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far, by name; empty before the first token."""
+        if self.n_tokens == 0:
+            return {}
+        return {
+            "n_tokens": torch.tensor(self.n_tokens),
+            "origin": self._origin,
+            "mean": self._mean,
+            "sums": self._sums,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> ReconstructionStream:
+        """The stream with that `state()`."""
+        stream = cls()
+        if state:
+            stream._add(int(state["n_tokens"]), state["origin"], state["mean"], state["sums"])
+        return stream
 
     def mean(self) -> Float[Tensor, " d_in"]:
         """Mean of `x` over the tokens so far, in float64; a ValueError if there were none."""

@@ -6,7 +6,9 @@ A cache is a folder:
     shard_00000.safetensors  by point: [tokens, d]; "token_ids": [tokens], int32
     progress.safetensors     while the cache is written: number of shards, and position of the stream
 
-Every file is written atomically. A cache whose writing was interrupted, or killed, continues after the last shard.
+Every file is written atomically. A cache whose writing was interrupted, or killed, continues after the last shard, on
+any number of processes: of n, each runs one of n forward passes and sends its activations to the others
+(`saewb.data.sources.ModelSource`), and process 0 writes what a single process would.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, final
@@ -41,8 +44,9 @@ from saewb.data.shuffle_buffer import FifoBuffer
 from saewb.data.sources import ModelSource
 from saewb.data.stream import ActivationStream
 from saewb.data.tokens import PASS_TOKENS, model_tokens
+from saewb.distributed import ParallelContext, shared_call
 from saewb.errors import FormatError, explain
-from saewb.fingerprint import check_same, listed, values_digest
+from saewb.fingerprint import check_same, listed, tensors_digest, values_digest
 from saewb.models.active import check_unmodified, model_digest
 from saewb.models.capture import Activations
 from saewb.models.hook_points import split_head
@@ -76,6 +80,12 @@ def cache_activations(
     Called again with the same arguments it continues an interrupted cache, and opens a finished one; the model (all its
     weights, and what is attached to it) and the tokens are compared by content. Memory: one shard and one forward pass.
 
+    Under torchrun or accelerate (or after `torch.distributed.init_process_group`) every process makes this call, with
+    the same arguments, and opens the cache, so the folder has to be one that all of them see: each runs a share of the
+    forward passes, and process 0 writes. The files are those of a single process, to the byte. If one fails, all raise
+    after their current pass, with its reason. Where only some processes call this:
+    `with saewb.distributed.one_process():`.
+
     Args:
         model: any kind.
         tokens: as for `saewb.stream_activations`.
@@ -98,7 +108,7 @@ def cache_activations(
         ValueError: if a row is longer than `n_tokens`; if the tokens end before; if the folder holds a cache of another
             model, other tokens or settings; if an SAE is attached at one of the points, or the model is steered.
         FileExistsError: if the folder holds other files.
-        RuntimeError: if another thread or process writes a cache to the folder.
+        RuntimeError: if another thread or process writes a cache to the folder; if another process of a launch failed.
         OSError: if the disk is full; complete shards stay, and a later call continues from them.
 
     Example:
@@ -109,27 +119,46 @@ def cache_activations(
         ActivationCache(200 tokens: blocks.1.hook_resid_post 128)
     """
     folder, names = absolute(folder), [points] if isinstance(points, str) else list(points)
-    rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat, column=column)
-    _check_sizes(n_tokens, shard_tokens, rows.ctx_len)
-    skipped, positions = special_ids(model, skip_special_tokens), index_slice(positions, "positions")
-    request = {
-        "points": names,
-        "n_tokens": n_tokens,
-        "shard_tokens": shard_tokens,
-        "ctx_len": rows.ctx_len,
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        "skipped": list(skipped),
-        "positions": [positions.start, positions.stop, positions.step],
-    }
-    check_unmodified(model, [split_head(name)[0] for name in names])
-    source = ModelSource(model, rows, names, positions=positions, skipped=skipped, device="cpu", dtype=dtype)
-    digests = {"model": model_digest(model, in_training=True), "tokens": rows.digest()}
-    if not _is_complete(folder, request, digests, source):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FolderLock(folder, "a cache is being written"):
-            if not _is_complete(folder, request, digests, source):  # another process may have finished it meanwhile
-                _write(folder, source, request | {"digests": digests})
-    return ActivationCache(folder)
+    with shared_call() as parallel, ExitStack() as locks:
+        with parallel.raise_together():
+            rows = model_tokens(model, tokens, ctx_len=ctx_len, pass_tokens=pass_tokens, repeat=repeat, column=column)
+            _check_sizes(n_tokens, shard_tokens, rows.ctx_len)
+            skipped, positions = special_ids(model, skip_special_tokens), index_slice(positions, "positions")
+            request = {
+                "points": names,
+                "n_tokens": n_tokens,
+                "shard_tokens": shard_tokens,
+                "ctx_len": rows.ctx_len,
+                "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+                "skipped": list(skipped),
+                "positions": [positions.start, positions.stop, positions.step],
+            }
+            check_unmodified(model, [split_head(name)[0] for name in names])
+            how = {"positions": positions, "skipped": skipped, "device": "cpu", "dtype": dtype}
+            digests = {"model": model_digest(model, in_training=True), "tokens": rows.digest()}
+        _check_same_call(parallel, model, digests["tokens"], request, folder)
+        source, complete = ModelSource(model, rows, names, parallel=parallel, **how), False
+        with parallel.raise_together():
+            if parallel.is_main:
+                alone = ModelSource(model, rows, names, **how)
+                complete = _is_complete(folder, request, digests, alone)
+                if not complete:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    locks.enter_context(FolderLock(folder, "a cache is being written"))
+                    complete = _is_complete(folder, request, digests, alone)  # another may have finished it meanwhile
+        if not parallel.broadcast_object(complete):
+            _write(folder, source, request | {"digests": digests}, parallel)
+        with parallel.raise_together():
+            return ActivationCache(folder)
+
+
+def _check_same_call(
+    parallel: ParallelContext, model: nn.Module, tokens: str | None, request: dict[str, Any], folder: Path
+) -> None:
+    """Check that all processes of a launch write the same cache."""
+    if parallel.size > 1:
+        weights = tensors_digest(model.state_dict(keep_vars=True), reuse=True)  # hooks cannot be compared
+        parallel.check_same({"model": weights, "text": tokens, "settings": [request, str(folder)]})
 
 
 def _check_sizes(n_tokens: int, shard_tokens: int, ctx_len: int) -> None:
@@ -239,31 +268,56 @@ def _read_progress(folder: Path) -> dict[str, Any]:
     return progress
 
 
-def _write(folder: Path, source: ModelSource, request: dict[str, Any]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    remove_orphans(folder)
+def _write(folder: Path, source: ModelSource, request: dict[str, Any], parallel: ParallelContext) -> None:
     n_tokens, size = request["n_tokens"], request["shard_tokens"]
-    batches, n_shards, hashes = FifoBuffer(source, size), 0, []
-    if (folder / _PROGRESS).is_file():
-        progress = _read_progress(folder)
-        n_shards, hashes = progress["n_shards"], list(progress["sha256"])
+    batches, hashes, position = FifoBuffer(source, size), [], None
+    with parallel.raise_together():
+        if parallel.is_main:
+            remove_orphans(folder)
+            if (folder / _PROGRESS).is_file():
+                progress = _read_progress(folder)
+                hashes, position = list(progress["sha256"]), progress["stream"]
+    hashes, position = parallel.broadcast_object((hashes, position))
+    if position is not None:
         with refuse_damage(f"{_PROGRESS} in {str(folder)!r}", "a cache that saewb began"):
-            batches.restore(progress["stream"])
+            batches.restore(position)
     columns: dict[str, Tensor] = {}
-    for shard in range(n_shards, -(-n_tokens // size)):
+    for shard in range(len(hashes), -(-n_tokens // size)):
         columns = _take_columns(batches, min(size, n_tokens - shard * size), shard * size, n_tokens)
-        atomic_write(_shard(folder, shard), lambda path, tensors=columns: save_file(tensors, str(path)))
-        hashes.append(sha256_of(_shard(folder, shard)))
-        progress = {"asked": request, "n_shards": shard + 1, "sha256": hashes, "stream": batches.state()}
-        save_state(folder / _PROGRESS, progress)
-    columns = columns or load_file(str(_shard(folder, n_shards - 1)))  # interrupted between last shard and index
+        with parallel.raise_together():
+            if parallel.is_main:
+                _write_shard(folder, shard, columns, hashes, request, batches.state())
+    with parallel.raise_together():
+        if parallel.is_main:
+            _write_index(folder, columns, hashes, request)
+
+
+def _write_shard(
+    folder: Path,
+    shard: int,
+    columns: dict[str, Tensor],
+    hashes: list[str],
+    request: dict[str, Any],
+    position: dict[str, Any],
+) -> None:
+    """Write a shard, add its hash, and write down how far the stream is."""
+    from safetensors.torch import save_file
+
+    atomic_write(_shard(folder, shard), lambda path: save_file(columns, str(path)))
+    hashes.append(sha256_of(_shard(folder, shard)))
+    save_state(folder / _PROGRESS, {"asked": request, "n_shards": shard + 1, "sha256": hashes, "stream": position})
+
+
+def _write_index(folder: Path, columns: dict[str, Tensor], hashes: list[str], request: dict[str, Any]) -> None:
+    from safetensors.torch import load_file
+
+    columns = columns or load_file(str(_shard(folder, len(hashes) - 1)))  # interrupted between last shard and index
     points = {
         name: {"d": column.shape[1], "dtype": str(column.dtype).removeprefix("torch.")}
         for name, column in columns.items()
         if name != _IDS
     }
-    sizes = {"n_tokens": n_tokens, "shard_tokens": size}
+    sizes = {"n_tokens": request["n_tokens"], "shard_tokens": request["shard_tokens"]}
     index = {"saewb_cache": _VERSION, **sizes, "points": points, "asked": request, "sha256": hashes}
     write_json(folder / _INDEX, index)
     (folder / _PROGRESS).unlink(missing_ok=True)

@@ -152,7 +152,8 @@ class ModelSource:
         positions = [self._kept_tokens(ids) for ids in batches]
         if len(batches) != self._parallel.size or not all(map(len, positions)):
             return [self._compute(ids) for ids in batches]
-        local = self._compute(batches[self._parallel.rank])
+        with self._parallel.raise_together():
+            local = self._compute(batches[self._parallel.rank])
         chunks: list[Activations | None] = []
         for rank, (ids, tokens) in enumerate(zip(batches, positions, strict=True)):
             is_local = rank == self._parallel.rank

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from saewb.data.tokens import token_rows
+from saewb.distributed import ParallelContext, shared_call
 from saewb.errors import explain
 from saewb.evals.model_losses import (
     Batches,
@@ -27,7 +28,7 @@ from saewb.evals.model_losses import (
     evaluate_in_model,
 )
 from saewb.evals.result import Evaluation, EvaluationStore, LatentFigures, named_saes
-from saewb.fingerprint import rows_digest
+from saewb.fingerprint import rows_digest, sae_digest, tensors_digest
 from saewb.interventions.site import Site
 from saewb.kernels.threads import sleep_while_contended
 from saewb.metrics import float64
@@ -75,6 +76,11 @@ def evaluate(
     (of its head only, if the SAE has one). For a transcoder the figures compare its output with the activation at its
     write point. Hooks, steering and SAEs at other points of the model stay in force.
 
+    Under torchrun or accelerate (or after `torch.distributed.init_process_group`) every process makes this call, with
+    the same arguments, and returns the same: each runs a share of the batches. Counts equal those of a single process,
+    figures to rounding in float64. If one fails, all raise after their current batch, with its reason. Where only some
+    processes call this: `with saewb.distributed.one_process():`.
+
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x); run in eval mode.
         sae: an SAE or transcoder.
@@ -102,6 +108,7 @@ def evaluate(
         ValueError: if no tokens are left to evaluate, or rows have fewer than two; for a hook or SAE that does not fit,
             as `saewb.attach`; if another SAE writes to one of its points; if the activation never varies.
         TypeError: if `tokens` are not integers.
+        RuntimeError: if another process of a launch failed.
 
     References:
         Figures: Gao et al. 2024, arXiv:2406.04093; Rajamanoharan et al. 2024, arXiv:2404.16014.
@@ -113,10 +120,14 @@ def evaluate(
         >>> result.n_tokens > 30, 0 < result.fvu < 1, result.ce_zero_ablated > result.ce_clean
         (True, True, True)
     """
-    ids, special = token_rows(model, tokens, ctx_len), special_ids(model, skip_special_tokens)
-    sites = [clean_site(model, sae, hook, hook_out)]
     options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses, "core": core}
-    return _evaluate(model, sites, ids, special, batch_size, progress, **options)[0]
+    with shared_call() as parallel:
+        with parallel.raise_together():
+            ids, special = token_rows(model, tokens, ctx_len), special_ids(model, skip_special_tokens)
+            sites = [clean_site(model, sae, hook, hook_out)]
+        saes = [sae_digest(sae)] if parallel.size > 1 else []
+        _check_same_call(parallel, model, ids, saes, (special, batch_size, options))
+        return _evaluate(model, sites, ids, special, batch_size, progress, parallel, **options)[0]
 
 
 def evaluate_many(
@@ -138,7 +149,8 @@ def evaluate_many(
     """Evaluate many SAEs on the same tokens, and tabulate the figures of `evaluate`, a row per SAE.
 
     `at_once` SAEs share the passes over the model: up to the hooks, clean, and with zeros or the mean at each point;
-    each SAE adds one pass, with its own output.
+    each SAE adds one pass, with its own output. Several processes share the passes, as for `evaluate`; process 0 alone
+    reads and writes `folder`.
 
     Args:
         model: as for `evaluate`.
@@ -178,29 +190,50 @@ def evaluate_many(
     if at_once < 1:
         raise ValueError(explain(f"evaluate_many got at_once={at_once}.", want="1 or more"))
     named = named_saes(saes, "evaluate_many(model, {'first': sae_a, 'second': sae_b}, tokens)")
-    ids = token_rows(model, tokens, ctx_len)
-    special = special_ids(model, skip_special_tokens)
     options = {"dead_below": dead_below, "dense_above": dense_above, "losses": losses, "core": core}
-    content = {} if folder is None else {"model": model_digest(model), "tokens": rows_digest(ids)}
-    store = EvaluationStore(folder, {"special": special, **options, **content})
-    figures: dict[str, dict[str, Any]] = {}
-    missing: dict[str, Site] = {}
-    for n_left, name in zip(reversed(range(len(named))), named, strict=True):
-        sae = _load(named[name])
-        site = clean_site(model, sae, None, None)
-        if (stored := store.read(name, sae)) is not None:
-            figures[name] = stored
-        else:
-            missing[name] = site
-        if missing and (len(missing) == at_once or n_left == 0):
-            evaluations = _evaluate(model, list(missing.values()), ids, special, batch_size, progress, **options)
-            for (missed, of), evaluation in zip(missing.items(), evaluations, strict=True):
-                figures[missed] = evaluation.figures()
-                store.write(missed, of.sae, figures[missed])
-            missing.clear()
-    table = pd.DataFrame([figures[name] for name in named], index=pd.Index(list(named), name="name"))
-    store.write_table(table)
+    with shared_call() as parallel:
+        with parallel.raise_together():
+            ids, special = token_rows(model, tokens, ctx_len), special_ids(model, skip_special_tokens)
+            content = {} if folder is None else {"model": model_digest(model), "tokens": rows_digest(ids)}
+        settings = (special, batch_size, options, at_once, str(folder), list(named))
+        _check_same_call(parallel, model, ids, [], settings)
+        with parallel.raise_together():
+            store = EvaluationStore(folder if parallel.is_main else None, {"special": special, **options, **content})
+        figures: dict[str, dict[str, Any]] = {}
+        missing: dict[str, Site] = {}
+        for n_left, name in zip(reversed(range(len(named))), named, strict=True):
+            with parallel.raise_together():
+                sae = _load(named[name])
+                site = clean_site(model, sae, None, None)
+                stored = store.read(name, sae)
+            if (stored := parallel.broadcast_object(stored)) is not None:
+                figures[name] = stored
+            else:
+                missing[name] = site
+            if missing and (len(missing) == at_once or n_left == 0):
+                sites = list(missing.values())
+                digests = [sae_digest(site.sae) for site in sites] if parallel.size > 1 else []
+                _check_same_call(parallel, model, ids, digests, settings)
+                evaluations = _evaluate(model, sites, ids, special, batch_size, progress, parallel, **options)
+                with parallel.raise_together():
+                    for (missed, of), evaluation in zip(missing.items(), evaluations, strict=True):
+                        figures[missed] = evaluation.figures()
+                        store.write(missed, of.sae, figures[missed])
+                missing.clear()
+        table = pd.DataFrame([figures[name] for name in named], index=pd.Index(list(named), name="name"))
+        with parallel.raise_together():
+            store.write_table(table)
     return table
+
+
+def _check_same_call(
+    parallel: ParallelContext, model: nn.Module, ids: Tensor, saes: Sequence[str], settings: Any
+) -> None:
+    """Check that all processes of a launch evaluate the same."""
+    if parallel.size > 1:
+        weights = tensors_digest(model.state_dict(keep_vars=True), reuse=True)  # hooks cannot be compared
+        of = {"model": weights, "text": (len(ids), rows_digest(ids)), "SAE": list(saes)}
+        parallel.check_same(of | {"settings": settings})
 
 
 # -- one evaluation --------------------------------------------------------------------------------------------------
@@ -213,6 +246,7 @@ def _evaluate(
     special: Sequence[int],
     batch_size: int,
     progress: bool,
+    parallel: ParallelContext,
     *,
     dead_below: float,
     dense_above: float,
@@ -221,13 +255,14 @@ def _evaluate(
 ) -> list[Evaluation]:
     """Evaluate SAEs at these sites, with shared passes over the model."""
     batches = Batches(ids, special, batch_size, next(model.parameters()).device)
-    bar = tqdm(total=(1 + losses) * len(batches), desc="evaluate", unit="batch", leave=False, disable=not progress)
+    hidden = not (progress and parallel.is_main)
+    bar = tqdm(total=(1 + losses) * len(batches), desc="evaluate", unit="batch", leave=False, disable=hidden)
     with torch.no_grad(), eval_mode(model, *(site.sae for site in sites)), bar, sleep_while_contended():
-        metrics = evaluate_at_hooks(model, sites, batches, bar)
+        metrics = evaluate_at_hooks(model, sites, batches, bar, parallel)
         model_losses = [Losses(*[math.nan] * 7)] * len(sites)
         if losses:
             means = [at_hook.reconstruction.mean() for at_hook in metrics]
-            model_losses = evaluate_in_model(model, sites, means, batches, bar)
+            model_losses = evaluate_in_model(model, sites, means, batches, bar, parallel)
         n_predictions = batches.n_predictions if losses else 0
         return [
             _evaluation(model, site, at_hook, in_model, n_predictions, dead_below, dense_above, core)

@@ -5,12 +5,14 @@
 2. `evaluate_in_model`: each batch runs through the clean model, with each SAE's output, and with zeros and the mean at
    each write point; losses and KL divergences.
 
+Of n processes each runs every n-th batch; sums are merged in float64.
+
 Memory is bounded by one batch: the latents of one SAE in the first, two logits tensors in the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from saewb._finite import FiniteCheck
+from saewb.distributed import ParallelContext
 from saewb.errors import explain
 from saewb.interventions.attachment import attach
 from saewb.interventions.site import Site, check_reconstructs
@@ -107,12 +110,19 @@ class Batches:
     def __len__(self) -> int:
         return len(self._parts[0])
 
-    def __iter__(self) -> Iterator[Batch]:
-        for ids, plain, targets, predicts in zip(*self._parts, strict=True):
-            plain_index = None if plain.all() else plain.flatten().nonzero()[:, 0].to(self._device)
-            lengths = plain.sum(1).tolist()
-            ids, plain, targets, predicts = (t.to(self._device) for t in (ids, plain, targets, predicts))
-            yield Batch(ids, plain, plain_index, lengths, targets, predicts)
+    def __getitem__(self, number: int) -> Batch:
+        ids, plain, targets, predicts = (parts[number] for parts in self._parts)
+        plain_index = None if plain.all() else plain.flatten().nonzero()[:, 0].to(self._device)
+        lengths = plain.sum(1).tolist()
+        ids, plain, targets, predicts = (t.to(self._device) for t in (ids, plain, targets, predicts))
+        return Batch(ids, plain, plain_index, lengths, targets, predicts)
+
+    def rounds(self, parallel: ParallelContext, bar: tqdm) -> Iterator[Batch | None]:
+        """This process's batch of each round, in which every process has one; None at the end if there is none left."""
+        for begin in range(0, len(self), parallel.size):
+            number = begin + parallel.rank
+            yield self[number] if number < len(self) else None
+            bar.update(min(parallel.size, len(self) - begin))
 
 
 # -- at the hooks ----------------------------------------------------------------------------------------------------
@@ -125,26 +135,69 @@ class HookMetrics:
     reconstruction: ReconstructionStream
     firing: FiringStream
 
+    def state(self) -> dict[str, Tensor]:
+        """The sums of both, by name."""
+        streams = {"reconstruction": self.reconstruction, "firing": self.firing}
+        return {f"{part}.{name}": t for part, stream in streams.items() for name, t in stream.state().items()}
 
-def evaluate_at_hooks(model: nn.Module, sites: Sequence[Site], batches: Batches, bar: tqdm) -> list[HookMetrics]:
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> HookMetrics:
+        """The metrics with that `state()`."""
+        parts: dict[str, dict[str, Tensor]] = {"reconstruction": {}, "firing": {}}
+        for key, t in state.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = t
+        streams = ReconstructionStream.from_state(parts["reconstruction"]), FiringStream.from_state(parts["firing"])
+        return cls(*streams)
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add the tokens of another's `state()`."""
+        other = HookMetrics.from_state(state)
+        self.reconstruction.merge(other.reconstruction)
+        self.firing.merge(other.firing)
+
+    def of_all(self, parallel: ParallelContext) -> HookMetrics:
+        """Those of all processes, the same bits in each."""
+        if parallel.size == 1:
+            return self
+        parallel.merge_to_main(self.state, self.merge)
+        return HookMetrics.from_state(parallel.broadcast_tensors(self.state()))
+
+
+def evaluate_at_hooks(
+    model: nn.Module, sites: Sequence[Site], batches: Batches, bar: tqdm, parallel: ParallelContext
+) -> list[HookMetrics]:
     """Metrics of all SAEs on the activations of one pass over the model."""
     metrics = [HookMetrics(ReconstructionStream(), FiringStream()) for _ in sites]
     names, finite = {name for site in sites for name in (site.read.name, site.write.name)}, FiniteCheck()
-    for batch in batches:
-        activations = capture(model, batch.ids, names)
-        for site, streams in zip(sites, metrics, strict=True):
-            x = site.read_input(activations[site.read.name])
-            target = site.read_target(activations[site.write.name])
-            finite.add(f"activations at {site.hook_name!r}", batch.select(x))
-            if not site.is_one_point:
-                finite.add(f"activations at {site.hook_name_out!r}", batch.select(target))
-            acts = _encode(site.sae, x)  # at special tokens too: a temporal SAE looks back at them
-            here = batch.to(target.device)
-            streams.reconstruction.update(here.select(target), here.select(site.sae.decode(acts, x)))
-            streams.firing.update(here.select_latents(acts), here.lengths)
-        bar.update()
-    finite.look()
-    return metrics
+    for batch in batches.rounds(parallel, bar):
+        with parallel.raise_together():
+            if batch is not None:
+                _measure(model, sites, metrics, names, batch, finite)
+    with parallel.raise_together():
+        finite.look()
+    return [of_site.of_all(parallel) for of_site in metrics]
+
+
+def _measure(
+    model: nn.Module,
+    sites: Sequence[Site],
+    metrics: Sequence[HookMetrics],
+    names: set[str],
+    batch: Batch,
+    finite: FiniteCheck,
+) -> None:
+    activations = capture(model, batch.ids, names)
+    for site, streams in zip(sites, metrics, strict=True):
+        x = site.read_input(activations[site.read.name])
+        target = site.read_target(activations[site.write.name])
+        finite.add(f"activations at {site.hook_name!r}", batch.select(x))
+        if not site.is_one_point:
+            finite.add(f"activations at {site.hook_name_out!r}", batch.select(target))
+        acts = _encode(site.sae, x)  # at special tokens too: a temporal SAE looks back at them
+        here = batch.to(target.device)
+        streams.reconstruction.update(here.select(target), here.select(site.sae.decode(acts, x)))
+        streams.firing.update(here.select_latents(acts), here.lengths)
 
 
 def _encode(sae: nn.Module, x: Tensor) -> Tensor | SparseLatents:
@@ -169,16 +222,25 @@ class Losses:
 
 
 def evaluate_in_model(
-    model: nn.Module, sites: Sequence[Site], means: Sequence[Tensor], batches: Batches, bar: tqdm
+    model: nn.Module,
+    sites: Sequence[Site],
+    means: Sequence[Tensor],
+    batches: Batches,
+    bar: tqdm,
+    parallel: ParallelContext,
 ) -> list[Losses]:
     """Losses of the model with each SAE's output, and with its write point ablated to zeros or to its mean."""
     # SAEs with one write point share its ablations.
     ablations = {(site.write.name, site.head): (site, mean) for site, mean in zip(sites, means, strict=True)}
     sums = None
-    for batch in batches:
-        batch_sums = _run(model, sites, list(ablations.values()), batch, list(batches.special) or False)
-        sums = batch_sums if sums is None else sums + batch_sums
-        bar.update()
+    for batch in batches.rounds(parallel, bar):
+        with parallel.raise_together():
+            if batch is not None:
+                batch_sums = _run(model, sites, list(ablations.values()), batch, list(batches.special) or False)
+                sums = batch_sums if sums is None else sums + batch_sums
+    if parallel.size > 1:
+        n_runs = 1 + len(sites) + 2 * len(ablations)
+        sums = parallel.sum_(torch.zeros(n_runs, 2, dtype=torch.float64) if sums is None else sums.cpu())
     ((ce_clean, _), *runs) = [(ce / batches.n_predictions, kl / batches.n_tokens) for ce, kl in sums.tolist()]
     spliced, ablated = runs[: len(sites)], runs[len(sites) :]
     by_point = dict(zip(ablations, zip(ablated[::2], ablated[1::2], strict=True), strict=True))

@@ -174,7 +174,9 @@ class LatentAccumulator:
             setattr(self, name, tensor.to(self.token_hash.device, copy=True))
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add the state of another accumulator, over other rows of text."""
+        """Add the state of another accumulator, over other rows of text; on any device."""
+        device = self.token_hash.device
+        tensors = {k: t if k == "counts.total" else t.to(device) for k, t in tensors.items()}
         self.top.merge(_part(tensors, "top"))
         self.sample.merge(_part(tensors, "sample"))
         self.counts.merge(_part(tensors, "counts"))

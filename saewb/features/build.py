@@ -1,20 +1,24 @@
 """Build a feature index: one streamed pass of the model over text, for one SAE or several.
 
 1. Tokenize, and resolve the site of each SAE.
-2. Run the model batch by batch to the hook points, encode, accumulate; save at intervals.
+2. Run the model batch by batch to the hook points, encode, accumulate; save at intervals. Of n processes each takes
+   every n-th batch; all of them keep account of the rows that any has read, and process 0 merges what they accumulated.
 3. Add logit effects and nearest latents, from the weights alone, and the texts of the tokens.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import reprlib
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 
 from saewb._files import absolute
 from saewb.data.tokens import token_rows
+from saewb.distributed import DisconnectedError, ParallelContext, shared_call
 from saewb.errors import explain
 from saewb.features import storage
 from saewb.features.accumulate import LatentAccumulator, TokenRows
@@ -33,7 +38,7 @@ from saewb.features.jacobian_lens import JacobianLens, fit_jacobian_lens
 from saewb.features.logit_effects import logit_effects, loss_effects, project_to_residual
 from saewb.features.neighbors import nearest
 from saewb.features.token_texts import TokenTexts, collect_token_texts
-from saewb.fingerprint import check_same, differences, listed, rows_digest, sae_digest
+from saewb.fingerprint import check_same, differences, listed, rows_digest, sae_digest, tensors_digest
 from saewb.interventions.site import Site, check_reconstructs
 from saewb.kernels.threads import sleep_while_contended
 from saewb.models import hook_points
@@ -100,6 +105,13 @@ def build_index(
 
     Ctrl-C stops the pass and returns the index so far, with `index.is_complete` False.
 
+    Under torchrun or accelerate (or after `torch.distributed.init_process_group`) every process makes this call, with
+    the same arguments, and returns the whole index: each runs a share of the batches, which are those of a single
+    process. Counts and contexts are equal, the float64 sums to rounding. Process 0 alone writes, after merging, which
+    takes a second time the memory of contexts there; it also computes logit effects, neighbors and loss effects, while
+    the others wait. A folder is continued by any number of processes. If one fails, all raise after their current
+    batch, with its reason. Where only some processes call this: `with saewb.distributed.one_process():`.
+
     Args:
         model: a TransformerBridge (transformer-lens 3.x, 4.x) or HookedTransformer (3.x).
         sae: an SAE or transcoder, or a list of them.
@@ -138,7 +150,7 @@ def build_index(
         A FeatureIndex; a list of them for a list of SAEs.
 
     Raises:
-        RuntimeError: if another thread or process writes an index to `folder`.
+        RuntimeError: if another thread or process writes an index to `folder`; if another process of a launch failed.
         ValueError: if all tokens are special, if a number is out of range, or for an SAE that does not fit the model,
             as `saewb.attach`; if `folder` has an index of other text or settings, or `extend` is of another SAE, model
             or row length, or either of saewb 0.1.0; if an SAE is attached where one reads or writes, or the model is
@@ -155,28 +167,60 @@ def build_index(
     """
     if extend is not None:
         _check_only_extends(locals())
-        return _extend(extend, model, sae, tokens, batch_size, progress)
+        with shared_call() as parallel:
+            return _extend(extend, model, sae, tokens, batch_size, progress, parallel)
     several = isinstance(sae, (list, tuple))
     saes = list(sae) if several else [sae]
-    before, after = (window, window) if isinstance(window, int) else window
-    positive = {"n_top": n_top, "n_quantiles": n_quantiles, "per_quantile": per_quantile, "batch_size": batch_size}
-    _check_sizes(positive, before=before, after=after, first_row=first_row, coactive_tokens=coactive_tokens)
-    special = special_ids(model, skip_special_tokens)
-    text = _tokenize(model, tokens, ctx_len, special, first_row)
-    sizes = (text.ids.shape[1], n_top, n_quantiles, per_quantile, before, after, coactive_tokens)
-    sites = [Site.of(model, s, hook) for s in saes]
-    check_unmodified(model, [point for site in sites for point in site.points])
-    lens = _lens(model, logits, sites, text, special, progress) if n_logits else None
-    of_model = model_digest(model)
-    infos = [_index_info(model, site, sizes, seed, special, neuronpedia, of_model) for site in sites]
     folders = _folders(folder, len(saes), several)
-    with ExitStack() as locks:
-        for one in filter(None, folders):
-            locks.enter_context(storage.lock_index(one))
-        builds = [_Build.start(*parts) for parts in zip(sites, infos, folders, strict=True)]
-        _run(model, builds, text, batch_size, progress, save_every_s)
-        indexes = [_finish(model, b, text, n_logits, lens, n_nearest, loss_effect_tokens) for b in builds]
+    with shared_call() as parallel, ExitStack() as locks:
+        with parallel.raise_together():
+            before, after = (window, window) if isinstance(window, int) else window
+            positive = {
+                "n_top": n_top,
+                "n_quantiles": n_quantiles,
+                "per_quantile": per_quantile,
+                "batch_size": batch_size,
+            }
+            _check_sizes(positive, before=before, after=after, first_row=first_row, coactive_tokens=coactive_tokens)
+            special = special_ids(model, skip_special_tokens)
+            text = _tokenize(model, tokens, ctx_len, special, first_row)
+            sizes = (text.ids.shape[1], n_top, n_quantiles, per_quantile, before, after, coactive_tokens)
+            sites = [Site.of(model, s, hook) for s in saes]
+            check_unmodified(model, [point for site in sites for point in site.points])
+            # Process 0 alone computes what follows from weights.
+            lens = _lens(model, logits, sites, text, special, progress) if n_logits and parallel.is_main else None
+            of_model = model_digest(model)
+            infos = [_index_info(model, site, sizes, seed, special, neuronpedia, of_model) for site in sites]
+        from_weights = (n_logits, n_nearest, loss_effect_tokens)
+        _check_same_call(parallel, model, infos, text, (batch_size, *from_weights, [str(f) for f in folders]))
+        builds = [_Build.empty(site, info) for site, info in zip(sites, infos, strict=True)]
+        with parallel.raise_together():
+            if parallel.is_main:
+                for one in filter(None, folders):
+                    locks.enter_context(storage.lock_index(one))
+                builds = [_Build.start(*parts) for parts in zip(sites, infos, folders, strict=True)]
+        _share_rows(builds, parallel)
+        _run(model, builds, text, batch_size, progress, save_every_s, parallel)
+        indexes = [_finish(model, b, text, *from_weights, lens, parallel) for b in builds]
     return indexes if several else indexes[0]
+
+
+def _check_same_call(
+    parallel: ParallelContext, model: nn.Module, infos: list[IndexInfo], text: TokenRows, settings: Any
+) -> None:
+    """Check that all processes of a launch build the same index."""
+    if parallel.size > 1:
+        values = {"model": tensors_digest(model.state_dict(keep_vars=True), reuse=True)}  # hooks cannot be compared
+        values["SAE"] = [(info.digests or {}).get("SAE") for info in infos]
+        values["text"] = (len(text), rows_digest(text.ids, text.first_row))
+        values["settings"] = ([replace(info, digests=None).to_json() for info in infos], settings)
+        parallel.check_same(values)
+
+
+def _share_rows(builds: list[_Build], parallel: ParallelContext) -> None:
+    """Let all processes know which rows process 0 begins with."""
+    for build, info in zip(builds, parallel.broadcast_object([build.info for build in builds]), strict=True):
+        build.info = info
 
 
 @dataclass
@@ -186,16 +230,21 @@ class _Build:
     site: Site
     """Where it reads and writes."""
     info: IndexInfo
-    """Settings, and rows read so far."""
+    """Settings, and rows read so far, by all processes."""
     accumulator: LatentAccumulator
-    """Contexts and statistics so far."""
+    """Contexts and statistics so far, of this process."""
     folder: Path | None = None
     """Where to save."""
 
     @classmethod
+    def empty(cls, site: Site, info: IndexInfo, folder: Path | None = None) -> _Build:
+        """Start with nothing accumulated."""
+        return cls(site, info, LatentAccumulator(info.config, site.sae.device), folder)
+
+    @classmethod
     def start(cls, site: Site, info: IndexInfo, folder: Path | None = None) -> _Build:
         """Start empty, or from the unfinished index in the folder."""
-        build = cls(site, info, LatentAccumulator(info.config, site.sae.device), folder)
+        build = cls.empty(site, info, folder)
         if folder is not None and (folder / storage.FILE).exists():
             unfinished = load_index(folder)
             if _is_of_another(unfinished.info, info, folder):
@@ -206,9 +255,24 @@ class _Build:
             build.info = unfinished.info
         return build
 
-    def next_row(self, text: TokenRows) -> int:
-        """Number of the first row of the text not yet read."""
-        return max(text.first_row, self.info.next_row)
+    def unread(self, text: TokenRows) -> list[tuple[int, int]]:
+        """Ranges of rows of the text that are not read yet."""
+        ranges, begin = [], text.first_row
+        for a, b in (*self.info.rows, (text.end, text.end)):
+            if begin < min(a, text.end):
+                ranges.append((begin, min(a, text.end)))
+            begin = max(begin, b)
+        return ranges
+
+    def has_read(self, row: int) -> bool:
+        """Whether this row is read."""
+        return any(a <= row < b for a, b in self.info.rows)
+
+    def merge(self, parallel: ParallelContext) -> None:
+        """Bring what all processes accumulated together in process 0; the others begin anew."""
+        parallel.merge_to_main(self.accumulator.tensors, self.accumulator.merge)
+        if not parallel.is_main:
+            self.accumulator = LatentAccumulator(self.info.config, self.site.sae.device)
 
 
 def _is_of_another(written: IndexInfo, info: IndexInfo, folder: Path) -> bool:
@@ -244,22 +308,34 @@ def _check_only_extends(arguments: dict[str, Any]) -> None:
 
 
 def _extend(
-    index: FeatureIndex, model: nn.Module, sae: Any, tokens: Tensor | Sequence[str], batch_size: int, progress: bool
+    index: FeatureIndex,
+    model: nn.Module,
+    sae: Any,
+    tokens: Tensor | Sequence[str],
+    batch_size: int,
+    progress: bool,
+    parallel: ParallelContext,
 ) -> FeatureIndex:
     info = index.info
-    text = _tokenize(model, tokens, info.ctx_len, info.special, info.next_row)
-    if text.ids.shape[1] != info.ctx_len:
-        what = f"rows of {text.ids.shape[1]} tokens for {index!r}."
-        raise ValueError(explain(what, want=f"rows of {info.ctx_len}, as those before"))
-    site = Site.of(model, sae, info.hook, info.hook_out)
-    check_unmodified(model, site.points)
-    now = {"SAE": sae_digest(sae), "model": model_digest(model)}
-    want = f"the SAE and the model of the index: {info.sae}, {info.model}"
-    check_same(repr(index), info.digests, now, want=want, fix="saewb.build_index(model, sae, tokens)    # anew")
-    build = _Build.start(site, info)
-    build.accumulator.restore(index.tensors)
-    _run(model, [build], text, batch_size, progress, float("inf"))
-    return _to_index(model, build, index, text)
+    with parallel.raise_together():
+        text = _tokenize(model, tokens, info.ctx_len, info.special, info.next_row)
+        if text.ids.shape[1] != info.ctx_len:
+            what = f"rows of {text.ids.shape[1]} tokens for {index!r}."
+            raise ValueError(explain(what, want=f"rows of {info.ctx_len}, as those before"))
+        site = Site.of(model, sae, info.hook, info.hook_out)
+        check_unmodified(model, site.points)
+        now = {"SAE": sae_digest(sae), "model": model_digest(model)}
+        want = f"the SAE and the model of the index: {info.sae}, {info.model}"
+        check_same(repr(index), info.digests, now, want=want, fix="saewb.build_index(model, sae, tokens)    # anew")
+    _check_same_call(parallel, model, [info], text, batch_size)
+    build = _Build.empty(site, info)
+    if parallel.is_main:
+        build.accumulator.restore(index.tensors)
+    _run(model, [build], text, batch_size, progress, float("inf"), parallel)
+    build.merge(parallel)
+    with parallel.raise_together():
+        index = _to_index(model, build, index, text) if parallel.is_main else index
+    return _broadcast(index, parallel)
 
 
 def _check_sizes(positive: dict[str, int], **others: int) -> None:
@@ -306,42 +382,94 @@ def _folders(folder: str | Path | None, n: int, several: bool) -> list[Path | No
 
 
 def _run(
-    model: nn.Module, builds: list[_Build], text: TokenRows, batch_size: int, progress: bool, save_every_s: float
+    model: nn.Module,
+    builds: list[_Build],
+    text: TokenRows,
+    batch_size: int,
+    progress: bool,
+    save_every_s: float,
+    parallel: ParallelContext,
 ) -> None:
     """Run the model over the rows not yet read; Ctrl-C stops it between two batches."""
     from tqdm.auto import tqdm
 
-    for build in builds:
-        _check_beginning(build, text)
-    first, encoders = min(build.next_row(text) for build in builds), [SparseEncoder(b.site.sae) for b in builds]
-    hooks, device, saved = [build.info.hook for build in builds], next(model.parameters()).device, time.monotonic()
-    points = [point for build in builds for point in build.site.points]
-    bar = tqdm(total=text.end - first, desc="index", unit="row", leave=False, disable=not progress)
+    with parallel.raise_together():
+        for build in builds:
+            _check_beginning(build, text)
+    batches, encoders = _batches(builds, text, batch_size), [SparseEncoder(b.site.sae) for b in builds]
+    n_rows, saved = sum(b - a for a, b in batches), time.monotonic()
+    hidden = not (progress and parallel.is_main)
+    bar = tqdm(total=n_rows, desc="index", unit="row", leave=False, disable=hidden)
     # Accumulate on another thread: an interrupt reaches the main thread only, so no batch is half counted.
-    with bar, sleep_while_contended(), ThreadPoolExecutor(1) as thread:
+    with bar, sleep_while_contended(), ThreadPoolExecutor(1) as thread, _defer_interrupt(parallel) as interrupted:
         pending: Future | None = None
         try:
             thread.submit(int).result()  # interrupted while it starts, a thread is not joined: let it have no work yet
-            for begin in range(first - text.first_row, len(text), batch_size):
-                rows = text[begin : begin + batch_size].to(device)
+            for begin in range(0, len(batches), parallel.size):
+                a_round = batches[begin : begin + parallel.size]  # a batch for each process
+                own = a_round[parallel.rank : parallel.rank + 1]
+                activations, rows = {}, text[:0]
                 try:
-                    with hook_points.lock(model), torch.no_grad(), eval_mode(model):
-                        check_unmodified(model, points)
-                        activations = capture(model, rows.ids, hooks)
-                    _check_finite(model, activations, rows)
-                except Exception:
-                    thread.submit(_checkpoint, builds, text).result()  # what was read before this batch is not lost
+                    with parallel.raise_together():
+                        if own:
+                            rows = text[own[0][0] - text.first_row : own[0][1] - text.first_row]
+                            activations = _forward(model, builds, rows)
+                except DisconnectedError:
                     raise
-                pending = thread.submit(_accumulate, builds, encoders, text, activations, rows)
-                pending.result()  # no overlap with the model: the threads would compete for the CPU
-                bar.update(len(rows))
-                if time.monotonic() - saved > save_every_s:
-                    pending = thread.submit(_checkpoint, builds, text)
+                except Exception:
+                    # What was read before this batch is not lost.
+                    thread.submit(_checkpoint, builds, text, parallel).result()
+                    raise
+                with parallel.raise_together():
+                    pending = thread.submit(_accumulate, builds, encoders, text, activations, rows, a_round)
+                    pending.result()  # no overlap with the model: the threads would compete for the CPU
+                bar.update(sum(b - a for a, b in a_round))
+                due = parallel.is_main and time.monotonic() - saved > save_every_s
+                stops, saves = parallel.sum_(torch.tensor([len(interrupted), int(due)])).tolist()
+                if stops:
+                    return
+                if saves:
+                    pending = thread.submit(_checkpoint, builds, text, parallel)
                     pending.result()
                     saved = time.monotonic()
         except KeyboardInterrupt:
             if pending is not None:
                 pending.result()  # finish the batch; the index is incomplete
+
+
+@contextmanager
+def _defer_interrupt(parallel: ParallelContext) -> Iterator[list[int]]:
+    """Collect interrupts of a process that others wait for: all stop together, after the same batch."""
+    interrupts: list[int] = []
+    if parallel.size == 1 or threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _batches(builds: list[_Build], text: TokenRows, batch_size: int) -> list[tuple[int, int]]:
+    """Ranges of rows to run the model on, such that each build has read all rows of a range or none."""
+    ranges = [pair for build in builds for pair in build.unread(text)]
+    cuts = sorted({row for pair in ranges for row in pair})
+    batches = []
+    for begin, end in itertools.pairwise(cuts):
+        if not all(build.has_read(begin) for build in builds):
+            batches += [(row, min(row + batch_size, end)) for row in range(begin, end, batch_size)]
+    return batches
+
+
+def _forward(model: nn.Module, builds: list[_Build], rows: TokenRows) -> dict[str, Tensor]:
+    """Activations of these rows at the hook points of all builds."""
+    rows = rows.to(next(model.parameters()).device)
+    with hook_points.lock(model), torch.no_grad(), eval_mode(model):
+        check_unmodified(model, [point for build in builds for point in build.site.points])
+        activations = capture(model, rows.ids, [build.info.hook for build in builds])
+    _check_finite(model, activations, rows)
+    return activations
 
 
 def _check_finite(model: nn.Module, activations: dict[str, Tensor], rows: TokenRows) -> None:
@@ -362,14 +490,16 @@ def _check_beginning(build: _Build, text: TokenRows) -> None:
     rows, fix = build.info.rows, "saewb.build_index(model, sae, tokens, extend=saewb.load_index(folder))"
     if not rows or build.folder is None:
         return
-    if len(rows) > 1 or rows[0][0] != text.first_row:
-        what = f"{build.folder} has rows {rows}, which is no beginning of this text ({text.first_row} on)."
+    if rows[0][0] < text.first_row:
+        what = f"{build.folder} has rows {rows}, which are no part of this text ({text.first_row} on)."
         raise ValueError(explain(what, fix=fix))
-    n_read = rows[0][1] - text.first_row
-    now = {"tokens": rows_digest(text.ids[:n_read], text.first_row)}
-    if different := differences(build.info.digests or {}, now, ["tokens"]):
-        what = f"{build.folder} has an index of another text, by content of its first {n_read} rows: {different[0]}."
-        raise ValueError(explain(what, want="the same text, or a new folder", fix=fix))
+    digest = "0"
+    for a, b in rows:
+        digest = rows_digest(text.ids[a - text.first_row : b - text.first_row], a, of_rest=digest)
+    if different := differences(build.info.digests or {}, {"tokens": digest}, ["tokens"]):
+        first = "first " if rows == ((text.first_row, build.info.next_row),) else ""
+        what = f"{build.folder} has an index of another text, by content of its {first}{build.info.n_rows} rows: "
+        raise ValueError(explain(f"{what}{different[0]}.", want="the same text, or a new folder", fix=fix))
 
 
 @torch.no_grad()
@@ -379,25 +509,33 @@ def _accumulate(
     text: TokenRows,
     activations: dict[str, Tensor],
     rows: TokenRows,
+    a_round: list[tuple[int, int]],
 ) -> None:
-    of_rows = rows_digest(text.ids[rows.first_row - text.first_row : rows.end - text.first_row], rows.first_row)
+    """Add this process's rows, and take account of those of all processes."""
+    texts = [slice(a - text.first_row, b - text.first_row) for a, b in a_round]
+    digests = [rows_digest(text.ids[part], a) for part, (a, _) in zip(texts, a_round, strict=True)]
+    counts = [int(text.mask[part].sum()) for part in texts]  # on the CPU, so that nothing waits for a device
     for build, encoder in zip(builds, encoders, strict=True):
-        if rows.first_row < build.next_row(text):
-            continue
-        x = build.site.read_input(activations[build.info.hook])
-        here = rows.to(x.device)  # of the hook point: a model may be spread over several
-        for part, latents in encoder.tiles(x, here.mask):
-            build.accumulator.update(here[part], latents.to(torch.float32))
-        of_text = slice(rows.first_row - text.first_row, rows.end - text.first_row)
-        n_tokens = int(text.mask[of_text].sum())  # on the CPU, so that nothing waits for a device
-        build.info = build.info.with_rows([(rows.first_row, rows.end)], n_tokens, of_rows)
+        unread = [not build.has_read(a) for a, _ in a_round]
+        if len(rows) and not build.has_read(rows.first_row):
+            x = build.site.read_input(activations[build.info.hook])
+            here = rows.to(x.device)  # of the hook point: a model may be spread over several
+            for part, latents in encoder.tiles(x, here.mask):
+                build.accumulator.update(here[part], latents.to(torch.float32))
+        for pair, n_tokens, digest, new in zip(a_round, counts, digests, unread, strict=True):
+            build.info = build.info.with_rows([pair], n_tokens, digest) if new else build.info
 
 
-def _checkpoint(builds: list[_Build], text: TokenRows) -> None:
-    for build in builds:
-        if build.folder is not None:
-            tensors = {k: t.cpu() for k, t in build.accumulator.tensors().items()}
-            storage.write_index(build.folder, replace(build.info, n_planned=len(text)), tensors, TokenTexts())
+def _checkpoint(builds: list[_Build], text: TokenRows, parallel: ParallelContext) -> None:
+    """Save what all processes have accumulated."""
+    if parallel.size > 1 and any(parallel.broadcast_object([build.folder is not None for build in builds])):
+        for build in builds:
+            build.merge(parallel)
+    with parallel.raise_together():
+        for build in builds:
+            if build.folder is not None:
+                tensors = {k: t.cpu() for k, t in build.accumulator.tensors().items()}
+                storage.write_index(build.folder, replace(build.info, n_planned=len(text)), tensors, TokenTexts())
 
 
 def _lens(
@@ -433,24 +571,39 @@ def _finish(
     build: _Build,
     text: TokenRows,
     n_logits: int,
-    lens: JacobianLens | None,
     n_nearest: int,
     loss_effect_tokens: int,
+    lens: JacobianLens | None,
+    parallel: ParallelContext,
 ) -> FeatureIndex:
-    build.info = replace(build.info, lens=None if lens is None else repr(lens))
-    weights = FeatureIndex(build.info, _weight_tensors(model, build, n_logits, lens, n_nearest), TokenTexts())
-    index = _to_index(model, build, weights, text)
-    if loss_effect_tokens and index.is_complete:
-        effects = loss_effects(model, build.site.sae, index.info, index.tensors, text.row, loss_effect_tokens)
-        index = replace(index, tensors={**index.tensors, "loss_effects": effects})
-    if build.folder is not None:
-        storage.write_index(build.folder, index.info, dict(index.tensors), index.token_texts, index.labels)
-    return index
+    build.merge(parallel)
+    index = FeatureIndex(build.info, {}, TokenTexts())
+    with parallel.raise_together():
+        if parallel.is_main:
+            build.info = replace(build.info, lens=None if lens is None else repr(lens))
+            weights = FeatureIndex(build.info, _weight_tensors(model, build, n_logits, lens, n_nearest), TokenTexts())
+            index = _to_index(model, build, weights, text)
+            if loss_effect_tokens and index.is_complete:
+                effects = loss_effects(model, build.site.sae, index.info, index.tensors, text.row, loss_effect_tokens)
+                index = replace(index, tensors={**index.tensors, "loss_effects": effects})
+            if build.folder is not None:
+                storage.write_index(build.folder, index.info, dict(index.tensors), index.token_texts, index.labels)
+    return _broadcast(index, parallel)
+
+
+def _broadcast(index: FeatureIndex, parallel: ParallelContext) -> FeatureIndex:
+    """The index of process 0, in all."""
+    if parallel.size == 1:
+        return index
+    info, texts, labels = parallel.broadcast_object((index.info, index.token_texts, dict(index.labels)))
+    return replace(
+        index, info=info, tensors=parallel.broadcast_tensors(index.tensors), token_texts=texts, labels=labels
+    )
 
 
 def _to_index(model: nn.Module, build: _Build, weights: FeatureIndex, text: TokenRows) -> FeatureIndex:
-    complete = build.info.next_row >= text.end
-    info = replace(build.info, n_planned=None if complete else build.info.n_rows + text.end - build.info.next_row)
+    n_left = sum(b - a for a, b in build.unread(text))
+    info = replace(build.info, n_planned=build.info.n_rows + n_left if n_left else None)
     index = weights.with_accumulated(info, build.accumulator, TokenTexts())
     contexts = [index.tensors["top.tokens"], index.tensors["sample.tokens"]]
     single = [t for name, t in index.tensors.items() if name.endswith(("top_ids", "bottom_ids"))]

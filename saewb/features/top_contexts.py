@@ -168,7 +168,7 @@ class TopContexts:
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
         """Add the contexts of another state."""
-        other = TopContexts(len(self.order), 1, self.window)
+        other = TopContexts(len(self.order), 1, self.window, self.order.device)
         other.restore(tensors)
         for block in torch.arange(len(self.order), device=self.order.device).split(BLOCK):
             self.add(other.candidates(block))

@@ -5,7 +5,7 @@ A latent is active where it is not 0, whatever its sign. Sums are kept in float6
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +95,21 @@ class FiringStream:
         """Add the tokens of `other`, which is not changed."""
         if other.n_tokens:
             self._add(other.n_tokens, other._counts, other._rows, other._sums, other._max)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far, by name; empty before the first token."""
+        if self._counts is None:
+            return {}
+        sums = {"counts": self._counts, "rows": self._rows, "sums": self._sums, "max": self._max}
+        return {"n_tokens": torch.tensor(self.n_tokens), **sums}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> FiringStream:
+        """The stream with that `state()`."""
+        stream = cls()
+        if state:
+            stream._add(int(state["n_tokens"]), *(state[name] for name in ("counts", "rows", "sums", "max")))
+        return stream
 
     def result(
         self,

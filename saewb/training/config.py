@@ -108,7 +108,8 @@ class TrainConfig:
     b_dec: Literal["zeros", "mean"] = "zeros"
     """Initial decoder bias."""
     dead_after_tokens: PositiveInt | None = None
-    """Tokens after which a silent latent is dead; None means a tenth of n_tokens, at most 10,000,000."""
+    """Tokens after which a silent latent is dead; None means a tenth of n_tokens, at least 50 batches and at most
+    10,000,000 tokens: in the first steps most latents are silent, and to revive them is the larger part of a step."""
     look_every_steps: PositiveInt | None = None
     """Steps between looks at the dead latents, for the auxiliary losses; None means 1 on a CPU, 16 elsewhere."""
     dense_above: Annotated[float, Gt(0), Lt(1)] = 0.1
@@ -138,7 +139,7 @@ class TrainConfig:
     @property
     def dead_after(self) -> int:
         """Tokens after which a silent latent counts as dead, with the default filled in."""
-        return self.dead_after_tokens or max(1, min(10_000_000, self.n_tokens // 10))
+        return self.dead_after_tokens or min(10_000_000, max(50 * self.batch_tokens, self.n_tokens // 10))
 
     @property
     def control(self) -> int:

@@ -67,6 +67,12 @@ def sparse_bias(W_enc, x, k):
     return -pre.kthvalue(int(len(pre) * (1 - k / W_enc.shape[1])), dim=0).values
 
 
+def evenly(n, share):
+    """A mask of this share of n latents, spread over them."""
+    steps = (torch.arange(n + 1, dtype=torch.float64) * share).floor()
+    return steps[1:] > steps[:-1]
+
+
 def weights(name, objective, x, k):
     """Weights to begin with."""
     params = objective.init_params(x.shape[1])
@@ -84,8 +90,7 @@ def ours(name, options, how, x):
     params = weights(name, objective, x, options.k).to(x.device)
     state = objective.initial_state(x.device)
     if options.dead_frac:
-        dead = torch.arange(objective.d_sae, device=x.device) % round(1 / options.dead_frac) == 0
-        state = state.with_dead(dead)
+        state = state.with_dead(evenly(objective.d_sae, options.dead_frac).to(x.device))
     optimizer = torch.optim.Adam(params.parameters(), lr=options.lr, fused=True)
 
     def step(batch):
@@ -141,7 +146,7 @@ def peer(name, options, x):
         device=str(x.device),
     )
     trainer = SAETrainer(config, sae, batches)
-    dead = torch.arange(options.d_sae) % round(1 / options.dead_frac) == 0 if options.dead_frac else None
+    dead = evenly(options.d_sae, options.dead_frac) if options.dead_frac else None
 
     def step(batch):
         if dead is not None:

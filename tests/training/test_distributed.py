@@ -133,7 +133,7 @@ def test_a_failure_in_one_ends_all_and_says_why(tmp_path):
     (state, error), (state_1, error_1) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert state == state_1 == "failed"
     assert "not callable" in error_1
-    assert "another process of this training failed or ended" in error
+    assert "another process of this launch failed or ended" in error
     assert (tmp_path / "failed" / "checkpoint.pt").exists()
     assert (tmp_path / "1.saw").read_text() == "True"  # the other ended while the one that failed was still there
 

@@ -16,6 +16,8 @@ from saewb.kernels import topk as tiles
 from saewb.kernels.pairs import by_latent, combine, dots, gather_rows, pairs_of, per_latent, rectangular
 from saewb.kernels.select import Readout, above_zero, top_of_batch, top_per_token
 from saewb.training.sparse_step import best_precision, clipped_step, has_sparse_step, sparse_step
+from saewb.training.sparse_step import gradients as sparse_gradients
+from saewb.training.sparse_step import topk as topk_steps
 from saewb.training.sparse_step.adam import clips_in_fused_step
 
 D_SAE = 48
@@ -104,6 +106,37 @@ def test_equals_autograd(name, kind):
 @examples(10)
 def test_equals_autograd_on_any_shape(name, tokens, d_in, seed, shift, dead):
     assert_same(*problem(OBJECTIVES[name], tokens, d_in, seed=seed, shift=shift, dead=dead))
+
+
+MANY_DEAD = {
+    "topk": saewb.TopK(D_SAE, k=3, aux=0.7),
+    "of k_aux": saewb.TopK(D_SAE, k=3, aux=0.7, k_aux=1, aux_relu=True),
+    "abstopk": saewb.AbsTopK(D_SAE, k=3, aux=0.7, rows="free", init_norm=0.4),
+    "batchtopk": saewb.BatchTopK(D_SAE, k=2.5, aux=0.7, rows="free", init_norm=0.4),
+    "matryoshka": saewb.Matryoshka(D_SAE, k=2.5, aux=0.7, widths=(D_SAE // 3, D_SAE // 2)),
+    "levels": saewb.Matryoshka(D_SAE, k=2.5, aux=0.7, widths=(D_SAE // 3, D_SAE // 2), aux_by_level=True),
+}
+
+
+@pytest.mark.parametrize("d_out", [None, 5])
+@pytest.mark.parametrize("name", MANY_DEAD)
+def test_many_dead_latents_are_selected_first(name, d_out, monkeypatch):
+    """The loss of dead latents over pairs equals autograd, in any tiles, and has the same bits each time."""
+    monkeypatch.setattr(sparse_gradients, "_MANY", 1)
+    calls, sparse = [], sparse_gradients.add_auxk_gradients
+    monkeypatch.setattr(topk_steps, "add_auxk_gradients", lambda *a, **k: calls.append(1) or sparse(*a, **k))
+    for tile_sizes in ((2**22, 2**23), (7, 40)):
+        monkeypatch.setattr(sparse_gradients, "_PAIRS_AT_ONCE", tile_sizes[0])
+        monkeypatch.setattr(sparse_gradients, "_PRE_ACTS_AT_ONCE", tile_sizes[1])
+        objective, params, x, y, state = problem(MANY_DEAD[name], 33, d_out=d_out, dead=0.9)
+        since = state.dead.clone()
+        since[state.dead_rows[::4]] = False  # fired again since the look
+        for of in (state, replace(state, dead=since)):
+            assert_same(objective, params, x, y, of, rtol=1e-10, atol=1e-12)
+            first = {n: p.grad.clone() for n, p in params.named_parameters()}
+            sparse_step(objective, params, x, y, of, "full", max_density=1.0)
+            assert all(torch.equal(p.grad, first[n]) for n, p in params.named_parameters())
+    assert len(calls) == 8 * (3 if name == "levels" else 1)
 
 
 @pytest.mark.parametrize("name", ["topk", "abstopk", "batchtopk", "matryoshka"])

@@ -22,8 +22,10 @@ from saewb.training.objectives import Losses, ObjectiveState
 from saewb.training.objectives.topk import BatchTopKObjective, TopKObjective
 from saewb.training.sparse_step.gradients import (
     StepInputs,
+    add_auxk_gradients,
     add_dead_gradients,
     encoder_decoder_gradients,
+    has_many_dead,
     set_gradients,
     sum_of_squares,
     with_metrics,
@@ -115,11 +117,15 @@ def _dead_loss(
     objective: TopKObjective, inputs: StepInputs, levels: list[Level], state: ObjectiveState, grads: dict[str, Tensor]
 ) -> Float[Tensor, ""]:
     """Compute the auxiliary loss of the dead latents, and add its gradients."""
-    loss, params, rows = objective.auxiliary_loss, inputs.params, state.dead_rows
-    if not objective.aux_by_level:
-        return add_dead_gradients(loss, params, inputs.x, -levels[-1].error, state, grads)
-    parts = []
-    for level in levels:
-        of_level = replace(state, dead_rows=rows[(rows >= level.low) & (rows < level.high)])
-        parts.append(add_dead_gradients(loss, params, inputs.x, -level.error, of_level, grads))
-    return torch.stack(parts).sum()
+    params, rows, parts, of_level = inputs.params, state.dead_rows, [], state
+    for level in levels if objective.aux_by_level else levels[-1:]:
+        if objective.aux_by_level:
+            of_level = replace(state, dead_rows=rows[(rows >= level.low) & (rows < level.high)])
+        k_aux = objective.k_aux or max(1, level.error.shape[1] // 2)  # as in `objective.auxiliary_loss`
+        if has_many_dead(len(of_level.dead_rows), k_aux):
+            how = {"weight": objective.aux, "k_aux": k_aux, "signed": objective.signed, "relu": objective.aux_relu}
+            part = add_auxk_gradients(params, inputs.x, -level.error, of_level, grads, **how)
+        else:
+            part = add_dead_gradients(objective.auxiliary_loss, params, inputs.x, -level.error, of_level, grads)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
