@@ -94,7 +94,13 @@ class Run(RunRecord):
         atexit.unregister(_stop_all)
         atexit.register(_stop_all)
         _live.add(self)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # an interrupt, and nobody gets this run to stop it
+            self._stopping = True
+            while self._thread.is_alive():
+                self._ended.wait(0.1)
+            raise
 
     # -- control -----------------------------------------------------------------------------------------------------
 
@@ -259,6 +265,7 @@ class Run(RunRecord):
         except BaseException as caught:  # nobody waits for ever, whatever fails here
             self.error, self._final = self.error or error or caught, "failed"
         finally:
+            self._close()
             _live.discard(self)
             self._ended.set()
 
@@ -369,13 +376,16 @@ class Run(RunRecord):
             self._log.end(final, self._done, self._seconds, error)
             self._final = final  # after the folder is written, which others then read
         self._log.notify("end", self._done)
+
+    def _close(self) -> None:
+        """Release the folder and the stream, however the run ended."""
         try:
             if self._folder is not None:
                 self._folder.close()
             self._stream.close()
         except BaseException as caught:
             self.notes.append(f"not closed: {type(caught).__name__}: {caught}")
-        if self._saes is not None or error is None:
+        if self._saes is not None or self.error is None:
             self._training = self._stream = None  # free weights, moments and buffers; the SAEs remain
 
     def _export_last(self, error: BaseException | None) -> None:

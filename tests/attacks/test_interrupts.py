@@ -11,6 +11,7 @@ from helpers.writers import WRITERS, Download, serve_download
 
 import saewb
 from saewb.models import hook_points
+from saewb.training.run_folder import RunFolder
 
 AT = "blocks.1.hook_resid_post"
 PARTS = ("interventions", "models")
@@ -188,6 +189,33 @@ def test_an_index_interrupted_while_its_thread_starts_counts_nothing_twice(model
     with pytest.raises(KeyboardInterrupt):
         writers.Index.work(folder)
     assert torch.equal(writers.Index.work(folder), expected)
+
+
+def test_a_run_interrupted_while_its_thread_starts_is_stopped(tmp_path, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name == "saewb-train":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writers.Training.work(tmp_path)
+    assert not any(thread.name == "saewb-train" for thread in threading.enumerate())
+    RunFolder(tmp_path / "run").close()  # nobody has it
+
+
+def test_a_run_whose_end_cannot_be_written_leaves_its_folder(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "write_end", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writers.Training.work(tmp_path)
+    RunFolder(tmp_path / "run").close()
+    writers.Training.work(tmp_path)
 
 
 def _interrupt_writer(models, writer, tmp_path, tries):

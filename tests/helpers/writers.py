@@ -11,6 +11,7 @@ import torch
 import saewb
 from helpers import tiny_models
 from helpers.fake_hub import hub
+from saewb.training.run import _live
 from saewb.training.run_folder import RunFolder
 
 AT = "blocks.1.hook_resid_post"
@@ -112,6 +113,8 @@ class Training:
 
     @staticmethod
     def work(folder):
+        for run in list(_live):  # interrupted after `train` returned it and before it had a name
+            run.stop()
         try:
             run = saewb.resume_run(folder / "run", tokens=_stream())
         except FileNotFoundError:
