@@ -323,8 +323,8 @@ def max_cosines(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """Largest cosine of each row with another one; nan for a single row. 64 MiB at a time.
 
     Example:
-        >>> max_cosines(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])).round(decimals=3).tolist()
-        [0.707, 0.707, 0.707]
+        >>> max_cosines(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])).round(decimals=3)
+        tensor([0.7070, 0.7070, 0.7070])
     """
     unit, n = nn.functional.normalize(rows, dim=1), len(rows)
     if n < 2:

@@ -397,7 +397,7 @@ def _run(
         for build in builds:
             _check_beginning(build, text)
     batches, encoders = _batches(builds, text, batch_size), [SparseEncoder(b.site.sae) for b in builds]
-    n_rows, saved = sum(b - a for a, b in batches), time.monotonic()
+    n_rows, saved, device = sum(b - a for a, b in batches), time.monotonic(), next(model.parameters()).device
     hidden = not (progress and parallel.is_main)
     bar = tqdm(total=n_rows, desc="index", unit="row", leave=False, disable=hidden)
     # Accumulate on another thread: an interrupt reaches the main thread only, so no batch is half counted.
@@ -412,7 +412,7 @@ def _run(
                 try:
                     with parallel.raise_together():
                         if own:
-                            rows = text[own[0][0] - text.first_row : own[0][1] - text.first_row]
+                            rows = text[own[0][0] - text.first_row : own[0][1] - text.first_row].to(device)
                             activations = _forward(model, builds, rows)
                 except DisconnectedError:
                     raise
@@ -464,7 +464,6 @@ def _batches(builds: list[_Build], text: TokenRows, batch_size: int) -> list[tup
 
 def _forward(model: nn.Module, builds: list[_Build], rows: TokenRows) -> dict[str, Tensor]:
     """Activations of these rows at the hook points of all builds."""
-    rows = rows.to(next(model.parameters()).device)
     with hook_points.lock(model), torch.no_grad(), eval_mode(model):
         check_unmodified(model, [point for build in builds for point in build.site.points])
         activations = capture(model, rows.ids, [build.info.hook for build in builds])

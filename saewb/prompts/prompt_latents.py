@@ -249,7 +249,6 @@ class PromptReading:
 
         Raises:
             ValueError: for a text that is several tokens, a position outside of the prompt.
-            TypeError: for a cross-layer transcoder.
         """
         run, token, position = self.clean_run, token_id(self.clean_run.model, target), self._position(at)
 

@@ -149,8 +149,8 @@ def absorption(
         >>> tree = Hierarchy([Node(0, (Node(1), Node(2)))])
         >>> data = SyntheticData(random_dictionary(8, 8), torch.tensor([0.5, 0.2, 0.2] + 5 * [0.1]), hierarchy=tree)
         >>> result = absorption(data, matched_sae(SAE(SAEConfig(8, 8)), data.dictionary), 2000)
-        >>> round(result.summary().rate["sae"], 6), round(result.summary().fraction["sae"], 3)
-        (0.0, 0.0)
+        >>> result.summary().loc["sae", ["rate", "fraction"]].astype(float).round(3).tolist()
+        [0.0, 0.0]
     """
     import pandas as pd
 

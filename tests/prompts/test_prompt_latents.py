@@ -107,8 +107,22 @@ def test_latents_of_a_cross_layer_transcoder_count_with_all_they_write(model, sk
         effect = torch.from_numpy(latents[i][0]) * per_unit / length(final)[:, None]
         here = effect[reading.position[own], reading.latent[own]].float()
         torch.testing.assert_close(reading.logit_effect[own], here, atol=2e-3, rtol=2e-3)
-    with pytest.raises(TypeError, match="reads and writes at every layer"):
-        reading.attributed(9)
+    attributed, metric = reading.attributed(9), lambda logits: logits[0, -1].float().log_softmax(-1)[9]
+    nodes = saewb.attribute(model, reading.clean_run.ids, clt, metric, skip_special_tokens=False)
+    effects = {
+        tuple(key): value
+        for *key, value in zip(
+            nodes.sae.tolist(), nodes.position.tolist(), nodes.latent.tolist(), nodes.effect.tolist(), strict=True
+        )
+    }
+    for *key, value in zip(
+        attributed.sae.tolist(),
+        attributed.position.tolist(),
+        attributed.latent.tolist(),
+        attributed.attribution.tolist(),
+        strict=True,
+    ):
+        assert value == pytest.approx(effects[tuple(key)], abs=1e-5)
 
 
 def test_a_crosscoder_has_no_direct_effects(model):

@@ -476,12 +476,11 @@ def test_beside_other_saes(model):
         torch.testing.assert_close(got, by_hand(twin, clt, tokens)[0])
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "steer", "attribute"])
+@pytest.mark.parametrize("verb", ["evaluate", "steer"])
 def test_what_works_on_one_point_says_so(model, verb):
     work = {
         "evaluate": lambda clt: saewb.evaluate(model, clt, tiny_models.tokens()),
         "steer": lambda clt: saewb.steer(model, clt, {1: 2.0}),
-        "attribute": lambda clt: saewb.attribute(model, tiny_models.tokens(1), clt, 5),
     }[verb]
     with pytest.raises(TypeError, match=r"reads and writes at every layer[\s\S]*saewb.attach"):
         work(made())

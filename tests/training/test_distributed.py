@@ -196,9 +196,10 @@ def test_what_is_kept_over_a_batch_is_kept_over_all_of_it():
     params = saewb.BatchTopK(24, k=2.5).init_params(8, dtype=torch.float64)
     pre = torch.randn(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pre[:20] *= 5  # the first process has nearly all of what is kept
-    whole, least = topk_over_batch(params, pre, 2.5)
-    scores = [(torch.relu(half) * params.norms()).flatten() for half in pre.chunk(2)]
-    parts = [topk_over_batch(params, half, 2.5, Pretended(rank, scores)) for rank, half in enumerate(pre.chunk(2))]
+    norms = params.norms()
+    whole, least = topk_over_batch(norms, pre, 2.5)
+    scores = [(torch.relu(half) * norms).flatten() for half in pre.chunk(2)]
+    parts = [topk_over_batch(norms, half, 2.5, Pretended(rank, scores)) for rank, half in enumerate(pre.chunk(2))]
     assert torch.equal(torch.cat([latents for latents, _ in parts]), whole)
     assert min(low for _, low in parts) == least
     assert (parts[0][0] != 0).sum() > 90
