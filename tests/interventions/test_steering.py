@@ -401,7 +401,7 @@ def conditional(model, hook, threshold=0.0, latent=5):
     model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: seen.update(x=x) or None)])
     with torch.no_grad():
         sae.b_enc[latent] = 0
-        sae.b_enc[latent] = threshold - (seen["x"] @ sae.W_enc[:, latent]).median()
+        sae.b_enc[latent] = threshold - (seen["x"] @ sae.W_enc[:, latent]).quantile(0.5)  # between two tokens
         fires = sae.encode(seen["x"])[..., latent] > threshold
     assert 6 <= int(fires.sum()) <= 18
     return sae, tokens, fires
