@@ -234,7 +234,7 @@ def faithfulness(
             values += run_rows(run, _Ablation(run, means, ranked, some).edits(), len(some))
         (clean,) = run_rows(run, {}, 1)
         (ablated,) = run_rows(run, _Ablation(run, means, ranked, [(0, True)]).edits(), 1)
-    table = torch.stack([value.double().cpu() for value in values]).reshape(-1, 2) if values else torch.zeros(0, 2)
+    table = torch.stack([value.cpu().double() for value in values]).reshape(-1, 2) if values else torch.zeros(0, 2)
     clean, ablated = float(clean), float(ablated)
     if not abs(clean - ablated) > 1e-6 * max(abs(clean), abs(ablated)):
         what = f"the metric is {clean:.6g}, and {ablated:.6g} with every node at its mean."
@@ -278,13 +278,16 @@ def _means(
                 target = site.read_target(activations[site.write.name]).to(recons.dtype)
                 mask = plain.to(acts.device)
                 check_finite(f"activations at {site.hook_name_out!r}", target[mask])
-                latents[i] += acts[mask].sum(0, dtype=torch.float32).double().cpu()
-                errors[i] += (target - recons)[mask].sum(0, dtype=torch.float32).double().cpu()
+                latents[i] += acts[mask].sum(0, dtype=torch.float32).cpu().double()
+                errors[i] += (target - recons)[mask].sum(0, dtype=torch.float32).cpu().double()
                 i += 1
     if not count:
         raise ValueError(explain("the reference has no tokens but special ones.", want="texts"))
     means = zip(sites, latents, errors, strict=True)
-    return [_Means((a / count).to(s.sae.device, s.sae.dtype), (e / count).to(s.sae.device)) for s, a, e in means]
+    return [
+        _Means((a / count).to(s.sae.dtype).to(s.sae.device), (e / count).to(s.sae.dtype).to(s.sae.device))
+        for s, a, e in means
+    ]
 
 
 def _read(site: Site, activations: Mapping[str, Tensor]) -> Tensor:

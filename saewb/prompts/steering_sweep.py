@@ -634,7 +634,7 @@ def _prompted(plan: _Plan, ids: Tensor, asking: Tensor, unsteered: Mapping[str, 
         tail = torch.tensor([clean], device=ids.device)
         p, q = (plan.model(torch.cat([one, tail], 1))[0, one.shape[1] - 1 :] for one in (asking, ids))
     log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean())
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).cpu().double().mean())
     return {"arm": "prompting", "strength": math.nan, **figures, "kl": kl}
 
 

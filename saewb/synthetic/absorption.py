@@ -164,7 +164,7 @@ def absorption(
         raise ValueError(explain(f"absorption got n_samples={n_samples}, batch_size={batch_size}.", want="1 or more"))
     first = data.sample(min(batch_size, n_samples), torch.Generator(data.probability.device).manual_seed(seed))
     x = first.activations.to(sae.device)
-    control = random_sae(sae, float((sae.encode(x) != 0).sum(1).double().mean()), x.mean(0), seed=seed)
+    control = random_sae(sae, float((sae.encode(x) != 0).sum(1).float().mean()), x.mean(0), seed=seed)
     streams = {"sae": _PairStream(sae, data, pairs), "random": _PairStream(control, data, pairs)}
     rng = torch.Generator(data.probability.device).manual_seed(seed)
     for start in range(0, n_samples, batch_size):

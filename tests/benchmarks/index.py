@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import saewb
+from saewb.distributed import SINGLE_PROCESS
 from saewb.features.accumulate import TokenRows
 from saewb.features.build import _Build, _finish, _index_info, _run
 from saewb.interventions.site import Site
@@ -90,7 +91,8 @@ def passes(model, sae, ids, options):
                 capture(model, batch.to(device), [sae.cfg.hook])
 
     def index(part, row):
-        _run(model, [build], rows_from(part, build.info.special, row), options.batch, False, float("inf"))
+        rows = rows_from(part, build.info.special, row)
+        _run(model, [build], rows, options.batch, False, float("inf"), SINGLE_PROCESS)
 
     in_turn({"warm": lambda: forward(chunks[0]), "too": lambda: new_index(model, sae, chunks[0], options)}, 0, device)
     held = reset_peak()
@@ -109,7 +111,7 @@ def passes(model, sae, ids, options):
 def new_index(model, sae, part, options) -> None:
     """A throw-away one, to warm up."""
     text = rows_from(part[: options.batch], (), 0)
-    _run(model, [new_build(model, sae)], text, options.batch, False, float("inf"))
+    _run(model, [new_build(model, sae)], text, options.batch, False, float("inf"), SINGLE_PROCESS)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ index = saewb.build_index(model, sae, rows[:16], logits=lens)
 named = index.with_labels({i: f"a name of latent {i}, as a person might write it" for i in index.ranking(20)})
 panel = ContrastPanel(model, sae, a, b, index=named, n_permutations=100)
 panel""",
-    "print(panel.selected, panel.side, len(panel.maxima) > 0)",
+    "panel.wait()\nprint(panel.selected, panel.side, len(panel.maxima) > 0)",
     "exec(panel.code(), again := {'model': model, 'sae': sae})\n"
     "print(again['table'].equals(panel.table), again['maxima'] == panel.maxima)",
     "FeatureBrowser(named)",

@@ -75,7 +75,7 @@ def test_a_device_without_float64_gives_the_same():
 
 @pytest.mark.long
 def test_results_are_the_same_each_time():
-    lines = run_devices("--repeat", "3")
+    lines = run_devices("--repeat", "2")
     assert {name: line["problems"] for name, line in lines.items() if line["problems"]} == {}
 
 

@@ -211,7 +211,7 @@ def models(kind):
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("examples", [50, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [50, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", tiny_models.kinds())
 def test_any_order_of_everything(kind, examples):
     from hypothesis.stateful import run_state_machine_as_test
