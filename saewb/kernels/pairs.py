@@ -113,7 +113,7 @@ def gather_rows(
 ) -> Float[Tensor, "d_sae d"]:
     """Weighted sum of the rows of each latent's tokens: `dense(values).T @ rows`.
 
-    With `out`, 1,024 latents at a time are summed and copied there: page faults of a new result of the size of a weight
+    With `out`, some latents at a time are summed and copied there: page faults of a new result of the size of a weight
     matrix cost more than the copy.
     """
     return _summed(order.tokens, rows, order.starts, order.sorted(values), out)
