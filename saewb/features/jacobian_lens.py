@@ -340,8 +340,8 @@ def fit_jacobian_lens(
     Both p and t run over a prompt's positions without the first `skip_first`, the last one and special tokens. One
     forward and ceil(d_model / batch_size) backward passes of `batch_size` copies for each prompt, from the final layer
     to the earliest of the hook points: all of them cost what the earliest one costs. The tiny model takes 2 s a
-    prompt on a CPU, and the time grows with d_model times the cost of a pass: fit once, and save. 100 prompts make a good lens, 10 a usable one;
-    `lens.to_frame()` has the standard error of every matrix.
+    prompt on a CPU; the time grows with d_model and the cost of a pass. Fit once, and save. 100 prompts make a good
+    lens, 10 a usable one; `lens.to_frame()` has the standard error of every matrix.
 
     Ctrl-C stops after the last whole prompt and returns the lens of the prompts so far. With a `file` it is there too,
     and the same call goes on from it, also with more prompts.
