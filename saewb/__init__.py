@@ -31,7 +31,7 @@ nothing else. Each folder below is one room; a room imports only from the lines 
     metrics, hub, distributed       reconstruction metrics; Hugging Face Hub; torch.distributed
     _files, _display, _http         atomic files; tables; JSON requests
     _indices, _finite               index arguments and masks as integers; checks for infinities and NaN
-    _config                         configurations that check their values: fields with bounds, to and from files
+    _config                         frozen dataclasses that check their fields
     fingerprint                     of which SAE, model, tokens and settings something on disk is
     errors                          error messages that say what to type
 """
